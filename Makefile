@@ -1,0 +1,48 @@
+# make demo    install into .venv and run the whole job on the committed Fashion-MNIST model
+# make test    install into .venv, lint, and run the suite (no GPU, no network beyond the package index)
+# make bench   the real-size figures of DiT-XL/2
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := build/demo
+
+.PHONY: demo test test-slow test-py310 gpu-test lint bench install clean
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "dit-export: exporting needs Python 3.11 to 3.13, $(PYTHON) is $$($(PYTHON) -V); set PYTHON=python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[export,cpu,rtx,dev]'
+	touch $@
+
+demo: install
+	$(BIN)/python benchmarks/fashion_mnist/demo.py --output $(DEMO)
+
+test: install lint
+	$(BIN)/python -m pytest
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
+
+# The runtime alone on JetPack 6's Python 3.10 with numpy 1.26.
+test-py310:
+	$(or $(PYTHON310),python3.10) -m venv .venv-py310
+	.venv-py310/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-py310.txt -e '.[cpu]' pytest
+	.venv-py310/bin/python -m pytest -c tests/runtime_only.ini tests/test_runtime_only.py
+
+gpu-test: install
+	$(BIN)/python -m pytest -m gpu
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install
+	$(BIN)/python benchmarks/real_size.py
+
+clean:
+	rm -rf $(VENV) .venv-py310 build dist

@@ -1,0 +1,309 @@
+"""A bundle: what ``dit-export`` writes and everything else reads.
+
+    manifest.json          model, diffusion, graphs, precision, tolerances, and size and SHA-256 of every other file
+    graphs/*.onnx          conditioner, step, probe, decoder; each with its weights beside it (probe: the step's)
+    golden/*.npz           what the PyTorch reference computed
+    engines/               added later by ``dit-build`` and ``dit-verify``; not part of the bundle's digest
+
+A bundle comes from elsewhere, so it is untrusted until checked: nothing in it is opened before its size and hash match
+the manifest, and no path in it may lead outside.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+import numpy as np
+
+from dit_runtime.errors import BundleError
+from dit_runtime.files import sha256_of
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+ENGINES = "engines"
+GRAPHS = ("conditioner", "step", "probe", "decoder")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The transformer's shape. Sizes are in latent pixels; ``width`` is the hidden size D."""
+
+    conditioning: str
+    latent_channels: int
+    latent_size: tuple[int, int]
+    patch_size: int
+    width: int
+    depth: int
+    heads: int
+    mlp_width: int
+    classes: int
+    learned_variance: bool
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches per column and row."""
+        return self.latent_size[0] // self.patch_size, self.latent_size[1] // self.patch_size
+
+    @property
+    def tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def output_channels(self) -> int:
+        return self.latent_channels * (2 if self.learned_variance else 1)
+
+    @property
+    def null_class(self) -> int:
+        """The label of the unconditional branch."""
+        return self.classes
+
+
+@dataclass(frozen=True)
+class DiffusionSpec:
+    """The forward process and what the network predicts, with the reference scheduler's conventions.
+
+    ``betas``: float64, one per training timestep. ``guidance_channels``: how many latent channels classifier-free
+    guidance acts on, from the first. ``timestep_spacing``, ``steps_offset`` and ``set_alpha_to_one`` are diffusers'
+    scheduler settings of the same names.
+    """
+
+    betas: tuple[float, ...]
+    prediction_type: str
+    guidance_channels: int
+    timestep_spacing: str
+    steps_offset: int
+    set_alpha_to_one: bool
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A graph input or output: axes are sizes or the names of dynamic dimensions."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """An ONNX file of the bundle, the file with its weights, and its tensors."""
+
+    file: str
+    weights: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class AutoencoderSpec:
+    """``scaling_factor`` and ``shift_factor`` are inside the decoder graph; here for the record."""
+
+    name: str
+    scaling_factor: float
+    shift_factor: float
+    image_size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class PrecisionSpec:
+    """``fp32`` or ``fp16``, and the named units that stay FP32."""
+
+    name: str
+    keep_fp32: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """Where the weights came from and which implementation is their reference."""
+
+    name: str
+    revision: str | None
+    reference: str
+    weights_sha256: str | None
+
+
+@dataclass(frozen=True)
+class DefaultsSpec:
+    """What sampling uses where its caller says nothing."""
+
+    sampler: str
+    steps: int
+    guidance: float
+
+
+@dataclass(frozen=True)
+class FileSpec:
+    """A file's size and SHA-256."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """``manifest.json``, typed."""
+
+    schema: int
+    producer: dict[str, str]
+    source: SourceSpec
+    model: ModelSpec
+    diffusion: DiffusionSpec
+    autoencoder: AutoencoderSpec
+    precision: PrecisionSpec
+    defaults: DefaultsSpec
+    class_names: tuple[str, ...]
+    graphs: dict[str, GraphSpec]
+    tolerances: dict[str, float]
+    files: dict[str, FileSpec] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle. ``digest`` is the SHA-256 of the manifest, which holds the hash of every other file."""
+
+    path: Path
+    manifest: Manifest
+    digest: str
+
+    def file(self, name: str) -> Path:
+        """The path of a file that the manifest vouches for, checked against it: size, then SHA-256."""
+        spec = self.manifest.files.get(name)
+        if spec is None:
+            raise BundleError(f"{self.path}: the manifest names no file {name!r}; export the bundle again")
+        path = self.path.joinpath(*PurePosixPath(name).parts)
+        if _leads_outside(self.path, path):
+            raise BundleError(f"{path}: is a link out of the bundle; a bundle must hold its own files")
+        if not path.is_file():
+            raise BundleError(f"{path}: missing, but named in {MANIFEST}; copy or export the bundle again")
+        if (size := path.stat().st_size) != spec.bytes:
+            raise BundleError(f"{path}: {size} bytes, expected {spec.bytes}; copy or export the bundle again")
+        if (found := sha256_of(path)) != spec.sha256:
+            raise BundleError(
+                f"{path}: altered (SHA-256 {found[:12]}…, expected {spec.sha256[:12]}…); copy the bundle again"
+            )
+        return path
+
+    def graph(self, name: str) -> Path:
+        """The path of a graph, with its ONNX file and its weights checked."""
+        spec = self.manifest.graphs[name]
+        self.file(spec.weights)
+        return self.file(spec.file)
+
+    def records(self, name: str) -> dict[str, np.ndarray[Any, Any]]:
+        """The arrays of a golden record (``golden/NAME.npz``)."""
+        path = self.file(f"golden/{name}.npz")
+        with np.load(path, allow_pickle=False) as stored:
+            return dict(stored)
+
+    def check(self) -> None:
+        """Check every file against the manifest."""
+        for name in self.manifest.files:
+            self.file(name)
+
+
+def open_bundle(path: str | Path) -> Bundle:
+    """Read and check a bundle's manifest; the other files are checked when they are used.
+
+    Raises:
+        BundleError: no bundle there, unknown schema, or a manifest that does not hold together.
+    """
+    folder = Path(path)
+    manifest_path = folder / MANIFEST
+    if not folder.exists():
+        raise BundleError(f"{folder}: no such bundle; make one with dit-export CHECKPOINT -o {folder}")
+    if not manifest_path.is_file() or _leads_outside(folder, manifest_path):
+        raise BundleError(f"{folder}: not a bundle (no {MANIFEST}); make one with dit-export CHECKPOINT -o {folder}")
+    text = manifest_path.read_bytes()
+    try:
+        raw = json.loads(text)
+        schema = raw["schema"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BundleError(f"{manifest_path}: not a manifest ({error}); copy or export the bundle again") from error
+    if schema != SCHEMA:
+        raise BundleError(
+            f"{manifest_path}: schema {schema!r}, this version reads {SCHEMA}; export the bundle again or install the "
+            "dit-export that wrote it"
+        )
+    try:
+        manifest = manifest_from_json(raw)
+        _check_consistency(manifest)
+    except (ValueError, KeyError, TypeError) as error:
+        raise BundleError(
+            f"{manifest_path}: damaged manifest ({type(error).__name__}: {error}); copy or export the bundle again"
+        ) from error
+    return Bundle(folder, manifest, hashlib.sha256(text).hexdigest())
+
+
+def manifest_from_json(raw: Mapping[str, Any]) -> Manifest:
+    """Raises ValueError, KeyError or TypeError for anything that is not a manifest of this schema."""
+    model = dict(raw["model"], latent_size=_pair(raw["model"]["latent_size"]))
+    diffusion = dict(raw["diffusion"], betas=tuple(float(beta) for beta in raw["diffusion"]["betas"]))
+    autoencoder = dict(raw["autoencoder"], image_size=_pair(raw["autoencoder"]["image_size"]))
+    precision = dict(raw["precision"], keep_fp32=tuple(raw["precision"]["keep_fp32"]))
+    return Manifest(
+        schema=SCHEMA,
+        producer=dict(raw["producer"]),
+        source=_built(SourceSpec, raw["source"]),
+        model=_built(ModelSpec, model),
+        diffusion=_built(DiffusionSpec, diffusion),
+        autoencoder=_built(AutoencoderSpec, autoencoder),
+        precision=_built(PrecisionSpec, precision),
+        defaults=_built(DefaultsSpec, raw["defaults"]),
+        class_names=tuple(str(name) for name in raw["class_names"]),
+        graphs={name: _graph(graph) for name, graph in raw["graphs"].items()},
+        tolerances={name: float(value) for name, value in raw["tolerances"].items()},
+        files={name: _built(FileSpec, spec) for name, spec in raw["files"].items()},
+    )
+
+
+def _built(kind: type[T], values: Mapping[str, Any]) -> T:
+    names = {item.name for item in fields(kind)}  # type: ignore[arg-type]  # every kind here is a dataclass
+    if set(values) != names:
+        raise ValueError(f"{kind.__name__} has {sorted(values)}, expected {sorted(names)}")
+    return kind(**values)
+
+
+def _pair(values: Any) -> tuple[int, int]:
+    first, second = (int(value) for value in values)
+    return first, second
+
+
+def _graph(raw: Mapping[str, Any]) -> GraphSpec:
+    def tensors(items: Any) -> tuple[TensorSpec, ...]:
+        return tuple(TensorSpec(item["name"], item["dtype"], tuple(item["shape"])) for item in items)
+
+    return GraphSpec(str(raw["file"]), str(raw["weights"]), tensors(raw["inputs"]), tensors(raw["outputs"]))
+
+
+def _check_consistency(manifest: Manifest) -> None:
+    model, diffusion = manifest.model, manifest.diffusion
+    for name in manifest.files:
+        parts = PurePosixPath(name).parts
+        if not parts or name.startswith("/") or ".." in parts or "\\" in name or ":" in name:
+            raise ValueError(f"file name {name!r} leads outside the bundle")
+    missing = [name for name in GRAPHS if name not in manifest.graphs]
+    if missing:
+        raise ValueError(f"no graph {missing[0]!r}")
+    for graph in manifest.graphs.values():
+        for file in (graph.file, graph.weights):
+            if file not in manifest.files:
+                raise ValueError(f"graph file {file!r} has no hash")
+    if not diffusion.betas or not all(0 < beta < 1 and math.isfinite(beta) for beta in diffusion.betas):
+        raise ValueError("betas must lie between 0 and 1")
+    if len(manifest.class_names) not in (0, model.classes):
+        raise ValueError(f"{len(manifest.class_names)} class names for {model.classes} classes")
+
+
+def _leads_outside(folder: Path, path: Path) -> bool:
+    return not path.resolve().is_relative_to(folder.resolve())

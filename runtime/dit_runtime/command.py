@@ -1,0 +1,75 @@
+"""Manners that the five commands share: errors in one line, exit codes, ``--json``, ``--version``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any, NoReturn
+
+from dit_runtime.errors import DiTError
+
+INTERRUPTED = 130
+
+
+class Parser(argparse.ArgumentParser):
+    """Shows defaults and examples; a usage error is one line and exit code 1."""
+
+    def __init__(self, name: str, description: str, examples: Sequence[str]) -> None:
+        text = "examples:\n" + "\n".join(f"  {example}" for example in examples)
+        super().__init__(prog=name, description=description, epilog=text, formatter_class=_Formatter)
+        self.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}; see {self.prog} --help", file=sys.stderr)
+        sys.exit(1)
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False) or action.required:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def run(name: str, work: Callable[[], int]) -> NoReturn:
+    """Run a command's work and exit: a ``DiTError`` is one line and 1, Ctrl-C (or SIGTERM) is 130."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        code = work()
+    except DiTError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted; nothing half-written was left behind", file=sys.stderr)
+        code = INTERRUPTED
+    sys.exit(code)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    print(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number from 1."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number from 1")
+    return number
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _version() -> str:
+    from dit_runtime import __version__
+
+    return __version__

@@ -1,0 +1,49 @@
+"""A progress bar with the time left, on stderr, where stderr is a terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+WIDTH = 24
+
+
+class Progress:
+    """``with Progress("sampling", 50) as bar: bar.advance()``; draws nothing when stderr is not a terminal."""
+
+    def __init__(self, label: str, total: int) -> None:
+        self._label, self._total, self._done = label, max(total, 1), 0
+        self._shown = sys.stderr.isatty()
+        self._start = time.monotonic()
+        self._drawn = 0.0
+
+    def __enter__(self) -> Progress:
+        self._draw()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._shown:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+
+    def advance(self, count: int = 1) -> None:
+        self._done += count
+        now = time.monotonic()
+        if now - self._drawn > 0.1 or self._done >= self._total:
+            self._drawn = now
+            self._draw()
+
+    def describe(self, label: str) -> None:
+        self._label = label
+        self._draw()
+
+    def _draw(self) -> None:
+        if not self._shown:
+            return
+        spent = time.monotonic() - self._start
+        share = min(self._done / self._total, 1.0)
+        filled = round(share * WIDTH)
+        left = f"{spent / share - spent:.0f} s left" if share > 0 else "…"
+        bar = "█" * filled + "░" * (WIDTH - filled)
+        sys.stderr.write(f"\r\x1b[K{self._label} {bar} {self._done}/{self._total}  {spent:.0f} s, {left}")
+        sys.stderr.flush()
