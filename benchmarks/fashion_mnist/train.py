@@ -64,6 +64,11 @@ TRANSFORMER = {
 SCHEDULER = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "clip_sample": False}
 
 
+def save_weights(model: nn.Module, path: Path) -> None:
+    """A module's weights as safetensors, which stores contiguous tensors only."""
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, path)
+
+
 def images_from_idx(data: Path, split: str) -> tuple[Tensor, Tensor]:
     """The data set's gzipped IDX files → uint8 images ``[N, 1, 32, 32]``, padded from 28×28 with black, and labels."""
     with gzip.open(data / f"{split}-images-idx3-ubyte.gz") as file:
@@ -289,8 +294,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--work", type=Path, default=Path("build/fashion_mnist"), help="intermediate weights")
     parser.add_argument("--evaluator-steps", type=int, default=2500)
-    parser.add_argument("--autoencoder-steps", type=int, default=3000)
-    parser.add_argument("--transformer-steps", type=int, default=8000)
+    parser.add_argument("--autoencoder-steps", type=int, default=2300)
+    parser.add_argument("--transformer-steps", type=int, default=4800)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     images, labels = images_from_idx(args.data, "train")
@@ -308,7 +313,7 @@ def main() -> None:
 
     stored = args.work / "autoencoder.safetensors"
     if not stored.exists():
-        save_file(trained_autoencoder(images, args.autoencoder_steps).state_dict(), stored)
+        save_weights(trained_autoencoder(images, args.autoencoder_steps), stored)
     autoencoder = AutoencoderKL(**AUTOENCODER)
     autoencoder.load_state_dict({name: value.half().float() for name, value in load_file(stored).items()})
     autoencoder.eval().requires_grad_(False)
@@ -337,7 +342,7 @@ def main() -> None:
     stored = args.work / "transformer.safetensors"
     if not stored.exists():
         model = trained_transformer(means * factor, deviations * factor, labels, args.transformer_steps)
-        save_file(untied(model).state_dict(), stored)
+        save_weights(untied(model), stored)
     transformer = DiTTransformer2DModel(**TRANSFORMER)
     transformer.load_state_dict(load_file(stored))
     saved_pipeline(transformer, autoencoder)

@@ -1,0 +1,228 @@
+"""The exported graphs against the unpatched diffusers modules, on ONNX Runtime."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from dit_export.checkpoint import Checkpoint, load_checkpoint
+from dit_runtime.bundle import Bundle, open_bundle
+from dit_runtime.engines import OnnxRuntimeEngine
+from dit_runtime.verify import relative_error
+
+# Largest relative error of a forward against diffusers in FP32; measured on the tiny model: 4e-7 and 3e-4.
+FORWARD_LIMIT = {"fp32": 2e-5, "fp16": 2e-3}
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint: Path) -> Checkpoint:
+    return load_checkpoint(str(checkpoint))
+
+
+@pytest.fixture
+def bundle(bundle_path: Path) -> Bundle:
+    return open_bundle(bundle_path)
+
+
+@pytest.fixture
+def engine(bundle: Bundle) -> OnnxRuntimeEngine:
+    return OnnxRuntimeEngine(bundle, threads=1)
+
+
+def predicted(checkpoint: Checkpoint, z: np.ndarray, timesteps: list[float], labels: list[int]) -> np.ndarray:
+    """diffusers' own output ``[N, 2C, H, W]``."""
+    with torch.inference_mode():
+        return checkpoint.transformer(
+            torch.from_numpy(z), timestep=torch.tensor(timesteps), class_labels=torch.tensor(labels)
+        ).sample.numpy()
+
+
+def step_inputs(z: np.ndarray, branches: int) -> dict[str, np.ndarray]:
+    """Inputs under which ``denoised`` is the guided prediction of the first branch."""
+    batch = len(z)
+    state = np.zeros((batch, 3, *z.shape[1:]), np.float32)
+    state[:, 0] = z
+    guidance = np.zeros((branches, batch, z.shape[1]), np.float32)
+    guidance[0] = 1
+    coefficients = np.zeros((batch, 17), np.float32)
+    coefficients[:, 1] = 1
+    return {"state": state, "noise": np.zeros_like(z), "coefficients": coefficients, "guidance": guidance}
+
+
+def test_names_and_axes_are_the_documented_ones(bundle: Bundle) -> None:
+    """Inputs, outputs and dynamic dimensions of the ONNX files are what the bundle format promises."""
+    expected = {
+        "conditioner": ({"timesteps": ["rows"], "labels": ["rows"]}, {"modulation": ["rows", 14, 64]}),
+        "step": (
+            {
+                "state": ["batch", 3, 4, 8, 8],
+                "noise": ["batch", 4, 8, 8],
+                "coefficients": ["batch", 17],
+                "guidance": ["branches", "batch", 4],
+                "rows": ["branches", "batch"],
+                "modulation": ["rows", 14, 64],
+            },
+            {"next_state": ["batch", 3, 4, 8, 8], "denoised": ["batch", 4, 8, 8]},
+        ),
+        "decoder": ({"latents": ["batch", 4, 8, 8]}, {"images": ["batch", 32, 32, 3], "decoded": ["batch", 3, 32, 32]}),
+    }
+    for name, (inputs, outputs) in expected.items():
+        graph = onnx.load(bundle.graph(name), load_external_data=False).graph
+        assert {item.name: axes(item) for item in graph.input} == inputs
+        assert {item.name: axes(item) for item in graph.output} == outputs
+        spec = bundle.manifest.graphs[name]
+        assert {tensor.name: list(tensor.shape) for tensor in spec.inputs} == inputs
+        assert {tensor.name: list(tensor.shape) for tensor in spec.outputs} == outputs
+
+
+def axes(value: onnx.ValueInfoProto) -> list[int | str]:
+    return [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+
+
+def test_graphs_say_nothing_of_the_machine_that_made_them(bundle: Bundle) -> None:
+    """No stack trace, path or exporter note is left, the opset is readable by TensorRT 10.3, nodes name their block."""
+    for name in bundle.manifest.graphs:
+        path = bundle.graph(name)
+        model = onnx.load(path, load_external_data=False)
+        assert not model.metadata_props
+        assert not any(node.metadata_props or node.doc_string for node in model.graph.node)
+        assert not re.search(rb"\.py|site-packages|/home|/root|stack_trace", path.read_bytes())
+        assert [item.version for item in model.opset_import if item.domain == ""] == [20]
+        assert not any(node.op_type == "Attention" for node in model.graph.node)
+        locations = {e.value for t in model.graph.initializer for e in t.external_data if e.key == "location"}
+        assert locations <= {Path(bundle.manifest.graphs[name].weights).name}
+    names = {node.name for node in onnx.load(bundle.graph("step"), load_external_data=False).graph.node}
+    assert {"blocks.0.attn.qkv/MatMul", "blocks.1.mlp/Gelu", "final/MatMul"} <= names
+
+
+def test_the_probe_shares_the_steps_weights(bundle: Bundle) -> None:
+    """The probe adds outputs, not another copy of the weights."""
+    graphs = bundle.manifest.graphs
+    assert graphs["probe"].weights == graphs["step"].weights
+    assert [tensor.name for tensor in graphs["probe"].outputs][2:] == ["blocks.0", "blocks.1"]
+
+
+def test_weights_leave_the_loop(bundle: Bundle, reference: Checkpoint) -> None:
+    """The step's weight file holds neither embedders nor modulation weights, and nothing twice."""
+    names = ("attn1", "ff.", "pos_embed", "proj_out_2")
+    elements = sum(p.numel() for n, p in reference.transformer.named_parameters() if any(name in n for name in names))
+    elements += reference.transformer.pos_embed.pos_embed.numel()
+    size = bundle.manifest.files[bundle.manifest.graphs["step"].weights].bytes
+    per_element = size / elements
+    assert per_element <= (2.3 if bundle.manifest.precision.name == "fp16" else 4.1)  # measured: 2.14 and 4.00
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+@pytest.mark.parametrize("branches", [1, 2, 3])
+def test_any_batch_and_any_branches(
+    bundle: Bundle, engine: OnnxRuntimeEngine, reference: Checkpoint, batch: int, branches: int
+) -> None:
+    """Batch and guidance branches are dynamic; every picture has its own timestep, labels and weights."""
+    random = np.random.default_rng(batch * 10 + branches)
+    z = random.standard_normal((batch, 4, 8, 8)).astype(np.float32)
+    timesteps = random.integers(0, 1000, (branches, batch))
+    labels = random.integers(0, 11, (branches, batch))
+    inputs = step_inputs(z, branches)
+    inputs["guidance"] = random.uniform(-1, 2, inputs["guidance"].shape).astype(np.float32)
+    inputs["coefficients"][:, 2] = 1  # next z = s0 + exp(v)·noise
+    inputs["coefficients"][:, 15] = inputs["coefficients"][:, 16] = 1
+    inputs["noise"] = np.ones_like(z)
+    order = random.permutation(branches * batch)  # rows may lie anywhere in the table
+    (table,) = engine.session("conditioner").run(
+        {
+            "timesteps": timesteps.reshape(-1)[order].astype(np.float32),
+            "labels": labels.reshape(-1)[order].astype(np.int32),
+        },
+        ["modulation"],
+    )
+    rows = np.argsort(order).reshape(branches, batch).astype(np.int32)
+    next_state, e = engine.session("step").run(
+        {**inputs, "rows": rows, "modulation": table}, ["next_state", "denoised"]
+    )
+    outputs = [predicted(reference, z, list(t), list(y)) for t, y in zip(timesteps, labels, strict=True)]
+    expected = sum(
+        weights[..., None, None] * output[:, :4] for weights, output in zip(inputs["guidance"], outputs, strict=True)
+    )
+    limit = FORWARD_LIMIT[bundle.manifest.precision.name] * 4  # up to three weights of up to 2 add errors up
+    assert relative_error(e, expected) <= limit
+    assert relative_error(next_state[:, 0] - z, np.exp(outputs[0][:, 4:])) <= limit
+    assert not next_state[:, 1:].any()
+
+
+def test_the_sampler_update_is_the_documented_one(engine: OnnxRuntimeEngine) -> None:
+    """denoised = a·s₀ + b·e; s' = A·s + B·e; s'₀ += exp(g + h·v)·k·noise, with all 17 numbers different per picture."""
+    random = np.random.default_rng(3)
+    z = random.standard_normal((3, 4, 8, 8)).astype(np.float32)
+    inputs = step_inputs(z, 1)
+    (table,) = engine.session("conditioner").run(
+        {"timesteps": np.float32([900, 400, 10]), "labels": np.int32([1, 2, 10])}, ["modulation"]
+    )
+    inputs |= {"rows": np.int32([[0, 1, 2]]), "modulation": table}
+    step = engine.session("step")
+    (e,) = step.run(inputs, ["denoised"])
+    probe = inputs["coefficients"].copy()
+    probe[:, 15:] = 1
+    next_state, _ = step.run(inputs | {"coefficients": probe, "noise": np.ones_like(z)}, ["next_state", "denoised"])
+    v = np.log(next_state[:, 0])
+    state = random.standard_normal((3, 3, 4, 8, 8)).astype(np.float32)
+    state[:, 0] = z
+    noise = random.standard_normal(z.shape).astype(np.float32)
+    c = random.uniform(-1, 1, (3, 17)).astype(np.float32)
+    found, denoised = step.run(
+        inputs | {"state": state, "noise": noise, "coefficients": c}, ["next_state", "denoised"]
+    )
+    for picture in range(3):
+        a, b = c[picture, :2]
+        matrix, gains = c[picture, 2:11].reshape(3, 3), c[picture, 11:14]
+        g, h, k = c[picture, 14:]
+        expected = np.einsum("ij,jchw->ichw", matrix, state[picture]) + gains[:, None, None, None] * e[picture]
+        expected[0] += np.exp(g + h * v[picture]) * k * noise[picture]
+        assert relative_error(denoised[picture], a * z[picture] + b * e[picture]) <= 1e-6  # measured 1e-7
+        assert relative_error(found[picture], expected) <= 2e-6  # measured 3e-7; v went through exp and log
+
+
+def test_the_decoder_makes_pipeline_pictures(
+    bundle: Bundle, engine: OnnxRuntimeEngine, reference: Checkpoint
+) -> None:
+    """uint8 NHWC pictures are those of diffusers' decode, clamp and numpy_to_pil."""
+    latents = np.random.default_rng(5).standard_normal((3, 4, 8, 8)).astype(np.float32)
+    images, decoded = engine.session("decoder").run({"latents": latents}, ["images", "decoded"])
+    with torch.inference_mode():
+        scaled = torch.from_numpy(latents) / reference.autoencoder.config.scaling_factor
+        expected = reference.autoencoder.decode(scaled).sample
+    assert relative_error(decoded, expected.numpy()) <= FORWARD_LIMIT[bundle.manifest.precision.name]
+    pictures = ((expected / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)
+    assert images.dtype == np.uint8
+    difference = np.abs(images.astype(int) - pictures.astype(int))
+    assert difference.max() <= (1 if bundle.manifest.precision.name == "fp32" else 2)
+
+
+def test_different_embedder_copies_stay_different(tmp_path: Path, reference: Checkpoint) -> None:
+    """A fine-tune may change diffusers' per-block embedder copies: then the conditioner keeps each, and stays exact."""
+    from dit_export.export import numerics_of
+    from dit_export.model import conditioner_from_diffusers, step_from_diffusers
+    from dit_export.precision import FP32
+
+    transformer = reference.transformer
+    state = {**dict(transformer.named_parameters()), **dict(transformer.named_buffers())}
+    key = "transformer_blocks.1.norm1.emb.class_embedder.embedding_table.weight"
+    original = state[key].data.clone()
+    try:
+        state[key].data.mul_(1.5)
+        spec, numerics = reference.model, numerics_of(reference)
+        conditioner = conditioner_from_diffusers(spec, numerics, FP32, state)
+        assert len(conditioner.embedders) == spec.depth
+        step = step_from_diffusers(spec, numerics, FP32, state)
+        z = np.random.default_rng(7).standard_normal((2, 4, 8, 8)).astype(np.float32)
+        inputs = step_inputs(z, 1)
+        with torch.inference_mode():
+            table = conditioner(torch.tensor([800.0, 30.0]), torch.tensor([4, 9], dtype=torch.int32))
+            arrays = [torch.from_numpy(inputs[name]) for name in ("state", "noise", "coefficients", "guidance")]
+            _, e, *_ = step(*arrays, torch.tensor([[0, 1]], dtype=torch.int32), table)
+        assert relative_error(e.numpy(), predicted(reference, z, [800.0, 30.0], [4, 9])[:, :4]) <= 2e-5
+    finally:
+        state[key].data.copy_(original)
