@@ -260,7 +260,7 @@ def _module(folder: Path, kind: type[Any]) -> Any:
     safe = stored[0].suffix == ".safetensors"
     try:
         module, report = kind.from_pretrained(
-            folder, torch_dtype=torch.float32, use_safetensors=safe, local_files_only=True, output_loading_info=True
+            folder, dtype=torch.float32, use_safetensors=safe, local_files_only=True, output_loading_info=True
         )
     except Exception as error:  # safetensors, torch and diffusers each raise their own
         reason = " ".join(str(error).split())[:300]

@@ -18,7 +18,7 @@ def reference_pictures(
     checkpoint: Path, labels: list[int], seeds: list[int], steps: int, guidance: float, eta: float = 0.0
 ) -> np.ndarray:
     """diffusers' modules and DDIM scheduler, guided with null = number of classes; one generator per picture."""
-    pipeline = DiTPipeline.from_pretrained(checkpoint, torch_dtype=torch.float32)
+    pipeline = DiTPipeline.from_pretrained(checkpoint, dtype=torch.float32)
     scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     scheduler.set_timesteps(steps)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]

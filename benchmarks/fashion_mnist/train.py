@@ -347,7 +347,7 @@ def main() -> None:
     transformer.load_state_dict(load_file(stored))
     saved_pipeline(transformer, autoencoder)
 
-    pipeline = DiTPipeline.from_pretrained(CHECKPOINT, torch_dtype=torch.float32)
+    pipeline = DiTPipeline.from_pretrained(CHECKPOINT, dtype=torch.float32)
     reference = reference_statistics()
     for guidance in (1.0, 1.5, 2.5, 4.0):
         pictures, asked = sampled(pipeline, 1000, guidance)
