@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel
+from diffusers.utils import logging
 from torch import nn
 
 from dit_runtime.bundle import AutoencoderSpec, DiffusionSpec, ModelSpec
@@ -258,6 +259,8 @@ def _module(folder: Path, kind: type[Any]) -> Any:
         if file.suffix == ".bin":
             _check_pickle(file)
     safe = stored[0].suffix == ".safetensors"
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what it would warn of is an error here
     try:
         module, report = kind.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=safe, local_files_only=True, output_loading_info=True
@@ -265,6 +268,8 @@ def _module(folder: Path, kind: type[Any]) -> Any:
     except Exception as error:  # safetensors, torch and diffusers each raise their own
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{folder}: cannot be read ({reason}); download or copy it again") from error
+    finally:
+        logging.set_verbosity(verbosity)
     for problem in ("missing_keys", "unexpected_keys"):
         if keys := sorted(report[problem]):
             shown = ", ".join(keys[:10]) + (" …" if len(keys) > 10 else "")

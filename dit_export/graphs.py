@@ -108,7 +108,7 @@ def traced(module: nn.Module, axes: Axes) -> ir.Model:
         concrete = [sizes[axis] if isinstance(axis, str) else axis for axis in shape]
         examples.append(torch.zeros(concrete, dtype=dtype))
         dynamic.append({index: symbols[axis] for index, axis in enumerate(shape) if isinstance(axis, str)})
-    with _quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         program = torch.onnx.export(
             module,
             tuple(examples),
@@ -173,7 +173,7 @@ def strip_metadata(model: ir.Model) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep the exporter's progress lines, warnings and log records off the user's terminal."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)

@@ -10,6 +10,7 @@ import onnx
 import pytest
 import torch
 from dit_export.checkpoint import Checkpoint, load_checkpoint
+
 from dit_runtime.bundle import Bundle, open_bundle
 from dit_runtime.engines import OnnxRuntimeEngine
 from dit_runtime.verify import relative_error
@@ -172,9 +173,7 @@ def test_the_sampler_update_is_the_documented_one(engine: OnnxRuntimeEngine) -> 
     state[:, 0] = z
     noise = random.standard_normal(z.shape).astype(np.float32)
     c = random.uniform(-1, 1, (3, 17)).astype(np.float32)
-    found, denoised = step.run(
-        inputs | {"state": state, "noise": noise, "coefficients": c}, ["next_state", "denoised"]
-    )
+    found, denoised = step.run(inputs | {"state": state, "noise": noise, "coefficients": c}, ["next_state", "denoised"])
     for picture in range(3):
         a, b = c[picture, :2]
         matrix, gains = c[picture, 2:11].reshape(3, 3), c[picture, 11:14]
@@ -185,9 +184,7 @@ def test_the_sampler_update_is_the_documented_one(engine: OnnxRuntimeEngine) -> 
         assert relative_error(found[picture], expected) <= 2e-6  # measured 3e-7; v went through exp and log
 
 
-def test_the_decoder_makes_pipeline_pictures(
-    bundle: Bundle, engine: OnnxRuntimeEngine, reference: Checkpoint
-) -> None:
+def test_the_decoder_makes_pipeline_pictures(bundle: Bundle, engine: OnnxRuntimeEngine, reference: Checkpoint) -> None:
     """uint8 NHWC pictures are those of diffusers' decode, clamp and numpy_to_pil."""
     latents = np.random.default_rng(5).standard_normal((3, 4, 8, 8)).astype(np.float32)
     images, decoded = engine.session("decoder").run({"latents": latents}, ["images", "decoded"])

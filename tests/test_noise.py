@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from dit_runtime.noise import TorchNoise
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from dit_runtime.noise import TorchNoise
 
 TOLERANCE = 5e-7  # measured: 4.8e-7 at most (values up to 5); PyTorch's vectorized logarithm and cosine
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiTPipeline
+
 from dit_runtime import Pipeline
 from dit_runtime.engines import OnnxRuntimeEngine
 from dit_runtime.errors import SamplingError

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from dit_runtime.bundle import DiffusionSpec, ModelSpec
 from dit_runtime.errors import SamplingError
 from dit_runtime.schedule import Schedule, schedule_for
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 BETAS = np.linspace(1e-4, 0.02, 1000)
 DIFFUSION = DiffusionSpec(tuple(BETAS), "epsilon", 4, "leading", 0, True)

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from conftest import run_command
+
 from dit_runtime.bundle import Bundle, open_bundle
 from dit_runtime.engines import OnnxRuntimeEngine
 from dit_runtime.errors import ParityError

@@ -15,10 +15,11 @@ import time
 from pathlib import Path
 
 import numpy as np
+from evaluator import CLASS_NAMES, frechet_distance, judged, load_evaluator, reference_statistics, statistics
+
 from dit_runtime import Pipeline
 from dit_runtime.files import replaced_file
 from dit_runtime.verify import psnr
-from evaluator import CLASS_NAMES, frechet_distance, judged, load_evaluator, reference_statistics, statistics
 
 HERE = Path(__file__).parent
 CHECKPOINT = HERE / "checkpoint"

@@ -1,0 +1,209 @@
+"""The figures of a real-size model, as JSON: ``make bench``.
+
+    python benchmarks/real_size.py --work build/real_size
+
+Exports DiT-XL/2-256 with random weights in FP16 (time, peak memory), builds it for TensorRT-RTX (weights, fused
+attention), and times one guided FP32 step on ONNX Runtime against a plain export of diffusers' model, interleaved in
+one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PRESET = "DiT-XL/2-256"
+REPEATS = 7
+
+
+def timed(module: str, *argv: str) -> dict[str, Any]:
+    """Run a command's module; its JSON result, wall seconds and peak memory of its largest process in GB."""
+    code = f"from {module} import main; import sys; main(sys.argv[1:])"
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code, *argv], stdout=subprocess.PIPE, text=True, check=True)
+    seconds = time.monotonic() - start
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
+    return {"result": json.loads(done.stdout), "seconds": round(seconds, 1), "peak_gb": round(peak, 2)}
+
+
+def exported(work: Path) -> dict[str, Any]:
+    """``dit-export DiT-XL/2-256 --random-weights 0 --fp16``, golden records included."""
+    export = timed(
+        "dit_export.command",
+        *(PRESET, "--random-weights", "0", "--fp16", "--no-verify", "--json", "-o", str(work / "fp16.bundle")),
+    )
+    weights = export["result"]["weights_bytes"]
+    golden = sum(file.stat().st_size for file in (work / "fp16.bundle" / "golden").iterdir())
+    return {
+        "seconds": export["seconds"],
+        "peak_gb": export["peak_gb"],
+        "step_weights_mb": round(weights["step"] / 1e6, 1),
+        "conditioner_weights_mb": round(weights["conditioner"] / 1e6, 1),
+        "decoder_weights_mb": round(weights["decoder"] / 1e6, 1),
+        "golden_mb": round(golden / 1e6, 1),
+    }
+
+
+def built(work: Path) -> dict[str, Any]:
+    """``dit-build --target rtx``: what the builder says of the step's two guidance profiles."""
+    build = timed("dit_engines.command", str(work / "fp16.bundle"), "--target", "rtx", "--json")
+    graphs = {graph["graph"]: graph for graph in build["result"]["graphs"]}
+    step = graphs["step"]["audit"]
+    return {
+        "seconds": build["seconds"],
+        "step_weights_mb": round(step["weights_bytes"] / 1e6, 1),
+        "step_plan_mb": round(graphs["step"]["plan_bytes"] / 1e6, 1),
+        "fused_attention": [profile["fused_attention"] for profile in step["profiles"]],
+        "kernels": [profile["kernels"] for profile in step["profiles"]],
+        "activations_mb": [round(profile["activation_bytes"] / 1e6, 1) for profile in step["profiles"]],
+        "decoder_activations_mb": round(graphs["decoder"]["audit"]["profiles"][0]["activation_bytes"] / 1e6, 1),
+    }
+
+
+def plain_export(work: Path) -> Path:
+    """diffusers' transformer as ``torch.onnx.export`` gives it, at opset 20: the doubled batch is its caller's."""
+    import torch
+    from dit_export.checkpoint import load_checkpoint
+    from dit_export.graphs import quiet
+
+    target = work / "plain.onnx"
+    if target.exists():
+        return target
+    transformer = load_checkpoint(PRESET, 0).transformer
+    batch = torch.export.Dim("batch", min=1, max=64)
+    examples = (torch.zeros(2, 4, 32, 32), torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
+
+    class Plain(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.transformer = transformer
+
+        def forward(self, sample: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            return self.transformer(sample, timestep=timestep, class_labels=labels).sample
+
+    with quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            Plain(),
+            examples,
+            dynamo=True,
+            opset_version=20,
+            input_names=["sample", "timestep", "labels"],
+            output_names=["output"],
+            dynamic_shapes=({0: batch}, {0: batch}, {0: batch}),
+        )
+    assert program is not None
+    program.save(target, external_data=True)
+    return target
+
+
+def step_times(work: Path) -> dict[str, Any]:
+    """One guided step, batch 1, FP32, ONNX Runtime's defaults: ours and the plain export in turn, medians."""
+    import onnxruntime
+
+    from dit_runtime import open_bundle
+    from dit_runtime.engines import OnnxRuntimeEngine
+    from dit_runtime.guidance import branch_rows, guidance_weights
+    from dit_runtime.schedule import INPUT, MATRIX, ddim
+
+    bundle_path = work / "fp32.bundle"
+    if not bundle_path.exists():
+        timed(
+            "dit_export.command",
+            *(PRESET, "--random-weights", "0", "--no-verify", "--json", "-o", str(bundle_path)),
+        )
+    target = subprocess.run(
+        [sys.executable, __file__, "--work", str(work), "--plain"], stdout=subprocess.PIPE, text=True, check=True
+    ).stdout.strip()
+    bundle = open_bundle(bundle_path)
+    engine = OnnxRuntimeEngine(bundle)
+    schedule = ddim(bundle.manifest.diffusion, 50)
+    z = np.random.default_rng(0).standard_normal((1, 4, 32, 32)).astype(np.float32)
+    labels = np.array([207], np.int32)
+    conditions, rows = branch_rows(labels, bundle.manifest.model.null_class, 2)
+    (table,) = engine.session("conditioner").run(
+        {"timesteps": np.repeat(schedule.timesteps[:1], 2), "labels": conditions}, ["modulation"]
+    )
+    state = np.zeros((1, 3, 4, 32, 32), np.float32)
+    state[:, 0] = z
+    inputs = {
+        "state": state,
+        "noise": np.zeros_like(z),
+        "coefficients": schedule.coefficients[:1],
+        "guidance": guidance_weights(4.0, 1, 4, 4),
+        "rows": rows,
+        "modulation": table,
+    }
+    step = engine.session("step")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    plain = onnxruntime.InferenceSession(target, options, providers=["CPUExecutionProvider"])
+    t = int(schedule.timesteps[0])
+
+    def ours() -> np.ndarray:
+        return step.run(inputs, ["next_state", "denoised"])[0][:, 0]
+
+    def theirs() -> np.ndarray:
+        (output,) = plain.run(
+            None, {"sample": np.concatenate([z, z]), "timestep": np.array([t, t]), "labels": np.array([207, 1000])}
+        )
+        e = output[1:, :4] + 4.0 * (output[:1, :4] - output[1:, :4])
+        z_weight, e_weight = schedule.coefficients[0, [MATRIX, INPUT]]
+        return z_weight * z + e_weight * e
+
+    difference = float(np.abs(ours() - theirs()).max() / np.abs(theirs()).max())
+    times: dict[str, list[float]] = {"ours": [], "plain": []}
+    for index in range(REPEATS):
+        pair = [("ours", ours), ("plain", theirs)]
+        for name, call in pair if index % 2 else pair[::-1]:
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    ratios = [mine / other for mine, other in zip(times["ours"], times["plain"], strict=True)]
+    return {
+        "ours_s": round(medians["ours"], 3),
+        "plain_export_s": round(medians["plain"], 3),
+        "ratio_of_medians": round(medians["ours"] / medians["plain"], 3),
+        "ratio_median_of_pairs": round(statistics.median(ratios), 3),
+        "repeats": REPEATS,
+        "difference_relative": difference,
+    }
+
+
+def machine() -> dict[str, Any]:
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return {"processor": found[1] if found else platform.machine(), "cores": os.cpu_count()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("build/real_size"))
+    parser.add_argument("--plain", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=("export", "build", "step"), help="one part")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    if args.plain:  # a process of its own: tracing leaves several GB behind
+        print(plain_export(args.work))
+        return
+    figures: dict[str, Any] = {"model": f"{PRESET}, random weights, seed 0", "machine": machine()}
+    for name, part in (("export", exported), ("build", built), ("step", step_times)):
+        if args.only in (None, name):
+            figures[name] = part(args.work)
+            print(f"{name}: {figures[name]}", file=sys.stderr, flush=True)
+    print(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()
