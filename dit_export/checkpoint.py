@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -284,7 +285,7 @@ def _module(folder: Path, kind: type[Any]) -> Any:
 
 def _check_pickle(file: Path) -> None:
     try:
-        torch.load(file, map_location="meta", weights_only=True, mmap=True)
+        torch.load(file, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:
         reason = str(error).splitlines()[0][:200]
         raise CheckpointError(

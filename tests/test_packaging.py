@@ -107,7 +107,7 @@ def test_the_readme_links_and_commands() -> None:
         if not target.startswith("http"):
             assert (ROOT / target).exists(), target
     helps = {name: run_command(name, "--help").stdout for name in COMMANDS}
-    lines = [line.removeprefix("$ ") for line in re.findall(r"^(?:\$ )?dit-\w+ .*$", text, re.MULTILINE)]
+    lines = re.findall(r"^\s*(?:\$ )?(dit-\w+ .*)$", text, re.MULTILINE)
     assert lines
     for line in lines:
         name = line.split()[0]

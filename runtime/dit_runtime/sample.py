@@ -41,12 +41,15 @@ def _main(argv: list[str] | None) -> int:
 
     import numpy as np
 
+    from dit_runtime.errors import OutputError
     from dit_runtime.files import check_writable
     from dit_runtime.images import grid, write_png
     from dit_runtime.pipeline import Pipeline
     from dit_runtime.progress import Progress
 
     single = args.output.suffix.lower() == ".png"
+    if single and args.output.is_dir():
+        raise OutputError(f"{args.output}: is a folder, expected a file; choose another --output")
     check_writable(args.output if single else args.output / "picture.png")
     pipe = Pipeline(args.bundle, args.engine)
     count = len(args.labels)
