@@ -1,28 +1,29 @@
 """The limits a bundle carries for its own verification, per precision.
 
-Values are max |Δ| over the largest reference magnitude unless the name says otherwise. Beside each limit stands what
-was measured on the committed Fashion-MNIST model with ONNX Runtime on a CPU (``make demo`` prints it).
+Values are max |Δ| over the largest reference magnitude unless the name says otherwise. Beside each limit stands the
+largest value measured on the committed Fashion-MNIST model (``make demo`` prints it) and, for FP16, on DiT-XL/2 with
+random weights (``dit-verify``), with ONNX Runtime on a CPU.
 """
 
 TOLERANCES: dict[str, dict[str, float]] = {
     "fp32": {
-        "noise": 1e-6,
-        "blocks": 2e-5,
-        "forward": 2e-5,
-        "teacher_forced": 2e-5,
-        "free_running": 2e-4,
-        "decoder": 2e-5,
-        "image_psnr": 60.0,
-        "image_one_level": 0.999,
+        "noise": 1e-6,  # 1.2e-7
+        "blocks": 2e-5,  # 6.9e-7
+        "forward": 2e-5,  # 1.4e-6
+        "teacher_forced": 2e-5,  # 3.5e-6
+        "free_running": 5e-5,  # 4.2e-6
+        "decoder": 2e-5,  # 3.8e-6
+        "image_psnr": 60.0,  # 86 dB
+        "image_one_level": 0.999,  # all
     },
     "fp16": {
-        "noise": 1e-6,
-        "blocks": 1e-2,
-        "forward": 1e-2,
-        "teacher_forced": 1e-2,
-        "free_running": 5e-2,
-        "decoder": 1e-2,
-        "image_psnr": 35.0,
-        "image_one_level": 0.9,
+        "noise": 1e-6,  # 1.2e-7
+        "blocks": 2e-3,  # 3.6e-4
+        "forward": 5e-3,  # 1.6e-3, at guidance 4
+        "teacher_forced": 3e-3,  # 5.2e-4
+        "free_running": 5e-3,  # 3.9e-4
+        "decoder": 3e-3,  # 7.1e-4
+        "image_psnr": 35.0,  # 62 dB
+        "image_one_level": 0.99,  # all
     },
 }
