@@ -95,9 +95,11 @@ def spaced_timesteps(diffusion: DiffusionSpec, steps: int) -> NDArray[np.int64]:
         raise SamplingError(
             f"timestep spacing {diffusion.timestep_spacing!r} is not supported; expected leading, trailing or linspace"
         )
-    if timesteps.max() >= total:
+    # diffusers' trailing spacing accumulates in floating point: for 61, 103, 121, … steps it has one timestep too many.
+    if len(timesteps) != steps or timesteps.min() < 0 or timesteps.max() >= total:
         raise SamplingError(
-            f"{steps} steps with an offset of {diffusion.steps_offset} end past timestep {total - 1}; use fewer steps"
+            f"{steps} steps with {diffusion.timestep_spacing} spacing and offset {diffusion.steps_offset} leave the "
+            f"training timesteps 0 to {total - 1}, in diffusers too; use another number of steps"
         )
     return timesteps.astype(np.int64)
 
@@ -121,7 +123,7 @@ def ddim(diffusion: DiffusionSpec, steps: int, eta: float = 0.0) -> Schedule:
     final = 1.0 if diffusion.set_alpha_to_one else alpha_bars[0]
     alpha_bar = alpha_bars[timesteps]
     alpha_bar_prev = np.where(previous >= 0, alpha_bars[np.maximum(previous, 0)], final)
-    # A last step to a noisier level (steps_offset with set_alpha_to_one false) has no variance: diffusers is NaN there.
+    # Rounding could leave a variance of zero slightly negative.
     variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)
     sigma = eta * np.sqrt(np.maximum(variance, 0))
     rows = np.zeros((steps, COEFFICIENTS))
