@@ -44,7 +44,7 @@ class BuiltEngine:
 
     folder: Path
     bundle: str
-    library: str
+    builder: str
     recipe: Recipe
     graphs: tuple[BuiltGraph, ...]
     reused: bool
@@ -61,12 +61,12 @@ def engine_from_bundle(bundle: Bundle, recipe: Recipe, store: Path | None = None
         BundleError: a file of the bundle is missing or altered.
         OutputError: the store cannot be written.
     """
-    library = _library()
-    identity = json.dumps([bundle.digest, recipe.as_json(), library], sort_keys=True)
+    builder = _builder_version()
+    identity = json.dumps([bundle.digest, recipe.as_json(), builder], sort_keys=True)
     key = hashlib.sha256(identity.encode()).hexdigest()[:12]
     name = f"{recipe.target}-sm{recipe.compute_capability.replace('.', '')}-{key}"
     folder = (store or bundle.path / ENGINES) / name
-    if (stored := _stored(folder, bundle, recipe, library)) is not None:
+    if (stored := _stored(folder, bundle, recipe, builder)) is not None:
         return stored
     check_writable(folder)
     graphs: list[BuiltGraph] = []
@@ -84,16 +84,16 @@ def engine_from_bundle(bundle: Bundle, recipe: Recipe, store: Path | None = None
             )
         sidecar = {
             "bundle": bundle.digest,
-            "library": library,
+            "builder": builder,
             "recipe": recipe.as_json(),
             "tf32": False,
             "graphs": [asdict(built) for built in graphs],
         }
         (temporary / SIDECAR).write_text(json.dumps(sidecar, indent=1) + "\n", encoding="utf-8")
-    return BuiltEngine(folder, bundle.digest, library, recipe, tuple(graphs), reused=False)
+    return BuiltEngine(folder, bundle.digest, builder, recipe, tuple(graphs), reused=False)
 
 
-def _library() -> str:
+def _builder_version() -> str:
     if importlib.util.find_spec("tensorrt_rtx") is None:
         raise BuildError("TensorRT-RTX is not installed; pip install 'dit-export[rtx]'")
     for name in ("tensorrt-rtx-cu12", "tensorrt-rtx-cu13"):
@@ -156,13 +156,13 @@ def _built(bundle: Bundle, recipe: Recipe, graph: str, folder: Path, bar: Progre
     )
 
 
-def _stored(folder: Path, bundle: Bundle, recipe: Recipe, library: str) -> BuiltEngine | None:
+def _stored(folder: Path, bundle: Bundle, recipe: Recipe, builder: str) -> BuiltEngine | None:
     """The engine in ``folder`` when it is whole and what is wanted."""
     try:
         sidecar = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
-        if (sidecar["bundle"], sidecar["library"], sidecar["recipe"]["target"]) != (
+        if (sidecar["bundle"], sidecar["builder"], sidecar["recipe"]["target"]) != (
             bundle.digest,
-            library,
+            builder,
             recipe.target,
         ):
             return None
@@ -177,4 +177,4 @@ def _stored(folder: Path, bundle: Bundle, recipe: Recipe, library: str) -> Built
             graphs.append(built)
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return BuiltEngine(folder, bundle.digest, library, recipe, tuple(graphs), reused=True)
+    return BuiltEngine(folder, bundle.digest, builder, recipe, tuple(graphs), reused=True)

@@ -62,7 +62,7 @@ def _table(engine: BuiltEngine, depth: int) -> str:
     state = "already built" if engine.reused else "built"
     recipe = engine.recipe
     lines = [
-        f"{engine.folder}: {state} with {engine.library} for sm_{recipe.compute_capability.replace('.', '')}, "
+        f"{engine.folder}: {state} with {engine.builder} for sm_{recipe.compute_capability.replace('.', '')}, "
         f"batch ≤ {recipe.batch} (the builder's own figures)",
         f"{'graph':<20} {'weights':>10} {'activations':>12} {'kernels':>8} {'fused attention':>16} {'in FP16':>8}",
     ]

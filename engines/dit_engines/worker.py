@@ -100,7 +100,7 @@ def _built(request: dict[str, Any]) -> dict[str, Any]:
     Path(request["plan"]).write_bytes(plan)
     audit = audit_from_log("\n".join(layers), memory, len(request["profiles"]))
     return {
-        "library": f"tensorrt_rtx {trt.__version__}",
+        "builder": f"tensorrt_rtx {trt.__version__}",
         "plan_bytes": plan.nbytes,
         "tf32": config.get_flag(trt.BuilderFlag.TF32),
         "audit": asdict(audit),
