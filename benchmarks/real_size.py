@@ -115,7 +115,8 @@ def step_times(work: Path) -> dict[str, Any]:
     from dit_runtime import open_bundle
     from dit_runtime.engines import OnnxRuntimeEngine
     from dit_runtime.guidance import branch_rows, guidance_weights
-    from dit_runtime.schedule import INPUT, MATRIX, ddim
+    from dit_runtime.schedule import schedule_for
+    from dit_runtime.table import INPUT, MATRIX
 
     bundle_path = work / "fp32.bundle"
     if not bundle_path.exists():
@@ -128,7 +129,7 @@ def step_times(work: Path) -> dict[str, Any]:
     ).stdout.strip()
     bundle = open_bundle(bundle_path)
     engine = OnnxRuntimeEngine(bundle)
-    schedule = ddim(bundle.manifest.diffusion, 50)
+    schedule = schedule_for("ddim", bundle.manifest.model, bundle.manifest.diffusion, 50)
     z = np.random.default_rng(0).standard_normal((1, 4, 32, 32)).astype(np.float32)
     labels = np.array([207], np.int32)
     conditions, rows = branch_rows(labels, bundle.manifest.model.null_class, 2)

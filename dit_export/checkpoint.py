@@ -323,23 +323,39 @@ def _check_transformer(path: Path) -> None:
 
 def _scheduler(path: Path) -> DDIMScheduler:
     config = _json(path)
-    refused = {"clip_sample": False, "thresholding": False, "rescale_betas_zero_snr": False}
-    for key, value in refused.items():
+    for key in ("clip_sample", "thresholding"):
         # DDIMScheduler and DDPMScheduler clip unless told not to: the file may leave the key out.
         clips = key == "clip_sample" and config.get("_class_name") in ("DDIMScheduler", "DDPMScheduler")
-        if config.get(key, clips) != value:
+        if config.get(key, clips):
             raise CheckpointError(
                 f"{path}: {key} is not supported (it is not linear in the network's output); set it to false"
             )
-    if (prediction := config.get("prediction_type", "epsilon")) != "epsilon":
-        raise CheckpointError(f"{path}: prediction type {prediction!r} is not supported; expected 'epsilon'")
+    if (prediction := config.get("prediction_type", "epsilon")) not in ("epsilon", "v_prediction"):
+        raise CheckpointError(
+            f"{path}: prediction type {prediction!r} is not supported; expected 'epsilon' or 'v_prediction'"
+        )
+    if config.get("rescale_betas_zero_snr") and prediction == "epsilon":
+        raise CheckpointError(
+            f"{path}: rescale_betas_zero_snr with epsilon prediction: at the first timestep the noise says nothing "
+            "about the picture; expected prediction_type 'v_prediction', or rescale_betas_zero_snr false"
+        )
     known = {key: value for key, value in config.items() if not key.startswith("_")}
     names = DDIMScheduler().config.keys()
     return DDIMScheduler(**{key: value for key, value in known.items() if key in names})
 
 
 def betas_of(config: Any) -> tuple[float, ...]:
-    """The forward process's betas in float64 from a diffusers scheduler configuration."""
+    """The forward process's betas in float64 from a diffusers scheduler configuration, rescaled if it says so."""
+    betas = torch.tensor(_scheduled_betas(config), dtype=torch.float64)
+    if config.rescale_betas_zero_snr:
+        # Lin et al. 2023 (arXiv 2305.08891), algorithm 1: √ᾱ is shifted to end at 0 and scaled to begin where it did.
+        root = (1 - betas).cumprod(0).sqrt()
+        alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+        betas = 1 - alpha_bar / torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+    return tuple(betas.tolist())
+
+
+def _scheduled_betas(config: Any) -> tuple[float, ...]:
     if config.trained_betas is not None:
         return tuple(float(beta) for beta in config.trained_betas)
     count = config.num_train_timesteps

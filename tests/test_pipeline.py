@@ -71,8 +71,8 @@ def test_the_table_in_pieces_changes_nothing(bundles: dict[str, Path], monkeypat
     pipe = Pipeline(bundles["fp32"])
     whole = pipe([1, 2, 3], 5, steps=20, guidance=1.5, sampler="ddpm")
     row = 4 * 14 * 64
-    for rows in (1, 4, 13):
-        monkeypatch.setattr("dit_runtime.pipeline.TABLE_BYTES", row * rows)
+    for rows in (4, 5, 13):  # a step of three labels needs four
+        monkeypatch.setattr("dit_runtime.loop.TABLE_BYTES", row * rows)
         assert np.array_equal(pipe([1, 2, 3], 5, steps=20, guidance=1.5, sampler="ddpm"), whole)
 
 
@@ -142,8 +142,12 @@ def test_arguments_that_do_not_fit(bundles: dict[str, Path]) -> None:
         ({"labels": [1], "steps": 0}, "0 steps: expected 1 to 1000"),
         ({"labels": [1], "steps": 1001}, "1001 steps"),
         ({"labels": [1], "guidance": float("nan")}, "guidance nan"),
-        ({"labels": [1], "guidance": 0}, "guidance 0"),
-        ({"labels": [1], "sampler": "euler"}, "choose one of ddim, ddpm"),
+        ({"labels": [1], "guidance": -1}, "guidance -1"),
+        ({"labels": [1], "guidance": 0, "sampler": "ddpm"}, "guidance 0 with sampler ddpm"),
+        ({"labels": [1, 2], "guidance": [1, 2, 3]}, "3 guidance scales for 2 labels"),
+        ({"labels": [1], "sampler": "plms"}, "choose one of ddim, ddpm, dpmpp-2m, .*, sde-heun"),
+        ({"labels": [1], "sampler": "euler"}, "prediction type 'epsilon': expected one of ddim, ddpm"),
+        ({"labels": [1], "noise": np.zeros((1, 4, 8, 7), np.float32)}, r"expected finite float32 \[1, 4, 8, 8\]"),
         ({"labels": [1], "eta": 2.0}, "eta 2"),
     ]
     for arguments, message in wrong:
@@ -155,7 +159,7 @@ def test_a_batch_the_engine_cannot_take(bundles: dict[str, Path]) -> None:
     """An engine's limit is checked before the loop, and the error says which batch would fit."""
     pipe = Pipeline(bundles["fp32"])
     pipe.engine = SmallEngine(pipe.bundle)
-    with pytest.raises(SamplingError, match=r"batch of 3: .* takes at most 2; use --batch-size 2"):
+    with pytest.raises(SamplingError, match=r"batch of 3: .* takes at most 2; .*--batch-size 2"):
         pipe([1, 2, 3])
 
 

@@ -16,8 +16,9 @@ import gzip
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -189,7 +190,7 @@ class Diffusion:
         self.mean_x0 = (betas * previous.sqrt() / (1 - alpha_bar)).float()
         self.mean_xt = ((1 - previous) * (1 - betas).sqrt() / (1 - alpha_bar)).float()
 
-    def loss(self, model: DiTTransformer2DModel, x_0: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, model: Callable[..., Any], x_0: Tensor, labels: Tensor) -> Tensor:
         t = torch.randint(0, STEPS, (len(x_0),))
         noise = torch.randn_like(x_0)
 
@@ -250,11 +251,12 @@ def tied_transformer() -> DiTTransformer2DModel:
 def trained_transformer(means: Tensor, deviations: Tensor, labels: Tensor, steps: int) -> DiTTransformer2DModel:
     """``means`` and ``deviations``: scaled latents ``[N, 4, 8, 8]``."""
     model, diffusion = tied_transformer(), Diffusion()
+    forward = torch.compile(model, dynamic=False)  # 0.17 s a step on two cores where eager takes 0.23 s
     training = Training("transformer", model, steps, rate=1.2e-3, ema=0.9995, weight_decay=0.0)
     for index in batches(len(means), 128, steps, seed=3):
         x_0 = means[index] + deviations[index] * torch.randn_like(means[index])
         dropped = torch.rand(len(index)) < 0.1
-        training.step(diffusion.loss(model, x_0, torch.where(dropped, NULL_CLASS, labels[index])))
+        training.step(diffusion.loss(forward, x_0, torch.where(dropped, NULL_CLASS, labels[index])))
     return training.ema
 
 
@@ -269,15 +271,18 @@ def sampled(pipeline: DiTPipeline, count: int, guidance: float, steps: int = 50)
     """``count`` pictures and their labels from the unpatched modules, in ``DiTPipeline``'s loop with our null class."""
     transformer, autoencoder, scheduler = pipeline.transformer, pipeline.vae, pipeline.scheduler
     labels = torch.arange(count) % NULL_CLASS
-    z = torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     scheduler.set_timesteps(steps)
-    with torch.inference_mode():
-        for t in scheduler.timesteps:
-            classes = torch.cat([labels, torch.full_like(labels, NULL_CLASS)])
-            output = transformer(torch.cat([z, z]), timestep=t.expand(2 * count), class_labels=classes).sample[:, :4]
-            cond, uncond = output.chunk(2)
-            z = scheduler.step(uncond + guidance * (cond - uncond), t, z).prev_sample
-    return pictures_of(autoencoder, z / autoencoder.config.scaling_factor), labels.numpy()
+    finished = []
+    for z, wanted in zip(noise.split(250), labels.split(250), strict=True):
+        classes = torch.cat([wanted, torch.full_like(wanted, NULL_CLASS)])
+        with torch.inference_mode():
+            for t in scheduler.timesteps:
+                output = transformer(torch.cat([z, z]), timestep=t.expand(len(classes)), class_labels=classes).sample
+                cond, uncond = output[:, :4].chunk(2)
+                z = scheduler.step(uncond + guidance * (cond - uncond), t, z).prev_sample
+        finished.append(z)
+    return pictures_of(autoencoder, torch.cat(finished) / autoencoder.config.scaling_factor), labels.numpy()
 
 
 def saved_pipeline(transformer: DiTTransformer2DModel, autoencoder: AutoencoderKL) -> None:
@@ -295,7 +300,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/fashion_mnist"), help="intermediate weights")
     parser.add_argument("--evaluator-steps", type=int, default=2500)
     parser.add_argument("--autoencoder-steps", type=int, default=2300)
-    parser.add_argument("--transformer-steps", type=int, default=4800)
+    parser.add_argument("--transformer-steps", type=int, default=20000)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     images, labels = images_from_idx(args.data, "train")
@@ -328,11 +333,11 @@ def main() -> None:
     print(f"latents: scaling factor {factor}, mean posterior deviation {deviations.mean() * factor:.4f}", flush=True)
 
     real = statistics(judged(evaluator, images.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy())[1])
-    reconstructed_classes, features = judged(evaluator, reconstructions)
+    reconstructed_classes, reconstructed_features = judged(evaluator, reconstructions)
     figures = {
         "real_accuracy": real_accuracy,
         "test_distance": frechet_distance(statistics(test_features), real),
-        "reconstruction_distance": frechet_distance(statistics(features), real),
+        "reconstruction_distance": frechet_distance(statistics(reconstructed_features), real),
         "reconstruction_accuracy": float((reconstructed_classes == test_labels.numpy()).mean()),
         "reconstruction_psnr": psnr,
     }
@@ -349,11 +354,18 @@ def main() -> None:
 
     pipeline = DiTPipeline.from_pretrained(CHECKPOINT, dtype=torch.float32)
     reference = reference_statistics()
-    for guidance in (1.0, 1.5, 2.5, 4.0):
-        pictures, asked = sampled(pipeline, 1000, guidance)
+    # A Fréchet distance falls with the number of pictures: it is compared with reconstructions over as many.
+    for guidance, count in ((1.0, 1000), (1.5, 1000), (2.5, 1000), (4.0, 1000), (1.5, 5000)):
+        pictures, asked = sampled(pipeline, count, guidance)
         seen, features = judged(evaluator, pictures)
         distance = frechet_distance(statistics(features), (reference["mean"], reference["covariance"]))
-        print(f"guidance {guidance}: class accuracy {(seen == asked).mean():.3f}, distance {distance:.3f}", flush=True)
+        chunks = [statistics(chunk) for chunk in np.split(reconstructed_features, 10_000 // count)]
+        same = np.mean([frechet_distance(chunk, (reference["mean"], reference["covariance"])) for chunk in chunks])
+        print(
+            f"guidance {guidance}, {count} pictures: class accuracy {(seen == asked).mean():.3f}, "
+            f"distance {distance:.3f}; of as many reconstructions {same:.3f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

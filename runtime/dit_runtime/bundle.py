@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
@@ -24,10 +23,11 @@ import numpy as np
 from dit_runtime.errors import BundleError
 from dit_runtime.files import sha256_of
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
 ENGINES = "engines"
 GRAPHS = ("conditioner", "step", "probe", "decoder")
+PATHS = ("linear", "gvp", "vp")
 
 T = TypeVar("T")
 
@@ -70,9 +70,10 @@ class ModelSpec:
 class DiffusionSpec:
     """The forward process and what the network predicts, with the reference scheduler's conventions.
 
-    ``betas``: float64, one per training timestep. ``guidance_channels``: how many latent channels classifier-free
-    guidance acts on, from the first. ``timestep_spacing``, ``steps_offset`` and ``set_alpha_to_one`` are diffusers'
-    scheduler settings of the same names.
+    ``betas``: float64, one per training timestep; a last one of 1 is zero terminal SNR. ``prediction_type``:
+    ``epsilon``, ``v_prediction``, or ``velocity`` with a ``path`` (SiT's ``linear``, ``gvp`` or ``vp``) in place of
+    betas. ``guidance_channels``: how many latent channels classifier-free guidance acts on, from the first.
+    ``timestep_spacing``, ``steps_offset`` and ``set_alpha_to_one`` are diffusers' scheduler settings of the same names.
     """
 
     betas: tuple[float, ...]
@@ -81,6 +82,7 @@ class DiffusionSpec:
     timestep_spacing: str
     steps_offset: int
     set_alpha_to_one: bool
+    path: str | None = None
 
 
 @dataclass(frozen=True)
@@ -299,7 +301,10 @@ def _check_consistency(manifest: Manifest) -> None:
         for file in (graph.file, graph.weights):
             if file not in manifest.files:
                 raise ValueError(f"graph file {file!r} has no hash")
-    if not diffusion.betas or not all(0 < beta < 1 and math.isfinite(beta) for beta in diffusion.betas):
+    if (diffusion.prediction_type == "velocity") != (diffusion.path in PATHS):
+        raise ValueError(f"prediction type {diffusion.prediction_type!r} with path {diffusion.path!r}")
+    *betas, last = diffusion.betas or (0.5,)
+    if diffusion.path is None and not (diffusion.betas and all(0 < beta < 1 for beta in betas) and 0 < last <= 1):
         raise ValueError("betas must lie between 0 and 1")
     if len(manifest.class_names) not in (0, model.classes):
         raise ValueError(f"{len(manifest.class_names)} class names for {model.classes} classes")

@@ -30,10 +30,17 @@ class Session(Protocol):
 
 
 class Engine(Protocol):
-    """What runs a bundle's graphs. ``max_batch``: most pictures in one call, None for no limit of its own."""
+    """What runs a bundle's graphs.
+
+    Attributes:
+        name: with version and device, for the record.
+        max_batch: most pictures in one call, None for no limit of its own.
+        threads: of the CPU, 0 where the engine chooses.
+    """
 
     name: str
     max_batch: int | None
+    threads: int
 
     def session(self, graph: str) -> Session:
         """The session of a graph (``conditioner``, ``step``, ``probe`` or ``decoder``), loaded on first use."""
@@ -47,7 +54,7 @@ class OnnxRuntimeEngine:
 
     def __init__(self, bundle: Bundle, threads: int = 0) -> None:
         self._runtime = _imported_onnxruntime()
-        self._bundle, self._threads = bundle, threads
+        self._bundle, self.threads = bundle, threads
         self._sessions: dict[str, _OnnxRuntimeSession] = {}
         self.name = f"onnxruntime {self._runtime.__version__} CPU"
 
@@ -55,7 +62,7 @@ class OnnxRuntimeEngine:
         if graph not in self._sessions:
             path = self._bundle.graph(graph)
             options = self._runtime.SessionOptions()
-            options.intra_op_num_threads = self._threads
+            options.intra_op_num_threads = self.threads
             options.log_severity_level = 3
             try:
                 session = self._runtime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
@@ -83,14 +90,14 @@ class _OnnxRuntimeSession:
         return [np.asarray(result) for result in results]
 
 
-def open_engine(bundle: Bundle, name: str = "auto") -> Engine:
+def open_engine(bundle: Bundle, name: str = "auto", threads: int = 0) -> Engine:
     """The engine to run a bundle with. ``auto`` is the fastest one installed.
 
     Raises:
         EngineError: unknown, or not installed (the message says what to install).
     """
     if name in ("auto", "onnxruntime"):
-        return OnnxRuntimeEngine(bundle)
+        return OnnxRuntimeEngine(bundle, threads)
     raise EngineError(f"engine {name!r} is unknown; choose auto or one of {', '.join(ENGINES)}")
 
 

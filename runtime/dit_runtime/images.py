@@ -3,25 +3,46 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
+from dit_runtime.errors import OutputError
 from dit_runtime.files import replaced_file
 
 Pictures = NDArray[np.uint8]
 
 
-def write_png(path: Path, image: Pictures) -> None:
-    """Write one picture ``[H, W, 3]``.
+def write_png(path: Path, image: Pictures, text: Mapping[str, str] | None = None) -> None:
+    """Write one picture ``[H, W, 3]``, with text chunks.
 
     Raises:
         OutputError: the place cannot be written.
     """
+    chunks = PngInfo()
+    for key, value in (text or {}).items():
+        chunks.add_text(key, value)
     with replaced_file(path) as file:
-        Image.fromarray(image).save(file, format="PNG")
+        Image.fromarray(image).save(file, format="PNG", pnginfo=chunks)
+
+
+def read_png(path: Path) -> tuple[Pictures, dict[str, str]]:
+    """A picture ``[H, W, 3]`` and its text chunks.
+
+    Raises:
+        OutputError: missing, or not a PNG file.
+    """
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            pixels = np.asarray(image.convert("RGB"))
+            text = {key: str(value) for key, value in image.text.items()}  # type: ignore[attr-defined]  # PngImageFile
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise OutputError(f"{path}: cannot be read as a PNG picture ({error}); name a picture of dit-sample") from error
+    return pixels, text
 
 
 def grid(images: Pictures, columns: int | None = None) -> Pictures:

@@ -33,6 +33,10 @@ class Progress:
             self._drawn = now
             self._draw()
 
+    def skip(self, count: int) -> None:
+        """Work that need not be done: it counts neither as done nor as left."""
+        self._total = max(self._total - count, 1)
+
     def describe(self, label: str) -> None:
         self._label = label
         self._draw()

@@ -1,190 +1,78 @@
-"""Samplers as tables: one pure function per sampler, computed in float64 and stored as float32.
-
-With the state's slots s₀ (the latents z_t), s₁ and s₂ (the sampler's memory), e the guided network output and v the
-learned-variance channels, one row of 17 numbers (a, b, A row by row, B, g, h, k) means
-
-    denoised = a·s₀ + b·e
-    s'ᵢ      = Σⱼ Aᵢⱼ·sⱼ + Bᵢ·e          i = 0, 1, 2
-    s'₀     += exp(g + h·v)·k·noise
-
-The step graph evaluates one row per picture; there is nothing else a sampler does at run time.
-"""
+"""The samplers by name."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
-
+from dit_runtime import flow, solvers
 from dit_runtime.bundle import DiffusionSpec, ModelSpec
 from dit_runtime.errors import SamplingError
+from dit_runtime.spacing import spaced_timesteps
+from dit_runtime.table import Schedule
 
-COEFFICIENTS = 17
-SAMPLERS = ("ddim", "ddpm")
+__all__ = ["DIFFUSION_SAMPLERS", "FLOW_SAMPLERS", "SAMPLERS", "Schedule", "schedule_for", "spaced_timesteps"]
 
-# Columns of a row.
-A_Z, B_E = 0, 1  # denoised = a·s₀ + b·e
-MATRIX = 2  # nine numbers, row by row
-INPUT = 11  # three numbers
-LOG_SIGMA, LOG_SIGMA_V, NOISE = 14, 15, 16  # g, h, k
+DIFFUSION_SAMPLERS = ("ddim", "ddpm", "dpmpp-2m", "dpmpp-2m-sde", "dpmpp-3m", "unipc", "euler-ancestral")
+FLOW_SAMPLERS = ("euler", "heun", "sde-euler", "sde-heun")
+SAMPLERS = DIFFUSION_SAMPLERS + FLOW_SAMPLERS
 
-Float64 = NDArray[np.float64]
+MOST_STEPS = 10_000  # of a velocity model, whose time is continuous
 
-
-@dataclass(frozen=True)
-class Schedule:
-    """A sampler's work for one picture.
-
-    Attributes:
-        timesteps: float32 ``[U]``, the distinct training timesteps that the network is asked about.
-        rows: int32 ``[T]``, which of them each evaluation uses.
-        coefficients: float32 ``[T, 17]``.
-        initial: float32 ``[T, 2]``, scale of signal and of noise in z before each row: where image-to-image starts.
-        draws_noise: bool ``[T]``, whether the reference draws noise at this row (so that seeds agree).
-        completes_step: bool ``[T]``, False for inner evaluations, which a viewer does not see.
-        uses_variance: whether any row depends on v.
-    """
-
-    sampler: str
-    timesteps: NDArray[np.float32]
-    rows: NDArray[np.int32]
-    coefficients: NDArray[np.float32]
-    initial: NDArray[np.float32]
-    draws_noise: NDArray[np.bool_]
-    completes_step: NDArray[np.bool_]
-
-    @property
-    def uses_variance(self) -> bool:
-        return bool(np.any(self.coefficients[:, LOG_SIGMA_V] != 0))
-
-    def __len__(self) -> int:
-        return len(self.rows)
+# torchdiffeq's solvers that choose their own steps: no table can hold those.
+ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver")
 
 
-def schedule_for(sampler: str, model: ModelSpec, diffusion: DiffusionSpec, steps: int, eta: float = 0.0) -> Schedule:
+def schedule_for(
+    sampler: str, model: ModelSpec, diffusion: DiffusionSpec, steps: int, eta: float = 0.0, spacing: str | None = None
+) -> Schedule:
     """The schedule of a named sampler.
+
+    Args:
+        sampler: one of ``SAMPLERS``: the first seven for ε and v prediction, the others for velocity models.
+        model: whether the variance is learned matters to ``ddpm``.
+        diffusion: the bundle's forward process.
+        steps: sampling steps; ``heun`` and ``sde-heun`` evaluate the network twice in each.
+        eta: DDIM's stochasticity, 0 to 1.
+        spacing: ``leading``, ``trailing``, ``linspace``, ``karras``, ``official`` or ``official-ddim``, where the
+            sampler's reference has it; None takes the bundle's own, and for ``ddpm`` the official respacing.
 
     Raises:
         SamplingError: an unknown sampler, or settings that it or its reference cannot run.
     """
+    if sampler in ADAPTIVE:
+        raise SamplingError(f"sampler {sampler!r} is adaptive: it has no table of steps; use euler or heun")
     if sampler not in SAMPLERS:
         raise SamplingError(f"sampler {sampler!r} is unknown; choose one of {', '.join(SAMPLERS)}")
-    if sampler == "ddpm" and eta:
-        raise SamplingError(f"eta {eta:g} with sampler ddpm: eta is DDIM's; leave it out or use --sampler ddim")
+    if sampler != "ddim" and eta != 0:
+        raise SamplingError(f"eta {eta:g} with sampler {sampler}: eta is DDIM's; leave it out or use --sampler ddim")
+    flows = diffusion.prediction_type == "velocity"
+    fitting = FLOW_SAMPLERS if flows else DIFFUSION_SAMPLERS
+    if sampler not in fitting:
+        raise SamplingError(
+            f"sampler {sampler} with a model of prediction type {diffusion.prediction_type!r}: "
+            f"expected one of {', '.join(fitting)}"
+        )
+    if flows:
+        return _flow_schedule(sampler, diffusion, steps, spacing)
     total = len(diffusion.betas)
     if not 1 <= steps <= total:
         raise SamplingError(f"{steps} steps: expected 1 to {total}, the number of training timesteps")
-    if diffusion.prediction_type != "epsilon":
-        raise SamplingError(f"prediction type {diffusion.prediction_type!r} is not supported; expected 'epsilon'")
     if sampler == "ddim":
-        return ddim(diffusion, steps, eta)
-    return ddpm(diffusion, steps, model.learned_variance)
+        return solvers.ddim(diffusion, steps, eta, spacing)
+    if sampler == "ddpm":
+        return solvers.ddpm(diffusion, steps, model.learned_variance, spacing)
+    if sampler == "unipc":
+        return solvers.unipc(diffusion, steps, spacing)
+    if sampler == "euler-ancestral":
+        return solvers.euler_ancestral(diffusion, steps, spacing)
+    order = 3 if sampler == "dpmpp-3m" else 2
+    return solvers.dpm_solver_pp(diffusion, steps, order, sampler == "dpmpp-2m-sde", spacing)
 
 
-def spaced_timesteps(diffusion: DiffusionSpec, steps: int) -> NDArray[np.int64]:
-    """Descending timesteps as diffusers' ``DDIMScheduler.set_timesteps`` spaces them."""
-    total = len(diffusion.betas)
-    if diffusion.timestep_spacing == "leading":
-        timesteps = np.arange(steps)[::-1] * (total // steps) + diffusion.steps_offset
-    elif diffusion.timestep_spacing == "trailing":
-        timesteps = np.round(np.arange(total, 0, -total / steps)).astype(np.int64) - 1
-    elif diffusion.timestep_spacing == "linspace":
-        timesteps = np.linspace(0, total - 1, steps).round()[::-1].astype(np.int64)
-    else:
-        raise SamplingError(
-            f"timestep spacing {diffusion.timestep_spacing!r} is not supported; expected leading, trailing or linspace"
-        )
-    # diffusers' trailing spacing accumulates in floating point: for 61, 103, 121, … steps it has one timestep too many.
-    if len(timesteps) != steps or timesteps.min() < 0 or timesteps.max() >= total:
-        raise SamplingError(
-            f"{steps} steps with {diffusion.timestep_spacing} spacing and offset {diffusion.steps_offset} leave the "
-            f"training timesteps 0 to {total - 1}, in diffusers too; use another number of steps"
-        )
-    return timesteps.astype(np.int64)
-
-
-def cumulative_alphas(diffusion: DiffusionSpec) -> Float64:
-    """ᾱ_t, the product of 1 − β, for every training timestep."""
-    betas = np.array(diffusion.betas, np.float64)
-    return np.cumprod(1.0 - betas, dtype=np.float64)
-
-
-def ddim(diffusion: DiffusionSpec, steps: int, eta: float = 0.0) -> Schedule:
-    """DDIM (Song et al. 2020, arXiv 2010.02502, equations 12 and 16), as diffusers' ``DDIMScheduler`` without clipping.
-
-    ``eta`` in [0, 1]: 0 is deterministic; above 0 noise is drawn at every row, the last included.
-    """
-    if not 0 <= eta <= 1:
-        raise SamplingError(f"eta {eta:g}: expected 0 to 1")
-    alpha_bars = cumulative_alphas(diffusion)
-    timesteps = spaced_timesteps(diffusion, steps)
-    previous = timesteps - len(alpha_bars) // steps
-    final = 1.0 if diffusion.set_alpha_to_one else alpha_bars[0]
-    alpha_bar = alpha_bars[timesteps]
-    alpha_bar_prev = np.where(previous >= 0, alpha_bars[np.maximum(previous, 0)], final)
-    # Rounding could leave a variance of zero slightly negative.
-    variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)
-    sigma = eta * np.sqrt(np.maximum(variance, 0))
-    rows = np.zeros((steps, COEFFICIENTS))
-    rows[:, A_Z], rows[:, B_E] = _denoised(alpha_bar)
-    direction = np.sqrt(1 - alpha_bar_prev - sigma**2)
-    rows[:, MATRIX] = np.sqrt(alpha_bar_prev) * rows[:, A_Z]
-    rows[:, INPUT] = np.sqrt(alpha_bar_prev) * rows[:, B_E] + direction
-    rows[:, NOISE] = sigma
-    return _schedule("ddim", timesteps, rows, alpha_bar, np.full(steps, eta > 0))
-
-
-def ddpm(diffusion: DiffusionSpec, steps: int, learned_variance: bool) -> Schedule:
-    """Ancestral sampling of a respaced DDPM, as the official code does it (``respace.py``, ``gaussian_diffusion.py``).
-
-    Learned variance interpolates log β̃ and log β (Nichol & Dhariwal 2021, arXiv 2102.09672, equation 15); without it
-    the variance is the official default, fixed large. Noise is drawn at every row but the last.
-    """
-    if steps < 2:
-        raise SamplingError("1 step with sampler ddpm: the official respacing needs at least 2; use --sampler ddim")
-    alpha_bars = cumulative_alphas(diffusion)
-    # Evenly spaced with both ends, rounded half to even, accumulating as space_timesteps does.
-    stride, position, taken = (len(alpha_bars) - 1) / (steps - 1), 0.0, []
-    for _ in range(steps):
-        taken.append(round(position))
-        position += stride
-    kept = alpha_bars[taken]
-    previous = np.append(1.0, kept[:-1])
-    betas = 1 - kept / previous
-    posterior = betas * (1 - previous) / (1 - kept)
-    rows = np.zeros((steps, COEFFICIENTS))
-    rows[:, A_Z], rows[:, B_E] = _denoised(kept)
-    from_x0 = betas * np.sqrt(previous) / (1 - kept)
-    from_xt = (1 - previous) * np.sqrt(1 - betas) / (1 - kept)
-    rows[:, MATRIX] = from_x0 * rows[:, A_Z] + from_xt
-    rows[:, INPUT] = from_x0 * rows[:, B_E]
-    low, high = np.log(posterior[1:]), np.log(betas[1:])
-    if learned_variance:
-        rows[1:, LOG_SIGMA] = (low + high) / 4
-        rows[1:, LOG_SIGMA_V] = (high - low) / 4
-    else:
-        rows[1:, LOG_SIGMA] = high / 2
-    rows[1:, NOISE] = 1
-    draws = np.arange(steps) > 0
-    return _schedule("ddpm", np.array(taken)[::-1], rows[::-1], kept[::-1], draws[::-1])
-
-
-def _denoised(alpha_bar: Float64) -> tuple[Float64, Float64]:
-    """x₀ = (z − √(1−ᾱ)·ε)/√ᾱ as (a, b)."""
-    return 1 / np.sqrt(alpha_bar), -np.sqrt(1 - alpha_bar) / np.sqrt(alpha_bar)
-
-
-def _schedule(
-    sampler: str, timesteps: NDArray[np.int64], rows: Float64, alpha_bar: Float64, draws: NDArray[np.bool_]
-) -> Schedule:
-    count = len(timesteps)
-    return Schedule(
-        sampler=sampler,
-        timesteps=timesteps.astype(np.float32),
-        rows=np.arange(count, dtype=np.int32),
-        coefficients=rows.astype(np.float32),
-        initial=np.stack([np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)], axis=1).astype(np.float32),
-        draws_noise=draws.copy(),
-        completes_step=np.ones(count, dtype=np.bool_),
-    )
+def _flow_schedule(sampler: str, diffusion: DiffusionSpec, steps: int, spacing: str | None) -> Schedule:
+    if spacing is not None:
+        raise SamplingError(f"timestep spacing {spacing!r} with sampler {sampler}: its steps are uniform; leave it out")
+    if not 1 <= steps <= MOST_STEPS:
+        raise SamplingError(f"{steps} steps: expected 1 to {MOST_STEPS}")
+    path = diffusion.path or ""
+    if sampler in ("euler", "heun"):
+        return flow.flow_ode(path, steps, sampler)
+    return flow.flow_sde(path, steps, sampler.removeprefix("sde-"))

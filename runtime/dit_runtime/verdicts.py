@@ -65,14 +65,14 @@ def stored_verdict(bundle: Bundle, engine: Engine) -> bool | None:
         return None
 
 
-def trusted_engine(bundle: Bundle) -> Engine:
+def trusted_engine(bundle: Bundle, threads: int = 0) -> Engine:
     """``engine=auto``: an engine with a passing verdict here; without a verdict the quick verify runs first.
 
     Raises:
         ParityError: the engine does not match the reference.
         EngineError: no engine is installed.
     """
-    engine = open_engine(bundle)
+    engine = open_engine(bundle, threads=threads)
     passed = stored_verdict(bundle, engine)
     if passed is None:
         print(f"{engine.name}: first use of this bundle here, verifying it", file=sys.stderr)

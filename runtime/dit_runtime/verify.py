@@ -18,7 +18,8 @@ from dit_runtime.engines import Array, Engine
 from dit_runtime.guidance import branch_rows, guidance_weights
 from dit_runtime.noise import Float32, TorchNoise
 from dit_runtime.progress import Progress
-from dit_runtime.schedule import A_Z, B_E, COEFFICIENTS, LOG_SIGMA_V, NOISE, Schedule, schedule_for
+from dit_runtime.schedule import Schedule, schedule_for
+from dit_runtime.table import A_Z, B_E, COEFFICIENTS, LOG_SIGMA_V, NOISE
 
 TRAJECTORIES = ("ddim", "ddpm")
 

@@ -1,0 +1,268 @@
+"""The sampling loop: pictures in an engine's batch, each at its own row of its own schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from dit_runtime.bundle import ModelSpec
+from dit_runtime.engines import Array, Engine
+from dit_runtime.errors import SamplingError
+from dit_runtime.guidance import Branches, Guidance
+from dit_runtime.noise import CudaNoise, Float32, Noise, TorchNoise, normals
+from dit_runtime.table import COEFFICIENTS, Schedule
+
+# The conditioning table of DiT-XL/2 takes 783 KB a row: long schedules and large batches compute it in pieces.
+TABLE_BYTES = 256 << 20
+# Rows that the conditioner computes in one call: its activations are several times its output.
+CONDITIONER_BYTES = 32 << 20
+
+Condition = tuple[float, int]  # timestep and label
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """One picture to be made, checked.
+
+    Attributes:
+        labels: weight of each class number.
+        seed: of its own stream of noise.
+        schedule: its sampler.
+        guidance: scale, interval and shape.
+        negative_label: class number in place of the null class.
+        branches: what labels and guidance come to, row by row.
+        noise: float32 ``[C, H, W]`` in place of the stream's first draw.
+        noise_device: ``cpu`` or ``cuda``: whose PyTorch generator the seed stands for.
+        noise_dtype: ``float32`` or ``float16``: the dtype PyTorch draws in.
+        cuda_threads: resident threads of the CUDA device, for draws that depend on it (``CudaNoise``).
+    """
+
+    labels: dict[int, float]
+    seed: int
+    schedule: Schedule
+    guidance: Guidance
+    negative_label: int | None
+    branches: Branches
+    noise: Float32 | None = None
+    noise_device: str = "cpu"
+    noise_dtype: str = "float32"
+    cuda_threads: int | None = None
+
+    def stream(self) -> Noise:
+        """The picture's noise from its beginning."""
+        return TorchNoise(self.seed) if self.noise_device == "cpu" else CudaNoise(self.seed, self.cuda_threads)
+
+    def started(self, shape: tuple[int, ...]) -> tuple[Float32, Noise]:
+        """z before the first row ``[C, H, W]``, and the stream for the rows."""
+        stream, (first, *others) = self.stream(), self.schedule.start
+        latents: Float32 = first * (self.drawn(stream, shape) if self.noise is None else self.noise)
+        for scale in others:
+            latents = latents + scale * self.drawn(stream, shape)
+        return latents, stream
+
+    def drawn(self, stream: Noise, shape: tuple[int, ...]) -> Float32:
+        """The next noise of the picture's stream, float32 ``[C, H, W]``."""
+        return stream.normal(shape, self.noise_dtype).astype(np.float32)
+
+
+class ConditioningTable:
+    """Rows of the conditioning table by (timestep, label), at one address, within ``TABLE_BYTES``.
+
+    Rows are computed ahead of their use, ``CONDITIONER_BYTES`` of them at a time. When there is no room for a row that
+    is needed, all are dropped and the table fills up again with what the pictures will use next.
+    """
+
+    def __init__(self, engine: Engine, model: ModelSpec) -> None:
+        self._conditioner = engine.session("conditioner")
+        shape = (6 * model.depth + 2, model.width)
+        row_bytes = 4 * shape[0] * shape[1]
+        self._capacity = max(1, TABLE_BYTES // row_bytes)
+        self._chunk = max(1, CONDITIONER_BYTES // row_bytes)
+        self._rows: dict[Condition, int] = {}
+        self._memory = np.empty((self._capacity, *shape), np.float32)  # pages that are never written cost nothing
+
+    @property
+    def array(self) -> Float32:
+        """The rows that are in use, ``[R, 6·depth+2, D]``."""
+        return self._memory[: len(self._rows)]
+
+    def __getitem__(self, condition: Condition) -> int:
+        """Where a prepared row is."""
+        return self._rows[condition]
+
+    def prepare(self, needed: Sequence[Condition], upcoming: Iterator[Condition]) -> None:
+        """Have the rows of ``needed``, and if any is missing as many of ``upcoming`` as fit.
+
+        Raises:
+            SamplingError: one batch needs more rows than the bound of memory allows.
+        """
+        missing = [condition for condition in needed if condition not in self._rows]
+        if not missing:
+            return
+        wanted, room = dict.fromkeys(missing), self._capacity - len(self._rows)
+        if len(wanted) > room:
+            wanted, room = dict.fromkeys(needed), self._capacity
+            if len(wanted) > room:
+                raise SamplingError(
+                    f"this batch needs {len(wanted)} rows of the conditioning table at once, and {room} fit in "
+                    f"{TABLE_BYTES >> 20} MiB; use a smaller batch"
+                )
+            self._rows.clear()
+        for condition in upcoming:
+            if len(wanted) == room:
+                break
+            if condition not in self._rows:
+                wanted[condition] = None
+        conditions, first = list(wanted), len(self._rows)
+        for start in range(0, len(conditions), self._chunk):
+            chunk = conditions[start : start + self._chunk]
+            (rows,) = self._conditioner.run(
+                {
+                    "timesteps": np.array([time for time, _ in chunk], np.float32),
+                    "labels": np.array([label for _, label in chunk], np.int32),
+                },
+                ["modulation"],
+            )
+            self._memory[first + start : first + start + len(chunk)] = rows
+        self._rows.update({condition: first + index for index, condition in enumerate(conditions)})
+
+
+class _Slot:
+    """A picture in the batch, and how far it is."""
+
+    def __init__(self, key: int, picture: Picture, stream: Noise) -> None:
+        self.key, self.picture, self.stream, self.row = key, picture, stream, 0
+        schedule = picture.schedule
+        self.times: list[float] = schedule.timesteps[schedule.rows].tolist()
+        self.labels: list[int] = picture.branches.labels.tolist()
+        self.needed: list[int] = picture.branches.needed.tolist()
+        self.draws: list[bool] = schedule.draws_noise.tolist()
+        self.completes: list[bool] = schedule.completes_step.tolist()
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+    def conditions(self, ahead: int = 0) -> list[Condition]:
+        """What the network is asked about in this row, or one that far ahead, branch by branch."""
+        row = self.row + ahead
+        time = self.times[row]
+        return [(time, label) for label in self.labels[: self.needed[row]]]
+
+
+class Advance(NamedTuple):
+    """What one engine call did to the batch: a list entry or array row per picture that was in it.
+
+    The arrays, ``[B, C, H, W]``, belong to the batch: copy what is to be kept.
+    """
+
+    keys: list[int]
+    completed: list[bool]
+    finished: list[bool]
+    latents: Float32
+    denoised: Float32
+
+
+class Batch:
+    """Up to as many pictures as an engine takes, advanced together, added and finished one by one."""
+
+    def __init__(self, engine: Engine, model: ModelSpec) -> None:
+        self._engine = engine
+        self._step = engine.session("step")
+        self._table = ConditioningTable(engine, model)
+        self._shape = (model.latent_channels, *model.latent_size)
+        self._slots: list[_Slot] = []
+        self._state = np.zeros((0, 3, *self._shape), np.float32)
+        self._noise = np.zeros((0, *self._shape), np.float32)
+        self._failure: SamplingError | None = None
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def add(self, pictures: Sequence[tuple[int, Picture]]) -> None:
+        """Let pictures in, each with a key that its results carry."""
+        if not pictures:
+            return
+        state = np.zeros((len(pictures), 3, *self._shape), np.float32)
+        for index, (key, picture) in enumerate(pictures):
+            state[index, 0], stream = picture.started(self._shape)
+            self._slots.append(_Slot(key, picture, stream))
+        self._state = np.concatenate([self._state, state])
+        self._noise = np.zeros_like(self._state[:, 0])
+
+    def advance(self) -> Advance:
+        """One row of every picture, in one engine call. Finished pictures leave the batch.
+
+        Raises:
+            SamplingError: latents that are no longer finite; pictures that finished in the same call come first, and
+                the error with the next call.
+        """
+        if self._failure is not None:
+            raise self._failure
+        slots = self._slots
+        state, denoised = self._step.run(self._inputs(), ["next_state", "denoised"])
+        completed = [slot.completes[slot.row] for slot in slots]
+        finished = [slot.row + 1 == len(slot) for slot in slots]
+        if not np.isfinite(state).all():
+            sound = [bool(np.isfinite(values).all()) for values in state]
+            self._failure = self._not_finite(slots[sound.index(False)])
+            finished = [done and fine for done, fine in zip(finished, sound, strict=True)]
+            if not any(finished):
+                raise self._failure
+        for slot in slots:
+            slot.row += 1
+        self._state = state
+        if any(finished):
+            kept = [index for index, done in enumerate(finished) if not done]
+            self._slots = [slots[index] for index in kept]
+            self._state, self._noise = state[kept], self._noise[kept]
+        return Advance([slot.key for slot in slots], completed, finished, state[:, 0], denoised)
+
+    def _inputs(self) -> dict[str, Array]:
+        """What the step graph reads, for each picture's own row."""
+        slots = self._slots
+        conditions = [slot.conditions() for slot in slots]
+        self._table.prepare([condition for each in conditions for condition in each], self._upcoming())
+        branches = max(slot.needed[slot.row] for slot in slots)
+        coefficients = np.empty((len(slots), COEFFICIENTS), np.float32)
+        weights = np.zeros((branches, len(slots), self._shape[0]), np.float32)
+        rows = np.zeros((branches, len(slots)), np.int32)  # a branch without a weight may read any row
+        for index, slot in enumerate(slots):
+            row, picture = slot.row, slot.picture
+            count = len(conditions[index])
+            coefficients[index] = picture.schedule.coefficients[row]
+            weights[:count, index] = picture.branches.weights[row, :count]
+            rows[:count, index] = [self._table[condition] for condition in conditions[index]]
+        drawing = [index for index, slot in enumerate(slots) if slot.draws[slot.row]]
+        # Where k is 0, what is left of the noise of the step before does nothing.
+        if drawing:
+            self._noise[drawing] = self._drawn([slots[index] for index in drawing])
+        return {
+            "state": self._state,
+            "noise": self._noise,
+            "coefficients": coefficients,
+            "guidance": weights,
+            "rows": rows,
+            "modulation": self._table.array,
+        }
+
+    def _drawn(self, slots: Sequence[_Slot]) -> Float32:
+        if all(slot.picture.noise_dtype == "float32" for slot in slots):
+            return normals([slot.stream for slot in slots], self._shape)
+        return np.stack([slot.picture.drawn(slot.stream, self._shape) for slot in slots])
+
+    def _upcoming(self) -> Iterator[Condition]:
+        """The conditions that the pictures need next, soonest first."""
+        for ahead in range(1, max(len(slot) - slot.row for slot in self._slots)):
+            for slot in self._slots:
+                if slot.row + ahead < len(slot):
+                    yield from slot.conditions(ahead)
+
+    def _not_finite(self, slot: _Slot) -> SamplingError:
+        step = sum(slot.completes[: slot.row]) + 1
+        return SamplingError(
+            f"latents are not finite after step {step} of {slot.picture.schedule.steps} on {self._engine.name} (seed "
+            f"{slot.picture.seed}); run dit-verify on this bundle and engine"
+        )

@@ -1,0 +1,209 @@
+"""What made a picture: written into its file, and enough to make it again, bit for bit.
+
+Each entry is a PNG text chunk ``dit.KEY`` with a JSON value. In a file with one picture they are its own; in a grid the
+entries of ``PER_PICTURE`` are lists, in the order of its places.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dit_runtime.errors import SamplingError
+from dit_runtime.flow import UNIFORM
+from dit_runtime.loop import Picture
+from dit_runtime.noise import Float32, noise_hash
+from dit_runtime.pipeline import Pipeline
+from dit_runtime.schedule import SAMPLERS, Schedule, schedule_for
+
+PREFIX = "dit."
+KEYS = (
+    *("version", "model", "bundle", "precision", "engine", "threads", "cpus"),
+    *("label", "negative_label", "seed", "noise_device", "noise_dtype", "cuda_threads", "noise", "noise_given"),
+    *("sampler", "spacing", "steps", "eta", "table", "guidance", "guidance_interval", "guidance_schedule", "batch"),
+)
+MOST = 100_000  # pictures, branches or rows that a record is believed
+PER_PICTURE = ("label", "seed", "noise", "guidance", "batch")
+# Where and with what it ran, not what it is: a picture that exists already is not made again for these.
+CIRCUMSTANCES = ("batch", "threads", "cpus", "version")
+
+
+@dataclass(frozen=True)
+class Place:
+    """The engine calls a picture was in: batch size, its place there, and how many branches G each row ran with."""
+
+    size: int
+    position: int
+    branches: tuple[int, ...]
+
+    def as_json(self) -> list[Any]:
+        """``[size, position, [[G, rows], …]]``, rows counted while G stays."""
+        return [self.size, self.position, [[value, len(list(run))] for value, run in groupby(self.branches)]]
+
+    @staticmethod
+    def from_json(value: Any, most: int) -> Place:
+        """Raises ValueError or TypeError for anything else, or more than ``most`` pictures or branches."""
+        size, position, runs = value
+        if not all(type(number) is int for number in (size, position, *(number for run in runs for number in run))):
+            raise TypeError(f"batch {value}")
+        if not 0 <= position < size <= most or not all(0 < g <= most and 0 < rows <= most for g, rows in runs):
+            raise ValueError(f"batch {value}")
+        return Place(size, position, tuple(g for g, rows in runs for _ in range(rows)))
+
+
+def places(batch: Sequence[Picture]) -> list[Place]:
+    """The place of each picture of a batch whose schedules are one."""
+    needed = np.max([picture.branches.needed for picture in batch], axis=0).tolist()
+    return [Place(len(batch), position, tuple(needed)) for position in range(len(batch))]
+
+
+def described(pipe: Pipeline, picture: Picture, place: Place | None, eta: float) -> dict[str, Any]:
+    """A picture's entries. ``eta`` is the one its schedule was asked for with; ``place`` None if it is not made yet."""
+    from dit_runtime import __version__
+
+    manifest, schedule, guidance = pipe.manifest, picture.schedule, picture.guidance
+    first = picture.drawn(picture.stream(), pipe.latent_shape) if picture.noise is None else picture.noise
+    return {
+        "version": __version__,
+        "model": manifest.source.name,
+        "bundle": pipe.bundle.digest,
+        "precision": manifest.precision.name,
+        "engine": pipe.engine.name,
+        "threads": pipe.engine.threads,
+        "cpus": cpus(),
+        "label": {str(label): weight for label, weight in picture.labels.items()},
+        "negative_label": picture.negative_label,
+        "seed": picture.seed,
+        "noise_device": picture.noise_device,
+        "noise_dtype": picture.noise_dtype,
+        "cuda_threads": picture.cuda_threads,
+        "noise": noise_hash(first),
+        "noise_given": picture.noise is not None,
+        "sampler": schedule.sampler,
+        "spacing": schedule.spacing,
+        "steps": schedule.steps,
+        "eta": eta,
+        "table": table_hash(schedule),
+        "guidance": guidance.scale,
+        "guidance_interval": list(guidance.interval),
+        "guidance_schedule": guidance.shape,
+        "batch": place.as_json() if place else None,
+    }
+
+
+def cpus() -> int:
+    """CPUs that this process may use: what an engine that chooses its own threads chooses from."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def table_hash(schedule: Schedule) -> str:
+    """What identifies a schedule's numbers: 16 hexadecimal digits of SHA-256."""
+    arrays = (schedule.timesteps, schedule.rows, schedule.coefficients, schedule.start, schedule.draws_noise)
+    return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()[:16]
+
+
+def as_text(entries: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Text chunks for a file with these pictures."""
+    first, several = entries[0], len(entries) > 1
+    values = {key: [entry[key] for entry in entries] if several and key in PER_PICTURE else first[key] for key in first}
+    return {PREFIX + key: json.dumps(value, ensure_ascii=False) for key, value in values.items()}
+
+
+def from_text(path: Path, text: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The pictures' entries of a file.
+
+    Raises:
+        SamplingError: none there, or not such as this version writes.
+    """
+    try:
+        values = {key.removeprefix(PREFIX): json.loads(text[key]) for key in text if key.startswith(PREFIX)}
+        if not values:
+            raise SamplingError(f"{path}: has no record of how it was made; expected a picture that dit-sample wrote")
+        if not isinstance(values["seed"], list):
+            values.update({key: [values[key]] for key in PER_PICTURE})
+        count = len(values["seed"])
+        if not count:
+            raise ValueError("no pictures")
+        entries = [{**values, **{key: values[key][index] for key in PER_PICTURE}} for index in range(count)]
+        for entry in entries:
+            if missing := [key for key in KEYS if key not in entry]:
+                raise KeyError(missing[0])
+            if type(entry["threads"]) is not int or not 0 <= entry["threads"] <= MOST:
+                raise ValueError(f"threads {entry['threads']!r}")
+            entry["place"] = Place.from_json(entry["batch"], MOST)
+    except (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:
+        raise SamplingError(
+            f"{path}: its record is damaged ({type(error).__name__}: {error}); expected a picture that dit-sample wrote"
+        ) from error
+    return entries
+
+
+def is_same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
+    """Whether two pictures' entries say the same, circumstances apart."""
+    return all(found.get(key) == value for key, value in expected.items() if key not in CIRCUMSTANCES)
+
+
+def picture_from(pipe: Pipeline, entry: Mapping[str, Any], noise: Float32 | None, table: Schedule | None) -> Picture:
+    """The picture that an entry describes, to be made again with ``pipe``.
+
+    Raises:
+        SamplingError: another bundle, or noise or a table that is not the recorded one or is missing.
+    """
+    if entry["bundle"] != pipe.bundle.digest:
+        raise SamplingError(
+            f"the picture was made with bundle {str(entry['bundle'])[:12]}… ({entry['model']}), this one is "
+            f"{pipe.bundle.digest[:12]}…; name the bundle that made it"
+        )
+    if table is None and entry["sampler"] not in SAMPLERS:
+        raise SamplingError(f"the picture was made with the table {entry['sampler']!r}; name its file with --sampler")
+    if entry["noise_given"] and noise is None:
+        raise SamplingError("the picture was made from noise in a file; name it with --noise")
+    try:
+        spacing = None if entry["spacing"] == UNIFORM else str(entry["spacing"])
+        schedule = table or schedule_for(
+            entry["sampler"], pipe.manifest.model, pipe.manifest.diffusion, entry["steps"], entry["eta"], spacing
+        )
+        (picture,) = pipe.pictures(
+            [{int(label): float(weight) for label, weight in entry["label"].items()}],
+            [int(entry["seed"])],
+            sampler=schedule,
+            guidance=float(entry["guidance"]),
+            guidance_interval=(float(entry["guidance_interval"][0]), float(entry["guidance_interval"][1])),
+            guidance_schedule=entry["guidance_schedule"],
+            negative_label=entry["negative_label"],
+            noise=noise,
+            noise_device=entry["noise_device"],
+            noise_dtype=entry["noise_dtype"],
+            cuda_threads=entry["cuda_threads"],
+        )
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
+        raise SamplingError(f"the picture's record is damaged ({type(error).__name__}: {error})") from error
+    if (found := table_hash(schedule)) != entry["table"]:
+        raise SamplingError(
+            f"the picture's sampler table was {entry['table']}, this one is {found}: it was made by version "
+            f"{entry['version']} or from another table; use that"
+        )
+    first = picture.drawn(picture.stream(), pipe.latent_shape) if noise is None else noise
+    if (drawn := noise_hash(first)) != entry["noise"]:
+        raise SamplingError(f"the picture's noise was {entry['noise']}, this is {drawn}; name its file with --noise")
+    return picture
+
+
+def company(picture: Picture, place: Place) -> list[Picture]:
+    """A batch with the picture in its place, and copies around it, whose step calls have the shapes they had.
+
+    Raises:
+        SamplingError: a record that does not fit its picture.
+    """
+    needed = np.array(place.branches)
+    if needed.shape != picture.branches.needed.shape or (needed < picture.branches.needed).any():
+        raise SamplingError("the picture's record is damaged: its batch does not fit its sampler and guidance")
+    return [replace(picture, branches=picture.branches.among(needed))] * place.size
