@@ -63,7 +63,7 @@ def sampled(bundle: Path, labels: list[int], seeds: list[int], batch: int) -> np
     """The same pictures from a bundle."""
     pipe = Pipeline(bundle)
     chunks = [slice(first, first + batch) for first in range(0, len(labels), batch)]
-    return np.concatenate([pipe(labels[c], seeds[c], STEPS, GUIDANCE, "ddim") for c in chunks])
+    return np.concatenate([pipe(labels[c], seeds[c], steps=STEPS, guidance=GUIDANCE, sampler="ddim") for c in chunks])
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Train the demo model: an evaluator, an ``AutoencoderKL`` and a class-conditional DiT on Fashion-MNIST.
 
     apt-get install dataset-fashion-mnist        # 60 000 + 10 000 grey 28×28 pictures, MIT licence, © 2017 Zalando SE
-    python benchmarks/fashion_mnist/train.py     # about an hour on two CPU cores
+    python benchmarks/fashion_mnist/train.py     # well over an hour on two CPU cores
 
 Stages, each skipped when its result exists in ``--work``: evaluator (real images only, frozen before any sample is
 drawn), autoencoder, DiT (the official objective: epsilon MSE plus the variational bound on the learned variance, label
