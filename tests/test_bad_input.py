@@ -141,10 +141,10 @@ def test_an_output_that_cannot_be_written(checkpoint: Path, bundles: dict[str, P
         (["--labels", "sneaker"], "label 'sneaker': 0 classes have that name"),
         (["--labels", "1", "--steps", "0"], "0 steps: expected 1 to 1000"),
         (["--labels", "1", "2", "--seeds", "1"], "1 seeds for 2 labels"),
-        (["--labels", "1", "--sampler", "euler"], "choose one of ddim, ddpm"),
+        (["--labels", "1", "--sampler", "euler"], "expected one of ddim, ddpm"),
         (["--labels", "1", "--engine", "cuda"], "engine 'cuda' is unknown"),
         (["--labels", "1", "--batch-size", "0"], "expected a whole number from 1"),
-        ([], "required: --labels"),
+        ([], "expected --labels, or --from-image"),
     ],
 )
 def test_sampling_arguments(bundles: dict[str, Path], tmp_path: Path, arguments: list[str], message: str) -> None:

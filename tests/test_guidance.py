@@ -37,12 +37,13 @@ Scale = Callable[[float], float]
 
 @dataclass(frozen=True)
 class Wanted:
-    """A picture: weights of its labels, s as a function of the noise time τ, and the class guided away from."""
+    """A picture: its labels' weights, s as a function of the noise time τ, the class guided away from, given noise."""
 
     labels: Mapping[int, float]
     seed: int
     scale: Scale = field(default=lambda _: 1.0)
     against: int = NULL
+    noise: torch.Tensor | None = None
 
 
 def constant(s: float) -> Scale:
@@ -74,7 +75,7 @@ def reference_latents(
             scheduler, options = DDPMScheduler(**SCHEDULER, variance_type="learned_range"), {}
             scheduler.set_timesteps(timesteps=official_timesteps(steps)[::-1])
         generator = torch.Generator().manual_seed(picture.seed)
-        z = torch.randn(1, 4, 8, 8, generator=generator)
+        z = torch.randn(1, 4, 8, 8, generator=generator) if picture.noise is None else picture.noise
         for t in scheduler.timesteps:
             with torch.inference_mode():
                 null, *predictions = (
@@ -291,7 +292,7 @@ def test_weights_are_the_formula(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"guidance": math.nan}, "guidance nan: expected a finite number of at least 0"),
+        ({"guidance": math.nan}, "guidance nan: expected a number from 0"),
         ({"guidance": math.inf}, "guidance inf"),
         ({"guidance": -0.5}, r"guidance -0\.5"),
         ({"guidance": [1.0, math.nan]}, "guidance nan"),

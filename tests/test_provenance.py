@@ -447,11 +447,49 @@ def test_every_setting_makes_a_picture_again(bundle: Path, tmp_path: Path, chang
     assert json.loads(made(bundle, *arguments, *change))["files"] == []
 
 
+def test_other_noise_makes_a_picture_again(bundle: Path, tmp_path: Path) -> None:
+    """Fails if a folder keeps a picture of noise that the file no longer holds."""
+    path = tmp_path / "noise.npy"
+    arguments = ["--labels", 1, "--steps", 2, "--sampler", "ddim", "--noise", path, "--json", "-o", tmp_path / "one"]
+    for seed, count in ((5, 1), (5, 0), (6, 1)):
+        np.save(path, torch_noise([seed]))
+        assert len(json.loads(made(bundle, *arguments))["files"]) == count
+
+
+@pytest.mark.parametrize("output", ["folder", "grid.png"])
+def test_a_write_that_is_cut_short(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str) -> None:
+    """Fails if an interruption in the middle of a write leaves half a picture, a temporary file, or no old picture."""
+    arguments = ["--labels", 1, 2, "--steps", 2, "--sampler", "ddim", "-o", tmp_path / output]
+    made(bundle, *arguments)
+    (old, *_) = (path for path in sorted(tmp_path.rglob("*.png")))
+    before, content = sorted(tmp_path.rglob("*")), old.read_bytes()
+
+    def save(self: Image.Image, file: Path, **options: object) -> None:
+        file.write_bytes(b"half a picture")
+        raise KeyboardInterrupt
+
+    with old.open("rb") as opened:
+        with monkeypatch.context() as patch:
+            patch.setattr(Image.Image, "save", save)
+            done = dit_sample(bundle, *arguments, "--overwrite", "--guidance", 1)
+        assert (done.code, done.out) == (130, "")
+        assert done.err == "dit-sample: interrupted; nothing half-written was left behind\n"
+        assert (sorted(tmp_path.rglob("*")), old.read_bytes()) == (before, content)
+        made(bundle, *arguments, "--overwrite", "--guidance", 1)
+        assert opened.read() == content  # replaced at once, not written over
+    assert old.read_bytes() != content
+
+
 def test_ctrl_c_in_a_folder(bundle: Path, tmp_path: Path) -> None:
     """Fails if an interruption leaves half a file, or the next run does not make exactly what is missing."""
     folder, whole = tmp_path / "stopped", tmp_path / "whole"
     arguments = ["--labels", "all", "--count", "2", "--sampler", "ddim", "--steps", "40", "--batch-size", "2"]
-    code = f"from dit_runtime.sample import main; main({[str(bundle), *ENGINE, *arguments, '-o', str(folder)]!r})"
+    # A tenth of a second for each picture, so that a busy machine still has some to make when the signal comes.
+    code = (
+        "import time; from dit_runtime import images; from dit_runtime.sample import main; write = images.write_png; "
+        "images.write_png = lambda *written: (write(*written), time.sleep(0.1)); "
+        f"main({[str(bundle), *ENGINE, *arguments, '-o', str(folder)]!r})"
+    )
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while len(list(tmp_path.glob("stopped/0*.png"))) < 2 and time.monotonic() < deadline:

@@ -11,7 +11,6 @@ are not guided.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 from dit_runtime.bundle import DiffusionSpec, ModelSpec
 from dit_runtime.errors import SamplingError
 from dit_runtime.noise import Float32
-from dit_runtime.table import Float64, Schedule
+from dit_runtime.table import LARGEST, Float64, Schedule
 
 Int32 = NDArray[np.int32]
 
@@ -33,7 +32,7 @@ class Guidance:
     """How strongly, where and how evenly a picture is guided.
 
     Attributes:
-        scale: s. 1 is no guidance and half the cost; below 1 follows the formula too, 0 is unconditional.
+        scale: s. 1 is no guidance and half the cost; below 1 follows the formula too, a constant 0 is unconditional.
         interval: guided where the noise time is in [LO, HI], else s = 1 (Kynkäänniemi et al. 2024, arXiv 2404.07724).
             Noise time is 1 at pure noise and 0 at the picture: t/(T−1) of T training timesteps, 1 − t of a flow model.
         shape: s over the noise time τ: ``constant``, or 1 + (s−1)·2(1−τ) (``linear``), or 1 + (s−1)·(1+cos πτ)
@@ -45,8 +44,8 @@ class Guidance:
     shape: str = "constant"
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.scale) and self.scale >= 0):
-            raise SamplingError(f"guidance {self.scale}: expected a finite number of at least 0; 1 is no guidance")
+        if not 0 <= self.scale <= LARGEST:
+            raise SamplingError(f"guidance {self.scale}: expected a number from 0 to {LARGEST:.0e}; 1 is no guidance")
         low, high = self.interval
         if not 0 <= low <= high <= 1:
             raise SamplingError(

@@ -69,7 +69,7 @@ class Picture:
 
 
 class ConditioningTable:
-    """Rows of the conditioning table by (timestep, label), at one address, within ``TABLE_BYTES``.
+    """Rows of the conditioning table by (timestep, label), within ``TABLE_BYTES``.
 
     Rows are computed ahead of their use, ``CONDITIONER_BYTES`` of them at a time. When there is no room for a row that
     is needed, all are dropped and the table fills up again with what the pictures will use next.
@@ -82,7 +82,8 @@ class ConditioningTable:
         self._capacity = max(1, TABLE_BYTES // row_bytes)
         self._chunk = max(1, CONDITIONER_BYTES // row_bytes)
         self._rows: dict[Condition, int] = {}
-        self._memory = np.empty((self._capacity, *shape), np.float32)  # pages that are never written cost nothing
+        self._shape = shape
+        self._memory: Float32 = np.empty((0, *shape), np.float32)
 
     @property
     def array(self) -> Float32:
@@ -117,17 +118,31 @@ class ConditioningTable:
             if condition not in self._rows:
                 wanted[condition] = None
         conditions, first = list(wanted), len(self._rows)
+        if not first and len(conditions) <= self._chunk:
+            self._memory = self._computed(conditions)  # all at once, as for most runs: nothing to copy
+        else:
+            self._fill(conditions, first)
+        self._rows.update({condition: first + index for index, condition in enumerate(conditions)})
+
+    def _fill(self, conditions: list[Condition], first: int) -> None:
+        """Compute rows into their places, from ``first``."""
+        if len(self._memory) < self._capacity:
+            memory = np.empty((self._capacity, *self._shape), np.float32)  # pages that are never written cost nothing
+            memory[:first] = self._memory[:first]
+            self._memory = memory
         for start in range(0, len(conditions), self._chunk):
             chunk = conditions[start : start + self._chunk]
-            (rows,) = self._conditioner.run(
-                {
-                    "timesteps": np.array([time for time, _ in chunk], np.float32),
-                    "labels": np.array([label for _, label in chunk], np.int32),
-                },
-                ["modulation"],
-            )
-            self._memory[first + start : first + start + len(chunk)] = rows
-        self._rows.update({condition: first + index for index, condition in enumerate(conditions)})
+            self._memory[first + start : first + start + len(chunk)] = self._computed(chunk)
+
+    def _computed(self, conditions: Sequence[Condition]) -> Float32:
+        (rows,) = self._conditioner.run(
+            {
+                "timesteps": np.array([time for time, _ in conditions], np.float32),
+                "labels": np.array([label for _, label in conditions], np.int32),
+            },
+            ["modulation"],
+        )
+        return rows
 
 
 class _Slot:
@@ -166,7 +181,10 @@ class Advance(NamedTuple):
 
 
 class Batch:
-    """Up to as many pictures as an engine takes, advanced together, added and finished one by one."""
+    """Up to as many pictures as an engine takes, advanced together, added and finished one by one.
+
+    ``failure`` is what the next ``advance`` will raise.
+    """
 
     def __init__(self, engine: Engine, model: ModelSpec) -> None:
         self._engine = engine
@@ -176,7 +194,7 @@ class Batch:
         self._slots: list[_Slot] = []
         self._state = np.zeros((0, 3, *self._shape), np.float32)
         self._noise = np.zeros((0, *self._shape), np.float32)
-        self._failure: SamplingError | None = None
+        self.failure: SamplingError | None = None
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -199,18 +217,18 @@ class Batch:
             SamplingError: latents that are no longer finite; pictures that finished in the same call come first, and
                 the error with the next call.
         """
-        if self._failure is not None:
-            raise self._failure
+        if self.failure is not None:
+            raise self.failure
         slots = self._slots
         state, denoised = self._step.run(self._inputs(), ["next_state", "denoised"])
         completed = [slot.completes[slot.row] for slot in slots]
         finished = [slot.row + 1 == len(slot) for slot in slots]
         if not np.isfinite(state).all():
             sound = [bool(np.isfinite(values).all()) for values in state]
-            self._failure = self._not_finite(slots[sound.index(False)])
+            self.failure = self._not_finite(slots[sound.index(False)])
             finished = [done and fine for done, fine in zip(finished, sound, strict=True)]
             if not any(finished):
-                raise self._failure
+                raise self.failure
         for slot in slots:
             slot.row += 1
         self._state = state

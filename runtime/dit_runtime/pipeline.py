@@ -130,6 +130,8 @@ class Pipeline:
         completed = 0
         while len(batch):
             step = batch.advance()
+            if batch.failure is not None:
+                raise batch.failure
             if step.completed[0]:
                 yield completed, step.latents.copy(), step.denoised.copy()
                 completed += 1

@@ -30,6 +30,7 @@ KEYS = (
     *("label", "negative_label", "seed", "noise_device", "noise_dtype", "cuda_threads", "noise", "noise_given"),
     *("sampler", "spacing", "steps", "eta", "table", "guidance", "guidance_interval", "guidance_schedule", "batch"),
 )
+MOST_THREADS = 1024
 MOST = 100_000  # pictures, branches or rows that a record is believed
 PER_PICTURE = ("label", "seed", "noise", "guidance", "batch")
 # Where and with what it ran, not what it is: a picture that exists already is not made again for these.
@@ -136,7 +137,7 @@ def from_text(path: Path, text: Mapping[str, str]) -> list[dict[str, Any]]:
         for entry in entries:
             if missing := [key for key in KEYS if key not in entry]:
                 raise KeyError(missing[0])
-            if type(entry["threads"]) is not int or not 0 <= entry["threads"] <= MOST:
+            if type(entry["threads"]) is not int or not 0 <= entry["threads"] <= MOST_THREADS:
                 raise ValueError(f"threads {entry['threads']!r}")
             entry["place"] = Place.from_json(entry["batch"], MOST)
     except (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:

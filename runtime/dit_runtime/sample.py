@@ -128,7 +128,7 @@ def _main(argv: list[str] | None) -> int:
     args = parser.parse_args(argv)
     if (args.labels is None) == (args.from_image is None) and not args.write_table:
         parser.error("expected --labels, or --from-image with a picture of dit-sample")
-    if args.from_image:
+    if args.from_image and not args.write_table:
         _refuse_recorded(parser, args)
 
     from dit_runtime.errors import OutputError
@@ -170,9 +170,16 @@ def _refuse_recorded(parser: Parser, args: argparse.Namespace) -> None:
 def _write_table(args: argparse.Namespace) -> int:
     """``--write-table``: no engine is needed."""
     from dit_runtime.bundle import open_bundle
+    from dit_runtime.errors import SamplingError
     from dit_runtime.schedule import schedule_for
     from dit_runtime.table import write_table
 
+    for option in ("labels", "from_image", "guidance", "noise"):
+        if getattr(args, option) is not None:
+            name = option.replace("_", "-")
+            raise SamplingError(
+                f"--{name} with --write-table: a table has none of it, and no picture is made; leave it out"
+            )
     manifest = open_bundle(args.bundle).manifest
     sampler = args.sampler or manifest.defaults.sampler
     steps = manifest.defaults.steps if args.steps is None else args.steps
@@ -336,7 +343,8 @@ def _sampled(pipe: Pipeline, args: argparse.Namespace, work: Work, single: bool)
         write_png(args.output, grid(np.stack(pictures), columns), as_text(entries))
         files = [args.output]
     if failure is not None:
-        raise SamplingError(f"{failure}; {count} finished pictures are in {args.output}") from failure
+        finished = f"; {count} finished pictures are in {args.output}" if count else ""
+        raise SamplingError(f"{failure}{finished}") from failure
     seconds = time.monotonic() - start
     difference = None
     if before is not None:
