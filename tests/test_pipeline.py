@@ -169,3 +169,27 @@ def test_not_a_number_stops_the_loop(bundles: dict[str, Path]) -> None:
     pipe.engine = BrokenEngine(pipe.bundle)
     with pytest.raises(SamplingError, match=r"not finite after step 3 of 10 on onnxruntime"):
         pipe([1], steps=10)
+
+
+def test_latents_that_are_no_numbers_are_never_shown(bundles: dict[str, Path]) -> None:
+    """A preview gets no NaN: a picture that fails in the last step ends the trajectory before that step is yielded."""
+    pipe = Pipeline(bundles["fp32"], "onnxruntime")
+    session = pipe.engine.session("step")
+    original, calls = session.run, []
+
+    def run(inputs, outputs):
+        calls.append(1)
+        state, denoised = original(inputs, outputs)
+        if len(calls) == 4:
+            state = state.copy()
+            state[0] = np.nan
+        return [state, denoised]
+
+    session.run = run
+    try:
+        seen = []
+        with pytest.raises(SamplingError, match="not finite after step 4 of 4"):
+            seen.extend(pipe.trajectory([1, 2], [1, 2], steps=4))
+    finally:
+        del session.run
+    assert all(np.isfinite(latents).all() for _, latents, _ in seen)
