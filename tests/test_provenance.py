@@ -589,7 +589,7 @@ def test_wrong_arguments(bundle: Path, noises: dict[str, Path], tmp_path: Path) 
             refused(message, bundle, *arguments, "-o", tmp_path / output, folder=tmp_path)
     done = run_command("dit-sample", bundle, *ENGINE, "--labels", "1", "--guidance", "nan", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "dit-sample: guidance nan: expected a number of at least 0; 1 is no guidance\n"
+    assert done.stderr == "dit-sample: guidance nan: expected a number from 0 to 1e+06; 1 is no guidance\n"
     assert not (tmp_path / "samples.png").exists()
 
 
