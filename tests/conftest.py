@@ -7,8 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from diffusers import DiTTransformer2DModel
+
+    from dit_runtime import Pipeline
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test never asks the network
 
@@ -82,3 +88,19 @@ def bundles(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 @pytest.fixture(params=["fp32", "fp16"])
 def bundle_path(request: pytest.FixtureRequest, bundles: dict[str, Path]) -> Path:
     return bundles[request.param]
+
+
+@pytest.fixture(scope="session")
+def transformer(checkpoint: Path) -> DiTTransformer2DModel:
+    """The tiny checkpoint's own transformer, unpatched: what guidance and the loop are compared with."""
+    from diffusers import DiTTransformer2DModel
+
+    return DiTTransformer2DModel.from_pretrained(checkpoint / "transformer").eval()
+
+
+@pytest.fixture(scope="module")
+def pipe(bundles: dict[str, Path]) -> Pipeline:
+    """The tiny FP32 bundle on one thread of ONNX Runtime."""
+    from dit_runtime import Pipeline
+
+    return Pipeline(bundles["fp32"], "onnxruntime", threads=1)

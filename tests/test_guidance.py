@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import DDIMScheduler, DDPMScheduler, DiTPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_schedule import DIFFUSION, LEARNED, SCHEDULER, official_timesteps
@@ -123,16 +123,6 @@ def recorded(pipe: Pipeline) -> Iterator[list[tuple[int, int]]]:
         yield calls
     finally:
         del step.run
-
-
-@pytest.fixture(scope="module")
-def transformer(checkpoint: Path) -> Any:
-    return DiTTransformer2DModel.from_pretrained(checkpoint / "transformer").eval()
-
-
-@pytest.fixture(scope="module")
-def pipe(bundles: dict[str, Path]) -> Pipeline:
-    return Pipeline(bundles["fp32"], "onnxruntime", threads=1)
 
 
 def test_each_picture_has_its_own_scale(pipe: Pipeline, transformer: Any) -> None:

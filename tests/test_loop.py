@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_guidance import Wanted, constant, recorded, reference_latents, relative, within
@@ -34,16 +33,6 @@ ROW = 4 * 14 * 64  # bytes of a row of the tiny model's table: 6·2 + 2 vectors 
 NULL = 10
 XL = replace(LEARNED, width=1152, depth=28, heads=16, mlp_width=4608, classes=1000)
 XL_ROW = 4 * (6 * 28 + 2) * 1152
-
-
-@pytest.fixture(scope="module")
-def transformer(checkpoint: Path) -> Any:
-    return DiTTransformer2DModel.from_pretrained(checkpoint / "transformer").eval()
-
-
-@pytest.fixture(scope="module")
-def pipe(bundles: dict[str, Path]) -> Pipeline:
-    return Pipeline(bundles["fp32"], "onnxruntime", threads=1)
 
 
 def mixed(pipe: Pipeline) -> list[Picture]:
