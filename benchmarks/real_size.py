@@ -75,13 +75,15 @@ def built(work: Path) -> dict[str, Any]:
 def plain_export(work: Path) -> Path:
     """diffusers' transformer as ``torch.onnx.export`` gives it, at opset 20: the doubled batch is its caller's."""
     import torch
-    from dit_export.checkpoint import load_checkpoint
+    from dit_export.checkpoint import Source, load_checkpoint
     from dit_export.graphs import quiet
 
     target = work / "plain.onnx"
     if target.exists():
         return target
-    transformer = load_checkpoint(PRESET, 0).transformer
+    load = load_checkpoint(Source(PRESET, 0)).transformer
+    assert load is not None
+    transformer = load()
     batch = torch.export.Dim("batch", min=1, max=64)
     examples = (torch.zeros(2, 4, 32, 32), torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
 

@@ -1,14 +1,16 @@
-"""The decoder of an ``AutoencoderKL`` as it is exported: latents in, finished pictures out."""
+"""An autoencoder as it is exported: latents in and finished pictures out, and the other way round."""
 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
+from dit_export.diffusers_folder import Autoencoder, autoencoder_spec
 from dit_export.precision import Precision
 
 
@@ -16,20 +18,18 @@ class Decoder(nn.Module):
     """``latents [B, C, h, w]`` f32 → ``images [B, H, W, 3]`` uint8 and ``decoded [B, 3, H, W]`` f32 in [-1, 1].
 
     Un-scaling, VAE decoder, clamp and rounding as ``DiTPipeline`` and ``numpy_to_pil`` do them. ``decoded`` is not
-    clamped: it is for parity.
+    clamped: it is for parity, and for pictures put together from tiles. Any h and w.
     """
 
-    def __init__(self, autoencoder: AutoencoderKL, precision: Precision) -> None:
+    def __init__(self, autoencoder: Autoencoder, precision: Precision) -> None:
         super().__init__()
-        self.scale = 1 / autoencoder.config.scaling_factor
-        self.shift = autoencoder.config.shift_factor or 0.0
+        spec = autoencoder_spec(autoencoder)
+        self.channels, self.factor = autoencoder.config.latent_channels, spec.factor
+        self.scale, self.shift = 1 / spec.scaling_factor, spec.shift_factor
         self.dtype = precision.dtype("decoder")
-        self.post_quant = copy.deepcopy(autoencoder.post_quant_conv)
-        self.decoder = copy.deepcopy(autoencoder.decoder).to(self.dtype)
-        if self.post_quant is not None:
-            self.post_quant.to(self.dtype)
-        if self.dtype != torch.float32:
-            _keep_statistics_fp32(self.decoder)
+        tiny = isinstance(autoencoder, AutoencoderTiny)
+        self.post_quant = _in_dtype(None if tiny else autoencoder.post_quant_conv, self.dtype)
+        self.decoder = _in_dtype(autoencoder.decoder, self.dtype)
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         z = (self.scale * latents + self.shift).to(self.dtype) if self.shift else (self.scale * latents).to(self.dtype)
@@ -38,6 +38,45 @@ class Decoder(nn.Module):
         decoded = self.decoder(z).float()  # (B, 3, H, W)
         images = torch.round((decoded / 2 + 0.5).clamp(0, 1) * 255).permute(0, 2, 3, 1)
         return images.to(torch.uint8), decoded  # the cast comes last: TensorRT has uint8 at the border only
+
+
+class Encoder(nn.Module):
+    """``images [B, H, W, 3]`` uint8 → ``mean [B, C, h, w]`` f32 and, of an ``AutoencoderKL``, ``std`` likewise.
+
+    Mean and standard deviation of the posterior as the sampler's latents: shifted and scaled. An ``AutoencoderTiny``
+    has no posterior; its latents are the mean.
+    """
+
+    def __init__(self, autoencoder: Autoencoder, precision: Precision) -> None:
+        super().__init__()
+        spec = autoencoder_spec(autoencoder)
+        self.channels, self.factor = autoencoder.config.latent_channels, spec.factor
+        self.scale, self.shift = spec.scaling_factor, spec.shift_factor
+        self.dtype = precision.dtype("encoder")
+        self.has_deviation = not isinstance(autoencoder, AutoencoderTiny)
+        self.quant = _in_dtype(autoencoder.quant_conv if self.has_deviation else None, self.dtype)
+        self.encoder = _in_dtype(autoencoder.encoder, self.dtype)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        x = images.float().permute(0, 3, 1, 2) / 127.5 - 1  # (B, 3, H, W) in [-1, 1]; the cast first, for TensorRT
+        h = self.encoder(x.to(self.dtype))
+        if self.quant is not None:
+            h = self.quant(h)
+        if not self.has_deviation:
+            return ((h.float() - self.shift) * self.scale,)
+        mean, log_variance = h.float().chunk(2, dim=1)
+        # As DiagonalGaussianDistribution clamps.
+        return (mean - self.shift) * self.scale, torch.exp(0.5 * log_variance.clamp(-30, 20)) * self.scale
+
+
+def _in_dtype(module: nn.Module | None, dtype: torch.dtype) -> Any:
+    """A copy of a module in a dtype, with the statistics of its normalizations in FP32."""
+    if module is None:
+        return None
+    copied = copy.deepcopy(module).to(dtype)
+    if dtype != torch.float32:
+        _keep_statistics_fp32(copied)
+    return copied
 
 
 class _GroupNorm(nn.Module):

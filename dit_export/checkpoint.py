@@ -1,39 +1,55 @@
-"""Checkpoints: from a folder, a hub id or a preset to diffusers' own modules, unpatched.
+"""Checkpoints: from a folder, a file, a hub id or a preset to one description of the model and its weights.
 
-Both the exporter and the reference start here, each in its own process. Weights are FP32 in memory, whatever the file
-holds.
+Both the exporter and the reference start here, each in its own process. Weights have the official names and are read
+one by one (``weights.py``); what each source means by them stays its own (``Numerics``, guidance, sampler).
 """
 
 from __future__ import annotations
 
+import functools
 import json
-import math
 import re
-import warnings
-import zipfile
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel
-from diffusers.utils import logging
-from torch import nn
+from torch import Tensor
 
-from dit_runtime.bundle import AutoencoderSpec, DiffusionSpec, ModelSpec
+from dit_export.diffusers_folder import (
+    Autoencoder,
+    autoencoder_spec,
+    diffusion_spec,
+    json_object,
+    load_autoencoder,
+    load_module,
+    load_scheduler,
+    model_spec,
+    official_from_diffusers,
+    ready,
+    transformer_config,
+    transformer_weights,
+)
+from dit_export.layout import PRESETS, SUPPORTED, Numerics, official_shapes, official_spec
+from dit_export.positions import diffusers_table, official_table
+from dit_export.random_weights import SkippedInitialization, random_tensors, randomize
+from dit_export.weights import PICKLES, SAFE, Stored, Weights, checked_hash, files_of_module, stored, weights_from_file
+from dit_runtime.bundle import (
+    CONDITIONINGS,
+    PATHS,
+    AutoencoderSpec,
+    DefaultsSpec,
+    DiffusionSpec,
+    ModelSpec,
+)
 from dit_runtime.errors import CheckpointError
-from dit_runtime.files import sha256_of
 
-# Peebles & Xie 2022, table 1: layers, width, heads.
-PRESETS = {
-    "DiT-S": (12, 384, 6),
-    "DiT-B": (12, 768, 12),
-    "DiT-L": (24, 1024, 16),
-    "DiT-XL": (28, 1152, 16),
-}
-PATCH_SIZES = (2, 4, 8)
-IMAGE_SIZES = (256, 512)
-SUPPORTED = "expected a diffusers DiTPipeline folder (transformer/, vae/, scheduler/)"
+FAMILIES = ("diffusers", "official", "sit")
+PRESET = re.compile(r"([DS]iT-(?:S|B|L|XL))/([248])-(256|512)")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w.-]+)?")
+OFFICIAL_VAE = "stabilityai/sd-vae-ft-mse"  # of the official sample.py
+TABLE_LIMIT = 1e-4  # largest difference of a positional table from the formula's for other sizes to be computed by it
 
 # The Stable Diffusion VAE, which every published DiT uses.
 STABLE_DIFFUSION_VAE: dict[str, Any] = {
@@ -49,161 +65,206 @@ STABLE_DIFFUSION_VAE: dict[str, Any] = {
 }
 LINEAR_BETAS = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "clip_sample": False}
 
+DEFAULTS = {
+    # DiTPipeline's default guidance scale, with the 50 DDIM steps that its scheduler is used with.
+    "diffusers": DefaultsSpec(sampler="ddim", steps=50, guidance=4.0),
+    # The official sample.py.
+    "official": DefaultsSpec(sampler="ddpm", steps=250, guidance=4.0),
+    # SiT's sample.py has an adaptive solver, which no table holds; the paper also uses Heun's.
+    "sit": DefaultsSpec(sampler="heun", steps=50, guidance=4.0),
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """What to export, and what the source itself does not say.
+
+    Attributes:
+        name: a diffusers folder, a ``.pt`` or ``.safetensors`` file, a hub id (``owner/name[@revision]``) or a preset.
+        random_seed: of a preset's weights.
+        family: ``diffusers``, ``official`` or ``sit``; None is official for files, sit for presets of SiT, diffusers
+            for all else.
+        heads: attention heads, for shapes that are no preset of the paper.
+        autoencoder: a folder or hub id with the VAE; None is the pipeline's own, or the official default.
+        variant: of diffusers weights files, such as ``fp16``.
+        sha256: the hash that the transformer's weights file must have.
+        path: of a SiT: ``linear``, ``gvp`` or ``vp``.
+        guidance_channels: how many channels guidance acts on, 0 for all; None is the reference's own.
+        image_sizes: heights and widths of pictures in pixels; none is the trained size.
+        conditioning, classes, learned_variance: of a preset.
+    """
+
+    name: str
+    random_seed: int | None = None
+    family: str | None = None
+    heads: int | None = None
+    autoencoder: str | None = None
+    variant: str | None = None
+    sha256: str | None = None
+    path: str = "linear"
+    guidance_channels: int | None = None
+    image_sizes: tuple[tuple[int, int], ...] = ()
+    conditioning: str = "adaln-zero"
+    classes: int = 1000
+    learned_variance: bool = True
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> Source:
+        values = json.loads(text)
+        return Source(**{**values, "image_sizes": tuple((int(h), int(w)) for h, w in values["image_sizes"])})
+
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """diffusers' modules in FP32 evaluation mode, and where they came from."""
+    """A model, its weights by official name, and where they came from.
+
+    Attributes:
+        name, revision, weights_sha256: of the source.
+        family: whose conventions the model follows.
+        model: its shape at the first size.
+        trained_size: latent size (height, width) of its own positional table.
+        sizes: latent sizes to export, the first is the model's.
+        channels: output channels of the network, used or not.
+        numerics, diffusion, defaults: the reference's own.
+        weights: by official name; see ``official_from_diffusers`` for embedder copies.
+        autoencoder: diffusers' module, unpatched.
+        class_names: one per class, or none.
+        scheduler: diffusers' own, of the diffusers family.
+        transformer: loads diffusers' own transformer, of the diffusers family.
+    """
 
     name: str
     revision: str | None
     weights_sha256: str | None
-    transformer: DiTTransformer2DModel
-    autoencoder: AutoencoderKL
-    scheduler: DDIMScheduler
-    class_names: tuple[str, ...]
-
-    @property
-    def model(self) -> ModelSpec:
-        config = self.transformer.config
-        width = config.num_attention_heads * config.attention_head_dim
-        out_channels = config.out_channels or config.in_channels
-        return ModelSpec(
-            conditioning="adaln-zero",
-            latent_channels=config.in_channels,
-            latent_size=(config.sample_size, config.sample_size),
-            patch_size=config.patch_size,
-            width=width,
-            depth=config.num_layers,
-            heads=config.num_attention_heads,
-            mlp_width=4 * width,
-            classes=config.num_embeds_ada_norm,
-            learned_variance=out_channels == 2 * config.in_channels,
-        )
-
-    @property
-    def diffusion(self) -> DiffusionSpec:
-        config = self.scheduler.config
-        return DiffusionSpec(
-            betas=betas_of(config),
-            prediction_type=config.prediction_type,
-            guidance_channels=self.transformer.config.in_channels,
-            timestep_spacing=config.timestep_spacing,
-            steps_offset=config.steps_offset,
-            set_alpha_to_one=config.set_alpha_to_one,
-        )
+    family: str
+    model: ModelSpec
+    trained_size: tuple[int, int]
+    sizes: tuple[tuple[int, int], ...]
+    channels: int
+    numerics: Numerics
+    diffusion: DiffusionSpec
+    defaults: DefaultsSpec
+    weights: Weights
+    autoencoder: Autoencoder
+    class_names: tuple[str, ...] = ()
+    scheduler: DDIMScheduler | None = None
+    transformer: Callable[[], DiTTransformer2DModel] | None = None
 
     @property
     def autoencoder_spec(self) -> AutoencoderSpec:
-        config, (height, width) = self.autoencoder.config, self.model.latent_size
-        factor = 2 ** (len(config.block_out_channels) - 1)
-        return AutoencoderSpec(
-            name="AutoencoderKL",
-            scaling_factor=config.scaling_factor,
-            shift_factor=config.shift_factor or 0.0,
-            image_size=(height * factor, width * factor),
-        )
+        return autoencoder_spec(self.autoencoder)
+
+    @property
+    def reference(self) -> str:
+        """What the golden records are made with."""
+        if self.family == "diffusers":
+            text = (
+                "diffusers DiTTransformer2DModel, autoencoder and scheduler in DiTPipeline's loop, FP32, null = classes"
+            )
+            usual = self.model.latent_channels
+        else:
+            usual = 3
+            model = "facebookresearch/DiT's model" if self.family == "official" else "willisma/SiT's model"
+            if self.model.conditioning != "adaln-zero":
+                model = f"the paper's {self.model.conditioning} DiT with the official numerics"
+            path = f", {self.diffusion.path} path" if self.diffusion.path else ""
+            loop = "respaced diffusion" if self.family == "official" else "fixed-step samplers"
+            text = f"{model} and {loop}{path}, diffusers autoencoder, FP32"
+        guided = self.diffusion.guidance_channels
+        return text if guided == usual else f"{text}, guidance on {guided} of {self.model.latent_channels} channels"
+
+    def at(self, size: tuple[int, int]) -> ModelSpec:
+        """The model's shape at a latent size."""
+        return replace(self.model, latent_size=size)
+
+    def position(self, size: tuple[int, int]) -> Tensor:
+        """The positional table ``[1, T, D]`` at a latent size, as the reference has it or computes it."""
+        spec = self.at(size)
+        if self.family == "diffusers":
+            return diffusers_table(spec.width, spec.grid, self.trained_size[0] // spec.patch_size)
+        return self.weights["pos_embed"] if size == self.trained_size else official_table(spec.width, spec.grid)
 
 
-def load_checkpoint(source: str, random_seed: int | None = None) -> Checkpoint:
-    """A checkpoint from a folder, a hub id (``owner/name[@revision]``) or, with ``random_seed``, a preset.
+def load_checkpoint(source: Source) -> Checkpoint:
+    """A checkpoint, checked but for the weights' values, which are checked as they are read.
 
     Raises:
-        CheckpointError: nothing there, unreadable, or not a model that is supported.
+        CheckpointError: nothing there, unreadable, not a model that is supported, or options that do not fit it.
     """
-    if random_seed is not None:
-        return _random_checkpoint(source, random_seed)
-    folder, name, revision = Path(source), source, None
-    if not folder.exists():
-        if PRESET.fullmatch(source):
-            raise CheckpointError(f"{source}: a preset has no weights of its own; add --random-weights SEED")
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", source) or source.startswith("."):
-            raise CheckpointError(f"{source}: no such checkpoint; {SUPPORTED}, a hub id or a preset")
-        folder, name, revision = _from_hub(source)
-    if not folder.is_dir():
-        raise CheckpointError(f"{source}: is a file; {SUPPORTED}")
-    return _from_folder(folder, name if revision else folder.resolve().name, revision)
-
-
-PRESET = re.compile(r"(DiT-(?:S|B|L|XL))/([248])-(256|512)")
-
-
-def _random_checkpoint(source: str, seed: int) -> Checkpoint:
-    match = PRESET.fullmatch(source)
-    if match is None:
+    if source.path not in PATHS:
+        raise CheckpointError(f"path {source.path!r} is unknown; expected one of {', '.join(PATHS)}")
+    if source.random_seed is not None:
+        checkpoint = _preset(source)
+    else:
+        path, name, revision = _located(source.name)
+        checkpoint = _from_folder(source, path, name, revision) if path.is_dir() else _from_file(source, path)
+    channels = checkpoint.model.latent_channels
+    if checkpoint.autoencoder.config.latent_channels != channels:
         raise CheckpointError(
-            f"{source}: not a preset; with --random-weights expected one of {', '.join(PRESETS)}, "
-            "with patch size and picture size, such as DiT-XL/2-256"
+            f"{source.name}: {channels} latent channels, the autoencoder has "
+            f"{checkpoint.autoencoder.config.latent_channels}; name the one it was trained with (--vae)"
         )
-    depth, width, heads = PRESETS[match[1]]
-    patch, latent = int(match[2]), int(match[3]) // 8
-    transformer = {
-        "num_attention_heads": heads,
-        "attention_head_dim": width // heads,
-        "in_channels": 4,
-        "out_channels": 8,
-        "num_layers": depth,
-        "sample_size": latent,
-        "patch_size": patch,
-        "num_embeds_ada_norm": 1000,
-    }
-    with _SkippedInitialization():
-        dit = DiTTransformer2DModel(**transformer)
-        autoencoder = AutoencoderKL(**STABLE_DIFFUSION_VAE)
-    randomize(dit, seed)
-    randomize(autoencoder, seed + 1)
-    return Checkpoint(
-        name=f"{source} (random weights, seed {seed})",
-        revision=None,
-        weights_sha256=None,
-        transformer=_ready(dit),
-        autoencoder=_ready(autoencoder),
-        scheduler=DDIMScheduler(**LINEAR_BETAS),
-        class_names=(),
-    )
+    if source.guidance_channels is not None:
+        guided = source.guidance_channels or channels
+        if guided > channels:
+            raise CheckpointError(f"guidance on {guided} channels: expected at most {channels}, the latents'")
+        diffusion = replace(checkpoint.diffusion, guidance_channels=guided)
+        checkpoint = replace(checkpoint, diffusion=diffusion)
+    return _with_sizes(checkpoint, source.image_sizes)
 
 
-def randomize(module: nn.Module, seed: int) -> None:
-    """Seeded weights under which every part acts: scaled by fan-in, gates and modulations not zero.
-
-    diffusers' copies of the timestep and label embedders get the same weights, as converted checkpoints have them.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    copied: dict[str, torch.Tensor] = {}
-    for name, parameter in module.named_parameters():
-        key = re.sub(r"transformer_blocks\.\d+\.norm1\.emb\.", "emb.", name)
-        if key != name and key in copied:
-            parameter.data.copy_(copied[key])
-            continue
-        with torch.no_grad():
-            if parameter.ndim > 1:
-                parameter.normal_(0, 1 / math.sqrt(parameter[0].numel()), generator=generator)
-            elif "norm" in name and name.endswith("weight"):
-                parameter.fill_(1).add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
-            else:
-                parameter.normal_(0, 0.02, generator=generator)
-        if key != name:
-            copied[key] = parameter.data
-
-
-class _SkippedInitialization:
-    """Leave torch's own weight initialization out: the weights are overwritten at once."""
-
-    def __enter__(self) -> None:
-        self._saved = {kind: kind.reset_parameters for kind in (nn.Linear, nn.Conv2d, nn.Embedding)}
-        for kind in self._saved:
-            kind.reset_parameters = lambda self: None  # type: ignore[method-assign]
-
-    def __exit__(self, *_: object) -> None:
-        for kind, original in self._saved.items():
-            kind.reset_parameters = original  # type: ignore[method-assign]
+def _with_sizes(checkpoint: Checkpoint, image_sizes: tuple[tuple[int, int], ...]) -> Checkpoint:
+    """The checkpoint at the sizes that were asked for."""
+    if not image_sizes:
+        return checkpoint
+    step = checkpoint.autoencoder_spec.factor * checkpoint.model.patch_size
+    sizes = []
+    for height, width in image_sizes:
+        if height % step or width % step or min(height, width) < step:
+            raise CheckpointError(
+                f"size {height}x{width}: expected multiples of {step}, a patch of this model in pixels"
+            )
+        factor = checkpoint.autoencoder_spec.factor
+        sizes.append((height // factor, width // factor))
+    if len(set(sizes)) != len(sizes):
+        raise CheckpointError("sizes: one is there twice; name each once")
+    if checkpoint.family != "diffusers" and any(size != checkpoint.trained_size for size in sizes):
+        spec = checkpoint.at(checkpoint.trained_size)
+        difference = (checkpoint.weights["pos_embed"] - official_table(spec.width, spec.grid)).abs().max().item()
+        if difference > TABLE_LIMIT:
+            raise CheckpointError(
+                f"{checkpoint.name}: its positional table is not the sines and cosines of the official code "
+                f"({difference:.1e} apart), so it has none for another size; leave --size out"
+            )
+    return replace(checkpoint, sizes=tuple(sizes), model=checkpoint.at(sizes[0]))
 
 
-def _from_hub(source: str) -> tuple[Path, str, str]:
+def _located(name: str) -> tuple[Path, str, str | None]:
+    """The path of a source, its name for the record, and the revision of a hub id."""
+    path = Path(name)
+    if path.is_dir():
+        return path, path.resolve().name, None
+    if path.is_file():
+        if path.suffix not in (SAFE, *PICKLES):
+            raise CheckpointError(f"{name}: is a {path.suffix or 'plain'} file; {SUPPORTED}")
+        return path, path.stem, None
+    if PRESET.fullmatch(name):
+        raise CheckpointError(f"{name}: a preset has no weights of its own; add --random-weights SEED")
+    if not HUB_ID.fullmatch(name):
+        raise CheckpointError(f"{name}: no such checkpoint; {SUPPORTED}, a hub id or a preset")
+    return _from_hub(name)
+
+
+def _from_hub(
+    source: str, patterns: tuple[str, ...] = ("model_index.json", "transformer/*", "vae/*", "scheduler/*")
+) -> tuple[Path, str, str]:
     from huggingface_hub import snapshot_download
 
     name, _, revision = source.partition("@")
-    patterns = ["model_index.json", *(f"{part}/*" for part in ("transformer", "vae", "scheduler"))]
-    options: dict[str, Any] = {"revision": revision or None, "allow_patterns": patterns}
+    options: dict[str, Any] = {"revision": revision or None, "allow_patterns": list(patterns)}
     try:
         try:
             folder = snapshot_download(name, local_files_only=True, **options)
@@ -213,178 +274,190 @@ def _from_hub(source: str) -> tuple[Path, str, str]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"{source}: no such folder, and as a hub id it is neither cached nor reachable ({reason}); "
-            f"check the name, or download it and give the folder; {SUPPORTED}"
+            "check the name, or download it and give the folder"
         ) from error
     # The snapshot's folder is named after its commit.
     return Path(folder), name, Path(folder).name
 
 
-def _from_folder(folder: Path, name: str, revision: str | None) -> Checkpoint:
-    index = _json(folder / "model_index.json")
-    kind = index.get("_class_name")
-    if kind != "DiTPipeline":
+def _from_folder(source: Source, folder: Path, name: str, revision: str | None) -> Checkpoint:
+    if source.family not in (None, "diffusers"):
+        raise CheckpointError(f"{folder}: is a folder, which --family {source.family} does not have; give the file")
+    index = json_object(folder / "model_index.json")
+    if (kind := index.get("_class_name")) != "DiTPipeline":
         raise CheckpointError(f"{folder}: is a {kind}; {SUPPORTED}")
-    _check_transformer(folder / "transformer" / "config.json")
-    autoencoder_kind = _json(folder / "vae" / "config.json").get("_class_name")
-    if autoencoder_kind != "AutoencoderKL":
-        raise CheckpointError(f"{folder}/vae: is a {autoencoder_kind}; expected an AutoencoderKL")
-    scheduler = _scheduler(folder / "scheduler" / "scheduler_config.json")
-    hashes = []
-    modules: list[nn.Module] = []
-    for part, module_class in (("transformer", DiTTransformer2DModel), ("vae", AutoencoderKL)):
-        modules.append(_module(folder / part, module_class))
-        files = sorted([*(folder / part).glob("*.safetensors"), *(folder / part).glob("*.bin")])
-        hashes += [sha256_of(file) for file in files]
-    transformer, autoencoder = modules
-    assert isinstance(transformer, DiTTransformer2DModel)
-    assert isinstance(autoencoder, AutoencoderKL)
+    config = transformer_config(folder / "transformer")
+    scheduler = load_scheduler(folder / "scheduler" / "scheduler_config.json")
+    sha256 = checked_hash(files_of_module(folder / "transformer", source.variant), source.sha256)
+    tensors = transformer_weights(folder / "transformer", config, source.variant)
+    own = load_autoencoder(folder / "vae", source.variant) if source.autoencoder is None else None
     names = index.get("id2label") or {}
-    classes = transformer.config.num_embeds_ada_norm
-    class_names = tuple(str(names.get(str(number), number)) for number in range(classes)) if names else ()
-    return Checkpoint(
-        name,
-        revision,
-        hashes[0] if len(hashes) == 1 else "+".join(hashes),
-        transformer,
-        autoencoder,
+    classes = tuple(str(names.get(str(number), number)) for number in range(config.num_embeds_ada_norm))
+    return _from_diffusers(
+        source,
+        config,
+        tensors,
+        own or _autoencoder(source),
         scheduler,
-        class_names,
+        functools.partial(load_module, folder / "transformer", DiTTransformer2DModel, source.variant),
+        name=name,
+        revision=revision,
+        weights_sha256=sha256,
+        class_names=classes if names else (),
     )
 
 
-def _module(folder: Path, kind: type[Any]) -> Any:
-    """A diffusers module from its folder: safetensors, or ``.bin`` read with ``weights_only``."""
-    stored = list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
-    if not stored:
-        raise CheckpointError(f"{folder}: no weights (*.safetensors or *.bin); {SUPPORTED}")
-    for file in stored:
-        if file.suffix == ".bin":
-            _check_pickle(file)
-    safe = stored[0].suffix == ".safetensors"
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what it would warn of is an error here
-    try:
-        module, report = kind.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=safe, local_files_only=True, output_loading_info=True
-        )
-    except Exception as error:  # safetensors, torch and diffusers each raise their own
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{folder}: cannot be read ({reason}); download or copy it again") from error
-    finally:
-        logging.set_verbosity(verbosity)
-    for problem in ("missing_keys", "unexpected_keys"):
-        if keys := sorted(report[problem]):
-            shown = ", ".join(keys[:10]) + (" …" if len(keys) > 10 else "")
-            raise CheckpointError(
-                f"{folder}: {len(keys)} {problem.replace('_', ' ')} ({shown}); expected a {kind.__name__}"
-            )
-    for name, parameter in module.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise CheckpointError(f"{folder}: {name} holds NaN or infinity; this checkpoint is damaged")
-    return _ready(module)
+def _from_diffusers(
+    source: Source,
+    config: Any,
+    tensors: dict[str, Stored],
+    autoencoder: Autoencoder,
+    scheduler: DDIMScheduler,
+    transformer: Callable[[], DiTTransformer2DModel],
+    **described: Any,
+) -> Checkpoint:
+    spec = model_spec(config)
+    return Checkpoint(
+        family="diffusers",
+        model=spec,
+        trained_size=spec.latent_size,
+        sizes=(spec.latent_size,),
+        channels=spec.output_channels,
+        numerics=Numerics(frequency_shift=1.0, mlp_eps=config.norm_eps),
+        diffusion=diffusion_spec(scheduler.config, spec.latent_channels),
+        defaults=DEFAULTS["diffusers"],
+        weights=official_from_diffusers(source.name, tensors, spec.depth),
+        autoencoder=autoencoder,
+        scheduler=scheduler,
+        transformer=transformer,
+        **described,
+    )
 
 
-def _check_pickle(file: Path) -> None:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of old pickle protocols
-            torch.load(file, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except Exception as error:
-        # torch's own message advises to switch the protection off.
-        raise CheckpointError(
-            f"{file}: not a plain weights file: reading it could execute code, or it is damaged; "
-            "convert it to safetensors where you trust it"
-        ) from error
+def _from_file(source: Source, file: Path) -> Checkpoint:
+    family = source.family or "official"
+    if family == "diffusers":
+        raise CheckpointError(f"{file}: is a file; with --family diffusers expected a DiTPipeline folder")
+    if source.variant is not None:
+        raise CheckpointError(f"{file}: --variant {source.variant} is for diffusers folders; leave it out")
+    sha256 = checked_hash([file], source.sha256)
+    autoencoder = _autoencoder(source)
+    factor = autoencoder_spec(autoencoder).factor
+    first = next(((height // factor, width // factor) for height, width in source.image_sizes), None)
+    weights = Weights(str(file), weights_from_file(file, ema=True))
+    spec, channels = official_spec(
+        str(file), weights.shapes, heads=source.heads, learned_variance=family == "official", latent_size=first
+    )
+    return _official(source, family, spec, channels, weights, autoencoder, file.stem, sha256)
 
 
-def _check_transformer(path: Path) -> None:
-    config = _json(path)
-    kind = config.get("_class_name")
-    if kind != "DiTTransformer2DModel" and not (
-        kind == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero"
-    ):
-        raise CheckpointError(f"{path}: is a {kind}; expected a class-conditional DiTTransformer2DModel")
-    expected = {
-        "norm_type": "ada_norm_zero",
-        "activation_fn": "gelu-approximate",
-        "attention_bias": True,
-        "upcast_attention": False,
-        "norm_elementwise_affine": False,
-    }
-    for key, value in expected.items():
-        if (found := config.get(key, value)) != value:
-            raise CheckpointError(f"{path}: {key} is {found!r}; only {value!r} is supported")
-    channels, out = config.get("in_channels", 4), config.get("out_channels")
-    if out not in (None, channels, 2 * channels):
-        raise CheckpointError(
-            f"{path}: {out} output channels for {channels} latent channels; expected as many or twice"
-        )
-
-
-def _scheduler(path: Path) -> DDIMScheduler:
-    config = _json(path)
-    for key in ("clip_sample", "thresholding"):
-        # DDIMScheduler and DDPMScheduler clip unless told not to: the file may leave the key out.
-        clips = key == "clip_sample" and config.get("_class_name") in ("DDIMScheduler", "DDPMScheduler")
-        if config.get(key, clips):
-            raise CheckpointError(
-                f"{path}: {key} is not supported (it is not linear in the network's output); set it to false"
-            )
-    if (prediction := config.get("prediction_type", "epsilon")) not in ("epsilon", "v_prediction"):
-        raise CheckpointError(
-            f"{path}: prediction type {prediction!r} is not supported; expected 'epsilon' or 'v_prediction'"
-        )
-    if config.get("rescale_betas_zero_snr") and prediction == "epsilon":
-        raise CheckpointError(
-            f"{path}: rescale_betas_zero_snr with epsilon prediction: at the first timestep the noise says nothing "
-            "about the picture; expected prediction_type 'v_prediction', or rescale_betas_zero_snr false"
-        )
-    known = {key: value for key, value in config.items() if not key.startswith("_")}
-    names = DDIMScheduler().config.keys()
-    return DDIMScheduler(**{key: value for key, value in known.items() if key in names})
-
-
-def betas_of(config: Any) -> tuple[float, ...]:
-    """The forward process's betas in float64 from a diffusers scheduler configuration, rescaled if it says so."""
-    betas = torch.tensor(_scheduled_betas(config), dtype=torch.float64)
-    if config.rescale_betas_zero_snr:
-        # Lin et al. 2023 (arXiv 2305.08891), algorithm 1: √ᾱ is shifted to end at 0 and scaled to begin where it did.
-        root = (1 - betas).cumprod(0).sqrt()
-        alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
-        betas = 1 - alpha_bar / torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
-    return tuple(betas.tolist())
-
-
-def _scheduled_betas(config: Any) -> tuple[float, ...]:
-    if config.trained_betas is not None:
-        return tuple(float(beta) for beta in config.trained_betas)
-    count = config.num_train_timesteps
-    if config.beta_schedule == "linear":
-        betas = torch.linspace(config.beta_start, config.beta_end, count, dtype=torch.float64)
-    elif config.beta_schedule == "scaled_linear":
-        betas = torch.linspace(config.beta_start**0.5, config.beta_end**0.5, count, dtype=torch.float64) ** 2
-    elif config.beta_schedule == "squaredcos_cap_v2":
-        times = torch.arange(count + 1, dtype=torch.float64) / count
-        alpha_bar = torch.cos((times + 0.008) / 1.008 * math.pi / 2) ** 2
-        betas = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+def _official(
+    source: Source,
+    family: str,
+    spec: ModelSpec,
+    channels: int,
+    weights: Weights,
+    autoencoder: Autoencoder,
+    name: str,
+    sha256: str | None,
+) -> Checkpoint:
+    if family == "official":
+        scheduler = DDIMScheduler(**LINEAR_BETAS)
+        diffusion = replace(diffusion_spec(scheduler.config, 3), timestep_spacing="official", steps_offset=0)
     else:
+        diffusion = DiffusionSpec((), "velocity", 3, "uniform", 0, True, source.path)
+    diffusion = replace(diffusion, guidance_channels=min(3, spec.latent_channels))
+    return Checkpoint(
+        name=name,
+        revision=None,
+        weights_sha256=sha256,
+        family=family,
+        model=spec,
+        trained_size=spec.latent_size,
+        sizes=(spec.latent_size,),
+        channels=channels,
+        numerics=Numerics(),
+        diffusion=diffusion,
+        defaults=DEFAULTS[family],
+        weights=weights,
+        autoencoder=autoencoder,
+    )
+
+
+def _autoencoder(source: Source) -> Autoencoder:
+    """The autoencoder that ``--vae`` names, or the official default."""
+    name = source.autoencoder or OFFICIAL_VAE
+    folder = Path(name)
+    if not folder.is_dir():
+        try:
+            folder, _, _ = _from_hub(name, ("*.json", "*.safetensors", "*.bin", "vae/*"))
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"autoencoder {error}; a file has none of its own: name a folder with --vae"
+            ) from error
+    return load_autoencoder(folder, source.variant)
+
+
+def _preset(source: Source) -> Checkpoint:
+    match = PRESET.fullmatch(source.name)
+    if match is None:
         raise CheckpointError(
-            f"beta schedule {config.beta_schedule!r} is not supported; expected linear or scaled_linear"
+            f"{source.name}: not a preset; with --random-weights expected one of {', '.join(PRESETS)}, "
+            "with patch size and picture size, such as DiT-XL/2-256"
         )
-    return tuple(betas.tolist())
-
-
-def _ready(module: nn.Module) -> Any:
-    return module.eval().requires_grad_(False)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: missing; {SUPPORTED}")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error}); download or copy it again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: not a JSON object; download or copy it again")
-    return value
+    assert source.random_seed is not None
+    if source.conditioning not in CONDITIONINGS:
+        raise CheckpointError(
+            f"conditioning {source.conditioning!r} is unknown; expected one of {', '.join(CONDITIONINGS)}"
+        )
+    sit = match[1].startswith("SiT")
+    family = source.family or ("sit" if sit else "diffusers" if source.conditioning == "adaln-zero" else "official")
+    if family == "diffusers" and source.conditioning != "adaln-zero":
+        raise CheckpointError(f"conditioning {source.conditioning}: diffusers has none such; use --family official")
+    if sit != (family == "sit"):
+        raise CheckpointError(f"{source.name} with --family {family}: expected a preset of the same family")
+    depth, width, heads = PRESETS[match[1].replace("SiT", "DiT")]
+    latent = int(match[3]) // 8
+    spec = ModelSpec(
+        conditioning=source.conditioning,
+        latent_channels=4,
+        latent_size=(latent, latent),
+        patch_size=int(match[2]),
+        width=width,
+        depth=depth,
+        heads=heads,
+        mlp_width=4 * width,
+        classes=source.classes,
+        learned_variance=source.learned_variance and not sit,
+    )
+    name = f"{source.name} ({source.conditioning}, random weights, seed {source.random_seed})"
+    if source.autoencoder is None:
+        with SkippedInitialization():
+            autoencoder: Autoencoder = AutoencoderKL(**STABLE_DIFFUSION_VAE)
+        randomize(autoencoder, source.random_seed + 1)
+        ready(autoencoder)
+    else:
+        autoencoder = _autoencoder(source)
+    if family != "diffusers":
+        channels = 2 * spec.latent_channels if sit and source.learned_variance else spec.output_channels
+        tensors = random_tensors(official_shapes(spec, channels), source.random_seed)
+        tensors["pos_embed"] = Stored(tensors["pos_embed"].shape, lambda: official_table(spec.width, spec.grid))
+        return _official(source, family, spec, channels, Weights(source.name, tensors), autoencoder, name, None)
+    with SkippedInitialization():
+        dit = DiTTransformer2DModel(
+            num_attention_heads=heads,
+            attention_head_dim=width // heads,
+            in_channels=spec.latent_channels,
+            out_channels=spec.output_channels,
+            num_layers=depth,
+            sample_size=latent,
+            patch_size=spec.patch_size,
+            num_embeds_ada_norm=spec.classes,
+        )
+    randomize(dit, source.random_seed)
+    ready(dit)
+    tensors = {key: stored(value) for key, value in dit.state_dict().items()}
+    scheduler = DDIMScheduler(**LINEAR_BETAS)
+    return _from_diffusers(
+        source, dit.config, tensors, autoencoder, scheduler, lambda: dit, name=name, revision=None, weights_sha256=None
+    )

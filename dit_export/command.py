@@ -6,12 +6,14 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from dit_runtime.command import Parser, print_json, run
-from dit_runtime.errors import EngineError
+from dit_runtime.command import Parser, image_size, positive, print_json, run
+from dit_runtime.errors import CheckpointError, EngineError
 
 EXAMPLES = (
     "dit-export facebook/DiT-XL-2-256 --fp16 -o dit-xl.bundle",
-    "dit-export DiT-XL/2-256 --random-weights 0 --fp16 -o xl-random.bundle",
+    "dit-export DiT-XL-2-512x512.pt --vae sd-vae-ft-mse/ --fp16 --encoder -o dit-xl-512.bundle",
+    "dit-export SiT-XL-2-256.pt --family sit --vae sd-vae-ft-mse/ --size 256x256 256x384 -o sit.bundle",
+    "dit-export DiT-XL/2-256 --random-weights 0 --conditioning cross-attention --dry-run",
 )
 
 
@@ -29,40 +31,81 @@ def _main(argv: list[str] | None) -> int:
     )
     parser.add_argument(
         "checkpoint",
-        help="a diffusers DiTPipeline folder, a hub id (owner/name or owner/name@revision), or with --random-weights "
-        "a preset such as DiT-XL/2-256",
+        help="a diffusers DiTPipeline folder or hub id (owner/name or owner/name@revision); a .pt or .safetensors file "
+        "with the official names; or with --random-weights a preset such as DiT-XL/2-256",
     )
-    parser.add_argument("--fp16", action="store_true", help="strongly typed FP16 graphs (default: FP32)")
-    parser.add_argument("--random-weights", type=int, metavar="SEED", help="a preset's shape with seeded weights")
-    parser.add_argument("-o", "--output", type=Path, help="the bundle's folder (default: NAME-PRECISION.bundle)")
-    parser.add_argument("--no-verify", action="store_true", help="leave out the comparison on ONNX Runtime")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    what = parser.add_argument_group("what the checkpoint is, where it does not say itself")
+    what.add_argument("--family", help="diffusers, official or sit (default: official for files, else diffusers)")
+    what.add_argument("--heads", type=positive, help="attention heads, for shapes that are none of the paper's")
+    what.add_argument(
+        "--vae", metavar="FOLDER", help="the autoencoder's folder or hub id (default: the pipeline's own)"
+    )
+    what.add_argument("--variant", help="of a diffusers folder's weights files, such as fp16")
+    what.add_argument("--sha256", metavar="HEX", help="refuse the transformer's weights unless this is their SHA-256")
+    what.add_argument("--path", default="linear", help="of a SiT: linear, gvp or vp")
+    what.add_argument("--guidance-channels", metavar="3|all", help="which guidance acts on (default: the reference's)")
+    preset = parser.add_argument_group("presets")
+    preset.add_argument("--random-weights", type=int, metavar="SEED", help="a preset's shape with seeded weights")
+    preset.add_argument(
+        "--conditioning", default="adaln-zero", help="of a preset: adaln-zero, adaln, cross-attention or in-context"
+    )
+    preset.add_argument("--classes", type=positive, default=1000, help="of a preset")
+    preset.add_argument("--fixed-variance", action="store_true", help="a preset without learned variance")
+    made = parser.add_argument_group("what to make")
+    made.add_argument("--fp16", action="store_true", help="strongly typed FP16 graphs (default: FP32)")
+    made.add_argument(
+        "--size",
+        type=image_size,
+        nargs="+",
+        default=[],
+        metavar="HEIGHTxWIDTH",
+        help="of pictures (default: as trained)",
+    )
+    made.add_argument("--encoder", action="store_true", help="the autoencoder's encoder too, for image-to-image")
+    made.add_argument("-o", "--output", type=Path, help="the bundle's folder (default: NAME-PRECISION.bundle)")
+    made.add_argument("--no-verify", action="store_true", help="leave out the comparison on ONNX Runtime")
+    made.add_argument("--dry-run", action="store_true", help="print what would be made and needed, and stop")
+    made.add_argument("--json", action="store_true", help="print the result as JSON")
     args = parser.parse_args(argv)
 
     missing = [name for name in ("torch", "diffusers", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         raise EngineError(f"{' and '.join(missing)} not installed; pip install 'dit-export[export]'")
-    from dit_export.export import Source, bundle_from_checkpoint
+    from dit_export.checkpoint import Source
+    from dit_export.export import bundle_from_checkpoint
     from dit_export.precision import FP16, FP32
 
     precision = FP16 if args.fp16 else FP32
+    source = Source(
+        name=args.checkpoint,
+        random_seed=args.random_weights,
+        family=args.family,
+        heads=args.heads,
+        autoencoder=args.vae,
+        variant=args.variant,
+        sha256=args.sha256,
+        path=args.path,
+        guidance_channels=_guidance_channels(args.guidance_channels),
+        image_sizes=tuple(args.size),
+        conditioning=args.conditioning,
+        classes=args.classes,
+        learned_variance=not args.fixed_variance,
+    )
     name = args.checkpoint.strip("/").replace("@", "-").replace("/", "-") or "checkpoint"
     output = args.output or Path(f"{Path(name).name}-{precision.name}.bundle")
-    bundle = bundle_from_checkpoint(Source(args.checkpoint, args.random_weights), output, precision)
+    bundle = bundle_from_checkpoint(source, output, precision, args.encoder)
 
     from dit_runtime.engines import OnnxRuntimeEngine
-    from dit_runtime.verdicts import store_verdict
-    from dit_runtime.verify import format_table, verified
+    from dit_runtime.verdicts import verified_sizes
+    from dit_runtime.verify import Rung, format_table
 
-    rungs, engine_name = [], None
+    rungs: list[Rung] = []
+    engine_name = None
     if not args.no_verify:
         try:
-            engine = OnnxRuntimeEngine(bundle)
+            engine_name, rungs = verified_sizes(bundle, bundle.manifest.image_sizes, OnnxRuntimeEngine)
         except EngineError as error:
             print(f"dit-export: parity was not checked: {error}", file=sys.stderr)
-        else:
-            rungs, engine_name = verified(bundle, engine), engine.name
-            store_verdict(bundle, engine, rungs, quick=False)
     sizes = {name: bundle.manifest.files[graph.weights].bytes for name, graph in bundle.manifest.graphs.items()}
     passed = all(rung.passed for rung in rungs)
     if args.json:
@@ -91,3 +134,11 @@ def _main(argv: list[str] | None) -> int:
         )
         return 1
     return 0
+
+
+def _guidance_channels(text: str | None) -> int | None:
+    if text is None or text == "all":
+        return None if text is None else 0
+    if not text.isdecimal() or int(text) < 1:
+        raise CheckpointError(f"--guidance-channels {text}: expected a number of channels, such as 3, or all")
+    return int(text)

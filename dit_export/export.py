@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
-from dit_export.autoencoder import Decoder
-from dit_export.checkpoint import Checkpoint, load_checkpoint
-from dit_export.golden import REFERENCE, records_in_process
-from dit_export.graphs import write_graphs
-from dit_export.model import Conditioner, Numerics, Step, conditioner_from_diffusers, step_from_diffusers
+from dit_export.autoencoder import Decoder, Encoder
+from dit_export.checkpoint import Checkpoint, Source, load_checkpoint
+from dit_export.golden import records_in_process
+from dit_export.graphs import write_conditioner, write_decoder, write_encoder, write_steps
+from dit_export.model import conditioner_from_weights, step_from_weights
 from dit_export.precision import Precision
 from dit_export.tolerances import TOLERANCES
 from dit_runtime.bundle import (
-    GRAPHS,
+    ENCODER,
     MANIFEST,
     SCHEMA,
+    SIZED_GRAPHS,
     Bundle,
-    DefaultsSpec,
     FileSpec,
+    GraphSpec,
     Manifest,
     PrecisionSpec,
     SourceSpec,
@@ -30,22 +32,12 @@ from dit_runtime.errors import OutputError
 from dit_runtime.files import check_writable, replaced_folder, sha256_of
 from dit_runtime.progress import Progress
 
-# DiTPipeline's default guidance scale, with the 50 DDIM steps that its scheduler is used with.
-DEFAULTS = DefaultsSpec(sampler="ddim", steps=50, guidance=4.0)
 
-
-@dataclass(frozen=True)
-class Source:
-    """What to export: a folder, hub id or preset, and the seed of random weights for the latter."""
-
-    name: str
-    random_seed: int | None = None
-
-
-def bundle_from_checkpoint(source: Source, output: Path, precision: Precision) -> Bundle:
+def bundle_from_checkpoint(source: Source, output: Path, precision: Precision, encoder: bool = False) -> Bundle:
     """Export ``source`` to the folder ``output``, replacing a bundle that is there.
 
-    Golden records come first, from a process of their own, so that its memory is free again for tracing.
+    Golden records come first, from a process of their own, so that its memory is free again for tracing. Then one graph
+    is in memory at a time. ``encoder`` adds the autoencoder's other half, for image-to-image.
 
     Raises:
         CheckpointError: the source cannot be read or is not supported.
@@ -55,38 +47,36 @@ def bundle_from_checkpoint(source: Source, output: Path, precision: Precision) -
     if output.exists() and not (output / MANIFEST).is_file():
         raise OutputError(f"{output}: exists and is not a bundle, so it is not replaced; choose another --output")
     check_writable(output)
+    checkpoint = load_checkpoint(source)  # a mistake is told before the work
     with replaced_folder(output) as folder:
-        golden = folder / "golden"
-        golden.mkdir()
-        records_in_process(source.name, source.random_seed, golden)
-        with Progress("loading", 1 + len(GRAPHS)) as bar:
-            checkpoint = load_checkpoint(source.name, source.random_seed)
-            manifest = _manifest(checkpoint, precision)
-            modules = _converted(checkpoint, precision)
-            del checkpoint  # at XL's size the reference's 3 GB are wanted back before tracing
-            bar.describe("tracing")
-            bar.advance()
+        records_in_process(source, folder, encoder)
+        with Progress("tracing", 2 + encoder + len(SIZED_GRAPHS) * len(checkpoint.sizes)) as bar:
             graphs = {}
-            for name, graph in write_graphs(folder, *modules, manifest.autoencoder.image_size):
+            for name, graph in _graphs(checkpoint, precision, folder, encoder):
                 graphs[name] = graph
                 bar.advance()
-        manifest = replace(manifest, graphs=graphs, files=_files(folder))
+        manifest = replace(_manifest(checkpoint, precision), graphs=graphs, files=_files(folder))
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return open_bundle(output)
 
 
-def _converted(checkpoint: Checkpoint, precision: Precision) -> tuple[Conditioner, Step, Decoder]:
-    transformer, spec, numerics = checkpoint.transformer, checkpoint.model, numerics_of(checkpoint)
-    # The positional table is a buffer that state_dict() leaves out.
-    state = {**dict(transformer.named_parameters()), **dict(transformer.named_buffers())}
-    conditioner = conditioner_from_diffusers(spec, numerics, precision, state)
-    step = step_from_diffusers(spec, numerics, precision, state)
-    return conditioner, step, Decoder(checkpoint.autoencoder, precision).eval().requires_grad_(False)
-
-
-def numerics_of(checkpoint: Checkpoint) -> Numerics:
-    """diffusers' numerics, with the one number that its configuration sets."""
-    return Numerics(mlp_eps=checkpoint.transformer.config.norm_eps)
+def _graphs(
+    checkpoint: Checkpoint, precision: Precision, folder: Path, encoder: bool
+) -> Iterator[tuple[str, GraphSpec]]:
+    """Convert, trace and write the graphs one by one; yields each name and description as it is done."""
+    spec, numerics, weights = checkpoint.model, checkpoint.numerics, checkpoint.weights
+    conditioner = conditioner_from_weights(spec, numerics, precision, weights)
+    table_dtype = conditioner.table_dtype
+    yield "conditioner", write_conditioner(folder, conditioner)
+    del conditioner  # a third of the weights: not beside the step's
+    positions = {size: checkpoint.position(size) for size in checkpoint.sizes}
+    step = step_from_weights(spec, numerics, precision, weights, positions[spec.latent_size])
+    yield from write_steps(folder, step, table_dtype, positions)
+    del step
+    autoencoder = checkpoint.autoencoder
+    yield "decoder", write_decoder(folder, Decoder(autoencoder, precision).eval().requires_grad_(False))
+    if encoder:
+        yield ENCODER, write_encoder(folder, Encoder(autoencoder, precision).eval().requires_grad_(False))
 
 
 def _manifest(checkpoint: Checkpoint, precision: Precision) -> Manifest:
@@ -94,12 +84,13 @@ def _manifest(checkpoint: Checkpoint, precision: Precision) -> Manifest:
     return Manifest(
         schema=SCHEMA,
         producer={**{name: version(name) for name in packages}, "python": platform.python_version()},
-        source=SourceSpec(checkpoint.name, checkpoint.revision, REFERENCE, checkpoint.weights_sha256),
+        source=SourceSpec(checkpoint.name, checkpoint.revision, checkpoint.reference, checkpoint.weights_sha256),
         model=checkpoint.model,
+        sizes=checkpoint.sizes,
         diffusion=checkpoint.diffusion,
         autoencoder=checkpoint.autoencoder_spec,
         precision=PrecisionSpec(precision.name, precision.keep_fp32),
-        defaults=DEFAULTS,
+        defaults=checkpoint.defaults,
         class_names=checkpoint.class_names,
         graphs={},
         tolerances=TOLERANCES[precision.name],

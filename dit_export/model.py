@@ -1,39 +1,41 @@
 """The DiT as it is exported: one function split along what depends on the latents and what does not.
 
 ``Conditioner`` holds everything that depends on (timestep, label) alone; ``Step`` is one sampling step: gather,
-guidance branches, network and sampler update. Both follow Peebles & Xie 2022 (arXiv 2212.09748) with adaLN-Zero blocks;
-where implementations disagree the numbers come from the checkpoint's own reference (``Numerics``).
+guidance branches, network and sampler update. Both follow Peebles & Xie 2022 (arXiv 2212.09748) in its four
+conditionings; where implementations disagree the numbers come from the checkpoint's own reference (``Numerics``).
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dit_export.layout import EMBEDDERS, FREQUENCIES, MODULATIONS, Numerics
 from dit_export.precision import Precision
 from dit_runtime.bundle import ModelSpec
 
-FREQUENCIES = 256  # size of the sinusoidal timestep features, in the paper and in every implementation
-MODULATIONS = 6  # vectors per block: shift, scale and gate before attention and before the MLP
+# What one row of the conditioning table holds, by conditioning: its name, and its shape without the rows.
+#   modulation    6 (adaLN-Zero) or 4 (adaLN) vectors per block, and the final layer's shift and scale
+#   keys_values   cross-attention's keys and values of the two conditioning tokens, in each block
+#   tokens        in-context's two conditioning tokens
 
 
-@dataclass(frozen=True)
-class Numerics:
-    """Where DiT implementations differ. The defaults are diffusers' (``DiTTransformer2DModel`` 0.42)."""
-
-    frequency_shift: float = 1.0  # exponent i/(128 − shift): 1 in diffusers, 0 in the official code
-    attention_eps: float = 1e-6  # LayerNorm before attention
-    mlp_eps: float = 1e-5  # LayerNorm before the MLP
-    final_eps: float = 1e-6  # LayerNorm before the output projection
+def table_axes(spec: ModelSpec) -> tuple[str, tuple[int, ...]]:
+    """Name and row shape of the conditioning table."""
+    if spec.conditioning == "cross-attention":
+        return "keys_values", (spec.depth, 2, 2, spec.width)  # block, key or value, token
+    if spec.conditioning == "in-context":
+        return "tokens", (2, spec.width)
+    return "modulation", (MODULATIONS[spec.conditioning] * spec.depth + 2, spec.width)
 
 
 class Embedder(nn.Module):
-    """Timestep MLP and label table → conditioning vectors ``[R, D]``."""
+    """Timestep MLP and label table → two embeddings ``[R, D]``."""
 
     def __init__(self, width: int, rows: int) -> None:
         super().__init__()
@@ -41,24 +43,30 @@ class Embedder(nn.Module):
         self.fc2 = nn.Linear(width, width)
         self.labels = nn.Embedding(rows, width)
 
-    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        embedding: Tensor = self.fc2(F.silu(self.fc1(features))) + self.labels(labels)
-        return embedding
+    def forward(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return self.fc2(F.silu(self.fc1(features))), self.labels(labels)
 
 
 class Conditioner(nn.Module):
-    """``timesteps [R]`` f32, ``labels [R]`` i32 → ``modulation [R, 6·depth + 2, D]`` f32.
+    """``timesteps [R]`` f32, ``labels [R]`` i32 → the conditioning table ``[R, …]`` (``table_axes``).
 
-    Rows 6i … 6i+5 are block i's shift, scale and gate before attention and the same before the MLP; the last two are
-    the final layer's shift and scale.
+    With adaLN, rows of the table are a block's vectors in the order shift, scale (and gate) before attention, then the
+    same before the MLP; the last two are the final layer's shift and scale. FP32, but for cross-attention's keys and
+    values, which have their products' dtype.
     """
 
     def __init__(self, spec: ModelSpec, numerics: Numerics, precision: Precision, embedders: int) -> None:
         super().__init__()
+        self.spec = spec
         self.dtype = precision.dtype("conditioner")
         self.embedders = nn.ModuleList(Embedder(spec.width, spec.classes + 1) for _ in range(embedders))
-        self.blocks = nn.ModuleList(nn.Linear(spec.width, MODULATIONS * spec.width) for _ in range(spec.depth))
-        self.final = nn.Linear(spec.width, 2 * spec.width)
+        if spec.conditioning in MODULATIONS:
+            rows = MODULATIONS[spec.conditioning] * spec.width
+            self.blocks = nn.ModuleList(nn.Linear(spec.width, rows) for _ in range(spec.depth))
+            self.final = nn.Linear(spec.width, 2 * spec.width)
+        elif spec.conditioning == "cross-attention":
+            self.blocks = nn.ModuleList(nn.Linear(spec.width, 2 * spec.width) for _ in range(spec.depth))
+        self.table_dtype = self.dtype if spec.conditioning == "cross-attention" else torch.float32
         half = FREQUENCIES // 2
         # As diffusers' get_timestep_embedding computes it, in float32; on the CPU even under a meta device.
         exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device="cpu")
@@ -67,10 +75,17 @@ class Conditioner(nn.Module):
     def forward(self, timesteps: Tensor, labels: Tensor) -> Tensor:
         angles = timesteps[:, None] * self.frequencies  # FP16 here would be off by up to half a radian
         features = torch.cat([torch.cos(angles), torch.sin(angles)], dim=1).to(self.dtype)  # (R, 256)
-        conditions = [F.silu(embedder(features, labels)) for embedder in self.embedders]
-        vectors = [block(conditions[index if len(conditions) > 1 else 0]) for index, block in enumerate(self.blocks)]
-        table = torch.cat([*vectors, self.final(conditions[0])], dim=1).float()  # (R, (6·depth + 2)·D)
-        return table.reshape(-1, MODULATIONS * len(self.blocks) + 2, self.final.in_features)
+        embeddings = [embedder(features, labels) for embedder in self.embedders]
+        if self.spec.conditioning in MODULATIONS:
+            conditions = [F.silu(time + label) for time, label in embeddings]  # one, or one per block
+            vectors = [block(conditions[index % len(conditions)]) for index, block in enumerate(self.blocks)]
+            table = torch.cat([*vectors, self.final(conditions[0])], dim=1).float()
+            return table.reshape(-1, *table_axes(self.spec)[1])  # (R, 6·depth + 2, D)
+        tokens = torch.stack(embeddings[0], dim=1)  # (R, 2, D)
+        if self.spec.conditioning == "in-context":
+            return tokens.float()
+        pairs = [block(tokens).unflatten(2, (2, -1)).transpose(1, 2) for block in self.blocks]  # (R, 2, 2, D) each
+        return torch.stack(pairs, dim=1)
 
 
 class Attention(nn.Module):
@@ -83,12 +98,32 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        _, tokens, width = x.shape
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # (N, h, T, d)
-        scores = (q * (width // self.heads) ** -0.5) @ k.transpose(2, 3)  # (N, h, T, T)
-        mixed = torch.softmax(scores.float(), dim=-1).to(v.dtype) @ v
-        result: Tensor = self.proj(mixed.transpose(1, 2).reshape(-1, tokens, width))
+        result: Tensor = self.proj(attended(q, k, v))
         return result
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention to the two conditioning tokens, whose keys and values ``[N, 2, 2, D]`` are given."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, keys_values: Tensor) -> Tensor:
+        q = self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (N, h, T, d)
+        k, v = keys_values.to(q.dtype).unflatten(3, (self.heads, -1)).transpose(2, 3).unbind(1)  # (N, h, 2, d)
+        result: Tensor = self.proj(attended(q, k, v))
+        return result
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scaled dot-product attention ``[N, h, T, d]`` → ``[N, T, D]``."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)  # (N, h, T, keys)
+    mixed = torch.softmax(scores.float(), dim=-1).to(v.dtype) @ v
+    return mixed.transpose(1, 2).flatten(2)
 
 
 class Mlp(nn.Module):
@@ -105,48 +140,76 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """An adaLN-Zero block with its modulation given. The residual stream and the adaLN arithmetic are FP32."""
+    """A block with what it needs of the conditioning table given: its vectors, its keys and values, or nothing.
+
+    The residual stream, normalization and the adaLN arithmetic are FP32.
+    """
 
     def __init__(self, spec: ModelSpec, numerics: Numerics) -> None:
         super().__init__()
-        self.numerics = numerics
+        self.conditioning = spec.conditioning
+        affine = spec.conditioning not in MODULATIONS
+        self.norm1 = nn.LayerNorm(spec.width, numerics.attention_eps, elementwise_affine=affine)
         self.attn = Attention(spec.width, spec.heads)
+        self.norm2 = nn.LayerNorm(spec.width, numerics.mlp_eps, elementwise_affine=affine)
+        if spec.conditioning == "cross-attention":
+            self.cross_attn = CrossAttention(spec.width, spec.heads)
+            self.norm3 = nn.LayerNorm(spec.width, numerics.mlp_eps)
         self.mlp = Mlp(spec.width, spec.mlp_width)
 
-    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation.unsqueeze(2).unbind(1)  # each (N, 1, D)
-        h = modulated(x, shift_1, scale_1, self.numerics.attention_eps)
-        x = x + gate_1 * self.attn(h.to(self.attn.qkv.weight.dtype)).float()
-        h = modulated(x, shift_2, scale_2, self.numerics.mlp_eps)
-        result: Tensor = x + gate_2 * self.mlp(h.to(self.mlp.fc1.weight.dtype)).float()
-        return result
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        attention, mlp = self.attn.qkv.weight.dtype, self.mlp.fc1.weight.dtype
+        if self.conditioning == "adaln-zero":
+            shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = condition.unsqueeze(2).unbind(1)  # each (N, 1, D)
+            x = x + gate_1 * self.attn(modulated(self.norm1(x), shift_1, scale_1).to(attention)).float()
+            x = x + gate_2 * self.mlp(modulated(self.norm2(x), shift_2, scale_2).to(mlp)).float()
+        elif self.conditioning == "adaln":
+            shift_1, scale_1, shift_2, scale_2 = condition.unsqueeze(2).unbind(1)  # each (N, 1, D)
+            x = x + self.attn(modulated(self.norm1(x), shift_1, scale_1).to(attention)).float()
+            x = x + self.mlp(modulated(self.norm2(x), shift_2, scale_2).to(mlp)).float()
+        elif self.conditioning == "cross-attention":
+            x = x + self.attn(self.norm1(x).to(attention)).float()
+            x = x + self.cross_attn(self.norm2(x).to(self.cross_attn.q.weight.dtype), condition).float()
+            x = x + self.mlp(self.norm3(x).to(mlp)).float()
+        else:
+            x = x + self.attn(self.norm1(x).to(attention)).float()
+            x = x + self.mlp(self.norm2(x).to(mlp)).float()
+        return x
 
 
-def modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """LayerNorm without parameters, then the conditioning's scale and shift (adaLN)."""
-    return F.layer_norm(x, (x.shape[-1],), eps=eps) * (1 + scale) + shift
+def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """The conditioning's scale and shift after a LayerNorm (adaLN)."""
+    return x * (1 + scale) + shift
 
 
 class Step(nn.Module):
     """One sampling step for B pictures and G guidance branches (shapes as in the bundle format).
 
     ``state [B, 3, C, H, W]``, ``noise [B, C, H, W]``, ``coefficients [B, 17]``, ``guidance [G, B, C]``,
-    ``rows [G, B]`` i32, ``modulation [R, 6·depth + 2, D]`` → ``next_state``, ``denoised [B, C, H, W]`` and, for the
-    probe, each block's output ``[G·B, T, D]``. All FP32 at the border.
+    ``rows [G, B]`` i32, the conditioning table ``[R, …]`` → ``next_state``, ``denoised [B, C, H, W]`` and, for the
+    probe, each block's output ``[G·B, T, D]``. All FP32 at the border but the table of keys and values.
     """
 
     def __init__(self, spec: ModelSpec, numerics: Numerics) -> None:
         super().__init__()
         self.spec = spec
         patch = spec.patch_size
-        self.final_eps = numerics.final_eps
         self.patch_embed = nn.Conv2d(spec.latent_channels, spec.width, kernel_size=patch, stride=patch)
         self.position = nn.Parameter(torch.empty(1, spec.tokens, spec.width))
         self.blocks = nn.ModuleList(Block(spec, numerics) for _ in range(spec.depth))
+        affine = spec.conditioning not in MODULATIONS
+        self.final_norm = nn.LayerNorm(spec.width, numerics.final_eps, elementwise_affine=affine)
         self.final = nn.Linear(spec.width, patch * patch * spec.output_channels)
 
+    def at(self, spec: ModelSpec, position: Tensor) -> Step:
+        """The same network, on the same weights, at another size."""
+        step = copy.copy(self)
+        step._parameters = {"position": nn.Parameter(position, requires_grad=False)}
+        step.spec = spec
+        return step
+
     def forward(
-        self, state: Tensor, noise: Tensor, coefficients: Tensor, guidance: Tensor, rows: Tensor, modulation: Tensor
+        self, state: Tensor, noise: Tensor, coefficients: Tensor, guidance: Tensor, rows: Tensor, table: Tensor
     ) -> tuple[Tensor, ...]:
         spec = self.spec
         z = state[:, 0]
@@ -154,18 +217,29 @@ class Step(nn.Module):
         x = self.patch_embed(z.to(weight)).float().flatten(2).transpose(1, 2) + self.position  # (B, T, D)
         # The branches see the same latents: embed once, repeat for each branch.
         x = x.expand(rows.shape[0], -1, -1, -1).flatten(0, 1)  # (G·B, T, D)
-        table = modulation.index_select(0, rows.flatten())  # (G·B, 6·depth + 2, D)
+        condition = table.index_select(0, rows.flatten())  # (G·B, …)
+        if spec.conditioning == "in-context":
+            x = torch.cat([x, condition], dim=1)  # (G·B, T + 2, D)
         outputs = []
         for index, block in enumerate(self.blocks):
-            x = block(x, table[:, MODULATIONS * index : MODULATIONS * (index + 1)])
+            x = block(x, self.of_block(condition, index))
             outputs.append(x)
-        shift, scale = table[:, -2, None], table[:, -1, None]
-        x = self.final(modulated(x, shift, scale, self.final_eps).to(self.final.weight.dtype)).float()
+        x = self.final_norm(x[:, : spec.tokens])
+        if spec.conditioning in MODULATIONS:
+            x = modulated(x, condition[:, -2, None], condition[:, -1, None])
+        x = self.final(x.to(self.final.weight.dtype)).float()
         x = unpatchified(x, spec).unflatten(0, (rows.shape[0], -1))  # (G, B, C or 2C, H, W)
         e = (guidance[..., None, None] * x[:, :, : spec.latent_channels]).sum(0)  # (B, C, H, W)
         v = x[0, :, spec.latent_channels :] if spec.learned_variance else None  # the conditional branch's
         next_state, denoised = sampler_update(state, noise, coefficients, e, v)
         return next_state, denoised, *outputs
+
+    def of_block(self, condition: Tensor, index: int) -> Tensor:
+        """What a block uses of its pictures' rows of the table."""
+        if self.spec.conditioning in MODULATIONS:
+            count = MODULATIONS[self.spec.conditioning]
+            return condition[:, count * index : count * (index + 1)]  # (N, 6 or 4, D)
+        return condition[:, index] if self.spec.conditioning == "cross-attention" else condition
 
 
 def unpatchified(x: Tensor, spec: ModelSpec) -> Tensor:
@@ -192,46 +266,68 @@ def sampler_update(
     return torch.cat([kicked, following[:, 1:]], dim=1), denoised
 
 
-def conditioner_from_diffusers(
-    spec: ModelSpec, numerics: Numerics, precision: Precision, state: Mapping[str, Tensor]
+def conditioner_from_weights(
+    spec: ModelSpec, numerics: Numerics, precision: Precision, weights: Mapping[str, Tensor]
 ) -> Conditioner:
-    """The conditioner with a ``DiTTransformer2DModel``'s weights (shared storage where the dtype allows it)."""
-    names = ("emb.timestep_embedder.linear_1", "emb.timestep_embedder.linear_2")
-    prefixes = [f"transformer_blocks.{index}.norm1." for index in range(spec.depth)]
-    keys = [f"{name}.{kind}" for name in names for kind in ("weight", "bias")]
-    keys.append("emb.class_embedder.embedding_table.weight")
-    same = all(torch.equal(state[prefix + key], state[prefixes[0] + key]) for prefix in prefixes for key in keys)
+    """The conditioner with weights by official name (shared storage where the dtype allows it)."""
+    own = f"blocks.0.{EMBEDDERS[0]}" in weights  # embedder copies that differ
     with torch.device("meta"):
-        module = Conditioner(spec, numerics, precision, embedders=1 if same else spec.depth)
-    weights = {}
-    targets = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias", "labels.weight")
+        module = Conditioner(spec, numerics, precision, embedders=spec.depth if own else 1)
+    names: dict[str, str] = {}
     for index in range(len(module.embedders)):
-        for target, key in zip(targets, keys, strict=True):
-            weights[f"embedders.{index}.{target}"] = state[prefixes[index] + key]
+        prefix = f"blocks.{index}." if own else ""
+        for target, source in zip(
+            ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias", "labels.weight"), EMBEDDERS, strict=True
+        ):
+            names[f"embedders.{index}.{target}"] = prefix + source
     for kind in ("weight", "bias"):
-        for index, prefix in enumerate(prefixes):
-            weights[f"blocks.{index}.{kind}"] = state[f"{prefix}linear.{kind}"]
-        weights[f"final.{kind}"] = state[f"proj_out_1.{kind}"]
+        if spec.conditioning in MODULATIONS:
+            names |= {f"blocks.{i}.{kind}": f"blocks.{i}.adaLN_modulation.1.{kind}" for i in range(spec.depth)}
+            names[f"final.{kind}"] = f"final_layer.adaLN_modulation.1.{kind}"
+        elif spec.conditioning == "cross-attention":
+            names |= {f"blocks.{i}.{kind}": f"blocks.{i}.cross_attn.kv.{kind}" for i in range(spec.depth)}
     dtype = precision.dtype("conditioner")
-    module.load_state_dict({name: tensor.to(dtype) for name, tensor in weights.items()}, assign=True)
+    module.load_state_dict({name: weights[source].to(dtype) for name, source in names.items()}, assign=True)
     return module.eval().requires_grad_(False)
 
 
-def step_from_diffusers(spec: ModelSpec, numerics: Numerics, precision: Precision, state: Mapping[str, Tensor]) -> Step:
-    """The step network with a ``DiTTransformer2DModel``'s weights, each unit in the dtype its policy gives it."""
+def step_from_weights(
+    spec: ModelSpec, numerics: Numerics, precision: Precision, weights: Mapping[str, Tensor], position: Tensor
+) -> Step:
+    """The step network with weights by official name, each unit in the dtype its policy gives it.
+
+    ``position``: the positional table ``[1, T, D]``. Output channels that the network has and the model does not use
+    are left out.
+    """
     with torch.device("meta"):
         module = Step(spec, numerics)
-    weights = {"position": state["pos_embed.pos_embed"].float()}
+    state = {"position": position}
+    for target, source, unit in _step_names(spec):
+        for kind in ("weight", "bias"):
+            state[f"{target}.{kind}"] = weights[f"{source}.{kind}"].to(
+                torch.float32 if unit is None else precision.dtype(unit)
+            )
     for kind in ("weight", "bias"):
-        weights[f"patch_embed.{kind}"] = state[f"pos_embed.proj.{kind}"].to(precision.dtype("patch_embed"))
-        weights[f"final.{kind}"] = state[f"proj_out_2.{kind}"].to(precision.dtype("final"))
-        for index in range(spec.depth):
-            source, target = f"transformer_blocks.{index}", f"blocks.{index}"
-            attention, mlp = precision.dtype(f"{target}.attn"), precision.dtype(f"{target}.mlp")
-            qkv = [state[f"{source}.attn1.to_{name}.{kind}"].to(attention) for name in "qkv"]
-            weights[f"{target}.attn.qkv.{kind}"] = torch.cat(qkv)
-            weights[f"{target}.attn.proj.{kind}"] = state[f"{source}.attn1.to_out.0.{kind}"].to(attention)
-            weights[f"{target}.mlp.fc1.{kind}"] = state[f"{source}.ff.net.0.proj.{kind}"].to(mlp)
-            weights[f"{target}.mlp.fc2.{kind}"] = state[f"{source}.ff.net.2.{kind}"].to(mlp)
-    module.load_state_dict(weights, assign=True)
+        tensor = state[f"final.{kind}"].unflatten(0, (spec.patch_size**2, -1))  # (p·p, channels, …)
+        state[f"final.{kind}"] = tensor[:, : spec.output_channels].flatten(0, 1)
+    module.load_state_dict(state, assign=True)
     return module.eval().requires_grad_(False)
+
+
+def _step_names(spec: ModelSpec) -> Iterator[tuple[str, str, str | None]]:
+    """Name in ``Step``, official name, and the unit of the precision policy; None is always FP32."""
+    yield "patch_embed", "x_embedder.proj", "patch_embed"
+    yield "final", "final_layer.linear", "final"
+    norms, affine = ["norm1", "norm2"], spec.conditioning not in MODULATIONS
+    parts = [("attn", "qkv"), ("attn", "proj"), ("mlp", "fc1"), ("mlp", "fc2")]
+    if spec.conditioning == "cross-attention":
+        norms.append("norm3")
+        parts += [("cross_attn", "q"), ("cross_attn", "proj")]
+    for index in range(spec.depth):
+        block = f"blocks.{index}"
+        for unit, name in parts:
+            yield f"{block}.{unit}.{name}", f"{block}.{unit}.{name}", f"{block}.{unit}"
+        for norm in norms if affine else ():
+            yield f"{block}.{norm}", f"{block}.{norm}", None
+    if affine:
+        yield "final_norm", "final_layer.norm_final", None

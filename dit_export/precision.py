@@ -1,7 +1,8 @@
 """The precision policy as data: which named unit of the network computes in which dtype.
 
 TensorRT 11 has no FP16 switch, so precision is written into the graph (strongly typed). Units are named as the graph's
-nodes are: ``conditioner``, ``patch_embed``, ``blocks.17.attn``, ``blocks.17.mlp``, ``final``, ``decoder``.
+nodes are: ``conditioner``, ``patch_embed``, ``blocks.17.attn``, ``blocks.17.mlp``, ``final``, ``decoder``,
+``encoder``.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ SCHEDULER = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "c
 def make_checkpoint(folder: Path, *, seed: int = 0, learned_variance: bool = True) -> Path:
     """A DiTPipeline folder with a tiny random model: 2 blocks, width 64, 10 classes, 8×8 latents, 32×32 pictures."""
     from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
-    from dit_export.checkpoint import randomize
+    from dit_export.random_weights import randomize
 
     transformer = DiTTransformer2DModel(
         num_attention_heads=2,

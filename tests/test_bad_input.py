@@ -87,7 +87,7 @@ def test_another_architecture(copied: Path, tmp_path: Path) -> None:
     edit_json(copied / "transformer" / "config.json", _class_name="PixArtTransformer2DModel")
     export_refused(copied, output, "is a PixArtTransformer2DModel; expected a class-conditional")
     edit_json(copied / "model_index.json", _class_name="FluxPipeline")
-    export_refused(copied, output, "is a FluxPipeline; expected a diffusers DiTPipeline folder")
+    export_refused(copied, output, "is a FluxPipeline; expected a class-conditional DiT or SiT: a diffusers DiTPipeline folder")
     (copied / "model_index.json").write_text("{")
     export_refused(copied, output, "not JSON")
 
@@ -111,13 +111,15 @@ def test_a_pickle_that_needs_code_execution(copied: Path, tmp_path: Path) -> Non
 
 def test_a_plain_bin_is_read(copied: Path) -> None:
     """A ``.bin`` of tensors alone loads like safetensors."""
-    from dit_export.checkpoint import load_checkpoint
+    from dit_export.checkpoint import Source, load_checkpoint
 
     folder = copied / "transformer"
     state = load_file(folder / "diffusion_pytorch_model.safetensors")
     (folder / "diffusion_pytorch_model.safetensors").unlink()
     torch.save(state, folder / "diffusion_pytorch_model.bin")
-    loaded = load_checkpoint(str(copied)).transformer.state_dict()
+    load = load_checkpoint(Source(str(copied))).transformer
+    assert load is not None
+    loaded = load().state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
 
 

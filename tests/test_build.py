@@ -115,13 +115,15 @@ def test_the_audit_reads_the_builders_log(bundles: dict[str, Path]) -> None:
 
 def test_recipes_and_profiles(bundles: dict[str, Path]) -> None:
     """A profile for each branch count; impossible recipes are refused with what is possible."""
-    graphs = open_bundle(bundles["fp16"]).manifest.graphs
-    recipe = recipe_for("rtx", "12.0", 8, (2, 1), 500)
-    first, second = profiles_of(graphs["step"], recipe)
+    manifest = open_bundle(bundles["fp16"]).manifest
+    graphs = manifest.graphs
+    recipe = recipe_for("rtx", "12.0", 8, (2, 1), 500, decode_tile=4)
+    first, second = profiles_of(graphs["step"], recipe, manifest)
     assert first["rows"] == ((1, 1), (1, 1), (1, 8))
     assert second["guidance"] == ((2, 1, 4), (2, 1, 4), (2, 8, 4))
     assert second["modulation"] == ((1, 14, 64), (100, 14, 64), (500, 14, 64))
-    assert len(profiles_of(graphs["decoder"], recipe)) == 1
+    (decoder,) = profiles_of(graphs["decoder"], recipe, manifest)
+    assert decoder["latents"] == ((1, 4, 4, 4), (1, 4, 4, 4), (8, 4, 4, 4))  # a tile, not the 8×8 latents
     for arguments, message in [
         (("orin", "8.7", 1, (1,), 2), "target 'orin' is not supported; choose one of rtx"),
         (("rtx", "9.0", 1, (1,), 2), "compute capability '9.0'"),

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from dit_export.checkpoint import Checkpoint, load_checkpoint
+from diffusers import DiTTransformer2DModel
+from dit_export.checkpoint import Checkpoint, Source, load_checkpoint
+from safetensors.torch import load_file, save_file
 
 from dit_runtime.bundle import Bundle, open_bundle
 from dit_runtime.engines import OnnxRuntimeEngine
@@ -22,7 +25,7 @@ FORWARD_LIMIT = {"fp32": 2e-6, "fp16": 2e-3}
 
 @pytest.fixture(scope="module")
 def reference(checkpoint: Path) -> Checkpoint:
-    return load_checkpoint(str(checkpoint))
+    return load_checkpoint(Source(str(checkpoint)))
 
 
 @pytest.fixture
@@ -35,10 +38,12 @@ def engine(bundle: Bundle) -> OnnxRuntimeEngine:
     return OnnxRuntimeEngine(bundle, threads=1)
 
 
-def predicted(checkpoint: Checkpoint, z: np.ndarray, timesteps: list[float], labels: list[int]) -> np.ndarray:
+def predicted(
+    transformer: DiTTransformer2DModel, z: np.ndarray, timesteps: list[float], labels: list[int]
+) -> np.ndarray:
     """diffusers' own output ``[N, 2C, H, W]``."""
     with torch.inference_mode():
-        return checkpoint.transformer(
+        return transformer(
             torch.from_numpy(z), timestep=torch.tensor(timesteps), class_labels=torch.tensor(labels)
         ).sample.numpy()
 
@@ -70,7 +75,10 @@ def test_names_and_axes_are_the_documented_ones(bundle: Bundle) -> None:
             },
             {"next_state": ["batch", 3, 4, 8, 8], "denoised": ["batch", 4, 8, 8]},
         ),
-        "decoder": ({"latents": ["batch", 4, 8, 8]}, {"images": ["batch", 32, 32, 3], "decoded": ["batch", 3, 32, 32]}),
+        "decoder": (
+            {"latents": ["batch", 4, "height", "width"]},
+            {"images": ["batch", "4*height", "4*width", 3], "decoded": ["batch", 3, "4*height", "4*width"]},
+        ),
     }
     for name, (inputs, outputs) in expected.items():
         graph = onnx.load(bundle.graph(name), load_external_data=False).graph
@@ -108,11 +116,11 @@ def test_the_probe_shares_the_steps_weights(bundle: Bundle) -> None:
     assert [tensor.name for tensor in graphs["probe"].outputs][2:] == ["blocks.0", "blocks.1"]
 
 
-def test_weights_leave_the_loop(bundle: Bundle, reference: Checkpoint) -> None:
+def test_weights_leave_the_loop(bundle: Bundle, transformer: DiTTransformer2DModel) -> None:
     """The step's weight file holds neither embedders nor modulation weights, and nothing twice."""
     names = ("attn1", "ff.", "pos_embed", "proj_out_2")
-    elements = sum(p.numel() for n, p in reference.transformer.named_parameters() if any(name in n for name in names))
-    elements += reference.transformer.pos_embed.pos_embed.numel()
+    elements = sum(p.numel() for n, p in transformer.named_parameters() if any(name in n for name in names))
+    elements += transformer.pos_embed.pos_embed.numel()
     size = bundle.manifest.files[bundle.manifest.graphs["step"].weights].bytes
     per_element = size / elements
     assert per_element <= (2.3 if bundle.manifest.precision.name == "fp16" else 4.1)
@@ -121,7 +129,7 @@ def test_weights_leave_the_loop(bundle: Bundle, reference: Checkpoint) -> None:
 @pytest.mark.parametrize("batch", [1, 2, 5])
 @pytest.mark.parametrize("branches", [1, 2, 3])
 def test_any_batch_and_any_branches(
-    bundle: Bundle, engine: OnnxRuntimeEngine, reference: Checkpoint, batch: int, branches: int
+    bundle: Bundle, engine: OnnxRuntimeEngine, transformer: DiTTransformer2DModel, batch: int, branches: int
 ) -> None:
     """Batch and guidance branches are dynamic; every picture has its own timestep, labels and weights."""
     random = np.random.default_rng(batch * 10 + branches)
@@ -145,7 +153,7 @@ def test_any_batch_and_any_branches(
     next_state, e = engine.session("step").run(
         {**inputs, "rows": rows, "modulation": table}, ["next_state", "denoised"]
     )
-    outputs = [predicted(reference, z, list(t), list(y)) for t, y in zip(timesteps, labels, strict=True)]
+    outputs = [predicted(transformer, z, list(t), list(y)) for t, y in zip(timesteps, labels, strict=True)]
     expected = sum(
         weights[..., None, None] * output[:, :4] for weights, output in zip(inputs["guidance"], outputs, strict=True)
     )
@@ -199,29 +207,28 @@ def test_the_decoder_makes_pipeline_pictures(bundle: Bundle, engine: OnnxRuntime
     assert difference.max() <= (1 if bundle.manifest.precision.name == "fp32" else 2)
 
 
-def test_different_embedder_copies_stay_different(tmp_path: Path, reference: Checkpoint) -> None:
+def test_different_embedder_copies_stay_different(checkpoint: Path, tmp_path: Path) -> None:
     """A fine-tune may change diffusers' per-block embedder copies: then the conditioner keeps each, and stays exact."""
-    from dit_export.export import numerics_of
-    from dit_export.model import conditioner_from_diffusers, step_from_diffusers
+    from dit_export.model import conditioner_from_weights, step_from_weights
     from dit_export.precision import FP32
 
-    transformer = reference.transformer
-    state = {**dict(transformer.named_parameters()), **dict(transformer.named_buffers())}
-    key = "transformer_blocks.1.norm1.emb.class_embedder.embedding_table.weight"
-    original = state[key].data.clone()
-    try:
-        state[key].data.mul_(1.5)
-        spec, numerics = reference.model, numerics_of(reference)
-        conditioner = conditioner_from_diffusers(spec, numerics, FP32, state)
-        assert len(conditioner.embedders) == spec.depth
-        step = step_from_diffusers(spec, numerics, FP32, state)
-        z = np.random.default_rng(7).standard_normal((2, 4, 8, 8)).astype(np.float32)
-        inputs = step_inputs(z, 1)
-        with torch.inference_mode():
-            table = conditioner(torch.tensor([800.0, 30.0]), torch.tensor([4, 9], dtype=torch.int32))
-            arrays = [torch.from_numpy(inputs[name]) for name in ("state", "noise", "coefficients", "guidance")]
-            _, e, *_ = step(*arrays, torch.tensor([[0, 1]], dtype=torch.int32), table)
-        # measured: 2.5e-7
-        assert relative_error(e.numpy(), predicted(reference, z, [800.0, 30.0], [4, 9])[:, :4]) <= 1e-6
-    finally:
-        state[key].data.copy_(original)
+    path = Path(shutil.copytree(checkpoint, tmp_path / "tuned"))
+    file = path / "transformer" / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    state["transformer_blocks.1.norm1.emb.class_embedder.embedding_table.weight"] *= 1.5
+    state["transformer_blocks.1.norm1.emb.timestep_embedder.linear_1.bias"] += 0.1
+    save_file(state, file)
+    tuned = load_checkpoint(Source(str(path)))
+    spec, numerics = tuned.model, tuned.numerics
+    conditioner = conditioner_from_weights(spec, numerics, FP32, tuned.weights)
+    assert len(conditioner.embedders) == spec.depth
+    step = step_from_weights(spec, numerics, FP32, tuned.weights, tuned.position(spec.latent_size))
+    z = np.random.default_rng(7).standard_normal((2, 4, 8, 8)).astype(np.float32)
+    inputs = step_inputs(z, 1)
+    with torch.inference_mode():
+        table = conditioner(torch.tensor([800.0, 30.0]), torch.tensor([4, 9], dtype=torch.int32))
+        arrays = [torch.from_numpy(inputs[name]) for name in ("state", "noise", "coefficients", "guidance")]
+        _, e, *_ = step(*arrays, torch.tensor([[0, 1]], dtype=torch.int32), table)
+    assert tuned.transformer is not None
+    # measured: 2.5e-7
+    assert relative_error(e.numpy(), predicted(tuned.transformer(), z, [800.0, 30.0], [4, 9])[:, :4]) <= 1e-6

@@ -227,7 +227,10 @@ class FakeEngine:
 
 def faked(bundles: dict[str, Path], model: ModelSpec) -> tuple[Pipeline, FakeEngine]:
     bundle, engine = open_bundle(bundles["fp32"]), FakeEngine(model)
-    return Pipeline(Bundle(bundle.path, replace(bundle.manifest, model=model), bundle.digest), engine), engine
+    graphs, table = bundle.manifest.graphs, bundle.manifest.table
+    wide = replace(graphs["conditioner"], outputs=(replace(table, shape=("rows", *engine.shape)),))
+    manifest = replace(bundle.manifest, model=model, graphs={**graphs, "conditioner": wide})
+    return Pipeline(Bundle(bundle.path, manifest, bundle.digest), engine), engine
 
 
 def marked(picture: int, times: Sequence[float]) -> Schedule:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import run_command
 from diffusers import DDIMScheduler, DiTPipeline
-from dit_export.checkpoint import load_checkpoint
+from dit_export.checkpoint import Source, load_checkpoint
 
 from dit_runtime import Pipeline, open_bundle
 from dit_runtime.errors import CheckpointError
@@ -84,4 +84,4 @@ def test_schedulers_that_are_refused(
     """What is not linear in the network's output, or says nothing, is refused by name before any work."""
     source = with_scheduler(checkpoint, tmp_path / "source", **changes)
     with pytest.raises(CheckpointError, match=message):
-        load_checkpoint(str(source))
+        load_checkpoint(Source(str(source)))

@@ -54,7 +54,7 @@ def test_a_wrong_layer_norm_epsilon(tampered: Path) -> None:
     """An eps of 1e-3 instead of 1e-6 in the last block's attention norm fails from the blocks upwards."""
 
     def change(graph: onnx.GraphProto) -> None:
-        node = next(node for node in graph.node if node.name == "blocks.1/LayerNormalization")
+        node = next(node for node in graph.node if node.name == "blocks.1.norm1/LayerNormalization")
         next(a for a in node.attribute if a.name == "epsilon").f = 1e-3
 
     for name in ("step", "probe"):

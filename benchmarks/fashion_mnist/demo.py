@@ -39,11 +39,12 @@ def command(*argv: str | Path) -> None:
 def pytorch_pictures(labels: list[int], seeds: list[int], batch: int) -> np.ndarray:
     """The unpatched diffusers modules in FP32, in ``DiTPipeline``'s loop with null = number of classes."""
     import torch
-    from dit_export.checkpoint import load_checkpoint
+    from dit_export.checkpoint import Source, load_checkpoint
     from dit_export.golden import Reference
 
-    checkpoint = load_checkpoint(str(CHECKPOINT))
+    checkpoint = load_checkpoint(Source(str(CHECKPOINT)))
     reference, scheduler = Reference(checkpoint), checkpoint.scheduler
+    assert scheduler is not None
     scheduler.set_timesteps(STEPS)
     pictures = []
     with torch.inference_mode():

@@ -108,6 +108,6 @@ def problems(audit: Audit, graph: str, model: ModelSpec, precision: PrecisionSpe
                 f"{where}: {profile.fp16_share:.1%} of the multiplied weights are FP16, expected {FP16_SHARE:.0%}"
             )
         kept = [unit for unit in precision.keep_fp32 if unit.startswith("blocks")]
-        if graph == "step" and can_fuse_attention(model) and not kept and profile.fused_attention != model.depth:
-            found.append(f"{where}: {profile.fused_attention} of {model.depth} attentions fused")
+        if graph == "step" and can_fuse_attention(model) and not kept and profile.fused_attention != model.attentions:
+            found.append(f"{where}: {profile.fused_attention} of {model.attentions} attentions fused")
     return found

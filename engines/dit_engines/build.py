@@ -17,12 +17,12 @@ from typing import Any
 from dit_engines.audit import Audit, ProfileAudit, problems
 from dit_engines.external_data import check_external_data
 from dit_engines.recipe import Recipe, profiles_of
-from dit_runtime.bundle import ENGINES, Bundle
+from dit_runtime.bundle import ENCODER, ENGINES, Bundle
 from dit_runtime.errors import BuildError
 from dit_runtime.files import check_writable, replaced_folder, sha256_of
 from dit_runtime.progress import Progress
 
-BUILT_GRAPHS = ("conditioner", "step", "decoder")  # the probe is for ONNX Runtime and OpenVINO only
+BUILT_GRAPHS = ("conditioner", "step", "decoder", ENCODER)  # the probe is for ONNX Runtime and OpenVINO only
 SIDECAR = "engine.json"
 
 
@@ -62,7 +62,7 @@ def engine_from_bundle(bundle: Bundle, recipe: Recipe, store: Path | None = None
         OutputError: the store cannot be written.
     """
     builder = _builder_version()
-    identity = json.dumps([bundle.digest, recipe.as_json(), builder], sort_keys=True)
+    identity = json.dumps([bundle.digest, bundle.manifest.image_size, recipe.as_json(), builder], sort_keys=True)
     key = hashlib.sha256(identity.encode()).hexdigest()[:12]
     name = f"{recipe.target}-sm{recipe.compute_capability.replace('.', '')}-{key}"
     folder = (store or bundle.path / ENGINES) / name
@@ -71,8 +71,9 @@ def engine_from_bundle(bundle: Bundle, recipe: Recipe, store: Path | None = None
     check_writable(folder)
     graphs: list[BuiltGraph] = []
     with replaced_folder(folder) as temporary:
-        with Progress("building", 100 * len(BUILT_GRAPHS)) as bar:
-            for graph in BUILT_GRAPHS:
+        wanted = [graph for graph in BUILT_GRAPHS if graph in bundle.manifest.graphs]
+        with Progress("building", 100 * len(wanted)) as bar:
+            for graph in wanted:
                 bar.describe(f"building {graph} for {recipe.target} {recipe.compute_capability}")
                 graphs.append(_built(bundle, recipe, graph, temporary, bar))
         model, precision = bundle.manifest.model, bundle.manifest.precision
@@ -84,6 +85,7 @@ def engine_from_bundle(bundle: Bundle, recipe: Recipe, store: Path | None = None
             )
         sidecar = {
             "bundle": bundle.digest,
+            "image_size": bundle.manifest.image_size,
             "builder": builder,
             "recipe": recipe.as_json(),
             "tf32": False,
@@ -112,7 +114,7 @@ def _built(bundle: Bundle, recipe: Recipe, graph: str, folder: Path, bar: Progre
         "onnx": os.fspath(onnx),
         "plan": os.fspath(plan),
         "compute_capability": recipe.compute_capability,
-        "profiles": profiles_of(bundle.manifest.graphs[graph], recipe),
+        "profiles": profiles_of(bundle.manifest.graphs[graph], recipe, bundle.manifest),
     }
     start = time.monotonic()
     result: dict[str, Any] = {}

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dit_runtime.command import Parser, positive, print_json, run
+from dit_runtime.command import Parser, image_size, positive, print_json, run
 
 if TYPE_CHECKING:
     from dit_engines.build import BuiltEngine
@@ -33,6 +33,10 @@ def _main(argv: list[str] | None) -> int:
     parser.add_argument("--batch", type=positive, default=4, help="most pictures in one call")
     parser.add_argument("--branches", type=_numbers, default="1,2", help="guidance branches, a profile for each")
     parser.add_argument("--rows", type=positive, default=1024, help="most rows of the conditioning table")
+    parser.add_argument("--size", type=image_size, metavar="HEIGHTxWIDTH", help="of pictures (default: the bundle's)")
+    parser.add_argument(
+        "--decode-tile", type=positive, metavar="N", help="a decoder for tiles of NxN latents, which needs less memory"
+    )
     parser.add_argument("--store", type=Path, help="where engines are kept (default: BUNDLE/engines)")
     parser.add_argument("--json", action="store_true", help="print the audit as JSON")
     args = parser.parse_args(argv)
@@ -41,13 +45,13 @@ def _main(argv: list[str] | None) -> int:
     from dit_engines.recipe import recipe_for
     from dit_runtime.bundle import open_bundle
 
-    bundle = open_bundle(args.bundle)
-    recipe = recipe_for(args.target, args.compute_capability, args.batch, args.branches, args.rows)
+    bundle = open_bundle(args.bundle).at(args.size)
+    recipe = recipe_for(args.target, args.compute_capability, args.batch, args.branches, args.rows, args.decode_tile)
     engine = engine_from_bundle(bundle, recipe, args.store)
     if args.json:
         print_json({**asdict(engine), "folder": str(engine.folder)})
     else:
-        print(_table(engine, bundle.manifest.model.depth))
+        print(_table(engine, bundle.manifest.model.attentions))
     return 0
 
 
@@ -58,7 +62,7 @@ def _numbers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected whole numbers such as 1,2") from error
 
 
-def _table(engine: BuiltEngine, depth: int) -> str:
+def _table(engine: BuiltEngine, attentions: int) -> str:
     state = "already built" if engine.reused else "built"
     recipe = engine.recipe
     lines = [
@@ -71,7 +75,7 @@ def _table(engine: BuiltEngine, depth: int) -> str:
             name = built.graph
             if built.graph == "step":
                 name = f"step G={recipe.branches[index]}"
-            fused = f"{profile.fused_attention} of {depth}" if built.graph == "step" else "-"
+            fused = f"{profile.fused_attention} of {attentions}" if built.graph == "step" else "-"
             lines.append(
                 f"{name:<20} {built.audit.weights_bytes / 1e6:>7.1f} MB {profile.activation_bytes / 1e6:>9.1f} MB "
                 f"{profile.kernels:>8} {fused:>16} {profile.fp16_share:>8.1%}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dit_runtime.bundle import GraphSpec, ModelSpec
+from dit_runtime.bundle import GraphSpec, Manifest, ModelSpec
 from dit_runtime.errors import BuildError
 
 # TensorRT-RTX 1.7 builds ahead of time for these, on any machine.
@@ -18,7 +18,8 @@ class Recipe:
     """One engine per graph, for one compute capability.
 
     ``batch``: the largest number of pictures in a call. ``branches``: the guidance branch counts G, a profile of the
-    step for each. ``rows``: the largest conditioning table.
+    step for each. ``rows``: the largest conditioning table. ``decode_tile``: side of the latents that the decoder takes
+    at once, None for all of a picture's.
     """
 
     target: str
@@ -26,12 +27,20 @@ class Recipe:
     batch: int
     branches: tuple[int, ...]
     rows: int
+    decode_tile: int | None = None
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def recipe_for(target: str, compute_capability: str, batch: int, branches: tuple[int, ...], rows: int) -> Recipe:
+def recipe_for(
+    target: str,
+    compute_capability: str,
+    batch: int,
+    branches: tuple[int, ...],
+    rows: int,
+    decode_tile: int | None = None,
+) -> Recipe:
     """A checked recipe.
 
     Raises:
@@ -47,22 +56,31 @@ def recipe_for(target: str, compute_capability: str, batch: int, branches: tuple
         raise BuildError(f"branches {branches}: expected different whole numbers from 1, such as 1,2")
     if rows < 2 or batch < 1:
         raise BuildError(f"batch {batch} and {rows} rows: expected a batch from 1 and at least 2 rows")
-    return Recipe(target, compute_capability, batch, tuple(sorted(branches)), rows)
+    return Recipe(target, compute_capability, batch, tuple(sorted(branches)), rows, decode_tile)
 
 
 # Shapes at the minimum, optimum and maximum of a profile.
 Profile = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 
 
-def profiles_of(graph: GraphSpec, recipe: Recipe) -> list[Profile]:
+def profiles_of(graph: GraphSpec, recipe: Recipe, manifest: Manifest) -> list[Profile]:
     """A graph's optimization profiles: narrow ones, one per branch count where the graph has branches."""
     has_branches = any("branches" in tensor.shape for tensor in graph.inputs)
-    return [_profile(graph, recipe, branches) for branches in (recipe.branches if has_branches else (1,))]
+    return [_profile(graph, recipe, manifest, branches) for branches in (recipe.branches if has_branches else (1,))]
 
 
-def _profile(graph: GraphSpec, recipe: Recipe, branches: int) -> Profile:
+def _profile(graph: GraphSpec, recipe: Recipe, manifest: Manifest, branches: int) -> Profile:
+    height, width = manifest.model.latent_size
+    tile, (image_height, image_width) = recipe.decode_tile or max(height, width), manifest.image_size
+    sides = {
+        "height": min(height, tile),
+        "width": min(width, tile),
+        "image_height": image_height,
+        "image_width": image_width,
+    }
+
     def shapes(sizes: dict[str, int], shape: tuple[int | str, ...]) -> tuple[int, ...]:
-        return tuple(sizes[axis] if isinstance(axis, str) else axis for axis in shape)
+        return tuple((sizes | sides)[axis] if isinstance(axis, str) else axis for axis in shape)
 
     lowest = {"batch": 1, "branches": branches, "rows": 1}
     # One picture of 50 steps with its null rows is the case to be fastest at.

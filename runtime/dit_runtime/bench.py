@@ -44,6 +44,7 @@ def _main(argv: list[str] | None) -> int:
     bundle = open_bundle(args.bundle)
     engine = trusted_engine(bundle)
     model, diffusion = bundle.manifest.model, bundle.manifest.diffusion
+    table = bundle.manifest.table.name
     schedule = schedule_for("ddim", model, diffusion, args.steps)
     labels = (np.arange(args.batch) % model.classes).astype(np.int32)
     picture = (args.batch, model.latent_channels, *model.latent_size)
@@ -60,14 +61,14 @@ def _main(argv: list[str] | None) -> int:
         }
         conditioner = engine.session("conditioner")
         if scale != 1:
-            work[f"conditioner, {args.steps} steps"] = partial(conditioner.run, pairs, ["modulation"])
+            work[f"conditioner, {args.steps} steps"] = partial(conditioner.run, pairs, [table])
         inputs = {
             "state": state,
             "noise": np.zeros(picture, np.float32),
             "coefficients": np.repeat(schedule.coefficients[:1], args.batch, axis=0),
             "guidance": weights,
             "rows": rows,
-            "modulation": conditioner.run(pairs, ["modulation"])[0],
+            table: conditioner.run(pairs, [table])[0],
         }
         work[name] = partial(engine.session("step").run, inputs, ["next_state", "denoised"])
     work["decoder"] = partial(engine.session("decoder").run, {"latents": state[:, 0].copy()}, ["images"])

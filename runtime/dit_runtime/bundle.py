@@ -1,8 +1,9 @@
 """A bundle: what ``dit-export`` writes and everything else reads.
 
     manifest.json          model, diffusion, graphs, precision, tolerances, and size and SHA-256 of every other file
-    graphs/*.onnx          conditioner, step, probe, decoder; each with its weights beside it (probe: the step's)
-    golden/*.npz           what the PyTorch reference computed
+    graphs/*.onnx          conditioner, step, probe, decoder and maybe encoder; each with its weights beside it (probe:
+                           the step's); step and probe once more for each further size, on the same weights
+    golden/*.npz           what the PyTorch reference computed; in a folder of its own for each further size
     engines/               added later by ``dit-build`` and ``dit-verify``; not part of the bundle's digest
 
 A bundle comes from elsewhere, so it is untrusted until checked: nothing in it is opened before its size and hash match
@@ -14,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -23,10 +24,14 @@ import numpy as np
 from dit_runtime.errors import BundleError
 from dit_runtime.files import sha256_of
 
-SCHEMA = 2
+SCHEMA = 3
 MANIFEST = "manifest.json"
 ENGINES = "engines"
+GOLDEN = "golden"
 GRAPHS = ("conditioner", "step", "probe", "decoder")
+ENCODER = "encoder"
+SIZED_GRAPHS = ("step", "probe")  # traced for one size each; the others take any
+CONDITIONINGS = ("adaln-zero", "adaln", "cross-attention", "in-context")
 PATHS = ("linear", "gvp", "vp")
 
 T = TypeVar("T")
@@ -34,7 +39,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The transformer's shape. Sizes are in latent pixels; ``width`` is the hidden size D."""
+    """The transformer's shape. Sizes are in latent pixels; ``width`` is the hidden size D.
+
+    ``conditioning`` is one of ``CONDITIONINGS``, the paper's four.
+    """
 
     conditioning: str
     latent_channels: int
@@ -55,6 +63,11 @@ class ModelSpec:
     @property
     def tokens(self) -> int:
         return self.grid[0] * self.grid[1]
+
+    @property
+    def attentions(self) -> int:
+        """Attention operations in one forward."""
+        return self.depth * (2 if self.conditioning == "cross-attention" else 1)
 
     @property
     def output_channels(self) -> int:
@@ -106,12 +119,12 @@ class GraphSpec:
 
 @dataclass(frozen=True)
 class AutoencoderSpec:
-    """``scaling_factor`` and ``shift_factor`` are inside the decoder graph; here for the record."""
+    """``factor`` is picture pixels per latent pixel; the other two are inside the graphs, and here for the record."""
 
     name: str
     scaling_factor: float
     shift_factor: float
-    image_size: tuple[int, int]
+    factor: int
 
 
 @dataclass(frozen=True)
@@ -151,12 +164,16 @@ class FileSpec:
 
 @dataclass(frozen=True)
 class Manifest:
-    """``manifest.json``, typed."""
+    """``manifest.json``, typed.
+
+    ``sizes``: the latent sizes (height, width) that there are graphs for; the first is ``model.latent_size``.
+    """
 
     schema: int
     producer: dict[str, str]
     source: SourceSpec
     model: ModelSpec
+    sizes: tuple[tuple[int, int], ...]
     diffusion: DiffusionSpec
     autoencoder: AutoencoderSpec
     precision: PrecisionSpec
@@ -166,17 +183,62 @@ class Manifest:
     tolerances: dict[str, float]
     files: dict[str, FileSpec] = field(default_factory=dict)
 
+    @property
+    def table(self) -> TensorSpec:
+        """The conditioning table, as the conditioner gives it and the step takes it."""
+        return self.graphs["conditioner"].outputs[0]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of a picture in pixels."""
+        return self.image_sizes[self.sizes.index(self.model.latent_size)]
+
+    @property
+    def image_sizes(self) -> tuple[tuple[int, int], ...]:
+        """``sizes`` in pixels."""
+        factor = self.autoencoder.factor
+        return tuple((height * factor, width * factor) for height, width in self.sizes)
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle. ``digest`` is the SHA-256 of the manifest, which holds the hash of every other file."""
+    """An opened bundle, at one of its sizes.
+
+    ``digest`` is the SHA-256 of the manifest file, which holds the hash of every other file. ``manifest`` is that
+    file's, with ``model.latent_size`` and the graphs of the size in use.
+    """
 
     path: Path
     manifest: Manifest
     digest: str
+    default_size: bool = True
+
+    def at(self, image_size: tuple[int, int] | None) -> Bundle:
+        """The bundle at another of its sizes, given as a picture's height and width; None leaves it as it is.
+
+        Raises:
+            BundleError: no graphs for that size.
+        """
+        manifest = self.manifest
+        if image_size is None or image_size == manifest.image_size:
+            return self
+        assert self.default_size
+        if image_size not in manifest.image_sizes:
+            known = ", ".join(f"{height}x{width}" for height, width in manifest.image_sizes)
+            raise BundleError(
+                f"{self.path}: has no graphs for pictures of {image_size[0]}x{image_size[1]}, only {known}; export it "
+                f"with --size {image_size[0]}x{image_size[1]}"
+            )
+        size = manifest.sizes[manifest.image_sizes.index(image_size)]
+        graphs = {**manifest.graphs, **{name: manifest.graphs[sized(name, size)] for name in SIZED_GRAPHS}}
+        return replace(
+            self,
+            manifest=replace(manifest, model=replace(manifest.model, latent_size=size), graphs=graphs),
+            default_size=False,
+        )
 
     def file(self, name: str) -> Path:
         """The path of a file that the manifest vouches for, checked against it: size, then SHA-256."""
@@ -203,8 +265,9 @@ class Bundle:
         return self.file(spec.file)
 
     def records(self, name: str) -> dict[str, np.ndarray[Any, Any]]:
-        """The arrays of a golden record (``golden/NAME.npz``)."""
-        path = self.file(f"golden/{name}.npz")
+        """The arrays of a golden record: ``golden/NAME.npz``, or that of the size in use."""
+        folder = GOLDEN if self.default_size else sized(GOLDEN, self.manifest.model.latent_size)
+        path = self.file(f"{folder}/{name}.npz")
         with np.load(path, allow_pickle=False) as stored:
             return dict(stored)
 
@@ -212,6 +275,11 @@ class Bundle:
         """Check every file against the manifest."""
         for name in self.manifest.files:
             self.file(name)
+
+
+def sized(name: str, size: tuple[int, int]) -> str:
+    """The name of a graph or folder of a size that is not the bundle's first."""
+    return f"{name}-{size[0]}x{size[1]}"
 
 
 def open_bundle(path: str | Path) -> Bundle:
@@ -251,15 +319,15 @@ def manifest_from_json(raw: Mapping[str, Any]) -> Manifest:
     """Raises ValueError, KeyError or TypeError for anything that is not a manifest of this schema."""
     model = dict(raw["model"], latent_size=_pair(raw["model"]["latent_size"]))
     diffusion = dict(raw["diffusion"], betas=tuple(float(beta) for beta in raw["diffusion"]["betas"]))
-    autoencoder = dict(raw["autoencoder"], image_size=_pair(raw["autoencoder"]["image_size"]))
     precision = dict(raw["precision"], keep_fp32=tuple(raw["precision"]["keep_fp32"]))
     return Manifest(
         schema=SCHEMA,
         producer=dict(raw["producer"]),
         source=_built(SourceSpec, raw["source"]),
         model=_built(ModelSpec, model),
+        sizes=tuple(_pair(size) for size in raw["sizes"]),
         diffusion=_built(DiffusionSpec, diffusion),
-        autoencoder=_built(AutoencoderSpec, autoencoder),
+        autoencoder=_built(AutoencoderSpec, raw["autoencoder"]),
         precision=_built(PrecisionSpec, precision),
         defaults=_built(DefaultsSpec, raw["defaults"]),
         class_names=tuple(str(name) for name in raw["class_names"]),
@@ -294,9 +362,18 @@ def _check_consistency(manifest: Manifest) -> None:
         parts = PurePosixPath(name).parts
         if not parts or name.startswith("/") or ".." in parts or "\\" in name or ":" in name:
             raise ValueError(f"file name {name!r} leads outside the bundle")
-    missing = [name for name in GRAPHS if name not in manifest.graphs]
-    if missing:
+    if model.conditioning not in CONDITIONINGS:
+        raise ValueError(f"conditioning {model.conditioning!r}")
+    if not manifest.sizes or manifest.sizes[0] != model.latent_size:
+        raise ValueError(f"sizes {manifest.sizes} do not begin with {model.latent_size}")
+    expected = [*GRAPHS, *(sized(name, size) for size in manifest.sizes[1:] for name in SIZED_GRAPHS)]
+    if missing := [name for name in expected if name not in manifest.graphs]:
         raise ValueError(f"no graph {missing[0]!r}")
+    table = [tensor.name for tensor in manifest.graphs["conditioner"].outputs]
+    for name in expected:
+        inputs = [tensor.name for tensor in manifest.graphs[name].inputs]
+        if name.startswith(SIZED_GRAPHS) and (len(table) != 1 or table[0] not in inputs):
+            raise ValueError(f"graph {name!r} does not take the conditioner's output")
     for graph in manifest.graphs.values():
         for file in (graph.file, graph.weights):
             if file not in manifest.files:

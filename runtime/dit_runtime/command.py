@@ -54,6 +54,14 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
 
 
+def image_size(text: str) -> tuple[int, int]:
+    """An argparse type: height and width of pictures in pixels, as ``256x384``."""
+    height, _, width = text.lower().partition("x")
+    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected HEIGHTxWIDTH in pixels, such as 256x384")
+    return int(height), int(width)
+
+
 def positive(text: str) -> int:
     """An argparse type: a whole number from 1."""
     try:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from dit_runtime.bundle import ModelSpec
+from dit_runtime.bundle import Manifest, TensorSpec
 from dit_runtime.engines import Array, Engine
 from dit_runtime.errors import SamplingError
 from dit_runtime.guidance import Branches, Guidance
@@ -75,19 +76,18 @@ class ConditioningTable:
     is needed, all are dropped and the table fills up again with what the pictures will use next.
     """
 
-    def __init__(self, engine: Engine, model: ModelSpec) -> None:
-        self._conditioner = engine.session("conditioner")
-        shape = (6 * model.depth + 2, model.width)
-        row_bytes = 4 * shape[0] * shape[1]
+    def __init__(self, engine: Engine, spec: TensorSpec) -> None:
+        self._conditioner, self._name = engine.session("conditioner"), spec.name
+        shape, dtype = tuple(int(axis) for axis in spec.shape[1:]), np.dtype(spec.dtype)
+        row_bytes = dtype.itemsize * math.prod(shape)
         self._capacity = max(1, TABLE_BYTES // row_bytes)
         self._chunk = max(1, CONDITIONER_BYTES // row_bytes)
         self._rows: dict[Condition, int] = {}
-        self._shape = shape
-        self._memory: Float32 = np.empty((0, *shape), np.float32)
+        self._memory: Array = np.empty((0, *shape), dtype)
 
     @property
-    def array(self) -> Float32:
-        """The rows that are in use, ``[R, 6·depth+2, D]``."""
+    def array(self) -> Array:
+        """The rows that are in use, ``[R, …]``."""
         return self._memory[: len(self._rows)]
 
     def __getitem__(self, condition: Condition) -> int:
@@ -127,20 +127,21 @@ class ConditioningTable:
     def _fill(self, conditions: list[Condition], first: int) -> None:
         """Compute rows into their places, from ``first``."""
         if len(self._memory) < self._capacity:
-            memory = np.empty((self._capacity, *self._shape), np.float32)  # pages that are never written cost nothing
+            # Pages that are never written cost nothing.
+            memory = np.empty((self._capacity, *self._memory.shape[1:]), self._memory.dtype)
             memory[:first] = self._memory[:first]
             self._memory = memory
         for start in range(0, len(conditions), self._chunk):
             chunk = conditions[start : start + self._chunk]
             self._memory[first + start : first + start + len(chunk)] = self._computed(chunk)
 
-    def _computed(self, conditions: Sequence[Condition]) -> Float32:
+    def _computed(self, conditions: Sequence[Condition]) -> Array:
         (rows,) = self._conditioner.run(
             {
                 "timesteps": np.array([time for time, _ in conditions], np.float32),
                 "labels": np.array([label for _, label in conditions], np.int32),
             },
-            ["modulation"],
+            [self._name],
         )
         return rows
 
@@ -186,10 +187,11 @@ class Batch:
     ``failure`` is what the next ``advance`` will raise.
     """
 
-    def __init__(self, engine: Engine, model: ModelSpec) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, manifest: Manifest) -> None:
+        self._engine, model = engine, manifest.model
         self._step = engine.session("step")
-        self._table = ConditioningTable(engine, model)
+        self._table_name = manifest.table.name
+        self._table = ConditioningTable(engine, manifest.table)
         self._shape = (model.latent_channels, *model.latent_size)
         self._slots: list[_Slot] = []
         self._state = np.zeros((0, 3, *self._shape), np.float32)
@@ -263,7 +265,7 @@ class Batch:
             "coefficients": coefficients,
             "guidance": weights,
             "rows": rows,
-            "modulation": self._table.array,
+            self._table_name: self._table.array,
         }
 
     def _drawn(self, slots: Sequence[_Slot]) -> Float32:

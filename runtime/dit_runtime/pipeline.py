@@ -125,7 +125,7 @@ class Pipeline:
 
     def advanced(self, pictures: Sequence[Picture]) -> Iterator[tuple[int, Float32, Float32]]:
         """``trajectory`` of pictures that share one schedule."""
-        batch = Batch(self.engine, self.manifest.model)
+        batch = Batch(self.engine, self.manifest)
         batch.add(list(enumerate(pictures)))
         completed = 0
         while len(batch):
@@ -153,7 +153,7 @@ class Pipeline:
         return self._streamed(enumerate(pictures), batch_size)
 
     def _streamed(self, waiting: Iterator[tuple[int, Picture]], batch_size: int) -> Iterator[tuple[int, Float32]]:
-        batch = Batch(self.engine, self.manifest.model)
+        batch = Batch(self.engine, self.manifest)
         while True:
             batch.add(list(islice(waiting, batch_size - len(batch))))
             if not len(batch):

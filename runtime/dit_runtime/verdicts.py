@@ -11,6 +11,8 @@ import hashlib
 import json
 import platform
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -34,8 +36,8 @@ def machine() -> dict[str, str]:
 
 
 def verdict_path(bundle: Bundle, engine: Engine) -> Path:
-    """Where the verdict on this bundle, engine and machine is kept."""
-    identity = json.dumps([bundle.digest, engine.name, machine()], sort_keys=True)
+    """Where the verdict on this bundle at its size, engine and machine is kept."""
+    identity = json.dumps([bundle.digest, bundle.manifest.model.latent_size, engine.name, machine()], sort_keys=True)
     return bundle.path / ENGINES / "verdicts" / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
 
 
@@ -43,6 +45,7 @@ def store_verdict(bundle: Bundle, engine: Engine, rungs: list[Rung], quick: bool
     """Write the verdict; without effect where the bundle cannot be written."""
     verdict: dict[str, Any] = {
         "bundle": bundle.digest,
+        "image_size": bundle.manifest.image_size,
         "engine": engine.name,
         "machine": machine(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -52,6 +55,25 @@ def store_verdict(bundle: Bundle, engine: Engine, rungs: list[Rung], quick: bool
     }
     with contextlib.suppress(OutputError), replaced_file(verdict_path(bundle, engine)) as file:
         file.write_text(json.dumps(verdict, indent=1) + "\n")
+
+
+def verified_sizes(
+    bundle: Bundle, sizes: Sequence[tuple[int, int]], opened: Callable[[Bundle], Engine], quick: bool = False
+) -> tuple[str, list[Rung]]:
+    """Verify a bundle at picture sizes, each with an engine of its own, and store the verdicts.
+
+    Returns:
+        The engine's name and all rungs; of several sizes each says its own.
+    """
+    rungs: list[Rung] = []
+    for height, width in sizes:
+        at = bundle.at((height, width))
+        engine = opened(at)
+        found = verified(at, engine, quick)
+        store_verdict(at, engine, found, quick)
+        label = f"{height}x{width} " if len(sizes) > 1 else ""
+        rungs += [replace(rung, name=label + rung.name) for rung in found]
+    return engine.name, rungs
 
 
 def stored_verdict(bundle: Bundle, engine: Engine) -> bool | None:

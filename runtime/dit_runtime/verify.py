@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dit_runtime.bundle import Bundle
+from dit_runtime.bundle import ENCODER, Bundle, DiffusionSpec
 from dit_runtime.engines import Array, Engine
 from dit_runtime.guidance import branch_rows, guidance_weights
 from dit_runtime.noise import Float32, TorchNoise
@@ -21,7 +21,10 @@ from dit_runtime.progress import Progress
 from dit_runtime.schedule import Schedule, schedule_for
 from dit_runtime.table import A_Z, B_E, COEFFICIENTS, LOG_SIGMA_V, NOISE
 
-TRAJECTORIES = ("ddim", "ddpm")
+
+def trajectories_of(diffusion: DiffusionSpec) -> tuple[str, str]:
+    """The samplers whose trajectories are recorded: a deterministic one, and one that draws noise."""
+    return ("euler", "sde-euler") if diffusion.path else ("ddim", "ddpm")
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,8 @@ def verify(bundle: Bundle, engine: Engine, quick: bool = False) -> Iterator[Rung
         yield replay.blocks(limits["blocks"])
     for branches in (1, 2):
         yield from replay.forward(branches, limits["forward"])
-    for sampler in TRAJECTORIES:
+    first, *_ = samplers = trajectories_of(bundle.manifest.diffusion)
+    for sampler in samplers:
         record = bundle.records(sampler)
         schedule = replay.schedule(sampler, record)
         yield replay.noise(sampler, record, schedule, limits["noise"])
@@ -69,9 +73,11 @@ def verify(bundle: Bundle, engine: Engine, quick: bool = False) -> Iterator[Rung
             yield replay.teacher_forced(sampler, record, schedule, limits["teacher_forced"])
         latents, rung = replay.free_running(sampler, record, schedule, limits["free_running"])
         yield rung
-        if sampler == TRAJECTORIES[0]:
+        if sampler == first:
             final = latents
-    yield from replay.pictures(final, limits)
+    yield from replay.pictures(final, first, limits)
+    if ENCODER in bundle.manifest.graphs:
+        yield replay.encoder(limits["encoder"])
 
 
 def verified(bundle: Bundle, engine: Engine, quick: bool = False) -> list[Rung]:
@@ -87,7 +93,7 @@ def verified(bundle: Bundle, engine: Engine, quick: bool = False) -> list[Rung]:
 def _rung_count(bundle: Bundle, quick: bool) -> int:
     """How many rungs ``verify`` yields: for progress bars."""
     forward = 4 if bundle.manifest.model.learned_variance else 2
-    return forward + 2 * len(TRAJECTORIES) + 4 + (0 if quick else 1 + len(TRAJECTORIES))
+    return forward + 4 + 4 + (ENCODER in bundle.manifest.graphs) + (0 if quick else 3)
 
 
 class _Replay:
@@ -115,13 +121,14 @@ class _Replay:
         batch, channels = latents.shape[:2]
         weights = guidance_weights(guidance, batch, channels, self.bundle.manifest.diffusion.guidance_channels)
         conditions, rows = branch_rows(labels.astype(np.int32), self.model.null_class, len(weights))
+        name = self.bundle.manifest.table.name
         # A row per (picture's timestep, condition): simple, and the records are small.
         (table,) = self.engine.session("conditioner").run(
             {
                 "timesteps": np.repeat(timesteps.astype(np.float32), len(conditions)),
                 "labels": np.tile(conditions, batch),
             },
-            ["modulation"],
+            [name],
         )
         state = np.zeros((batch, 3, *latents.shape[1:]), np.float32)
         state[:, 0] = latents
@@ -132,7 +139,7 @@ class _Replay:
                 "coefficients": coefficients,
                 "guidance": weights,
                 "rows": (rows + np.arange(batch) * len(conditions)).astype(np.int32),
-                "modulation": table,
+                name: table,
             },
             outputs,
         )
@@ -229,18 +236,27 @@ class _Replay:
         detail = f"after {len(schedule)} steps, guidance {float(record['guidance']):g}"
         return latents, Rung(f"{sampler} free-running", error, limit, "relative", detail)
 
-    def pictures(self, final: Float32, limits: dict[str, float]) -> Iterator[Rung]:
+    def pictures(self, final: Float32, sampler: str, limits: dict[str, float]) -> Iterator[Rung]:
         """The decoder on the reference's latents, then the pictures of our own trajectory."""
         record = self.bundle.records("images")
         decoder = self.engine.session("decoder")
         (decoded,) = decoder.run({"latents": record["latents"]}, ["decoded"])
         yield Rung("decoder", relative_error(decoded, record["decoded"]), limits["decoder"], "relative")
         (images,) = decoder.run({"latents": final}, ["images"])
-        yield Rung("image PSNR", psnr(images, record["images"]), limits["image_psnr"], "dB", "ddim, free-running")
+        yield Rung("image PSNR", psnr(images, record["images"]), limits["image_psnr"], "dB", f"{sampler}, free-running")
         within = float(np.mean(np.abs(images.astype(int) - record["images"].astype(int)) <= 1))
-        yield Rung("image within one level", within, limits["image_one_level"], "share", "ddim, free-running")
+        yield Rung("image within one level", within, limits["image_one_level"], "share", f"{sampler}, free-running")
         spread = float(images.std())
         yield Rung("image is not constant", 1.0 if spread > 0 else 0.0, 1.0, "share", f"deviation {spread:.1f} levels")
+
+    def encoder(self, limit: float) -> Rung:
+        """Pictures → latents, and of a posterior its deviation."""
+        record = self.bundle.records(ENCODER)
+        names = [tensor.name for tensor in self.bundle.manifest.graphs[ENCODER].outputs]
+        found = self.engine.session(ENCODER).run({"images": record["images"]}, names)
+        errors = [relative_error(value, record[name]) for value, name in zip(found, names, strict=True)]
+        worst = int(np.argmax(np.nan_to_num(errors, nan=np.inf)))
+        return Rung(ENCODER, errors[worst], limit, "relative", f"worst: {names[worst]}")
 
 
 def relative_error(found: Array, expected: Array, scale: float = 0.0) -> float:
@@ -262,10 +278,13 @@ def psnr(found: NDArray[np.uint8], expected: NDArray[np.uint8]) -> float:
 def format_table(rungs: list[Rung]) -> str:
     """The rungs as a table for people."""
     texts: dict[str, Callable[[float], str]] = {"dB": "{:.1f} dB".format, "share": "{:.2%}".format}
-    lines = [f"{'rung':<24}  {'measured':>10}  {'limit':>10}  verdict"]
+    width = max(24, *(len(rung.name) for rung in rungs))
+    lines = [f"{'rung':<{width}}  {'measured':>10}  {'limit':>10}  verdict"]
     for rung in rungs:
         text = texts.get(rung.unit, "{:.2e}".format)
         verdict = "pass" if rung.passed else "FAIL"
         detail = f"  {rung.detail}" if rung.detail else ""
-        lines.append(f"{rung.name:<24}  {text(rung.value):>10}  {text(rung.limit):>10}  {verdict:<7}{detail}".rstrip())
+        lines.append(
+            f"{rung.name:<{width}}  {text(rung.value):>10}  {text(rung.limit):>10}  {verdict:<7}{detail}".rstrip()
+        )
     return "\n".join(lines)

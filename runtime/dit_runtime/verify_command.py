@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dit_runtime.command import Parser, print_json, run
+from dit_runtime.command import Parser, image_size, print_json, run
 
 EXAMPLES = ("dit-verify my.bundle", "dit-verify my.bundle --engine onnxruntime --json")
 
@@ -23,27 +23,27 @@ def _main(argv: list[str] | None) -> int:
     )
     parser.add_argument("bundle", type=Path, help="a bundle that dit-export wrote")
     parser.add_argument("--engine", default="auto", help="auto or onnxruntime")
+    parser.add_argument("--size", type=image_size, metavar="HEIGHTxWIDTH", help="of pictures (default: each there is)")
     parser.add_argument("--quick", action="store_true", help="leave out blocks and teacher-forced steps")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     args = parser.parse_args(argv)
 
     from dit_runtime.bundle import open_bundle
     from dit_runtime.engines import open_engine
-    from dit_runtime.verdicts import machine, store_verdict
-    from dit_runtime.verify import format_table, verified
+    from dit_runtime.verdicts import machine, verified_sizes
+    from dit_runtime.verify import format_table
 
     bundle = open_bundle(args.bundle)
     bundle.check()
-    engine = open_engine(bundle, args.engine)
-    rungs = verified(bundle, engine, args.quick)
-    store_verdict(bundle, engine, rungs, args.quick)
+    sizes = bundle.manifest.image_sizes if args.size is None else (args.size,)
+    name, rungs = verified_sizes(bundle, sizes, lambda at: open_engine(at, args.engine), args.quick)
     failed = [rung.name for rung in rungs if not rung.passed]
     source, precision = bundle.manifest.source, bundle.manifest.precision.name
     if args.json:
         print_json(
             {
                 "bundle": bundle.digest,
-                "engine": engine.name,
+                "engine": name,
                 "precision": precision,
                 "reference": source.reference,
                 "machine": machine(),
@@ -52,7 +52,7 @@ def _main(argv: list[str] | None) -> int:
             }
         )
     else:
-        print(f"{args.bundle}: {source.name}, {precision}, on {engine.name}")
+        print(f"{args.bundle}: {source.name}, {precision}, on {name}")
         print(f"reference: {source.reference}")
         print(format_table(rungs))
         print(f"FAIL: {', '.join(failed)}" if failed else "pass: this engine matches the reference here")
