@@ -194,8 +194,13 @@ def load_checkpoint(source: Source) -> Checkpoint:
     Raises:
         CheckpointError: nothing there, unreadable, not a model that is supported, or options that do not fit it.
     """
-    if source.path not in PATHS:
-        raise CheckpointError(f"path {source.path!r} is unknown; expected one of {', '.join(PATHS)}")
+    for what, value, known in (
+        ("path", source.path, PATHS),
+        ("family", source.family, (None, *FAMILIES)),
+        ("conditioning", source.conditioning, CONDITIONINGS),
+    ):
+        if value not in known:
+            raise CheckpointError(f"{what} {value!r} is unknown; expected one of {', '.join(filter(None, known))}")
     if source.random_seed is not None:
         checkpoint = _preset(source)
     else:
@@ -406,10 +411,6 @@ def _preset(source: Source) -> Checkpoint:
             "with patch size and picture size, such as DiT-XL/2-256"
         )
     assert source.random_seed is not None
-    if source.conditioning not in CONDITIONINGS:
-        raise CheckpointError(
-            f"conditioning {source.conditioning!r} is unknown; expected one of {', '.join(CONDITIONINGS)}"
-        )
     sit = match[1].startswith("SiT")
     family = source.family or ("sit" if sit else "diffusers" if source.conditioning == "adaln-zero" else "official")
     if family == "diffusers" and source.conditioning != "adaln-zero":

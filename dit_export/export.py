@@ -52,7 +52,7 @@ def bundle_from_checkpoint(source: Source, output: Path, precision: Precision, e
         records_in_process(source, folder, encoder)
         with Progress("tracing", 2 + encoder + len(SIZED_GRAPHS) * len(checkpoint.sizes)) as bar:
             graphs = {}
-            for name, graph in _graphs(checkpoint, precision, folder, encoder):
+            for name, graph in write_graphs(checkpoint, precision, folder, encoder):
                 graphs[name] = graph
                 bar.advance()
         manifest = replace(_manifest(checkpoint, precision), graphs=graphs, files=_files(folder))
@@ -60,7 +60,7 @@ def bundle_from_checkpoint(source: Source, output: Path, precision: Precision, e
     return open_bundle(output)
 
 
-def _graphs(
+def write_graphs(
     checkpoint: Checkpoint, precision: Precision, folder: Path, encoder: bool
 ) -> Iterator[tuple[str, GraphSpec]]:
     """Convert, trace and write the graphs one by one; yields each name and description as it is done."""
