@@ -2,9 +2,9 @@
 
     python benchmarks/real_size.py --work build/real_size
 
-Exports DiT-XL/2-256 with random weights in FP16 (time, peak memory), builds it for TensorRT-RTX (weights, fused
-attention), and times one guided FP32 step on ONNX Runtime against a plain export of diffusers' model, interleaved in
-one run.
+Exports DiT-XL/2-256 with random weights in FP16 (time, peak memory), converts an official checkpoint file of that shape
+(peak memory), builds for TensorRT-RTX (weights, fused attention), and times one guided FP32 step on ONNX Runtime
+against a plain export of diffusers' model, interleaved in one run.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,52 @@ def exported(work: Path) -> dict[str, Any]:
         "decoder_weights_mb": round(weights["decoder"] / 1e6, 1),
         "golden_mb": round(golden / 1e6, 1),
     }
+
+
+def converted(work: Path) -> dict[str, Any]:
+    """Reading, converting, tracing and writing the graphs of an official XL file: peak memory over the file's size."""
+    file, vae = work / "official.safetensors", work / "vae"
+    if not (file.exists() and vae.exists()):
+        in_process("--make-official", work)
+    figures: dict[str, Any] = {"file_gb": round(file.stat().st_size / 1e9, 2)}
+    for precision in ("fp32", "fp16"):
+        start = time.monotonic()
+        peak = float(in_process("--convert", work, precision))
+        figures[precision] = {
+            "peak_gb": round(peak / 1e9, 2),
+            "of_file": round(peak / file.stat().st_size, 2),
+            "seconds": round(time.monotonic() - start, 1),
+        }
+    return figures
+
+
+def in_process(option: str, work: Path, *values: str) -> str:
+    """This script again, in a process of its own, for one part."""
+    argv = [sys.executable, __file__, "--work", str(work), option, *values]
+    return subprocess.run(argv, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+
+
+def make_official(work: Path) -> None:
+    """DiT-XL/2-256 with random weights as an official file, and the Stable Diffusion VAE's shape as a folder."""
+    from dit_export.checkpoint import Source, load_checkpoint
+    from safetensors.torch import save_file
+
+    checkpoint = load_checkpoint(Source(PRESET, 0, family="official"))
+    save_file(dict(checkpoint.weights), work / "official.safetensors")
+    checkpoint.autoencoder.save_pretrained(work / "vae")
+
+
+def convert(work: Path, precision: str) -> int:
+    """Everything of an export but the golden records; the peak of this process in bytes, mapped files included."""
+    from dit_export.checkpoint import Source, load_checkpoint
+    from dit_export.export import write_graphs
+    from dit_export.precision import FP16, FP32
+
+    source = Source(str(work / "official.safetensors"), autoencoder=str(work / "vae"))
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        for _ in write_graphs(load_checkpoint(source), FP16 if precision == "fp16" else FP32, Path(folder), True):
+            pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def built(work: Path) -> dict[str, Any]:
@@ -126,9 +173,7 @@ def step_times(work: Path) -> dict[str, Any]:
             "dit_export.command",
             *(PRESET, "--random-weights", "0", "--no-verify", "--json", "-o", str(bundle_path)),
         )
-    target = subprocess.run(
-        [sys.executable, __file__, "--work", str(work), "--plain"], stdout=subprocess.PIPE, text=True, check=True
-    ).stdout.strip()
+    target = in_process("--plain", work)
     bundle = open_bundle(bundle_path)
     engine = OnnxRuntimeEngine(bundle)
     schedule = schedule_for("ddim", bundle.manifest.model, bundle.manifest.diffusion, 50)
@@ -194,14 +239,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/real_size"))
     parser.add_argument("--plain", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--only", choices=("export", "build", "step"), help="one part")
+    parser.add_argument("--make-official", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--convert", help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=("export", "conversion", "build", "step"), help="one part")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     if args.plain:  # a process of its own: tracing leaves several GB behind
         print(plain_export(args.work))
         return
+    if args.make_official:
+        make_official(args.work)
+        return
+    if args.convert:
+        print(convert(args.work, args.convert))
+        return
     figures: dict[str, Any] = {"model": f"{PRESET}, random weights, seed 0", "machine": machine()}
-    for name, part in (("export", exported), ("build", built), ("step", step_times)):
+    for name, part in (
+        ("export", exported),
+        ("conversion", converted),
+        ("build", built),
+        ("step", step_times),
+    ):
         if args.only in (None, name):
             figures[name] = part(args.work)
             print(f"{name}: {figures[name]}", file=sys.stderr, flush=True)
