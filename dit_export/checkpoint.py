@@ -14,12 +14,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel
 from torch import Tensor
 
 from dit_export.diffusers_folder import (
     Autoencoder,
     autoencoder_spec,
+    diffusers_from_official,
     diffusion_spec,
     json_object,
     load_autoencoder,
@@ -31,10 +33,10 @@ from dit_export.diffusers_folder import (
     transformer_config,
     transformer_weights,
 )
-from dit_export.layout import PRESETS, SUPPORTED, Numerics, official_shapes, official_spec
+from dit_export.layout import EMBEDDERS, PRESETS, SUPPORTED, Numerics, official_shapes, official_spec
 from dit_export.positions import diffusers_table, official_table
 from dit_export.random_weights import SkippedInitialization, random_tensors, randomize
-from dit_export.weights import PICKLES, SAFE, Stored, Weights, checked_hash, files_of_module, stored, weights_from_file
+from dit_export.weights import PICKLES, SAFE, Stored, Weights, checked_hash, files_of_module, weights_from_file
 from dit_runtime.bundle import (
     CONDITIONINGS,
     PATHS,
@@ -152,6 +154,11 @@ class Checkpoint:
     class_names: tuple[str, ...] = ()
     scheduler: DDIMScheduler | None = None
     transformer: Callable[[], DiTTransformer2DModel] | None = None
+
+    @property
+    def copies_differ(self) -> bool:
+        """Whether the source's copies of the embedders, one in each block, are not the same."""
+        return f"blocks.0.{EMBEDDERS[0]}" in self.weights
 
     @property
     def autoencoder_spec(self) -> AutoencoderSpec:
@@ -299,9 +306,8 @@ def _from_folder(source: Source, folder: Path, name: str, revision: str | None) 
     names = index.get("id2label") or {}
     classes = tuple(str(names.get(str(number), number)) for number in range(config.num_embeds_ada_norm))
     return _from_diffusers(
-        source,
         config,
-        tensors,
+        official_from_diffusers(str(folder / "transformer"), tensors, config.num_layers),
         own or _autoencoder(source),
         scheduler,
         functools.partial(load_module, folder / "transformer", DiTTransformer2DModel, source.variant),
@@ -313,9 +319,8 @@ def _from_folder(source: Source, folder: Path, name: str, revision: str | None) 
 
 
 def _from_diffusers(
-    source: Source,
     config: Any,
-    tensors: dict[str, Stored],
+    weights: Weights,
     autoencoder: Autoencoder,
     scheduler: DDIMScheduler,
     transformer: Callable[[], DiTTransformer2DModel],
@@ -331,7 +336,7 @@ def _from_diffusers(
         numerics=Numerics(frequency_shift=1.0, mlp_eps=config.norm_eps),
         diffusion=diffusion_spec(scheduler.config, spec.latent_channels),
         defaults=DEFAULTS["diffusers"],
-        weights=official_from_diffusers(source.name, tensors, spec.depth),
+        weights=weights,
         autoencoder=autoencoder,
         scheduler=scheduler,
         transformer=transformer,
@@ -439,26 +444,39 @@ def _preset(source: Source) -> Checkpoint:
         ready(autoencoder)
     else:
         autoencoder = _autoencoder(source)
+    channels = 2 * spec.latent_channels if sit and source.learned_variance else spec.output_channels
+    tensors = random_tensors(official_shapes(spec, channels), source.random_seed)
+    tensors["pos_embed"] = Stored(tensors["pos_embed"].shape, lambda: official_table(spec.width, spec.grid))
+    weights = Weights(source.name, tensors)
     if family != "diffusers":
-        channels = 2 * spec.latent_channels if sit and source.learned_variance else spec.output_channels
-        tensors = random_tensors(official_shapes(spec, channels), source.random_seed)
-        tensors["pos_embed"] = Stored(tensors["pos_embed"].shape, lambda: official_table(spec.width, spec.grid))
-        return _official(source, family, spec, channels, Weights(source.name, tensors), autoencoder, name, None)
-    with SkippedInitialization():
-        dit = DiTTransformer2DModel(
-            num_attention_heads=heads,
-            attention_head_dim=width // heads,
-            in_channels=spec.latent_channels,
-            out_channels=spec.output_channels,
-            num_layers=depth,
-            sample_size=latent,
-            patch_size=spec.patch_size,
-            num_embeds_ada_norm=spec.classes,
-        )
-    randomize(dit, source.random_seed)
-    ready(dit)
-    tensors = {key: stored(value) for key, value in dit.state_dict().items()}
-    scheduler = DDIMScheduler(**LINEAR_BETAS)
+        return _official(source, family, spec, channels, weights, autoencoder, name, None)
+    config = {
+        "num_attention_heads": heads,
+        "attention_head_dim": width // heads,
+        "in_channels": spec.latent_channels,
+        "out_channels": spec.output_channels,
+        "num_layers": depth,
+        "sample_size": latent,
+        "patch_size": spec.patch_size,
+        "num_embeds_ada_norm": spec.classes,
+    }
+
+    def transformer() -> DiTTransformer2DModel:
+        with SkippedInitialization():
+            module = DiTTransformer2DModel(**config)
+        module.load_state_dict(diffusers_from_official(weights, depth))
+        loaded: DiTTransformer2DModel = ready(module)
+        return loaded
+
+    with torch.device("meta"):
+        filled = DiTTransformer2DModel(**config).config
     return _from_diffusers(
-        source, dit.config, tensors, autoencoder, scheduler, lambda: dit, name=name, revision=None, weights_sha256=None
+        filled,
+        weights,
+        autoencoder,
+        DDIMScheduler(**LINEAR_BETAS),
+        transformer,
+        name=name,
+        revision=None,
+        weights_sha256=None,
     )

@@ -5,15 +5,21 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dit_runtime.command import Parser, image_size, positive, print_json, run
 from dit_runtime.errors import CheckpointError, EngineError
+
+if TYPE_CHECKING:
+    from dit_export.checkpoint import Source
+    from dit_export.precision import Precision
 
 EXAMPLES = (
     "dit-export facebook/DiT-XL-2-256 --fp16 -o dit-xl.bundle",
     "dit-export DiT-XL-2-512x512.pt --vae sd-vae-ft-mse/ --fp16 --encoder -o dit-xl-512.bundle",
     "dit-export SiT-XL-2-256.pt --family sit --vae sd-vae-ft-mse/ --size 256x256 256x384 -o sit.bundle",
-    "dit-export DiT-XL/2-256 --random-weights 0 --conditioning cross-attention --dry-run",
+    "dit-export DiT-XL/2-256 --conditioning cross-attention --dry-run",
+    "dit-export DiT-XL/2-256 --random-weights 0 --fp16 -o xl-random.bundle",
 )
 
 
@@ -71,14 +77,17 @@ def _main(argv: list[str] | None) -> int:
     missing = [name for name in ("torch", "diffusers", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         raise EngineError(f"{' and '.join(missing)} not installed; pip install 'dit-export[export]'")
-    from dit_export.checkpoint import Source
+    from dit_export.checkpoint import PRESET, Source
     from dit_export.export import bundle_from_checkpoint
     from dit_export.precision import FP16, FP32
 
     precision = FP16 if args.fp16 else FP32
+    seed = args.random_weights
+    if seed is None and args.dry_run and PRESET.fullmatch(args.checkpoint):
+        seed = 0  # a preset's plan needs no weights, and none are made
     source = Source(
         name=args.checkpoint,
-        random_seed=args.random_weights,
+        random_seed=seed,
         family=args.family,
         heads=args.heads,
         autoencoder=args.vae,
@@ -91,6 +100,8 @@ def _main(argv: list[str] | None) -> int:
         classes=args.classes,
         learned_variance=not args.fixed_variance,
     )
+    if args.dry_run:
+        return _dry_run(source, precision, args.encoder, args.json)
     name = args.checkpoint.strip("/").replace("@", "-").replace("/", "-") or "checkpoint"
     output = args.output or Path(f"{Path(name).name}-{precision.name}.bundle")
     bundle = bundle_from_checkpoint(source, output, precision, args.encoder)
@@ -133,6 +144,30 @@ def _main(argv: list[str] | None) -> int:
             f"dit-export: {output} was written, but does not match PyTorch on {engine_name}: {failed}", file=sys.stderr
         )
         return 1
+    return 0
+
+
+def _dry_run(source: Source, precision: Precision, encoder: bool, as_json: bool) -> int:
+    """Print what the export would make: nothing is converted, traced or written."""
+    from dit_export.checkpoint import load_checkpoint
+    from dit_export.plan import format_plan, plan_for
+
+    checkpoint = load_checkpoint(source)
+    plan = plan_for(
+        checkpoint.model,
+        precision,
+        checkpoint.autoencoder,
+        family=checkpoint.family,
+        channels=checkpoint.channels,
+        trained_size=checkpoint.trained_size,
+        copies_differ=checkpoint.copies_differ,
+        sizes=checkpoint.sizes,
+        encoder=encoder,
+    )
+    if as_json:
+        print_json({"source": checkpoint.name, "reference": checkpoint.reference, **plan.as_json()})
+    else:
+        print(f"{checkpoint.name}\nreference: {checkpoint.reference}\n{format_plan(plan)}")
     return 0
 
 

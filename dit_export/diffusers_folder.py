@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, DiTTransformer2DModel
 from diffusers.utils import logging
-from torch import nn
+from torch import Tensor, nn
 
 from dit_export.layout import SUPPORTED, check_shapes, diffusers_names, embedder_names
 from dit_export.weights import Stored, Weights, files_of_module, loaded_pickle, weights_from_file
@@ -84,6 +84,18 @@ def official_from_diffusers(source: str, stored: Mapping[str, Stored], depth: in
             f"blocks.{block}.{name}": stored[own] for block, copy in enumerate(copies) for name, own in copy.items()
         }
     return Weights(source, translated)
+
+
+def diffusers_from_official(weights: Weights, depth: int) -> dict[str, Tensor]:
+    """The way back: a ``DiTTransformer2DModel``'s weights, with the same embedders in each block."""
+    names = diffusers_names(depth)
+    for block in range(1, depth):
+        names |= {f"{block} {name}": (own,) for name, own in embedder_names(block).items()}
+    return {
+        name: part
+        for official, theirs in names.items()
+        for name, part in zip(theirs, weights[official.split()[-1]].chunk(len(theirs)), strict=True)
+    }
 
 
 def _same(stored: Mapping[str, Stored], copies: list[str]) -> bool:

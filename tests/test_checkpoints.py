@@ -16,7 +16,9 @@ import torch
 from conftest import run_command
 from diffusers import AutoencoderKL, AutoencoderTiny
 from dit_export.checkpoint import Checkpoint, Source, load_checkpoint
+from dit_export.diffusers_folder import official_from_diffusers
 from dit_export.random_weights import randomize
+from dit_export.weights import stored
 from oracle import CONDITIONINGS, random_weights, sincos_positions
 from safetensors.torch import load_file, save_file
 
@@ -182,6 +184,42 @@ def test_official_names_of_diffusers_weights(checkpoint: Path, vae: str) -> None
     assert torch.equal(found.weights["blocks.1.adaLN_modulation.1.bias"], state[f"{block}.norm1.linear.bias"])
     assert len(found.weights) == 2 * (2 * 5 + 2 + 3) + 1
     assert not any(key.startswith("blocks.0.t_embedder") for key in found.weights)
+
+
+def test_presets(vae: str) -> None:
+    """A preset is its table's model in any family; a seed gives diffusers' module the exporter's weights."""
+    found = load_checkpoint(Source("DiT-S/8-256", 4, autoencoder=vae, classes=12))
+    model = found.model
+    assert (model.depth, model.width, model.heads, model.patch_size, model.classes) == (12, 384, 6, 8, 12)
+    assert (model.latent_size, model.learned_variance, found.family) == ((32, 32), True, "diffusers")
+    assert found.transformer is not None
+    state = {name: stored(value) for name, value in found.transformer().state_dict().items()}
+    again = official_from_diffusers("module", state, 12)
+    assert set(again) == set(found.weights) - {"pos_embed"}
+    assert all(torch.equal(again[name], found.weights[name]) for name in again)
+    sit = load_checkpoint(Source("SiT-B/4-512", 4, autoencoder=vae))
+    assert (sit.family, sit.model.width, sit.model.latent_size, sit.channels) == ("sit", 768, (64, 64), 8)
+    other = load_checkpoint(
+        Source("DiT-S/2-256", 4, autoencoder=vae, conditioning="in-context", learned_variance=False)
+    )
+    assert (other.family, other.model.conditioning, other.channels) == ("official", "in-context", 4)
+    with pytest.raises(CheckpointError, match="diffusers has none such; use --family official"):
+        load_checkpoint(Source("DiT-S/2-256", 4, autoencoder=vae, conditioning="adaln", family="diffusers"))
+    with pytest.raises(
+        CheckpointError, match="SiT-S/2-256 with --family official: expected a preset of the same family"
+    ):
+        load_checkpoint(Source("SiT-S/2-256", 4, autoencoder=vae, family="official"))
+
+
+def test_a_dry_run_makes_nothing(tmp_path: Path, vae: str) -> None:
+    """``--dry-run`` prints the plan of a file, or of a preset without weights, and leaves the folder as it was."""
+    file = saved(weights_of("cross-attention"), tmp_path / "w.safetensors")
+    for source, options in ((file, ["--heads", "2", "--size", "32x32", "32x48"]), ("DiT-XL/2-256", ["--fp16"])):
+        done = run_command("dit-export", source, *options, "--vae", vae, "--dry-run", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "roofline" in done.stdout
+    assert "894.1 MB" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
 
 # Bad input.
