@@ -164,8 +164,13 @@ EVERY_SDE = [
 ]
 
 
-def run_flow(flow: Flow, draws: Iterator[Float64], network: Any = network_of_flow) -> Iterator[Evaluation]:
-    """SiT's sampler in float64, one draw at a time from ``draws``: first the latents, then each step's noise."""
+def run_flow(
+    flow: Flow, draws: Iterator[Float64], network: Any = network_of_flow, skipped: int = 0
+) -> Iterator[Evaluation]:
+    """SiT's sampler in float64, one draw at a time from ``draws``: first the latents, then each step's noise.
+
+    With ``skipped`` steps left out, the first are the latents at the time where the next step starts.
+    """
     stochastic, grid = flow.form is not None, grid_of(flow)
 
     def evaluate(x: Float64, t: float) -> tuple[Float64, Float64, Float64]:
@@ -181,9 +186,11 @@ def run_flow(flow: Flow, draws: Iterator[Float64], network: Any = network_of_flo
         return math.sqrt(2 * diffusion_coefficient(flow, grid[step]) * (grid[1] - grid[0])) if stochastic else 0.0
 
     x = next(draws)
-    if stochastic and flow.method == "heun":
-        x = x + spread(0) * next(draws)
+    if stochastic and flow.method == "heun" and skipped < len(grid) - 1:
+        x = x + spread(skipped) * next(draws)
     for step, (t, after) in enumerate(pairwise(grid.tolist())):
+        if step < skipped:
+            continue
         x_1, _, drift = evaluate(x, t)
         forward = x + (after - t) * drift
         if flow.method == "euler":

@@ -26,7 +26,8 @@ from dit_runtime.bundle import Bundle
 from dit_runtime.engines import OnnxRuntimeEngine
 from dit_runtime.errors import SamplingError
 from dit_runtime.guidance import Guidance, branches
-from dit_runtime.pipeline import Settings
+from dit_runtime.labels import label_weights
+from dit_runtime.settings import Settings
 
 # max|Δ| of the last latents, relative to the reference's largest.
 LATENTS_LIMIT = 1e-5  # measured: 1.9e-6
@@ -206,12 +207,12 @@ def test_several_labels(pipe: Pipeline, transformer: Any, sampler: str, labels: 
 def test_labels_are_named_with_their_weights(pipe: Pipeline) -> None:
     """Fails if numbers, names, text and weights of one mixture do not mean the same, the first label first."""
     found = [
-        pipe.label_weights(label)
+        label_weights(label, pipe.manifest)
         for label in ("3:0.75+5:0.25", "class 3:0.75 + kind 5:0.25", {"kind 3": 0.75, 5: 0.25}, {3: 0.75, "5": 0.25})
     ]
     assert [list(weights.items()) for weights in found] == [[(3, 0.75), (5, 0.25)]] * 4
-    assert pipe.label_weights("Class 1+9") == {1: 0.5, 9: 0.5}
-    assert pipe.label_weights("7") == pipe.label_weights(7) == pipe.label_weights("class 7") == {7: 1.0}
+    assert label_weights("Class 1+9", pipe.manifest) == {1: 0.5, 9: 0.5}
+    assert all(label_weights(label, pipe.manifest) == {7: 1.0} for label in ("7", 7, "class 7"))
 
 
 def test_weights_of_one_need_no_null_branch(pipe: Pipeline) -> None:

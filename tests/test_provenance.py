@@ -26,7 +26,7 @@ from dit_runtime import Pipeline, __version__
 from dit_runtime.engines import _OnnxRuntimeSession
 from dit_runtime.sample import main
 
-PER_PICTURE = ("label", "seed", "noise", "guidance", "batch")  # lists in a grid's record
+PER_PICTURE = ("label", "seed", "noise", "guidance", "init", "batch")  # lists in a grid's record
 ENGINE = ("--engine", "onnxruntime", "--threads", "1")  # with auto each bundle would be verified first
 
 
@@ -128,6 +128,11 @@ def test_the_record_of_a_picture(checkpoint: Path, bundle: Path, tmp_path: Path)
         "dit.guidance": 2.5,
         "dit.guidance_interval": [0.1, 0.9],
         "dit.guidance_schedule": "cosine",
+        "dit.init": None,
+        "dit.strength": None,
+        "dit.size": [32, 32],
+        "dit.decode_tile": None,
+        "dit.decode_batch": None,
         "dit.batch": [1, 0, [[3, 5], [2, 1]]],  # three branches in five rows; the last is outside the interval
     }
 

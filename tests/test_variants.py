@@ -155,6 +155,19 @@ def test_a_trajectory_is_the_oracles(variant: Bundle, conditioning: str, sampler
     assert max(errors) <= TRAJECTORY_LIMIT[precision]
 
 
+def test_rtx_builds_each_variant(variant: Bundle, tmp_path: Path) -> None:
+    """The real builder compiles every variant; in FP16 each self- and cross-attention is one fused kernel."""
+    pytest.importorskip("tensorrt_rtx")
+    from dit_engines.build import engine_from_bundle
+    from dit_engines.recipe import recipe_for
+
+    built = engine_from_bundle(variant, recipe_for("rtx", "8.9", 2, (1, 2), 64), tmp_path / "store")
+    (step,) = (graph for graph in built.graphs if graph.graph == "step")
+    model, fp16 = variant.manifest.model, variant.manifest.precision.name == "fp16"
+    assert model.attentions == (4 if model.conditioning == "cross-attention" else 2)
+    assert [profile.fused_attention for profile in step.audit.profiles] == [model.attentions if fp16 else 0] * 2
+
+
 def test_sits_velocity_and_time(checkpoint: Path, tmp_path: Path) -> None:
     """``--family sit``: half of the output is dropped, time runs unscaled from 0 to 1, Euler's trajectory is SiT's."""
     weights = weights_of("adaln-zero")
@@ -275,6 +288,8 @@ def test_a_sit_with_the_command(checkpoint: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr + done.stdout
     assert "willisma/SiT's model and fixed-step samplers, gvp path" in done.stdout
     assert "sde-euler free-running" in done.stdout
+    timed = run_command("dit-bench", tmp_path / "sit.bundle", "--steps", "3", "--repeat", "2")
+    assert timed.returncode == 0, timed.stderr
     pipe = Pipeline(tmp_path / "sit.bundle", "onnxruntime", threads=1)
     assert pipe([3], steps=4).shape == (1, 32, 32, 3)
     expected = dit(weights, torch.ones(1, 4, 8, 8), torch.tensor([0.25]), torch.tensor([3]), **of("adaln-zero"))  # type: ignore[arg-type]

@@ -40,12 +40,13 @@ def _main(argv: list[str] | None) -> int:
     from dit_runtime.progress import Progress
     from dit_runtime.schedule import schedule_for
     from dit_runtime.verdicts import machine, trusted_engine
+    from dit_runtime.verify import trajectories_of
 
     bundle = open_bundle(args.bundle)
     engine = trusted_engine(bundle)
     model, diffusion = bundle.manifest.model, bundle.manifest.diffusion
     table = bundle.manifest.table.name
-    schedule = schedule_for("ddim", model, diffusion, args.steps)
+    schedule = schedule_for(trajectories_of(diffusion)[0], model, diffusion, args.steps)
     labels = (np.arange(args.batch) % model.classes).astype(np.int32)
     picture = (args.batch, model.latent_channels, *model.latent_size)
     random = np.random.default_rng(0)

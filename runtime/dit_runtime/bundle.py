@@ -225,7 +225,11 @@ class Bundle:
         manifest = self.manifest
         if image_size is None or image_size == manifest.image_size:
             return self
-        assert self.default_size
+        if not self.default_size:
+            raise BundleError(
+                f"{self.path}: is open at {manifest.image_size[0]}x{manifest.image_size[1]} already; open it again for "
+                f"{image_size[0]}x{image_size[1]}"
+            )
         if image_size not in manifest.image_sizes:
             known = ", ".join(f"{height}x{width}" for height, width in manifest.image_sizes)
             raise BundleError(

@@ -43,7 +43,7 @@ class Engine(Protocol):
     threads: int
 
     def session(self, graph: str) -> Session:
-        """The session of a graph (``conditioner``, ``step``, ``probe`` or ``decoder``), loaded on first use."""
+        """The session of a graph (``step``, ``decoder``, …: the manifest's names), loaded on first use."""
         ...
 
 

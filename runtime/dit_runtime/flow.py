@@ -14,7 +14,7 @@ import numpy as np
 
 from dit_runtime.bundle import PATHS
 from dit_runtime.errors import SamplingError
-from dit_runtime.table import S0, S1, S2, E, Float64, Schedule, row, tabulated
+from dit_runtime.table import S0, S1, S2, E, Float64, Schedule, check_skipped, row, tabulated
 
 FORMS = ("constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing")
 METHODS = ("euler", "heun")
@@ -111,12 +111,14 @@ def flow_sde(
     norm: float = 1.0,
     last_step: str = "mean",
     last_step_size: float = 0.04,
+    skipped: int = 0,
 ) -> Schedule:
     """The SDE by ``euler`` (Euler–Maruyama) or ``heun``, as SiT's ``sample_sde`` with its defaults for sampling.
 
     ``steps`` is SiT's ``num_steps``: all but one are steps of the SDE, and the last goes from 1 − ``last_step_size`` to
     the picture, by the drift (``mean``), the velocity (``euler``), the posterior mean (``tweedie``) or not (``none``).
-    Heun's noise comes before a step's first evaluation: here at the end of the row before it, or in ``start``.
+    Heun's noise comes before a step's first evaluation: here at the end of the row before it, or in ``start``, also
+    where the first steps are ``skipped``.
     """
     if steps < 2:
         raise SamplingError(f"{steps} steps with sampler sde-{method}: expected at least 2, one of them the last")
@@ -154,8 +156,20 @@ def flow_sde(
     draws[-1] = last_step == "none" and method == "euler"
     if method == "heun":
         draws[inner * (steps - 1) - 1] = False
-    start = (1.0,) if method == "euler" else (1.0, noise[0])
-    return tabulated(f"sde-{method}", UNIFORM, times, rows, _scales(path, times), draws, completes, start)
+    check_skipped(skipped, int(completes.sum()))
+    first = inner * skipped
+    start = (1.0, noise[skipped]) if method == "heun" and skipped < len(noise) else (1.0,)
+    return tabulated(
+        f"sde-{method}",
+        UNIFORM,
+        times[first:],
+        rows[first:],
+        _scales(path, times[first:]),
+        draws[first:],
+        completes[first:],
+        start,
+        skipped,
+    )
 
 
 def _drift(path: str, t: float, form: str, norm: float) -> Float64:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from dit_runtime.errors import OutputError
+from dit_runtime.errors import OutputError, SamplingError
 from dit_runtime.files import replaced_file
 
 Pictures = NDArray[np.uint8]
@@ -43,6 +44,23 @@ def read_png(path: Path) -> tuple[Pictures, dict[str, str]]:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise OutputError(f"{path}: cannot be read as a PNG picture ({error}); name a picture of dit-sample") from error
     return pixels, text
+
+
+def read_picture(path: Path) -> Pictures:
+    """A picture ``[H, W, 3]`` to start from, of any format that Pillow reads, turned as its camera says.
+
+    Raises:
+        SamplingError: missing, or not a picture.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise SamplingError(
+            f"{path}: cannot be read as a picture ({error}); name a PNG or JPEG file, or float32 latents in a .npy file"
+        ) from error
 
 
 def grid(images: Pictures, columns: int | None = None) -> Pictures:

@@ -13,6 +13,7 @@ from dit_runtime.bundle import Manifest, TensorSpec
 from dit_runtime.engines import Array, Engine
 from dit_runtime.errors import SamplingError
 from dit_runtime.guidance import Branches, Guidance
+from dit_runtime.image_to_image import Init
 from dit_runtime.noise import CudaNoise, Float32, Noise, TorchNoise, normals
 from dit_runtime.table import COEFFICIENTS, Schedule
 
@@ -31,7 +32,7 @@ class Picture:
     Attributes:
         labels: weight of each class number.
         seed: of its own stream of noise.
-        schedule: its sampler.
+        schedule: its sampler; with ``init`` only the steps that run.
         guidance: scale, interval and shape.
         negative_label: class number in place of the null class.
         branches: what labels and guidance come to, row by row.
@@ -39,6 +40,8 @@ class Picture:
         noise_device: ``cpu`` or ``cuda``: whose PyTorch generator the seed stands for.
         noise_dtype: ``float32`` or ``float16``: the dtype PyTorch draws in.
         cuda_threads: resident threads of the CUDA device, for draws that depend on it (``CudaNoise``).
+        init: what it starts from, in image-to-image.
+        strength: the share of the steps that it was asked to run, for the record.
     """
 
     labels: dict[int, float]
@@ -51,15 +54,26 @@ class Picture:
     noise_device: str = "cpu"
     noise_dtype: str = "float32"
     cuda_threads: int | None = None
+    init: Init | None = None
+    strength: float | None = None
 
     def stream(self) -> Noise:
         """The picture's noise from its beginning."""
         return TorchNoise(self.seed) if self.noise_device == "cpu" else CudaNoise(self.seed, self.cuda_threads)
 
     def started(self, shape: tuple[int, ...]) -> tuple[Float32, Noise]:
-        """z before the first row ``[C, H, W]``, and the stream for the rows."""
+        """z before the first row ``[C, H, W]``, and the stream for the rows.
+
+        In image-to-image the noise on the picture is the stream's first draw, as in diffusers' pipelines once the
+        picture is encoded.
+        """
         stream, (first, *others) = self.stream(), self.schedule.start
-        latents: Float32 = first * (self.drawn(stream, shape) if self.noise is None else self.noise)
+        noise = self.drawn(stream, shape) if self.noise is None else self.noise
+        if self.init is None:
+            latents: Float32 = first * noise
+        else:
+            signal, spread = self.schedule.initial[0]
+            latents = signal * self.init.latents + spread * noise
         for scale in others:
             latents = latents + scale * self.drawn(stream, shape)
         return latents, stream

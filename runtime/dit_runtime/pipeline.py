@@ -2,61 +2,29 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dit_runtime.bundle import Bundle, Manifest, open_bundle
+from dit_runtime.bundle import ENCODER, Bundle, Manifest, open_bundle
 from dit_runtime.engines import Engine, open_engine
 from dit_runtime.errors import SamplingError
 from dit_runtime.guidance import Branches, Guidance, branches
+from dit_runtime.image_to_image import STRENGTH, Init, Start, inits_from, table_from
+from dit_runtime.labels import Label, label_number, label_weights
 from dit_runtime.loop import Batch, Picture
 from dit_runtime.noise import CudaNoise, Float32
-from dit_runtime.schedule import Schedule, schedule_for
+from dit_runtime.schedule import Schedule, schedule_for, steps_skipped
+from dit_runtime.settings import Settings
+from dit_runtime.tiles import check_tile, decoded_in_tiles, pixels
 from dit_runtime.verdicts import trusted_engine
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-Label = int | str | Mapping[int | str, float]
-
-
-class Settings(TypedDict, total=False):
-    """How pictures are sampled. What is left out, or None, has its default: the bundle's for the first three.
-
-    Keys:
-        steps: sampling steps.
-        sampler: a name of ``dit_runtime.SAMPLERS``, or a ``Schedule`` of your own (``read_table``, ``flow.flow_sde``).
-        guidance: classifier-free guidance scale s, one for all pictures or one each; see ``Guidance``.
-        spacing: which timesteps are visited; see ``schedule_for``.
-        eta: DDIM's stochasticity, 0 to 1.
-        guidance_interval: noise times (LO, HI) outside which nothing is guided, at half the cost.
-        guidance_schedule: ``constant``, ``linear`` or ``cosine``.
-        negative_label: a class to guide away from, in place of the null class.
-        noise: float32 ``[N, C, H, W]`` in place of the seeds' first draw; later draws are then the seeds' from their
-            first, as when diffusers is given latents.
-        noise_device: ``cpu`` or ``cuda``: whose PyTorch generator the seeds stand for.
-        noise_dtype: ``float32`` or ``float16``: the dtype PyTorch draws in.
-        cuda_threads: resident threads of the CUDA device, for latents of more than 4096 values; see ``CudaNoise``.
-    """
-
-    steps: int | None
-    sampler: str | Schedule | None
-    spacing: str | None
-    eta: float
-    guidance: float | Sequence[float] | None
-    guidance_interval: tuple[float, float]
-    guidance_schedule: str
-    negative_label: int | str | None
-    noise: Float32 | None
-    noise_device: str
-    noise_dtype: str
-    cuda_threads: int | None
 
 
 class Pipeline:
@@ -65,17 +33,25 @@ class Pipeline:
     Args:
         bundle: a bundle's folder, or an opened bundle.
         engine: ``auto`` (a verified one; verifies first if none is), an engine's name (taken as it is), or an
-            ``Engine``.
+            ``Engine`` for this bundle at this size.
         threads: of the CPU, for an engine that is opened here; 0 lets it choose.
+        size: height and width of pictures in pixels, one of ``manifest.image_sizes``; None is the first, or that of
+            an opened bundle.
 
     Raises:
-        BundleError: the bundle is missing, incomplete or altered.
+        BundleError: the bundle is missing, incomplete or altered, or has no graphs for that size.
         EngineError: no such engine, or it is not installed.
         ParityError: ``auto`` found no engine that matches the reference.
     """
 
-    def __init__(self, bundle: str | Path | Bundle, engine: str | Engine = "auto", threads: int = 0) -> None:
-        self.bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+    def __init__(
+        self,
+        bundle: str | Path | Bundle,
+        engine: str | Engine = "auto",
+        threads: int = 0,
+        size: tuple[int, int] | None = None,
+    ) -> None:
+        self.bundle = (bundle if isinstance(bundle, Bundle) else open_bundle(bundle)).at(size)
         if engine == "auto":
             self.engine: Engine = trusted_engine(self.bundle, threads)
         else:
@@ -162,10 +138,58 @@ class Pipeline:
             for index in np.flatnonzero(step.finished):
                 yield step.keys[index], step.latents[index].copy()
 
-    def decode(self, latents: Float32) -> NDArray[np.uint8]:
-        """Latents ``[N, C, H, W]`` → uint8 pictures ``[N, H, W, 3]``."""
-        (images,) = self.engine.session("decoder").run({"latents": latents}, ["images"])
-        return images
+    def decode(self, latents: Float32, tile: int | None = None, batch: int | None = None) -> NDArray[np.uint8]:
+        """Latents ``[N, C, h, w]`` → uint8 pictures ``[N, H, W, 3]``.
+
+        Args:
+            latents: of any height and width.
+            tile: side of the tiles to decode in, in latent pixels, at least 4; None, or a tile as large as the picture,
+                decodes it whole. Memory is one tile's, and the result close to the whole's but not the same: the
+                decoder's group normalization and attention see one tile only.
+            batch: pictures in one decoder call; None is all.
+
+        Raises:
+            SamplingError: tile or batch too small, or pixels that are not finite.
+        """
+        check_tile(tile)
+        batch = len(latents) if batch is None else batch
+        if batch < 1:
+            raise SamplingError(f"{batch} pictures per decoder call: expected at least 1")
+        parts = [self._decoded(latents[start : start + batch], tile) for start in range(0, len(latents), batch)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _decoded(self, latents: Float32, tile: int | None) -> NDArray[np.uint8]:
+        session = self.engine.session("decoder")
+        if tile is None or tile >= max(latents.shape[2:]):
+            (images,) = session.run({"latents": latents}, ["images"])
+            return images
+        factor = self.manifest.autoencoder.factor
+        decoded = decoded_in_tiles(lambda part: session.run({"latents": part}, ["decoded"])[0], latents, tile, factor)
+        if not np.isfinite(decoded).all():
+            raise SamplingError(
+                f"decoded pixels are not finite on {self.engine.name}; run dit-verify on this bundle and engine"
+            )
+        return pixels(decoded)
+
+    def encode(self, images: NDArray[np.uint8]) -> Float32:
+        """uint8 pictures ``[N, H, W, 3]`` → latents ``[N, C, h, w]``, the mean of the autoencoder's posterior.
+
+        One picture in one encoder call, so that the result is the same whatever is beside it.
+
+        Raises:
+            SamplingError: the bundle has no encoder.
+        """
+        if ENCODER not in self.manifest.graphs:
+            raise SamplingError(
+                f"{self.bundle.path}: has no encoder, to start from a picture; export it with dit-export --encoder, or "
+                "start from latents"
+            )
+        session = self.engine.session(ENCODER)
+        return np.concatenate([session.run({"images": image[None]}, ["mean"])[0] for image in images])
+
+    def inits(self, start: Start, count: int) -> list[Init]:
+        """The setting ``init`` for ``count`` pictures, checked and encoded, to be used in several calls."""
+        return inits_from(start, count, self.manifest, self.encode)
 
     def pictures(
         self, labels: Sequence[Label], seeds: Sequence[int] | int = 0, **settings: Unpack[Settings]
@@ -187,9 +211,11 @@ class Pipeline:
         interval = settings.get("guidance_interval") or (0.0, 1.0)
         shape = settings.get("guidance_schedule") or "constant"
         guidances = {value: Guidance(value, interval, shape) for value in scales}
-        schedule = self._schedule(settings)
+        schedule, strength = self._schedule(settings)
+        start = settings.get("init")
+        inits = [None] * count if start is None else self.inits(start, count)
         negative = settings.get("negative_label")
-        against = None if negative is None else self.label_number(negative)
+        against = None if negative is None else label_number(negative, self.manifest)
         noise = self.checked_noise(settings.get("noise"), count)
         device, dtype = settings.get("noise_device") or "cpu", settings.get("noise_dtype") or "float32"
         if device not in ("cpu", "cuda") or dtype not in ("float32", "float16"):
@@ -202,7 +228,7 @@ class Pipeline:
         conditioned: dict[object, Branches] = {}
         made = []
         for index, (label, seed, value) in enumerate(zip(labels, seeds, scales, strict=True)):
-            weights = self.label_weights(label)
+            weights = label_weights(label, self.manifest)
             key = (tuple(weights.items()), value)
             if key not in conditioned:
                 conditioned[key] = branches(weights, guidances[value], schedule, model, diffusion, against)
@@ -218,82 +244,45 @@ class Pipeline:
                     noise_device=device,
                     noise_dtype=dtype,
                     cuda_threads=settings.get("cuda_threads"),
+                    init=inits[index],
+                    strength=strength,
                 )
             )
         return made
 
-    def label_weights(self, label: Label) -> dict[int, float]:
-        """The classes of a label and their weights; text such as ``3:0.7+5:0.3`` or ``Bag+Coat`` names several."""
-        if isinstance(label, str) and "+" in label and not self._named(label):
-            parts = [part.strip() for part in label.split("+")]
-            split = [part.rsplit(":", 1) for part in parts]
-            if all(":" not in part for part in parts):
-                split = [[part, str(1 / len(parts))] for part in parts]
-            try:
-                label = {name: float(weight) for name, weight in split}
-            except ValueError as error:
-                raise SamplingError(f"label {label!r}: expected LABEL:WEIGHT+LABEL:WEIGHT, as 3:0.7+5:0.3") from error
-            if len(label) != len(parts):
-                raise SamplingError(f"label {'+'.join(parts)!r}: names a class twice; expected each once, weighted")
-        if not isinstance(label, Mapping):
-            return {self.label_number(label): 1.0}
-        weights = {self.label_number(name): float(weight) for name, weight in label.items()}
-        if not weights or len(weights) != len(label) or not all(np.isfinite(weight) for weight in weights.values()):
-            raise SamplingError(f"label {dict(label)!r}: expected distinct classes with finite weights")
-        return weights
-
-    def label_number(self, label: int | str) -> int:
-        """The class number of a label given as number, numeral or name (upper and lower case are the same)."""
-        classes = self.manifest.model.classes
-        if isinstance(label, str) and not (label.isascii() and label.removeprefix("-").isdigit() and len(label) < 9):
-            matches, names = self._named(label), self.manifest.class_names
-            if len(matches) != 1:
-                known = "; ".join(names[:10]) if names else "none in this bundle"
-                raise SamplingError(
-                    f"label {label!r}: {len(matches)} classes have that name; expected a number or one of: {known}"
-                )
-            return matches[0]
-        try:
-            number = int(label) if isinstance(label, str) else operator.index(label)
-        except TypeError as error:
-            raise SamplingError(f"label {label!r}: expected a class number or name") from error
-        if not 0 <= number < classes:
-            raise SamplingError(f"label {number}: expected 0 to {classes - 1}, the classes of this model")
-        return number
-
-    def _named(self, label: str) -> list[int]:
-        """The classes of that name. ImageNet's names are synonyms with commas: "tench, Tinca tinca"."""
-        wanted = label.strip().casefold()
-        return [
-            index
-            for index, name in enumerate(self.manifest.class_names)
-            if wanted in (name.casefold(), *(part.strip().casefold() for part in name.split(",")))
-        ]
-
-    def _schedule(self, settings: Settings) -> Schedule:
+    def _schedule(self, settings: Settings) -> tuple[Schedule, float | None]:
+        """The schedule of the settings, and the strength that was used for it."""
         defaults, given = self.manifest.defaults, settings.get("sampler")
         steps, eta, spacing = settings.get("steps"), settings.get("eta") or 0.0, settings.get("spacing")
+        from_picture, strength = settings.get("init") is not None, settings.get("strength")
+        if strength is not None and not from_picture:
+            raise SamplingError(f"strength {strength:g} without a picture to start from: name one (--init)")
         if isinstance(given, Schedule):
             if eta != 0 or spacing is not None or steps not in (None, given.steps):
                 raise SamplingError(
                     f"a table of {given.steps} steps with steps {steps}, eta {eta:g}, spacing {spacing}: the table has "
                     "all of these in it; leave them out"
                 )
-            last = 1 if self.manifest.diffusion.path else len(self.manifest.diffusion.betas) - 1
-            if given.timesteps.min() < 0 or given.timesteps.max() > last:
-                raise SamplingError(
-                    f"a table with timesteps {given.timesteps.min():g} to {given.timesteps.max():g}: this model's are "
-                    f"0 to {last}; the table is for another kind of model"
-                )
-            if given.uses_variance and not self.manifest.model.learned_variance:
-                raise SamplingError(
-                    "a table that uses the learned variance (h is not 0), which this model does not have"
-                )
-            return given
+            self._check_table(given)
+            return table_from(given, from_picture, strength)
         steps = defaults.steps if steps is None else steps
-        return schedule_for(
-            given or defaults.sampler, self.manifest.model, self.manifest.diffusion, steps, eta, spacing
-        )
+        skipped = 0
+        if from_picture:
+            strength = STRENGTH if strength is None else strength
+            skipped = steps_skipped(steps, strength)
+        model, diffusion = self.manifest.model, self.manifest.diffusion
+        return schedule_for(given or defaults.sampler, model, diffusion, steps, eta, spacing, skipped), strength
+
+    def _check_table(self, table: Schedule) -> None:
+        """Raises SamplingError for a table that is for another kind of model."""
+        last = 1 if self.manifest.diffusion.path else len(self.manifest.diffusion.betas) - 1
+        if table.timesteps.min() < 0 or table.timesteps.max() > last:
+            raise SamplingError(
+                f"a table with timesteps {table.timesteps.min():g} to {table.timesteps.max():g}: this model's are "
+                f"0 to {last}; the table is for another kind of model"
+            )
+        if table.uses_variance and not self.manifest.model.learned_variance:
+            raise SamplingError("a table that uses the learned variance (h is not 0), which this model does not have")
 
     def checked_noise(self, noise: Float32 | None, count: int) -> Float32 | None:
         """Given noise for ``count`` pictures, ``[N, C, H, W]``.

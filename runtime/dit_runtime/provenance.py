@@ -17,24 +17,27 @@ from typing import Any
 
 import numpy as np
 
+from dit_runtime.bundle import Bundle
 from dit_runtime.errors import SamplingError
 from dit_runtime.flow import UNIFORM
+from dit_runtime.image_to_image import Init
 from dit_runtime.loop import Picture
 from dit_runtime.noise import Float32, noise_hash
 from dit_runtime.pipeline import Pipeline
-from dit_runtime.schedule import SAMPLERS, Schedule, schedule_for
+from dit_runtime.schedule import SAMPLERS, Schedule
 
 PREFIX = "dit."
 KEYS = (
     *("version", "model", "bundle", "precision", "engine", "threads", "cpus"),
     *("label", "negative_label", "seed", "noise_device", "noise_dtype", "cuda_threads", "noise", "noise_given"),
-    *("sampler", "spacing", "steps", "eta", "table", "guidance", "guidance_interval", "guidance_schedule", "batch"),
+    *("sampler", "spacing", "steps", "eta", "table", "guidance", "guidance_interval", "guidance_schedule"),
+    *("init", "strength", "size", "decode_tile", "decode_batch", "batch"),
 )
 MOST_THREADS = 1024
 MOST = 100_000  # pictures, branches or rows that a record is believed
-PER_PICTURE = ("label", "seed", "noise", "guidance", "batch")
+PER_PICTURE = ("label", "seed", "noise", "guidance", "init", "batch")
 # Where and with what it ran, not what it is: a picture that exists already is not made again for these.
-CIRCUMSTANCES = ("batch", "threads", "cpus", "version")
+CIRCUMSTANCES = ("batch", "decode_batch", "threads", "cpus", "version")
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,17 @@ def places(batch: Sequence[Picture]) -> list[Place]:
     return [Place(len(batch), position, tuple(needed)) for position in range(len(batch))]
 
 
-def described(pipe: Pipeline, picture: Picture, place: Place | None, eta: float) -> dict[str, Any]:
-    """A picture's entries. ``eta`` is the one its schedule was asked for with; ``place`` None if it is not made yet."""
+@dataclass(frozen=True)
+class Asked:
+    """What a picture was asked for with, beyond what is in it: DDIM's eta, and how its latents are decoded."""
+
+    eta: float = 0.0
+    decode_tile: int | None = None
+    decode_batch: int | None = None
+
+
+def described(pipe: Pipeline, picture: Picture, place: Place | None, asked: Asked) -> dict[str, Any]:
+    """A picture's entries; ``place`` is None if it is not made yet."""
     from dit_runtime import __version__
 
     manifest, schedule, guidance = pipe.manifest, picture.schedule, picture.guidance
@@ -90,12 +102,17 @@ def described(pipe: Pipeline, picture: Picture, place: Place | None, eta: float)
         "noise_given": picture.noise is not None,
         "sampler": schedule.sampler,
         "spacing": schedule.spacing,
-        "steps": schedule.steps,
-        "eta": eta,
+        "steps": schedule.skipped + schedule.steps,
+        "eta": asked.eta,
         "table": table_hash(schedule),
         "guidance": guidance.scale,
         "guidance_interval": list(guidance.interval),
         "guidance_schedule": guidance.shape,
+        "init": picture.init.source if picture.init else None,
+        "strength": picture.strength,
+        "size": list(manifest.image_size),
+        "decode_tile": asked.decode_tile,
+        "decode_batch": asked.decode_batch,
         "batch": place.as_json() if place else None,
     }
 
@@ -107,7 +124,8 @@ def cpus() -> int:
 
 def table_hash(schedule: Schedule) -> str:
     """What identifies a schedule's numbers: 16 hexadecimal digits of SHA-256."""
-    arrays = (schedule.timesteps, schedule.rows, schedule.coefficients, schedule.start, schedule.draws_noise)
+    scales = (schedule.initial, schedule.start)
+    arrays = (schedule.timesteps, schedule.rows, schedule.coefficients, *scales, schedule.draws_noise)
     return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()[:16]
 
 
@@ -139,6 +157,10 @@ def from_text(path: Path, text: Mapping[str, str]) -> list[dict[str, Any]]:
                 raise KeyError(missing[0])
             if type(entry["threads"]) is not int or not 0 <= entry["threads"] <= MOST_THREADS:
                 raise ValueError(f"threads {entry['threads']!r}")
+            height, width = entry["size"]
+            for number in (height, width, entry["decode_tile"] or 1, entry["decode_batch"] or 1):
+                if type(number) is not int or not 0 < number <= MOST:
+                    raise ValueError(f"size or decoding {number!r}")
             entry["place"] = Place.from_json(entry["batch"], MOST)
     except (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:
         raise SamplingError(
@@ -152,30 +174,39 @@ def is_same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
     return all(found.get(key) == value for key, value in expected.items() if key not in CIRCUMSTANCES)
 
 
-def picture_from(pipe: Pipeline, entry: Mapping[str, Any], noise: Float32 | None, table: Schedule | None) -> Picture:
-    """The picture that an entry describes, to be made again with ``pipe``.
+def picture_from(
+    pipe: Pipeline,
+    entry: Mapping[str, Any],
+    noise: Float32 | None,
+    table: Schedule | None,
+    inits: Sequence[Init] = (),
+) -> Picture:
+    """The picture that an entry describes, to be made again with ``pipe``; ``inits`` are what it may have started from.
 
     Raises:
-        SamplingError: another bundle, or noise or a table that is not the recorded one or is missing.
+        SamplingError: another bundle, or noise, a table or a picture to start from that is not the recorded one or is
+            missing.
     """
-    if entry["bundle"] != pipe.bundle.digest:
-        raise SamplingError(
-            f"the picture was made with bundle {str(entry['bundle'])[:12]}… ({entry['model']}), this one is "
-            f"{pipe.bundle.digest[:12]}…; name the bundle that made it"
-        )
+    check_bundle(pipe.bundle, entry)
     if table is None and entry["sampler"] not in SAMPLERS:
         raise SamplingError(f"the picture was made with the table {entry['sampler']!r}; name its file with --sampler")
     if entry["noise_given"] and noise is None:
         raise SamplingError("the picture was made from noise in a file; name it with --noise")
+    started = [init for init in inits if init.source == entry["init"]]
+    if entry["init"] is None and inits:
+        raise SamplingError("the picture was made from noise alone, not from a picture: leave --init out")
+    if entry["init"] is not None and not started:
+        given = f"this is {inits[0].source}" if inits else "and none is named"
+        raise SamplingError(f"the picture was made from init {entry['init']}, {given}; name its file with --init")
     try:
         spacing = None if entry["spacing"] == UNIFORM else str(entry["spacing"])
-        schedule = table or schedule_for(
-            entry["sampler"], pipe.manifest.model, pipe.manifest.diffusion, entry["steps"], entry["eta"], spacing
-        )
         (picture,) = pipe.pictures(
             [{int(label): float(weight) for label, weight in entry["label"].items()}],
             [int(entry["seed"])],
-            sampler=schedule,
+            sampler=table or str(entry["sampler"]),
+            steps=None if table else int(entry["steps"]),
+            eta=0.0 if table else float(entry["eta"]),
+            spacing=None if table else spacing,
             guidance=float(entry["guidance"]),
             guidance_interval=(float(entry["guidance_interval"][0]), float(entry["guidance_interval"][1])),
             guidance_schedule=entry["guidance_schedule"],
@@ -184,10 +215,12 @@ def picture_from(pipe: Pipeline, entry: Mapping[str, Any], noise: Float32 | None
             noise_device=entry["noise_device"],
             noise_dtype=entry["noise_dtype"],
             cuda_threads=entry["cuda_threads"],
+            init=started[:1] or None,
+            strength=entry["strength"],
         )
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
         raise SamplingError(f"the picture's record is damaged ({type(error).__name__}: {error})") from error
-    if (found := table_hash(schedule)) != entry["table"]:
+    if (found := table_hash(picture.schedule)) != entry["table"]:
         raise SamplingError(
             f"the picture's sampler table was {entry['table']}, this one is {found}: it was made by version "
             f"{entry['version']} or from another table; use that"
@@ -196,6 +229,15 @@ def picture_from(pipe: Pipeline, entry: Mapping[str, Any], noise: Float32 | None
     if (drawn := noise_hash(first)) != entry["noise"]:
         raise SamplingError(f"the picture's noise was {entry['noise']}, this is {drawn}; name its file with --noise")
     return picture
+
+
+def check_bundle(bundle: Bundle, entry: Mapping[str, Any]) -> None:
+    """Raises SamplingError for an entry of another bundle's picture."""
+    if entry["bundle"] != bundle.digest:
+        raise SamplingError(
+            f"the picture was made with bundle {str(entry['bundle'])[:12]}… ({entry['model']}), this one is "
+            f"{bundle.digest[:12]}…; name the bundle that made it"
+        )
 
 
 def company(picture: Picture, place: Place) -> list[Picture]:

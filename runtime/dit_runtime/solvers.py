@@ -17,9 +17,10 @@ from dit_runtime.spacing import (
     euler_timesteps,
     multistep_timesteps,
     official_timesteps,
+    solver_spacing,
     spaced_timesteps,
 )
-from dit_runtime.table import NOTHING, S0, S1, S2, E, Float64, Schedule, row, tabulated
+from dit_runtime.table import NOTHING, S0, S1, S2, E, Float64, Schedule, check_skipped, row, tabulated
 
 FEW_STEPS = 15  # below, diffusers' multistep solvers lower their order at the end
 
@@ -97,22 +98,29 @@ def ddpm(diffusion: DiffusionSpec, steps: int, learned_variance: bool, spacing: 
 
 
 def dpm_solver_pp(
-    diffusion: DiffusionSpec, steps: int, order: int, stochastic: bool = False, spacing: str | None = None
+    diffusion: DiffusionSpec,
+    steps: int,
+    order: int,
+    stochastic: bool = False,
+    spacing: str | None = None,
+    skipped: int = 0,
 ) -> Schedule:
     """DPM-Solver++ multistep (Lu et al. 2022, arXiv 2211.01095), as diffusers' ``DPMSolverMultistepScheduler``.
 
     ``order`` 2 or 3; ``stochastic`` is SDE-DPM-Solver++ 2M, which draws noise at every row, the last included. The
     midpoint variant, ending at x₀; below 15 steps the order falls towards the end. The memory holds the last two x₀.
+    Where steps are ``skipped`` the order rises from 1 again, as after diffusers' ``set_begin_index``.
     """
-    spacing = diffusion.timestep_spacing if spacing is None else spacing
+    check_skipped(skipped, steps)
+    spacing = solver_spacing(diffusion, spacing)
     timesteps, levels = multistep_timesteps(diffusion, steps, spacing)
     alphas, sigmas, log_snr = _half_log_snr(np.append(levels, 0.0))
     rows = []
-    for i in range(steps):
+    for i in range(skipped, steps):
         x_0, _ = predicted(diffusion.prediction_type, alphas[i], sigmas[i])
         last = i == steps - 1
         lower = 2 if steps < FEW_STEPS and i == steps - 2 else order
-        used = 1 if last else min(order, i + 1, lower)
+        used = 1 if last else min(order, i - skipped + 1, lower)
         h = log_snr[i + 1] - log_snr[i]
         slope, curvature = NOTHING, NOTHING
         if used >= 2:
@@ -135,25 +143,27 @@ def dpm_solver_pp(
             z = z + alphas[i + 1] * gain / 2 * slope
         elif used == 3:
             z = z + alphas[i + 1] * ((1 - gain / h) * slope - ((h - gain) / h**2 - 0.5) * curvature)
-        rows.append(row(x_0, z, x_0, S1 if i and order == 3 else NOTHING))
+        rows.append(row(x_0, z, x_0, S1 if i > skipped and order == 3 else NOTHING))
     name = "dpmpp-2m-sde" if stochastic else f"dpmpp-{order}m"
-    return tabulated(name, spacing, timesteps, rows, np.stack([alphas, sigmas], 1)[:-1], draws=stochastic)
+    initial = np.stack([alphas, sigmas], 1)[skipped:-1]
+    return tabulated(name, spacing, timesteps[skipped:], rows, initial, draws=stochastic, skipped=skipped)
 
 
-def unipc(diffusion: DiffusionSpec, steps: int, spacing: str | None = None) -> Schedule:
+def unipc(diffusion: DiffusionSpec, steps: int, spacing: str | None = None, skipped: int = 0) -> Schedule:
     """UniPC of order 2 with corrector and B(h) = e^h − 1 (Zhao et al. 2023, arXiv 2302.04867; diffusers' ``bh2``).
 
     A step's network output first corrects the latents it was computed at, then predicts the next ones. The part of the
-    correction that is known a step earlier travels in the memory (s₁), beside the last x₀ (s₂).
+    correction that is known a step earlier travels in the memory (s₁), beside the last x₀ (s₂). After ``skipped`` steps
+    nothing is corrected at first and the order rises from 1 again, as after diffusers' ``set_begin_index``.
     """
-    spacing = diffusion.timestep_spacing if spacing is None else spacing
+    check_skipped(skipped, steps)
+    spacing = solver_spacing(diffusion, spacing)
     timesteps, levels = multistep_timesteps(diffusion, steps, spacing)
     alphas, sigmas, log_snr = _half_log_snr(np.append(levels, 0.0))
-    orders = [min(2, steps - i, i + 1) for i in range(steps)]
     rows, correction = [], 0.0  # weight of the newest x₀ in the correction of this step's latents
-    for i in range(steps):
+    for i in range(skipped, steps):
         x_0, _ = predicted(diffusion.prediction_type, alphas[i], sigmas[i])
-        corrected = S1 + correction * x_0 if i else S0
+        corrected = S1 + correction * x_0 if i > skipped else S0
         h = log_snr[i + 1] - log_snr[i]
         gain = -alphas[i + 1] * np.expm1(-h)
         base = sigmas[i + 1] / sigmas[i] * corrected + gain * x_0
@@ -161,14 +171,16 @@ def unipc(diffusion: DiffusionSpec, steps: int, spacing: str | None = None) -> S
             rows.append(row(x_0, base))
             break
         slope, r = NOTHING, 0.0
-        if orders[i] == 2:
+        order = min(2, steps - i, i - skipped + 1)
+        if order == 2:
             r = (log_snr[i - 1] - log_snr[i]) / h
             slope = (S2 - x_0) / r
-        earlier, correction = _corrector(h, r, orders[i])
+        earlier, correction = _corrector(h, r, order)
         correction *= gain
         z = base + gain / 2 * slope
         rows.append(row(x_0, z, base + gain * earlier * slope - correction * x_0, x_0))
-    return tabulated("unipc", spacing, timesteps, rows, np.stack([alphas, sigmas], 1)[:-1])
+    initial = np.stack([alphas, sigmas], 1)[skipped:-1]
+    return tabulated("unipc", spacing, timesteps[skipped:], rows, initial, skipped=skipped)
 
 
 def _corrector(h: float, r: float, order: int) -> tuple[float, float]:
@@ -188,7 +200,7 @@ def euler_ancestral(diffusion: DiffusionSpec, steps: int, spacing: str | None = 
     The reference keeps z/α and scales it for the network; here the latents are z throughout, so that image-to-image
     and previews see the scale of every other sampler. Noise is drawn at every row, the last included.
     """
-    spacing = diffusion.timestep_spacing if spacing is None else spacing
+    spacing = solver_spacing(diffusion, spacing)
     timesteps, levels = euler_timesteps(diffusion, steps, spacing)
     alphas, sigmas, _ = _half_log_snr(np.append(levels, 0.0))
     rows = []

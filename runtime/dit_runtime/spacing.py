@@ -39,6 +39,17 @@ def noise_levels(diffusion: DiffusionSpec) -> Float64:
     return np.sqrt((1 - alpha_bar) / alpha_bar)
 
 
+def solver_spacing(diffusion: DiffusionSpec, spacing: str | None) -> str:
+    """What a multistep or Euler solver is spaced by: as asked, else the bundle's own.
+
+    The official code has no such solver, so its bundles' spacing does not suit one: there it is linspace, as diffusers'
+    solvers have it by default.
+    """
+    if spacing is not None:
+        return spacing
+    return "linspace" if diffusion.timestep_spacing in OFFICIAL else diffusion.timestep_spacing
+
+
 def spaced_timesteps(diffusion: DiffusionSpec, steps: int, spacing: str | None = None) -> Int64:
     """As diffusers' ``DDIMScheduler.set_timesteps`` spaces them, or for the official spacings the official code."""
     spacing = diffusion.timestep_spacing if spacing is None else spacing
@@ -58,7 +69,7 @@ def spaced_timesteps(diffusion: DiffusionSpec, steps: int, spacing: str | None =
 
 def multistep_timesteps(diffusion: DiffusionSpec, steps: int, spacing: str | None = None) -> tuple[Float64, Float64]:
     """Timesteps and σ ``[steps]`` of diffusers' multistep schedulers: one point more than steps, the last left out."""
-    spacing = diffusion.timestep_spacing if spacing is None else spacing
+    spacing = solver_spacing(diffusion, spacing)
     total, sigmas = len(diffusion.betas), noise_levels(diffusion)
     if spacing == KARRAS:
         return _karras(sigmas, steps)
@@ -76,7 +87,7 @@ def multistep_timesteps(diffusion: DiffusionSpec, steps: int, spacing: str | Non
 
 def euler_timesteps(diffusion: DiffusionSpec, steps: int, spacing: str | None = None) -> tuple[Float64, Float64]:
     """Timesteps and σ ``[steps]`` of diffusers' Euler schedulers: linspace is not rounded, σ is interpolated."""
-    spacing = diffusion.timestep_spacing if spacing is None else spacing
+    spacing = solver_spacing(diffusion, spacing)
     if spacing not in DIFFUSERS:
         raise _unsupported(spacing, DIFFUSERS)
     if spacing == "linspace":

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -52,9 +52,11 @@ class Schedule:
         rows: int32 ``[T]``, which of them each evaluation uses.
         coefficients: float32 ``[T, 17]``.
         initial: float32 ``[T, 2]``, scale of signal and of noise in z before each row: where image-to-image starts.
-        start: float32 ``[S]``, z before the first row is Σᵢ startᵢ · the i-th draw of noise.
+        start: float32 ``[S]``, z before the first row is Σᵢ startᵢ · the i-th draw of noise; in image-to-image
+            ``initial[0]``, of the picture and of the first draw, takes the place of its first number.
         draws_noise: bool ``[T]``, whether the reference draws noise at this row (so that seeds agree).
         completes_step: bool ``[T]``, False for inner evaluations, which a viewer does not see.
+        skipped: completed steps that were left out before the first row: above 0 it needs a picture to start from.
     """
 
     sampler: str
@@ -66,6 +68,7 @@ class Schedule:
     start: NDArray[np.float32]
     draws_noise: NDArray[np.bool_]
     completes_step: NDArray[np.bool_]
+    skipped: int = 0
 
     @property
     def uses_variance(self) -> bool:
@@ -74,7 +77,7 @@ class Schedule:
 
     @property
     def steps(self) -> int:
-        """Completed steps, as a viewer counts them."""
+        """Completed steps, as a viewer counts them; without those that were left out."""
         return int(self.completes_step.sum())
 
     def __len__(self) -> int:
@@ -106,6 +109,7 @@ def tabulated(
     draws: ArrayLike = False,
     completes: ArrayLike = True,
     start: Sequence[float] = (1.0,),
+    skipped: int = 0,
 ) -> Schedule:
     """A schedule from one timestep, row and scale of (signal, noise) per evaluation, computed in float64.
 
@@ -135,7 +139,51 @@ def tabulated(
         start=np.asarray(start, np.float64).astype(np.float32),
         draws_noise=np.broadcast_to(np.asarray(draws, np.bool_), count).copy(),
         completes_step=np.broadcast_to(np.asarray(completes, np.bool_), count).copy(),
+        skipped=skipped,
     )
+
+
+def after_steps(schedule: Schedule, skipped: int) -> Schedule:
+    """The rows of a schedule after its first ``skipped`` steps, for a start from a picture.
+
+    This is right for samplers without memory; a multistep sampler starts anew at order 1 instead (``schedule_for``).
+
+    Raises:
+        SamplingError: no step would be left, a row would read memory that only rows left out wrote, or nothing says
+            which draws the latents hold there.
+    """
+    if not skipped:
+        return schedule
+    check_skipped(skipped, schedule.steps)
+    if len(schedule.start) > 1:
+        raise SamplingError(
+            f"table {schedule.sampler}: it starts from {len(schedule.start)} draws of noise, expected one to start "
+            f"after step {skipped}: nothing in it says which draws belong there; use strength 1 or a named sampler"
+        )
+    first = int(np.flatnonzero(schedule.completes_step)[skipped - 1]) + 1
+    if unwritten := _read_unwritten(schedule.coefficients[first:]):
+        raise SamplingError(
+            f"table {schedule.sampler}: after step {skipped}, row {first + unwritten[0]} reads slot {unwritten[1]}, "
+            "which only rows before wrote; expected rows that read what is written after the start: use strength 1, or "
+            "a named sampler, which then starts anew"
+        )
+    used, rows = np.unique(schedule.rows[first:], return_inverse=True)
+    return replace(
+        schedule,
+        timesteps=schedule.timesteps[used],
+        rows=rows.reshape(-1).astype(np.int32),
+        coefficients=schedule.coefficients[first:],
+        initial=schedule.initial[first:],
+        draws_noise=schedule.draws_noise[first:],
+        completes_step=schedule.completes_step[first:],
+        skipped=schedule.skipped + skipped,
+    )
+
+
+def check_skipped(skipped: int, steps: int) -> None:
+    """Raises SamplingError for a number of steps to leave out that is none, or leaves no step."""
+    if not 0 <= skipped < steps:
+        raise SamplingError(f"{skipped} of {steps} steps skipped: expected 0 to {steps - 1}, so that one is left")
 
 
 def write_table(schedule: Schedule, path: Path) -> None:
@@ -150,7 +198,8 @@ def read_table(path: Path) -> Schedule:
     """A custom sampler's table (a searched solver, say) from a JSON file.
 
     Required: ``timesteps [U]`` and ``coefficients [T, 17]``. The rest has defaults: ``rows`` 0 … T−1, ``start`` [1],
-    ``draws_noise`` where k is not 0, ``completes_step`` everywhere, ``initial`` [0, 1] (no image-to-image).
+    ``draws_noise`` where k is not 0, ``completes_step`` everywhere, ``initial`` [0, 1] (no image-to-image),
+    ``skipped`` 0.
 
     Raises:
         SamplingError: unreadable, or a table that the step graph cannot run.
@@ -164,6 +213,9 @@ def read_table(path: Path) -> Schedule:
         for name, kind in (("rows", int), ("draws_noise", bool), ("completes_step", bool)):
             if not all(type(value) is kind for value in raw.get(name, ())):
                 raise TypeError(f"{name} must be a list of {'whole numbers' if kind is int else 'true and false'}")
+        skipped = raw.get("skipped", 0)
+        if type(skipped) is not int or not 0 <= skipped <= LARGEST:
+            raise TypeError(f"skipped {skipped!r} must be a number of steps")
         schedule = Schedule(
             sampler=str(raw.get("sampler", path.stem)),
             spacing=str(raw.get("spacing", "custom")),
@@ -174,6 +226,7 @@ def read_table(path: Path) -> Schedule:
             start=np.asarray(raw.get("start", [1.0]), np.float32),
             draws_noise=np.asarray(raw.get("draws_noise", coefficients[:, NOISE] != 0), np.bool_),
             completes_step=np.asarray(raw.get("completes_step", [True] * count), np.bool_),
+            skipped=skipped,
         )
         _check(schedule)
     except OSError as error:
@@ -213,10 +266,17 @@ def _check(schedule: Schedule) -> None:
         raise ValueError("g and h must be 0 where k is 0: 0·exp(g + h·v) could be no number")
     if (k[~schedule.draws_noise] != 0).any():
         raise ValueError("a row with k other than 0 must draw noise")
+    if unwritten := _read_unwritten(schedule.coefficients):
+        raise ValueError(f"row {unwritten[0]} reads slot {unwritten[1]} before any row wrote it")
+
+
+def _read_unwritten(rows: NDArray[np.float32]) -> tuple[int, int] | None:
+    """The first of rows ``[T, 17]`` that reads a slot which none before it wrote, and that slot."""
     written = {0}
-    for index, coefficients in enumerate(schedule.coefficients):
+    for index, coefficients in enumerate(rows):
         matrix = coefficients[MATRIX:INPUT].reshape(3, 3)
         read = {slot for slot in range(3) if matrix[:, slot].any()}
         if not read <= written:
-            raise ValueError(f"row {index} reads slot {max(read - written)} before any row wrote it")
+            return index, max(read - written)
         written |= {slot for slot in range(3) if matrix[slot].any() or coefficients[INPUT + slot]}
+    return None
