@@ -36,7 +36,16 @@ from dit_export.diffusers_folder import (
 from dit_export.layout import EMBEDDERS, PRESETS, SUPPORTED, Numerics, official_shapes, official_spec
 from dit_export.positions import diffusers_table, official_table
 from dit_export.random_weights import SkippedInitialization, random_tensors, randomize
-from dit_export.weights import PICKLES, SAFE, Stored, Weights, checked_hash, files_of_module, weights_from_file
+from dit_export.weights import (
+    PICKLES,
+    SAFE,
+    Stored,
+    Weights,
+    checked_hash,
+    files_of_module,
+    training_arguments,
+    weights_from_file,
+)
 from dit_runtime.bundle import (
     CONDITIONINGS,
     PATHS,
@@ -51,6 +60,7 @@ FAMILIES = ("diffusers", "official", "sit")
 PRESET = re.compile(r"([DS]iT-(?:S|B|L|XL))/([248])-(256|512)")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w.-]+)?")
 OFFICIAL_VAE = "stabilityai/sd-vae-ft-mse"  # of the official sample.py
+LARGEST_SIDE = 16384  # of a picture, in pixels
 TABLE_LIMIT = 1e-4  # largest difference of a positional table from the formula's for other sizes to be computed by it
 
 # The Stable Diffusion VAE, which every published DiT uses.
@@ -90,10 +100,10 @@ class Source:
         autoencoder: a folder or hub id with the VAE; None is the pipeline's own, or the official default.
         variant: of diffusers weights files, such as ``fp16``.
         sha256: the hash that the transformer's weights file must have.
-        path: of a SiT: ``linear``, ``gvp`` or ``vp``.
+        path: of a SiT: ``linear``, ``gvp`` or ``vp``; None is linear.
         guidance_channels: how many channels guidance acts on, 0 for all; None is the reference's own.
         image_sizes: heights and widths of pictures in pixels; none is the trained size.
-        conditioning, classes, learned_variance: of a preset.
+        conditioning, classes, learned_variance: of a preset; None is adaLN-Zero, 1000 and learned.
     """
 
     name: str
@@ -103,12 +113,12 @@ class Source:
     autoencoder: str | None = None
     variant: str | None = None
     sha256: str | None = None
-    path: str = "linear"
+    path: str | None = None
     guidance_channels: int | None = None
     image_sizes: tuple[tuple[int, int], ...] = ()
-    conditioning: str = "adaln-zero"
-    classes: int = 1000
-    learned_variance: bool = True
+    conditioning: str | None = None
+    classes: int | None = None
+    learned_variance: bool | None = None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -203,15 +213,16 @@ def load_checkpoint(source: Source) -> Checkpoint:
     """
     for what, value, known in (
         ("path", source.path, PATHS),
-        ("family", source.family, (None, *FAMILIES)),
+        ("family", source.family, FAMILIES),
         ("conditioning", source.conditioning, CONDITIONINGS),
     ):
-        if value not in known:
-            raise CheckpointError(f"{what} {value!r} is unknown; expected one of {', '.join(filter(None, known))}")
+        if value is not None and value not in known:
+            raise CheckpointError(f"{what} {value!r} is unknown; expected one of {', '.join(known)}")
     if source.random_seed is not None:
         checkpoint = _preset(source)
     else:
         path, name, revision = _located(source.name)
+        _refuse(source, "describe a preset", "conditioning", "classes", "learned_variance")
         checkpoint = _from_folder(source, path, name, revision) if path.is_dir() else _from_file(source, path)
     channels = checkpoint.model.latent_channels
     if checkpoint.autoencoder.config.latent_channels != channels:
@@ -228,6 +239,14 @@ def load_checkpoint(source: Source) -> Checkpoint:
     return _with_sizes(checkpoint, source.image_sizes)
 
 
+def _refuse(source: Source, why: str, *options: str) -> None:
+    """Raises CheckpointError for options that say nothing of this source: ignored, they would be believed."""
+    for option in options:
+        if getattr(source, option) is not None:
+            name = {"autoencoder": "vae", "learned_variance": "fixed-variance"}.get(option, option.replace("_", "-"))
+            raise CheckpointError(f"{source.name}: --{name} is there to {why}; leave it out")
+
+
 def _with_sizes(checkpoint: Checkpoint, image_sizes: tuple[tuple[int, int], ...]) -> Checkpoint:
     """The checkpoint at the sizes that were asked for."""
     if not image_sizes:
@@ -235,23 +254,54 @@ def _with_sizes(checkpoint: Checkpoint, image_sizes: tuple[tuple[int, int], ...]
     step = checkpoint.autoencoder_spec.factor * checkpoint.model.patch_size
     sizes = []
     for height, width in image_sizes:
-        if height % step or width % step or min(height, width) < step:
+        if height % step or width % step or not step <= min(height, width) <= max(height, width) <= LARGEST_SIDE:
             raise CheckpointError(
-                f"size {height}x{width}: expected multiples of {step}, a patch of this model in pixels"
+                f"size {height}x{width}: expected multiples of {step}, a patch of this model in pixels, up to "
+                f"{LARGEST_SIDE}"
             )
         factor = checkpoint.autoencoder_spec.factor
         sizes.append((height // factor, width // factor))
     if len(set(sizes)) != len(sizes):
         raise CheckpointError("sizes: one is there twice; name each once")
-    if checkpoint.family != "diffusers" and any(size != checkpoint.trained_size for size in sizes):
-        spec = checkpoint.at(checkpoint.trained_size)
-        difference = (checkpoint.weights["pos_embed"] - official_table(spec.width, spec.grid)).abs().max().item()
-        if difference > TABLE_LIMIT:
-            raise CheckpointError(
-                f"{checkpoint.name}: its positional table is not the sines and cosines of the official code "
-                f"({difference:.1e} apart), so it has none for another size; leave --size out"
-            )
+    elsewhere = checkpoint.family != "diffusers" and any(size != checkpoint.trained_size for size in sizes)
+    if elsewhere and not _is_formula(checkpoint.weights, checkpoint.at(checkpoint.trained_size).grid):
+        raise CheckpointError(
+            f"{checkpoint.name}: its positional table is not the sines and cosines of the official code, so it has "
+            "none for another size; leave --size out"
+        )
     return replace(checkpoint, sizes=tuple(sizes), model=checkpoint.at(sizes[0]))
+
+
+def _is_formula(weights: Weights, grid: tuple[int, int]) -> bool:
+    """Whether the positional table is the official formula's at a grid, in the precision it is stored in."""
+    table, stored = weights["pos_embed"], weights.stored["pos_embed"].read().dtype
+    _, tokens, width = table.shape
+    if width % 4 or grid[0] * grid[1] != tokens:
+        return False
+    return bool((table - official_table(width, grid).to(stored).float()).abs().max() <= TABLE_LIMIT)
+
+
+def _trained_grid(source: Source, weights: Weights, patch: int, factor: int) -> tuple[int, int]:
+    """Rows and columns of an official positional table: of those with as many tokens, the one whose values it has.
+
+    A learned table tells nothing: it is taken to be square, or of the one size that was asked for and has its tokens.
+    """
+    tokens = weights.shapes["pos_embed"][1]
+    asked = [(height // factor // patch, width // factor // patch) for height, width in source.image_sizes]
+    possible = [(rows, tokens // rows) for rows in range(1, tokens + 1) if tokens % rows == 0]
+    possible.sort(key=lambda grid: (grid[0] != grid[1], grid not in asked))
+    for grid in possible:
+        if _is_formula(weights, grid):
+            return grid
+    fitting = {grid for grid in asked if grid[0] * grid[1] == tokens}
+    if possible[0][0] == possible[0][1]:
+        return possible[0]
+    if len(fitting) != 1:
+        raise CheckpointError(
+            f"{source.name}: a positional table of {tokens} tokens is not square; say what it was trained at with "
+            "--size HEIGHTxWIDTH"
+        )
+    return fitting.pop()
 
 
 def _located(name: str) -> tuple[Path, str, str | None]:
@@ -270,9 +320,15 @@ def _located(name: str) -> tuple[Path, str, str | None]:
     return _from_hub(name)
 
 
+PIPELINE_PARTS = ("model_index.json", "transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json")
+
+
 def _from_hub(
-    source: str, patterns: tuple[str, ...] = ("model_index.json", "transformer/*", "vae/*", "scheduler/*")
+    source: str,
+    patterns: tuple[str, ...] = ("model_index.json", "transformer/*", "vae/*", "scheduler/*"),
+    parts: tuple[str, ...] = PIPELINE_PARTS,
 ) -> tuple[Path, str, str]:
+    """A hub repository's files; the cache is used as it is when all ``parts`` are in it."""
     from huggingface_hub import snapshot_download
 
     name, _, revision = source.partition("@")
@@ -280,7 +336,10 @@ def _from_hub(
     try:
         try:
             folder = snapshot_download(name, local_files_only=True, **options)
+            cached = all((Path(folder) / part).is_file() for part in parts)
         except Exception:  # noqa: BLE001  # not cached: its exception types vary with the version
+            cached = False
+        if not cached:
             folder = snapshot_download(name, **options)
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -295,6 +354,7 @@ def _from_hub(
 def _from_folder(source: Source, folder: Path, name: str, revision: str | None) -> Checkpoint:
     if source.family not in (None, "diffusers"):
         raise CheckpointError(f"{folder}: is a folder, which --family {source.family} does not have; give the file")
+    _refuse(source, "describe files with the official names", "heads", "path")
     index = json_object(folder / "model_index.json")
     if (kind := index.get("_class_name")) != "DiTPipeline":
         raise CheckpointError(f"{folder}: is a {kind}; {SUPPORTED}")
@@ -304,6 +364,8 @@ def _from_folder(source: Source, folder: Path, name: str, revision: str | None) 
     tensors = transformer_weights(folder / "transformer", config, source.variant)
     own = load_autoencoder(folder / "vae", source.variant) if source.autoencoder is None else None
     names = index.get("id2label") or {}
+    if not isinstance(names, dict):
+        raise CheckpointError(f"{folder}/model_index.json: id2label is no object; expected class names by number")
     classes = tuple(str(names.get(str(number), number)) for number in range(config.num_embeds_ada_norm))
     return _from_diffusers(
         config,
@@ -348,17 +410,33 @@ def _from_file(source: Source, file: Path) -> Checkpoint:
     family = source.family or "official"
     if family == "diffusers":
         raise CheckpointError(f"{file}: is a file; with --family diffusers expected a DiTPipeline folder")
-    if source.variant is not None:
-        raise CheckpointError(f"{file}: --variant {source.variant} is for diffusers folders; leave it out")
+    _refuse(source, "choose among a diffusers folder's files", "variant")
+    if family != "sit":
+        _refuse(source, "describe a SiT (--family sit)", "path")
     sha256 = checked_hash([file], source.sha256)
+    weights = Weights(str(file), weights_from_file(file, ema=True))
+    _check_arguments(source, family, training_arguments(file))
     autoencoder = _autoencoder(source)
     factor = autoencoder_spec(autoencoder).factor
-    first = next(((height // factor, width // factor) for height, width in source.image_sizes), None)
-    weights = Weights(str(file), weights_from_file(file, ema=True))
     spec, channels = official_spec(
-        str(file), weights.shapes, heads=source.heads, learned_variance=family == "official", latent_size=first
+        str(file),
+        weights.shapes,
+        heads=source.heads,
+        learned_variance=family == "official",
+        grid=lambda patch: _trained_grid(source, weights, patch, factor),
     )
     return _official(source, family, spec, channels, weights, autoencoder, file.stem, sha256)
+
+
+def _check_arguments(source: Source, family: str, said: dict[str, Any]) -> None:
+    """Raises CheckpointError where a training checkpoint's own arguments speak of another model than is exported."""
+    model, path = str(said.get("model", "")), str(said.get("path_type", "")).lower()
+    if model.startswith("SiT") and family != "sit":
+        raise CheckpointError(f"{source.name}: was trained as {model}; export it with --family sit")
+    if family == "sit" and said.get("prediction", "velocity") != "velocity":
+        raise CheckpointError(f"{source.name}: predicts the {said['prediction']}; only velocity models are supported")
+    if family == "sit" and path in PATHS and path != (source.path or PATHS[0]):
+        raise CheckpointError(f"{source.name}: was trained on the {path} path; export it with --path {path}")
 
 
 def _official(
@@ -375,7 +453,7 @@ def _official(
         scheduler = DDIMScheduler(**LINEAR_BETAS)
         diffusion = replace(diffusion_spec(scheduler.config, 3), timestep_spacing="official", steps_offset=0)
     else:
-        diffusion = DiffusionSpec((), "velocity", 3, "uniform", 0, True, source.path)
+        diffusion = DiffusionSpec((), "velocity", 3, "uniform", 0, True, source.path or PATHS[0])
     diffusion = replace(diffusion, guidance_channels=min(3, spec.latent_channels))
     return Checkpoint(
         name=name,
@@ -400,7 +478,8 @@ def _autoencoder(source: Source) -> Autoencoder:
     folder = Path(name)
     if not folder.is_dir():
         try:
-            folder, _, _ = _from_hub(name, ("*.json", "*.safetensors", "*.bin", "vae/*"))
+            patterns = ("config.json", "diffusion_pytorch_model*", "vae/*")
+            folder, _, _ = _from_hub(name, patterns, ("config.json",))
         except CheckpointError as error:
             raise CheckpointError(
                 f"autoencoder {error}; a file has none of its own: name a folder with --vae"
@@ -416,27 +495,17 @@ def _preset(source: Source) -> Checkpoint:
             "with patch size and picture size, such as DiT-XL/2-256"
         )
     assert source.random_seed is not None
+    _refuse(source, "describe a file", "heads", "variant", "sha256")
+    conditioning = source.conditioning or "adaln-zero"
+    learned = source.learned_variance is not False
     sit = match[1].startswith("SiT")
-    family = source.family or ("sit" if sit else "diffusers" if source.conditioning == "adaln-zero" else "official")
-    if family == "diffusers" and source.conditioning != "adaln-zero":
-        raise CheckpointError(f"conditioning {source.conditioning}: diffusers has none such; use --family official")
+    family = source.family or ("sit" if sit else "diffusers" if conditioning == "adaln-zero" else "official")
+    if family == "diffusers" and conditioning != "adaln-zero":
+        raise CheckpointError(f"conditioning {conditioning}: diffusers has none such; use --family official")
     if sit != (family == "sit"):
         raise CheckpointError(f"{source.name} with --family {family}: expected a preset of the same family")
-    depth, width, heads = PRESETS[match[1].replace("SiT", "DiT")]
-    latent = int(match[3]) // 8
-    spec = ModelSpec(
-        conditioning=source.conditioning,
-        latent_channels=4,
-        latent_size=(latent, latent),
-        patch_size=int(match[2]),
-        width=width,
-        depth=depth,
-        heads=heads,
-        mlp_width=4 * width,
-        classes=source.classes,
-        learned_variance=source.learned_variance and not sit,
-    )
-    name = f"{source.name} ({source.conditioning}, random weights, seed {source.random_seed})"
+    if not sit:
+        _refuse(source, "describe a SiT", "path")
     if source.autoencoder is None:
         with SkippedInitialization():
             autoencoder: Autoencoder = AutoencoderKL(**STABLE_DIFFUSION_VAE)
@@ -444,7 +513,22 @@ def _preset(source: Source) -> Checkpoint:
         ready(autoencoder)
     else:
         autoencoder = _autoencoder(source)
-    channels = 2 * spec.latent_channels if sit and source.learned_variance else spec.output_channels
+    depth, width, heads = PRESETS[match[1].replace("SiT", "DiT")]
+    latent = int(match[3]) // autoencoder_spec(autoencoder).factor
+    spec = ModelSpec(
+        conditioning=conditioning,
+        latent_channels=4,
+        latent_size=(latent, latent),
+        patch_size=int(match[2]),
+        width=width,
+        depth=depth,
+        heads=heads,
+        mlp_width=4 * width,
+        classes=source.classes or 1000,
+        learned_variance=learned and not sit,
+    )
+    name = f"{source.name} ({conditioning}, random weights, seed {source.random_seed})"
+    channels = 2 * spec.latent_channels if sit and learned else spec.output_channels
     tensors = random_tensors(official_shapes(spec, channels), source.random_seed)
     tensors["pos_embed"] = Stored(tensors["pos_embed"].shape, lambda: official_table(spec.width, spec.grid))
     weights = Weights(source.name, tensors)

@@ -41,22 +41,25 @@ def _main(argv: list[str] | None) -> int:
         "with the official names; or with --random-weights a preset such as DiT-XL/2-256",
     )
     what = parser.add_argument_group("what the checkpoint is, where it does not say itself")
-    what.add_argument("--family", help="diffusers, official or sit (default: official for files, else diffusers)")
+    what.add_argument(
+        "--family",
+        help="diffusers, official or sit (default: official for files, as the name says for presets, else diffusers)",
+    )
     what.add_argument("--heads", type=positive, help="attention heads, for shapes that are none of the paper's")
     what.add_argument(
-        "--vae", metavar="FOLDER", help="the autoencoder's folder or hub id (default: the pipeline's own)"
+        "--vae",
+        metavar="FOLDER",
+        help="the autoencoder's folder or hub id (default: the pipeline's own; for files stabilityai/sd-vae-ft-mse)",
     )
     what.add_argument("--variant", help="of a diffusers folder's weights files, such as fp16")
     what.add_argument("--sha256", metavar="HEX", help="refuse the transformer's weights unless this is their SHA-256")
-    what.add_argument("--path", default="linear", help="of a SiT: linear, gvp or vp")
+    what.add_argument("--path", help="of a SiT: linear, gvp or vp (default: linear)")
     what.add_argument("--guidance-channels", metavar="3|all", help="which guidance acts on (default: the reference's)")
     preset = parser.add_argument_group("presets")
     preset.add_argument("--random-weights", type=int, metavar="SEED", help="a preset's shape with seeded weights")
-    preset.add_argument(
-        "--conditioning", default="adaln-zero", help="of a preset: adaln-zero, adaln, cross-attention or in-context"
-    )
-    preset.add_argument("--classes", type=positive, default=1000, help="of a preset")
-    preset.add_argument("--fixed-variance", action="store_true", help="a preset without learned variance")
+    preset.add_argument("--conditioning", help="adaln-zero, adaln, cross-attention or in-context (default: adaln-zero)")
+    preset.add_argument("--classes", type=positive, help="how many (default: 1000)")
+    preset.add_argument("--fixed-variance", action="store_true", help="without learned variance")
     made = parser.add_argument_group("what to make")
     made.add_argument("--fp16", action="store_true", help="strongly typed FP16 graphs (default: FP32)")
     made.add_argument(
@@ -84,7 +87,7 @@ def _main(argv: list[str] | None) -> int:
     precision = FP16 if args.fp16 else FP32
     seed = args.random_weights
     if seed is None and args.dry_run and PRESET.fullmatch(args.checkpoint):
-        seed = 0  # a preset's plan needs no weights, and none are made
+        seed = 0  # a preset's plan needs shapes alone
     source = Source(
         name=args.checkpoint,
         random_seed=seed,
@@ -98,12 +101,15 @@ def _main(argv: list[str] | None) -> int:
         image_sizes=tuple(args.size),
         conditioning=args.conditioning,
         classes=args.classes,
-        learned_variance=not args.fixed_variance,
+        learned_variance=False if args.fixed_variance else None,
     )
     if args.dry_run:
         return _dry_run(source, precision, args.encoder, args.json)
-    name = args.checkpoint.strip("/").replace("@", "-").replace("/", "-") or "checkpoint"
-    output = args.output or Path(f"{Path(name).name}-{precision.name}.bundle")
+    path = Path(args.checkpoint)
+    name = args.checkpoint.replace("@", "-").replace("/", "-")
+    if path.exists():
+        name = path.resolve().stem if path.is_file() else path.resolve().name
+    output = args.output or Path(f"{name or 'checkpoint'}-{precision.name}.bundle")
     bundle = bundle_from_checkpoint(source, output, precision, args.encoder)
 
     from dit_runtime.engines import OnnxRuntimeEngine

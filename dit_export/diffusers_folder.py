@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -31,8 +32,31 @@ def transformer_config(folder: Path) -> Any:
     path = folder / "config.json"
     _check_transformer(path)
     known = {key: value for key, value in json_object(path).items() if not key.startswith("_")}
-    with torch.device("meta"):
-        return DiTTransformer2DModel.from_config(known).config
+    with _reported(path), torch.device("meta"):
+        config = DiTTransformer2DModel.from_config(known).config
+    numbers = ("num_attention_heads", "attention_head_dim", "in_channels", "num_layers", "sample_size", "patch_size")
+    for key in (*numbers, "num_embeds_ada_norm"):
+        if type(config[key]) is not int or config[key] < 1:
+            raise CheckpointError(f"{path}: {key} is {config[key]!r}; expected a whole number from 1")
+    if config.sample_size % config.patch_size:
+        raise CheckpointError(
+            f"{path}: sample_size {config.sample_size} is no multiple of patches of {config.patch_size}"
+        )
+    if not isinstance(config.norm_eps, float) or not 0 < config.norm_eps < 1:
+        raise CheckpointError(f"{path}: norm_eps is {config.norm_eps!r}; expected a small number above 0")
+    return config
+
+
+@contextlib.contextmanager
+def _reported(path: Path) -> Iterator[None]:
+    """diffusers' constructors raise whatever a setting leads to: one line for it."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{path}: not a configuration that diffusers can build ({reason}); download it again"
+        ) from error
 
 
 def model_spec(config: Any) -> ModelSpec:
@@ -56,11 +80,14 @@ def transformer_weights(folder: Path, config: Any, variant: str | None) -> dict[
     """The weights of a ``DiTTransformer2DModel`` folder with diffusers' names, all there and of the right shapes."""
     stored: dict[str, Stored] = {}
     for file in files_of_module(folder, variant):
-        stored |= weights_from_file(file)
+        found = weights_from_file(file)
+        if twice := sorted(stored.keys() & found):
+            raise CheckpointError(f"{file}: {twice[0]} is in another shard too; download the folder again")
+        stored |= found
     with torch.device("meta"):
         expected = DiTTransformer2DModel.from_config(config).state_dict()
-    found = {name: item.shape for name, item in stored.items()}
-    check_shapes(str(folder), found, {name: tuple(tensor.shape) for name, tensor in expected.items()})
+    shapes = {name: item.shape for name, item in stored.items()}
+    check_shapes(str(folder), shapes, {name: tuple(tensor.shape) for name, tensor in expected.items()})
     return stored
 
 
@@ -158,6 +185,12 @@ def load_autoencoder(folder: Path, variant: str | None) -> Autoencoder:
         variant = None  # a pipeline may have the transformer alone in this variant
     autoencoder: Autoencoder = load_module(folder, AUTOENCODERS[kind], variant)
     config = autoencoder.config
+    if (config.in_channels, config.out_channels) != (3, 3):
+        raise CheckpointError(
+            f"{folder}: {config.in_channels} to {config.out_channels} channels; expected RGB pictures"
+        )
+    if not isinstance(config.scaling_factor, int | float) or not 0 < config.scaling_factor < float("inf"):
+        raise CheckpointError(f"{folder}: scaling_factor is {config.scaling_factor!r}; expected a number above 0")
     if config.get("latents_mean") is not None or config.get("latents_std") is not None:
         raise CheckpointError(
             f"{folder}: latents_mean and latents_std are not supported; expected a scaling_factor and a shift_factor"
@@ -216,32 +249,57 @@ def _check_transformer(path: Path) -> None:
         )
 
 
+# Schedulers of diffusion models: their configurations describe one forward process, whichever of them samples.
+SCHEDULERS = (
+    *("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"),
+    *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"),
+    *("DEISMultistepScheduler", "HeunDiscreteScheduler", "LMSDiscreteScheduler"),
+)
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+
+
 def load_scheduler(path: Path) -> DDIMScheduler:
     """A scheduler folder's configuration, read as DDIM's: only what the forward process needs.
 
     Raises:
-        CheckpointError: clipping, thresholding or a prediction type that no table has.
+        CheckpointError: another kind of scheduler, clipping, thresholding, or a setting that no table has.
     """
     config = json_object(path)
+    if (kind := config.get("_class_name")) not in SCHEDULERS:
+        raise CheckpointError(
+            f"{path}: is a {kind}; expected the scheduler of a diffusion model, such as DDIMScheduler (for velocity "
+            "models see --family sit)"
+        )
     for key in ("clip_sample", "thresholding"):
         # DDIMScheduler and DDPMScheduler clip unless told not to: the file may leave the key out.
-        clips = key == "clip_sample" and config.get("_class_name") in ("DDIMScheduler", "DDPMScheduler")
+        clips = key == "clip_sample" and kind in ("DDIMScheduler", "DDPMScheduler")
         if config.get(key, clips):
             raise CheckpointError(
                 f"{path}: {key} is not supported (it is not linear in the network's output); set it to false"
             )
-    if (prediction := config.get("prediction_type", "epsilon")) not in ("epsilon", "v_prediction"):
-        raise CheckpointError(
-            f"{path}: prediction type {prediction!r} is not supported; expected 'epsilon' or 'v_prediction'"
-        )
+    prediction = config.get("prediction_type", "epsilon")
+    for what, value, known in (
+        ("prediction type", prediction, ("epsilon", "v_prediction")),
+        ("beta schedule", config.get("beta_schedule", "linear"), BETA_SCHEDULES),
+        ("timestep spacing", config.get("timestep_spacing", "leading"), ("leading", "trailing", "linspace")),
+    ):
+        if value not in known:
+            raise CheckpointError(
+                f"{path}: {what} {value!r} is not supported; expected {' or '.join(map(repr, known))}"
+            )
     if config.get("rescale_betas_zero_snr") and prediction == "epsilon":
         raise CheckpointError(
             f"{path}: rescale_betas_zero_snr with epsilon prediction: at the first timestep the noise says nothing "
             "about the picture; expected prediction_type 'v_prediction', or rescale_betas_zero_snr false"
         )
-    known = {key: value for key, value in config.items() if not key.startswith("_")}
     names = DDIMScheduler().config.keys()
-    return DDIMScheduler(**{key: value for key, value in known.items() if key in names})
+    settings = {key: value for key, value in config.items() if key in names and not key.startswith("_")}
+    with _reported(path):
+        scheduler = DDIMScheduler(**{**settings, "clip_sample": False, "thresholding": False})
+        betas = betas_of(scheduler.config)
+    if not all(0 < beta <= 1 for beta in betas):
+        raise CheckpointError(f"{path}: betas are not between 0 and 1; download or copy it again")
+    return scheduler
 
 
 def betas_of(config: Any) -> tuple[float, ...]:
@@ -263,14 +321,10 @@ def _scheduled_betas(config: Any) -> tuple[float, ...]:
         betas = torch.linspace(config.beta_start, config.beta_end, count, dtype=torch.float64)
     elif config.beta_schedule == "scaled_linear":
         betas = torch.linspace(config.beta_start**0.5, config.beta_end**0.5, count, dtype=torch.float64) ** 2
-    elif config.beta_schedule == "squaredcos_cap_v2":
+    else:
         times = torch.arange(count + 1, dtype=torch.float64) / count
         alpha_bar = torch.cos((times + 0.008) / 1.008 * math.pi / 2) ** 2
         betas = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
-    else:
-        raise CheckpointError(
-            f"beta schedule {config.beta_schedule!r} is not supported; expected linear or scaled_linear"
-        )
     return tuple(betas.tolist())
 
 

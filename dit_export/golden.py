@@ -53,10 +53,12 @@ class Plan:
     @staticmethod
     def of(checkpoint: Checkpoint) -> Plan:
         elements = sum(int(np.prod(shape)) for shape in checkpoint.weights.shapes.values())
+        most = len(checkpoint.diffusion.betas) or 50
         if elements > LARGE_MODEL:
-            return Plan(pictures=1, steps=4, forward_pictures=2)
+            return Plan(pictures=1, steps=min(4, most), forward_pictures=2)
         # A further size has the weights of the first, and the sampler has no size: fewer pictures and steps will do.
-        return Plan(4, 50, 4) if checkpoint.model.latent_size == checkpoint.sizes[0] else Plan(2, 10, 2)
+        first = checkpoint.model.latent_size == checkpoint.sizes[0]
+        return Plan(4, min(50, most), 4) if first else Plan(2, min(10, most), 2)
 
     @property
     def work(self) -> int:

@@ -8,9 +8,8 @@ three conditionings that were never published extend them: ``blocks.N.norm1`` to
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from dit_runtime.bundle import ModelSpec
@@ -76,73 +75,80 @@ def _norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
     return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
 
 
+# What a spec is read from, and how many axes each has.
+ESSENTIAL = {
+    "x_embedder.proj.weight": 4,
+    "y_embedder.embedding_table.weight": 2,
+    "pos_embed": 3,
+    "final_layer.linear.weight": 2,
+    "blocks.0.attn.qkv.weight": 2,
+    "blocks.0.mlp.fc1.weight": 2,
+}
+
+
 def official_spec(
-    source: str, shapes: Shapes, *, heads: int | None, learned_variance: bool, latent_size: tuple[int, int] | None
+    source: str, shapes: Shapes, *, heads: int | None, learned_variance: bool, grid: Callable[[int], tuple[int, int]]
 ) -> tuple[ModelSpec, int]:
-    """The model of a file with official names, from its shapes alone, and the network's output channels.
+    """The model of a file with official names, from its shapes, and the network's output channels.
 
     ``heads`` is in no shape: None takes the paper's preset of that depth and width. ``learned_variance`` False says
-    that a second half of the output channels, if there is one, is not used (SiT). ``latent_size`` is only needed where
-    the positional table is not square.
+    that a second half of the output channels, if there is one, is not used (SiT). ``grid`` tells the rows and columns
+    of the positional table, given the patch size: its values know them, its shape does not.
 
     Raises:
         CheckpointError: another layout, keys missing or left over, shapes that do not fit together.
     """
-    depth = block_count(shapes)
-    for key in (
-        "x_embedder.proj.weight",
-        "y_embedder.embedding_table.weight",
-        "pos_embed",
-        "final_layer.linear.weight",
-    ):
-        if key not in shapes or not depth:
-            raise wrong_keys(source, shapes, ["blocks.0.attn.qkv.weight"] if key in shapes else [key], [])
-    patch_shape = shapes["x_embedder.proj.weight"]
-    if len(patch_shape) != 4 or patch_shape[2] != patch_shape[3] or len(shapes["pos_embed"]) != 3:
-        raise CheckpointError(
-            f"{source}: x_embedder.proj.weight {list(patch_shape)} and pos_embed {list(shapes['pos_embed'])}; expected "
-            "square patches [D, C, p, p] and a positional table [1, T, D]"
-        )
-    width, channels, patch, _ = patch_shape
+    if missing := [key for key in ESSENTIAL if key not in shapes]:
+        raise wrong_keys(source, shapes, missing, [])
+    modulation = shapes.get("blocks.0.adaLN_modulation.1.weight", (1, 1))
+    for key, shape, axes in [
+        *((key, shapes[key], axes) for key, axes in ESSENTIAL.items()),
+        ("blocks.0.adaLN_modulation.1.weight", modulation, 2),
+    ]:
+        if len(shape) != axes or min(shape) < 1:
+            raise CheckpointError(f"{source}: {key} {list(shape)}; expected {axes} axes, none of them empty")
+    width, channels, patch, other = shapes["x_embedder.proj.weight"]
+    if patch != other:
+        raise CheckpointError(f"{source}: patches of {patch}x{other}; expected square ones")
     outputs, rest = divmod(shapes["final_layer.linear.weight"][0], patch * patch)
     if rest or outputs not in (channels, 2 * channels):
         raise CheckpointError(
             f"{source}: final_layer.linear.weight has {shapes['final_layer.linear.weight'][0]} rows for patches of "
             f"{patch}x{patch} and {channels} latent channels; expected {patch * patch * channels} or twice as many"
         )
-    size = latent_size or _square(source, shapes["pos_embed"][1], patch)
-    if (size[0] // patch) * (size[1] // patch) != shapes["pos_embed"][1]:
-        size = _square(source, shapes["pos_embed"][1], patch)
+    if (rows := shapes["y_embedder.embedding_table.weight"][0]) < 2:
+        raise CheckpointError(f"{source}: a label table of {rows} row; expected a row per class and one for null")
+    height, columns = grid(patch)
+    depth = block_count(source, shapes)
     spec = ModelSpec(
         conditioning=_conditioning(shapes, width),
         latent_channels=channels,
-        latent_size=size,
+        latent_size=(height * patch, columns * patch),
         patch_size=patch,
         width=width,
         depth=depth,
         heads=_heads(source, heads, depth, width),
-        mlp_width=shapes.get("blocks.0.mlp.fc1.weight", (4 * width,))[0],
-        classes=shapes["y_embedder.embedding_table.weight"][0] - 1,
+        mlp_width=shapes["blocks.0.mlp.fc1.weight"][0],
+        classes=rows - 1,
         learned_variance=learned_variance and outputs == 2 * channels,
     )
     check_shapes(source, shapes, official_shapes(spec, outputs))
     return spec, outputs
 
 
-def block_count(shapes: Iterable[str]) -> int:
-    """How many blocks the keys name, in either layout."""
-    found = (re.match(r"(?:transformer_)?blocks\.(\d+)\.", key) for key in shapes)
-    return max((int(match[1]) + 1 for match in found if match), default=0)
+def block_count(source: str, shapes: Iterable[str]) -> int:
+    """How many blocks the keys name.
 
-
-def _square(source: str, tokens: int, patch: int) -> tuple[int, int]:
-    side = math.isqrt(tokens)
-    if side * side != tokens:
+    Raises:
+        CheckpointError: they are not numbered from 0 without a gap.
+    """
+    found = (re.match(r"blocks\.(\d+)\.", key) for key in shapes)
+    numbers = {int(match[1]) for match in found if match}
+    if absent := sorted(set(range(len(numbers))) - numbers):
         raise CheckpointError(
-            f"{source}: a positional table of {tokens} tokens is not square; say what it was trained at with --size "
-            "HEIGHTxWIDTH"
+            f"{source}: {len(numbers)} blocks, and none has the number {absent[0]}; expected them from 0 without a gap"
         )
-    return side * patch, side * patch
+    return len(numbers)
 
 
 def _conditioning(shapes: Shapes, width: int) -> str:

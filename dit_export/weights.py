@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dit_runtime.errors import CheckpointError
@@ -21,6 +21,7 @@ from dit_runtime.files import sha256_of
 SAFE, PICKLES = ".safetensors", (".pt", ".pth", ".ckpt", ".bin")
 # What wrappers put before every name.
 PREFIXES = ("module.", "_orig_mod.")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,15 @@ class Weights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         item = self.stored[name]
         try:
-            tensor = item.read().float()  # float32 as stored is not copied: pages of the file are used as they are
-        except (OSError, RuntimeError, ValueError) as error:
+            tensor = item.read()
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             raise _unreadable(self.source, error) from error
+        if tensor.dtype not in DTYPES:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"{self.source}: {name} is {kind}; expected floating-point weights, not quantized ones"
+            )
+        tensor = tensor.float()  # float32 as stored is not copied: pages of the file are used as they are
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{self.source}: {name} holds NaN or infinity; this checkpoint is damaged")
         return tensor
@@ -77,10 +84,16 @@ def weights_from_file(file: Path, *, ema: bool = False) -> dict[str, Stored]:
         CheckpointError: unreadable, truncated, or a pickle that needs more than tensors.
     """
     found = _safetensors(file) if file.suffix == SAFE else _pickle(file, ema)
-    for prefix in PREFIXES:
-        while found and all(name.startswith(prefix) for name in found):
-            found = {name.removeprefix(prefix): item for name, item in found.items()}
+    while prefix := next((one for one in PREFIXES if found and all(name.startswith(one) for name in found)), None):
+        found = {name.removeprefix(prefix): item for name, item in found.items()}
     return found
+
+
+def training_arguments(file: Path) -> dict[str, Any]:
+    """What a training checkpoint says of its own run (``args``), as far as it does."""
+    loaded: Any = loaded_pickle(file) if file.suffix != SAFE else None
+    arguments = loaded.get("args") if isinstance(loaded, dict) else None
+    return vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
 
 
 def _safetensors(file: Path) -> dict[str, Stored]:
@@ -144,9 +157,13 @@ def files_of_module(folder: Path, variant: str | None) -> list[Path]:
     stem, infix = "diffusion_pytorch_model", f".{variant}" if variant else ""
     for suffix in (SAFE, ".bin"):
         single = folder / f"{stem}{infix}{suffix}"
+        index = folder / f"{stem}{suffix}.index{infix}.json"
+        if single.is_file() and index.is_file():
+            raise CheckpointError(
+                f"{folder}: holds both {single.name} and {index.name}; remove the one that is not meant"
+            )
         if single.is_file():
             return [single]
-        index = folder / f"{stem}{suffix}.index{infix}.json"
         if index.is_file():
             return _shards(index)
     present = sorted(path.name for path in folder.glob(f"{stem}*") if path.is_file())
@@ -163,6 +180,8 @@ def _shards(index: Path) -> list[Path]:
         names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: not an index of shards ({error}); download or copy it again") from error
+    if not names:
+        raise CheckpointError(f"{index}: names no shards; download or copy it again")
     files = [index.parent / name for name in names]
     for file, name in zip(files, names, strict=True):
         if Path(name).name != name or not file.is_file():

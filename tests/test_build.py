@@ -150,6 +150,21 @@ def test_external_data_stays_in_its_folder(bundles: dict[str, Path], tmp_path: P
         check_external_data(file)
 
 
+def test_external_data_of_a_constant(bundles: dict[str, Path], tmp_path: Path) -> None:
+    """A tensor in a node's attribute is looked at like a weight."""
+    path = Path(shutil.copytree(bundles["fp16"], tmp_path / "b", ignore=shutil.ignore_patterns("engines")))
+
+    def change(graph: onnx.GraphProto) -> None:
+        tensor = onnx.TensorProto(name="secret", dims=[4], data_type=onnx.TensorProto.FLOAT)
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value="../secret.bin")
+        graph.node.insert(0, onnx.helper.make_node("Constant", [], ["secret"], value=tensor))
+
+    edit_graph(path, "step", change)
+    with pytest.raises(BundleError, match=r"weights at '\.\./secret.bin', expected a file beside it"):
+        check_external_data(path / "graphs" / "step.onnx")
+
+
 def test_external_data_that_ends_early(bundles: dict[str, Path], tmp_path: Path) -> None:
     """Weights shorter than the graph says, or linked, are refused."""
     path = Path(shutil.copytree(bundles["fp16"], tmp_path / "b", ignore=shutil.ignore_patterns("engines")))

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_command
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderTiny, DPMSolverMultistepScheduler
 from dit_export.checkpoint import Checkpoint, Source, load_checkpoint
 from dit_export.diffusers_folder import official_from_diffusers
 from dit_export.random_weights import randomize
@@ -27,6 +27,7 @@ from dit_runtime.files import sha256_of
 
 Weights = dict[str, torch.Tensor]
 HEADS = 2
+SCHEDULER_BETAS = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -67,6 +68,7 @@ def test_one_model_in_every_kind_of_file(tmp_path: Path, vae: str) -> None:
         "training.pt": {"model": other, "ema": weights, "opt": {"state": {0: {"step": torch.ones(1)}}}, "args": args},
         "model.ckpt": {"model": weights, "args": args},
         "lightning.bin": {"state_dict": {f"module.{key}": value for key, value in weights.items()}},
+        "compiled.pt": {f"_orig_mod.module.{key}": value for key, value in weights.items()},
     }
     for name, content in files.items():
         torch.save(content, tmp_path / name)
@@ -108,16 +110,33 @@ def test_heads_of_the_papers_sizes_are_known(tmp_path: Path, vae: str) -> None:
         load_checkpoint(Source(str(file), autoencoder=vae))
 
 
-def test_a_non_square_training_size_is_told(tmp_path: Path, vae: str) -> None:
-    """A table of 15 tokens has no square: --size says the trained one, and its table is used as it is."""
+def test_the_trained_size_is_read_off_the_tables_values(tmp_path: Path, vae: str) -> None:
+    """Whatever sizes are asked for, a table is taken for the grid whose values it has, square or not, FP16 or not."""
+    for grid in ((4, 4), (3, 5), (2, 8), (5, 3)):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            weights = {key: value.to(dtype) for key, value in weights_of(grid=grid).items()}
+            file = saved(weights, tmp_path / "w.safetensors")
+            asked = ((16, 64), (24, 40), (32, 32))
+            found = loaded(file, vae, image_sizes=asked)
+            assert found.trained_size == (2 * grid[0], 2 * grid[1])
+            for size in found.sizes:
+                expected = sincos_positions(size[0] // 2, size[1] // 2, 32)
+                exact = size == found.trained_size
+                expected = expected.to(dtype).float() if exact else expected
+                assert torch.allclose(found.position(size), expected, atol=1e-6)  # measured: 0
+
+
+def test_a_learned_table_that_is_not_square_is_told(tmp_path: Path, vae: str) -> None:
+    """15 learned positions have no square: --size says the trained one, whichever place it has, and no other goes."""
     weights = weights_of(grid=(3, 5))
+    weights["pos_embed"] += 0.01
     file = saved(weights, tmp_path / "w.safetensors")
     with pytest.raises(CheckpointError, match="15 tokens is not square; say what it was trained at with --size"):
         loaded(file, vae)
-    found = loaded(file, vae, image_sizes=((24, 40), (16, 16)))
-    assert found.sizes == ((6, 10), (4, 4))
+    found = loaded(file, vae, image_sizes=((24, 40),))
     assert torch.equal(found.position((6, 10)), weights["pos_embed"])
-    assert torch.allclose(found.position((4, 4)), sincos_positions(2, 2, 32), atol=1e-6)  # measured: 0
+    with pytest.raises(CheckpointError, match="not the sines and cosines of the official code"):
+        loaded(file, vae, image_sizes=((16, 16), (24, 40)))
 
 
 def test_sit_is_told_by_its_family(tmp_path: Path, vae: str) -> None:
@@ -191,14 +210,14 @@ def test_presets(vae: str) -> None:
     found = load_checkpoint(Source("DiT-S/8-256", 4, autoencoder=vae, classes=12))
     model = found.model
     assert (model.depth, model.width, model.heads, model.patch_size, model.classes) == (12, 384, 6, 8, 12)
-    assert (model.latent_size, model.learned_variance, found.family) == ((32, 32), True, "diffusers")
+    assert (model.latent_size, model.learned_variance, found.family) == ((64, 64), True, "diffusers")  # this VAE has 4
     assert found.transformer is not None
     state = {name: stored(value) for name, value in found.transformer().state_dict().items()}
     again = official_from_diffusers("module", state, 12)
     assert set(again) == set(found.weights) - {"pos_embed"}
     assert all(torch.equal(again[name], found.weights[name]) for name in again)
     sit = load_checkpoint(Source("SiT-B/4-512", 4, autoencoder=vae))
-    assert (sit.family, sit.model.width, sit.model.latent_size, sit.channels) == ("sit", 768, (64, 64), 8)
+    assert (sit.family, sit.model.width, sit.model.latent_size, sit.channels) == ("sit", 768, (128, 128), 8)
     other = load_checkpoint(
         Source("DiT-S/2-256", 4, autoencoder=vae, conditioning="in-context", learned_variance=False)
     )
@@ -214,8 +233,9 @@ def test_presets(vae: str) -> None:
 def test_a_dry_run_makes_nothing(tmp_path: Path, vae: str) -> None:
     """``--dry-run`` prints the plan of a file, or of a preset without weights, and leaves the folder as it was."""
     file = saved(weights_of("cross-attention"), tmp_path / "w.safetensors")
-    for source, options in ((file, ["--heads", "2", "--size", "32x32", "32x48"]), ("DiT-XL/2-256", ["--fp16"])):
-        done = run_command("dit-export", source, *options, "--vae", vae, "--dry-run", cwd=tmp_path)
+    own = ["--heads", "2", "--size", "32x32", "32x48", "--vae", vae]
+    for source, options in ((file, own), ("DiT-XL/2-256", ["--fp16"])):
+        done = run_command("dit-export", source, *options, "--dry-run", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert "roofline" in done.stdout
     assert "894.1 MB" in done.stdout
@@ -287,6 +307,26 @@ BAD_FILES = {
         changed(lambda w: w.update({"blocks.0.attn.proj.weight": torch.ones(32, 16)})),
         r"1 weights of another shape \(blocks.0.attn.proj.weight \[32, 16\], expected \[32, 32\]\)",
     ),
+    "keys without which nothing is known": (
+        changed(lambda w: [w.pop(key) for key in ("x_embedder.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight")]),
+        r"3 missing keys \(blocks.0.mlp.fc1.weight, pos_embed, x_embedder.proj.weight\)",
+    ),
+    "a scalar": (
+        changed(lambda w: w.update({"final_layer.linear.weight": torch.tensor(1.0)})),
+        r"final_layer.linear.weight \[\]; expected 2 axes, none of them empty",
+    ),
+    "no tokens": (
+        changed(lambda w: w.update({"pos_embed": torch.ones(1, 0, 32)})),
+        r"pos_embed \[1, 0, 32\]; expected 3 axes, none of them empty",
+    ),
+    "no null row": (
+        changed(lambda w: w.update({"y_embedder.embedding_table.weight": torch.ones(1, 32)})),
+        "a label table of 1 row; expected a row per class and one for null",
+    ),
+    "a gap in the blocks": (
+        changed(lambda w: w.update({"blocks.400000.attn.qkv.bias": torch.ones(1)})),
+        "3 blocks, and none has the number 2",
+    ),
     "odd output": (
         changed(lambda w: w.update({"final_layer.linear.weight": torch.ones(17, 32)})),
         "final_layer.linear.weight has 17 rows for patches of 2x2 and 4 latent channels; expected 16 or twice as many",
@@ -323,6 +363,33 @@ def test_weights_that_are_not_numbers(tmp_path: Path, vae: str, value: float) ->
         found.weights["blocks.1.mlp.fc1.bias"]
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+def test_weights_that_are_not_floating_point(tmp_path: Path, vae: str, dtype: torch.dtype) -> None:
+    """Quantized and other tensors are refused by name, not converted."""
+    weights = weights_of()
+    weights["blocks.0.attn.qkv.weight"] = weights["blocks.0.attn.qkv.weight"].to(dtype)
+    found = loaded(saved(weights, tmp_path / "w.pt"), vae)
+    with pytest.raises(CheckpointError, match=r"blocks.0.attn.qkv.weight is .*expected floating-point weights"):
+        found.weights["blocks.0.attn.qkv.weight"]
+
+
+@pytest.mark.parametrize(
+    ("said", "options", "message"),
+    [
+        ({"model": "SiT-XL/2"}, {}, "was trained as SiT-XL/2; export it with --family sit"),
+        ({"prediction": "score"}, {"family": "sit"}, "predicts the score; only velocity models are supported"),
+        ({"path_type": "GVP"}, {"family": "sit"}, "was trained on the gvp path; export it with --path gvp"),
+    ],
+)
+def test_what_a_training_checkpoint_says_of_itself(
+    tmp_path: Path, vae: str, said: dict[str, str], options: dict[str, str], message: str
+) -> None:
+    """Its own arguments decide where the keys cannot: a contradiction is refused."""
+    torch.save({"ema": weights_of(), "args": argparse.Namespace(**said)}, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match=message):
+        loaded(tmp_path / "w.pt", vae, **options)
+
+
 def test_nothing_is_written_for_a_bad_file(tmp_path: Path, vae: str) -> None:
     """The command ends with one line and exit 1, with no folder left, NaN in the middle of the work included."""
     weights = weights_of()
@@ -346,7 +413,12 @@ def test_nothing_is_written_for_a_bad_file(tmp_path: Path, vae: str) -> None:
         ({"family": "diffusers"}, "expected a DiTPipeline folder"),
         ({"path": "cubic"}, "path 'cubic' is unknown; expected one of linear, gvp, vp"),
         ({"heads": 5}, "5 heads for width 32; expected a divisor"),
-        ({"variant": "fp16"}, "--variant fp16 is for diffusers folders"),
+        ({"variant": "fp16"}, "--variant is there to choose among a diffusers folder's files; leave it out"),
+        ({"path": "gvp"}, "--path is there to describe a SiT"),
+        ({"conditioning": "adaln"}, "--conditioning is there to describe a preset"),
+        ({"classes": 3}, "--classes is there to describe a preset"),
+        ({"learned_variance": False}, "--fixed-variance is there to describe a preset"),
+        ({"image_sizes": ((1 << 24, 32),)}, "expected multiples of 8.*up to 16384"),
         ({"image_sizes": ((30, 32),)}, "size 30x32: expected multiples of 8"),
         ({"image_sizes": ((32, 32), (32, 32))}, "one is there twice"),
         ({"guidance_channels": 5}, "guidance on 5 channels: expected at most 4"),
@@ -391,9 +463,66 @@ def test_damaged_diffusers_folders(copied: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-10])
     with pytest.raises(CheckpointError, match=r"diffusion_pytorch_model-a.safetensors: cannot be read"):
         load_checkpoint(Source(str(copied)))
+    shutil.copy(folder / "diffusion_pytorch_model-b.safetensors", shard)
+    with pytest.raises(CheckpointError, match="is in another shard too"):
+        load_checkpoint(Source(str(copied)))
+    index.write_text(json.dumps({"weight_map": {}}))
+    with pytest.raises(CheckpointError, match="names no shards"):
+        load_checkpoint(Source(str(copied)))
+    shutil.copy(shard, folder / WEIGHTS)
+    with pytest.raises(CheckpointError, match=r"holds both diffusion_pytorch_model.safetensors and"):
+        load_checkpoint(Source(str(copied)))
     (copied / "model_index.json").write_text(json.dumps({"_class_name": "PixArtAlphaPipeline"}))
     with pytest.raises(CheckpointError, match="is a PixArtAlphaPipeline; expected a class-conditional DiT or SiT"):
         load_checkpoint(Source(str(copied)))
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        ("transformer/config.json", {"sample_size": [8, 12]}, r"sample_size is \[8, 12\]|cannot|not a configuration"),
+        ("transformer/config.json", {"sample_size": 9}, "sample_size 9 is no multiple of patches of 2"),
+        ("transformer/config.json", {"num_embeds_ada_norm": None}, "not a configuration that diffusers can build"),
+        ("transformer/config.json", {"num_layers": "2"}, "not a configuration that diffusers can build"),
+        ("transformer/config.json", {"patch_size": 0}, "not a configuration that diffusers can build"),
+        ("transformer/config.json", {"norm_eps": 7.0}, "norm_eps is 7.0; expected a small number"),
+        ("scheduler/scheduler_config.json", {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "is a FlowMatchEuler"),
+        ("scheduler/scheduler_config.json", {"beta_schedule": "sigmoid"}, "beta schedule 'sigmoid' is not supported"),
+        ("scheduler/scheduler_config.json", {"timestep_spacing": "odd"}, "timestep spacing 'odd' is not supported"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": "1000"}, "not a configuration"),
+        ("scheduler/scheduler_config.json", {"beta_end": 2.0}, "betas are not between 0 and 1"),
+        ("model_index.json", {"id2label": ["a"]}, "id2label is no object"),
+    ],
+)
+def test_configurations_that_make_no_sense(copied: Path, part: str, changes: dict[str, object], message: str) -> None:
+    """A setting of the wrong kind or range is one line, not whatever diffusers raises for it."""
+    path = copied / part
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(Source(str(copied)))
+
+
+def test_another_diffusion_scheduler(checkpoint: Path, copied: Path) -> None:
+    """A folder with a DPM-Solver has the same forward process, and nothing is clipped by a default of another class."""
+    DPMSolverMultistepScheduler(**SCHEDULER_BETAS).save_pretrained(copied / "scheduler")
+    found, plain = load_checkpoint(Source(str(copied))), load_checkpoint(Source(str(checkpoint)))
+    assert found.diffusion.betas == plain.diffusion.betas
+    assert found.scheduler is not None
+    assert not found.scheduler.config.clip_sample
+
+
+def test_a_partial_cache_is_completed(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A snapshot that holds the VAE alone is not the pipeline: it is asked for again, online."""
+    partial, asked = tmp_path / "abc123", []
+    shutil.copytree(checkpoint / "vae", partial / "vae")
+
+    def snapshot(name: str, local_files_only: bool = False, **_: object) -> str:
+        asked.append(local_files_only)
+        return str(partial if local_files_only else shutil.copytree(checkpoint, tmp_path / "def456"))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    found = load_checkpoint(Source("owner/name"))
+    assert (found.name, found.revision, asked) == ("owner/name", "def456", [True, False])
 
 
 # Autoencoders.
@@ -476,6 +605,9 @@ def test_autoencoders_that_are_refused(tmp_path: Path) -> None:
         loaded(file, str(folder))
     AutoencoderKL(**KL, latents_mean=[0.0] * 4, latents_std=[1.0] * 4).save_pretrained(folder)
     with pytest.raises(CheckpointError, match="latents_mean and latents_std are not supported"):
+        loaded(file, str(folder))
+    AutoencoderKL(**KL, in_channels=1, out_channels=1).save_pretrained(folder)
+    with pytest.raises(CheckpointError, match="1 to 1 channels; expected RGB pictures"):
         loaded(file, str(folder))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "_class_name": "AutoencoderDC"}))

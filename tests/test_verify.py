@@ -15,8 +15,8 @@ from conftest import run_command
 from dit_runtime.bundle import Bundle, open_bundle
 from dit_runtime.engines import OnnxRuntimeEngine
 from dit_runtime.errors import ParityError
-from dit_runtime.verdicts import stored_verdict, trusted_engine
-from dit_runtime.verify import relative_error, verify
+from dit_runtime.verdicts import store_verdict, stored_verdict, trusted_engine
+from dit_runtime.verify import Rung, relative_error, verify
 
 
 def failed(bundle: Bundle) -> list[str]:
@@ -137,6 +137,20 @@ def test_auto_trusts_only_what_passed_here(tampered: Path, bundles: dict[str, Pa
     for _ in range(2):  # the second time from the stored verdict
         with pytest.raises(ParityError, match="does not match the PyTorch reference"):
             trusted_engine(bad)
+
+
+def test_a_quick_pass_does_not_replace_a_full_failure(tampered: Path) -> None:
+    """``auto`` must not trust, after a quick verify, what the full one found wrong."""
+    bundle = open_bundle(tampered)
+    engine = OnnxRuntimeEngine(bundle)
+    good, bad = Rung("blocks", 0.0, 1.0, "relative"), Rung("blocks", 2.0, 1.0, "relative")
+    store_verdict(bundle, engine, [bad], quick=False)
+    store_verdict(bundle, engine, [good], quick=True)
+    assert stored_verdict(bundle, engine) is False
+    store_verdict(bundle, engine, [good], quick=False)
+    assert stored_verdict(bundle, engine) is True
+    store_verdict(bundle, engine, [bad], quick=True)
+    assert stored_verdict(bundle, engine) is False
 
 
 def test_nothing_equals_not_a_number() -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from dit_runtime.errors import BundleError
+
+if TYPE_CHECKING:
+    import onnx
 
 
 def check_external_data(onnx_path: Path) -> None:
@@ -18,7 +23,7 @@ def check_external_data(onnx_path: Path) -> None:
     folder = onnx_path.parent
     model = onnx.load(onnx_path, load_external_data=False)
     sizes: dict[str, int] = {}
-    for tensor in model.graph.initializer:
+    for tensor in _tensors(model.graph):
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
         entries = {entry.key: entry.value for entry in tensor.external_data}
@@ -31,6 +36,16 @@ def check_external_data(onnx_path: Path) -> None:
                 f"{onnx_path}: weight {tensor.name!r} ends at byte {offset + length} of {location}, which has "
                 f"{sizes[location]}; copy or export the bundle again"
             )
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor that a graph holds: initializers, and those in its nodes' attributes and subgraphs."""
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield from (attribute.t, *attribute.tensors)
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _tensors(inner)
 
 
 def _checked_size(onnx_path: Path, folder: Path, location: str) -> int:

@@ -42,7 +42,13 @@ def verdict_path(bundle: Bundle, engine: Engine) -> Path:
 
 
 def store_verdict(bundle: Bundle, engine: Engine, rungs: list[Rung], quick: bool) -> None:
-    """Write the verdict; without effect where the bundle cannot be written."""
+    """Write the verdict; without effect where the bundle cannot be written.
+
+    A quick verdict that passes does not take the place of a full one, which knows more.
+    """
+    passed = all(rung.passed for rung in rungs)
+    if quick and passed and stored_verdict(bundle, engine, full=True) is not None:
+        return
     verdict: dict[str, Any] = {
         "bundle": bundle.digest,
         "image_size": bundle.manifest.image_size,
@@ -50,7 +56,7 @@ def store_verdict(bundle: Bundle, engine: Engine, rungs: list[Rung], quick: bool
         "machine": machine(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "quick": quick,
-        "passed": all(rung.passed for rung in rungs),
+        "passed": passed,
         "rungs": [rung.as_json() for rung in rungs],
     }
     with contextlib.suppress(OutputError), replaced_file(verdict_path(bundle, engine)) as file:
@@ -76,13 +82,13 @@ def verified_sizes(
     return engine.name, rungs
 
 
-def stored_verdict(bundle: Bundle, engine: Engine) -> bool | None:
-    """Whether the engine passed here before; None when it was never tried."""
+def stored_verdict(bundle: Bundle, engine: Engine, full: bool = False) -> bool | None:
+    """Whether the engine passed here before; None when it was never tried, or with ``full`` never by all rungs."""
     try:
         verdict = json.loads(verdict_path(bundle, engine).read_text())
         if verdict["bundle"] != bundle.digest or verdict["engine"] != engine.name:
             return None
-        return bool(verdict["passed"])
+        return None if full and verdict["quick"] else bool(verdict["passed"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
