@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dit_runtime.bundle import Manifest, TensorSpec
 from dit_runtime.engines import Array, Engine
@@ -108,6 +109,10 @@ class ConditioningTable:
         """Where a prepared row is."""
         return self._rows[condition]
 
+    def get(self, condition: Condition) -> int | None:
+        """Where a row is, if it is there."""
+        return self._rows.get(condition)
+
     def prepare(self, needed: Sequence[Condition], upcoming: Iterator[Condition]) -> None:
         """Have the rows of ``needed``, and if any is missing as many of ``upcoming`` as fit.
 
@@ -182,6 +187,46 @@ class _Slot:
         return [(time, label) for label in self.labels[: self.needed[row]]]
 
 
+class _Together(NamedTuple):
+    """What the step graph reads of pictures side by side in one schedule, for all its rows: made once, hardly any work
+    is left between the engine's calls, where the caches are cold.
+
+    ``coefficients [T, B, 17]``, ``weights [T, G, B, C]``, ``rows [T, G, B]``; how many branches each row needs, and
+    whether it draws.
+    """
+
+    coefficients: Float32
+    weights: Float32
+    rows: NDArray[np.int32]
+    needed: list[int]
+    draws: list[bool]
+
+
+def _together(slots: Sequence[_Slot], table: ConditioningTable) -> _Together | None:
+    """None where the pictures are not in one row of one schedule, or the table has no room for all they will use."""
+    first, count = slots[0], len(slots)
+    schedule, steps = first.picture.schedule, len(first)
+    if any(slot.picture.schedule is not schedule or slot.row != first.row for slot in slots):
+        return None
+    needed = np.max([slot.needed for slot in slots], axis=0)
+    branches = int(needed.max())
+    weights = np.zeros((steps, branches, count, slots[0].picture.branches.weights.shape[2]), np.float32)
+    rows = np.zeros((steps, branches, count), np.int32)  # a branch without a weight may read any row
+    for index, slot in enumerate(slots):
+        own = slot.picture.branches.weights
+        weights[:, : own.shape[1], index] = own
+        for branch, label in enumerate(slot.labels):
+            found = [
+                table.get((time, label)) if slot.needed[row] > branch else 0
+                for row, time in enumerate(slot.times[slot.row :], slot.row)
+            ]
+            if None in found:
+                return None
+            rows[slot.row :, branch, index] = np.array(found, np.int32)
+    coefficients = np.repeat(schedule.coefficients[:, None], count, axis=1)
+    return _Together(coefficients, weights, rows, needed.tolist(), first.draws)
+
+
 class Advance(NamedTuple):
     """What one engine call did to the batch: a list entry or array row per picture that was in it.
 
@@ -210,6 +255,8 @@ class Batch:
         self._slots: list[_Slot] = []
         self._state = np.zeros((0, 3, *self._shape), np.float32)
         self._noise = np.zeros((0, *self._shape), np.float32)
+        self._together: _Together | None = None
+        self._changed = True  # who is in the batch
         self.failure: SamplingError | None = None
 
     def __len__(self) -> int:
@@ -225,6 +272,7 @@ class Batch:
             self._slots.append(_Slot(key, picture, stream))
         self._state = np.concatenate([self._state, state])
         self._noise = np.zeros_like(self._state[:, 0])
+        self._changed = True
 
     def advance(self) -> Advance:
         """One row of every picture, in one engine call. Finished pictures leave the batch.
@@ -252,13 +300,29 @@ class Batch:
             kept = [index for index, done in enumerate(finished) if not done]
             self._slots = [slots[index] for index in kept]
             self._state, self._noise = state[kept], self._noise[kept]
+            self._changed = True
         return Advance([slot.key for slot in slots], completed, finished, state[:, 0], denoised)
 
     def _inputs(self) -> dict[str, Array]:
         """What the step graph reads, for each picture's own row."""
-        slots = self._slots
+        slots, together = self._slots, None if self._changed else self._together
+        if together is not None:
+            row = slots[0].row
+            if together.draws[row]:
+                self._noise[:] = self._drawn(slots)
+            branches = together.needed[row]
+            return {
+                "state": self._state,
+                "noise": self._noise,
+                "coefficients": together.coefficients[row],
+                "guidance": together.weights[row, :branches],
+                "rows": together.rows[row, :branches],
+                self._table_name: self._table.array,
+            }
         conditions = [slot.conditions() for slot in slots]
         self._table.prepare([condition for each in conditions for condition in each], self._upcoming())
+        if self._changed:
+            self._together, self._changed = _together(slots, self._table), False
         branches = max(slot.needed[slot.row] for slot in slots)
         coefficients = np.empty((len(slots), COEFFICIENTS), np.float32)
         weights = np.zeros((branches, len(slots), self._shape[0]), np.float32)
