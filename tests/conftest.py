@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from dit_runtime import Pipeline
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test never asks the network
+# A shell starts background jobs with SIGINT ignored, and so would the commands be that a test interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SCHEDULER = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "clip_sample": False}
 

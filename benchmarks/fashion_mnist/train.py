@@ -250,10 +250,18 @@ def tied_transformer() -> DiTTransformer2DModel:
 
 def trained_transformer(means: Tensor, deviations: Tensor, labels: Tensor, steps: int) -> DiTTransformer2DModel:
     """``means`` and ``deviations``: scaled latents ``[N, 4, 8, 8]``."""
-    model, diffusion = tied_transformer(), Diffusion()
+    model = tied_transformer()
     forward = torch.compile(model, dynamic=False)  # the model is so small that most of an eager step is overhead
     training = Training("transformer", model, steps, rate=1.2e-3, ema=0.9995, weight_decay=0.0)
-    for index in batches(len(means), 128, steps, seed=3):
+    return trained_denoiser(training, forward, means, deviations, labels)
+
+
+def trained_denoiser(
+    training: Training, forward: Callable[..., Any], means: Tensor, deviations: Tensor, labels: Tensor
+) -> Any:
+    """The average weights after all of ``training``'s steps, on scaled latents ``[N, 4, 8, 8]``."""
+    diffusion = Diffusion()
+    for index in batches(len(means), 128, training.steps, seed=3):
         x_0 = means[index] + deviations[index] * torch.randn_like(means[index])
         dropped = torch.rand(len(index)) < 0.1
         training.step(diffusion.loss(forward, x_0, torch.where(dropped, NULL_CLASS, labels[index])))
