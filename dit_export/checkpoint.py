@@ -548,7 +548,7 @@ def _preset(source: Source) -> Checkpoint:
     def transformer() -> DiTTransformer2DModel:
         with SkippedInitialization():
             module = DiTTransformer2DModel(**config)
-        module.load_state_dict(diffusers_from_official(weights, depth))
+        module.load_state_dict(diffusers_from_official(weights, depth), assign=True)  # no second copy in memory
         loaded: DiTTransformer2DModel = ready(module)
         return loaded
 
