@@ -35,7 +35,6 @@ from dit_runtime.errors import CheckpointError, ParityError
 from dit_runtime.progress import Progress
 from dit_runtime.verify import trajectories_of
 
-RECORDS = ("blocks", "forward_1", "forward_2", "images")  # and one for each trajectory
 GUIDANCE = 1.5  # of the trajectories
 FORWARD_GUIDANCE = 4.0
 LARGE_MODEL = 100_000_000  # parameters; above, records are made smaller
