@@ -1,7 +1,7 @@
 """The paper's observations, small: four conditionings at one size, three sizes of adaLN-Zero, 5 to 250 sampling steps.
 
     apt-get install dataset-fashion-mnist        # 60 000 + 10 000 grey 28×28 pictures, MIT licence, © 2017 Zalando SE
-    pip install matplotlib
+    pip install -e '.[export,cpu,report]'
     python benchmarks/paper/run.py               # about an hour and a half on two CPU cores
 
 Stages, each skipped when its result exists in ``--work``: latents, training, export by ``dit-export``, sampling by the
