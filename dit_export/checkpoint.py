@@ -243,7 +243,7 @@ def _refuse(source: Source, why: str, *options: str) -> None:
     """Raises CheckpointError for options that say nothing of this source: ignored, they would be believed."""
     for option in options:
         if getattr(source, option) is not None:
-            name = {"autoencoder": "vae", "learned_variance": "fixed-variance"}.get(option, option.replace("_", "-"))
+            name = "fixed-variance" if option == "learned_variance" else option
             raise CheckpointError(f"{source.name}: --{name} is there to {why}; leave it out")
 
 

@@ -66,7 +66,6 @@ def _main(argv: list[str] | None) -> int:
         "--size",
         type=image_size,
         nargs="+",
-        default=[],
         metavar="HEIGHTxWIDTH",
         help="of pictures (default: as trained)",
     )
@@ -98,7 +97,7 @@ def _main(argv: list[str] | None) -> int:
         sha256=args.sha256,
         path=args.path,
         guidance_channels=_guidance_channels(args.guidance_channels),
-        image_sizes=tuple(args.size),
+        image_sizes=tuple(args.size or ()),
         conditioning=args.conditioning,
         classes=args.classes,
         learned_variance=False if args.fixed_variance else None,
