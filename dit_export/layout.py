@@ -14,9 +14,7 @@ from dataclasses import dataclass
 
 from dit_runtime.bundle import ModelSpec
 from dit_runtime.errors import CheckpointError
-
-FREQUENCIES = 256  # size of the sinusoidal timestep features, in the paper and in every implementation
-MODULATIONS = {"adaln-zero": 6, "adaln": 4}  # vectors per block: shift, scale (and gate), before attention and MLP
+from dit_runtime.macs import FREQUENCIES, MODULATIONS
 
 # Peebles & Xie 2022, table 1: layers, width, heads.
 PRESETS = {

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dit_export.layout import EMBEDDERS, FREQUENCIES, MODULATIONS, Numerics
+from dit_export.layout import EMBEDDERS, Numerics
 from dit_export.precision import Precision
 from dit_runtime.bundle import ModelSpec
+from dit_runtime.macs import FREQUENCIES, MODULATIONS
 
 # What one row of the conditioning table holds, by conditioning: its name, and its shape without the rows.
 #   modulation    6 (adaLN-Zero) or 4 (adaLN) vectors per block, and the final layer's shift and scale

@@ -22,54 +22,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from dit_engines.targets import DEVICES, Device
 from dit_export.diffusers_folder import Autoencoder, autoencoder_spec
 from dit_export.graphs import INLINE_BYTES
-from dit_export.layout import EMBEDDERS, FREQUENCIES, MODULATIONS, Numerics, official_shapes
+from dit_export.layout import EMBEDDERS, Numerics, official_shapes
 from dit_export.model import Conditioner, Step, table_axes
 from dit_export.precision import FP16, FP32, Precision
 from dit_runtime.bundle import ENCODER, ModelSpec
+from dit_runtime.macs import conditioner_gmac, gmac, step_gmac
 
 STEPS = (10, 50, 250, 1000)
 BRANCHES = 2  # of a guided step: the picture's label and null
-CONDITION_TOKENS = 2  # timestep and label, in-context and in cross-attention
 COLUMNS = 110
 GMAC_OF = {"conditioner": "a row of the table", "step": "a branch", "decoder": "a picture", ENCODER: "a picture"}
-
-
-def gmac(model: ModelSpec) -> float:
-    """GMAC of one forward of one picture without guidance, conditioner included: the paper's count.
-
-    The paper's figures are 118.64 for XL/2 at 256², 80.71 for L/2, 23.01 for B/2, 6.06 for S/2 and 524.60 for XL/2 at
-    512²; of XL/2's conditionings 119.37 in-context, 137.62 cross-attention and 118.56 adaLN. Here they come
-    out 0.01 to 0.07 % lower.
-    """
-    return conditioner_gmac(model) + step_gmac(model)
-
-
-def conditioner_gmac(model: ModelSpec, embedders: int = 1) -> float:
-    """GMAC of one row of the conditioning table: what leaves the sampling loop.
-
-    The timestep MLP (``embedders`` of them, where a checkpoint's copies differ), and adaLN's modulations or
-    cross-attention's keys and values of the two tokens.
-    """
-    d = model.width
-    count = embedders * (FREQUENCIES * d + d * d)
-    if model.conditioning in MODULATIONS:
-        count += (MODULATIONS[model.conditioning] * model.depth + 2) * d * d
-    elif model.conditioning == "cross-attention":
-        count += model.depth * CONDITION_TOKENS * 2 * d * d
-    return count / 1e9
-
-
-def step_gmac(model: ModelSpec) -> float:
-    """GMAC of one branch of one picture in the step graph: what every sampling step repeats."""
-    d, patch = model.width, model.patch_size**2
-    tokens = model.tokens + (CONDITION_TOKENS if model.conditioning == "in-context" else 0)
-    # Queries, keys, values and output are 4·D² a token, the MLP's two layers 2·D·hidden, the attention's two products
-    # D for each pair of tokens.
-    block = tokens * (4 * d * d + 2 * d * model.mlp_width) + 2 * tokens**2 * d
-    if model.conditioning == "cross-attention":
-        block += tokens * 2 * d * d + 2 * tokens * CONDITION_TOKENS * d  # queries and output; the two products
-    ends = model.tokens * patch * (model.latent_channels + model.output_channels) * d
-    return (model.depth * block + ends) / 1e9
 
 
 @dataclass(frozen=True)

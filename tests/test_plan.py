@@ -16,7 +16,7 @@ from dit_export.checkpoint import STABLE_DIFFUSION_VAE
 from dit_export.graphs import write_conditioner, write_steps
 from dit_export.layout import PRESETS, Numerics, official_shapes
 from dit_export.model import Conditioner, Step, conditioner_from_weights, step_from_weights, table_axes
-from dit_export.plan import Plan, conditioner_gmac, format_plan, gmac, plan_for, step_gmac
+from dit_export.plan import Plan, format_plan, plan_for
 from dit_export.precision import FP16, FP32
 from dit_export.random_weights import random_tensors
 from dit_export.reference import DiT
@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dit_engines.targets import DEVICES
 from dit_runtime.bundle import CONDITIONINGS, ModelSpec, open_bundle
+from dit_runtime.macs import conditioner_gmac, gmac, step_gmac
 
 
 def preset(name: str, size: int = 256, conditioning: str = "adaln-zero") -> ModelSpec:

@@ -31,7 +31,6 @@ import numpy as np
 import report
 import torch
 from diffusers import AutoencoderKL
-from dit_export.plan import gmac
 from dit_export.positions import official_table
 from dit_export.reference import DiT
 from safetensors.torch import load_file, save_file
@@ -40,6 +39,7 @@ from torch import Tensor, nn
 from dit_runtime import Pipeline
 from dit_runtime.bundle import ModelSpec
 from dit_runtime.files import replaced_file
+from dit_runtime.macs import gmac
 
 HERE = Path(__file__).parent
 DEMO = HERE.parent / "fashion_mnist"
