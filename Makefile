@@ -7,6 +7,15 @@ PYTHON310 ?= python3.10
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := build/demo
+# Python bindings without their libraries, FOLDER=REQUIREMENT: the contract tests look into each generation.
+BINDINGS := \
+  tensorrt-10.3=tensorrt-cu12-bindings==10.3.0 \
+  tensorrt-10.16=tensorrt-cu12-bindings==10.16.1.11 \
+  tensorrt-11.4=tensorrt-cu13-bindings==11.4.0.106 \
+  cuda-bindings-12.8=cuda-bindings==12.8.0 \
+  cuda-bindings-12.9=cuda-bindings==12.9.10 \
+  cuda-bindings-13.5=cuda-bindings==13.5.0 \
+  cuda-pathfinder=cuda-pathfinder==1.9.0
 
 .PHONY: demo test test-slow test-py310 gpu-test lint bench install clean
 
@@ -17,7 +26,12 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	  { echo "dit-export: exporting needs Python 3.11 to 3.13, $(PYTHON) is $$($(PYTHON) -V); set PYTHON=python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[export,cpu,rtx,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[export,cpu,openvino,rtx,report,dev]'
+	@for wheel in $(BINDINGS); do \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+	    --target build/bindings/$${wheel%%=*} $${wheel#*=} || \
+	    echo "no $${wheel#*=} for this Python: its contract test will be skipped" >&2; \
+	done
 	touch $@
 
 demo: install
@@ -37,8 +51,9 @@ test-py310: install
 	.venv-py310/bin/dit-verify build/py310.bundle
 	.venv-py310/bin/dit-sample build/py310.bundle --labels Sneaker Bag --steps 10 -o build/py310.png
 
+# On a device: DIT_BUNDLE=my.bundle in place of a model exported here; tests/test_gpu.py alone needs no torch.
 gpu-test: install
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -m gpu tests/test_gpu.py
 
 lint: install
 	$(BIN)/ruff check .

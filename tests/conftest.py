@@ -56,6 +56,14 @@ def make_checkpoint(folder: Path, *, seed: int = 0, learned_variance: bool = Tru
     return folder
 
 
+def bindings(name: str) -> Path:
+    """The folder of a generation's Python bindings, which ``make install`` puts there; skips the test without it."""
+    folder = Path(__file__).parent.parent / "build" / "bindings" / name
+    if not folder.is_dir():
+        pytest.skip(f"{name}'s bindings are not installed: make install, with a Python that they have a wheel for")
+    return folder
+
+
 def run_command(*argv: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
     """A command of this distribution, as ``module:main`` in a process of its own: ``run_command("dit-sample", …)``."""
     modules = {

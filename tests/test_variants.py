@@ -16,6 +16,7 @@ from conftest import run_command
 from diffusers import DiTTransformer2DModel
 from dit_export.checkpoint import Source
 from dit_export.export import bundle_from_checkpoint
+from dit_export.golden import Measured
 from dit_export.precision import FP16, FP32
 from oracle import (
     CONDITIONINGS,
@@ -64,7 +65,7 @@ def exported(
     file = folder / "weights.safetensors"
     save_file(weights, file)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dit_export.export.records_in_process", lambda *_: None)
+        patch.setattr("dit_export.export.records_in_process", lambda *_: Measured())
         return bundle_from_checkpoint(
             Source(str(file), heads=HEADS, autoencoder=str(checkpoint / "vae"), **source),  # type: ignore[arg-type]
             folder / "out.bundle",
@@ -246,7 +247,7 @@ def test_several_sizes_on_one_weight_file(checkpoint: Path, tmp_path: Path, cond
 def test_other_sizes_of_diffusers(checkpoint: Path, transformer: DiTTransformer2DModel, tmp_path: Path) -> None:
     """Square sizes are diffusers' own forward's, which squeezes positions into the trained range."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dit_export.export.records_in_process", lambda *_: None)
+        patch.setattr("dit_export.export.records_in_process", lambda *_: Measured())
         bundle = bundle_from_checkpoint(
             Source(str(checkpoint), image_sizes=((48, 48), (32, 32))), tmp_path / "out.bundle", FP32
         )

@@ -2,32 +2,53 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from dit_engines.targets import RTX_COMPUTE_CAPABILITIES, target_named
 from dit_runtime.bundle import GraphSpec, Manifest, ModelSpec
 from dit_runtime.errors import BuildError
+from dit_runtime.store import Profile, Shape
 
-# TensorRT-RTX 1.7 builds ahead of time for these, on any machine.
-RTX_COMPUTE_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
-TARGETS = ("rtx",)
+USUAL_STEPS = 50
 
 
 @dataclass(frozen=True)
 class Recipe:
     """One engine per graph, for one compute capability.
 
-    ``batch``: the largest number of pictures in a call. ``branches``: the guidance branch counts G, a profile of the
-    step for each. ``rows``: the largest conditioning table. ``decode_tile``: side of the latents that the decoder takes
-    at once, None for all of a picture's.
+    Attributes:
+        target: a name of ``TARGETS``.
+        compute_capability: such as ``8.9``.
+        batches: the largest numbers of pictures in a call, rising: 1, 4, 8 are the ranges 1, 2 to 4 and 5 to 8.
+        branches: the guidance branch counts G, rising.
+        rows: the largest conditioning table.
+        decode_tile: side of the latents that the decoder takes at once, None for all of a picture's.
+        static: one profile for each of ``batches`` and ``branches`` exactly, and nothing between.
+        several_profiles: False where the library allows one profile: G is its dynamic axis, the batch is fixed.
+        workspace_bytes: the most that a kernel may use besides its tensors.
+        optimization_level: the builder's, None for the library's own.
+        auxiliary_streams: the most of them, None for the library's choice.
     """
 
     target: str
     compute_capability: str
-    batch: int
+    batches: tuple[int, ...]
     branches: tuple[int, ...]
     rows: int
     decode_tile: int | None = None
+    static: bool = False
+    several_profiles: bool = True
+    workspace_bytes: int = 4 << 30
+    optimization_level: int | None = None
+    auxiliary_streams: int | None = None
+
+    @property
+    def batch(self) -> int:
+        """The most pictures in one call."""
+        return self.batches[-1]
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -35,41 +56,117 @@ class Recipe:
 
 def recipe_for(
     target: str,
-    compute_capability: str,
-    batch: int,
-    branches: tuple[int, ...],
+    compute_capability: str | None,
+    batches: int | Sequence[int],
+    branches: Sequence[int],
     rows: int,
     decode_tile: int | None = None,
+    *,
+    static: bool = False,
+    version: tuple[int, ...] | None = None,
+    library: str | None = None,
+    workspace_bytes: int | None = None,
+    auxiliary_streams: int | None = None,
 ) -> Recipe:
     """A checked recipe.
+
+    Args:
+        target: a name of ``TARGETS``.
+        compute_capability: of the GPU; None is the target's own.
+        batches: see ``Recipe``; a number is a range from 1.
+        branches: see ``Recipe``.
+        rows: see ``Recipe``.
+        decode_tile: see ``Recipe``.
+        static: see ``Recipe``.
+        version: of the library that will build, which decides how many profiles there may be; None is the oldest that
+            has kernels for the target.
+        library: that will build, where it is not the target's.
+        workspace_bytes: see ``Recipe``; None is the target's.
+        auxiliary_streams: see ``Recipe``.
 
     Raises:
         BuildError: a target or a compute capability that cannot be built for, or an impossible shape.
     """
-    if target not in TARGETS:
-        raise BuildError(f"target {target!r} is not supported; choose one of {', '.join(TARGETS)}")
-    if compute_capability not in RTX_COMPUTE_CAPABILITIES:
+    chosen = target_named(target)
+    library = library or chosen.library
+    capability = _capability(target, library, chosen.compute_capability, compute_capability)
+    sizes = (batches,) if isinstance(batches, int) else tuple(sorted(batches))
+    counts = tuple(sorted(branches))
+    if not counts or counts[0] < 1 or len(set(counts)) != len(counts):
+        raise BuildError(f"branches {tuple(branches)}: expected different whole numbers from 1, such as 1,2")
+    if not sizes or sizes[0] < 1 or len(set(sizes)) != len(sizes) or rows < 2:
         raise BuildError(
-            f"compute capability {compute_capability!r}: TensorRT-RTX builds for {', '.join(RTX_COMPUTE_CAPABILITIES)}"
+            f"batches {sizes} and {rows} rows: expected different whole numbers from 1, such as 1,4,8, and 2 rows or "
+            "more"
         )
-    if not branches or min(branches) < 1 or len(set(branches)) != len(branches):
-        raise BuildError(f"branches {branches}: expected different whole numbers from 1, such as 1,2")
-    if rows < 2 or batch < 1:
-        raise BuildError(f"batch {batch} and {rows} rows: expected a batch from 1 and at least 2 rows")
-    return Recipe(target, compute_capability, batch, tuple(sorted(branches)), rows, decode_tile)
+    limit = chosen.profile_limit(version or chosen.least) if library == "tensorrt" else None
+    if limit == 1 and len(sizes) * (len(counts) if static else 1) > 1:
+        what = f"batches {_text(sizes)}" + (f" and branches {_text(counts)}" if static else "")
+        raise BuildError(
+            f"{what}: TensorRT {_text(version or chosen.least, '.')} builds right engines with one optimization "
+            "profile only (fixed in 10.8); build an engine for each, such as --batch 1"
+            + (" --branches 2" if static else "")
+        )
+    return Recipe(
+        target=target,
+        compute_capability=capability,
+        batches=sizes,
+        branches=counts,
+        rows=rows,
+        decode_tile=decode_tile,
+        static=static,
+        several_profiles=limit is None,
+        workspace_bytes=workspace_bytes or chosen.workspace_bytes,
+        optimization_level=chosen.optimization_level if library == "tensorrt" else None,
+        auxiliary_streams=auxiliary_streams,
+    )
 
 
-# Shapes at the minimum, optimum and maximum of a profile.
-Profile = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+def _capability(target: str, library: str, own: str | None, given: str | None) -> str:
+    capability = given or own
+    if capability is None:
+        raise BuildError(f"target {target}: say for which GPU, with --compute-capability; 8.9 is Ada, 12.0 Blackwell")
+    if own is not None and given not in (None, own):
+        raise BuildError(f"target {target} has compute capability {own}, got {given}; choose target rtx or this")
+    if library == "tensorrt_rtx" and capability not in RTX_COMPUTE_CAPABILITIES:
+        raise BuildError(
+            f"compute capability {capability!r}: TensorRT-RTX builds for {', '.join(RTX_COMPUTE_CAPABILITIES)}"
+        )
+    return capability
+
+
+def _text(numbers: Sequence[int], separator: str = ",") -> str:
+    return separator.join(map(str, numbers))
 
 
 def profiles_of(graph: GraphSpec, recipe: Recipe, manifest: Manifest) -> list[Profile]:
-    """A graph's optimization profiles: narrow ones, one per branch count where the graph has branches."""
-    has_branches = any("branches" in tensor.shape for tensor in graph.inputs)
-    return [_profile(graph, recipe, manifest, branches) for branches in (recipe.branches if has_branches else (1,))]
+    """A graph's optimization profiles: narrow ones, one for each range of the batch and each branch count.
+
+    The length R of the conditioning table is dynamic in all of them: the step only gathers rows of it, so no kernel's
+    work depends on R.
+    """
+    axes = {axis for tensor in graph.inputs for axis in tensor.shape if isinstance(axis, str)}
+    usual = 2 if 2 in recipe.branches else recipe.branches[-1]  # G=2 is classifier-free guidance
+    counts = recipe.branches if "branches" in axes else (usual,)
+    ranges = _ranges(recipe) if "batch" in axes else [(1, 1, 1)]
+    if not recipe.several_profiles and not recipe.static and len(counts) > 1:
+        spans = [(counts[0], usual, counts[-1])]
+    else:
+        spans = [(count, count, count) for count in counts]
+    return [_profile(graph, recipe, manifest, batch, span) for batch, span in itertools.product(ranges, spans)]
 
 
-def _profile(graph: GraphSpec, recipe: Recipe, manifest: Manifest, branches: int) -> Profile:
+def _ranges(recipe: Recipe) -> list[tuple[int, int, int]]:
+    """Least, usual and largest batch of each profile. One picture is the case to be fastest at."""
+    if recipe.static or not recipe.several_profiles:
+        return [(size, size, size) for size in recipe.batches]
+    least = [1, *(size + 1 for size in recipe.batches[:-1])]
+    return [(low, 1 if low == 1 else high, high) for low, high in zip(least, recipe.batches, strict=True)]
+
+
+def _profile(
+    graph: GraphSpec, recipe: Recipe, manifest: Manifest, batch: tuple[int, int, int], branches: tuple[int, int, int]
+) -> Profile:
     height, width = manifest.model.latent_size
     tile, (image_height, image_width) = recipe.decode_tile or max(height, width), manifest.image_size
     sides = {
@@ -78,17 +175,15 @@ def _profile(graph: GraphSpec, recipe: Recipe, manifest: Manifest, branches: int
         "image_height": image_height,
         "image_width": image_width,
     }
+    # Of 50 steps, with the null class's rows where there is guidance.
+    rows = (1, min(USUAL_STEPS * branches[1], recipe.rows), recipe.rows)
 
-    def shapes(sizes: dict[str, int], shape: tuple[int | str, ...]) -> tuple[int, ...]:
-        return tuple((sizes | sides)[axis] if isinstance(axis, str) else axis for axis in shape)
+    def shape(axes: tuple[int | str, ...], point: int) -> Shape:
+        sizes = {"batch": batch[point], "branches": branches[point], "rows": rows[point], **sides}
+        return tuple(sizes[axis] if isinstance(axis, str) else axis for axis in axes)
 
-    lowest = {"batch": 1, "branches": branches, "rows": 1}
-    # One picture of 50 steps with its null rows is the case to be fastest at.
-    usual = {"batch": 1, "branches": branches, "rows": min(50 * branches, recipe.rows)}
-    highest = {"batch": recipe.batch, "branches": branches, "rows": recipe.rows}
     return {
-        tensor.name: (shapes(lowest, tensor.shape), shapes(usual, tensor.shape), shapes(highest, tensor.shape))
-        for tensor in graph.inputs
+        tensor.name: (shape(tensor.shape, 0), shape(tensor.shape, 1), shape(tensor.shape, 2)) for tensor in graph.inputs
     }
 
 

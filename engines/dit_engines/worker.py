@@ -1,119 +1,147 @@
-"""The process that builds one engine: ``python -m dit_engines.worker < request.json``.
+"""The process that builds one engine: ``python -m dit_engines.worker``.
 
-A process of its own: the builder's memory is returned when it ends, Ctrl-C ends it at once, and a crash in the compiler
-is an exit code. Prints one JSON object per line: ``{"progress": [done, total]}`` while it works, at the end
-``{"result": {...}}`` or ``{"error": "..."}``.
+A process of its own: the builder's memory is returned when it ends, and a crash in the compiler is an exit code. The
+first line of stdin is the request, as JSON; the end of stdin cancels, so that a builder never outlives its parent.
+Prints one JSON object per line: ``{"progress": share}`` while it works, at the end ``{"result": {…}}`` or
+``{"error": "…", "full": whether the disk was}``.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
 import sys
+import threading
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dit_engines.audit import audit_from_log
+from dit_engines.audit import Audit, audit_of
+from dit_engines.graph_work import graph_work
+from dit_engines.kernels import Kernel, kernel_from_layer, kernels_from_log
+from dit_runtime import tensorrt_api
+from dit_runtime.errors import DiTError
 
-WORKSPACE_BYTES = 4 << 30
+_MEMORY = re.compile(r"Total (Weights|Activation) Memory: (\d+)")
 
 
 def main() -> None:
     """Build what stdin asks for."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C, and ends this process
-    request = json.load(sys.stdin)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
+    request = json.loads(sys.stdin.readline())
+    cancelled = threading.Event()
+    threading.Thread(target=_wait_for_end, args=(cancelled,), daemon=True).start()
     try:
-        _say({"result": _built(request)})
-    except _BuilderError as error:
-        _say({"error": str(error)})
-        sys.exit(1)
+        _say({"result": _built(request, cancelled)})
+    except DiTError as error:
+        _fail(str(error), full=False)
+    except OSError as error:
+        _fail(f"cannot be written ({error.strerror or error})", full=True)
 
 
-class _BuilderError(Exception):
-    pass
+def _fail(reason: str, full: bool) -> None:
+    _say({"error": reason, "full": full})
+    sys.exit(1)
+
+
+def _wait_for_end(cancelled: threading.Event) -> None:
+    while os.read(0, 4096):  # not sys.stdin, whose lock a thread must not hold when the interpreter ends
+        pass
+    cancelled.set()
 
 
 def _say(message: dict[str, Any]) -> None:
     print(json.dumps(message), flush=True)
 
 
-def _built(request: dict[str, Any]) -> dict[str, Any]:
-    import tensorrt_rtx as trt
+class _Share:
+    """One rising share of the work from the builder's nested phases, which are not told how they nest.
 
+    ``Building engine`` is the outermost; in each of its steps, the phase that reports is a part of that step.
+    """
+
+    OUTERMOST = "building engine"
+
+    def __init__(self) -> None:
+        self._done, self._steps, self._told = 0, 6, 0.0  # RTX 1.7 has six
+
+    def reported(self, phase: str, done: int, steps: int) -> None:
+        inside = 0.0
+        if phase.lower() == self.OUTERMOST:
+            self._done, self._steps = done, max(steps, 1)
+        else:
+            inside = min(done / max(steps, 1), 1.0)
+        share = min((self._done + inside) / self._steps, 1.0)
+        if share >= self._told + 0.01:
+            self._told = share
+            _say({"progress": round(share, 3)})
+
+
+def _built(request: dict[str, Any], cancelled: threading.Event) -> dict[str, Any]:
+    library = tensorrt_api.library(request["library"])
     layers: list[str] = []
-    memory: list[str] = []
-    errors: list[str] = []
+    memory: dict[str, list[int]] = {"Weights": [], "Activation": []}
+    share = _Share()
 
-    class Logger(trt.ILogger):  # type: ignore[misc]  # untyped module
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
+    def log(severity: str, message: str) -> None:
+        if message.startswith("Layers:"):
+            layers.append(message)
+        elif found := _MEMORY.search(message):
+            memory[found[1]].append(int(found[2]))
 
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                errors.append(message)
-            elif message.startswith("Layers:"):
-                layers.append(message)
-            elif message.startswith("Total ") and "Memory:" in message:
-                memory.append(message)
+    def reported(phase: str, done: int, steps: int) -> bool:
+        share.reported(phase, done, steps)
+        return not cancelled.is_set()
 
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # untyped module
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-            self._phases: dict[str, int] = {}
-
-        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
-            self._phases[phase] = steps
-
-        def step_complete(self, phase: str, step: int) -> bool:
-            if phase == next(iter(self._phases)):  # the outermost phase
-                _say({"progress": [step + 1, self._phases[phase]]})
-            return True
-
-        def phase_finish(self, phase: str) -> None:
-            return None
-
-    logger = Logger()
-    builder = trt.Builder(logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(request["onnx"]):
-        reasons = [parser.get_error(index).desc() for index in range(parser.num_errors)]
-        raise _BuilderError(f"cannot be parsed: {'; '.join(reasons or errors) or 'no reason given'}")
-    config = builder.create_builder_config()
-    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, WORKSPACE_BYTES)
-    config.clear_flag(trt.BuilderFlag.TF32)  # on by default: FP32 products would lose 13 bits
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    config.progress_monitor = Monitor()
-    config.num_compute_capabilities = 1
-    name = "SM" + request["compute_capability"].replace(".", "")
-    config.set_compute_capability(getattr(trt.ComputeCapability, name), 0)
-    _pin(network, request["profiles"])
-    for shapes in request["profiles"]:
-        profile = builder.create_optimization_profile()
-        for tensor, (low, usual, high) in shapes.items():
-            profile.set_shape(tensor, low, usual, high)
-        if config.add_optimization_profile(profile) < 0:
-            raise _BuilderError(f"optimization profile refused: {'; '.join(errors) or shapes}")
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        raise _BuilderError(f"cannot be built: {'; '.join(errors) or 'no reason given'}")
-    Path(request["plan"]).write_bytes(plan)
-    audit = audit_from_log("\n".join(layers), memory, len(request["profiles"]))
-    return {
-        "builder": f"tensorrt_rtx {trt.__version__}",
-        "plan_bytes": plan.nbytes,
-        "tf32": config.get_flag(trt.BuilderFlag.TF32),
-        "audit": asdict(audit),
-    }
+    cache = request["timing_cache"]
+    built = tensorrt_api.plan_from_onnx(
+        library,
+        Path(request["onnx"]),
+        request["profiles"],
+        log=log,
+        reported=reported,
+        workspace_bytes=request["workspace_bytes"],
+        optimization_level=request["optimization_level"],
+        compute_capability=request["compute_capability"] if library.name == "tensorrt_rtx" else None,
+        auxiliary_streams=request["auxiliary_streams"],
+        timing_cache=None if cache is None else Path(cache).read_bytes(),
+    )
+    plan = tensorrt_api.as_bytes(built.plan)
+    _write(Path(request["plan"]), plan)
+    _write(Path(request["timing_cache_out"]), built.timing_cache)
+    kernels = kernels_from_log("\n".join(layers))
+    activations, weights = memory["Activation"], max(memory["Weights"], default=plan.nbytes)
+    if library.name == "tensorrt":  # built on its GPU, so it can be asked
+        kernels, activations = _inspected(library, plan.data)
+    audit = _audited(kernels, activations, weights, request)
+    return {"plan_bytes": plan.nbytes, "tf32": built.tf32, "audit": asdict(audit)}
 
 
-def _pin(network: Any, profiles: list[dict[str, Any]]) -> None:
-    """Make dimensions static that have one size in all profiles: the builder plans static shapes better."""
-    for index in range(network.num_inputs):
-        tensor = network.get_input(index)
-        shapes = [shape for profile in profiles for shape in profile[tensor.name]]
-        tensor.shape = tuple(sizes[0] if len(set(sizes)) == 1 else -1 for sizes in zip(*shapes, strict=True))
+def _inspected(library: tensorrt_api.TensorRT, plan: memoryview) -> tuple[list[Kernel], list[int]]:
+    """Kernels and activation memory of a plan that this process has just built."""
+    own_logger = tensorrt_api.logger(library, lambda *_: None)
+    runtime = tensorrt_api.runtime_of(library, own_logger)
+    engine = tensorrt_api.engine_from_plan(runtime, plan)
+    profiles = range(len(tensorrt_api.profiles_of(library, engine)))
+    kernels = [kernel_from_layer(layer.details) for layer in tensorrt_api.layers_of(library, engine)]
+    return kernels, [tensorrt_api.activation_bytes(engine, index) for index in profiles]
+
+
+def _audited(kernels: Sequence[Kernel], activations: Sequence[int], weights: int, request: dict[str, Any]) -> Audit:
+    usual = [{name: tuple(points[1]) for name, points in profile.items()} for profile in request["profiles"]]
+    work = [graph_work(Path(request["onnx"]), shapes).macs for shapes in usual]
+    sizes = [*activations, *([0] * len(usual))][: len(usual)]
+    return audit_of(kernels, work, weights, sizes, request["keep_fp32"])
+
+
+def _write(path: Path, content: Any) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 if __name__ == "__main__":

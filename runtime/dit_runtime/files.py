@@ -33,8 +33,11 @@ def replaced_file(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def replaced_folder(path: Path) -> Iterator[Path]:
-    """A temporary sibling folder that becomes ``path`` (replacing an older one) when the block ends well."""
+def replaced_folder(path: Path, option: str = "--output") -> Iterator[Path]:
+    """A temporary sibling folder that becomes ``path`` (replacing an older one) when the block ends well.
+
+    ``option`` is the command's that names the place, for the message.
+    """
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,21 +57,23 @@ def replaced_folder(path: Path) -> Iterator[Path]:
         else:
             temporary.replace(path)
     except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror or error}); choose another --output") from error
+        raise OutputError(f"{path}: cannot be written ({error.strerror or error}); choose another {option}") from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: Path, option: str = "--output") -> None:
     """Say now, rather than after the work, that a file or folder cannot be written at ``path``.
+
+    ``option`` is the command's that names the place, for the message.
 
     Raises:
         OutputError: the nearest existing folder above ``path`` is not a folder or not writable.
     """
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise OutputError(f"{path}: {parent} cannot be written to; choose another --output")
+        raise OutputError(f"{path}: {parent} cannot be written to; choose another {option}")
 
 
 def _umask() -> int:

@@ -1,0 +1,170 @@
+"""Each graph compiled in a process of its own, and what came of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dit_engines.audit import audit_from_json, problems
+from dit_engines.engine_store import STORE_OPTION, TIMING_CACHE, BuiltGraph
+from dit_engines.external_data import check_external_data
+from dit_engines.place import Place
+from dit_engines.recipe import Recipe, profiles_of
+from dit_runtime.bundle import Bundle
+from dit_runtime.errors import BuildError, OutputError
+from dit_runtime.files import sha256_of
+from dit_runtime.progress import Progress
+
+CANCEL_SECONDS = 10
+STEPS = 100  # of the progress bar, for each graph
+
+
+def compiled(
+    bundle: Bundle, recipe: Recipe, place: Place, graphs: Sequence[str], folder: Path, timing_cache: Path | None = None
+) -> tuple[BuiltGraph, ...]:
+    """Compile graphs one after the other into ``folder``, each with the timing cache that the one before left.
+
+    Args:
+        bundle: whose graphs.
+        recipe: shapes and limits.
+        place: library and GPU.
+        graphs: names in the manifest.
+        folder: gets ``GRAPH.plan`` and ``timing.cache``.
+        timing_cache: to begin with.
+
+    Raises:
+        BuildError: a graph cannot be built, does not pass its audit, or the builder kept TF32 on.
+        BundleError: a file of the bundle is missing or altered.
+        OutputError: the folder cannot be written, or is full.
+    """
+    built = []
+    with Progress("building", STEPS * len(graphs)) as bar:
+        for graph in graphs:
+            bar.describe(f"building {graph} for {recipe.target} {recipe.compute_capability}")
+            built.append(_compiled(bundle, recipe, place, graph, folder, timing_cache, bar))
+            check_audit(bundle, built[-1])
+            timing_cache = folder / TIMING_CACHE
+    return tuple(built)
+
+
+def check_audit(bundle: Bundle, built: BuiltGraph) -> None:
+    """Raises BuildError where the builder made less than the bundle's precision asks for."""
+    precision = bundle.manifest.precision
+    if found := problems(built.audit, built.graph, bundle.manifest.model, precision):
+        raise BuildError(
+            f"{bundle.path}: the engine is not the {precision.name} that was asked for: {'; '.join(found)}; nothing "
+            "was stored; export the bundle again"
+        )
+
+
+def _compiled(
+    bundle: Bundle,
+    recipe: Recipe,
+    place: Place,
+    graph: str,
+    folder: Path,
+    timing_cache: Path | None,
+    bar: Progress,
+) -> BuiltGraph:
+    onnx = bundle.graph(graph)
+    check_external_data(onnx)
+    plan = folder / f"{graph}.plan"
+    profiles = profiles_of(bundle.manifest.graphs[graph], recipe, bundle.manifest)
+    request = {
+        "library": place.library,
+        "onnx": os.fspath(onnx),
+        "plan": os.fspath(plan),
+        "profiles": profiles,
+        "compute_capability": recipe.compute_capability,
+        "workspace_bytes": recipe.workspace_bytes,
+        "optimization_level": recipe.optimization_level,
+        "auxiliary_streams": recipe.auxiliary_streams,
+        "timing_cache": None if timing_cache is None else os.fspath(timing_cache),
+        "timing_cache_out": os.fspath(folder / TIMING_CACHE),
+        "keep_fp32": bundle.manifest.precision.keep_fp32 if graph == "step" else (),  # units of the others are whole
+    }
+    start = time.monotonic()
+    result, code, last_words = _answered(request, bar)
+    if "error" in result:
+        if result["full"]:
+            raise OutputError(
+                f"{folder.parent}: the {graph}'s plan {result['error']}; free some space, or choose another "
+                f"{STORE_OPTION}"
+            )
+        raise BuildError(f"{result['error']}; report it with dit-build --version and the bundle's manifest")
+    if "result" not in result and last_words and (code or 0) > 0:
+        raise BuildError(f"{onnx}: the builder process failed ({last_words}); report it")
+    if "result" not in result:
+        raise BuildError(
+            f"{onnx}: the builder process ended with {code}, most likely for want of memory; build with a smaller "
+            "--batch, or with other programs ended"
+        )
+    answer = result["result"]
+    if answer["tf32"]:
+        raise BuildError(f"{onnx}: the builder kept TF32 on, which FP32 parity does not allow; report it")
+    return BuiltGraph(
+        graph=graph,
+        plan=plan.name,
+        plan_bytes=answer["plan_bytes"],
+        plan_sha256=sha256_of(plan),
+        seconds=round(time.monotonic() - start, 1),
+        profiles=tuple(profiles),
+        audit=audit_from_json(answer["audit"]),
+    )
+
+
+def _answered(request: dict[str, Any], bar: Progress) -> tuple[dict[str, Any], int | None, str]:
+    """The worker's last message, its exit code, and the last line of its stderr.
+
+    Ctrl-C cancels its build, and ends it where that takes too long.
+    """
+    result: dict[str, Any] = {}
+    advanced = 0
+    words = [sys.executable, "-m", "dit_engines.worker"]
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as errors,
+        subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+    ):
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            with contextlib.suppress(BrokenPipeError):  # it ended at once; its exit code is the answer
+                process.stdin.write(json.dumps(request) + "\n")
+                process.stdin.flush()
+            for line in process.stdout:
+                message = json.loads(line)
+                if "progress" in message:
+                    share = int(STEPS * message["progress"])
+                    bar.advance(max(0, share - advanced))
+                    advanced = max(share, advanced)
+                else:
+                    result = message
+        except BaseException:
+            _end(process)
+            raise
+        with contextlib.suppress(BrokenPipeError):  # what it did not read is still in the buffer
+            process.stdin.close()
+        process.wait()
+        errors.seek(0)
+        *_, last_words = ["", *errors.read().split("\n")[:-1]]
+    bar.advance(STEPS - advanced)
+    return result, process.returncode, last_words
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Cancel through the end of stdin, which the builder sees at its next step; then end the process."""
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.close()
+    try:
+        process.wait(CANCEL_SECONDS)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        process.kill()

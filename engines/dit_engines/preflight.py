@@ -1,0 +1,89 @@
+"""Whether what a recipe makes will fit the device, asked before it is built and again with the builder's figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+from dit_engines.engine_store import BuiltGraph
+from dit_engines.graph_work import graph_work
+from dit_engines.place import Place
+from dit_engines.recipe import USUAL_STEPS, Recipe, profiles_of
+from dit_runtime.bundle import Bundle
+from dit_runtime.memory import Need, available_bytes, check_fits, need_of
+from dit_runtime.store import StoredGraph
+
+# RTX 1.7's builder gives each graph of small models 8 MiB beyond the tensors that are alive at once.
+BUILDER_BYTES = 8 << 20
+
+
+def usual_rows(recipe: Recipe) -> int:
+    """Rows of the conditioning table of 50 steps, the null class's included."""
+    return min(USUAL_STEPS * recipe.branches[-1], recipe.rows)
+
+
+def estimated_graphs(bundle: Bundle, recipe: Recipe, graphs: tuple[str, ...]) -> dict[str, StoredGraph]:
+    """Weights as the bundle holds them, and activations by what lives at once in the ONNX, at each profile's largest.
+
+    An estimate: a builder fuses, so that it holds less, and gives its convolutions workspace, which comes on top.
+    """
+    found = {}
+    for name in graphs:
+        graph = bundle.manifest.graphs[name]
+        profiles = profiles_of(graph, recipe, bundle.manifest)
+        path = bundle.path / graph.file
+        live = [
+            graph_work(path, {tensor: points[2] for tensor, points in profile.items()}).live_bytes
+            for profile in profiles
+        ]
+        weights = bundle.manifest.files[graph.weights].bytes
+        sizes = tuple(size + BUILDER_BYTES for size in live)
+        found[name] = StoredGraph(name, "", 0, "", tuple(profiles), weights, sizes)
+    return found
+
+
+def built_graphs(graphs: tuple[BuiltGraph, ...]) -> dict[str, StoredGraph]:
+    """The builder's own figures in the store's terms."""
+    return {
+        built.graph: StoredGraph(
+            graph=built.graph,
+            plan=built.plan,
+            plan_bytes=built.plan_bytes,
+            plan_sha256=built.plan_sha256,
+            profiles=built.profiles,
+            weights_bytes=built.audit.weights_bytes,
+            activation_bytes=tuple(profile.activation_bytes for profile in built.audit.profiles),
+        )
+        for built in graphs
+    }
+
+
+def need_at(bundle: Bundle, recipe: Recipe, graphs: Mapping[str, StoredGraph], batch: int, estimated: bool) -> Need:
+    """What sampling needs with engines for no more than ``batch`` pictures.
+
+    A smaller engine than the recipe's is taken to need activations in proportion.
+    """
+    scaled = {
+        name: replace(
+            graph, activation_bytes=tuple(math.ceil(size * batch / recipe.batch) for size in graph.activation_bytes)
+        )
+        if name != "conditioner"
+        else graph
+        for name, graph in graphs.items()
+    }
+    need = need_of(bundle.manifest, scaled, recipe.batch, recipe.branches[-1], usual_rows(recipe), estimated=estimated)
+    return replace(need, buffers=math.ceil(need.buffers * batch / recipe.batch))
+
+
+def check_memory(bundle: Bundle, recipe: Recipe, place: Place, graphs: tuple[str, ...]) -> Need | None:
+    """The estimated need before a build; None where the device's memory is not known.
+
+    Raises:
+        EngineError: more than the device has, with the batch that would fit.
+    """
+    if place.memory_bytes is None:
+        return None
+    estimate = estimated_graphs(bundle, recipe, graphs)
+    available = available_bytes(place.memory_bytes, place.shared_memory)
+    return check_fits(lambda batch: need_at(bundle, recipe, estimate, batch, True), recipe.batch, available)

@@ -1,0 +1,158 @@
+"""The same build several times over: how much of what a builder makes is chance."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from dit_engines.build import graphs_of
+from dit_engines.compile import compiled
+from dit_engines.engine_store import (
+    STORE_OPTION,
+    TIMING_CACHE,
+    BuiltGraph,
+    identity_of,
+    sidecar_of,
+    write_sidecar,
+)
+from dit_engines.place import Place
+from dit_engines.recipe import Recipe
+from dit_runtime.bundle import Bundle
+from dit_runtime.cuda import CudaRuntime
+from dit_runtime.device import TensorRtEngine
+from dit_runtime.engines import Engine
+from dit_runtime.errors import OutputError
+from dit_runtime.files import sha256_of
+from dit_runtime.store import stored_engine
+from dit_runtime.tensorrt_api import library
+from dit_runtime.verify import verified
+
+# The largest parity error of the plans in a folder; only where a GPU can run them.
+Measured = Callable[[Path, Sequence[BuiltGraph]], float]
+
+
+@dataclass(frozen=True)
+class GraphSpread:
+    """One graph over the builds: each build's figures, in their order.
+
+    ``kernels``, ``fused_attention`` and ``activation_bytes`` have a row for each build and a number for each profile;
+    ``distinct_plans`` counts different SHA-256.
+    """
+
+    graph: str
+    seconds: tuple[float, ...]
+    plan_bytes: tuple[int, ...]
+    distinct_plans: int
+    kernels: tuple[tuple[int, ...], ...]
+    fused_attention: tuple[tuple[int, ...], ...]
+    activation_bytes: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """All graphs over the builds, and the parity error of each build where it could be measured."""
+
+    builds: int
+    builder: str
+    graphs: tuple[GraphSpread, ...]
+    errors: tuple[float, ...] | None
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def repeated(
+    bundle: Bundle,
+    recipe: Recipe,
+    place: Place,
+    builds: int,
+    timing_cache: Path | None = None,
+    measured: Measured | None = None,
+) -> Spread:
+    """Build ``builds`` times, beside the store: nothing is kept.
+
+    Args:
+        bundle: at the size in use.
+        recipe: shapes and limits.
+        place: library and GPU.
+        builds: how many.
+        timing_cache: each build begins with it; None begins with nothing, which shows the most spread.
+        measured: the parity error of a build; None where no GPU can run it.
+
+    Raises:
+        BuildError: a build fails, or does not pass its audit.
+        OutputError: no room for the plans.
+    """
+    runs: list[tuple[BuiltGraph, ...]] = []
+    errors: list[float] = []
+    try:
+        for _ in range(builds):
+            with tempfile.TemporaryDirectory(prefix="dit-build-") as name:
+                run = compiled(bundle, recipe, place, graphs_of(bundle), Path(name), timing_cache)
+                if measured is not None:
+                    errors.append(measured(Path(name), run))
+                runs.append(run)
+    except OSError as error:
+        raise OutputError(f"no room for plans ({error}); set TMPDIR to another place than {STORE_OPTION}'s") from error
+    graphs = tuple(_spread(graphs) for graphs in zip(*runs, strict=True))
+    return Spread(builds, f"{place.library} {place.version}", graphs, tuple(errors) if measured else None)
+
+
+def measured_here(bundle: Bundle, recipe: Recipe, place: Place) -> Measured | None:
+    """How to measure the parity error of plans that this GPU built: the largest of the forwards against the reference.
+
+    None where engines are built ahead of time, for no GPU that is known to be here.
+    """
+    if place.gpu is None:
+        return None
+    identity = identity_of(bundle, recipe, place, graphs_of(bundle), None)
+
+    def measured(folder: Path, graphs: Sequence[BuiltGraph]) -> float:
+        digest = sha256_of(folder / TIMING_CACHE)
+        write_sidecar(folder, sidecar_of(bundle, recipe, place, identity, graphs, digest))
+        engine = TensorRtEngine(bundle, stored_engine(folder), library(place.library), CudaRuntime())
+        try:
+            rungs = verified(bundle, cast(Engine, engine), quick=True)
+        finally:
+            engine.close()
+        return max(rung.value for rung in rungs if rung.name.startswith("forward"))
+
+    return measured
+
+
+def _spread(graphs: Sequence[BuiltGraph]) -> GraphSpread:
+    profiles = [built.audit.profiles for built in graphs]
+    return GraphSpread(
+        graph=graphs[0].graph,
+        seconds=tuple(built.seconds for built in graphs),
+        plan_bytes=tuple(built.plan_bytes for built in graphs),
+        distinct_plans=len({built.plan_sha256 for built in graphs}),
+        kernels=tuple(tuple(profile.kernels for profile in own) for own in profiles),
+        fused_attention=tuple(tuple(profile.fused_attention for profile in own) for own in profiles),
+        activation_bytes=tuple(tuple(profile.activation_bytes for profile in own) for own in profiles),
+    )
+
+
+def format_spread(spread: Spread) -> str:
+    """The spread as text for a terminal: one figure where all builds agree, least and most where they do not."""
+    lines = [
+        f"{spread.builds} builds with {spread.builder}",
+        f"{'graph':<14} {'seconds':>13} {'plan MB':>13} {'plans':>12} {'kernels':>15}",
+    ]
+    for graph in spread.graphs:
+        kernels = " ".join(_range(column, "d") for column in zip(*graph.kernels, strict=True))
+        plans = "identical" if graph.distinct_plans == 1 else f"{graph.distinct_plans} differ"
+        sizes = _range([size / 1e6 for size in graph.plan_bytes], ".2f")
+        lines.append(f"{graph.graph:<14} {_range(graph.seconds, '.1f'):>13} {sizes:>13} {plans:>12} {kernels:>15}")
+    errors = (
+        "not measured, since they were built ahead of time" if spread.errors is None else _range(spread.errors, ".2e")
+    )
+    return "\n".join([*lines, f"parity error: {errors}"])
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    least, most = format(min(values), form), format(max(values), form)
+    return least if least == most else f"{least} to {most}"
