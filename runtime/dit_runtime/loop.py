@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from dit_runtime.bundle import Manifest, TensorSpec
-from dit_runtime.engines import Array, Engine
+from dit_runtime.bundle import Manifest
+from dit_runtime.engines import Engine
 from dit_runtime.errors import SamplingError
 from dit_runtime.guidance import Branches, Guidance
 from dit_runtime.image_to_image import Init
 from dit_runtime.noise import CudaNoise, Float32, Noise, TorchNoise, normals
+from dit_runtime.steps import Condition, ConditioningTable, HostSteps, Outcome, Plan, Steps
 from dit_runtime.table import COEFFICIENTS, Schedule
 
 # The conditioning table of DiT-XL/2 takes 783 KB a row: long schedules and large batches compute it in pieces.
 TABLE_BYTES = 256 << 20
 # Rows that the conditioner computes in one call: its activations are several times its output.
 CONDITIONER_BYTES = 32 << 20
-
-Condition = tuple[float, int]  # timestep and label
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,87 +81,6 @@ class Picture:
         return stream.normal(shape, self.noise_dtype).astype(np.float32)
 
 
-class ConditioningTable:
-    """Rows of the conditioning table by (timestep, label), within ``TABLE_BYTES``.
-
-    Rows are computed ahead of their use, ``CONDITIONER_BYTES`` of them at a time. When there is no room for a row that
-    is needed, all are dropped and the table fills up again with what the pictures will use next.
-    """
-
-    def __init__(self, engine: Engine, spec: TensorSpec) -> None:
-        self._conditioner, self._name = engine.session("conditioner"), spec.name
-        shape, dtype = tuple(int(axis) for axis in spec.shape[1:]), np.dtype(spec.dtype)
-        row_bytes = dtype.itemsize * math.prod(shape)
-        self._capacity = max(1, TABLE_BYTES // row_bytes)
-        self._chunk = max(1, CONDITIONER_BYTES // row_bytes)
-        self._rows: dict[Condition, int] = {}
-        self._memory: Array = np.empty((0, *shape), dtype)
-
-    @property
-    def array(self) -> Array:
-        """The rows that are in use, ``[R, …]``."""
-        return self._memory[: len(self._rows)]
-
-    def __getitem__(self, condition: Condition) -> int:
-        """Where a prepared row is."""
-        return self._rows[condition]
-
-    def get(self, condition: Condition) -> int | None:
-        """Where a row is, if it is there."""
-        return self._rows.get(condition)
-
-    def prepare(self, needed: Sequence[Condition], upcoming: Iterator[Condition]) -> None:
-        """Have the rows of ``needed``, and if any is missing as many of ``upcoming`` as fit.
-
-        Raises:
-            SamplingError: one batch needs more rows than the bound of memory allows.
-        """
-        missing = [condition for condition in needed if condition not in self._rows]
-        if not missing:
-            return
-        wanted, room = dict.fromkeys(missing), self._capacity - len(self._rows)
-        if len(wanted) > room:
-            wanted, room = dict.fromkeys(needed), self._capacity
-            if len(wanted) > room:
-                raise SamplingError(
-                    f"this batch needs {len(wanted)} rows of the conditioning table at once, and {room} fit in "
-                    f"{TABLE_BYTES >> 20} MiB; use a smaller batch"
-                )
-            self._rows.clear()
-        for condition in upcoming:
-            if len(wanted) == room:
-                break
-            if condition not in self._rows:
-                wanted[condition] = None
-        conditions, first = list(wanted), len(self._rows)
-        if not first and len(conditions) <= self._chunk:
-            self._memory = self._computed(conditions)  # all at once, as for most runs: nothing to copy
-        else:
-            self._fill(conditions, first)
-        self._rows.update({condition: first + index for index, condition in enumerate(conditions)})
-
-    def _fill(self, conditions: list[Condition], first: int) -> None:
-        """Compute rows into their places, from ``first``."""
-        if len(self._memory) < self._capacity:
-            # Pages that are never written cost nothing.
-            memory = np.empty((self._capacity, *self._memory.shape[1:]), self._memory.dtype)
-            memory[:first] = self._memory[:first]
-            self._memory = memory
-        for start in range(0, len(conditions), self._chunk):
-            chunk = conditions[start : start + self._chunk]
-            self._memory[first + start : first + start + len(chunk)] = self._computed(chunk)
-
-    def _computed(self, conditions: Sequence[Condition]) -> Array:
-        (rows,) = self._conditioner.run(
-            {
-                "timesteps": np.array([time for time, _ in conditions], np.float32),
-                "labels": np.array([label for _, label in conditions], np.int32),
-            },
-            [self._name],
-        )
-        return rows
-
-
 class _Slot:
     """A picture in the batch, and how far it is."""
 
@@ -187,22 +103,7 @@ class _Slot:
         return [(time, label) for label in self.labels[: self.needed[row]]]
 
 
-class _Together(NamedTuple):
-    """What the step graph reads of pictures side by side in one schedule, for all its rows: made once, hardly any work
-    is left between the engine's calls, where the caches are cold.
-
-    ``coefficients [T, B, 17]``, ``weights [T, G, B, C]``, ``rows [T, G, B]``; how many branches each row needs, and
-    whether it draws.
-    """
-
-    coefficients: Float32
-    weights: Float32
-    rows: NDArray[np.int32]
-    needed: list[int]
-    draws: list[bool]
-
-
-def _together(slots: Sequence[_Slot], table: ConditioningTable) -> _Together | None:
+def _planned(slots: Sequence[_Slot], table: ConditioningTable) -> Plan | None:
     """None where the pictures are not in one row of one schedule, or the table has no room for all they will use."""
     first, count = slots[0], len(slots)
     schedule, steps = first.picture.schedule, len(first)
@@ -224,58 +125,75 @@ def _together(slots: Sequence[_Slot], table: ConditioningTable) -> _Together | N
                 return None
             rows[slot.row :, branch, index] = np.array(found, np.int32)
     coefficients = np.repeat(schedule.coefficients[:, None], count, axis=1)
-    return _Together(coefficients, weights, rows, needed.tolist(), first.draws)
+    return Plan(coefficients, weights, rows, needed.tolist(), first.draws)
 
 
 class Advance(NamedTuple):
     """What one engine call did to the batch: a list entry or array row per picture that was in it.
 
-    The arrays, ``[B, C, H, W]``, belong to the batch: copy what is to be kept.
+    The arrays, ``[B, C, H, W]``, belong to the batch and are there until its next call: copy what is to be kept. On a
+    device they stay until they are read, and only those that were asked for or finished were checked to be finite.
     """
 
     keys: list[int]
     completed: list[bool]
     finished: list[bool]
-    latents: Float32
-    denoised: Float32
+    outcome: Outcome
+
+    @property
+    def latents(self) -> Float32:
+        return self.outcome.state[:, 0]
+
+    @property
+    def denoised(self) -> Float32:
+        return self.outcome.denoised
 
 
 class Batch:
     """Up to as many pictures as an engine takes, advanced together, added and finished one by one.
 
-    ``failure`` is what the next ``advance`` will raise.
+    ``failure`` is what the next ``advance`` will raise. Close it at the end: an engine's device memory is lent to it.
     """
 
     def __init__(self, engine: Engine, manifest: Manifest) -> None:
         self._engine, model = engine, manifest.model
-        self._step = engine.session("step")
-        self._table_name = manifest.table.name
-        self._table = ConditioningTable(engine, manifest.table)
+        resident = getattr(engine, "steps", None)
+        self._steps: Steps = (
+            HostSteps(engine, manifest, TABLE_BYTES, CONDITIONER_BYTES)
+            if resident is None
+            else resident(TABLE_BYTES, CONDITIONER_BYTES)
+        )
+        self._table = self._steps.table
         self._shape = (model.latent_channels, *model.latent_size)
         self._slots: list[_Slot] = []
-        self._state = np.zeros((0, 3, *self._shape), np.float32)
-        self._noise = np.zeros((0, *self._shape), np.float32)
-        self._together: _Together | None = None
+        self._plan: Plan | None = None
         self._changed = True  # who is in the batch
         self.failure: SamplingError | None = None
 
     def __len__(self) -> int:
         return len(self._slots)
 
+    def __enter__(self) -> Batch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._steps.close()
+
     def add(self, pictures: Sequence[tuple[int, Picture]]) -> None:
         """Let pictures in, each with a key that its results carry."""
         if not pictures:
             return
-        state = np.zeros((len(pictures), 3, *self._shape), np.float32)
+        latents = np.empty((len(pictures), *self._shape), np.float32)
         for index, (key, picture) in enumerate(pictures):
-            state[index, 0], stream = picture.started(self._shape)
+            latents[index], stream = picture.started(self._shape)
             self._slots.append(_Slot(key, picture, stream))
-        self._state = np.concatenate([self._state, state])
-        self._noise = np.zeros_like(self._state[:, 0])
+        self._steps.join(latents)
         self._changed = True
 
-    def advance(self) -> Advance:
+    def advance(self, read: bool = False) -> Advance:
         """One row of every picture, in one engine call. Finished pictures leave the batch.
+
+        ``read``: the caller will read the arrays, so they must be finite. Arrays that are at hand are always checked.
 
         Raises:
             SamplingError: latents that are no longer finite; pictures that finished in the same call come first, and
@@ -284,10 +202,10 @@ class Batch:
         if self.failure is not None:
             raise self.failure
         slots = self._slots
-        state, denoised = self._step.run(self._inputs(), ["next_state", "denoised"])
+        outcome = self._advanced()
         completed = [slot.completes[slot.row] for slot in slots]
         finished = [slot.row + 1 == len(slot) for slot in slots]
-        if not np.isfinite(state).all():
+        if (read or outcome.at_hand or any(finished)) and not np.isfinite(state := outcome.state).all():
             sound = [bool(np.isfinite(values).all()) for values in state]
             self.failure = self._not_finite(slots[sound.index(False)])
             finished = [done and fine for done, fine in zip(finished, sound, strict=True)]
@@ -295,34 +213,24 @@ class Batch:
                 raise self.failure
         for slot in slots:
             slot.row += 1
-        self._state = state
         if any(finished):
             kept = [index for index, done in enumerate(finished) if not done]
             self._slots = [slots[index] for index in kept]
-            self._state, self._noise = state[kept], self._noise[kept]
+            self._steps.leave(kept)
             self._changed = True
-        return Advance([slot.key for slot in slots], completed, finished, state[:, 0], denoised)
+        return Advance([slot.key for slot in slots], completed, finished, outcome)
 
-    def _inputs(self) -> dict[str, Array]:
-        """What the step graph reads, for each picture's own row."""
-        slots, together = self._slots, None if self._changed else self._together
-        if together is not None:
+    def _advanced(self) -> Outcome:
+        """The step's call, for each picture's own row."""
+        slots, plan = self._slots, None if self._changed else self._plan
+        if plan is not None:
             row = slots[0].row
-            if together.draws[row]:
-                self._noise[:] = self._drawn(slots)
-            branches = together.needed[row]
-            return {
-                "state": self._state,
-                "noise": self._noise,
-                "coefficients": together.coefficients[row],
-                "guidance": together.weights[row, :branches],
-                "rows": together.rows[row, :branches],
-                self._table_name: self._table.array,
-            }
+            return self._steps.planned(plan, row, self._drawn(slots) if plan.draws[row] else None)
         conditions = [slot.conditions() for slot in slots]
-        self._table.prepare([condition for each in conditions for condition in each], self._upcoming())
+        needed = [condition for each in conditions for condition in each]
+        self._table.prepare(needed, self._upcoming, self._changed and self._steps.looks_ahead)
         if self._changed:
-            self._together, self._changed = _together(slots, self._table), False
+            self._plan, self._changed = _planned(slots, self._table), False
         branches = max(slot.needed[slot.row] for slot in slots)
         coefficients = np.empty((len(slots), COEFFICIENTS), np.float32)
         weights = np.zeros((branches, len(slots), self._shape[0]), np.float32)
@@ -334,17 +242,8 @@ class Batch:
             weights[:count, index] = picture.branches.weights[row, :count]
             rows[:count, index] = [self._table[condition] for condition in conditions[index]]
         drawing = [index for index, slot in enumerate(slots) if slot.draws[slot.row]]
-        # Where k is 0, what is left of the noise of the step before does nothing.
-        if drawing:
-            self._noise[drawing] = self._drawn([slots[index] for index in drawing])
-        return {
-            "state": self._state,
-            "noise": self._noise,
-            "coefficients": coefficients,
-            "guidance": weights,
-            "rows": rows,
-            self._table_name: self._table.array,
-        }
+        noise = self._drawn([slots[index] for index in drawing]) if drawing else None
+        return self._steps.once(coefficients, weights, rows, noise, drawing)
 
     def _drawn(self, slots: Sequence[_Slot]) -> Float32:
         if all(slot.picture.noise_dtype == "float32" for slot in slots):

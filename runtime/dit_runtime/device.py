@@ -1,0 +1,257 @@
+"""TensorRT's plans on a GPU, as an engine: what its sessions and its sampling loop share.
+
+All work of an engine is queued on one stream, so one block of memory serves the activations of all its graphs, which
+never run together. A lock makes each call whole: threads may share an engine, and take turns. Engines share nothing.
+
+``dit_runtime.device_session`` is for single calls, ``dit_runtime.device_loop`` the loop that stays on the device.
+"""
+
+from __future__ import annotations
+
+import mmap
+import sys
+import threading
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from dit_runtime import tensorrt_api
+from dit_runtime.bundle import Bundle, GraphSpec
+from dit_runtime.cuda import Cuda
+from dit_runtime.device_loop import DeviceSteps
+from dit_runtime.device_memory import DeviceBuffer
+from dit_runtime.device_session import Fit, Loaded, TensorRtSession, fitted
+from dit_runtime.errors import EngineError
+from dit_runtime.store import Shape, StoredEngine, StoredGraph
+from dit_runtime.tensorrt_api import TensorRT
+
+Shape2 = tuple[int, int]  # (batch, branches)
+
+
+class TensorRtEngine:
+    """Plans of ``dit-build`` on the GPU present. Close it to give the device's memory back.
+
+    Args:
+        bundle: at the size in use.
+        stored: of that bundle.
+        library: TensorRT or TensorRT-RTX, imported.
+        cuda: the GPU.
+        threads: for the record; the CPU computes nothing here.
+        captured: whether the loop's steps are CUDA graphs; False queues each kernel every time.
+
+    Attributes:
+        graphs: those that there are plans of; never the probe.
+        stream: on which all work is queued.
+        activations: the block that all contexts share.
+
+    Raises:
+        EngineError: plans of another bundle, size, library, version or GPU, or a plan that is not what was built.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        stored: StoredEngine,
+        library: TensorRT,
+        cuda: Cuda,
+        threads: int = 0,
+        captured: bool = True,
+    ) -> None:
+        facts = cuda.device()
+        if (stored.bundle, stored.image_size) != (bundle.digest, bundle.manifest.image_size):
+            raise EngineError(
+                f"{stored.folder}: built from bundle {stored.bundle[:12]} for {_by(stored.image_size)} pictures, this "
+                f"is {bundle.digest[:12]} for {_by(bundle.manifest.image_size)}; run dit-build on this bundle"
+            )
+        stored.check_device(library.name, library.version, facts.compute_capability, facts.name)
+        self.bundle, self.stored, self.threads, self.captured = bundle, stored, threads, captured
+        self.graphs = tuple(stored.graphs)
+        self.name = f"{library.name} {library.version} {facts.name}, plans {stored.folder.name}"
+        self.library, self.cuda, self.lock = library, cuda, threading.RLock()
+        self.max_batch: int | None = max(largest[0] for _, _, largest in self.profiles("step"))
+        self._said: list[str] = []
+        self._logger = tensorrt_api.logger(library, self._noted)  # must outlive the runtime, and that its engines
+        self._runtime = tensorrt_api.runtime_of(library, self._logger)
+        self.stream = cuda.stream()
+        self.activations = DeviceBuffer(cuda, self.stream)
+        self._loaded: dict[str, Loaded] = {}
+        self._loads: dict[str, int] = {}
+        self._sessions: dict[str, TensorRtSession] = {}
+        self._loops: list[DeviceSteps] = []
+        self._idle: list[DeviceSteps] = []
+
+    def profiles(self, graph: str) -> list[tuple[Shape2, Shape2, Shape2]]:
+        """Least, usual and largest (batch, branches) of each profile; rows in place of a batch for the conditioner."""
+        spec, stored = self.bundle.manifest.graphs[graph], self._stored(graph)
+
+        def size(shapes: Mapping[str, tuple[Shape, Shape, Shape]], axis: str, point: int) -> int | None:
+            found = [
+                shapes[tensor.name][point][tensor.shape.index(axis)] for tensor in spec.inputs if axis in tensor.shape
+            ]
+            return found[0] if found else None
+
+        def pair(shapes: Mapping[str, tuple[Shape, Shape, Shape]], point: int) -> Shape2:
+            batch = size(shapes, "batch", point) or size(shapes, "rows", point)
+            return batch or 1, size(shapes, "branches", point) or 1
+
+        return [(pair(shapes, 0), pair(shapes, 1), pair(shapes, 2)) for shapes in stored.profiles]
+
+    def session(self, graph: str) -> TensorRtSession:
+        """The session of a graph. Its plan is loaded when it runs."""
+        with self.lock:
+            if graph not in self._sessions:
+                self._stored(graph)
+                self._sessions[graph] = TensorRtSession(self, graph)
+            return self._sessions[graph]
+
+    def steps(self, table_bytes: int, conditioner_bytes: int) -> DeviceSteps:
+        """A loop that stays on the device, for one batch at a time: one that is idle, with its graphs, or another."""
+        with self.lock:
+            self._check_open()
+            for steps in self._idle:
+                if steps.bounds == (table_bytes, conditioner_bytes):
+                    self._idle.remove(steps)
+                    return steps
+            steps = DeviceSteps(self, table_bytes, conditioner_bytes)
+            self._loops.append(steps)
+            return steps
+
+    def give_back(self, steps: DeviceSteps) -> None:
+        """A batch is over and its loop idle."""
+        with self.lock:
+            if steps in self._loops and steps not in self._idle:
+                self._idle.append(steps)
+
+    def load(self, graph: str) -> Loaded:
+        """A graph's plan on the device, checked and deserialized where it is not there."""
+        if graph not in self._loaded:
+            self._check_open()
+            plan = self.stored.plan(graph)
+            self._said.clear()
+            try:
+                # Mapped: on a Jetson a copy would take of the memory that the weights are about to need.
+                with (
+                    plan.open("rb") as file,
+                    mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+                    memoryview(mapped) as content,
+                ):
+                    loaded = Loaded(self.library, self._runtime, content)
+            except EngineError as error:
+                raise EngineError(f"{plan}: {error} ({self._why()}); run dit-build again, or free memory") from error
+            except (OSError, ValueError) as error:
+                raise EngineError(f"{plan}: cannot be read ({error}); run dit-build again") from error
+            spec = self.bundle.manifest.graphs[graph]
+            expected = {tensor.name: np.dtype(tensor.dtype) for tensor in (*spec.inputs, *spec.outputs)}
+            for name, tensor in loaded.tensors.items():
+                if tensor.dtype != expected.get(name):
+                    raise EngineError(
+                        f"{plan}: has a tensor {name!r} of {tensor.dtype}, the bundle's {graph} has "
+                        f"{expected.get(name, 'none')}; run dit-build again"
+                    )
+            self._loaded[graph] = loaded
+            self._loads[graph] = self._loads.get(graph, 0) + 1
+        return self._loaded[graph]
+
+    def loads(self, graph: str) -> int:
+        """How often a graph that is on the device has been loaded; 0 where it is not there."""
+        return self._loads[graph] if graph in self._loaded else 0
+
+    def unload(self, graph: str) -> None:
+        """Free a graph's weights. It is loaded again when it is needed."""
+        self.cuda.synchronize(self.stream)  # its last call
+        if graph in self._sessions:
+            self._sessions[graph].free()
+        self._loaded.pop(graph, None)
+
+    def fit(self, graph: str, shapes: Mapping[str, Shape]) -> Fit:
+        """The profile that takes inputs of these shapes.
+
+        Raises:
+            EngineError: there is none: the shapes, what there is, and how to have it built.
+        """
+        spec, stored = self.bundle.manifest.graphs[graph], self._stored(graph)
+        if (found := fitted(spec, stored, shapes)) is not None:
+            return found
+        profiles = [{name: (least, most) for name, (least, _, most) in each.items()} for each in stored.profiles]
+        has = "; ".join(_axes(spec, profile) for profile in profiles)
+        raise EngineError(
+            f"{self.name}: no optimization profile of the {graph} takes "
+            f"{_axes(spec, {name: (shape, shape) for name, shape in shapes.items()})}, only {has}; build for it with "
+            "dit-build (--batch, --branches, --rows, --decode-tile)"
+        )
+
+    def start(self, context: Any) -> None:
+        """Queue a context's work.
+
+        Raises:
+            EngineError: the library refuses, with what it said.
+        """
+        self._said.clear()
+        try:
+            tensorrt_api.enqueue(context, self.stream)
+        except EngineError as error:
+            raise EngineError(f"{self.name}: {error} ({self._why()}); run dit-verify on this engine") from error
+
+    def give_activations(self, context: Any, loaded: Loaded, profile: int) -> None:
+        """The block that all contexts share, as large as this one needs."""
+        self.activations.reserve(max(loaded.activation_bytes(profile), 1))
+        tensorrt_api.give_memory(context, self.activations.address, self.activations.size)
+
+    def close(self) -> None:
+        """Give back all that is held on the device. The engine cannot be used afterwards."""
+        with self.lock:
+            for steps in self._loops:
+                steps.free()
+            self._loops, self._idle = [], []
+            for graph in list(self._loaded):
+                self.unload(graph)
+            self.activations.free()
+            if self.stream:
+                self.cuda.destroy_stream(self.stream)
+                self.stream = 0
+
+    def __enter__(self) -> TensorRtEngine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # At the interpreter's end CUDA may be gone, and the driver frees what a process had.
+        if getattr(self, "stream", 0) and not sys.is_finalizing():
+            self.close()
+
+    def _stored(self, graph: str) -> StoredGraph:
+        if graph not in self.stored.graphs:
+            known = ", ".join(self.stored.graphs)
+            raise EngineError(f"{self.name}: has no plan of the {graph}, only of {known}; choose another engine for it")
+        return self.stored.graphs[graph]
+
+    def _check_open(self) -> None:
+        if not self.stream:
+            raise EngineError(f"{self.name}: is closed; open it again")
+
+    def _why(self) -> str:
+        return "; ".join(" ".join(message.split()) for message in self._said) or "no reason given"
+
+    def _noted(self, severity: str, message: str) -> None:
+        if severity == "error":
+            self._said.append(message)
+
+
+def _by(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def _axes(spec: GraphSpec, shapes: Mapping[str, tuple[Shape, Shape]]) -> str:
+    """The dynamic axes of inputs between a least and a largest shape: ``batch 2 to 4, branches 2``."""
+    sizes: dict[str, str] = {}
+    for tensor in spec.inputs:
+        for axis, low, high in zip(tensor.shape, *shapes[tensor.name], strict=True):
+            if isinstance(axis, str):
+                sizes[axis] = str(low) if low == high else f"{low} to {high}"
+    return ", ".join(f"{axis} {size}" for axis, size in sizes.items())

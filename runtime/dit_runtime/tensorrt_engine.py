@@ -1,0 +1,84 @@
+"""Which stored engine runs a bundle here: found, held against the GPU and its memory, and only then opened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from dit_runtime import tensorrt_api
+from dit_runtime.bundle import ENGINES, Bundle
+from dit_runtime.cuda import Cuda, CudaRuntime, DeviceFacts
+from dit_runtime.device import TensorRtEngine
+from dit_runtime.engines import TENSORRT
+from dit_runtime.errors import EngineError
+from dit_runtime.memory import Need, available_bytes, check_fits, need_of
+from dit_runtime.store import PRODUCTS, SIDECAR, StoredEngine, stored_engines
+
+
+def engine_from_store(
+    bundle: Bundle,
+    name: str,
+    threads: int = 0,
+    store: Path | None = None,
+    cuda: Cuda | None = None,
+    imported: Callable[[str], tensorrt_api.TensorRT] = tensorrt_api.library,
+) -> TensorRtEngine:
+    """The engine last built for this bundle at its size, this library and this GPU.
+
+    Args:
+        bundle: whose engines.
+        name: a key of ``engines.TENSORRT``.
+        threads: for the record.
+        store: where engines are kept; None is the bundle's own ``engines`` folder.
+        cuda: the GPU; None is the first that the process sees.
+        imported: gives a library by its name.
+
+    Raises:
+        EngineError: no library, driver or GPU; nothing built, or for another version or GPU; too little memory.
+    """
+    folder, damaged = store or bundle.path / ENGINES, list[str]()
+    library = imported(TENSORRT[name])
+    cuda = cuda or CudaRuntime()
+    facts = cuda.device()
+    built = [engine for engine in stored_engines(bundle, store, damaged.append) if engine.library == library.name]
+    refused: list[EngineError] = []
+    for stored in sorted(built, key=lambda engine: (engine.folder / SIDECAR).stat().st_mtime, reverse=True):
+        try:
+            stored.check_device(library.name, library.version, facts.compute_capability, facts.name)
+        except EngineError as error:
+            refused.append(error)
+            continue
+        _check_memory(bundle, stored, facts)
+        return TensorRtEngine(bundle, stored, library, cuda, threads)
+    if refused:
+        raise refused[0]
+    height, width = bundle.manifest.image_size
+    target = "this" if library.name == "tensorrt" else f"rtx --compute-capability {facts.compute_capability}"
+    raise EngineError(
+        f"{folder}: no engine of {PRODUCTS[library.name]} for pictures of {height}x{width}"
+        f"{f' ({damaged[0]})' if damaged else ''}; run dit-build {bundle.path} --target {target}"
+    )
+
+
+def _check_memory(bundle: Bundle, stored: StoredEngine, facts: DeviceFacts) -> None:
+    """Say before loading that not even the smallest batch fits.
+
+    Raises:
+        EngineError: the need by the builder's own figures, and what the device has.
+    """
+    manifest = bundle.manifest
+    if not {"conditioner", "step", "decoder"} <= stored.graphs.keys():
+        return  # a missing plan is told where it is asked for
+    profiles = stored.graphs["step"].profiles
+    batch, branches = min((profile["rows"][0][1], profile["rows"][0][0]) for profile in profiles)
+    most = max(profile["timesteps"][2][0] for profile in stored.graphs["conditioner"].profiles)
+    rows = min(most, 2 * manifest.defaults.steps)
+
+    def need_at(size: int) -> Need:
+        return need_of(manifest, stored.graphs, size, branches, rows)
+
+    available = available_bytes(facts.memory_bytes, facts.integrated, facts.free_bytes)
+    try:
+        check_fits(need_at, batch, available)
+    except EngineError as error:
+        raise EngineError(f"{stored.folder}: {error}") from error
