@@ -23,7 +23,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from dit_runtime import Pipeline, __version__
-from dit_runtime.engines import _OnnxRuntimeSession
+from dit_runtime.onnxruntime_engine import _OnnxRuntimeSession
 from dit_runtime.sample import main
 
 PER_PICTURE = ("label", "seed", "noise", "guidance", "init", "batch")  # lists in a grid's record

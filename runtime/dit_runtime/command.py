@@ -13,6 +13,11 @@ from typing import Any, NoReturn
 from dit_runtime.errors import DiTError
 
 INTERRUPTED = 130
+# Names of ``engines.ENGINES``, which commands show before they import anything heavy.
+ENGINE_HELP = (
+    "auto, tensorrt, tensorrt-rtx, openvino, onnxruntime, onnxruntime-cuda, onnxruntime-tensorrt or onnxruntime-rtx; "
+    "auto is TensorRT where an engine for the GPU here was built, else ONNX Runtime on the CPU"
+)
 
 
 class Parser(argparse.ArgumentParser):

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
-import numpy as np
 from numpy.typing import NDArray
 
+from dit_runtime.bundle import ENGINES as ENGINES_FOLDER
 from dit_runtime.bundle import Bundle
 from dit_runtime.errors import EngineError
+from dit_runtime.onnxruntime_engine import OnnxRuntimeEngine, imported_onnxruntime
+from dit_runtime.onnxruntime_gpu import PROVIDERS, has_driver
+from dit_runtime.openvino_engine import OpenVinoEngine, imported_openvino
 
-if TYPE_CHECKING:
-    import onnxruntime
+__all__ = [
+    "ENGINES",
+    "TENSORRT",
+    "Array",
+    "Candidate",
+    "Engine",
+    "OnnxRuntimeEngine",
+    "OpenVinoEngine",
+    "Session",
+    "candidates",
+    "engine_for",
+    "open_engine",
+]
 
-ENGINES = ("onnxruntime",)
+# TensorRT's engines, which dit-build makes, and their libraries.
+TENSORRT = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+ENGINES = (*TENSORRT, "openvino", "onnxruntime", *(f"onnxruntime-{name}" for name in PROVIDERS))
 
 Array = NDArray[Any]
 
@@ -33,7 +49,7 @@ class Engine(Protocol):
     """What runs a bundle's graphs.
 
     Attributes:
-        name: with version and device, for the record.
+        name: with version, device and precision, for the record.
         max_batch: most pictures in one call, None for no limit of its own.
         threads: of the CPU, 0 where the engine chooses.
     """
@@ -47,79 +63,72 @@ class Engine(Protocol):
         ...
 
 
-class OnnxRuntimeEngine:
-    """ONNX Runtime on the CPU. ``threads``: 0 lets ONNX Runtime choose."""
+@dataclass(frozen=True)
+class Candidate:
+    """An engine as ``open_engine`` takes it: its name and precision."""
 
-    max_batch: int | None = None
-
-    def __init__(self, bundle: Bundle, threads: int = 0) -> None:
-        self._runtime = _imported_onnxruntime()
-        self._bundle, self.threads = bundle, threads
-        self._sessions: dict[str, _OnnxRuntimeSession] = {}
-        self.name = f"onnxruntime {self._runtime.__version__} CPU"
-
-    def session(self, graph: str) -> Session:
-        if graph not in self._sessions:
-            path = self._bundle.graph(graph)
-            options = self._runtime.SessionOptions()
-            options.intra_op_num_threads = self.threads
-            options.log_severity_level = 3
-            try:
-                session = self._runtime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
-            except Exception as error:  # its exception types are not public
-                raise EngineError(
-                    f"{path}: {self.name} cannot load it ({str(error).splitlines()[0]}); "
-                    "install the onnxruntime of the constraints file or another engine"
-                ) from error
-            self._sessions[graph] = _OnnxRuntimeSession(session, f"{self.name}, graph {graph}")
-        return self._sessions[graph]
+    name: str
+    precision: str | None = None
 
 
-class _OnnxRuntimeSession:
-    def __init__(self, session: onnxruntime.InferenceSession, name: str) -> None:
-        self._session, self._name = session, name
+def open_engine(
+    bundle: Bundle, name: str = "auto", threads: int = 0, precision: str | None = None, store: Path | None = None
+) -> Engine:
+    """The engine to run a bundle with.
 
-    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
-        try:
-            results = self._session.run(list(outputs), {key: np.ascontiguousarray(v) for key, v in inputs.items()})
-        except Exception as error:  # its exception types are not public
-            shapes = ", ".join(f"{key} {value.dtype}{list(value.shape)}" for key, value in inputs.items())
-            raise EngineError(
-                f"{self._name} failed on {shapes}: {str(error).splitlines()[0]}; try a smaller batch"
-            ) from error
-        return [np.asarray(result) for result in results]
-
-
-def open_engine(bundle: Bundle, name: str = "auto", threads: int = 0) -> Engine:
-    """The engine to run a bundle with. ``auto`` is the fastest one installed.
+    Args:
+        bundle: whose graphs, at its size in use.
+        name: one of ``ENGINES``; ``auto`` is ONNX Runtime on the CPU, which runs every bundle.
+        threads: of the CPU; 0 lets the engine choose.
+        precision: ``f32`` or ``bf16``; None is the bundle's own where the engine has it, or the nearest.
+        store: where TensorRT's engines are, None for the bundle's own folder, and where others may keep graphs in their
+            own form (``Bundle.path / ENGINES``), None for nowhere.
 
     Raises:
-        EngineError: unknown, or not installed (the message says what to install).
+        EngineError: unknown, not installed, or not able to run here (the message says what to do).
     """
-    if name in ("auto", "onnxruntime"):
-        return OnnxRuntimeEngine(bundle, threads)
-    raise EngineError(f"engine {name!r} is unknown; choose auto or one of {', '.join(ENGINES)}")
+    if name in TENSORRT and precision is None:
+        from dit_runtime.tensorrt_engine import engine_from_store  # it needs this module's protocols
 
-
-def _imported_onnxruntime() -> Any:
-    variants = [name for name in ("onnxruntime", "onnxruntime-gpu") if _installed(name)]
-    if len(variants) == 2:
+        return engine_from_store(bundle, name, threads, store)
+    if name == "openvino":
+        return OpenVinoEngine(bundle, threads, precision, store=store)
+    if name not in ("auto", *ENGINES):
+        raise EngineError(f"engine {name!r} is unknown; choose auto or one of {', '.join(ENGINES)}")
+    provider = "cpu" if name in ("auto", "onnxruntime") else name.removeprefix("onnxruntime-")
+    if precision not in (None, "f32") or (precision and provider != "cpu"):
         raise EngineError(
-            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files; keep one: "
-            "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'dit-export[cpu]' or 'dit-export[gpu]'"
+            f"precision {precision!r} with {name}: ONNX Runtime computes in FP32 on a CPU, and a GPU's engine as the "
+            "bundle says; leave it out, or use --engine openvino"
         )
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise EngineError(
-            "no inference engine is installed; on a CPU: pip install 'dit-export[cpu]' (ONNX Runtime)"
-        ) from error
-    return onnxruntime
+    return OnnxRuntimeEngine(bundle, threads, provider, store)
 
 
-def _installed(distribution: str) -> bool:
+def engine_for(bundle: Bundle, name: str = "auto", threads: int = 0, precision: str | None = None) -> Engine:
+    """``open_engine`` as the commands call it: what OpenVINO prepares is kept beside the bundle.
+
+    Without that, the weights of an FP16 bundle would be in memory twice.
+    """
+    return open_engine(bundle, name, threads, precision, bundle.path / ENGINES_FOLDER if name == "openvino" else None)
+
+
+def candidates(bundle: Bundle) -> list[Candidate]:
+    """The engines that are installed and can be tried here, the fastest expected first.
+
+    Left to be named by the user: what builds for minutes (TensorRT's and RTX's providers), and BF16 for a bundle that
+    was exported in FP32.
+    """
+    found = []
     try:
-        importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+        if PROVIDERS["cuda"] in imported_onnxruntime().get_available_providers() and has_driver():
+            found.append(Candidate("onnxruntime-cuda"))
+        onnxruntime = [Candidate("onnxruntime")]
+    except EngineError:
+        onnxruntime = []
+    try:
+        capabilities = imported_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    except EngineError:
+        return found + onnxruntime
+    if bundle.manifest.precision.name == "fp16" and "BF16" in capabilities:
+        found.append(Candidate("openvino", "bf16"))
+    return [*found, Candidate("openvino", "f32"), *onnxruntime]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_runtime.bundle import ENCODER, Bundle, Manifest, open_bundle
-from dit_runtime.engines import Engine, open_engine
+from dit_runtime.engines import Engine, engine_for
 from dit_runtime.errors import SamplingError
 from dit_runtime.guidance import Branches, Guidance, branches
 from dit_runtime.image_to_image import STRENGTH, Init, Start, inits_from, table_from
 from dit_runtime.labels import Label, label_number, label_weights
-from dit_runtime.loop import Batch, Picture
+from dit_runtime.loop import Advance, Batch, Picture
 from dit_runtime.noise import CudaNoise, Float32
 from dit_runtime.schedule import Schedule, schedule_for, steps_skipped
 from dit_runtime.settings import Settings
@@ -37,6 +37,7 @@ class Pipeline:
         threads: of the CPU, for an engine that is opened here; 0 lets it choose.
         size: height and width of pictures in pixels, one of ``manifest.image_sizes``; None is the first, or that of
             an opened bundle.
+        precision: ``f32`` or ``bf16``, of an engine that is named and has a choice (OpenVINO); None is its default.
 
     Raises:
         BundleError: the bundle is missing, incomplete or altered, or has no graphs for that size.
@@ -50,12 +51,13 @@ class Pipeline:
         engine: str | Engine = "auto",
         threads: int = 0,
         size: tuple[int, int] | None = None,
+        precision: str | None = None,
     ) -> None:
         self.bundle = (bundle if isinstance(bundle, Bundle) else open_bundle(bundle)).at(size)
         if engine == "auto":
             self.engine: Engine = trusted_engine(self.bundle, threads)
         else:
-            self.engine = open_engine(self.bundle, engine, threads) if isinstance(engine, str) else engine
+            self.engine = engine_for(self.bundle, engine, threads, precision) if isinstance(engine, str) else engine
 
     @property
     def manifest(self) -> Manifest:
@@ -83,9 +85,9 @@ class Pipeline:
         Raises:
             SamplingError: arguments that do not fit the model, or latents that are no longer finite.
         """
-        for _, latents, _ in self.trajectory(labels, seeds, **settings):
-            final = latents
-        return self.decode(final)
+        pictures = self.pictures(labels, seeds, **settings)
+        self.check_batch(len(pictures))
+        return self.decode(self.finished(pictures))
 
     def trajectory(
         self, labels: Sequence[Label], seeds: Sequence[int] | int = 0, **settings: Unpack[Settings]
@@ -101,16 +103,30 @@ class Pipeline:
 
     def advanced(self, pictures: Sequence[Picture]) -> Iterator[tuple[int, Float32, Float32]]:
         """``trajectory`` of pictures that share one schedule."""
-        batch = Batch(self.engine, self.manifest)
-        batch.add(list(enumerate(pictures)))
-        completed = 0
-        while len(batch):
-            step = batch.advance()
-            if batch.failure is not None:
-                raise batch.failure
-            if step.completed[0]:
-                yield completed, step.latents.copy(), step.denoised.copy()
-                completed += 1
+        for completed, step in enumerate(self._steps(pictures, read=True)):
+            yield completed, step.latents.copy(), step.denoised.copy()
+
+    def finished(self, pictures: Sequence[Picture], completed: Callable[[], None] = lambda: None) -> Float32:
+        """The last latents ``[N, C, H, W]`` of pictures that share one schedule.
+
+        An engine that keeps latents on its device gives only these. ``completed`` is called after each completed step;
+        on such an engine when it is queued, two steps before its end at most.
+        """
+        for step in self._steps(pictures, read=False):
+            completed()
+            last = step
+        return last.latents.copy()
+
+    def _steps(self, pictures: Sequence[Picture], read: bool) -> Iterator[Advance]:
+        """The completed steps of pictures that share one schedule."""
+        with Batch(self.engine, self.manifest) as batch:
+            batch.add(list(enumerate(pictures)))
+            while len(batch):
+                step = batch.advance(read)
+                if batch.failure is not None:
+                    raise batch.failure
+                if step.completed[0]:
+                    yield step
 
     def stream(self, pictures: Iterable[Picture], batch_size: int = 16) -> Iterator[tuple[int, Float32]]:
         """Continuous batching: pictures of any schedules and guidance share the engine's batch.
@@ -129,14 +145,14 @@ class Pipeline:
         return self._streamed(enumerate(pictures), batch_size)
 
     def _streamed(self, waiting: Iterator[tuple[int, Picture]], batch_size: int) -> Iterator[tuple[int, Float32]]:
-        batch = Batch(self.engine, self.manifest)
-        while True:
-            batch.add(list(islice(waiting, batch_size - len(batch))))
-            if not len(batch):
-                return
-            step = batch.advance()
-            for index in np.flatnonzero(step.finished):
-                yield step.keys[index], step.latents[index].copy()
+        with Batch(self.engine, self.manifest) as batch:
+            while True:
+                batch.add(list(islice(waiting, batch_size - len(batch))))
+                if not len(batch):
+                    return
+                step = batch.advance()
+                for index in np.flatnonzero(step.finished):
+                    yield step.keys[index], step.latents[index].copy()
 
     def decode(self, latents: Float32, tile: int | None = None, batch: int | None = None) -> NDArray[np.uint8]:
         """Latents ``[N, C, h, w]`` → uint8 pictures ``[N, H, W, 3]``.
@@ -146,13 +162,13 @@ class Pipeline:
             tile: side of the tiles to decode in, in latent pixels, at least 4; None, or a tile as large as the picture,
                 decodes it whole. Memory is one tile's, and the result close to the whole's but not the same: the
                 decoder's group normalization and attention see one tile only.
-            batch: pictures in one decoder call; None is all.
+            batch: pictures in one decoder call; None is all, or as many as the engine takes.
 
         Raises:
             SamplingError: tile or batch too small, or pixels that are not finite.
         """
         check_tile(tile)
-        batch = len(latents) if batch is None else batch
+        batch = min(len(latents), self.engine.max_batch or len(latents)) if batch is None else batch
         if batch < 1:
             raise SamplingError(f"{batch} pictures per decoder call: expected at least 1")
         parts = [self._decoded(latents[start : start + batch], tile) for start in range(0, len(latents), batch)]

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_runtime.command import Parser, image_size, positive, print_json, run
+from dit_runtime.command import ENGINE_HELP, Parser, image_size, positive, print_json, run
 
 if TYPE_CHECKING:
     from dit_runtime.images import Pictures
@@ -92,7 +92,8 @@ def _parser() -> Parser:
         help="of the pictures, one that the bundle has (default: its first)",
     )
     where = parser.add_argument_group("where")
-    where.add_argument("--engine", default="auto", help="auto or onnxruntime; auto takes a verified engine only")
+    where.add_argument("--engine", default="auto", help=f"{ENGINE_HELP}; auto takes a verified one only")
+    where.add_argument("--precision", choices=("f32", "bf16"), help="of OpenVINO (default: the bundle's or nearest)")
     where.add_argument(
         "--threads", type=positive, help="of the CPU (default: the engine's choice; with --from-image, the record's)"
     )
@@ -149,10 +150,10 @@ def _main(argv: list[str] | None) -> int:
         entries = from_text(args.from_image, read_png(args.from_image)[1])
         check_bundle(bundle, entries[0])
         size = tuple(entries[0]["size"])
-        pipe = Pipeline(bundle, args.engine, args.threads or entries[0]["threads"], size)
+        pipe = Pipeline(bundle, args.engine, args.threads or entries[0]["threads"], size, args.precision)
         work = recorded(pipe, args.from_image, entries, given)
     else:
-        pipe = Pipeline(bundle, args.engine, args.threads or 0, args.size)
+        pipe = Pipeline(bundle, args.engine, args.threads or 0, args.size, args.precision)
         work = asked_for(pipe, args, given, None if single else args.output)
     return _sampled(pipe, args, work, single)
 
@@ -217,9 +218,7 @@ def _sampled(pipe: Pipeline, args: argparse.Namespace, work: Work, single: bool)
                 if not group.batch:
                     bar.skip(work.steps + 1)
                     continue
-                for _, latents, _ in pipe.advanced(group.batch):
-                    final = latents
-                    bar.advance()
+                final = pipe.finished(group.batch, bar.advance)
                 images = pipe.decode(final, work.asked.decode_tile, work.asked.decode_batch)
                 for index, place, entry in group.keep:
                     count += 1
