@@ -10,11 +10,11 @@ from pathlib import Path
 
 from dit_export.autoencoder import Decoder, Encoder
 from dit_export.checkpoint import Checkpoint, Source, load_checkpoint
-from dit_export.golden import records_in_process
+from dit_export.golden import Measured, records_in_process
 from dit_export.graphs import write_conditioner, write_decoder, write_encoder, write_steps
 from dit_export.model import conditioner_from_weights, step_from_weights
-from dit_export.precision import Precision
-from dit_export.tolerances import TOLERANCES
+from dit_export.precision import Precision, check_units
+from dit_export.tolerances import THRESHOLDS, TOLERANCES
 from dit_runtime.bundle import (
     ENCODER,
     MANIFEST,
@@ -48,14 +48,15 @@ def bundle_from_checkpoint(source: Source, output: Path, precision: Precision, e
         raise OutputError(f"{output}: exists and is not a bundle, so it is not replaced; choose another --output")
     check_writable(output)
     checkpoint = load_checkpoint(source)  # a mistake is told before the work
+    check_units(precision, checkpoint.model)
     with replaced_folder(output) as folder:
-        records_in_process(source, folder, encoder)
+        measured = records_in_process(source, folder, encoder)
         with Progress("tracing", 2 + encoder + len(SIZED_GRAPHS) * len(checkpoint.sizes)) as bar:
             graphs = {}
             for name, graph in write_graphs(checkpoint, precision, folder, encoder):
                 graphs[name] = graph
                 bar.advance()
-        manifest = replace(_manifest(checkpoint, precision), graphs=graphs, files=_files(folder))
+        manifest = replace(_manifest(checkpoint, precision, measured), graphs=graphs, files=_files(folder))
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return open_bundle(output)
 
@@ -79,7 +80,7 @@ def write_graphs(
         yield ENCODER, write_encoder(folder, Encoder(autoencoder, precision).eval().requires_grad_(False))
 
 
-def _manifest(checkpoint: Checkpoint, precision: Precision) -> Manifest:
+def _manifest(checkpoint: Checkpoint, precision: Precision, measured: Measured) -> Manifest:
     packages = ("dit-export", "torch", "diffusers", "onnx-ir")
     return Manifest(
         schema=SCHEMA,
@@ -93,7 +94,13 @@ def _manifest(checkpoint: Checkpoint, precision: Precision) -> Manifest:
         defaults=checkpoint.defaults,
         class_names=checkpoint.class_names,
         graphs={},
-        tolerances=TOLERANCES[precision.name],
+        tolerances=TOLERANCES,
+        thresholds=THRESHOLDS,
+        floors={
+            name: {record: tuple(values) for record, values in series.items()}
+            for name, series in measured.floors.items()
+        },
+        magnitudes=measured.magnitudes,
     )
 
 

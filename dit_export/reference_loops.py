@@ -7,6 +7,8 @@ source. Nothing here knows of sampler tables.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DDPMScheduler
+from diffusers.schedulers import scheduling_ddpm
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -33,8 +36,12 @@ class LoopStep:
     advance: Advance
 
 
-def diffusers_ddim(scheduler: Any, steps: int, generators: Generators) -> Iterator[LoopStep]:
-    """The checkpoint's own ``DDIMScheduler``."""
+def diffusers_ddim(
+    scheduler: Any, steps: int, generators: Generators, betas: Sequence[float] | None = None
+) -> Iterator[LoopStep]:
+    """The checkpoint's own ``DDIMScheduler``; with ``betas`` its tables are made from them in float64."""
+    if betas is not None:
+        scheduler = _in_float64(scheduler, betas)
     scheduler.set_timesteps(steps)
     for t in scheduler.timesteps:
 
@@ -45,20 +52,56 @@ def diffusers_ddim(scheduler: Any, steps: int, generators: Generators) -> Iterat
         yield LoopStep(float(t), advance)
 
 
-def diffusers_ddpm(config: Any, steps: int, learned: bool, generators: Generators) -> Iterator[LoopStep]:
-    """``DDPMScheduler`` with the official spacing as custom timesteps: it then agrees with the official code."""
+def diffusers_ddpm(
+    config: Any, steps: int, learned: bool, generators: Generators, betas: Sequence[float] | None = None
+) -> Iterator[LoopStep]:
+    """``DDPMScheduler`` with the official spacing as custom timesteps: it then agrees with the official code.
+
+    With ``betas`` its tables are made from them in float64.
+    """
     scheduler: Any = DDPMScheduler.from_config(
         config, variance_type="learned_range" if learned else "fixed_large", clip_sample=False
     )
+    if betas is not None:
+        scheduler = _in_float64(scheduler, betas)
     scheduler.set_timesteps(timesteps=official_timesteps(config.num_train_timesteps, steps)[::-1])
     for t in scheduler.timesteps:
 
         def advance(e: Tensor, v: Tensor, z: Tensor, t: Tensor = t) -> tuple[Tensor, Tensor]:
             output = torch.cat([e, v], dim=1) if learned else e
-            result = scheduler.step(output, t, z, generator=generators)
+            with _drawn_in_float32() if betas is not None else contextlib.nullcontext():
+                result = scheduler.step(output, t, z, generator=generators)
             return result.prev_sample, result.pred_original_sample
 
         yield LoopStep(float(t), advance)
+
+
+def _in_float64(scheduler: Any, betas: Sequence[float]) -> Any:
+    """A copy of a scheduler of diffusers whose tables have float64's precision instead of float32's."""
+    wide = copy.deepcopy(scheduler)
+    wide.betas = torch.tensor(betas, dtype=torch.float64)
+    wide.alphas = 1 - wide.betas
+    wide.alphas_cumprod = torch.cumprod(wide.alphas, dim=0)
+    wide.one = torch.tensor(1.0, dtype=torch.float64)
+    if not getattr(scheduler.config, "set_alpha_to_one", True):
+        wide.final_alpha_cumprod = wide.alphas_cumprod[0]
+    return wide
+
+
+@contextlib.contextmanager
+def _drawn_in_float32() -> Iterator[None]:
+    """``DDPMScheduler`` draws in its input's dtype, and PyTorch's stream has other numbers in float64."""
+    original = scheduling_ddpm.randn_tensor
+
+    def draw(shape: Any, generator: Any = None, device: Any = None, dtype: Any = None, **_: Any) -> Tensor:
+        noise: Tensor = randn_tensor(shape, generator=generator, device=device).to(dtype)
+        return noise
+
+    scheduling_ddpm.randn_tensor = draw
+    try:
+        yield
+    finally:
+        scheduling_ddpm.randn_tensor = original
 
 
 def official_timesteps(total: int, steps: int) -> list[int]:
@@ -72,9 +115,13 @@ def official_timesteps(total: int, steps: int) -> list[int]:
 
 
 class OfficialDiffusion:
-    """``SpacedDiffusion`` with epsilon prediction and no clipping; arrays are float64, as there."""
+    """``SpacedDiffusion`` with epsilon prediction and no clipping; arrays are float64, as there.
 
-    def __init__(self, betas: Sequence[float], steps: int) -> None:
+    ``dtype``: to which a coefficient is rounded when it is used; float32 is the official code's.
+    """
+
+    def __init__(self, betas: Sequence[float], steps: int, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
         self.timesteps = official_timesteps(len(betas), steps)
         kept = np.cumprod(1.0 - np.array(betas, np.float64))[self.timesteps]
         self.alpha_bar, self.alpha_bar_prev = kept, np.append(1.0, kept[:-1])
@@ -84,7 +131,7 @@ class OfficialDiffusion:
         self.posterior_log_variance = np.log(np.append(self.posterior_variance[1], self.posterior_variance[1:]))
 
     def x_start(self, e: Tensor, z: Tensor, i: int) -> Tensor:
-        return _f32(np.sqrt(1 / self.alpha_bar[i])) * z - _f32(np.sqrt(1 / self.alpha_bar[i] - 1)) * e
+        return self._rounded(np.sqrt(1 / self.alpha_bar[i])) * z - self._rounded(np.sqrt(1 / self.alpha_bar[i] - 1)) * e
 
     def ddim(self) -> Iterator[LoopStep]:
         """``ddim_sample`` at eta 0."""
@@ -92,8 +139,10 @@ class OfficialDiffusion:
 
             def advance(e: Tensor, _: Tensor, z: Tensor, i: int = i) -> tuple[Tensor, Tensor]:
                 x_0 = self.x_start(e, z, i)
-                eps = (_f32(np.sqrt(1 / self.alpha_bar[i])) * z - x_0) / _f32(np.sqrt(1 / self.alpha_bar[i] - 1))
-                before = _f32(self.alpha_bar_prev[i])
+                eps = (self._rounded(np.sqrt(1 / self.alpha_bar[i])) * z - x_0) / self._rounded(
+                    np.sqrt(1 / self.alpha_bar[i] - 1)
+                )
+                before = self._rounded(self.alpha_bar_prev[i])
                 return x_0 * before.sqrt() + (1 - before).sqrt() * eps, x_0
 
             yield LoopStep(self.timesteps[i], advance)
@@ -106,18 +155,22 @@ class OfficialDiffusion:
             def advance(e: Tensor, v: Tensor, z: Tensor, i: int = i) -> tuple[Tensor, Tensor]:
                 x_0 = self.x_start(e, z, i)
                 before, now, beta = self.alpha_bar_prev[i], self.alpha_bar[i], self.betas[i]
-                mean = _f32(beta * np.sqrt(before) / (1 - now)) * x_0
-                mean = mean + _f32((1 - before) * np.sqrt(1 - beta) / (1 - now)) * z
+                mean = self._rounded(beta * np.sqrt(before) / (1 - now)) * x_0
+                mean = mean + self._rounded((1 - before) * np.sqrt(1 - beta) / (1 - now)) * z
                 if i == 0:
                     return mean, x_0
-                log_variance = _f32(large[i])
+                log_variance = self._rounded(large[i])
                 if learned:
                     fraction = (v + 1) / 2
-                    low, high = _f32(self.posterior_log_variance[i]), _f32(np.log(beta))
+                    low, high = self._rounded(self.posterior_log_variance[i]), self._rounded(np.log(beta))
                     log_variance = fraction * high + (1 - fraction) * low
                 return mean + torch.exp(0.5 * log_variance) * drawn(z, generators), x_0
 
             yield LoopStep(self.timesteps[i], advance)
+
+    def _rounded(self, value: float) -> Tensor:
+        """As the official code's ``_extract_into_tensor`` rounds."""
+        return torch.tensor(value, dtype=self.dtype)
 
 
 class SiTPath:
@@ -181,10 +234,5 @@ class SiTPath:
 
 def drawn(like: Tensor, generators: Generators) -> Tensor:
     """Noise for each picture from its own generator."""
-    noise: Tensor = randn_tensor(like.shape, generator=generators)
+    noise: Tensor = randn_tensor(like.shape, generator=generators).to(like.dtype)
     return noise
-
-
-def _f32(value: float) -> Tensor:
-    """As the official code's ``_extract_into_tensor`` rounds."""
-    return torch.tensor(value, dtype=torch.float32)

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 from conftest import run_command
+from hypothesis import given
+from hypothesis import strategies as st
 
+from dit_runtime import network_rungs
+from dit_runtime.budget import Budget, Series, budget_for, compared, worst_case
 from dit_runtime.bundle import Bundle, open_bundle
-from dit_runtime.engines import OnnxRuntimeEngine
-from dit_runtime.errors import ParityError
+from dit_runtime.engines import Array, OnnxRuntimeEngine
+from dit_runtime.errors import BundleError, ParityError
+from dit_runtime.metrics import cosine, psnr, relative_l2, ssim
+from dit_runtime.replay import Replay, shapes_to_verify
 from dit_runtime.verdicts import store_verdict, stored_verdict, trusted_engine
-from dit_runtime.verify import Rung, relative_error, verify
+from dit_runtime.verify import Rung, relative_error, verification_of, verified, verify
 
 
 def failed(bundle: Bundle) -> list[str]:
@@ -64,7 +75,7 @@ def test_a_wrong_layer_norm_epsilon(tampered: Path) -> None:
 
 def test_swapped_guidance_branches(tampered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Null and conditional branch exchanged: unguided rungs pass, guided ones fail."""
-    from dit_runtime import verify as module
+    from dit_runtime import replay as module
 
     original = module.branch_rows
 
@@ -159,3 +170,248 @@ def test_nothing_equals_not_a_number() -> None:
     for bad in (np.full((2, 3), np.nan), np.full((2, 3), np.inf), np.ones((3, 2))):
         assert relative_error(bad, good) == np.inf
         assert relative_error(good, bad) == np.inf
+
+
+def test_measures_of_vectors() -> None:
+    """Relative L2 and cosine are what their names say, and not numbers that pass where a side is not finite."""
+    expected, found = np.array([3.0, 4.0]), np.array([3.0, 4.5])
+    assert relative_l2(found, expected) == pytest.approx(0.1)
+    assert cosine(found, expected) == pytest.approx(27 / (5 * math.hypot(3, 4.5)))
+    bad = np.array([3.0, np.nan])
+    assert relative_l2(bad, expected) == np.inf
+    assert math.isnan(cosine(bad, expected))
+
+
+def plain_ssim(found: Array, expected: Array) -> float:
+    """Wang et al. 2004, formula 13 with a Gaussian window of 11×11 and σ = 1.5, window by window."""
+    offsets = np.arange(-5, 6)
+    weights = np.exp(-(offsets[:, None] ** 2 + offsets[None] ** 2) / (2 * 1.5**2))
+    weights /= weights.sum()
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    values = []
+    for n in range(found.shape[0]):
+        for row in range(found.shape[1] - 10):
+            for column in range(found.shape[2] - 10):
+                for channel in range(found.shape[3]):
+                    at = (n, slice(row, row + 11), slice(column, column + 11), channel)
+                    x, y = found[at].astype(np.float64), expected[at].astype(np.float64)
+                    mean_x, mean_y = (weights * x).sum(), (weights * y).sum()
+                    variance_x = (weights * (x - mean_x) ** 2).sum()
+                    variance_y = (weights * (y - mean_y) ** 2).sum()
+                    covariance = (weights * (x - mean_x) * (y - mean_y)).sum()
+                    values.append(
+                        (2 * mean_x * mean_y + c1)
+                        * (2 * covariance + c2)
+                        / ((mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2))
+                    )
+    return float(np.mean(values))
+
+
+@pytest.mark.parametrize("noise", [0, 1, 20, 80])
+def test_ssim_is_the_papers(noise: int) -> None:
+    """SSIM agrees with a plain evaluation of the paper's formula, from identical pictures to unlike ones."""
+    random = np.random.default_rng(noise)
+    expected = np.clip(random.normal(120, 50, (2, 16, 14, 3)), 0, 255).astype(np.uint8)
+    found = np.clip(expected + random.normal(0, noise, expected.shape), 0, 255).astype(np.uint8)
+    assert ssim(found, expected) == pytest.approx(plain_ssim(found, expected), abs=1e-10)  # measured: 6e-15
+    assert ssim(expected, expected) == pytest.approx(1)
+    assert ssim(found[:, :8, :8], expected[:, :8, :8]) <= 1  # smaller than the window
+
+
+@given(scale=st.floats(1, 20), errors=st.lists(st.floats(-1, 1), min_size=2, max_size=2))
+def test_guidance_multiplies_an_error_by_2s_minus_1_at_most(scale: float, errors: list[float]) -> None:
+    """The worst case is a bound, it is reached, and a threshold grows with it by √2 at the most."""
+    guided = abs(scale * errors[0] + (1 - scale) * errors[1])
+    assert guided <= worst_case(scale) * max(map(abs, errors)) + 1e-12
+    assert abs(scale * 1 + (1 - scale) * -1) == pytest.approx(worst_case(scale)) == pytest.approx(2 * scale - 1)
+    budget = Budget("fp32", {}, {"forward": 3.0}, {})
+    threshold = budget.threshold("forward", scale)
+    assert threshold is not None
+    assert 3 <= threshold + 1e-9 <= 3 * math.sqrt(2) + 1e-8
+    assert budget.threshold("forward") == 3
+    assert budget.threshold("blocks") is None
+
+
+def test_the_budget_is_a_gate_beside_the_absolute_one() -> None:
+    """A member within the absolute limit fails where PyTorch itself is much better, and is named; one without a floor
+    is held to the absolute limit alone."""
+    expected = [np.ones(4), np.full(4, 2.0), np.full(4, 3.0)]
+    found = [expected[0] + 1e-6, expected[1] + 1e-4, expected[2] + 1e-6]
+    budget = Budget("fp32", {"blocks": 1e-3}, {"blocks": 3.0}, {"known": (1e-6, 1e-6, 1e-6), "short": (1e-6,)})
+    series = Series("block", ["block 0", "block 1", "block 2"], found, expected)
+    rung = compared(budget, "blocks", "blocks", "known", series)
+    assert rung.within_limit
+    assert not rung.within_budget
+    assert not rung.passed
+    assert rung.first_over == "block 1"
+    assert rung.detail == "first: block 1"
+    assert rung.ratio == pytest.approx(50)
+    assert rung.used == pytest.approx(50 / 3)
+    assert compared(budget, "blocks", "blocks", "short", series).passed
+    unknown = compared(budget, "blocks", "blocks", "unknown", series)
+    assert unknown.passed
+    assert unknown.ratio is None
+    wide = compared(replace(budget, tolerances={"blocks": 1e-5}), "blocks", "blocks", "unknown", series)
+    assert wide.first_over == "block 1"
+    found[2] = np.full(4, np.nan)
+    lost = compared(budget, "blocks", "blocks", "short", series)
+    assert not lost.passed
+    assert lost.detail == "not finite: block 2"
+    with pytest.raises(BundleError, match="no limit of forward for fp32"):
+        budget.tolerance("forward")
+
+
+def test_a_bundle_says_what_each_precision_may_be_off(bundles: dict[str, Path]) -> None:
+    """Floors of all three precisions are in the bundle, the coarser the larger; an engine that computes in BF16 is
+    held to BF16's."""
+    bundle = open_bundle(bundles["fp16"])
+    for record in ("blocks", "forward_1", "forward_2 variance", "conditioner", "ddim", "ddpm denoised", "decoder"):
+        fp32, fp16, bf16 = (bundle.manifest.floors[name][record] for name in ("fp32", "fp16", "bf16"))
+        assert len(fp32) == len(fp16) == len(bf16)
+        assert max(fp32) < max(fp16) < max(bf16)
+    engine = OnnxRuntimeEngine(bundle, threads=1)
+    assert Replay(bundle, engine).budget.precision == "fp16"
+    engine.precision = "bf16"
+    assert Replay(bundle, engine).budget == budget_for(bundle, "bf16")
+    with pytest.raises(BundleError, match="has no limits for int8, only for"):
+        budget_for(bundle, "int8")
+
+
+class Profiled(OnnxRuntimeEngine):
+    """ONNX Runtime with the optimization profiles of a TensorRT engine, wrong at some shapes of the step."""
+
+    wrong: tuple[tuple[int, int], ...] = ()
+
+    def profiles(self, graph: str) -> list[tuple[tuple[int, int], tuple[int, int], tuple[int, int]]]:
+        branches = ((1, 1), (2, 4)) if graph == "step" else ((1, 1),)
+        return [((1, least), (2, least), (6, most)) for least, most in branches]
+
+    def session(self, graph: str) -> object:  # type: ignore[override]
+        session = super().session(graph)
+        return Wrong(session, self.wrong) if graph == "step" else session
+
+
+class Wrong:
+    def __init__(self, session: object, shapes: Sequence[tuple[int, int]]) -> None:
+        self.inner, self.shapes = session, shapes
+
+    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
+        found = self.inner.run(inputs, outputs)
+        branches, batch = inputs["rows"].shape
+        return [np.full_like(value, np.nan) for value in found] if (batch, branches) in self.shapes else found
+
+
+def test_shapes_of_every_profile(bundles: dict[str, Path]) -> None:
+    """Least, usual, interior and largest of each profile are run, with branches that have no weight where it takes more
+    than two; an engine without profiles takes one picture and the records' batch, within its own limit."""
+    bundle = open_bundle(bundles["fp32"])
+    engine = Profiled(bundle, threads=1)
+    unguided, guided = [(1, 1), (2, 1), (3, 1), (6, 1)], [(1, 2), (2, 2), (3, 3), (6, 4)]
+    assert shapes_to_verify(engine, "step", 4, (1, 2)) == [*unguided, *guided]
+    plain = OnnxRuntimeEngine(bundle, threads=1)
+    assert shapes_to_verify(plain, "step", 4, (1, 2)) == [(1, 1), (4, 1), (1, 2), (4, 2)]
+    assert all(rung.passed for rung in verify(bundle, engine))
+    for shape in (*unguided, *guided):
+        engine.wrong = (shape,)
+        replay = Replay(bundle, engine)
+        failing = [branches for branches in (1, 2) if not next(network_rungs.forward(replay, branches)).passed]
+        assert failing == [min(shape[1], 2)], shape
+    plain.max_batch = 1
+    assert shapes_to_verify(plain, "step", 4, (1, 2)) == [(1, 1), (1, 2)]
+    assert all(rung.passed for rung in verify(bundle, plain))
+
+
+def test_numbers_too_large_for_fp16(bundles: dict[str, Path]) -> None:
+    """A unit in FP16 that comes within a factor of two of 65504 fails; the residual stream and units that are kept in
+    FP32 do not, and an FP32 bundle has no such rung."""
+    bundle = open_bundle(bundles["fp16"])
+    engine = OnnxRuntimeEngine(bundle, threads=1)
+    first = next(iter(verify(bundle, engine)))
+    assert first.name == "FP16 range"
+    assert first.passed
+    for unit, passes in (("blocks.1.mlp", False), ("blocks.1", True), ("final", True)):
+        manifest = replace(bundle.manifest, magnitudes={**bundle.manifest.magnitudes, unit: 40000.0})
+        rung = network_rungs.fp16_range(Replay(replace(bundle, manifest=manifest), engine))
+        assert rung.passed is passes
+        assert ("blocks.1.mlp reaches 4e+04 of 65504" in rung.detail) is not passes
+    fp32 = open_bundle(bundles["fp32"])
+    assert next(iter(verify(fp32, OnnxRuntimeEngine(fp32, threads=1)))).name != "FP16 range"
+
+
+def test_the_record_of_a_verification(bundles: dict[str, Path]) -> None:
+    """What a report needs is there: errors by block and along the trajectory, magnitudes, pictures; and it is JSON."""
+    bundle = open_bundle(bundles["fp32"])
+    found = verification_of(bundle, OnnxRuntimeEngine(bundle, threads=1))
+    assert found.passed
+    rungs = {rung.name: rung for rung in found.rungs}
+    blocks, trajectory = rungs["blocks"], rungs["ddim free-running"]
+    assert blocks.axis == "block"
+    for name in ("error", "floor", "ratio", "magnitude"):
+        assert len(blocks.series[name]) == bundle.manifest.model.depth
+        assert len(trajectory.series[name]) == 50
+    assert set(blocks.metrics) == {"max_abs", "relative_l2", "cosine"}
+    assert {"psnr", "ssim"} <= set(rungs["image PSNR"].metrics)
+    assert found.pictures is not None
+    assert found.pictures[0].shape == found.pictures[1].shape == (4, 32, 32, 3)
+    assert psnr(*found.pictures) == rungs["image PSNR"].value
+    assert found.magnitudes["blocks.1.attn"] > 0
+    raw = json.loads(json.dumps(found.as_json(), allow_nan=False))
+    assert raw["passed"] is True
+    assert raw["rungs"][0]["used"] < 1
+    assert [rung.name for rung in verified(bundle, OnnxRuntimeEngine(bundle, threads=1), quick=True)] == [
+        name for name in rungs if name not in ("conditioner", "embedding", "blocks") and "teacher" not in name
+    ]
+
+
+def test_info(bundles: dict[str, Path], tmp_path: Path) -> None:
+    """``--info`` says what a bundle is and what was verified, and runs nothing."""
+    bundle = open_bundle(bundles["fp32"])
+    store_verdict(bundle, OnnxRuntimeEngine(bundle), [Rung("blocks", 2.0, 1.0, "relative")], quick=False)
+    done = run_command("dit-verify", bundles["fp32"], "--info", "--json")
+    assert done.returncode == 0, done.stderr
+    info = json.loads(done.stdout)
+    assert info["bundle"] == bundle.digest
+    assert info["budgets"] == ["bf16", "fp16", "fp32"]
+    verdict = info["verdicts"][0]
+    assert verdict["here"] is True
+    assert verdict["failed"] == ["blocks"]
+    text = run_command("dit-verify", bundles["fp32"], "--info").stdout
+    assert "FAILED blocks" in text
+    assert "2 blocks of width 64" in text
+    store_verdict(bundle, OnnxRuntimeEngine(bundle), [Rung("blocks", 0.0, 1.0, "relative")], quick=False)
+
+
+def test_polygraphy_judges_alike(bundles: dict[str, Path], tmp_path: Path) -> None:
+    """Polygraphy's own comparator, on ONNX Runtime, passes the records it is given and fails an altered graph."""
+    pytest.importorskip("polygraphy")
+    done = run_command("dit-verify", bundles["fp32"], "--polygraphy", tmp_path / "records", "--json")
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["files"]) == 6
+    altered = tmp_path / "altered"
+    shutil.copytree(bundles["fp32"] / "graphs", altered / "graphs")
+
+    def exact(graph: onnx.GraphProto) -> None:
+        next(node for node in graph.node if node.op_type == "Gelu").attribute[0].s = b"none"
+
+    edit_graph(altered, "step", exact)
+    cases = (
+        (bundles["fp32"], "conditioner", "1e-5", 0),  # measured: 4.2e-7
+        (bundles["fp32"], "step", "1e-5", 0),  # measured: 4.5e-6
+        (bundles["fp32"], "decoder", "images:1 decoded:1e-5", 0),  # measured: 1 level, 2.6e-6
+        (altered, "step", "1e-5", 1),  # measured: 7.9e-4
+    )
+    for folder, graph, tolerance, code in cases:
+        records = tmp_path / "records"
+        finished = subprocess.run(
+            [
+                *(sys.executable, "-c", "from polygraphy.tools import main; import sys; sys.exit(main())"),
+                *("run", folder / "graphs" / f"{graph}.onnx", "--onnxrt"),
+                *("--load-inputs", records / f"{graph}-inputs.json"),
+                *("--load-outputs", records / f"{graph}-outputs.json"),
+                *("--rtol", "1e-5", "--atol", *tolerance.split()),
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert finished.returncode == code, finished.stdout[-3000:] + finished.stderr

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dit_runtime.command import Parser, image_size, print_json, run
+from dit_runtime.command import ENGINE_HELP, Parser, image_size, print_json, run
 
-EXAMPLES = ("dit-verify my.bundle", "dit-verify my.bundle --engine onnxruntime --json")
+if TYPE_CHECKING:
+    from dit_runtime.bundle import Bundle
+
+EXAMPLES = (
+    "dit-verify my.bundle",
+    "dit-verify my.bundle --engine onnxruntime --json",
+    "dit-verify my.bundle --report report.html",
+    "dit-verify my.bundle --info",
+    "dit-verify my.bundle --polygraphy records/",
+)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -17,43 +28,106 @@ def main(argv: list[str] | None = None) -> None:
 def _main(argv: list[str] | None) -> int:
     parser = Parser(
         "dit-verify",
-        "Replay a bundle's golden records on an engine and compare with what PyTorch computed. Exits with 1 when "
-        "anything fails. Torch is not needed.",
+        "Replay a bundle's golden records on an engine and compare with what PyTorch computed, from single blocks up "
+        "to pictures. Exits with 1 when anything fails. Torch is not needed.",
         EXAMPLES,
     )
     parser.add_argument("bundle", type=Path, help="a bundle that dit-export wrote")
-    parser.add_argument("--engine", default="auto", help="auto or onnxruntime")
+    parser.add_argument("--engine", default="auto", help=ENGINE_HELP)
+    parser.add_argument("--precision", choices=("f32", "bf16"), help="of OpenVINO (default: the bundle's or nearest)")
     parser.add_argument("--size", type=image_size, metavar="HEIGHTxWIDTH", help="of pictures (default: each there is)")
-    parser.add_argument("--quick", action="store_true", help="leave out blocks and teacher-forced steps")
+    parser.add_argument(
+        "--quick", action="store_true", help="whether there is a fault, not where: without blocks and single steps"
+    )
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write an HTML page; of the first size there is")
+    parser.add_argument(
+        "--polygraphy",
+        type=Path,
+        metavar="DIR",
+        help="write the records as Polygraphy's inputs and outputs instead of verifying",
+    )
+    parser.add_argument(
+        "--info", action="store_true", help="say what the bundle is and what engines it has, without verifying"
+    )
+    parser.add_argument("--store", type=Path, metavar="DIR", help="of engines, for --info (default: the bundle's own)")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     args = parser.parse_args(argv)
 
     from dit_runtime.bundle import open_bundle
-    from dit_runtime.engines import open_engine
-    from dit_runtime.verdicts import machine, verified_sizes
-    from dit_runtime.verify import format_table
 
     bundle = open_bundle(args.bundle)
+    if args.info:
+        return _info(bundle, args.store, args.json)
     bundle.check()
+    if args.polygraphy is not None:
+        return _polygraphy(bundle.at(args.size), args.polygraphy, args.json)
+    return _verify(bundle, args)
+
+
+def _verify(bundle: Bundle, args: argparse.Namespace) -> int:
+    from dit_runtime.engines import engine_for
+    from dit_runtime.environment import environment
+    from dit_runtime.files import check_writable, replaced_file
+    from dit_runtime.ladder import format_table
+    from dit_runtime.verdicts import joined_rungs, machine, verifications
+
+    if args.report is not None:
+        check_writable(args.report)
     sizes = bundle.manifest.image_sizes if args.size is None else (args.size,)
-    name, rungs = verified_sizes(bundle, sizes, lambda at: open_engine(at, args.engine), args.quick)
+    found = verifications(bundle, sizes, lambda at: engine_for(at, args.engine, 0, args.precision), args.quick)
+    first, rungs = found[0], joined_rungs(found)
     failed = [rung.name for rung in rungs if not rung.passed]
-    source, precision = bundle.manifest.source, bundle.manifest.precision.name
+    if args.report is not None:
+        from dit_runtime.report import page
+
+        hashes = {name: spec.sha256 for name, spec in bundle.manifest.files.items()}
+        with replaced_file(args.report) as file:
+            file.write_text(page(first, environment(), hashes), encoding="utf-8")
     if args.json:
         print_json(
             {
-                "bundle": bundle.digest,
-                "engine": name,
-                "precision": precision,
-                "reference": source.reference,
-                "machine": machine(),
+                **first.as_json(),
+                "image_sizes": [list(each.image_size) for each in found],
                 "passed": not failed,
+                "machine": machine(),
+                "environment": environment(),
                 "rungs": [rung.as_json() for rung in rungs],
             }
         )
     else:
-        print(f"{args.bundle}: {source.name}, {precision}, on {name}")
-        print(f"reference: {source.reference}")
+        print(f"{args.bundle}: {first.model}, {first.precision}, on {first.engine}")
+        print(f"reference: {first.reference}")
         print(format_table(rungs))
         print(f"FAIL: {', '.join(failed)}" if failed else "pass: this engine matches the reference here")
     return 1 if failed else 0
+
+
+def _info(bundle: Bundle, store: Path | None, as_json: bool) -> int:
+    from dit_runtime.info import bundle_info, format_info
+
+    info = bundle_info(bundle, store)
+    if as_json:
+        print_json(info)
+    else:
+        print(format_info(bundle.path, info))
+    return 0
+
+
+def _polygraphy(bundle: Bundle, folder: Path, as_json: bool) -> int:
+    from dit_runtime.run_results import write_run_results
+
+    written = write_run_results(bundle, folder)
+    if as_json:
+        print_json({"bundle": bundle.digest, "files": [str(path) for path in written]})
+    else:
+        manifest = bundle.manifest
+        graph, limit = (
+            bundle.path / manifest.graphs["step"].file,
+            manifest.tolerances[manifest.precision.name]["forward"],
+        )
+        print(f"{folder}: {', '.join(path.name for path in written)}")
+        print(
+            f"polygraphy run {graph} --onnxrt --load-inputs {folder}/step-inputs.json "
+            f"--load-outputs {folder}/step-outputs.json --rtol {limit:g} --atol {limit:g}"
+        )
+    return 0

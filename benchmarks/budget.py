@@ -1,0 +1,195 @@
+"""Where the error budget's thresholds come from: engines' errors over PyTorch's own, over many draws.
+
+    python benchmarks/budget.py --draws 10 --output benchmarks/budget.json
+
+A draw makes the golden records anew, from other seeds, timesteps, labels and guidance scales (the first has a bundle's
+own), with PyTorch's own errors on them, and verifies FP32 and FP16 bundles of the Fashion-MNIST model and of a random
+one on each engine there is. Ratios of guided rungs are divided by what ``Budget.threshold`` allows their scale. The
+threshold of a kind of rung is twice the largest ratio of any draw, rounded up to two digits, and at least 1: as good as
+PyTorch is good enough. ``dit_export/tolerances.py`` has them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from dit_export.checkpoint import Source, load_checkpoint
+from dit_export.export import bundle_from_checkpoint
+from dit_export.golden import Plan, write_records
+from dit_export.precision import FP16, FP32
+from dit_export.random_weights import randomize
+
+from dit_runtime.bundle import GOLDEN, MANIFEST, Bundle, FileSpec, open_bundle
+from dit_runtime.engines import Engine, open_engine
+from dit_runtime.environment import environment
+from dit_runtime.errors import EngineError
+from dit_runtime.files import replaced_file, sha256_of
+from dit_runtime.ladder import Rung
+from dit_runtime.progress import Progress
+from dit_runtime.replay import Replay
+from dit_runtime.verify import verified
+
+DEMO = Path(__file__).parent / "fashion_mnist" / "checkpoint"
+GUIDANCE = (1.5, 4.0, 7.5)
+ENGINES = (("onnxruntime", None), ("openvino", "f32"), ("openvino", "bf16"))
+KINDS = {
+    "conditioner": "conditioner",
+    "embedding": "embedding",
+    "blocks": "blocks",
+    "variance": "variance",
+    "forward": "forward",
+    "teacher-forced": "teacher_forced",
+    "free-running": "free_running",
+    "decoder": "decoder",
+    "image PSNR": "image",
+    "encoder": "encoder",
+}
+
+
+def random_checkpoint(folder: Path) -> Path:
+    """A DiTPipeline with seeded random weights: 8 blocks of width 192, 16×16 latents, 100 classes."""
+    from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=6,
+        attention_head_dim=32,
+        in_channels=4,
+        out_channels=8,
+        num_layers=8,
+        sample_size=16,
+        patch_size=2,
+        num_embeds_ada_norm=100,
+    )
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    autoencoder = AutoencoderKL(**blocks, block_out_channels=(32, 64), latent_channels=4, scaling_factor=0.5)
+    randomize(transformer, 0)
+    randomize(autoencoder, 1)
+    scheduler = DDIMScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, clip_sample=False)
+    DiTPipeline(transformer, autoencoder, scheduler).save_pretrained(folder)
+    return folder
+
+
+def redrawn(bundle: Bundle, source: Source, draw: int) -> tuple[Bundle, float]:
+    """The bundle with other golden records, and the guidance scale of them."""
+    guidance = GUIDANCE[draw % len(GUIDANCE)]
+    plan = Plan(2, 10, 6, 2, 10, seed=draw, guidance=guidance, forward_guidance=guidance)
+    measured = write_records(load_checkpoint(source), plan, bundle.path / GOLDEN, True, lambda: None)
+    return resigned(bundle, measured.floors), guidance
+
+
+def resigned(bundle: Bundle, floors: dict[str, dict[str, list[float]]]) -> Bundle:
+    """The bundle with a manifest that vouches for the records that are there now."""
+    files = {
+        name: FileSpec((bundle.path / name).stat().st_size, sha256_of(bundle.path / name))
+        for name in bundle.manifest.files
+    }
+    series = {name: {key: tuple(values) for key, values in each.items()} for name, each in floors.items()}
+    manifest = replace(bundle.manifest, files=files, floors=series)
+    (bundle.path / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    return open_bundle(bundle.path)
+
+
+def engines_for(bundle: Bundle) -> Iterator[Engine]:
+    for name, precision in ENGINES:
+        if precision == "bf16" and bundle.manifest.precision.name == "fp32":
+            continue
+        try:
+            yield open_engine(bundle, name, threads=1, precision=precision)
+        except EngineError as error:
+            print(f"left out: {error}")
+
+
+def kind_of(rung: Rung) -> str | None:
+    return next((kind for word, kind in KINDS.items() if word in rung.name), None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--draws", type=int, default=10)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "budget.json")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    # engine → kind → guidance → ratios
+    ratios: dict[str, dict[str, dict[float, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    with tempfile.TemporaryDirectory() as work, Progress("draws", 2 * args.draws) as bar:
+        models = {"fashion_mnist": DEMO, "random": random_checkpoint(Path(work) / "checkpoint")}
+        for model, checkpoint in models.items():
+            source = Source(str(checkpoint))
+            bundles = [
+                bundle_from_checkpoint(source, Path(work) / f"{model}-{precision.name}.bundle", precision, encoder=True)
+                for precision in (FP32, FP16)
+            ]
+            # The graphs stay what they are, so the engines do too.
+            engines = [list(engines_for(bundle)) for bundle in bundles]
+            for draw in range(args.draws):
+                first, guidance = redrawn(bundles[0], source, draw)
+                second = bundles[1]
+                for file in (first.path / GOLDEN).iterdir():
+                    (second.path / GOLDEN / file.name).write_bytes(file.read_bytes())
+                floors = {name: dict(series) for name, series in first.manifest.floors.items()}
+                bundles = [first, resigned(second, floors)]
+                for bundle, found in zip(bundles, engines, strict=True):
+                    for engine in found:
+                        budget = Replay(bundle, engine).budget
+                        for rung in verified(bundle, engine):
+                            kind = kind_of(rung)
+                            if kind is None or rung.threshold is None:
+                                continue
+                            allowed = rung.threshold / budget.thresholds[kind]
+                            of_scale = 1.0 if allowed == 1 else guidance
+                            values = [ratio / allowed for ratio in rung.series["ratio"]]
+                            ratios[f"{budget.precision}, {engine.name}"][kind][of_scale] += values
+                bar.advance()
+                print(f"{model}, draw {draw}: guidance {guidance:g}", flush=True)
+    report = {name: {kind: summary(scales) for kind, scales in kinds.items()} for name, kinds in ratios.items()}
+    print(
+        f"{'engine':<44} {'rung':<15} {'ratios':>7} {'median':>7} {'p99':>7} {'largest':>8}  largest by guidance scale"
+    )
+    for name, kinds in report.items():
+        for kind, row in kinds.items():
+            scales = "  ".join(f"{scale}: {value:.2f}" for scale, value in row["largest_by_guidance"].items())
+            print(
+                f"{name:<44} {kind:<15} {row['ratios']:>7} {row['median']:>7.2f} {row['p99']:>7.2f} "
+                f"{row['largest']:>8.2f}  {scales}"
+            )
+    thresholds: dict[str, dict[str, float]] = defaultdict(dict)
+    for name, kinds in report.items():
+        precision = name.partition(",")[0]
+        for kind, row in kinds.items():
+            wanted = rounded_up(2 * row["largest"])
+            thresholds[precision][kind] = max(thresholds[precision].get(kind, 0.0), wanted)
+    print(json.dumps(thresholds, indent=1))
+    with replaced_file(args.output) as file:
+        content = {"draws": args.draws, "environment": environment(), "ratios": report, "thresholds": thresholds}
+        file.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def summary(scales: dict[float, list[float]]) -> dict[str, object]:
+    values = np.concatenate([np.asarray(each) for each in scales.values()])
+    return {
+        "ratios": len(values),
+        "median": round(float(np.median(values)), 3),
+        "p99": round(float(np.percentile(values, 99)), 3),
+        "largest": round(float(values.max()), 3),
+        "largest_by_guidance": {f"{scale:g}": round(max(each), 3) for scale, each in sorted(scales.items())},
+    }
+
+
+def rounded_up(value: float) -> float:
+    """To two digits; 1 at the least: as good as PyTorch is good enough."""
+    value = max(value, 1.0)
+    step = 10 ** (math.floor(math.log10(value)) - 1)
+    return round(math.ceil(value / step - 1e-9) * step, 6)
+
+
+if __name__ == "__main__":
+    main()

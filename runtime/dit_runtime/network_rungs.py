@@ -1,0 +1,152 @@
+"""The lower rungs: what a block is given, what it makes of it, and the network's output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from dit_runtime.budget import FP16_MAX, Series, compared
+from dit_runtime.engines import Array
+from dit_runtime.ladder import Rung
+from dit_runtime.metrics import relative_l2
+from dit_runtime.replay import Pictures, Replay, covering, shapes_to_verify
+from dit_runtime.table import B_E, COEFFICIENTS, LOG_SIGMA_V, NOISE
+
+# What adaLN's vectors in the conditioning table are: a block's, then the final layer's.
+VECTORS = {
+    "adaln-zero": ("attention shift", "attention scale", "attention gate", "MLP shift", "MLP scale", "MLP gate"),
+    "adaln": ("attention shift", "attention scale", "MLP shift", "MLP scale"),
+}
+
+
+def fp16_range(replay: Replay) -> Rung:
+    """How far the reference's own numbers stay below FP16's largest, in the units that compute in FP16."""
+    manifest = replay.bundle.manifest
+    units = {unit: value for unit, value in manifest.magnitudes.items() if manifest.precision.in_fp16(unit)}
+    # The residual stream after a block is FP32 whatever the policy.
+    units = {unit: value for unit, value in units.items() if not unit.rpartition(".")[2].isdecimal()}
+    worst = max(units, key=lambda unit: units[unit], default="nothing")
+    largest = units.get(worst, 0.0)
+    return Rung(
+        "FP16 range",
+        FP16_MAX / largest if largest else float("inf"),
+        replay.budget.tolerance("fp16_range"),
+        "times",
+        f"{worst} reaches {largest:.4g} of {FP16_MAX:g}",
+        axis="unit",
+        series={"magnitude": list(units.values())},
+    )
+
+
+def conditioner(replay: Replay) -> Rung:
+    """Timesteps and labels → the conditioning table, entry by entry."""
+    record = replay.bundle.records("conditioner")
+    found, expected = replay.table(record["timesteps"], record["labels"]), record["table"]
+    entries = range(expected.shape[1])
+    series = Series(
+        "entry",
+        _entries(replay, len(entries)),
+        [found[:, index] for index in entries],
+        [expected[:, index] for index in entries],
+        [float(np.abs(expected).max())] * len(entries),
+    )
+    detail = f"{len(expected)} pairs of timestep and label"
+    return compared(replay.budget, "conditioner", "conditioner", "conditioner", series, detail=detail)
+
+
+def _entries(replay: Replay, count: int) -> list[str]:
+    """What each entry of a row of the conditioning table is."""
+    if replay.model.conditioning == "in-context":
+        return ["timestep's token", "label's token"]
+    if replay.model.conditioning == "cross-attention":
+        return [f"block {index} keys and values" for index in range(count)]
+    names = VECTORS[replay.model.conditioning]
+    of_blocks = [f"block {index} {name}" for index in range(replay.model.depth) for name in names]
+    return [*of_blocks, "final shift", "final scale"]
+
+
+def embedding(replay: Replay) -> Rung:
+    """Patches and positions, as they enter the first block: with its gates closed, a block gives what it is given."""
+    record = replay.bundle.records("blocks")
+    first, *_ = replay.blocks(Pictures.of(record), np.zeros_like(record["table"]))
+    found = first[:1, :: int(record["token_stride"])]
+    series = Series("", [""], [found], [record["tokens"]])
+    return compared(replay.budget, "embedding", "embedding", "embedding", series, detail="patches and positions")
+
+
+def blocks(replay: Replay) -> Rung:
+    """Every block's output, from one picture with guidance and the reference's own conditioning table."""
+    record = replay.bundle.records("blocks")
+    stride = int(record["token_stride"])
+    found = [output[:, ::stride] for output in replay.blocks(Pictures.of(record), record["table"])]
+    labels = [f"block {index}" for index in range(replay.model.depth)]
+    series = Series("block", labels, found, list(record["outputs"]))
+    return compared(replay.budget, "blocks", "blocks", "blocks", series, detail=f"of {len(labels)}")
+
+
+def forward(replay: Replay, branches: int) -> Iterator[Rung]:
+    """The guided prediction, and the variance, at each shape that the engine must be right at."""
+    record = replay.bundle.records(f"forward_{branches}")
+    pictures = Pictures.of(record)
+    shapes = shapes_to_verify(replay.engine, "step", len(pictures.latents), (1, 2))
+    # An engine without the unguided shape computes it with a second branch that has no weight.
+    shapes = [shape for shape in shapes if (shape[1] == 1) == (branches == 1)] or shapes[:1]
+    sizes = " ".join(str(batch) if most <= 2 else f"{batch}·G{most}" for batch, most in shapes)
+    evaluated = _evaluated(replay, pictures, record, shapes)
+    parts = {"": ("forward", "e", pictures.guidance)}
+    if replay.model.learned_variance:
+        parts[" variance"] = ("variance", "v", 1.0)  # guidance does not act on it
+    for part, (kind, key, guidance) in parts.items():
+        expected = record[key]
+        worst: dict[int, tuple[Array, int]] = {}  # of each picture the worst evaluation, and its batch
+        for picture, batch, outputs in evaluated:
+            error = relative_l2(outputs[key], expected[picture])
+            if picture not in worst or error > relative_l2(worst[picture][0], expected[picture]):
+                worst[picture] = outputs[key], batch
+        series = Series(
+            "picture",
+            [
+                f"timestep {float(pictures.timesteps[picture]):g} label {pictures.labels[picture]} at batch {batch}"
+                for picture, (_, batch) in sorted(worst.items())
+            ],
+            [worst[picture][0] for picture in sorted(worst)],
+            [expected[picture] for picture in sorted(worst)],
+            # Rounding is relative to the largest of all pictures.
+            [float(np.abs(expected).max())] * len(worst),
+        )
+        name, floors = f"forward G={branches}{part}", f"forward_{branches}{part}"
+        rung = compared(replay.budget, name, kind, floors, series, guidance, f"batches {sizes}")
+        yield rung if rung.passed else _with_channels(rung, series)
+
+
+def _evaluated(
+    replay: Replay, pictures: Pictures, record: Mapping[str, Array], shapes: Sequence[tuple[int, int]]
+) -> list[tuple[int, int, dict[str, Array]]]:
+    """Of each evaluation of a picture, at ``(batch, branches)``: the picture, the batch, ``e`` and ``v``."""
+    # v is read from the noise's scale exp(h·v). exp and logarithm round by a unit of 1, whatever v is, so h is large:
+    # up to exp(40), far from float32's end.
+    largest = float(np.abs(record["v"]).max(initial=0))
+    factor = np.float32(2.0 ** np.clip(np.floor(np.log2(40 / max(largest, 1e-3))), -6, 6))
+    found = []
+    for batch, branches in shapes:
+        coefficients = np.zeros((batch, COEFFICIENTS), np.float32)
+        coefficients[:, [B_E, NOISE]] = 1  # denoised = e
+        coefficients[:, LOG_SIGMA_V] = factor  # next z = exp(h·v) with unit noise
+        for index in covering(len(pictures.latents), batch):
+            noise = np.ones_like(pictures.latents[index])
+            next_state, e = replay.step(pictures.at(index), coefficients, noise, branches)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                v = np.log(next_state[:, 0]) / factor
+            found += [(int(picture), batch, {"e": e[row], "v": v[row]}) for row, picture in enumerate(index)]
+    return found
+
+
+def _with_channels(rung: Rung, series: Series) -> Rung:
+    """The rung with the channels that are wrong, where not all are: guidance may act on too few."""
+    errors = np.abs(np.stack(series.found) - np.stack(series.expected)).max(axis=(0, 2, 3))
+    wrong = [str(channel) for channel, error in enumerate(errors) if not error <= errors.max() / 10]
+    if not np.isfinite(errors).all() or len(wrong) == len(errors):
+        return rung
+    return replace(rung, detail=f"{rung.detail}; channel {', '.join(wrong)} of {len(errors)}")

@@ -1,0 +1,157 @@
+"""The upper rungs: the sampler's noise, steps and trajectory, the autoencoder, and the pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from dit_runtime.budget import Series, compared
+from dit_runtime.bundle import ENCODER
+from dit_runtime.engines import Array
+from dit_runtime.ladder import Rung
+from dit_runtime.metrics import LEVELS, psnr, relative_error, ssim
+from dit_runtime.noise import TorchNoise
+from dit_runtime.replay import Pictures, Replay, covering, shapes_to_verify
+from dit_runtime.schedule import Schedule
+from dit_runtime.table import A_Z
+
+Record = Mapping[str, Array]
+
+
+def noise(replay: Replay, sampler: str, record: Record, schedule: Schedule) -> Rung:
+    """Our noise from the recorded seeds against what PyTorch drew."""
+    picture = record["latents"].shape[2:]
+    streams = [TorchNoise(int(seed)) for seed in record["seeds"]]
+    drawn = [np.stack([stream.normal(picture) for stream in streams])]
+    drawn += [np.stack([stream.normal(picture) for stream in streams]) for _ in range(schedule.draws_noise.sum())]
+    recorded = np.concatenate([record["latents"][:1], record["noise"][schedule.draws_noise]])
+    error = relative_error(np.stack(drawn), recorded)
+    return Rung(f"{sampler} noise", error, replay.budget.tolerance("noise"), "relative", "from the seeds")
+
+
+def teacher_forced(replay: Replay, sampler: str, record: Record, schedule: Schedule) -> Rung:
+    """Every step from the reference's own latents: errors do not add up, so a bad step shows by its number."""
+    guidance, steps = float(record["guidance"]), range(len(schedule))
+    advanced = [_advanced(replay, record, schedule, index, record["latents"][index]) for index in steps]
+    labels = [f"step {index + 1}" for index in steps]
+    rungs = []
+    for position, (part, expected) in enumerate((("step", record["latents"][1:]), ("denoised", record["denoised"]))):
+        # Near pure noise, a·z and b·e are hundreds and cancel to a few: rounding is relative to the terms.
+        terms = np.abs(schedule.coefficients[:, A_Z]) * np.abs(record["latents"][:-1]).max(axis=(1, 2, 3, 4))
+        scales = [float(term) for term in terms] if part == "denoised" else [0.0] * len(steps)
+        found = [pair[position] for pair in advanced]
+        series = Series("step", labels, found, list(expected), scales)
+        name, floors = f"{sampler} teacher-forced", f"{sampler} {part}"
+        rungs.append(compared(replay.budget, name, "teacher_forced", floors, series, guidance, f"of {len(steps)}"))
+    following, denoised = rungs
+    worse = denoised if denoised.used > following.used else following
+    return replace(worse, detail=f"{worse.detail}; {'denoised' if worse is denoised else 'next latents'}")
+
+
+def free_running(replay: Replay, sampler: str, record: Record, schedule: Schedule) -> tuple[Array, Rung]:
+    """The last latents of a trajectory of the engine's own, and how far it goes from the reference's on its way."""
+    guidance, steps = float(record["guidance"]), len(schedule)
+    found = [record["latents"][0]]
+    for index in range(steps):
+        found.append(_advanced(replay, record, schedule, index, found[-1])[0])
+    labels = [f"step {index + 1}" for index in range(steps)]
+    series = Series("step", labels, found[1:], list(record["latents"][1:]))
+    name, detail = f"{sampler} free-running", f"of {steps}, guidance {guidance:g}"
+    return found[-1], compared(replay.budget, name, "free_running", sampler, series, guidance, detail)
+
+
+def _advanced(replay: Replay, record: Record, schedule: Schedule, index: int, latents: Array) -> tuple[Array, Array]:
+    """The next latents and the denoised estimate of a step from given latents."""
+    batch = len(latents)
+    timesteps = np.repeat(schedule.timesteps[schedule.rows[index]], batch)
+    pictures = Pictures(latents, timesteps, record["labels"], float(record["guidance"]))
+    coefficients = np.repeat(schedule.coefficients[index : index + 1], batch, axis=0)
+    next_state, denoised = replay.step(pictures, coefficients, record["noise"][index])
+    return next_state[:, 0], denoised
+
+
+def decoder(replay: Replay) -> Rung:
+    """The reference's latents decoded to float pictures, at each batch that the engine must be right at."""
+    record = replay.bundle.records("images")
+    count = len(record["latents"])
+    found: list[Array] = []
+    asked: list[int] = []
+    sizes = [batch for batch, _ in shapes_to_verify(replay.engine, "decoder", count)]
+    for batch in sizes:
+        for index in covering(count, batch):
+            found += list(replay.decoder(record["latents"][index], "decoded"))
+            asked += [int(item) for item in index]
+    budget = replay.budget
+    # Every evaluation of a picture has that picture's floor.
+    floors = budget.floors.get("decoder", ())
+    budget = replace(budget, floors={"decoder": [floors[index] for index in asked] if floors else []})
+    expected = [record["decoded"][index] for index in asked]
+    labels = [f"picture {index + 1}" for index in asked]
+    series = Series("picture", labels, found, expected, [float(np.abs(record["decoded"]).max())] * len(found))
+    return compared(budget, "decoder", "decoder", "decoder", series, detail=f"batches {' '.join(map(str, sizes))}")
+
+
+def quantized(replay: Replay) -> Rung:
+    """uint8 pictures of the reference's latents: the mean signed difference tells truncation from rounding, and each
+    channel's tells their order."""
+    record = replay.bundle.records("images")
+    images = replay.decoder(record["latents"], "images")
+    bias = (images.astype(np.float64) - record["images"]).mean(axis=(0, 1, 2))
+    detail = f"mean Δ of red, green, blue {' '.join(f'{channel:+.2g}' for channel in bias)} of {LEVELS:g}"
+    limit = replay.budget.tolerance("image_bias")
+    return Rung("uint8 pictures", float(np.abs(bias).max()), limit, "levels", detail)
+
+
+def images(replay: Replay, final: Array, sampler: str) -> tuple[tuple[Array, Array], list[Rung]]:
+    """The pictures of the engine's own trajectory beside the reference's."""
+    record, budget = replay.bundle.records("images"), replay.budget
+    found, expected = replay.decoder(final, "images"), record["images"]
+    series = Series(
+        "picture",
+        [f"picture {index + 1}" for index in range(len(found))],
+        list(replay.decoder(final, "decoded")),
+        list(record["decoded"]),
+        [float(np.abs(record["decoded"]).max())] * len(found),
+    )
+    # In levels the errors of FP32 are none: the budget is that of the pictures before rounding.
+    floats = compared(replace(budget, tolerances={**budget.tolerances, "image": np.inf}), "", "image", "image", series)
+    detail = f"{sampler}, free-running"
+    level, similarity = psnr(found, expected), ssim(found, expected)
+    metrics = {
+        "max_abs": float(np.abs(found.astype(int) - expected.astype(int)).max()),
+        "psnr": level,
+        "ssim": similarity,
+    }
+    within = float(np.mean(np.abs(found.astype(int) - expected.astype(int)) <= 1))
+    spread = min(float(picture.std()) for picture in found)
+    return (found, expected), [
+        replace(
+            floats,
+            name="image PSNR",
+            value=level,
+            limit=budget.tolerance("image_psnr"),
+            unit="dB",
+            detail=detail if floats.first_over is None else f"{floats.detail}; {detail}",
+            metrics={**floats.metrics, **metrics},
+        ),
+        Rung("image SSIM", similarity, budget.tolerance("image_ssim"), "SSIM", detail),
+        Rung("image within one level", within, budget.tolerance("image_one_level"), "share", detail),
+        Rung(
+            "image is not constant",
+            1.0 if spread > 0 else 0.0,
+            1.0,
+            "share",
+            f"least deviation {spread:.1f} of {LEVELS:g} levels",
+        ),
+    ]
+
+
+def encoder(replay: Replay) -> Rung:
+    """Pictures → latents, and of a posterior its deviation."""
+    record = replay.bundle.records(ENCODER)
+    names = [tensor.name for tensor in replay.bundle.manifest.graphs[ENCODER].outputs]
+    found = replay.engine.session(ENCODER).run({"images": record["images"]}, names)
+    series = Series("output", names, found, [record[name] for name in names])
+    return compared(replay.budget, ENCODER, "encoder", "encoder", series)

@@ -1,0 +1,137 @@
+"""A bundle's graphs on an engine, evaluated on recorded inputs at the batch sizes that the engine must be right at.
+
+An engine with optimization profiles tells of them by a method ``profiles(graph)``: for each profile the least, usual
+and largest ``(batch, branches)``; ``rows`` take the batch's place for the conditioner, and branches are 1 where a graph
+has none. An engine without that method takes any shape up to ``max_batch``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dit_runtime.budget import budget_for, precision_of
+from dit_runtime.bundle import Bundle
+from dit_runtime.engines import Array, Engine
+from dit_runtime.guidance import branch_rows, guidance_weights
+from dit_runtime.table import COEFFICIENTS
+
+Shape = tuple[int, int]  # (batch, branches)
+
+
+def shapes_to_verify(engine: Engine, graph: str, usual: int, branches: Sequence[int] = (1,)) -> list[Shape]:
+    """The ``(batch, branches)`` at which a graph must be right.
+
+    Least, usual, largest and an interior one of every optimization profile; without profiles a single picture and the
+    ``usual`` batch, for each number of ``branches``.
+    """
+    profiles = getattr(engine, "profiles", None)
+    if profiles is None:
+        most = engine.max_batch or usual
+        return [(batch, count) for count in branches for batch in sorted({1, min(usual, most)})]
+    shapes: list[Shape] = []
+    for least, typical, largest in profiles(graph):
+        interior = ((least[0] + largest[0]) // 2, (least[1] + largest[1]) // 2)
+        shapes += [tuple(shape) for shape in (least, typical, interior, largest)]
+    return list(dict.fromkeys(shapes))
+
+
+def covering(count: int, batch: int) -> list[NDArray[np.int64]]:
+    """Batches of a size that together have each of ``count`` pictures, one after the other and from the first again."""
+    return [(first + np.arange(batch)) % count for first in range(0, count, batch)]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What the network is asked about: latents ``[B, C, H, W]``, timesteps ``[B]``, labels ``[B]``, one guidance."""
+
+    latents: Array
+    timesteps: Array
+    labels: Array
+    guidance: float
+
+    @staticmethod
+    def of(record: Mapping[str, Array]) -> Pictures:
+        return Pictures(record["latents"], record["timesteps"], record["labels"], float(record["guidance"]))
+
+    def at(self, index: Array | slice) -> Pictures:
+        """Some of the pictures, in another order or several times."""
+        return Pictures(self.latents[index], self.timesteps[index], self.labels[index], self.guidance)
+
+
+class Replay:
+    """The engine's graphs on recorded inputs. Batches above the engine's limit run in parts.
+
+    ``budget``: what the bundle allows an engine of this precision.
+    """
+
+    def __init__(self, bundle: Bundle, engine: Engine) -> None:
+        self.bundle, self.engine, self.model = bundle, engine, bundle.manifest.model
+        self.budget = budget_for(bundle, precision_of(bundle, engine))
+
+    def table(self, timesteps: Array, labels: Array) -> Array:
+        """The conditioning table of pairs: timesteps ``[R]`` and labels ``[R]``."""
+        inputs = {"timesteps": timesteps.astype(np.float32), "labels": labels.astype(np.int32)}
+        (table,) = self.engine.session("conditioner").run(inputs, [self.bundle.manifest.table.name])
+        return table
+
+    def step(
+        self, pictures: Pictures, coefficients: Array, noise: Array | None = None, branches: int = 0
+    ) -> tuple[Array, Array]:
+        """``next_state`` and ``denoised`` of pictures with a row of coefficients each ``[B, 17]``.
+
+        ``branches``: at least so many; those that the guidance does not need have no weight.
+        """
+        batch = len(pictures.latents)
+        most = self.engine.max_batch or batch
+        noise = np.zeros_like(pictures.latents) if noise is None else noise
+        found = []
+        for first in range(0, batch, most):
+            part = slice(first, first + most)
+            inputs = self.inputs(pictures.at(part), coefficients[part], noise[part], branches)
+            found.append(self.engine.session("step").run(inputs, ["next_state", "denoised"]))
+        next_state, denoised = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        return next_state, denoised
+
+    def blocks(self, pictures: Pictures, table: Array) -> list[Array]:
+        """Each block's output ``[G·B, T, D]``, from a table with a row for each branch and picture ``[G·B, …]``."""
+        batch = len(pictures.latents)
+        inputs = self.inputs(pictures, np.zeros((batch, COEFFICIENTS), np.float32))
+        spec = self.bundle.manifest.table
+        inputs[spec.name] = table.astype(spec.dtype)
+        inputs["rows"] = np.arange(len(table), dtype=np.int32).reshape(-1, batch)
+        return self.engine.session("probe").run(inputs, [f"blocks.{index}" for index in range(self.model.depth)])
+
+    def inputs(
+        self, pictures: Pictures, coefficients: Array, noise: Array | None = None, branches: int = 0
+    ) -> dict[str, Array]:
+        """The inputs of step and probe, the conditioning table computed by the engine."""
+        batch, channels = pictures.latents.shape[:2]
+        guided = self.bundle.manifest.diffusion.guidance_channels
+        weights = guidance_weights(pictures.guidance, batch, channels, guided)
+        labels = pictures.labels.astype(np.int32)
+        conditions, rows = branch_rows(labels, self.model.null_class, len(weights))
+        if (more := branches - len(weights)) > 0:
+            weights = np.pad(weights, ((0, more), (0, 0), (0, 0)))
+            rows = np.pad(rows, ((0, more), (0, 0)), mode="edge")
+        # A row per (picture's timestep, condition): simple, and the records are small.
+        table = self.table(np.repeat(pictures.timesteps, len(conditions)), np.tile(conditions, batch))
+        state = np.zeros((batch, 3, *pictures.latents.shape[1:]), np.float32)
+        state[:, 0] = pictures.latents
+        return {
+            "state": state,
+            "noise": np.zeros_like(pictures.latents) if noise is None else noise,
+            "coefficients": coefficients,
+            "guidance": weights,
+            "rows": (rows + np.arange(batch) * len(conditions)).astype(np.int32),
+            self.bundle.manifest.table.name: table,
+        }
+
+    def decoder(self, latents: Array, output: str) -> Array:
+        """Latents → ``decoded`` or ``images``."""
+        most = self.engine.max_batch or len(latents)
+        parts = [latents[first : first + most] for first in range(0, len(latents), most)]
+        return np.concatenate([self.engine.session("decoder").run({"latents": part}, [output])[0] for part in parts])
