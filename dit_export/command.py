@@ -20,6 +20,8 @@ EXAMPLES = (
     "dit-export SiT-XL-2-256.pt --family sit --vae sd-vae-ft-mse/ --size 256x256 256x384 -o sit.bundle",
     "dit-export DiT-XL/2-256 --conditioning cross-attention --dry-run",
     "dit-export DiT-XL/2-256 --random-weights 0 --fp16 -o xl-random.bundle",
+    "dit-export facebook/DiT-XL-2-256 --bisect dit-xl.bundle -o keep.txt",
+    "dit-export facebook/DiT-XL-2-256 --fp16 --keep-fp32 keep.txt -o dit-xl.bundle",
 )
 
 
@@ -37,6 +39,7 @@ def _main(argv: list[str] | None) -> int:
     )
     parser.add_argument(
         "checkpoint",
+        nargs="?",
         help="a diffusers DiTPipeline folder or hub id (owner/name or owner/name@revision); a .pt or .safetensors file "
         "with the official names; or with --random-weights a preset such as DiT-XL/2-256",
     )
@@ -63,6 +66,12 @@ def _main(argv: list[str] | None) -> int:
     made = parser.add_argument_group("what to make")
     made.add_argument("--fp16", action="store_true", help="strongly typed FP16 graphs (default: FP32)")
     made.add_argument(
+        "--keep-fp32",
+        nargs="+",
+        metavar="FILE|UNIT",
+        help="with --fp16: units that stay FP32, such as blocks.17.attn, or a list that --bisect wrote",
+    )
+    made.add_argument(
         "--size",
         type=image_size,
         nargs="+",
@@ -70,20 +79,38 @@ def _main(argv: list[str] | None) -> int:
         help="of pictures (default: as trained)",
     )
     made.add_argument("--encoder", action="store_true", help="the autoencoder's encoder too, for image-to-image")
-    made.add_argument("-o", "--output", type=Path, help="the bundle's folder (default: NAME-PRECISION.bundle)")
+    made.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        help="the bundle's folder (default: NAME-PRECISION.bundle); of --bisect the list (default: NAME.keep.txt)",
+    )
     made.add_argument("--no-verify", action="store_true", help="leave out the comparison on ONNX Runtime")
+    made.add_argument(
+        "--bisect",
+        type=Path,
+        metavar="BUNDLE",
+        help="find which units of an FP16 bundle break its error budget and write the list to keep in FP32; with the "
+        "checkpoint, units in FP32 have its weights, otherwise the bundle's",
+    )
     made.add_argument("--dry-run", action="store_true", help="print what would be made and needed, and stop")
     made.add_argument("--json", action="store_true", help="print the result as JSON")
     args = parser.parse_args(argv)
+    if args.checkpoint is None and args.bisect is None:
+        parser.error("a checkpoint is required")
+    if args.keep_fp32 and not args.fp16:
+        parser.error("--keep-fp32 is for FP16 graphs, whose units are FP16 otherwise; add --fp16")
 
     missing = [name for name in ("torch", "diffusers", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         raise EngineError(f"{' and '.join(missing)} not installed; pip install 'dit-export[export]'")
     from dit_export.checkpoint import PRESET, Source
     from dit_export.export import bundle_from_checkpoint
-    from dit_export.precision import FP16, FP32
+    from dit_export.precision import FP32, fp16_keeping, keep_list
 
-    precision = FP16 if args.fp16 else FP32
+    if args.checkpoint is None:
+        return _bisect(args.bisect, None, args.output, args.json)
+    precision = fp16_keeping(keep_list(args.keep_fp32 or ())) if args.fp16 else FP32
     seed = args.random_weights
     if seed is None and args.dry_run and PRESET.fullmatch(args.checkpoint):
         seed = 0  # a preset's plan needs shapes alone
@@ -102,6 +129,8 @@ def _main(argv: list[str] | None) -> int:
         classes=args.classes,
         learned_variance=False if args.fixed_variance else None,
     )
+    if args.bisect is not None:
+        return _bisect(args.bisect, source, args.output, args.json)
     if args.dry_run:
         return _dry_run(source, precision, args.encoder, args.json)
     path = Path(args.checkpoint)
@@ -156,8 +185,10 @@ def _dry_run(source: Source, precision: Precision, encoder: bool, as_json: bool)
     """Print what the export would make: nothing is converted, traced or written."""
     from dit_export.checkpoint import load_checkpoint
     from dit_export.plan import format_plan, plan_for
+    from dit_export.precision import check_units
 
     checkpoint = load_checkpoint(source)
+    check_units(precision, checkpoint.model)
     plan = plan_for(
         checkpoint.model,
         precision,
@@ -173,6 +204,32 @@ def _dry_run(source: Source, precision: Precision, encoder: bool, as_json: bool)
         print_json({"source": checkpoint.name, "reference": checkpoint.reference, **plan.as_json()})
     else:
         print(f"{checkpoint.name}\nreference: {checkpoint.reference}\n{format_plan(plan)}")
+    return 0
+
+
+def _bisect(path: Path, source: Source | None, output: Path | None, as_json: bool) -> int:
+    """Find what to keep in FP32; with a checkpoint, units in FP32 have its weights."""
+    from dataclasses import replace
+
+    from dit_export.bisection import bisection_of, format_bisection, kernel_cost, write_keep_list
+    from dit_export.checkpoint import load_checkpoint
+    from dit_export.trials import fp32_weights
+    from dit_runtime.bundle import open_bundle
+    from dit_runtime.files import check_writable
+
+    bundle = open_bundle(path)
+    output = output or Path(f"{path.resolve().stem}.keep.txt")
+    check_writable(output)
+    weights = None if source is None else fp32_weights(load_checkpoint(source), bundle)
+    bisection = bisection_of(bundle, weights)
+    if bisection.findings:
+        write_keep_list(output, bisection, bundle)
+        units = [finding.unit for finding in bisection.findings]
+        bisection = replace(bisection, cost=kernel_cost(bundle, units, weights))
+    if as_json:
+        print_json({"bundle": str(path), "output": str(output) if bisection.findings else None, **bisection.as_json()})
+    else:
+        print(format_bisection(bisection, bundle, output))
     return 0
 
 

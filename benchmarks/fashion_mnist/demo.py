@@ -36,7 +36,9 @@ def command(*argv: str | Path) -> None:
     subprocess.run([executable, *rest], check=True)
 
 
-def pytorch_pictures(labels: list[int], seeds: list[int], batch: int) -> np.ndarray:
+def pytorch_pictures(
+    labels: list[int], seeds: list[int], batch: int, steps: int = STEPS, guidance: float = GUIDANCE
+) -> np.ndarray:
     """The unpatched diffusers modules in FP32, in ``DiTPipeline``'s loop with null = number of classes."""
     import torch
     from dit_export.checkpoint import Source, load_checkpoint
@@ -45,7 +47,7 @@ def pytorch_pictures(labels: list[int], seeds: list[int], batch: int) -> np.ndar
     checkpoint = load_checkpoint(Source(str(CHECKPOINT)))
     reference, scheduler = Reference(checkpoint), checkpoint.scheduler
     assert scheduler is not None
-    scheduler.set_timesteps(STEPS)
+    scheduler.set_timesteps(steps)
     pictures = []
     with torch.inference_mode():
         for first in range(0, len(labels), batch):
@@ -54,7 +56,7 @@ def pytorch_pictures(labels: list[int], seeds: list[int], batch: int) -> np.ndar
                 [torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in seeds[first : first + batch]]
             )
             for t in scheduler.timesteps:
-                e, _ = reference.predicted(z, t.expand(len(z)), y, GUIDANCE)
+                e, _ = reference.predicted(z, t.expand(len(z)), y, guidance)
                 z = scheduler.step(e, t, z).prev_sample
             pictures.append(reference.pictures(reference.decoded(z)))
     return np.concatenate(pictures)

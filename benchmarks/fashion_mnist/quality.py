@@ -1,0 +1,254 @@
+"""What a precision does to the demo model's pictures: class accuracy and Fréchet distance, with intervals and in pairs.
+
+    python benchmarks/fashion_mnist/quality.py     # half an hour on two CPU cores; an interrupted run goes on
+
+All contenders sample the same labels from the same seeds, so that their differences can be told from chance with far
+fewer pictures than the figures themselves: accuracies by McNemar's exact test, distances by resampling pictures in
+pairs. Pictures are kept in ``--work``; the result is ``quality.json`` and, as a table, ``quality.md``.
+
+FP16 is there twice: as ONNX Runtime computes it on a CPU, and emulated, where every result of an FP16 operation is
+rounded, as on a GPU; ONNX Runtime leaves out the roundings between operations that it computes in FP32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from demo import CHECKPOINT, command, pytorch_pictures
+from dit_export.checkpoint import Source, load_checkpoint
+from dit_export.trials import Trials
+from evaluator import CLASS_NAMES, frechet_distance, judged, load_evaluator, reference_statistics, statistics
+
+from dit_runtime import Pipeline
+from dit_runtime.bundle import Bundle, open_bundle
+from dit_runtime.engines import Engine, open_engine
+from dit_runtime.environment import environment
+from dit_runtime.errors import BundleError, EngineError
+from dit_runtime.files import replaced_file
+from dit_runtime.progress import Progress
+
+HERE = Path(__file__).parent
+Z95 = 1.959964  # the standard normal distribution's 97.5 % point
+RESAMPLES = 1000
+PYTORCH = "PyTorch FP32"
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Interval = tuple[float, float]
+
+
+def wilson(hits: int, count: int) -> Interval:
+    """The 95 % interval of a proportion (Wilson 1927), which stays in [0, 1]."""
+    share, z = hits / count, Z95**2 / count
+    middle = (share + z / 2) / (1 + z)
+    half = Z95 * math.sqrt(share * (1 - share) / count + z / (4 * count)) / (1 + z)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """The exact two-sided p-value that two paired proportions are one, from the pairs that only one got right.
+
+    McNemar 1947: under that hypothesis either is as likely to be the one, a fair coin for each such pair.
+    """
+    pairs = only_first + only_second
+    tail = sum(math.comb(pairs, k) for k in range(min(only_first, only_second) + 1))
+    return min(1.0, 2 * tail / 2**pairs)
+
+
+def resampled(features: list[Array], real: tuple[Array, Array], resamples: int, advance: Callable[[], None]) -> Array:
+    """Fréchet distances ``[resamples, contenders]`` of pictures drawn with replacement, the same draw for all."""
+    random = np.random.default_rng(0)
+    distances = np.empty((resamples, len(features)))
+    for row in distances:
+        drawn = random.integers(len(features[0]), size=len(features[0]))
+        row[:] = [frechet_distance(statistics(each[drawn]), real) for each in features]
+        advance()
+    return distances
+
+
+def around(value: float, draws: Array) -> Interval:
+    """The 95 % interval by the resamples' deviation: their mean is not the value's, they repeat pictures."""
+    half = Z95 * float(np.std(draws, ddof=1))
+    return value - half, value + half
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to make the pictures. ``identity``: what they depend on besides labels, seeds and settings."""
+
+    name: str
+    identity: str
+    sampled: Callable[[list[int], list[int]], Array]
+
+
+def contenders(work: Path, steps: int, guidance: float, batch: int, threads: int) -> Iterator[Contender]:
+    """The contenders that can run here; bundles are exported to ``work`` on the way."""
+    if threads:
+        torch.set_num_threads(threads)
+    weights = load_checkpoint(Source(str(CHECKPOINT))).weights_sha256
+
+    def by_pytorch(labels: list[int], seeds: list[int]) -> Array:
+        return pytorch_pictures(labels, seeds, batch, steps, guidance)
+
+    yield Contender(PYTORCH, str(weights), by_pytorch)
+    fp32 = bundle_at(work / "fp32.bundle", weights)
+    fp16 = bundle_at(work / "fp16.bundle", weights, "--fp16")
+    engines: list[tuple[str, Bundle, Callable[[Bundle], Engine]]] = [
+        ("ONNX Runtime FP32", fp32, lambda bundle: open_engine(bundle, "onnxruntime", threads)),
+        ("ONNX Runtime FP16", fp16, lambda bundle: open_engine(bundle, "onnxruntime", threads)),
+        ("FP16 emulated", fp16, lambda bundle: Trials(bundle, {}, threads=threads).engine()),
+    ]
+    if importlib.util.find_spec("openvino") is not None:
+        engines.append(("OpenVINO BF16", fp16, lambda bundle: open_engine(bundle, "openvino", threads, "bf16")))
+    for name, bundle, opened in engines:
+        try:
+            pipe = Pipeline(bundle, opened(bundle))
+        except EngineError as error:
+            print(f"{name} is left out: {error}", flush=True)
+            continue
+
+        def sampled(labels: list[int], seeds: list[int], pipe: Pipeline = pipe) -> Array:
+            return pipe(labels, seeds, steps=steps, guidance=guidance, sampler="ddim")
+
+        yield Contender(name, f"{bundle.digest} {pipe.engine.name}", sampled)
+
+
+def bundle_at(path: Path, weights: str | None, *flags: str) -> Bundle:
+    """The checkpoint's bundle, exported unless it is there."""
+    try:
+        bundle = open_bundle(path)
+        if bundle.manifest.source.weights_sha256 == weights:
+            return bundle
+    except BundleError:
+        pass
+    command("dit-export", CHECKPOINT, *flags, "-o", path)
+    return open_bundle(path)
+
+
+def pictures(contender: Contender, args: argparse.Namespace, bar: Progress) -> Array:
+    """uint8 pictures ``[N, 32, 32, 3]`` of labels 0, 1, … 9, 0, … and seeds 0, 1, …, those in ``--work`` read."""
+    settings = json.dumps([contender.identity, args.guidance, args.steps, args.batch])
+    name = contender.name.lower().replace(" ", "-")
+    folder = args.work / f"{name}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
+    chunks = []
+    for first in range(0, args.samples, args.batch):
+        seeds = list(range(first, min(first + args.batch, args.samples)))
+        path = folder / f"{seeds[0]:05d}-{seeds[-1]:05d}.npy"
+        if not path.exists():
+            made = contender.sampled([seed % len(CLASS_NAMES) for seed in seeds], seeds)
+            with replaced_file(path) as file:
+                np.save(file, made)
+        chunks.append(np.load(path, allow_pickle=False))
+        bar.advance()
+    return np.concatenate(chunks)
+
+
+def compared(judgements: dict[str, tuple[Array, Array]], labels: Array, resamples: int) -> list[dict[str, Any]]:
+    """Each contender's figures, and its differences from the first.
+
+    ``judgements``: by name, the evaluator's classes ``[N]`` and features ``[N, 64]`` of the same labels and seeds.
+    """
+    reference = reference_statistics()
+    real = reference["mean"], reference["covariance"]
+    features = [each for _, each in judgements.values()]
+    with Progress("resampling", resamples) as bar:
+        draws = resampled(features, real, resamples, bar.advance)
+    first, rows = next(iter(judgements)), []
+    base = judgements[first][0] == labels
+    base_distance = frechet_distance(statistics(features[0]), real)
+    for index, (name, (classes, own)) in enumerate(judgements.items()):
+        right = classes == labels
+        distance = frechet_distance(statistics(own), real)
+        low, high = around(distance, draws[:, index])
+        row: dict[str, Any] = {
+            "name": name,
+            "accuracy": float(right.mean()),
+            "accuracy_interval": wilson(int(right.sum()), len(labels)),
+            "frechet_distance": distance,
+            "frechet_interval": (max(0.0, low), high),
+        }
+        if name != first:
+            lost, won = int((base & ~right).sum()), int((right & ~base).sum())
+            difference = distance - base_distance
+            row["against"] = {
+                "name": first,
+                "only_it_right": lost,
+                "only_this_right": won,
+                "accuracy_difference": float(right.mean() - base.mean()),
+                "mcnemar_p": mcnemar(lost, won),
+                "frechet_difference": difference,
+                "frechet_difference_interval": around(difference, draws[:, index] - draws[:, 0]),
+            }
+        rows.append(row)
+    return rows
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The figures as a table for people."""
+    lines = [
+        f"{result['samples']} pictures each, DDIM {result['steps']} steps, guidance {result['guidance']:g}, the same "
+        f"labels and seeds for all; 95 % intervals; differences are from {PYTORCH} and in pairs.",
+        "",
+        "| | class accuracy | Fréchet distance | accuracy: pairs lost, won, p | Fréchet distance: difference |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for row in result["precisions"]:
+        low, high = row["accuracy_interval"]
+        near, far = row["frechet_interval"]
+        cells = [row["name"], f"{row['accuracy']:.3f} ({low:.3f}–{high:.3f})"]
+        cells.append(f"{row['frechet_distance']:.3f} ({near:.3f}–{far:.3f})")
+        if against := row.get("against"):
+            least, most = against["frechet_difference_interval"]
+            lost, won, p = against["only_it_right"], against["only_this_right"], against["mcnemar_p"]
+            cells.append(f"−{lost}, +{won}, p = {p:.2g}")
+            cells.append(f"{against['frechet_difference']:+.4f} ({least:+.4f} to {most:+.4f})")
+        else:
+            cells += ["–", "–"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=1000, help="pictures of each precision")
+    parser.add_argument("--guidance", type=float, default=1.5)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--batch", type=int, default=50)
+    parser.add_argument("--threads", type=int, default=0, help="of each contender; 0 lets it choose")
+    parser.add_argument("--resamples", type=int, default=RESAMPLES, help="of the intervals of distances")
+    parser.add_argument("--work", type=Path, default=Path("build/quality"), help="pictures and bundles")
+    parser.add_argument("--output", type=Path, default=HERE / "quality.json")
+    args = parser.parse_args()
+    evaluator = load_evaluator()
+    labels = np.arange(args.samples) % len(CLASS_NAMES)
+    judgements = {}
+    for contender in contenders(args.work, args.steps, args.guidance, args.batch, args.threads):
+        with Progress(contender.name, math.ceil(args.samples / args.batch)) as bar:
+            judgements[contender.name] = judged(evaluator, pictures(contender, args, bar))
+    result = {
+        "samples": args.samples,
+        "guidance": args.guidance,
+        "steps": args.steps,
+        "sampler": "ddim",
+        "resamples": args.resamples,
+        "environment": environment(args.threads),
+        "precisions": compared(judgements, labels, args.resamples),
+    }
+    with replaced_file(args.output) as file:
+        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    with replaced_file(args.output.with_suffix(".md")) as file:
+        file.write_text(markdown(result), encoding="utf-8")
+    print(markdown(result), end="")
+
+
+if __name__ == "__main__":
+    main()
