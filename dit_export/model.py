@@ -99,7 +99,9 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # (N, h, T, d)
+        # The pictures stay outermost: with the three outermost TensorRT-RTX copies each in a kernel of its own, on
+        # streams that wait for each other, instead of all in one (benchmarks/kernels.py).
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(0, 2, 3, 1, 4).unbind(1)  # (N, h, T, d)
         result: Tensor = self.proj(attended(q, k, v))
         return result
 
