@@ -493,7 +493,12 @@ FAULTS = (
     Fault("learned variance ignored", "ddpm teacher-forced", "next latents", patch=scheduled("ddpm", variance_fixed)),
     # The autoencoder and the pictures.
     Fault("the VAE's scale left out", "decoder", edits={"decoder": vae_scale}),
-    Fault("a bias of the VAE dropped", "decoder", edits={"decoder": reordered("decoder.conv_in.bias", np.zeros_like)}),
+    Fault(
+        "a bias of the VAE dropped",
+        "decoder",
+        edits={"decoder": reordered("decoder.conv_in.bias", np.zeros_like)},
+        fp16=BELOW,
+    ),
     Fault("levels truncated", "uint8 pictures", "-0.4", edits={"decoder": truncated}),
     Fault("red and blue exchanged", "uint8 pictures", outputs={"decoder": channels_reversed}),
     Fault("constant pictures", "uint8 pictures", outputs={"decoder": constant_pictures}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -104,12 +105,12 @@ def _main(argv: list[str] | None) -> int:
     missing = [name for name in ("torch", "diffusers", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         raise EngineError(f"{' and '.join(missing)} not installed; pip install 'dit-export[export]'")
+    if args.checkpoint is None:
+        return _bisect(args.bisect, None, args.output, args.json)
     from dit_export.checkpoint import PRESET, Source
     from dit_export.export import bundle_from_checkpoint
     from dit_export.precision import FP32, fp16_keeping, keep_list
 
-    if args.checkpoint is None:
-        return _bisect(args.bisect, None, args.output, args.json)
     precision = fp16_keeping(keep_list(args.keep_fp32 or ())) if args.fp16 else FP32
     seed = args.random_weights
     if seed is None and args.dry_run and PRESET.fullmatch(args.checkpoint):
@@ -209,17 +210,16 @@ def _dry_run(source: Source, precision: Precision, encoder: bool, as_json: bool)
 
 def _bisect(path: Path, source: Source | None, output: Path | None, as_json: bool) -> int:
     """Find what to keep in FP32; with a checkpoint, units in FP32 have its weights."""
-    from dataclasses import replace
-
-    from dit_export.bisection import bisection_of, format_bisection, kernel_cost, write_keep_list
-    from dit_export.checkpoint import load_checkpoint
-    from dit_export.trials import fp32_weights
     from dit_runtime.bundle import open_bundle
     from dit_runtime.files import check_writable
 
     bundle = open_bundle(path)
     output = output or Path(f"{path.resolve().stem}.keep.txt")
     check_writable(output)
+    from dit_export.bisection import bisection_of, format_bisection, kernel_cost, write_keep_list
+    from dit_export.checkpoint import load_checkpoint
+    from dit_export.trials import fp32_weights
+
     weights = None if source is None else fp32_weights(load_checkpoint(source), bundle)
     bisection = bisection_of(bundle, weights)
     if bisection.findings:

@@ -50,7 +50,7 @@ def bundle_from_checkpoint(source: Source, output: Path, precision: Precision, e
     checkpoint = load_checkpoint(source)  # a mistake is told before the work
     check_units(precision, checkpoint.model)
     with replaced_folder(output) as folder:
-        measured = records_in_process(source, folder, encoder)
+        measured = records_in_process(source, folder, encoder, precision.name)
         with Progress("tracing", 2 + encoder + len(SIZED_GRAPHS) * len(checkpoint.sizes)) as bar:
             graphs = {}
             for name, graph in write_graphs(checkpoint, precision, folder, encoder):

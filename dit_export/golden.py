@@ -23,7 +23,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from dit_export.checkpoint import Checkpoint, Source, load_checkpoint
-from dit_export.reference_floors import floors_of, magnitudes_of, measurements
+from dit_export.reference_floors import PRECISIONS, floors_of, magnitudes_of, measurements
 from dit_export.reference_pipeline import Reference
 from dit_runtime.bundle import GOLDEN, sized
 from dit_runtime.command import run
@@ -47,6 +47,7 @@ class Plan:
         pictures, steps: of a trajectory.
         forward_pictures: of a forward.
         measured, measured_steps: of how many trajectories PyTorch's own errors are measured, over how many steps.
+        precisions: in which PyTorch's own errors are measured.
         seed: of all noise; with 0 timesteps and labels are spread evenly, with others they are drawn too.
         guidance, forward_guidance: of trajectories, and of the guided forward.
     """
@@ -56,18 +57,24 @@ class Plan:
     forward_pictures: int
     measured: int
     measured_steps: int
+    precisions: tuple[str, ...] = tuple(PRECISIONS)
     seed: int = 0
     guidance: float = GUIDANCE
     forward_guidance: float = FORWARD_GUIDANCE
 
     @staticmethod
-    def of(checkpoint: Checkpoint) -> Plan:
+    def of(checkpoint: Checkpoint, precision: str) -> Plan:
+        """The plan for an export in that precision.
+
+        Of a large model only the errors that its engines are held against: FP64 takes twice the model's memory.
+        """
         elements = sum(int(np.prod(shape)) for shape in checkpoint.weights.shapes.values())
         most = len(checkpoint.diffusion.betas) or 50
         # A further size has the weights of the first, and the sampler has no size: less will do.
         first = checkpoint.model.latent_size == checkpoint.sizes[0]
         if elements > LARGE_MODEL:
-            return Plan(1, min(4, most), 2, measured=int(first), measured_steps=2)
+            precisions = tuple(dict.fromkeys((precision, "bf16")))
+            return Plan(1, min(4, most), 2, measured=int(first), measured_steps=2, precisions=precisions)
         pictures, steps = (4, min(50, most)) if first else (2, min(10, most))
         if step_gmac(checkpoint.model) > CHEAP_GMAC:
             return Plan(pictures, steps, pictures, measured=int(first), measured_steps=min(10, steps))
@@ -79,7 +86,7 @@ class Plan:
 
     def work(self, names: tuple[str, ...]) -> int:
         """Pieces of work, for the progress bar."""
-        return 4 + 2 * self.steps + measurements(self.samplers(names))
+        return 4 + 2 * self.steps + measurements(self.samplers(names), self.precisions)
 
 
 @dataclass(frozen=True)
@@ -135,7 +142,7 @@ def write_records(
                 records["encoder"] = {"images": pictures, **{key: value.numpy() for key, value in encoded.items()}}
         advance()
         check_records(checkpoint.name, records)
-        floors = floors_of(reference, records, plan.samplers(names), advance)
+        floors = floors_of(reference, records, plan.samplers(names), plan.precisions, advance)
     for name, record in records.items():
         np.savez(folder / f"{name}.npz", **record)
     return Measured(floors, {unit: float(f"{value:.4g}") for unit, value in magnitudes.items()})
@@ -247,15 +254,16 @@ def _noise_since(states: list[Tensor], generators: list[torch.Generator], like: 
     return torch.stack([torch.randn(like.shape[1:], generator=torch.Generator().set_state(state)) for state in states])
 
 
-def records_in_process(source: Source, folder: Path, encoder: bool) -> Measured:
+def records_in_process(source: Source, folder: Path, encoder: bool, precision: str) -> Measured:
     """Make the records in a fresh interpreter; its progress and its errors appear on our stderr.
 
-    They go into ``golden`` in ``folder``, and into a folder of its own for each size after the first.
+    They go into ``golden`` in ``folder``, and into a folder of its own for each size after the first. ``precision`` is
+    the export's.
 
     Raises:
         SystemExit: the process reported an error, in words of its own.
     """
-    command = [sys.executable, "-m", "dit_export.golden", os.fspath(folder), json.dumps(encoder)]
+    command = [sys.executable, "-m", "dit_export.golden", os.fspath(folder), json.dumps(encoder), precision]
     finished = subprocess.run(command, input=source.to_json(), stdout=subprocess.PIPE, text=True, check=False)
     if finished.returncode == 1:
         raise SystemExit(1)
@@ -269,21 +277,21 @@ def records_in_process(source: Source, folder: Path, encoder: bool) -> Measured:
 
 def _main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C, and ends this process
-    folder, encoder = sys.argv[1:]
+    folder, encoder, precision = sys.argv[1:]
     checkpoint = load_checkpoint(Source.from_json(sys.stdin.read()))
     if step_gmac(checkpoint.model) <= CHEAP_GMAC:
         torch.set_num_threads(1)  # so small a model waits for its threads more than it computes
     first, *further = (replace(checkpoint, model=checkpoint.at(size)) for size in checkpoint.sizes)
     names = trajectories_of(checkpoint.diffusion)
-    with Progress("PyTorch reference", sum(Plan.of(each).work(names) for each in (first, *further))) as bar:
+    with Progress("PyTorch reference", sum(Plan.of(each, precision).work(names) for each in (first, *further))) as bar:
         target = Path(folder) / GOLDEN
         target.mkdir()
-        measured = write_records(first, Plan.of(first), target, json.loads(encoder), bar.advance)
+        measured = write_records(first, Plan.of(first, precision), target, json.loads(encoder), bar.advance)
         for each in further:
             size = each.model.latent_size
             target = Path(folder) / sized(GOLDEN, size)
             target.mkdir()
-            further_records = write_records(each, Plan.of(each), target, json.loads(encoder), bar.advance)
+            further_records = write_records(each, Plan.of(each, precision), target, json.loads(encoder), bar.advance)
             measured = measured.joined(further_records, size)
     print(json.dumps(asdict(measured)))
     return 0

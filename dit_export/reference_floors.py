@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -31,6 +31,7 @@ def floors_of(
     reference: Reference,
     records: Mapping[str, Record],
     samplers: Mapping[str, int],
+    precisions: Sequence[str],
     advance: Callable[[], None],
 ) -> dict[str, dict[str, list[float]]]:
     """Relative L2 errors by precision and record; see ``Manifest.floors``.
@@ -41,19 +42,20 @@ def floors_of(
         reference: the modules.
         records: what they computed in FP32.
         samplers: the trajectories to measure, and over how many of their first steps.
+        precisions: of ``PRECISIONS``, those to measure.
         advance: called after each measurement, ``measurements`` times.
     """
     floors = {}
-    for name, dtype in PRECISIONS.items():
-        with reference.at_precision(dtype):
+    for name in precisions:
+        with reference.at_precision(PRECISIONS[name]):
             found = dict(_floors(reference, records, samplers, advance))
         floors[name] = {key: [_rounded(value) for value in series] for key, series in found.items() if _finite(series)}
     return floors
 
 
-def measurements(samplers: Mapping[str, int]) -> int:
+def measurements(samplers: Mapping[str, int], precisions: Sequence[str]) -> int:
     """How many times ``floors_of`` advances, for the progress bar."""
-    return len(PRECISIONS) * (4 + sum(1 + steps for steps in samplers.values()))
+    return len(precisions) * (4 + sum(1 + steps for steps in samplers.values()))
 
 
 def _floors(

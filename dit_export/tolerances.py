@@ -1,74 +1,102 @@
-"""The limits a bundle carries for its own verification, per precision.
+"""The limits a bundle carries for its own verification, per precision that an engine computes in.
 
-Values are max |Δ| over the largest reference magnitude unless the name says otherwise. Beside each limit stands the
-largest value measured on the committed Fashion-MNIST model (``make demo`` prints it) and, for FP16, on DiT-XL/2 with
-random weights (``dit-verify``), with ONNX Runtime on a CPU.
+``TOLERANCES`` are absolute, the net below the error budget: max |Δ| over the largest reference magnitude unless the
+name says otherwise. Beside each limit stands the largest value measured on the committed Fashion-MNIST model (``make
+demo`` prints it) and, for FP16, on DiT-XL/2 with random weights (``dit-verify``), with ONNX Runtime on a CPU; for BF16
+with OpenVINO on the same Fashion-MNIST model.
+
+``THRESHOLDS`` are the error budget's: how many times PyTorch's own error in the same precision an engine's may be. Each
+is twice the largest ratio over ten draws of seeds, timesteps, labels and guidance scales, on two models and three
+engines; ``benchmarks/budget.py`` prints the distribution, ``benchmarks/budget.json`` is what it printed.
 """
 
 TOLERANCES: dict[str, dict[str, float]] = {
     "fp32": {
-        "conditioner": 2e-5,
-        "embedding": 2e-5,
         "noise": 1e-6,  # 1.2e-7
+        "conditioner": 2e-5,  # 8.4e-7
+        "embedding": 2e-5,  # 1.6e-7
         "blocks": 2e-5,  # 1.5e-6
-        "variance": 2e-5,
-        "forward": 2e-5,  # 2.4e-6
+        "forward": 2e-5,  # 2.5e-6
+        "variance": 2e-5,  # 3.6e-6
         "teacher_forced": 2e-5,  # 3.4e-6
-        "free_running": 5e-5,  # 4.3e-6
-        "decoder": 2e-5,  # 5.8e-6
+        "free_running": 5e-5,  # 5.0e-6
+        "decoder": 2e-5,  # 6.0e-6
         "encoder": 2e-5,  # 1.2e-6
-        "image_psnr": 60.0,  # 89 dB
+        "image_psnr": 60.0,  # 86 dB
+        "image_ssim": 0.9999,  # 1.00000
         "image_one_level": 0.999,  # all
-        "image_ssim": 0.9999,
-        "image_bias": 0.02,
-        "fp16_range": 2.0,
+        "image_bias": 0.02,  # levels: 2.4e-4
     },
     "fp16": {
-        "conditioner": 3e-3,
-        "embedding": 2e-3,
+        "fp16_range": 2.0,  # times: 912
         "noise": 1e-6,  # 1.2e-7
+        "conditioner": 3e-3,  # 3.7e-4
+        "embedding": 2e-3,  # 1.6e-7: FP32
         "blocks": 2e-3,  # 5.0e-4
-        "variance": 5e-3,
         "forward": 5e-3,  # 1.6e-3, at guidance 4
+        "variance": 5e-3,  # 6.1e-4
         "teacher_forced": 3e-3,  # 5.2e-4
         "free_running": 5e-3,  # 3.9e-4
         "decoder": 3e-3,  # 7.1e-4
         "encoder": 3e-3,  # 9.7e-4, of tests/test_checkpoints.py
         "image_psnr": 35.0,  # 62 dB
+        "image_ssim": 0.99,  # 0.99998
         "image_one_level": 0.99,  # all
-        "image_ssim": 0.99,
-        "image_bias": 0.05,
-        "fp16_range": 2.0,
+        "image_bias": 0.05,  # levels: 1.2e-3
     },
     "bf16": {
-        "noise": 1e-6,
-        "conditioner": 3e-2,
-        "embedding": 3e-2,
-        "blocks": 3e-2,
-        "variance": 5e-2,
-        "forward": 5e-2,
-        "teacher_forced": 5e-2,
-        "free_running": 5e-2,
-        "decoder": 5e-2,
-        "encoder": 5e-2,
-        "image_psnr": 25.0,
-        "image_one_level": 0.5,
-        "image_ssim": 0.95,
-        "image_bias": 0.2,
-        "fp16_range": 2.0,
+        "noise": 1e-6,  # 1.2e-7
+        "conditioner": 3e-2,  # 5.5e-3
+        "embedding": 3e-2,  # 0
+        "blocks": 3e-2,  # 5.4e-3
+        "forward": 5e-2,  # 9.3e-3, at guidance 4
+        "variance": 5e-2,  # 7.3e-3
+        "teacher_forced": 2e-2,  # 1.4e-3
+        "free_running": 3e-2,  # 3.9e-3
+        "decoder": 5e-2,  # 1.8e-2
+        "encoder": 5e-2,  # 9.0e-3
+        "image_psnr": 30.0,  # 53 dB
+        "image_ssim": 0.98,  # 0.9995
+        "image_one_level": 0.9,  # 0.988
+        "image_bias": 0.2,  # levels: 0.045
     },
 }
 
-KINDS = (
-    "conditioner",
-    "embedding",
-    "blocks",
-    "forward",
-    "variance",
-    "teacher_forced",
-    "free_running",
-    "decoder",
-    "image",
-    "encoder",
-)
-THRESHOLDS: dict[str, dict[str, float]] = {name: dict.fromkeys(KINDS, 3.0) for name in ("fp32", "fp16", "bf16")}
+THRESHOLDS: dict[str, dict[str, float]] = {
+    "fp32": {
+        "conditioner": 9.7,
+        "embedding": 2.6,
+        "blocks": 3.7,
+        "forward": 7.5,
+        "variance": 22.0,  # ONNX Runtime sums a matrix product of few rows one by one; OpenVINO's largest ratio is 2.7
+        "teacher_forced": 3.9,
+        "free_running": 5.0,
+        "decoder": 2.3,
+        "image": 8.1,
+        "encoder": 2.4,
+    },
+    "fp16": {
+        "conditioner": 1.9,
+        "embedding": 1.0,
+        "blocks": 1.0,
+        "forward": 1.0,
+        "variance": 5.0,
+        "teacher_forced": 2.2,
+        "free_running": 1.0,
+        "decoder": 1.2,
+        "image": 1.0,
+        "encoder": 1.3,
+    },
+    "bf16": {
+        "conditioner": 2.4,
+        "embedding": 1.0,
+        "blocks": 1.0,
+        "forward": 1.1,
+        "variance": 5.8,
+        "teacher_forced": 1.0,
+        "free_running": 1.3,
+        "decoder": 2.1,
+        "image": 1.9,
+        "encoder": 2.1,
+    },
+}

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dit_runtime.bundle import Bundle, open_bundle
-from dit_runtime.errors import CheckpointError, ParityError
+from dit_runtime.errors import BundleError, CheckpointError, ParityError
 
 Weights = dict[str, Tensor]
 
@@ -241,7 +241,7 @@ def test_an_island_takes_its_numbers_before_the_cast() -> None:
     model = small_graph()
     make_fp32(model, lambda node: unit_of("step", node) == "blocks.0.attn", upcast)
     session = ReferenceEvaluator(ir.to_proto(model))
-    x = np.array([30000.123, 1.2345678], np.float32)
+    x = np.array([30000.123, 1.1754386], np.float32)
     np.testing.assert_array_equal(session.run(None, {"x": x})[0], x * np.float32(3) - np.float32(0.5))
     half = x.astype(np.float16)
     with np.errstate(over="ignore"):
@@ -302,6 +302,5 @@ def test_an_altered_bundle_is_not_opened(bundles: dict[str, Path], tmp_path: Pat
     path = Path(shutil.copytree(bundles["fp16"], tmp_path / "altered"))
     with (path / "graphs" / "probe.onnx").open("ab") as file:
         file.write(b" ")
-    done = run_command("dit-export", "--bisect", path, "-o", tmp_path / "keep.txt")
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert "bytes, expected" in done.stderr
+    with pytest.raises(BundleError, match="bytes, expected"):
+        bisection_of(open_bundle(path))

@@ -150,5 +150,6 @@ def test_records_are_small(bundles: dict[str, Path]) -> None:
     assert (
         sum(spec.bytes for name, spec in manifest.files.items() if name.startswith("golden")) < 5e6
     )  # measured: 0.9 MB
-    plan = Plan.of(load_checkpoint(Source("DiT-XL/2-256", random_seed=0)))
+    plan = Plan.of(load_checkpoint(Source("DiT-XL/2-256", random_seed=0)), "fp16")
     assert (plan.pictures, plan.steps, plan.forward_pictures) == (1, 4, 2)
+    assert plan.precisions == ("fp16", "bf16")  # not FP64, which takes twice the memory

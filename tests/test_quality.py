@@ -47,7 +47,7 @@ def test_pairs_tell_what_figures_cannot(quality: ModuleType) -> None:
     reference = quality.reference_statistics()
     root = np.linalg.cholesky(reference["covariance"] + 1e-6 * np.eye(64))
     features = reference["mean"] + random.normal(size=(400, 64)) @ root.T
-    worse = features + 0.02 * np.sqrt(np.diag(reference["covariance"]))
+    worse = features + 0.05 * np.sqrt(np.diag(reference["covariance"]))
     labels = np.arange(400) % 10
     classes = np.where(np.arange(400) < 6, (labels + 1) % 10, labels)
     first, second = quality.compared({"a": (labels, features), "b": (classes, worse)}, labels, 50)
@@ -57,7 +57,7 @@ def test_pairs_tell_what_figures_cannot(quality: ModuleType) -> None:
     least, most = against["frechet_difference_interval"]
     print(first["frechet_distance"], second, sep="\n")
     assert most - least < (high - low) / 2
-    assert least < against["frechet_difference"] < most
+    assert 0 < least < against["frechet_difference"] < most  # 0.10, 0.29, 0.47
     assert (against["only_it_right"], against["only_this_right"]) == (6, 0)
     assert against["mcnemar_p"] == 2 / 64
     assert first["accuracy"] == 1.0

@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import pytest
 from conftest import run_command
+from dit_export.tolerances import THRESHOLDS
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -277,6 +278,12 @@ def test_a_bundle_says_what_each_precision_may_be_off(bundles: dict[str, Path]) 
         budget_for(bundle, "int8")
 
 
+def test_thresholds_are_the_measured_ones() -> None:
+    """What bundles carry is what the committed run of ``benchmarks/budget.py`` came to."""
+    run = json.loads((Path(__file__).parent.parent / "benchmarks" / "budget.json").read_text())
+    assert run["thresholds"] == THRESHOLDS
+
+
 class Profiled(OnnxRuntimeEngine):
     """ONNX Runtime with the optimization profiles of a TensorRT engine, wrong at some shapes of the step."""
 
@@ -314,8 +321,10 @@ def test_shapes_of_every_profile(bundles: dict[str, Path]) -> None:
     for shape in (*unguided, *guided):
         engine.wrong = (shape,)
         replay = Replay(bundle, engine)
-        failing = [branches for branches in (1, 2) if not next(network_rungs.forward(replay, branches)).passed]
+        first = {branches: next(network_rungs.forward(replay, branches)) for branches in (1, 2)}
+        failing = [branches for branches, rung in first.items() if not rung.passed]
         assert failing == [min(shape[1], 2)], shape
+        assert f"at batch {shape[0]};" in first[failing[0]].detail
     plain.max_batch = 1
     assert shapes_to_verify(plain, "step", 4, (1, 2)) == [(1, 1), (1, 2)]
     assert all(rung.passed for rung in verify(bundle, plain))
