@@ -232,7 +232,7 @@ class Step(nn.Module):
             x = modulated(x, condition[:, -2, None], condition[:, -1, None])
         x = self.final(x.to(self.final.weight.dtype)).float()
         x = unpatchified(x, spec).unflatten(0, (rows.shape[0], -1))  # (G, B, C or 2C, H, W)
-        e = (guidance[..., None, None] * x[:, :, : spec.latent_channels]).sum(0)  # (B, C, H, W)
+        e = guided(x[:, :, : spec.latent_channels], guidance)  # (B, C, H, W)
         v = x[0, :, spec.latent_channels :] if spec.learned_variance else None  # the conditional branch's
         next_state, denoised = sampler_update(state, noise, coefficients, e, v)
         return next_state, denoised, *outputs
@@ -243,6 +243,13 @@ class Step(nn.Module):
             count = MODULATIONS[self.spec.conditioning]
             return condition[:, count * index : count * (index + 1)]  # (N, 6 or 4, D)
         return condition[:, index] if self.spec.conditioning == "cross-attention" else condition
+
+
+def guided(x: Tensor, guidance: Tensor) -> Tensor:
+    """The branches' outputs ``[G, B, C, H, W]``, each by its weight of ``[G, B, C]``, added: ``[B, C, H, W]``."""
+    weighted = guidance[..., None, None] * x
+    # A zero first: TensorRT-RTX gives the sum of a single branch a kernel of its own.
+    return torch.cat([torch.zeros_like(weighted[:1]), weighted]).sum(0)
 
 
 def unpatchified(x: Tensor, spec: ModelSpec) -> Tensor:

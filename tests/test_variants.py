@@ -42,6 +42,13 @@ BETAS = np.linspace(1e-4, 0.02, 1000)
 # max|Δ| over the largest value; what was measured stands beside each comparison, the largest of all conditionings.
 FORWARD_LIMIT = {"fp32": 2e-6, "fp16": 2e-3}
 TRAJECTORY_LIMIT = {"fp32": 5e-6, "fp16": 5e-3}
+# Kernels, waits and signals of two blocks, one and two branches, as TensorRT-RTX 1.7 builds them.
+KERNELS = {
+    "adaln-zero": [(21, 0)] * 2,
+    "adaln": [(23, 0)] * 2,
+    "cross-attention": [(32, 0)] * 2,
+    "in-context": [(21, 0)] * 2,
+}
 
 
 def weights_of(conditioning: str, out_channels: int = 8, grid: tuple[int, int] = (4, 4)) -> dict[str, torch.Tensor]:
@@ -167,6 +174,8 @@ def test_rtx_builds_each_variant(variant: Bundle, tmp_path: Path) -> None:
     model, fp16 = variant.manifest.model, variant.manifest.precision.name == "fp16"
     assert model.attentions == (4 if model.conditioning == "cross-attention" else 2)
     assert [profile.fused_attention for profile in step.audit.profiles] == [model.attentions if fp16 else 0] * 2
+    if fp16:
+        assert [(p.kernels, p.synchronizations) for p in step.audit.profiles] == KERNELS[model.conditioning]
 
 
 def test_sits_velocity_and_time(checkpoint: Path, tmp_path: Path) -> None:
