@@ -207,6 +207,15 @@ def test_the_decoder_makes_pipeline_pictures(bundle: Bundle, engine: OnnxRuntime
     assert difference.max() <= (1 if bundle.manifest.precision.name == "fp32" else 2)
 
 
+def test_the_decoder_casts_after_its_activations(bundles: dict[str, Path]) -> None:
+    """Between a norm and its activation is no cast, for which TensorRT-RTX would keep the whole tensor in FP32."""
+    graph = onnx.load(open_bundle(bundles["fp16"]).graph("decoder"), load_external_data=False).graph
+    casts = {node.output[0] for node in graph.node if node.op_type == "Cast"}
+    activations = [node for node in graph.node if node.op_type == "Sigmoid"]
+    assert len(activations) == 17  # two in each of 8 residual blocks, and the last
+    assert not any(node.input[0] in casts for node in activations)
+
+
 def test_different_embedder_copies_stay_different(checkpoint: Path, tmp_path: Path) -> None:
     """A fine-tune may change diffusers' per-block embedder copies: then the conditioner keeps each, and stays exact."""
     from dit_export.model import conditioner_from_weights, step_from_weights
