@@ -418,6 +418,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("build/kernels.json"), help="default: %(default)s")
     parser.add_argument("--table", type=Path, metavar="JSON", help="print the table of a file that was made before")
     parser.add_argument("--only", help="ablations whose group or name contains this; none of 28 blocks")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that the output has already")
     args = parser.parse_args()
     if args.table:
         print(table(json.loads(args.table.read_text(encoding="utf-8"))))
@@ -425,12 +426,17 @@ def main() -> None:
     import tensorrt_rtx
 
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    chosen = [a for a in ablations() if args.only is None or args.only in f"{a.group} {a.name}"]
-    whole = [] if args.only else [a for a in ablations() if a.name in WHOLE]
     figures: dict[str, Any] = {"label": LABEL, "builder": f"tensorrt_rtx {tensorrt_rtx.__version__}"}
-    figures["ablations"] = [measured(ablation, DEPTHS, args.output.parent) for ablation in chosen]
-    figures["whole"] = [measured(ablation, (XL.depth,), args.output.parent) for ablation in whole]
-    args.output.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    rows = [("ablations", DEPTHS, a) for a in ablations() if args.only is None or args.only in f"{a.group} {a.name}"]
+    rows += [("whole", (XL.depth,), a) for a in ablations() if args.only is None and a.name in WHOLE]
+    figures |= {"ablations": [], "whole": []}
+    if args.resume and args.output.exists():
+        figures |= json.loads(args.output.read_text(encoding="utf-8"))
+    for part, depths, ablation in rows:
+        if (ablation.group, ablation.name) in [(row["group"], row["name"]) for row in figures[part]]:
+            continue
+        figures[part].append(measured(ablation, depths, args.output.parent))
+        args.output.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     print(table(figures))
 
 
