@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dit_runtime import network_rungs, picture_rungs
-from dit_runtime.bundle import ENCODER, Bundle, DiffusionSpec
+from dit_runtime.bundle import ENCODER, GRAPHS, Bundle, DiffusionSpec
 from dit_runtime.engines import Array, Engine
 from dit_runtime.ladder import Rung, Verification, format_table
 from dit_runtime.metrics import psnr, relative_error
@@ -46,7 +46,7 @@ def verify(bundle: Bundle, engine: Engine, quick: bool = False) -> Iterator[Rung
     """The rungs from the bottom up, each yielded when it is measured.
 
     ``quick`` leaves out conditioner, embedding, blocks and teacher-forced steps, which say where a fault is rather than
-    whether there is one.
+    whether there is one. Embedding and blocks need the probe, which TensorRT's engines do not have.
 
     Raises:
         BundleError: a record is missing or altered, or the bundle has no limits for the engine's precision.
@@ -91,6 +91,7 @@ def _rungs(replay: Replay, quick: bool, pictures: list[tuple[Array, Array]]) -> 
         yield network_rungs.fp16_range(replay)
     if not quick:
         yield network_rungs.conditioner(replay)
+    if not quick and _has_probe(replay):
         if manifest.model.conditioning == "adaln-zero":  # the others' blocks have no gates to close
             yield network_rungs.embedding(replay)
         yield network_rungs.blocks(replay)
@@ -120,8 +121,14 @@ def _has_range(replay: Replay) -> bool:
     return replay.budget.precision == "fp16" and bool(replay.bundle.manifest.magnitudes)
 
 
+def _has_probe(replay: Replay) -> bool:
+    return "probe" in getattr(replay.engine, "graphs", GRAPHS)
+
+
 def _rung_count(replay: Replay, quick: bool) -> int:
     """How many rungs there will be: for progress bars."""
     manifest = replay.bundle.manifest
     always = _has_range(replay) + 2 + 2 * manifest.model.learned_variance + 4 + 6 + (ENCODER in manifest.graphs)
-    return always + (0 if quick else 4 + (manifest.model.conditioning == "adaln-zero"))
+    if quick:
+        return always
+    return always + 3 + _has_probe(replay) * (1 + (manifest.model.conditioning == "adaln-zero"))
