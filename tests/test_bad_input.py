@@ -214,3 +214,24 @@ def test_ctrl_c_in_an_export(checkpoint: Path, tmp_path: Path, moment: float, st
     assert errors.strip().splitlines()[-1] == "dit-export: interrupted; nothing half-written was left behind"
     assert [path.name for path in tmp_path.iterdir()] == ["out.bundle"]
     assert (output / "manifest.json").read_text() == "the old one"
+
+
+def test_ctrl_c_in_a_weak_references_callback() -> None:
+    """Python drops an exception that is raised there: the interrupt comes again and ends the command all the same."""
+    code = """
+import os, signal, time, weakref
+from dit_runtime.command import run
+
+class Thing: pass
+
+def work():
+    thing = Thing()
+    reference = weakref.ref(thing, lambda _: os.kill(os.getpid(), signal.SIGINT))
+    del thing
+    time.sleep(20)
+    return 0
+
+run("it", work)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "it: interrupted; nothing half-written was left behind\n")

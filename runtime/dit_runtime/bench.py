@@ -194,13 +194,13 @@ def pictures_of(bundle: Bundle, engine: Engine, batch: int, steps: int, runs: in
     first, *counted = seconds
     middle = float(np.median(counted))
     return {
-        "first_s": round(first, 4),
+        "first_s": round(first, 6),
         "runs": len(counted),
         "run": asdict(timing_of([value * 1e3 for value in counted], first * 1e3)),
         "step": asdict(timing_of(step_ms, step_ms[0])),
-        "seconds_a_picture": round(middle / batch, 4),
+        "seconds_a_picture": round(middle / batch, 6),
         "pictures_a_second": round(batch / middle, 4),
-        "split_s": {name: round(float(np.median(values)), 4) for name, values in spent.items()},
+        "split_s": {name: round(float(np.median(values)), 6) for name, values in spent.items()},
     }
 
 
