@@ -31,6 +31,10 @@ class AlteredEngine:
             self.loaded[graph] = self.load(graph)
         return self.loaded[graph]
 
+    def release(self, graph: str) -> None:
+        """As ``Engine.release``."""
+        self.loaded.pop("probe" if graph == "step" else graph, None)
+
 
 class AlteredSession:
     """An altered graph in ONNX Runtime.

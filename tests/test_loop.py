@@ -209,6 +209,9 @@ class FakeEngine:
     def session(self, graph: str) -> Any:
         return SimpleNamespace(run=self.condition if graph == "conditioner" else self.step)
 
+    def release(self, graph: str) -> None:
+        pass
+
     def condition(self, inputs: dict[str, Array], outputs: Sequence[str]) -> list[Array]:
         t, labels = inputs["timesteps"], inputs["labels"]
         assert (t.dtype, labels.dtype) == (np.float32, np.int32)

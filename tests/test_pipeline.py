@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from diffusers import DDIMScheduler, DiTPipeline
 
 from dit_runtime import Pipeline
+from dit_runtime.bundle import Bundle, open_bundle
 from dit_runtime.engines import OnnxRuntimeEngine
 from dit_runtime.errors import SamplingError
 from dit_runtime.verify import psnr
@@ -104,6 +106,39 @@ def test_guidance_one_skips_the_null_branch(bundles: dict[str, Path]) -> None:
     assert set(calls[:5]) == {(1, 1)}
     assert set(calls[5:]) == {(2, 1)}
     assert np.abs(one.astype(int) - nearly.astype(int)).max() <= 1
+
+
+class NotingEngine(OnnxRuntimeEngine):
+    """Notes each call of a graph, and each graph whose memory is given back."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        super().__init__(bundle)
+        self.noted: list[str] = []
+
+    def session(self, graph):
+        session = super().session(graph)
+
+        def run(inputs, outputs):
+            self.noted.append(graph)
+            return session.run(inputs, outputs)
+
+        return SimpleNamespace(run=run)
+
+    def release(self, graph):
+        self.noted.append(f"no {graph}")
+        super().release(graph)
+
+
+def test_memory_is_given_back_when_a_graph_is_done(bundles: dict[str, Path]) -> None:
+    """With ``once`` the conditioner goes before the second step and the step before the decoder; a second run works."""
+    engine = NotingEngine(open_bundle(bundles["fp32"]))
+    pipe = Pipeline(engine._bundle, engine, once=True)
+    pictures = pipe([3, 4], [5, 6], steps=3)
+    assert engine.noted == ["conditioner", "step", "no conditioner", "step", "step", "no step", "decoder"]
+    assert np.array_equal(pipe([3, 4], [5, 6], steps=3), pictures)
+    engine.noted.clear()
+    Pipeline(engine._bundle, engine)([3], steps=2)
+    assert engine.noted == ["conditioner", "step", "step", "decoder"]
 
 
 class SmallEngine(OnnxRuntimeEngine):

@@ -41,13 +41,13 @@ class Ours:
 
     def __init__(self, work: Path, engine: str, threads: int, precision: str | None = None) -> None:
         from dit_runtime import open_bundle
-        from dit_runtime.engines import open_engine
+        from dit_runtime.engines import engine_for
         from dit_runtime.guidance import branch_rows, guidance_weights
         from dit_runtime.pipeline import Pipeline
         from dit_runtime.schedule import schedule_for
 
-        self.bundle = open_bundle(work / "fp32.bundle")
-        self.engine = open_engine(self.bundle, engine, threads, precision)
+        self.bundle = open_bundle(work / ("fp16.bundle" if precision == "bf16" else "fp32.bundle"))
+        self.engine = engine_for(self.bundle, engine, threads, precision)
         self.pipeline = Pipeline(self.bundle, self.engine)
         self.model, self.diffusion = self.bundle.manifest.model, self.bundle.manifest.diffusion
         self.schedule = schedule_for("ddim", self.model, self.diffusion, STEPS)
@@ -64,6 +64,7 @@ class Ours:
             (self.tables[key],) = self.engine.session("conditioner").run(
                 {"timesteps": times, "labels": conditions}, [table]
             )
+            self.engine.release("conditioner")  # as dit-sample does
         state = np.zeros((batch, 3, *latents.shape[1:]), np.float32)
         state[:, 0] = latents
         (advanced,) = self.engine.session("step").run(

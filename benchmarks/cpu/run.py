@@ -11,13 +11,14 @@ The rate of matrix products of the model's own shapes is measured in the same ro
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -79,10 +80,11 @@ def make_checkpoint(work: Path, model: str) -> None:
 
 
 def make_bundle(work: Path) -> None:
-    if not (work / "fp32.bundle").exists():
-        from dit_export.command import main as export
+    from dit_export.command import main as export
 
-        export([str(work / "checkpoint"), "--no-verify", "-o", str(work / "fp32.bundle")])
+    for precision, flags in (("fp32", []), ("fp16", ["--fp16"])):
+        if not (work / f"{precision}.bundle").exists():
+            export([str(work / "checkpoint"), *flags, "--no-verify", "-o", str(work / f"{precision}.bundle")])
 
 
 def make_plain(work: Path) -> None:
@@ -164,20 +166,34 @@ class Process:
         self.process.wait()
 
 
+@contextlib.contextmanager
+def running(names: list[str], work: Path, threads: int) -> Iterator[list[Process]]:
+    """Contenders, each loaded and stopped."""
+    processes: list[Process] = []
+    try:
+        for name in names:
+            processes.append(Process(name, work, threads))
+            print(f"{name}: loaded in {processes[-1].loaded['load_s']:.1f} s", file=sys.stderr)
+        yield processes
+    finally:
+        for process in processes:
+            process.close()
+
+
 def interleaved(processes: list[Process], rounds: int, **request: Any) -> dict[str, dict[str, Any]]:
     """Seconds of the request by contender: the first answer apart, then medians over rounds in turning order; and how
-    far each result is from the reference's.
+    far each result is from the reference's. Without rounds the first answer is the only one.
     """
+    first, memory = {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        first = {}
         for process in processes:
             answer = process.ask(**request, save=str(Path(folder) / f"{processes.index(process)}.npy"))
-            first[process.name] = answer["seconds"]
+            first[process.name], memory[process.name] = answer["seconds"], answer["memory"]
+            print(f"{request}: {process.name}: {answer['seconds']:.3f} s", file=sys.stderr)
         results = [np.load(Path(folder) / f"{index}.npy") for index in range(len(processes))]
     names = [process.name for process in processes]
     expected = results[names.index(REFERENCE)]
-    times: dict[str, list[float]] = {name: [] for name in names}
-    memory: dict[str, Any] = {}
+    times: dict[str, list[float]] = {name: [] if rounds else [first[name]] for name in names}
     for index in range(rounds):
         for process in processes if index % 2 else processes[::-1]:
             answer = process.ask(**request)
@@ -211,9 +227,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/cpu"))
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds of steps and decoding")
     parser.add_argument("--pictures", default="1", help="batches of whole pictures, such as 1,4; 0 for none")
-    parser.add_argument("--picture-rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=0, help="of each contender, 0 for its own choice")
     parser.add_argument("--only", help="parts of contenders' names, separated by commas; the reference is always there")
+    parser.add_argument("--output", type=Path, help="default: MODEL.json beside this file")
     parser.add_argument("--part", choices=("checkpoint", "bundle", "plain"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     work = args.work if args.part else args.work / args.model
@@ -245,26 +261,26 @@ def compared(args: argparse.Namespace, work: Path) -> None:
         "environment": environment(args.threads),
         "guided_step_gflop": round(4 * step_gmac(model), 2),
     }
-    processes: list[Process] = []
-    try:
-        for name in names:
-            start = time.monotonic()
-            processes.append(Process(name, work, args.threads))
-            print(f"{name}: loaded in {time.monotonic() - start:.1f} s", file=sys.stderr)
-        report["loaded"] = {process.name: process.loaded for process in processes}
-        rates = [rate for precision in ("fp32", "bf16") for rate in gemm_rates(shapes_of(model, 2), precision)]
-        report["step"] = interleaved(processes, args.rounds, do="step", batch=1, index=0)
-        rates += [rate for precision in ("fp32", "bf16") for rate in gemm_rates(shapes_of(model, 2), precision)]
-        report["gemm"] = [asdict(rate) for rate in rates]
-        report["decode"] = interleaved(processes, max(1, args.rounds // 2), do="decode", batch=1)
-        for batch in (int(text) for text in args.pictures.split(",")):
-            if batch:
-                found = interleaved(processes, args.picture_rounds, do="pictures", batch=batch, steps=STEPS)
-                report[f"pictures_{batch}"] = found
-    finally:
-        for process in processes:
-            process.close()
-    target = HERE / f"{args.model}.json"
+    shapes = shapes_of(model, 2)
+    # All at once do not fit in memory, and weights that are mapped would be read again and again.
+    for precision in ("bf16", "fp32"):
+        group = [name for name in names if name == REFERENCE or (precision == "bf16") == ("BF16" in name)]
+        with running(group, work, args.threads) as processes:
+            rates = gemm_rates(shapes, precision)
+            found = {"step": interleaved(processes, args.rounds, do="step", batch=1, index=0)}
+            rates += gemm_rates(shapes, precision)
+            found["decode"] = interleaved(processes, max(1, args.rounds // 2), do="decode", batch=1)
+            for batch in (int(text) for text in args.pictures.split(",")):
+                if batch:
+                    for process in processes:
+                        process.ask(do="pictures", batch=batch, steps=1)  # compiles for this batch
+                    found[f"pictures_{batch}"] = interleaved(processes, 0, do="pictures", batch=batch, steps=STEPS)
+        report[precision] = {
+            "loaded": {process.name: process.loaded for process in processes},
+            "gemm": [asdict(rate) for rate in rates],
+            **found,
+        }
+    target = args.output or HERE / f"{args.model}.json"
     with replaced_file(target) as file:
         file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(target)

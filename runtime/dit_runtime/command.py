@@ -17,7 +17,7 @@ INTERRUPTED = 130
 # Names of ``engines.ENGINES``, which commands show before they import anything heavy.
 ENGINE_HELP = (
     "auto, tensorrt, tensorrt-rtx, openvino, onnxruntime, onnxruntime-cuda, onnxruntime-tensorrt or onnxruntime-rtx; "
-    "auto is TensorRT where an engine for the GPU here was built, else ONNX Runtime on the CPU"
+    "auto is TensorRT where an engine for the GPU here was built, else what takes the least time for a step"
 )
 
 

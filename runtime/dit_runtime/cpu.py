@@ -32,6 +32,17 @@ def processor(root: Path = Path("/")) -> Processor:
     return Processor(model, ())
 
 
+def machine() -> dict[str, str]:
+    """What tells this machine from another, for records of what was measured on it."""
+    cpu = processor()
+    return {
+        "system": platform.system(),
+        "architecture": platform.machine(),
+        "processor": cpu.model,
+        "instructions": " ".join(cpu.flags),
+    }
+
+
 def available_memory(root: Path = Path("/")) -> int | None:
     """Bytes that can be allocated before the system swaps or a container's limit ends the process; None if unknown."""
     found: list[int] = []

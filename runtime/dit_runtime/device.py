@@ -158,12 +158,21 @@ class TensorRtEngine:
         """How often a graph that is on the device has been loaded; 0 where it is not there."""
         return self._loads[graph] if graph in self._loaded else 0
 
-    def unload(self, graph: str) -> None:
-        """Free a graph's weights. It is loaded again when it is needed."""
-        self.cuda.synchronize(self.stream)  # its last call
-        if graph in self._sessions:
-            self._sessions[graph].free()
-        self._loaded.pop(graph, None)
+    def release(self, graph: str) -> None:
+        """Free a graph's weights. It is loaded again when it is needed.
+
+        A loop that is under way keeps the step's until it is closed.
+        """
+        with self.lock:
+            self.cuda.synchronize(self.stream)  # its last call
+            if graph in self._sessions:
+                self._sessions[graph].free()
+            if graph == "step":
+                for steps in self._idle:  # their contexts hold the weights
+                    steps.free()
+                    self._loops.remove(steps)
+                self._idle = []
+            self._loaded.pop(graph, None)
 
     def fit(self, graph: str, shapes: Mapping[str, Shape]) -> Fit:
         """The profile that takes inputs of these shapes.
@@ -206,7 +215,7 @@ class TensorRtEngine:
                 steps.free()
             self._loops, self._idle = [], []
             for graph in list(self._loaded):
-                self.unload(graph)
+                self.release(graph)
             self.activations.free()
             if self.stream:
                 self.cuda.destroy_stream(self.stream)

@@ -84,7 +84,7 @@ class DeviceTable:
     def settle(self) -> None:
         """The loop goes on: free the conditioner's weights, unless they had to come back before."""
         if self._engine.loads("conditioner") == 1:
-            self._engine.unload("conditioner")
+            self._engine.release("conditioner")
 
     def free(self) -> None:
         """Give the memory back."""

@@ -62,6 +62,10 @@ class Engine(Protocol):
         """The session of a graph (``step``, ``decoder``, …: the manifest's names), loaded on first use."""
         ...
 
+    def release(self, graph: str) -> None:
+        """Give back what a graph holds. Its session loads it again when it is run again."""
+        ...
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -72,13 +76,13 @@ class Candidate:
 
 
 def open_engine(
-    bundle: Bundle, name: str = "auto", threads: int = 0, precision: str | None = None, store: Path | None = None
+    bundle: Bundle, name: str, threads: int = 0, precision: str | None = None, store: Path | None = None
 ) -> Engine:
     """The engine to run a bundle with.
 
     Args:
         bundle: whose graphs, at its size in use.
-        name: one of ``ENGINES``; ``auto`` is ONNX Runtime on the CPU, which runs every bundle.
+        name: one of ``ENGINES``.
         threads: of the CPU; 0 lets the engine choose.
         precision: ``f32`` or ``bf16``; None is the bundle's own where the engine has it, or the nearest.
         store: where TensorRT's engines are, None for the bundle's own folder, and where others may keep graphs in their
@@ -93,9 +97,9 @@ def open_engine(
         return engine_from_store(bundle, name, threads, store)
     if name == "openvino":
         return OpenVinoEngine(bundle, threads, precision, store=store)
-    if name not in ("auto", *ENGINES):
+    if name not in ENGINES:
         raise EngineError(f"engine {name!r} is unknown; choose auto or one of {', '.join(ENGINES)}")
-    provider = "cpu" if name in ("auto", "onnxruntime") else name.removeprefix("onnxruntime-")
+    provider = "cpu" if name == "onnxruntime" else name.removeprefix("onnxruntime-")
     if precision not in (None, "f32") or (precision and provider != "cpu"):
         raise EngineError(
             f"precision {precision!r} with {name}: ONNX Runtime computes in FP32 on a CPU, and a GPU's engine as the "
@@ -104,7 +108,7 @@ def open_engine(
     return OnnxRuntimeEngine(bundle, threads, provider, store)
 
 
-def engine_for(bundle: Bundle, name: str = "auto", threads: int = 0, precision: str | None = None) -> Engine:
+def engine_for(bundle: Bundle, name: str, threads: int = 0, precision: str | None = None) -> Engine:
     """``open_engine`` as the commands call it: what OpenVINO prepares is kept beside the bundle.
 
     Without that, the weights of an FP16 bundle would be in memory twice.
@@ -113,10 +117,10 @@ def engine_for(bundle: Bundle, name: str = "auto", threads: int = 0, precision: 
 
 
 def candidates(bundle: Bundle) -> list[Candidate]:
-    """The engines that are installed and can be tried here, the fastest expected first.
+    """The engines that are installed and can be tried here without asking, the fastest expected first.
 
-    Left to be named by the user: what builds for minutes (TensorRT's and RTX's providers), and BF16 for a bundle that
-    was exported in FP32.
+    Left to be named by the user: what builds for minutes (TensorRT's and RTX's providers), BF16 for a bundle that was
+    exported in FP32, and OpenVINO's FP32 where it has BF16, which would keep twice the weights on disk to lose.
     """
     found = []
     try:
@@ -129,6 +133,5 @@ def candidates(bundle: Bundle) -> list[Candidate]:
         capabilities = imported_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     except EngineError:
         return found + onnxruntime
-    if bundle.manifest.precision.name == "fp16" and "BF16" in capabilities:
-        found.append(Candidate("openvino", "bf16"))
-    return [*found, Candidate("openvino", "f32"), *onnxruntime]
+    bf16 = bundle.manifest.precision.name == "fp16" and "BF16" in capabilities
+    return [*found, Candidate("openvino", "bf16" if bf16 else "f32"), *onnxruntime]

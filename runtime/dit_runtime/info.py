@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from dit_runtime.bundle import GOLDEN, Bundle
+from dit_runtime.cpu import machine
 from dit_runtime.store import described, stored_engines
-from dit_runtime.verdicts import machine, stored_verdicts
+from dit_runtime.verdicts import stored_verdicts
 
 
 def bundle_info(bundle: Bundle, store: Path | None = None) -> dict[str, Any]:

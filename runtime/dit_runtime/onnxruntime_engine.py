@@ -59,7 +59,7 @@ class OnnxRuntimeEngine:
         return self._sessions[graph]
 
     def release(self, graph: str) -> None:
-        """Give back the memory of a graph; its session loads it again when it is run again."""
+        """As ``Engine.release``."""
         if graph in self._sessions:
             self._sessions[graph].release()
 

@@ -38,6 +38,8 @@ class Pipeline:
         size: height and width of pictures in pixels, one of ``manifest.image_sizes``; None is the first, or that of
             an opened bundle.
         precision: ``f32`` or ``bf16``, of an engine that is named and has a choice (OpenVINO); None is its default.
+        once: each graph gives its memory back when its work is done: the conditioner before the loop, the step before
+            the decoder. A second run loads them again.
 
     Raises:
         BundleError: the bundle is missing, incomplete or altered, or has no graphs for that size.
@@ -52,10 +54,12 @@ class Pipeline:
         threads: int = 0,
         size: tuple[int, int] | None = None,
         precision: str | None = None,
+        once: bool = False,
     ) -> None:
+        self.once = once
         self.bundle = (bundle if isinstance(bundle, Bundle) else open_bundle(bundle)).at(size)
         if engine == "auto":
-            self.engine: Engine = trusted_engine(self.bundle, threads)
+            self.engine: Engine = trusted_engine(self.bundle, threads, engine, precision)
         else:
             self.engine = engine_for(self.bundle, engine, threads, precision) if isinstance(engine, str) else engine
 
@@ -119,14 +123,20 @@ class Pipeline:
 
     def _steps(self, pictures: Sequence[Picture], read: bool) -> Iterator[Advance]:
         """The completed steps of pictures that share one schedule."""
+        released = False
         with Batch(self.engine, self.manifest) as batch:
             batch.add(list(enumerate(pictures)))
             while len(batch):
                 step = batch.advance(read)
                 if batch.failure is not None:
                     raise batch.failure
+                if self.once and not released:  # the first call was given the rows of all, if they fit
+                    self.engine.release("conditioner")
+                    released = True
                 if step.completed[0]:
                     yield step
+        if self.once:
+            self.engine.release("step")
 
     def stream(self, pictures: Iterable[Picture], batch_size: int = 16) -> Iterator[tuple[int, Float32]]:
         """Continuous batching: pictures of any schedules and guidance share the engine's batch.

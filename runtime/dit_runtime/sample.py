@@ -206,6 +206,7 @@ def _sampled(pipe: Pipeline, args: argparse.Namespace, work: Work, single: bool)
     from dit_runtime.work import file_name
 
     start = time.monotonic()
+    pipe.once = work.count == 1
     before = read_png(args.from_image)[0] if args.from_image else None
     pictures: list[Pictures] = []
     entries: list[dict[str, Any]] = []  # of a long run into a folder only the first, unless they are to be printed

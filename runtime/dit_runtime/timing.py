@@ -91,6 +91,10 @@ class ClockedEngine:
         """The engine's own session, clocked."""
         return _Clocked(self._engine.session(graph), self.milliseconds.setdefault(graph, []))
 
+    def release(self, graph: str) -> None:
+        """As ``Engine.release``."""
+        self._engine.release(graph)
+
 
 def memory_use(status: Path = Path("/proc/self/status")) -> dict[str, int]:
     """Bytes that this process holds: ``resident``, of which ``anonymous`` and ``file_backed``, and ``peak`` so far.

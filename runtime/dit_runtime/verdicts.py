@@ -9,15 +9,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from dit_runtime.bundle import ENGINES, Bundle
+from dit_runtime.choice import Speed, fastest_first
+from dit_runtime.cpu import machine
 from dit_runtime.engines import TENSORRT, Engine, engine_for
 from dit_runtime.errors import EngineError, OutputError, ParityError
 from dit_runtime.files import replaced_file
@@ -26,17 +27,6 @@ from dit_runtime.store import stored_engines
 from dit_runtime.verify import verification_of, verified
 
 VERDICTS = "verdicts"
-
-
-def machine() -> dict[str, str]:
-    """What a verdict is tied to besides bundle and engine."""
-    processor = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                processor = line.partition(":")[2].strip()
-                break
-    return {"system": platform.system(), "architecture": platform.machine(), "processor": processor}
 
 
 def verdict_path(bundle: Bundle, engine: Engine) -> Path:
@@ -126,38 +116,83 @@ def stored_verdicts(bundle: Bundle) -> list[dict[str, Any]]:
 def trusted_engine(bundle: Bundle, threads: int = 0, name: str = "auto", precision: str | None = None) -> Engine:
     """An engine with a passing verdict here; without a verdict the quick verify runs first.
 
-    ``auto`` is TensorRT where ``dit-build`` made an engine that runs on the GPU here, else ONNX Runtime on the CPU; why
-    an engine that was built is not taken is said on stderr.
+    ``auto`` is TensorRT where ``dit-build`` made an engine that runs on the GPU here, else the fastest of the others
+    (``dit_runtime.choice``); one that does not match the reference is passed over. Which, and why, is said on stderr.
 
     Raises:
-        ParityError: the engine does not match the reference.
+        ParityError: no engine, or not the one that was named, matches the reference.
         EngineError: no engine is installed.
     """
-    engine = _built_engine(bundle, threads) if name == "auto" else None
-    engine = engine or engine_for(bundle, name, threads, precision)
+    check_choice(name, precision)
+    if name != "auto":
+        engine = engine_for(bundle, name, threads, precision)
+        if _passed(bundle, engine):
+            return engine
+        failed = [engine.name]
+    else:
+        failed = []
+        for engine, why in _in_order(bundle, threads):
+            if _passed(bundle, engine):
+                _say(f"engine: {engine.name}{why}")
+                return engine
+            _say(f"{engine.name} does not match the PyTorch reference here and is passed over")
+            failed.append(engine.name)
+    raise ParityError(
+        f"{bundle.path}: {', '.join(failed)} does not match the PyTorch reference here; see dit-verify {bundle.path}, "
+        "or name the engine (--engine onnxruntime) to use it all the same"
+    )
+
+
+def check_choice(name: str, precision: str | None) -> None:
+    """Raises EngineError for a precision without the engine that is to have it."""
+    if name == "auto" and precision is not None:
+        raise EngineError(f"precision {precision} with engine auto: name the engine too (--engine openvino)")
+
+
+def first_engine(bundle: Bundle, threads: int = 0) -> Engine:
+    """The engine that ``auto`` tries first, whatever its verdict."""
+    engine, _ = next(_in_order(bundle, threads))
+    return engine
+
+
+def _in_order(bundle: Bundle, threads: int) -> Iterator[tuple[Engine, str]]:
+    """The engines that ``auto`` may be, each opened when its turn comes, and why it has its place."""
+    for engine in _built_engines(bundle, threads):
+        yield engine, ", built for this GPU"
+    found = fastest_first(bundle, threads, _say)
+    for index, speed in enumerate(found):
+        engine = engine_for(bundle, speed.name, threads, speed.precision)
+        yield engine, _why(speed, found[:index] + found[index + 1 :])
+
+
+def _why(speed: Speed, others: Sequence[Speed]) -> str:
+    compared = "".join(f"; {other.engine} {other.step_ms:.3g} ms" for other in others)
+    return f", {speed.step_ms:.3g} ms a guided step{compared}" if compared else ", the only one here"
+
+
+def _passed(bundle: Bundle, engine: Engine) -> bool:
+    """By the stored verdict, or by the quick verify, which is then stored."""
     passed = stored_verdict(bundle, engine)
     if passed is None:
-        print(f"{engine.name}: first use of this bundle here, verifying it", file=sys.stderr)
+        _say(f"{engine.name}: first use of this bundle here, verifying it")
         rungs = verified(bundle, engine, quick=True)
         store_verdict(bundle, engine, rungs, quick=True)
         passed = all(rung.passed for rung in rungs)
         if not passed:
-            print(format_table(rungs), file=sys.stderr)
-    if not passed:
-        raise ParityError(
-            f"{bundle.path}: {engine.name} does not match the PyTorch reference here; see dit-verify {bundle.path}, "
-            "or name the engine (--engine onnxruntime) to use it all the same"
-        )
-    return engine
+            _say(format_table(rungs))
+    return passed
 
 
-def _built_engine(bundle: Bundle, threads: int) -> Engine | None:
-    """The TensorRT engine of this bundle that can run here, if there is one."""
+def _built_engines(bundle: Bundle, threads: int) -> Iterator[Engine]:
+    """The TensorRT engines of this bundle that can run here."""
     built = {stored.library for stored in stored_engines(bundle)}
     for name, library in TENSORRT.items():
         if library in built:
             try:
-                return engine_for(bundle, name, threads)
+                yield engine_for(bundle, name, threads)
             except EngineError as error:
-                print(f"{name} is not used: {error}", file=sys.stderr)
-    return None
+                _say(f"{name} is not used: {error}")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)

@@ -65,16 +65,22 @@ def _main(argv: list[str] | None) -> int:
 
 
 def _verify(bundle: Bundle, args: argparse.Namespace) -> int:
-    from dit_runtime.engines import engine_for
+    from dit_runtime.cpu import machine
+    from dit_runtime.engines import Engine, engine_for
     from dit_runtime.environment import environment
     from dit_runtime.files import check_writable, replaced_file
     from dit_runtime.ladder import format_table
-    from dit_runtime.verdicts import joined_rungs, machine, verifications
+    from dit_runtime.verdicts import check_choice, first_engine, joined_rungs, verifications
 
     if args.report is not None:
         check_writable(args.report)
     sizes = bundle.manifest.image_sizes if args.size is None else (args.size,)
-    found = verifications(bundle, sizes, lambda at: engine_for(at, args.engine, 0, args.precision), args.quick)
+    check_choice(args.engine, args.precision)
+
+    def opened(at: Bundle) -> Engine:
+        return first_engine(at) if args.engine == "auto" else engine_for(at, args.engine, 0, args.precision)
+
+    found = verifications(bundle, sizes, opened, args.quick)
     first, rungs = found[0], joined_rungs(found)
     failed = [rung.name for rung in rungs if not rung.passed]
     if args.report is not None:

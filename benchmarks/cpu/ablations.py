@@ -1,0 +1,215 @@
+"""What each choice of the step is worth on a CPU, and each setting of ONNX Runtime: timed in turn, in one process.
+
+    python benchmarks/cpu/ablations.py --model xl --work build/cpu [--repeat 9]
+
+Takes the bundle that ``run.py`` made. Writes MODEL-ablations.json, from which ``report.py`` makes the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import openvino
+from contenders import GUIDANCE, STEPS
+from openvino import opset13
+
+from dit_runtime import open_bundle
+from dit_runtime.bundle import Bundle
+from dit_runtime.environment import environment
+from dit_runtime.files import replaced_file
+from dit_runtime.guidance import branch_rows, guidance_weights
+from dit_runtime.openvino_engine import OpenVinoEngine
+from dit_runtime.schedule import schedule_for
+from dit_runtime.timing import timed
+
+HERE = Path(__file__).parent
+DESIGNED = "as designed: static shapes, batch 1, G=2"
+Array = np.ndarray[Any, Any]
+Call = Callable[[], Any]
+
+
+def step_inputs(bundle: Bundle, engine: OpenVinoEngine, batch: int, guided: bool) -> dict[str, Array]:
+    """One DDIM step's inputs for pictures of class 0, 1, …; the table has the rows of this step alone."""
+    model, diffusion = bundle.manifest.model, bundle.manifest.diffusion
+    schedule = schedule_for("ddim", model, diffusion, STEPS)
+    labels = (np.arange(batch) % model.classes).astype(np.int32)
+    weights = guidance_weights(GUIDANCE if guided else 1.0, batch, model.latent_channels, diffusion.guidance_channels)
+    conditions, rows = branch_rows(labels, model.null_class, len(weights))
+    state = np.zeros((batch, 3, model.latent_channels, *model.latent_size), np.float32)
+    state[:, 0] = np.random.default_rng(0).standard_normal(state[:, 0].shape)
+    table = bundle.manifest.table.name
+    (modulation,) = engine.session("conditioner").run(conditioner_inputs(schedule.timesteps[0], conditions), [table])
+    return {
+        "state": state,
+        "noise": np.zeros_like(state[:, 0]),
+        "coefficients": np.repeat(schedule.coefficients[:1], batch, axis=0),
+        "guidance": weights,
+        "rows": rows,
+        table: modulation,
+    }
+
+
+def conditioner_inputs(timestep: float, labels: Array) -> dict[str, Array]:
+    return {"timesteps": np.full(len(labels), timestep, np.float32), "labels": labels}
+
+
+def shapes_of(inputs: dict[str, Array], table: str) -> dict[str, list[int]]:
+    return {name: [-1 if name == table and not axis else size for axis, size in enumerate(value.shape)]
+            for name, value in inputs.items()}  # fmt: skip
+
+
+def network_of(model: Any) -> Any:
+    """The step without guidance and sampler: what goes into the product with the guidance weights."""
+    (node,) = (node for node in model.get_parameters() if node.output(0).get_any_name() == "guidance")
+    before = node
+    while node.get_type_name() != "Multiply":
+        before = node
+        (reader,) = node.output(0).get_target_inputs()
+        node = reader.get_node()
+    (source,) = (value for value in node.input_values() if value.get_node() != before)
+    used = [each for each in model.get_parameters() if each.output(0).get_any_name() not in OUTSIDE]
+    return openvino.Model([opset13.result(source)], used)
+
+
+OUTSIDE = ("noise", "coefficients", "guidance")  # what only guidance and sampler read
+
+
+def openvino_variants(bundle: Bundle, precision: str) -> dict[str, Call]:
+    """Each a call that does one guided step's work for one picture, but for the last."""
+    engine = OpenVinoEngine(bundle, precision=precision)
+    table, model = bundle.manifest.table.name, bundle.manifest.model
+    designed = step_inputs(bundle, engine, 1, guided=True)
+    plain = step_inputs(bundle, engine, 1, guided=False)
+    # Two pictures without guidance are the doubled batch: patches embedded twice, the sampler run twice.
+    doubled = step_inputs(bundle, engine, 2, guided=False)
+
+    def call(shapes: dict[str, list[int]], inputs: dict[str, Array]) -> Call:
+        request = engine.compiled("step", shapes).create_infer_request()
+        return lambda: request.infer(inputs, share_inputs=True, share_outputs=True)
+
+    own = call(shapes_of(designed, table), designed)
+    open_axes = {
+        "state": [-1, *designed["state"].shape[1:]],
+        "noise": [-1, *designed["noise"].shape[1:]],
+        "coefficients": [-1, designed["coefficients"].shape[1]],
+        "guidance": [-1, -1, model.latent_channels],
+        "rows": [-1, -1],
+        table: [-1, *designed[table].shape[1:]],
+    }
+    timestep = schedule_for("ddim", model, bundle.manifest.diffusion, STEPS).timesteps[0]
+    pair = conditioner_inputs(timestep, np.array([0, model.null_class], np.int32))
+    conditioner = engine.session("conditioner")
+
+    def with_conditioner() -> None:
+        conditioner.run(pair, [table])
+        own()
+
+    outside = dict(designed)
+    network = engine._core.read_model(bundle.graph("step"))
+    network = network_of(network)
+    network.reshape({name: shape for name, shape in shapes_of(designed, table).items() if name not in OUTSIDE})
+    hint = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+    request = engine._core.compile_model(network, "CPU", hint).create_infer_request()
+    reads = {name: value for name, value in outside.items() if name not in OUTSIDE}
+    coefficients = designed["coefficients"][0]
+
+    def sampler_outside() -> Array:
+        output = np.asarray(request.infer(reads, share_inputs=True)[0])[:, :, : model.latent_channels]
+        weights = designed["guidance"][..., None, None]
+        e = (weights * output.reshape(2, 1, model.latent_channels, *model.latent_size)).sum(0)
+        state = designed["state"]
+        mixed = np.einsum("ij,bj...->bi...", coefficients[2:11].reshape(3, 3), state)
+        return np.asarray(mixed + coefficients[11:14, None, None, None] * e[:, None])
+
+    expected = own()["next_state"].copy()
+    apart = float(np.abs(sampler_outside() - expected).max() / np.abs(expected).max())
+    assert apart < 0.02, f"the step without its sampler gives something else: {apart}"
+    return {
+        DESIGNED: own,
+        "dynamic shapes": call(open_axes, designed),
+        "conditioner in every step (not hoisted)": with_conditioner,
+        "guidance and sampler in numpy": sampler_outside,
+        "doubled batch (patches embedded and sampled twice)": call(shapes_of(doubled, table), doubled),
+        "G=1, outside a guidance interval": call(shapes_of(plain, table), plain),
+    }
+
+
+def onnxruntime_variants(bundle: Bundle, inputs: dict[str, Array]) -> dict[str, Call]:
+    """The step with one setting changed at a time."""
+    level = onnxruntime.GraphOptimizationLevel
+    cores = len(os.sched_getaffinity(0))
+    changes: dict[str, Callable[[Any], None]] = {
+        "as opened: all optimizations, its own threads": lambda options: None,
+        "optimizations: extended": with_option("graph_optimization_level", level.ORT_ENABLE_EXTENDED),
+        "optimizations: basic": with_option("graph_optimization_level", level.ORT_ENABLE_BASIC),
+        "optimizations: none": with_option("graph_optimization_level", level.ORT_DISABLE_ALL),
+        f"threads: {cores}": with_option("intra_op_num_threads", cores),
+        "threads: 1": with_option("intra_op_num_threads", 1),
+        "no memory arena": with_option("enable_cpu_mem_arena", False),
+        "no memory pattern": with_option("enable_mem_pattern", False),
+        "weights not packed": lambda options: options.add_session_config_entry("session.disable_prepacking", "1"),
+        "threads do not spin": lambda options: options.add_session_config_entry("session.intra_op.allow_spinning", "0"),
+    }
+    found: dict[str, Call] = {}
+    for name, change in changes.items():
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        change(options)
+        session = onnxruntime.InferenceSession(
+            os.fspath(bundle.graph("step")), options, providers=["CPUExecutionProvider"]
+        )
+        found[name] = lambda session=session: session.run(["next_state"], inputs)
+        if name.startswith("as opened"):
+            found["I/O binding"] = bound(session, inputs)
+    return found
+
+
+def with_option(name: str, value: Any) -> Callable[[Any], None]:
+    return lambda options: setattr(options, name, value)
+
+
+def bound(session: Any, inputs: dict[str, Array]) -> Call:
+    """A call with inputs and outputs bound once, as arrays that stay."""
+    binding = session.io_binding()
+    for name, value in inputs.items():
+        binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
+    outputs = [onnxruntime.OrtValue.ortvalue_from_numpy(inputs[name].copy()) for name in ("state", "noise")]
+    for name, value in zip(("next_state", "denoised"), outputs, strict=True):
+        binding.bind_ortvalue_output(name, value)
+    return lambda: session.run_with_iobinding(binding)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("demo", "b", "xl"), default="xl")
+    parser.add_argument("--work", type=Path, default=Path("build/cpu"))
+    parser.add_argument("--repeat", type=int, default=9)
+    parser.add_argument("--no-onnxruntime", action="store_true", help="each of its variants holds the weights")
+    parser.add_argument("--output", type=Path, help="default: MODEL-ablations.json beside this file")
+    args = parser.parse_args()
+    bundle = open_bundle(args.work / args.model / "fp32.bundle")
+    able = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    report: dict[str, Any] = {"model": bundle.manifest.source.name, "environment": environment(0), "openvino": {}}
+    for precision in ("bf16", "f32") if "BF16" in able else ("f32",):
+        found = timed(openvino_variants(bundle, precision), args.repeat, f"OpenVINO {precision}")
+        report["openvino"][precision] = {name: asdict(timing) for name, timing in found.items()}
+    if not args.no_onnxruntime:
+        inputs = step_inputs(bundle, OpenVinoEngine(bundle, precision="f32"), 1, guided=True)
+        found = timed(onnxruntime_variants(bundle, inputs), args.repeat, "ONNX Runtime")
+        report["onnxruntime"] = {name: asdict(timing) for name, timing in found.items()}
+    target = args.output or HERE / f"{args.model}-ablations.json"
+    with replaced_file(target) as file:
+        file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(target)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""What ``auto`` takes: the fastest engine here that matches the reference, and it says why."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dit_runtime import choice, verdicts
+from dit_runtime.bundle import Bundle, open_bundle
+from dit_runtime.choice import Speed, fastest_first, ordered
+from dit_runtime.engines import Candidate, OnnxRuntimeEngine, OpenVinoEngine, engine_for
+from dit_runtime.errors import EngineError, ParityError
+from dit_runtime.ladder import Rung
+from dit_runtime.verdicts import check_choice, first_engine, store_verdict, trusted_engine
+
+GOOD, BAD = Rung("ddim", 0.0, 1.0, "relative"), Rung("ddim", 2.0, 1.0, "relative")
+
+
+@pytest.fixture
+def bundle(bundles: dict[str, Path], tmp_path: Path) -> Bundle:
+    return open_bundle(shutil.copytree(bundles["fp32"], tmp_path / "own", ignore=shutil.ignore_patterns("engines")))
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, float]], list[str]]:
+    """Let each engine take so many milliseconds; the list that is returned gets the names of those that are timed."""
+
+    def taking(milliseconds: dict[str, float]) -> list[str]:
+        timed: list[str] = []
+
+        def speed(bundle: Bundle, candidate: Candidate, threads: int, best: float | None) -> Speed:
+            timed.append(candidate.name)
+            if candidate.name not in milliseconds:
+                raise EngineError("out of order")
+            kind: Any = {"openvino": OpenVinoEngine, "onnxruntime": OnnxRuntimeEngine}[candidate.name]
+            return Speed(candidate.name, candidate.precision, kind(bundle).name, milliseconds[candidate.name])
+
+        monkeypatch.setattr(choice, "_speed", speed)
+        return timed
+
+    return taking
+
+
+def speed(name: str, step_ms: float) -> Speed:
+    return Speed(name, None, name, step_ms)
+
+
+def test_order() -> None:
+    """By time; of two that are equally fast here, the one expected to be faster, so that noise does not decide."""
+    a, b, c = speed("a", 105.0), speed("b", 100.0), speed("c", 50.0)
+    assert ordered([a, b, c]) == [c, a, b]
+    assert ordered([speed("a", 111.0), b]) == [b, speed("a", 111.0)]
+
+
+def test_a_real_measurement(bundle: Bundle) -> None:
+    """Both engines run the step, a record is left that the next call reads, and what it opens is the engine named."""
+    found = fastest_first(bundle)
+    assert {speed.name for speed in found} == {"openvino", "onnxruntime"}
+    assert all(0 < speed.step_ms < 10_000 for speed in found)
+    assert fastest_first(bundle) == found
+    for speed in found:
+        assert engine_for(bundle, speed.name, 0, speed.precision).name == speed.engine
+
+
+@pytest.mark.parametrize(("openvino", "onnxruntime"), [(1.0, 2.0), (2.0, 1.0)])
+def test_the_fastest_is_taken_and_said(
+    bundle: Bundle,
+    measured: Callable[[dict[str, float]], list[str]],
+    capsys: pytest.CaptureFixture[str],
+    openvino: float,
+    onnxruntime: float,
+) -> None:
+    """Timed once, verified once, then known; the line says the engine, its time and the others'."""
+    times = {"openvino": openvino, "onnxruntime": onnxruntime}
+    fastest = min(times, key=lambda name: times[name])
+    timed = measured(times)
+    assert trusted_engine(bundle).name.startswith(fastest)
+    said = capsys.readouterr().err
+    assert "first use of this bundle here, verifying it" in said
+    assert trusted_engine(bundle).name.startswith(fastest)
+    said = capsys.readouterr().err
+    assert said.startswith(f"engine: {fastest} ")
+    assert said.rstrip().endswith(" 2 ms")
+    assert ", 1 ms a guided step; " in said
+    assert len(said.splitlines()) == 1
+    assert sorted(timed) == ["onnxruntime", "openvino"]
+    assert first_engine(bundle).name.startswith(fastest)
+
+
+def test_an_engine_that_failed_is_passed_over(
+    bundle: Bundle, measured: Callable[[dict[str, float]], list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The fastest that does not match the reference is named and not used; when none matches, there is none."""
+    measured({"openvino": 1.0, "onnxruntime": 2.0})
+    store_verdict(bundle, OpenVinoEngine(bundle), [BAD], quick=True)
+    assert trusted_engine(bundle).name.startswith("onnxruntime")
+    assert "does not match the PyTorch reference here and is passed over" in capsys.readouterr().err
+    assert first_engine(bundle).name.startswith("openvino")
+    store_verdict(bundle, OnnxRuntimeEngine(bundle), [BAD], quick=True)
+    with pytest.raises(ParityError, match=r"openvino .*, onnxruntime .* does not match"):
+        trusted_engine(bundle)
+
+
+def test_an_engine_that_cannot_run_is_named(
+    bundle: Bundle, measured: Callable[[dict[str, float]], list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that is installed but fails is said once and left out; when all fail, the reasons are the error."""
+    measured({"onnxruntime": 2.0})
+    store_verdict(bundle, OnnxRuntimeEngine(bundle), [GOOD], quick=True)
+    assert trusted_engine(bundle).name.startswith("onnxruntime")
+    said = capsys.readouterr().err
+    assert "openvino is not used: out of order" in said
+    assert ", the only one here" in said
+    shutil.rmtree(bundle.path / "engines")
+    measured({})
+    with pytest.raises(EngineError, match="out of order; out of order"):
+        trusted_engine(bundle)
+
+
+def test_what_others_took_is_not_believed(
+    bundle: Bundle, measured: Callable[[dict[str, float]], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another machine, version or number of threads is measured anew, as is a record that cannot be read."""
+    timed = measured({"openvino": 1.0, "onnxruntime": 2.0})
+    fastest_first(bundle)
+    fastest_first(bundle, threads=1)
+    assert len(timed) == 4
+    monkeypatch.setattr(choice, "machine", lambda: {"processor": "another"})
+    fastest_first(bundle)
+    assert len(timed) == 6
+    for record in (bundle.path / "engines" / "speeds").iterdir():
+        record.write_text("[]")
+    fastest_first(bundle)
+    assert len(timed) == 8
+
+
+def test_a_read_only_bundle(
+    bundle: Bundle, measured: Callable[[dict[str, float]], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing can be stored the choice is the same, measured each time."""
+    timed = measured({"openvino": 2.0, "onnxruntime": 1.0})
+    (bundle.path / "engines").write_text("in the way of the folder")
+    monkeypatch.setattr(verdicts, "verified", lambda bundle, engine, quick: [GOOD])
+    for _ in range(2):
+        assert trusted_engine(bundle).name.startswith("onnxruntime")
+    assert len(timed) == 4
+
+
+def test_a_precision_needs_an_engine() -> None:
+    """A precision is one engine's: with ``auto`` it is refused, not ignored."""
+    with pytest.raises(EngineError, match=r"precision bf16 with engine auto: name the engine too"):
+        check_choice("auto", "bf16")
+    check_choice("openvino", "bf16")
+    check_choice("auto", None)
