@@ -271,9 +271,11 @@ def ablations() -> Iterator[Ablation]:
         yield Ablation(conditioning, "product as [3, …]", projected(outermost), conditioning=conditioning)
 
 
-def exported(ablation: Ablation, depth: int, folder: Path) -> tuple[Path, ModelSpec]:
+def exported(
+    ablation: Ablation, depth: int, folder: Path, latent_size: tuple[int, int] = XL.latent_size
+) -> tuple[Path, ModelSpec]:
     """The step's graph in ``folder``."""
-    spec = replace(XL, depth=depth, conditioning=ablation.conditioning)
+    spec = replace(XL, depth=depth, conditioning=ablation.conditioning, latent_size=latent_size)
     shapes = {
         name: shape
         for name, shape in official_shapes(spec, spec.output_channels).items()

@@ -78,7 +78,8 @@ def test_static_engines(bundle: Bundle) -> None:
     ("arguments", "message"),
     [
         (("orin", "8.7", 1, (1,), 2), "target 'orin' is not supported; choose one of orin-nano"),
-        (("rtx", "9.0", 1, (1,), 2), "compute capability '9.0': TensorRT-RTX builds for 7.5"),
+        (("rtx", "9.0", 1, (1,), 2), "compute capability '9.0': these graphs build with TensorRT-RTX for 8.0"),
+        (("rtx", "7.5", 1, (1,), 2), "compute capability '7.5': these graphs build with TensorRT-RTX for 8.0"),
         (("rtx", None, 1, (1,), 2), "target rtx: say for which GPU"),
         (("rtx-40", "8.6", 1, (1,), 2), "target rtx-40 has compute capability 8.9, got 8.6"),
         (("rtx", "8.9", 1, (0,), 2), "branches"),

@@ -11,6 +11,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from conftest import bindings
@@ -48,9 +50,15 @@ HOLDS = {
     "cache": "ITimingCache",
     "problem": "ParserError",
     "tensor": "ITensor",
+    "runtime_config": "IRuntimeConfig",
 }
-# Ahead of time for other devices: RTX alone, and tensorrt_api asks for it there alone.
+# Ahead of time for other devices, and when kernels are compiled: RTX alone, and tensorrt_api asks for it there alone.
 RTX_ALONE = {
+    "DynamicShapesKernelSpecializationStrategy",
+    "DynamicShapesKernelSpecializationStrategy.EAGER",
+    "ICudaEngine.create_runtime_config",
+    "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
+    "IRuntimeConfig.set_execution_context_allocation_strategy",
     "ComputeCapability",
     "IBuilderConfig.num_compute_capabilities",
     "IBuilderConfig.set_compute_capability",
@@ -208,3 +216,32 @@ def test_layers_of_an_inspector() -> None:
     for damaged in ['{"Layers": ["name alone"]}', "{}", "no JSON", "[]"]:
         with pytest.raises(EngineError, match="does not describe"):
             tensorrt_api.layers_from_json(damaged)
+
+
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt_rtx"])
+def test_a_context_has_no_memory_of_its_own_and_no_kernels_to_come(name: str) -> None:
+    """User-managed memory in both; RTX compiles for a shape before it runs, since a CUDA graph keeps its kernels."""
+    module = SimpleNamespace(
+        ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="user managed"),
+        DynamicShapesKernelSpecializationStrategy=SimpleNamespace(EAGER="eager"),
+    )
+    given: list[Any] = []
+
+    class Config(SimpleNamespace):
+        def set_execution_context_allocation_strategy(self, strategy: str) -> None:
+            self.strategy = strategy
+
+    class Engine(SimpleNamespace):
+        def create_runtime_config(self) -> Config:
+            return Config()
+
+        def create_execution_context(self, how: Any) -> SimpleNamespace:
+            given.append(how)
+            return SimpleNamespace(set_optimization_profile_async=lambda index, stream: True)
+
+    tensorrt_api.context_of(tensorrt_api.TensorRT(module, name, "1.0"), Engine(), 0, 7)
+    if name == "tensorrt":
+        assert given == ["user managed"]
+    else:
+        (config,) = given
+        assert (config.strategy, config.dynamic_shapes_kernel_specialization_strategy) == ("user managed", "eager")

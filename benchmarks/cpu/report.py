@@ -1,89 +1,232 @@
-"""The tables of ``run.py``'s results as Markdown: ``python benchmarks/cpu/report.py > benchmarks/cpu/README.md``."""
+"""The tables and the plot of the results here, as Markdown: ``python benchmarks/cpu/report.py``.
+
+Writes README.md and scaling.svg beside this file from the JSON of ``run.py``, ``ablations.py``, ``scaling.py`` and
+``start.py``.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from dit_runtime.files import replaced_file
 
 HERE = Path(__file__).parent
 REFERENCE = "diffusers, eager FP32"
 MODELS = ("demo", "b", "xl")
+GROUPS = {"bf16": "BF16", "fp32": "FP32"}
+OURS = {"bf16": "ours: OpenVINO BF16", "fp32": "ours: OpenVINO FP32"}
 
 
-def rate_of(report: dict[str, Any], precision: str) -> dict[str, Any] | None:
-    """The fastest product of the model's own shapes in a precision."""
-    rates = [rate for rate in report["gemm"] if rate["precision"] == precision]
-    return max(rates, key=lambda rate: rate["gflops"]) if rates else None
+def read(name: str) -> dict[str, Any] | None:
+    file = HERE / f"{name}.json"
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
 
 
-def table(report: dict[str, Any], key: str) -> list[str]:
-    """A row per contender: seconds, ratio to the reference, share of the limit (steps only), and how far apart."""
-    found, step = report[key], key == "step"
-    reference = found[REFERENCE]["median_s"]
-    lines = [
-        "| | median s | fastest to slowest | × eager FP32 | " + ("of the GEMM rate | " if step else "") + "apart |",
-        "|---|---:|---:|---:|" + ("---:|" if step else "") + "---:|",
-    ]
+def rate_of(group: dict[str, Any], precision: str) -> dict[str, Any] | None:
+    """The fastest product of the model's own shapes."""
+    rates = [rate for rate in group["gemm"] if rate["precision"] == precision]
+    return dict(max(rates, key=lambda rate: float(rate["gflops"]))) if rates else None
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """Markdown, numbers to the right."""
+    lines = [f"| {' | '.join(head)} |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    return lines + [f"| {' | '.join(row)} |" for row in rows]
+
+
+def compared(group: dict[str, Any], key: str, precision: str, gflop: float) -> list[str]:
+    """A row per contender: seconds, how many times the reference's speed, share of the limit, and how far apart."""
+    found, step = group[key], key == "step"
+    reference, rate = found[REFERENCE]["median_s"], rate_of(group, precision)
+    rows = []
     for name, row in found.items():
-        cells = [name, f"{row['median_s']:.3f}", f"{row['fastest_s']:.3f} to {row['slowest_s']:.3f}"]
+        cells = [name, f"{row['median_s']:.4g}", f"{row['fastest_s']:.4g} to {row['slowest_s']:.4g}"]
         cells.append(f"{reference / row['median_s']:.2f}")
         if step:
-            rate = rate_of(report, "bf16" if "BF16" in name else "fp32")
-            share = report["guided_step_gflop"] / row["median_s"] / rate["gflops"] if rate else float("nan")
-            cells.append(f"{share:.0%}")
+            cells.append(f"{gflop / row['median_s'] / rate['gflops']:.0%}" if rate and name != REFERENCE else "")
         apart = row["difference"]
         if "relative" in apart:
             cells.append(f"{apart['relative']:.1e}")
         else:
             cells.append("the same" if apart["psnr_db"] is None else f"{apart['psnr_db']:.1f} dB")
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        rows.append(cells)
+    share = ["of the GEMM rate"] if step else []
+    return table(["", "median s", "fastest to slowest", "× eager FP32", *share, "apart"], rows)
 
 
-def memory_table(report: dict[str, Any]) -> list[str]:
+def ahead(group: dict[str, Any], key: str, precision: str) -> str:
+    """How many times as fast as each peer ours is."""
+    found = group[key]
+    own = found[OURS[precision]]["median_s"]
+    peers = {name: row["median_s"] / own for name, row in found.items() if not name.startswith("ours")}
+    return "; ".join(f"{ratio:.2f} × {name}" for name, ratio in peers.items())
+
+
+def memory(group: dict[str, Any]) -> list[str]:
     """Memory while stepping, and what loading took."""
-    lines = ["| | anonymous MB | file-backed MB | peak MB | load s | first step s |", "|---|---:|---:|---:|---:|---:|"]
-    for name, row in report["step"].items():
-        memory = row["memory"]
-        sizes = [f"{memory[kind] / 1e6:.0f}" for kind in ("anonymous", "file_backed", "peak")]
-        lines.append(
-            f"| {name} | {' | '.join(sizes)} | {report['loaded'][name]['load_s']:.1f} | {row['first_s']:.2f} |"
-        )
-    return lines
+    rows = []
+    for name, row in group["step"].items():
+        sizes = [f"{row['memory'][kind] / 1e6:.0f}" for kind in ("anonymous", "file_backed", "peak")]
+        rows.append([name, *sizes, f"{group['loaded'][name]['load_s'] + row['first_s']:.2f}"])
+    return table(["", "anonymous MB", "file-backed MB", "peak MB", "load and first step s"], rows)
+
+
+def model_section(report: dict[str, Any]) -> Iterator[str]:
+    here = report["environment"]
+    yield f"\n## {report['model']}\n"
+    yield machine(here) + f", {report['rounds']} rounds. One guided step is {report['guided_step_gflop']:.4g} GFLOP."
+    for precision, title in GROUPS.items():
+        if precision not in report:
+            continue
+        group = report[precision]
+        rate = rate_of(group, precision)
+        yield f"\n### {title}"
+        if rate:
+            yield (
+                f"\nThe fastest product of its shapes in the same run: {rate['gflops']:.0f} GFLOP/s "
+                f"({rate['library']}, {rate['m']}×{rate['k']}×{rate['n']} and back)."
+            )
+        titles = {"step": "One guided step, batch 1", "decode": "The decoder, batch 1"}
+        for key in group:
+            if key in titles or key.startswith("pictures_"):
+                pictures = f"{report['steps']} DDIM steps and the decoder, batch {key.partition('_')[2]}"
+                yield f"\n{titles.get(key, pictures)}:\n"
+                yield from compared(group, key, precision, report["guided_step_gflop"])
+                yield f"\n{OURS[precision]} is {ahead(group, key, precision)}."
+        yield "\nMemory and start:\n"
+        yield from memory(group)
+
+
+def machine(here: dict[str, Any]) -> str:
+    libraries = ", ".join(f"{name} {version}" for name, version in here["libraries"].items())
+    return f"{here['processor']}, {here['cores']} cores ({', '.join(here['cpu_flags'])}); {libraries}"
+
+
+def ablation_section(name: str, report: dict[str, Any]) -> Iterator[str]:
+    yield f"\n### {report['model']}\n"
+    for precision, found in report["openvino"].items():
+        yield f"OpenVINO {precision}, a guided step:\n"
+        yield from changes(found)
+        yield ""
+    if "onnxruntime" in report:
+        yield "ONNX Runtime, a guided step:\n"
+        yield from changes(report["onnxruntime"])
+
+
+def changes(found: dict[str, Any]) -> list[str]:
+    first = next(iter(found.values()))["p50_ms"]
+    rows = [[name, f"{row['p50_ms']:.4g}", f"{row['p50_ms'] / first:.3f}"] for name, row in found.items()]
+    return table(["", "median ms", "× the first"], rows)
+
+
+def scaling_section(report: dict[str, Any]) -> Iterator[str]:
+    yield f"\n## Scaling\n\n{machine(report['environment'])}; OpenVINO {report['precision']}, a guided step.\n"
+    head = ["batch", *[f"{name}: ms, GFLOP/s" for name in report["batch"]]]
+    batches = [point["batch"] for point in next(iter(report["batch"].values()))]
+    rows = [
+        [str(batch), *[f"{p[index]['p50_ms']:.4g}, {p[index]['gflops']:.0f}" for p in report["batch"].values()]]
+        for index, batch in enumerate(batches)
+    ]
+    yield from table(head, rows)
+    yield "\nTokens (B/2, batch 1):\n"
+    rows = [
+        [str(p["tokens"]), f"{p['gflop']:.4g}", f"{p['attention_share']:.0%}", *time_and_rate(p)]
+        for p in report["tokens"]["B/2"]
+    ]
+    yield from table(["tokens", "GFLOP", "of it attention", "ms", "GFLOP/s"], rows)
+    yield "\nModels (256 tokens, batch 1):\n"
+    rows = [[p["model"], f"{p['gflop']:.4g}", *time_and_rate(p)] for p in report["model"]]
+    yield from table(["model", "GFLOP", "ms", "GFLOP/s"], rows)
+    exponents = "; ".join(f"{name} {value:.2f}" for name, value in report["exponents"].items())
+    yield f"\nExponents b of ms = a·xᵇ, fitted over all points: {exponents}."
+    yield "\n![time of a guided step against batch, tokens and work](scaling.svg)"
+
+
+def time_and_rate(point: dict[str, Any]) -> list[str]:
+    return [f"{point['p50_ms']:.4g}", f"{point['gflops']:.0f}"]
+
+
+def plot(report: dict[str, Any], target: Path) -> None:
+    """Milliseconds against batch, tokens and work, each on logarithmic axes beside a line of slope 1."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "scaling"
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(10, 3.2), layout="constrained")
+    lines = [
+        (axes[0], "batch", report["batch"]),
+        (axes[1], "tokens", report["tokens"]),
+        (axes[2], "gflop", {"S/2 to XL/2": report["model"]}),
+    ]
+    for axis, key, found in lines:
+        for name, points in found.items():
+            x, y = ([point[value] for point in points] for value in (key, "p50_ms"))
+            (line,) = axis.plot(x, y, "o-", label=name)
+            axis.plot(x, [y[0] * value / x[0] for value in x], ":", color=line.get_color())
+        axis.set(xscale="log", yscale="log", xlabel={"gflop": "GFLOP"}.get(key, key), ylabel="ms")
+        axis.legend()
+    with replaced_file(target) as file:
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def start_section(report: dict[str, Any]) -> Iterator[str]:
+    yield f"\n## Start, memory and size\n\n{machine(report['environment'])}.\n"
+    rows = [
+        [
+            name,
+            f"{row['first_step_s']:.2f}",
+            f"{row['total_s']:.1f}",
+            *[f"{row[when][kind] / 1e6:.0f}" for when, kind in MEMORY],
+        ]
+        for name, row in report["processes"].items()
+    ]
+    head = ["", "start to first step s", "10 steps and picture s", *[f"{when}: {kind} MB" for when, kind in MEMORY]]
+    yield from table([cell.replace("_", " ") for cell in head], rows)
+    yield "\nInstalled size:\n"
+    rows = [[name, f"{row['mb']:.0f}", str(row["packages"])] for name, row in report["installed"].items()]
+    yield from table(["environment", "MB", "packages"], rows)
+
+
+MEMORY = (("loop", "anonymous"), ("loop", "file_backed"), ("end", "anonymous"), ("end", "peak"))
+
+
+def document() -> str:
+    """README.md."""
+    lines = [
+        "# On a CPU, side by side",
+        "",
+        "`run.py` lets every contender do the whole of the same work, in turn, in one run for each precision (all at",
+        "once do not fit in memory); a turn is one call that is not counted and one that is. Whole pictures are made",
+        "once, after a run of one step. *Apart*: of steps the largest difference from diffusers in eager FP32 over the",
+        "largest value, of pictures their PSNR. *GEMM rate*: the fastest of the model's own products in the same run.",
+    ]
+    for name in MODELS:
+        if (report := read(name)) is not None:
+            lines += model_section(report)
+    ablations = {name: report for name in MODELS if (report := read(f"{name}-ablations")) is not None}
+    if ablations:
+        lines += ["\n## What each choice is worth", "\n`ablations.py`; each timed in turn with the others."]
+        for name, report in ablations.items():
+            lines += ablation_section(name, report)
+    if (report := read("scaling")) is not None:
+        lines += scaling_section(report)
+    if (report := read("start")) is not None:
+        lines += start_section(report)
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    print(
-        "# On a CPU, side by side\n\nMade by `benchmarks/cpu/run.py`: every contender does the whole of the same work,"
-    )
-    print("in turn, in one run. *Apart*: of steps the largest difference from diffusers in eager FP32 over the largest")
-    print("value; of pictures their PSNR.")
-    for model in MODELS:
-        file = HERE / f"{model}.json"
-        if not file.exists():
-            continue
-        report = json.loads(file.read_text(encoding="utf-8"))
-        here = report["environment"]
-        rates = [rate for rate in (rate_of(report, name) for name in ("fp32", "bf16")) if rate]
-        limits = "; ".join(
-            f"{rate['precision'].upper()} {rate['gflops']:.0f} GFLOP/s "
-            f"({rate['library']}, {rate['m']}×{rate['k']}×{rate['n']})"
-            for rate in rates
-        )
-        print(f"\n## {report['model']}\n\n{here['processor']}, {here['cores']} cores; {report['rounds']} rounds;")
-        print(", ".join(f"{name} {version}" for name, version in here["libraries"].items()) + ".")
-        print(f"Fastest products of its shapes in the same run: {limits}.")
-        print(f"\nOne guided step, batch 1 ({report['guided_step_gflop']:.2f} GFLOP):\n")
-        print("\n".join(table(report, "step")))
-        print("\nDecoder, batch 1:\n")
-        print("\n".join(table(report, "decode")))
-        for key in report:
-            if key.startswith("pictures_"):
-                print(f"\n{report['steps']} DDIM steps and the decoder, batch {key.partition('_')[2]}:\n")
-                print("\n".join(table(report, key)))
-        print("\nMemory and start:\n")
-        print("\n".join(memory_table(report)))
+    if (report := read("scaling")) is not None:
+        plot(report, HERE / "scaling.svg")
+    with replaced_file(HERE / "README.md") as file:
+        file.write_text(document(), encoding="utf-8")
+    print(HERE / "README.md")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ MODELS = {
     "b": "DiT-B/2-256",
     "xl": "DiT-XL/2-256",
 }
+PARTS = ("checkpoint", "fp32", "fp16", "plain")
 REFERENCE = "diffusers, eager FP32"
 LARGEST_BATCH = 4
 
@@ -39,7 +40,7 @@ LARGEST_BATCH = 4
 def prepared(work: Path, model: str) -> None:
     """Checkpoint, bundle, plain exports and inputs, each in a process of its own: tracing leaves gigabytes behind."""
     work.mkdir(parents=True, exist_ok=True)
-    for part in ("checkpoint", "bundle", "plain"):
+    for part in PARTS:
         subprocess.run([sys.executable, __file__, "--model", model, "--work", str(work), "--part", part], check=True)
     latents = (LARGEST_BATCH, *json.loads((work / "model.json").read_text())["latent_shape"])
     random = np.random.default_rng(0)
@@ -79,12 +80,13 @@ def make_checkpoint(work: Path, model: str) -> None:
     (work / "model.json").write_text(json.dumps(facts))
 
 
-def make_bundle(work: Path) -> None:
+def make_bundle(work: Path, precision: str) -> None:
     from dit_export.command import main as export
 
-    for precision, flags in (("fp32", []), ("fp16", ["--fp16"])):
-        if not (work / f"{precision}.bundle").exists():
-            export([str(work / "checkpoint"), *flags, "--no-verify", "-o", str(work / f"{precision}.bundle")])
+    bundle = work / f"{precision}.bundle"
+    if not bundle.exists():
+        flags = ["--fp16"] if precision == "fp16" else []
+        export([str(work / "checkpoint"), *flags, "--no-verify", "-o", str(bundle)])
 
 
 def make_plain(work: Path) -> None:
@@ -196,6 +198,7 @@ def interleaved(processes: list[Process], rounds: int, **request: Any) -> dict[s
     times: dict[str, list[float]] = {name: [] if rounds else [first[name]] for name in names}
     for index in range(rounds):
         for process in processes if index % 2 else processes[::-1]:
+            process.ask(**request)  # its caches were others' meanwhile
             answer = process.ask(**request)
             times[process.name].append(answer["seconds"])
             memory[process.name] = answer["memory"]
@@ -227,16 +230,17 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/cpu"))
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds of steps and decoding")
     parser.add_argument("--pictures", default="1", help="batches of whole pictures, such as 1,4; 0 for none")
+    parser.add_argument("--fp32-pictures", help="the same for the contenders in FP32, if other batches")
     parser.add_argument("--threads", type=int, default=0, help="of each contender, 0 for its own choice")
     parser.add_argument("--only", help="parts of contenders' names, separated by commas; the reference is always there")
     parser.add_argument("--output", type=Path, help="default: MODEL.json beside this file")
-    parser.add_argument("--part", choices=("checkpoint", "bundle", "plain"), help=argparse.SUPPRESS)
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     work = args.work if args.part else args.work / args.model
     if args.part == "checkpoint":
         make_checkpoint(work, args.model)
-    elif args.part == "bundle":
-        make_bundle(work)
+    elif args.part in ("fp32", "fp16"):
+        make_bundle(work, args.part)
     elif args.part == "plain":
         make_plain(work)
     else:
@@ -270,7 +274,8 @@ def compared(args: argparse.Namespace, work: Path) -> None:
             found = {"step": interleaved(processes, args.rounds, do="step", batch=1, index=0)}
             rates += gemm_rates(shapes, precision)
             found["decode"] = interleaved(processes, max(1, args.rounds // 2), do="decode", batch=1)
-            for batch in (int(text) for text in args.pictures.split(",")):
+            pictures = args.fp32_pictures if precision == "fp32" and args.fp32_pictures else args.pictures
+            for batch in (int(text) for text in pictures.split(",")):
                 if batch:
                     for process in processes:
                         process.ask(do="pictures", batch=batch, steps=1)  # compiles for this batch

@@ -130,7 +130,8 @@ def _capability(target: str, library: str, own: str | None, given: str | None) -
         raise BuildError(f"target {target} has compute capability {own}, got {given}; choose target rtx or this")
     if library == "tensorrt_rtx" and capability not in RTX_COMPUTE_CAPABILITIES:
         raise BuildError(
-            f"compute capability {capability!r}: TensorRT-RTX builds for {', '.join(RTX_COMPUTE_CAPABILITIES)}"
+            f"compute capability {capability!r}: these graphs build with TensorRT-RTX for "
+            f"{', '.join(RTX_COMPUTE_CAPABILITIES)}"
         )
     return capability
 

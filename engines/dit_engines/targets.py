@@ -54,8 +54,9 @@ RTX_5090 = Device("RTX 5090", "12.0", 32, 1792, 209.5)
 # Those that a plan of an export gives a roofline for.
 DEVICES = (ORIN_NANO, AGX_ORIN, THOR, L4, A100, H100, RTX_4090)
 
-# TensorRT-RTX 1.7 builds ahead of time for these, on any machine.
-RTX_COMPUTE_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+# TensorRT-RTX 1.7 builds ahead of time for these, on any machine; for Turing (7.5) it has no FP32 matrix products, of
+# which the last layer is one.
+RTX_COMPUTE_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0", "12.1")
 # Optimization profiles beyond the first gave wrong results before this release (its notes list the fix).
 SEVERAL_PROFILES = (10, 8)
 # The only TensorRT this tool was written for and its bindings looked at.

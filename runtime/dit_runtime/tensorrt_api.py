@@ -3,7 +3,8 @@
 What differs between the libraries and their versions is decided here. A test collects each attribute from this file and
 looks it up in the real bindings of 10.3, 10.16, 11.4 and RTX; so that it can, a variable named ``builder``, ``config``,
 ``network``, ``parser``, ``profile``, ``runtime``, ``engine``, ``context``, ``inspector``, ``cache``, ``tensor``,
-``problem`` or ``host_memory`` holds an object of that kind of the library, and ``trt`` the library itself.
+``problem``, ``runtime_config`` or ``host_memory`` holds an object of that kind of the library, and ``trt`` the library
+itself.
 """
 
 from __future__ import annotations
@@ -283,7 +284,19 @@ def context_of(library: TensorRT, engine: Any, profile_index: int, stream: int) 
     Raises:
         EngineError: the library refuses.
     """
-    context = engine.create_execution_context(library.module.ExecutionContextAllocationStrategy.USER_MANAGED)
+    trt = library.module
+    strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+    if library.name == "tensorrt_rtx":
+        # Its own way is to start with kernels for any shape while it compiles those for the shape at hand: a CUDA graph
+        # that is captured meanwhile would keep the slower ones.
+        runtime_config = engine.create_runtime_config()
+        runtime_config.set_execution_context_allocation_strategy(strategy)
+        runtime_config.dynamic_shapes_kernel_specialization_strategy = (
+            trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        )
+        context = engine.create_execution_context(runtime_config)
+    else:
+        context = engine.create_execution_context(strategy)
     if context is None or not context.set_optimization_profile_async(profile_index, stream):
         raise EngineError(f"no execution context for optimization profile {profile_index}")
     return context

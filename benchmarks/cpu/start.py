@@ -1,0 +1,132 @@
+"""From process start to the first step and the picture, the memory meanwhile, and what an installation takes.
+
+    python benchmarks/cpu/start.py --model xl --work build/cpu [--installed]
+
+Each way in a process of its own, one after the other, the second of two runs (caches are warm, as on a device that has
+sampled before). Takes what ``run.py`` prepared. Writes start.json, from which ``report.py`` makes the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+STEPS = 10
+WAYS = ("ours, BF16", "ours, FP32", "diffusers, BF16 weights", "diffusers, FP32")
+REQUIREMENTS = {
+    "dit-export[openvino]": ["{root}[openvino]"],
+    "dit-export[cpu] (ONNX Runtime)": ["{root}[cpu]"],
+    "diffusers, transformers and torch (CPU)": ["torch==2.13.0", "diffusers", "transformers", "accelerate"],
+}
+
+
+def ours(work: Path, precision: str, started: float) -> dict[str, Any]:
+    """As dit-sample does it: one picture, DDIM with guidance."""
+    from dit_runtime.pipeline import Pipeline
+    from dit_runtime.timing import memory_use
+
+    bundle = work / ("fp16.bundle" if precision == "bf16" else "fp32.bundle")
+    pipe = Pipeline(bundle, "openvino", precision=precision, once=True)
+    first, loop = 0.0, {}
+    for index, latents, _ in pipe.trajectory([0], 0, steps=STEPS, guidance=4.0, sampler="ddim"):
+        first = first or time.time() - started
+        final = latents
+        if index == STEPS // 2:
+            loop = memory_use()
+    pipe.decode(final)
+    return {"first_step_s": first, "loop": loop, "end": memory_use()}
+
+
+def diffusers(work: Path, mode: str, started: float) -> dict[str, Any]:
+    """The peer's modules in the same loop."""
+    import numpy as np
+    from contenders import Diffusers
+
+    from dit_runtime.timing import memory_use
+
+    contender = Diffusers(work, mode, 0)
+    inputs = np.load(work / "inputs.npz")
+    latents, labels = inputs["latents"][:1], inputs["labels"][:1]
+    first, loop = 0.0, {}
+    for index in range(STEPS):
+        latents = contender.step(latents, labels, index)
+        first = first or time.time() - started
+        if index == STEPS // 2:
+            loop = memory_use()
+    contender.decode(latents)
+    return {"first_step_s": first, "loop": loop, "end": memory_use()}
+
+
+def child(way: str, work: Path, started: float) -> None:
+    who, _, precision = way.partition(", ")
+    mode = "bf16" if "BF16" in precision else "fp32"
+    if who == "ours":
+        found = ours(work, {"bf16": "bf16", "fp32": "f32"}[mode], started)
+        assert "torch" not in sys.modules
+    else:
+        found = diffusers(work, mode, started)
+    print(json.dumps({**found, "total_s": time.time() - started}))
+
+
+def installed() -> dict[str, Any]:
+    """Megabytes that packages take beyond pip itself, each set in a fresh environment."""
+    found = {}
+    for name, requirements in REQUIREMENTS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+            pip = [f"{folder}/bin/python", "-m", "pip", "--disable-pip-version-check"]
+            before = size_of(Path(folder))
+            asked = [requirement.format(root=HERE.parents[1]) for requirement in requirements]
+            constraints = str(HERE.parents[1] / "constraints.txt")
+            subprocess.run([*pip, "install", "--quiet", "--no-compile", "-c", constraints, *asked], check=True)
+            listed = json.loads(
+                subprocess.run([*pip, "list", "--format=json"], stdout=subprocess.PIPE, check=True).stdout
+            )
+            names = {package["name"] for package in listed} - {"pip", "setuptools"}
+            found[name] = {"mb": round((size_of(Path(folder)) - before) / 1e6, 1), "packages": len(names)}
+    return found  # fmt: skip
+
+
+def size_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and not file.is_symlink())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="xl")
+    parser.add_argument("--work", type=Path, default=Path("build/cpu"))
+    parser.add_argument("--installed", action="store_true", help="also install each way and measure its size")
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    work = args.work / args.model
+    if args.way:
+        child(args.way, work, args.started)
+        return
+    from dit_runtime.environment import environment
+    from dit_runtime.files import replaced_file
+
+    report: dict[str, Any] = {"model": args.model, "environment": environment(0), "processes": {}}
+    for way in WAYS:
+        for _ in range(2):
+            argv = [sys.executable, __file__, "--model", args.model, "--work", str(args.work), "--way", way]
+            done = subprocess.run(
+                [*argv, "--started", repr(time.time())], stdout=subprocess.PIPE, text=True, check=True
+            )
+            report["processes"][way] = json.loads(done.stdout.splitlines()[-1])
+        print(way, report["processes"][way], file=sys.stderr)
+    report["installed"] = installed() if args.installed else {}
+    with replaced_file(HERE / "start.json") as file:
+        file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(HERE / "start.json")
+
+
+if __name__ == "__main__":
+    main()

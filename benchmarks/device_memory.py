@@ -1,0 +1,93 @@
+"""Device memory of DiT-XL/2 with the Stable Diffusion VAE at batch 1, FP16, by the builder's own figures.
+
+    python benchmarks/device_memory.py
+
+TensorRT-RTX compiles ahead of time for SM 8.9, without a GPU: step with guidance profiles G=1 and G=2, decoder whole
+and for a tile. While a picture is sampled the device holds the weights of both, one block of activations as large as
+the largest needs (they never run together), and the conditioning table, stated apart; the conditioner is gone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from dit_export.autoencoder import Decoder
+from dit_export.checkpoint import Source, load_checkpoint
+from dit_export.graphs import step_axes, write_decoder
+from dit_export.precision import FP16
+
+from dit_runtime.bundle import ModelSpec
+from dit_runtime.tensorrt_api import Shapes, library, plan_from_onnx
+from kernels import BRANCHES, ROWS, XL, Ablation, exported, table_dtype
+
+TILE = 32  # latent pixels: dit-build --decode-tile 32
+SIZES = {"256x256": 32, "512x512": 64}  # pictures, and the side of their latents
+STEPS = 50
+
+
+def figures(onnx: Path, profiles: list[Shapes]) -> dict[str, Any]:
+    """Bytes of weights, and of activations in each profile."""
+    lines: list[str] = []
+    plan_from_onnx(
+        library("tensorrt_rtx"),
+        onnx,
+        profiles,
+        log=lambda severity, message: lines.extend(message.splitlines()),
+        reported=lambda phase, done, steps: True,
+        workspace_bytes=1 << 30,
+        compute_capability="8.9",
+    )
+
+    def found(what: str) -> list[int]:
+        return [int(match[1]) for line in lines if (match := re.match(rf"Total {what} Memory: (\d+)", line))]
+
+    return {"weights": found("Weights")[0], "activations": found("Activation")[: len(profiles)]}
+
+
+def step_profiles(spec: ModelSpec) -> list[Shapes]:
+    axes = step_axes(spec, table_dtype(spec)).inputs
+
+    def shape(name: str, branches: int, rows: int) -> tuple[int, ...]:
+        free = {"batch": 1, "branches": branches, "rows": rows}
+        return tuple(free[axis] if isinstance(axis, str) else axis for axis in axes[name][1])
+
+    return [
+        {name: tuple(shape(name, branches, rows) for rows in (1, STEPS * branches, ROWS)) for name in axes}
+        for branches in BRANCHES
+    ]
+
+
+def main() -> None:
+    report: dict[str, Any] = {}
+    decoder = Decoder(load_checkpoint(Source("DiT-S/2-256", 0)).autoencoder, FP16).eval().requires_grad_(False)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        onnx = folder / write_decoder(folder, decoder).file
+        decoders = {
+            side: figures(onnx, [{"latents": ((1, XL.latent_channels, side, side),) * 3}])
+            for side in sorted({TILE, *SIZES.values()})
+        }
+    for size, side in SIZES.items():
+        with tempfile.TemporaryDirectory() as name:
+            onnx, spec = exported(Ablation("", size), XL.depth, Path(name), (side, side))
+            step = figures(onnx, step_profiles(spec))
+        for decoded in sorted({TILE, side}):
+            shared = max(*step["activations"], *decoders[decoded]["activations"])
+            report[f"{size}, decoded {'whole' if decoded == side else f'in tiles of {TILE}'}"] = {
+                "step_weights_mb": round(step["weights"] / 1e6, 1),
+                "decoder_weights_mb": round(decoders[decoded]["weights"] / 1e6, 1),
+                "step_activations_mb": [round(size / 1e6, 1) for size in step["activations"]],
+                "decoder_activations_mb": round(decoders[decoded]["activations"][0] / 1e6, 1),
+                "total_gb": round((step["weights"] + decoders[decoded]["weights"] + shared) / 1e9, 3),
+            }
+    table = 2 * STEPS * (6 * XL.depth + 2) * XL.width * 4
+    report[f"conditioning table of {STEPS} guided steps"] = {"mb": round(table / 1e6, 1)}
+    print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
