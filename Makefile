@@ -51,9 +51,11 @@ test-py310: install
 	.venv-py310/bin/dit-verify build/py310.bundle
 	.venv-py310/bin/dit-sample build/py310.bundle --labels Sneaker Bag --steps 10 -o build/py310.png
 
-# On a device: DIT_BUNDLE=my.bundle in place of a model exported here; tests/test_gpu.py alone needs no torch.
-gpu-test: install
-	$(BIN)/python -m pytest -m gpu tests/test_gpu.py
+# On a device, in an environment that sees its TensorRT (engines/README.md): $(PYTHON) runs the tests. Without torch,
+# DIT_BUNDLE=my.bundle takes the place of a model exported here.
+gpu-test:
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -e . pytest
+	$(PYTHON) -m pytest -m gpu tests/test_gpu.py
 
 lint: install
 	$(BIN)/ruff check .

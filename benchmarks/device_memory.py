@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,8 @@ def main() -> None:
         }
     for size, side in SIZES.items():
         with tempfile.TemporaryDirectory() as name:
-            onnx, spec = exported(Ablation("", size), XL.depth, Path(name), (side, side))
-            step = figures(onnx, step_profiles(spec))
+            spec = replace(XL, latent_size=(side, side))
+            step = figures(Path(name) / exported(Ablation("", size), spec, Path(name)).file, step_profiles(spec))
         for decoded in sorted({TILE, side}):
             shared = max(*step["activations"], *decoders[decoded]["activations"])
             report[f"{size}, decoded {'whole' if decoded == side else f'in tiles of {TILE}'}"] = {

@@ -258,6 +258,13 @@ def rolled(outputs: Arrays) -> Arrays:
     return {name: np.roll(value, 1, axis=0) for name, value in outputs.items()}
 
 
+def slots_exchanged(outputs: Arrays) -> Arrays:
+    changed = {name: value.copy() for name, value in outputs.items()}
+    if "next_state" in changed:
+        changed["next_state"][:, 1:] = changed["next_state"][:, :0:-1]
+    return changed
+
+
 def gate_of_another_block(outputs: Arrays) -> Arrays:
     (name, table), *_ = outputs.items()
     changed = table.copy()
@@ -465,6 +472,7 @@ FAULTS = (
     Fault("guidance on 3 of 4 channels", "forward G=2", "channel 3 of 4", description=diffusion(guidance_channels=3)),
     Fault("variance of the null branch", "forward G=2 variance", edits=in_network(variance_of_null)),
     # The sampler.
+    Fault("the sampler's memory exchanged", "sampler update", "slot", outputs={"step": slots_exchanged}),
     Fault("noise of another seed", "ddim noise", patch=(picture_rungs, "TorchNoise", noise_of_next_seed)),
     Fault(
         "one stream of noise for the batch", "ddim noise", patch=(picture_rungs, "TorchNoise", noise_of_one_stream())

@@ -33,7 +33,7 @@ from dit_export.precision import FP16
 from dit_export.random_weights import random_tensors
 from torch import Tensor
 
-from dit_runtime.bundle import ModelSpec
+from dit_runtime.bundle import GraphSpec, ModelSpec
 
 XL = ModelSpec("adaln-zero", 4, (32, 32), 2, 1152, 28, 16, 4608, 1000, True)
 DEPTHS = (2, 4)
@@ -271,11 +271,8 @@ def ablations() -> Iterator[Ablation]:
         yield Ablation(conditioning, "product as [3, …]", projected(outermost), conditioning=conditioning)
 
 
-def exported(
-    ablation: Ablation, depth: int, folder: Path, latent_size: tuple[int, int] = XL.latent_size
-) -> tuple[Path, ModelSpec]:
+def exported(ablation: Ablation, spec: ModelSpec, folder: Path) -> GraphSpec:
     """The step's graph in ``folder``."""
-    spec = replace(XL, depth=depth, conditioning=ablation.conditioning, latent_size=latent_size)
     shapes = {
         name: shape
         for name, shape in official_shapes(spec, spec.output_channels).items()
@@ -289,7 +286,7 @@ def exported(
             stack.enter_context(patch.object(owner, name, function))
         graph = traced(model.step_from_weights(spec, Numerics(), FP16, weights, position), axes)
     del graph.graph.outputs[2:]  # the probe's
-    return folder / saved(graph, folder, "step", axes).file, spec
+    return saved(graph, folder, "step", axes)
 
 
 def table_dtype(spec: ModelSpec) -> torch.dtype:
@@ -365,8 +362,9 @@ def measured(ablation: Ablation, depths: tuple[int, ...], work: Path) -> dict[st
     row: dict[str, Any] = {"group": ablation.group, "name": ablation.name, "exact": ablation.exact}
     for depth in depths:
         with tempfile.TemporaryDirectory(dir=work) as folder:
-            onnx, spec = exported(ablation, depth, Path(folder))
-            row[f"blocks_{depth}"] = compiled(onnx, spec, ablation.config)
+            spec = replace(XL, depth=depth, conditioning=ablation.conditioning)
+            graph = exported(ablation, spec, Path(folder))
+            row[f"blocks_{depth}"] = compiled(Path(folder) / graph.file, spec, ablation.config)
         profiles = [tuple(profile.values()) for profile in row[f"blocks_{depth}"]["profiles"]]
         print(f"{ablation.group}: {ablation.name}, {depth} blocks: {profiles}", file=sys.stderr, flush=True)
     return row

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -170,8 +171,9 @@ def _rounded(value: float) -> float:
 def magnitudes_of(reference: Reference, encoder: bool) -> Iterator[dict[str, float]]:
     """The largest |x| inside of this block, by unit of the precision policy: what an FP16 graph must hold.
 
-    Counted is what enters and leaves products of matrices and convolutions. ``blocks.N`` is the residual stream after
-    a block, which graphs keep in FP32.
+    Counted is what enters and leaves products of matrices and convolutions, attention scores, and what the
+    autoencoder's norms are given, which are its residual sums. ``blocks.N`` is the residual stream after a block, which
+    graphs keep in FP32.
     """
     largest: dict[str, float] = {}
 
@@ -182,17 +184,35 @@ def magnitudes_of(reference: Reference, encoder: bool) -> Iterator[dict[str, flo
     hooks = []
     for unit, module in _units(reference, encoder):
         for part in module.modules():
-            if isinstance(part, nn.Linear | nn.Conv2d):
+            if isinstance(part, nn.Linear | nn.Conv2d | nn.GroupNorm):
                 hooks.append(
                     part.register_forward_hook(lambda _, inputs, output, unit=unit: count(unit, inputs[0], output))
                 )
     for index, block in enumerate(reference.blocks):
+        attention = block.attn1 if reference.checkpoint.transformer is not None else block.attn
+        hooks += _scores(attention, reference.spec.heads, partial(count, f"blocks.{index}.attn"))
         hooks.append(block.register_forward_hook(lambda _, __, output, unit=f"blocks.{index}": count(unit, output)))
     try:
         yield largest
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _scores(attention: Any, heads: int, count: Callable[[Tensor], None]) -> list[Any]:
+    """Hooks that count a self-attention's scores, scaled as the graphs scale them: diffusers' or the official's."""
+    queries: list[Tensor] = []
+
+    def counted(q: Tensor, k: Tensor) -> None:
+        q, k = (x.unflatten(-1, (heads, -1)).transpose(-3, -2) for x in (q, k))  # (N, h, T, d)
+        count((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1))
+
+    if hasattr(attention, "to_q"):
+        return [
+            attention.to_q.register_forward_hook(lambda _, __, output: queries.append(output)),
+            attention.to_k.register_forward_hook(lambda _, __, output: counted(queries.pop(), output)),
+        ]
+    return [attention.qkv.register_forward_hook(lambda _, __, output: counted(*output.chunk(3, dim=-1)[:2]))]
 
 
 def _units(reference: Reference, encoder: bool) -> Iterator[tuple[str, nn.Module]]:

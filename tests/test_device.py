@@ -24,12 +24,13 @@ from cuda_double import Cuda as DoubleCuda
 from cuda_double import Machine, stored_on
 from test_loop import ROW, marked, mixed
 
-from dit_engines.recipe import Recipe
+from dit_engines.recipe import Recipe, recipe_for
 from dit_runtime import Pipeline, cuda, device_graphs, open_bundle
 from dit_runtime.bundle import Bundle
 from dit_runtime.device import TensorRtEngine
 from dit_runtime.engines import OnnxRuntimeEngine
 from dit_runtime.errors import EngineError, SamplingError
+from dit_runtime.verdicts import verdict_path
 from dit_runtime.verify import verified
 
 RECIPES = {
@@ -178,8 +179,44 @@ def test_the_bundles_own_records(bundle_path: Path, tmp_path: Path) -> None:
     assert {"conditioner", "ddim teacher-forced"} <= names
     assert not names & {"embedding", "blocks"}  # they need the probe, which is for ONNX Runtime and OpenVINO
     assert any("batches 1 2 4 3" in rung.detail for rung in rungs)
+    assert bench.machine.calls["launch"] > 0  # the trajectories are the loop's own, not single calls
     bench.engine.close()
     bench.machine.check_closed()
+
+
+def test_a_fault_of_the_loop_alone_is_seen(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise that the device's loop forgets fails the trajectory that draws it; single calls, which are right, pass."""
+    monkeypatch.setattr("dit_runtime.device_loop.DeviceSteps._upload_noise", lambda *arguments: None)
+    rungs = verified(bench.bundle, bench.engine)
+    assert [rung.name for rung in rungs if not rung.passed] == ["ddpm free-running"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (recipe_for("rtx", "8.9", 2, (1,), 64), r"no optimization profile for guidance, .* dit-build --branches 1,2"),
+        (recipe_for("rtx", "8.9", 2, (1, 2), 64, decode_tile=4), r"its decoder is for tiles, .* without --decode-tile"),
+    ],
+    ids=["unguided", "tiles"],
+)
+def test_an_engine_that_no_record_fits(bundles: dict[str, Path], tmp_path: Path, recipe: Recipe, message: str) -> None:
+    """One built without guidance or for tiles is not verified in part: the line says how to build one that can be."""
+    bench = Bench(bundles["fp32"], tmp_path, recipe)
+    with pytest.raises(EngineError, match=message):
+        verified(bench.bundle, bench.engine)
+    bench.engine.close()
+    bench.machine.check_closed()
+
+
+def test_a_verdict_is_on_the_very_plans(bench: Bench) -> None:
+    """Plans that were built again in the same folder, with other kernels perhaps, have no verdict yet."""
+    before = verdict_path(bench.bundle, bench.engine)
+    step = replace(bench.stored.graphs["step"], plan_sha256="0" * 64)
+    bench.stored = replace(bench.stored, graphs={**bench.stored.graphs, "step": step})
+    again = bench.made()
+    assert again.name == bench.engine.name
+    assert verdict_path(bench.bundle, again) != before
+    again.close()
 
 
 def test_nothing_is_waited_for_within_the_loop(bench: Bench) -> None:
@@ -582,7 +619,8 @@ for name in names:
     if value is None:
         result["missing"].append(name)
 properties = runtime.cudaDeviceProp()
-result["properties"] = [type(getattr(properties, n)).__name__ for n in ("name", "major", "minor", "integrated")]
+numbers = ("major", "minor", "integrated", "multiProcessorCount")
+result["properties"] = [type(getattr(properties, n)).__name__ for n in ("name", *numbers)]
 try:
     cuda.device()
 except EngineError as error:
@@ -644,7 +682,7 @@ def test_every_name_of_cuda_exists(generation: str) -> None:
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["missing"] == []
-    assert result["properties"] == ["bytes", "int", "int", "int"]
+    assert result["properties"] == ["bytes", "int", "int", "int", "int"]
     if "no driver" not in result:
         pytest.skip("there is a driver here: see tests/test_gpu.py")
     assert result["no driver"].startswith("no NVIDIA driver that works here (")

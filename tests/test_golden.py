@@ -132,6 +132,23 @@ def test_magnitudes_name_what_is_large(reference: Reference) -> None:
     assert "encoder" not in largest
 
 
+def test_attention_scores_are_counted(reference: Reference) -> None:
+    """Queries and keys within FP16's range whose products are not: the scores are what an FP16 graph holds."""
+    attention, size = reference.blocks[0].attn1, reference.spec.width // reference.spec.heads
+    saved = {name: value.clone() for name, value in attention.state_dict().items()}
+    with torch.no_grad():
+        for part in (attention.to_q, attention.to_k):
+            part.weight.zero_()
+            part.bias.fill_(150)
+    try:
+        with magnitudes_of(reference, encoder=False) as largest:
+            asked(reference)
+    finally:
+        attention.load_state_dict(saved)
+    assert largest["blocks.0.attn"] == pytest.approx(150 * 150 * size**0.5)
+    assert largest["blocks.1.attn"] < 1000
+
+
 def test_a_reference_that_is_no_use_is_refused() -> None:
     """A record that is not finite and a constant picture are errors of the reference, said before anything is made."""
     good = {"images": {"images": np.random.default_rng(0).integers(0, 255, (2, 8, 8, 3)).astype(np.uint8)}}

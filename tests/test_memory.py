@@ -92,7 +92,8 @@ def test_too_little_memory_names_the_batch_that_fits() -> None:
 def test_before_the_first_build(bundle: Bundle) -> None:
     """Without a builder's figures the need is an estimate and says so; too small a GPU is refused before the build."""
     recipe = recipe_for("rtx", "8.9", 4, (1, 2), 64)
-    assert usual_rows(recipe) == 64
+    assert usual_rows(recipe, 1) == 64  # of 100
+    assert usual_rows(recipe_for("rtx", "8.9", 4, (1, 2), 1024), 4) == 250
     estimate = estimated_graphs(bundle, recipe, ("conditioner", "step", "decoder"))
     assert estimate["step"].weights_bytes == bundle.manifest.files["graphs/step.weights"].bytes
     needs = [need_at(bundle, recipe, estimate, batch, True).total for batch in (1, 2, 3, 4)]

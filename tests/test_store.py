@@ -56,7 +56,8 @@ def written(folder: Path, content: Any) -> Path:
 
 
 def bundle_at(path: Path, digest: str = DIGEST) -> Any:
-    return SimpleNamespace(path=path, digest=digest, manifest=SimpleNamespace(image_size=(32, 48)))
+    manifest = SimpleNamespace(image_size=(32, 48))
+    return SimpleNamespace(path=path, digest=digest, engines=path / "engines", manifest=manifest)
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
 """Cost of a guided step against batch, tokens and model, and how it grows: OpenVINO, random weights.
 
-    python benchmarks/cpu/scaling.py --work build/cpu/scaling [--precision f32] [--repeat 5]
+    python benchmarks/cpu/scaling.py [--precision f32] [--repeat 5]
 
-Exports the models once. Writes scaling.json, from which ``report.py`` makes the table and scaling.svg.
+Traces the steps' graphs alone, in FP16, without records. Writes scaling.json, from which ``report.py`` makes the tables
+and scaling.svg.
 """
 
 from __future__ import annotations
@@ -10,64 +11,94 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import subprocess
 import sys
-from dataclasses import asdict
+import tempfile
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from ablations import shapes_of, step_inputs
+import numpy as np
 
-from dit_runtime import open_bundle
-from dit_runtime.bundle import Bundle
+from dit_runtime.bundle import ModelSpec
 from dit_runtime.environment import environment
 from dit_runtime.files import replaced_file
-from dit_runtime.gemm import gemm_rates
-from dit_runtime.gemm import shapes_of as gemm_shapes
+from dit_runtime.gemm import gemm_rates, shapes_of
+from dit_runtime.guidance import guidance_weights
 from dit_runtime.macs import step_gmac
 from dit_runtime.openvino_engine import OpenVinoEngine
 from dit_runtime.timing import timed
 
 HERE = Path(__file__).parent
-SIZES = ("256x256", "512x512", "1024x1024")  # of B/2: 256, 1024 and 4096 tokens
-MODELS = {"S/2": "DiT-S/2-256", "B/2": "DiT-B/2-256", "L/2": "DiT-L/2-256", "XL/2": "DiT-XL/2-256"}
+sys.path.insert(0, str(HERE.parent))
+
+from kernels import XL, Ablation, exported  # noqa: E402  # beside this folder
+
+MODELS = {
+    "S/2": replace(XL, width=384, depth=12, heads=6, mlp_width=1536),
+    "B/2": replace(XL, width=768, depth=12, heads=12, mlp_width=3072),
+    "L/2": replace(XL, width=1024, depth=24, heads=16, mlp_width=4096),
+    "XL/2": XL,
+}
 BATCHES = (1, 2, 4, 8, 16)
+SIDES = (32, 64, 128)  # of B/2's latents: 256, 1024 and 4096 tokens
 
 
-def exported(work: Path, name: str) -> Bundle:
-    """The model's bundle, FP32, made once; B/2 at all of ``SIZES``."""
-    path = work / f"{name.replace('/', '')}.bundle"
-    if not path.exists():
-        sizes = ["--size", *SIZES] if name == "B/2" else []
-        code = "from dit_export.command import main; import sys; main(sys.argv[1:])"
-        argv = [MODELS[name], "--random-weights", "0", "--no-verify", "-o", os.fspath(path), *sizes]
-        subprocess.run([sys.executable, "-c", code, *argv], check=True)
-    return open_bundle(path)
+@dataclass(frozen=True)
+class Traced:
+    """What ``OpenVinoEngine`` reads of a bundle, of a step alone."""
+
+    folder: Path
+    manifest: Any
+
+    def graph(self, name: str) -> Path:
+        return self.folder / self.manifest.graphs[name].file
 
 
-def measured(bundle: Bundle, batches: tuple[int, ...], precision: str, repeat: int) -> list[dict[str, Any]]:
+def traced(spec: ModelSpec, folder: Path) -> Traced:
+    graph = exported(Ablation("", "as exported"), spec, folder)
+    size = SimpleNamespace(bytes=(folder / graph.weights).stat().st_size)
+    precision = SimpleNamespace(name="fp16")
+    return Traced(folder, SimpleNamespace(graphs={"step": graph}, files={graph.weights: size}, precision=precision))
+
+
+def inputs_of(spec: ModelSpec, batch: int) -> dict[str, Any]:
+    picture = (batch, spec.latent_channels, *spec.latent_size)
+    random = np.random.default_rng(0)
+    return {
+        "state": random.standard_normal((batch, 3, *picture[1:])).astype(np.float32),
+        "noise": np.zeros(picture, np.float32),
+        "coefficients": np.ones((batch, 17), np.float32),
+        "guidance": guidance_weights(4.0, batch, spec.latent_channels, spec.latent_channels),
+        "rows": np.zeros((2, batch), np.int32),
+        "modulation": random.standard_normal((1, 6 * spec.depth + 2, spec.width)).astype(np.float32),
+    }
+
+
+def measured(spec: ModelSpec, batches: tuple[int, ...], precision: str, repeat: int) -> list[dict[str, Any]]:
     """A point for each batch: milliseconds of a guided step, its work, and the rate."""
     points = []
-    model, table = bundle.manifest.model, bundle.manifest.table.name
-    for batch in batches:
+    with tempfile.TemporaryDirectory() as folder:
+        bundle: Any = traced(spec, Path(folder))
         engine = OpenVinoEngine(bundle, precision=precision)
-        inputs = step_inputs(bundle, engine, batch, guided=True)
-        request = engine.compiled("step", shapes_of(inputs, table)).create_infer_request()
-        call = {"step": lambda request=request, inputs=inputs: request.infer(inputs, share_inputs=True)}
-        timing = timed(call, repeat, f"{bundle.manifest.source.name}, {model.tokens} tokens, batch {batch}")["step"]
-        attention = 2 * model.depth * model.tokens**2 * model.width / 1e9  # GMAC of its two products
-        gflop = 4 * batch * step_gmac(model)  # two branches, two operations each
-        points.append(
-            {
-                "batch": batch,
-                "tokens": model.tokens,
-                "gflop": round(gflop, 2),
-                "attention_share": round(attention / step_gmac(model), 4),
-                "gflops": round(gflop / timing.p50_ms * 1e3, 1),
-                **asdict(timing),
-            }
-        )  # fmt: skip
+        for batch in batches:
+            inputs = inputs_of(spec, batch)
+            request = engine.compiled("step", {name: value.shape for name, value in inputs.items()})
+            request = request.create_infer_request()
+            call = {"step": lambda request=request, inputs=inputs: request.infer(inputs, share_inputs=True)}
+            timing = timed(call, repeat, f"{spec.width} wide, {spec.tokens} tokens, batch {batch}")["step"]
+            attention = 2 * spec.depth * spec.tokens**2 * spec.width / 1e9  # GMAC of its two products
+            gflop = 4 * batch * step_gmac(spec)  # two branches, two operations each
+            points.append(
+                {
+                    "batch": batch,
+                    "tokens": spec.tokens,
+                    "gflop": round(gflop, 2),
+                    "attention_share": round(attention / step_gmac(spec), 4),
+                    "gflops": round(gflop / timing.p50_ms * 1e3, 1),
+                    **asdict(timing),
+                }
+            )
     return points
 
 
@@ -80,35 +111,28 @@ def exponent(points: list[dict[str, Any]], axis: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("build/cpu/scaling"))
     parser.add_argument("--precision", choices=("f32", "bf16"), default="bf16")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--output", type=Path, help="default: scaling.json beside this file")
     args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
-    bundles = {name: exported(args.work, name) for name in MODELS}
-    report: dict[str, Any] = {"precision": args.precision, "environment": environment(0)}
-    b = bundles["B/2"]
-    report["batch"] = {
-        name: measured(bundles[name], BATCHES, args.precision, args.repeat) for name in ("S/2", "B/2", "XL/2")
+    how = (args.precision, args.repeat)
+    batch = {name: measured(MODELS[name], BATCHES, *how) for name in ("S/2", "B/2", "XL/2")}
+    sizes = [replace(MODELS["B/2"], latent_size=(side, side)) for side in SIDES]
+    tokens = {"B/2": [measured(spec, (1,), *how)[0] for spec in sizes]}
+    model = [{"model": name, **measured(spec, (1,), *how)[0]} for name, spec in MODELS.items()]
+    report: dict[str, Any] = {
+        "precision": args.precision,
+        "environment": environment(0),
+        "batch": batch,
+        "tokens": tokens,
+        "model": model,
+        "exponents": {
+            **{f"batch, {name}": exponent(points, "batch") for name, points in batch.items()},
+            "tokens, B/2": exponent(tokens["B/2"], "tokens"),
+            "work, S/2 to XL/2": exponent(model, "gflop"),
+        },
+        "gemm": [asdict(rate) for rate in gemm_rates(shapes_of(XL, 2), "fp32" if args.precision == "f32" else "bf16")],
     }
-    report["tokens"] = {
-        "B/2": [
-            point
-            for size in b.manifest.image_sizes
-            for point in measured(b.at(size), (1,), args.precision, args.repeat)
-        ]
-    }
-    report["model"] = [
-        {"model": name, **measured(bundle, (1,), args.precision, args.repeat)[0]} for name, bundle in bundles.items()
-    ]
-    report["exponents"] = {
-        **{f"batch, {name}": exponent(points, "batch") for name, points in report["batch"].items()},
-        "tokens, B/2": exponent(report["tokens"]["B/2"], "tokens"),
-        "work, S/2 to XL/2": exponent(report["model"], "gflop"),
-    }
-    rates = gemm_rates(gemm_shapes(bundles["XL/2"].manifest.model, 2), {"f32": "fp32", "bf16": "bf16"}[args.precision])
-    report["gemm"] = [asdict(rate) for rate in rates]
     target = args.output or HERE / "scaling.json"
     with replaced_file(target) as file:
         file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -86,7 +86,7 @@ def main() -> None:
         *("--guidance", str(GUIDANCE), "--sampler", "ddim", "--columns", str(PER_ROW), "--batch-size", "50"),
         *("-o", args.output / "samples.png"),
     )
-    command("dit-verify", bundles["ONNX FP16"])
+    command("dit-verify", bundles["ONNX FP16"], "--engine", "onnxruntime")
 
     reference, evaluator = reference_statistics(), load_evaluator()
     labels = [index % len(CLASS_NAMES) for index in range(args.samples)]

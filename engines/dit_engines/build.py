@@ -24,7 +24,7 @@ from dit_engines.engine_store import (
 )
 from dit_engines.place import Place, place_for
 from dit_engines.recipe import Recipe
-from dit_runtime.bundle import ENCODER, ENGINES, Bundle
+from dit_runtime.bundle import ENCODER, Bundle
 from dit_runtime.errors import BuildError
 from dit_runtime.files import check_writable, replaced_folder, sha256_of
 
@@ -56,7 +56,7 @@ def engine_from_bundle(
         OutputError: the store cannot be written, or is full.
     """
     place = place or place_for(recipe.target, recipe.compute_capability)
-    store = store or bundle.path / ENGINES
+    store = store or bundle.engines
     graphs = graphs_of(bundle)
     identity = identity_of(bundle, recipe, place, graphs, None if timing_cache is None else _digest(timing_cache))
     folder = store / folder_name(bundle, recipe, identity)

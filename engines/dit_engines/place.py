@@ -17,7 +17,8 @@ DEFAULT_RTX = "8.9"
 
 @dataclass(frozen=True)
 class Place:
-    """``gpu``, ``driver`` and ``memory_bytes`` are None where engines are built ahead of time, for another machine.
+    """``gpu`` and ``driver`` are None where engines are built ahead of time, for another machine, and ``memory_bytes``
+    where it is not known which.
 
     ``shared_memory`` is whether GPU and system share one; ``workspace_bytes`` the most that a kernel may use.
     """
@@ -96,7 +97,13 @@ def place_for(
 
 def _ahead_of_time(target: Target, compute_capability: str, imported: Callable[[str], tensorrt_api.TensorRT]) -> Place:
     library = imported("tensorrt_rtx")
-    return Place(library.name, library.version, compute_capability, workspace_bytes=target.workspace_bytes)
+    return Place(
+        library.name,
+        library.version,
+        compute_capability,
+        memory_bytes=int(target.device.memory_gb * 1e9) if target.device else None,
+        workspace_bytes=target.workspace_bytes,
+    )
 
 
 def _is(target: Target, facts: DeviceFacts) -> bool:

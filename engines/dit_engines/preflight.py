@@ -18,9 +18,9 @@ from dit_runtime.store import StoredGraph
 BUILDER_BYTES = 8 << 20
 
 
-def usual_rows(recipe: Recipe) -> int:
-    """Rows of the conditioning table of 50 steps, the null class's included."""
-    return min(USUAL_STEPS * recipe.branches[-1], recipe.rows)
+def usual_rows(recipe: Recipe, batch: int) -> int:
+    """Rows of the conditioning table of 50 steps, each picture of another class; the null class's are shared."""
+    return min(USUAL_STEPS * (batch + recipe.branches[-1] - 1), recipe.rows)
 
 
 def estimated_graphs(bundle: Bundle, recipe: Recipe, graphs: tuple[str, ...]) -> dict[str, StoredGraph]:
@@ -72,7 +72,9 @@ def need_at(bundle: Bundle, recipe: Recipe, graphs: Mapping[str, StoredGraph], b
         else graph
         for name, graph in graphs.items()
     }
-    need = need_of(bundle.manifest, scaled, recipe.batch, recipe.branches[-1], usual_rows(recipe), estimated=estimated)
+    need = need_of(
+        bundle.manifest, scaled, recipe.batch, recipe.branches[-1], usual_rows(recipe, batch), estimated=estimated
+    )
     return replace(need, buffers=math.ceil(need.buffers * batch / recipe.batch))
 
 

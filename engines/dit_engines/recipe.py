@@ -10,6 +10,8 @@ from typing import Any
 from dit_engines.targets import RTX_COMPUTE_CAPABILITIES, target_named
 from dit_runtime.bundle import GraphSpec, Manifest, ModelSpec
 from dit_runtime.errors import BuildError
+from dit_runtime.loop import CONDITIONER_BYTES
+from dit_runtime.steps import row_bytes
 from dit_runtime.store import Profile, Shape
 
 USUAL_STEPS = 50
@@ -176,8 +178,12 @@ def _profile(
         "image_height": image_height,
         "image_width": image_width,
     }
+    most = recipe.rows
+    if any(tensor.name == manifest.table.name for tensor in graph.outputs):
+        # The conditioner computes no more rows in one call, and the block that all contexts share grows with them.
+        most = min(most, max(CONDITIONER_BYTES // row_bytes(manifest.table), 2))
     # Of 50 steps, with the null class's rows where there is guidance.
-    rows = (1, min(USUAL_STEPS * branches[1], recipe.rows), recipe.rows)
+    rows = (1, min(USUAL_STEPS * branches[1], most), most)
 
     def shape(axes: tuple[int | str, ...], point: int) -> Shape:
         sizes = {"batch": batch[point], "branches": branches[point], "rows": rows[point], **sides}

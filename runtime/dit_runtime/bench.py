@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_runtime.command import ENGINE_HELP, Parser, positive, print_json, run
+from dit_runtime.command import ENGINE_HELP, STORE_HELP, Parser, positive, print_json, run
 
 if TYPE_CHECKING:
     from dit_runtime.bundle import Bundle
@@ -40,6 +40,7 @@ def _main(argv: list[str] | None) -> int:
     parser.add_argument("bundle", type=Path, help="a bundle that dit-export wrote")
     parser.add_argument("--engine", default="auto", help=ENGINE_HELP)
     parser.add_argument("--precision", choices=("f32", "bf16"), help="of OpenVINO (default: the bundle's or nearest)")
+    parser.add_argument("--store", type=Path, metavar="DIR", help=STORE_HELP)
     parser.add_argument("--threads", type=int, default=0, help="of the CPU; 0 lets the engine choose")
     parser.add_argument("--batch", type=_batches, default="1", help="pictures in a call, one or several: 1,2,4")
     parser.add_argument("--steps", type=positive, default=50, help="of a whole picture")
@@ -64,7 +65,7 @@ def _main(argv: list[str] | None) -> int:
             check_writable(file)
     if args.plot is not None:
         check_plot(args.plot)
-    bundle = open_bundle(args.bundle)
+    bundle = open_bundle(args.bundle, args.store)
     engine = trusted_engine(bundle, args.threads, args.engine, args.precision)
     manifest = bundle.manifest
     parts = {batch: parts_of(bundle, engine, batch, args.steps, args.repeat) for batch in args.batch}
@@ -125,10 +126,15 @@ def _batches(text: str) -> tuple[int, ...]:
 
 
 def parts_of(bundle: Bundle, engine: Engine, batch: int, steps: int, repeat: int) -> dict[str, Any]:
-    """A ``Timing`` of each part: conditioner of ``steps`` guided steps, step with and without guidance, decoder."""
+    """A ``Timing`` of each part: conditioner of ``steps`` guided steps, step with and without guidance, decoder.
+
+    Of an engine whose loop stays on its device, a step is a whole loop's time over its steps.
+    """
     import numpy as np
 
     from dit_runtime.guidance import branch_rows, guidance_weights
+    from dit_runtime.pipeline import Pipeline
+    from dit_runtime.replay import conditioned
     from dit_runtime.schedule import schedule_for
     from dit_runtime.timing import timed
     from dit_runtime.verify import trajectories_of
@@ -141,27 +147,32 @@ def parts_of(bundle: Bundle, engine: Engine, batch: int, steps: int, repeat: int
     state = np.zeros((batch, 3, *picture[1:]), np.float32)
     state[:, 0] = np.random.default_rng(0).standard_normal(picture)
     work: dict[str, Callable[[], Any]] = {}
+    whole: dict[str, Callable[[], Any]] = {}
+    resident = hasattr(engine, "steps")
     for scale, name in ((4.0, GUIDED), (1.0, PLAIN)):
         weights = guidance_weights(scale, batch, model.latent_channels, diffusion.guidance_channels)
         conditions, rows = branch_rows(labels, model.null_class, len(weights))
-        pairs = {
-            "timesteps": np.repeat(schedule.timesteps, len(conditions)),
-            "labels": np.tile(conditions, len(schedule.timesteps)),
-        }
-        conditioner = engine.session("conditioner")
+        pairs = np.repeat(schedule.timesteps, len(conditions)), np.tile(conditions, len(schedule.timesteps))
         if scale != 1:
-            work[f"conditioner, {steps} steps"] = partial(conditioner.run, pairs, [table])
+            work[f"conditioner, {steps} steps"] = partial(conditioned, engine, table, *pairs)
+        if resident:  # a call of the session would upload the whole table, which the loop does not
+            pipe = Pipeline(bundle, engine)
+            whole[name] = partial(pipe.finished, pipe.pictures(labels.tolist(), steps=steps, guidance=scale))
+            continue
         inputs = {
             "state": state,
             "noise": np.zeros(picture, np.float32),
             "coefficients": np.repeat(schedule.coefficients[:1], batch, axis=0),
             "guidance": weights,
             "rows": rows,
-            table: conditioner.run(pairs, [table])[0],
+            table: conditioned(engine, table, *pairs),
         }
         work[name] = partial(engine.session("step").run, inputs, ["next_state", "denoised"])
     work["decoder"] = partial(engine.session("decoder").run, {"latents": state[:, 0].copy()}, ["images"])
-    return dict(timed(work, repeat, f"timing parts, batch {batch}"))
+    found = dict(timed(work, repeat, f"timing parts, batch {batch}"))
+    for name, timing in timed(whole, max(repeat // 4, 3), f"timing loops, batch {batch}").items():
+        found[name] = timing.of_each(steps)
+    return found
 
 
 def pictures_of(bundle: Bundle, engine: Engine, batch: int, steps: int, runs: int) -> dict[str, Any]:
@@ -172,8 +183,8 @@ def pictures_of(bundle: Bundle, engine: Engine, batch: int, steps: int, runs: in
     from dit_runtime.progress import Progress
     from dit_runtime.timing import ClockedEngine, timing_of
 
-    clocked = ClockedEngine(engine)
-    pipeline = Pipeline(bundle, clocked)
+    resident, clocked = hasattr(engine, "steps"), ClockedEngine(engine)
+    pipeline = Pipeline(bundle, engine if resident else clocked)
     labels = [index % bundle.manifest.model.classes for index in range(batch)]
     seconds: list[float] = []
     spent: dict[str, list[float]] = {}
@@ -183,12 +194,19 @@ def pictures_of(bundle: Bundle, engine: Engine, batch: int, steps: int, runs: in
             for calls in clocked.milliseconds.values():
                 calls.clear()
             start = time.perf_counter()
-            pipeline(labels, steps=steps)
+            latents = pipeline.finished(pipeline.pictures(labels, steps=steps))
+            looped = time.perf_counter()
+            pipeline.decode(latents)
             seconds.append(time.perf_counter() - start)
             bar.advance()
-            inside = {graph: sum(calls) / 1e3 for graph, calls in clocked.milliseconds.items()}
+            if resident:  # what is queued is not what is done: the loop's time is known when its latents are here
+                inside = {"loop on the device": looped - start, "decoder": start + seconds[-1] - looped}
+                calls = [(looped - start) / steps * 1e3]
+            else:
+                inside = {graph: sum(calls) / 1e3 for graph, calls in clocked.milliseconds.items()}
+                calls = clocked.milliseconds["step"]
             if len(seconds) > 1:
-                step_ms += clocked.milliseconds["step"]
+                step_ms += calls
                 for name, value in {**inside, "outside the engine": seconds[-1] - sum(inside.values())}.items():
                     spent.setdefault(name, []).append(value)
     first, *counted = seconds
@@ -209,6 +227,8 @@ def gemm_of(bundle: Bundle, engine: Engine, parts: dict[int, dict[str, Any]]) ->
     from dit_runtime.gemm import gemm_rates, shapes_of
     from dit_runtime.macs import step_gmac
 
+    if hasattr(engine, "steps"):
+        return {}  # the rates are the CPU's
     model = bundle.manifest.model
     precision = getattr(engine, "precision", None)
     precision = "bf16" if precision == "bf16" else "fp32"

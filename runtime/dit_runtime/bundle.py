@@ -80,13 +80,20 @@ class Bundle:
     """An opened bundle, at one of its sizes.
 
     ``digest`` is the SHA-256 of the manifest file, which holds the hash of every other file. ``manifest`` is that
-    file's, with ``model.latent_size`` and the graphs of the size in use.
+    file's, with ``model.latent_size`` and the graphs of the size in use. ``store``: where engines, verdicts and timings
+    are kept; None is the bundle's own ``engines`` folder.
     """
 
     path: Path
     manifest: Manifest
     digest: str
     default_size: bool = True
+    store: Path | None = None
+
+    @property
+    def engines(self) -> Path:
+        """The store."""
+        return self.store or self.path / ENGINES
 
     def at(self, image_size: tuple[int, int] | None) -> Bundle:
         """The bundle at another of its sizes, given as a picture's height and width; None leaves it as it is.
@@ -153,8 +160,12 @@ class Bundle:
             self.file(name)
 
 
-def open_bundle(path: str | Path) -> Bundle:
+def open_bundle(path: str | Path, store: Path | None = None) -> Bundle:
     """Read and check a bundle's manifest; the other files are checked when they are used.
+
+    Args:
+        path: the bundle's folder.
+        store: where its engines are kept, for a bundle that cannot be written; None is its own ``engines`` folder.
 
     Raises:
         BundleError: no bundle there, unknown schema, or a manifest that does not hold together.
@@ -183,7 +194,7 @@ def open_bundle(path: str | Path) -> Bundle:
         raise BundleError(
             f"{manifest_path}: damaged manifest ({type(error).__name__}: {error}); copy or export the bundle again"
         ) from error
-    return Bundle(folder, manifest, hashlib.sha256(text).hexdigest())
+    return Bundle(folder, manifest, hashlib.sha256(text).hexdigest(), store=store)
 
 
 def _leads_outside(folder: Path, path: Path) -> bool:

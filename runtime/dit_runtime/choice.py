@@ -1,6 +1,6 @@
 """What ``auto`` is: of the engines that can run a bundle here, the fastest first, by the time of a step.
 
-    BUNDLE/engines/speeds/KEY.json    milliseconds of each engine's guided step
+    STORE/speeds/KEY.json    milliseconds of each engine's guided step
 
 KEY covers bundle, size, machine, libraries and threads, so that what another machine or version took is not believed.
 In a read-only bundle nothing is stored and each process measures anew.
@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from dit_runtime.bundle import ENGINES, Bundle
+from dit_runtime.bundle import Bundle
 from dit_runtime.cpu import machine
 from dit_runtime.engines import Candidate, candidates, engine_for
 from dit_runtime.errors import EngineError, OutputError
@@ -82,6 +82,7 @@ def _measured(bundle: Bundle, threads: int, say: Callable[[str], None]) -> list[
     found: list[Speed] = []
     reasons = []
     able = candidates(bundle)
+    say(f"{bundle.path}: first use here, timing a guided step of each engine")
     with Progress("timing a step of each engine", len(able)) as bar:
         for candidate in able:
             try:
@@ -131,7 +132,7 @@ def _path(bundle: Bundle, threads: int) -> Path:
     versions = {name: version for name in LIBRARIES for version in _versions(name)}
     facts = [bundle.digest, bundle.manifest.model.latent_size, machine(), versions, threads, has_driver()]
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-    return bundle.path / ENGINES / SPEEDS / f"{key}.json"
+    return bundle.engines / SPEEDS / f"{key}.json"
 
 
 def _versions(distribution: str) -> Iterator[str]:

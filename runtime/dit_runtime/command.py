@@ -19,6 +19,7 @@ ENGINE_HELP = (
     "auto, tensorrt, tensorrt-rtx, openvino, onnxruntime, onnxruntime-cuda, onnxruntime-tensorrt or onnxruntime-rtx; "
     "auto is TensorRT where an engine for the GPU here was built, else what takes the least time for a step"
 )
+STORE_HELP = "where engines, verdicts and prepared graphs are kept (default: the bundle's engines folder)"
 
 
 class Parser(argparse.ArgumentParser):

@@ -35,11 +35,13 @@ def processor(root: Path = Path("/")) -> Processor:
 def machine() -> dict[str, str]:
     """What tells this machine from another, for records of what was measured on it."""
     cpu = processor()
+    board = Path("/proc/device-tree/model")  # where a processor has no name of its own, as on a Jetson
     return {
         "system": platform.system(),
         "architecture": platform.machine(),
         "processor": cpu.model,
         "instructions": " ".join(cpu.flags),
+        "board": board.read_text(errors="replace").strip("\0 \n") if board.is_file() else "",
     }
 
 

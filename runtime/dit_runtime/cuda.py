@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from dit_runtime.cpu import available_memory
 from dit_runtime.errors import EngineError
 
 ALIGNMENT = 256  # bytes: what TensorRT asks of every address, and no more than what an allocation has
@@ -154,13 +155,19 @@ class CudaRuntime:
     def device(self) -> DeviceFacts:
         properties = self._call("asking for the GPU", "cudaGetDeviceProperties", 0)
         free, total = self._call("asking for the GPU's memory", "cudaMemGetInfo")
+        name, integrated = properties.name.decode("utf-8", "replace").rstrip("\0"), bool(properties.integrated)
+        if integrated:
+            # All Orins have one name and compute capability, and plans are for their number of multiprocessors.
+            name = f"{name}, {properties.multiProcessorCount} SMs"
+            # In memory shared with the system the driver counts what files are cached in as taken.
+            free = max(int(free), available_memory() or 0)
         return DeviceFacts(
-            name=properties.name.decode("utf-8", "replace").rstrip("\0"),
+            name=name,
             compute_capability=f"{properties.major}.{properties.minor}",
             memory_bytes=int(total),
             free_bytes=int(free),
             driver=self._driver(),
-            integrated=bool(properties.integrated),
+            integrated=integrated,
         )
 
     def _driver(self) -> str:

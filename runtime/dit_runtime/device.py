@@ -8,6 +8,7 @@ never run together. A lock makes each call whole: threads may share an engine, a
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import sys
 import threading
@@ -69,6 +70,8 @@ class TensorRtEngine:
         self.bundle, self.stored, self.threads, self.captured = bundle, stored, threads, captured
         self.graphs = tuple(stored.graphs)
         self.name = f"{library.name} {library.version} {facts.name}, plans {stored.folder.name}"
+        plans = sorted(graph.plan_sha256 for graph in stored.graphs.values())
+        self.identity = f"{self.name}, {' '.join(plans)}, driver {facts.driver}"
         self.library, self.cuda, self.lock = library, cuda, threading.RLock()
         self.max_batch: int | None = max(largest[0] for _, _, largest in self.profiles("step"))
         self._said: list[str] = []
@@ -128,7 +131,7 @@ class TensorRtEngine:
         """A graph's plan on the device, checked and deserialized where it is not there."""
         if graph not in self._loaded:
             self._check_open()
-            plan = self.stored.plan(graph)
+            plan = self.stored.plan_file(graph)
             self._said.clear()
             try:
                 # Mapped: on a Jetson a copy would take of the memory that the weights are about to need.
@@ -137,9 +140,12 @@ class TensorRtEngine:
                     mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
                     memoryview(mapped) as content,
                 ):
-                    loaded = Loaded(self.library, self._runtime, content)
-            except EngineError as error:
-                raise EngineError(f"{plan}: {error} ({self._why()}); run dit-build again, or free memory") from error
+                    self.stored.check_plan(graph, hashlib.sha256(content).hexdigest())  # of what is deserialized
+                    try:
+                        loaded = Loaded(self.library, self._runtime, content)
+                    except EngineError as error:
+                        advice = "run dit-build again, or free memory"
+                        raise EngineError(f"{plan}: {error} ({self._why()}); {advice}") from error
             except (OSError, ValueError) as error:
                 raise EngineError(f"{plan}: cannot be read ({error}); run dit-build again") from error
             spec = self.bundle.manifest.graphs[graph]

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from dit_runtime.bundle import ENGINES as ENGINES_FOLDER
 from dit_runtime.bundle import Bundle
 from dit_runtime.errors import EngineError
 from dit_runtime.onnxruntime_engine import OnnxRuntimeEngine, imported_onnxruntime
@@ -86,7 +85,7 @@ def open_engine(
         threads: of the CPU; 0 lets the engine choose.
         precision: ``f32`` or ``bf16``; None is the bundle's own where the engine has it, or the nearest.
         store: where TensorRT's engines are, None for the bundle's own folder, and where others may keep graphs in their
-            own form (``Bundle.path / ENGINES``), None for nowhere.
+            own form (``Bundle.engines``), None for nowhere.
 
     Raises:
         EngineError: unknown, not installed, or not able to run here (the message says what to do).
@@ -109,11 +108,11 @@ def open_engine(
 
 
 def engine_for(bundle: Bundle, name: str, threads: int = 0, precision: str | None = None) -> Engine:
-    """``open_engine`` as the commands call it: what OpenVINO prepares is kept beside the bundle.
+    """``open_engine`` as the commands call it: what OpenVINO prepares is kept in the bundle's store.
 
     Without that, the weights of an FP16 bundle would be in memory twice.
     """
-    return open_engine(bundle, name, threads, precision, bundle.path / ENGINES_FOLDER if name == "openvino" else None)
+    return open_engine(bundle, name, threads, precision, bundle.engines if name == "openvino" else None)
 
 
 def candidates(bundle: Bundle) -> list[Candidate]:

@@ -11,8 +11,8 @@ from dit_runtime.store import described, stored_engines
 from dit_runtime.verdicts import stored_verdicts
 
 
-def bundle_info(bundle: Bundle, store: Path | None = None) -> dict[str, Any]:
-    """The facts of ``dit-verify --info``, as JSON has them. ``store``: where engines are, None for the bundle's own."""
+def bundle_info(bundle: Bundle) -> dict[str, Any]:
+    """The facts of ``dit-verify --info``, as JSON has them."""
     manifest = bundle.manifest
     damaged: list[str] = []
     engines = [
@@ -23,7 +23,7 @@ def bundle_info(bundle: Bundle, store: Path | None = None) -> dict[str, Any]:
             "plans_bytes": {name: graph.plan_bytes for name, graph in engine.graphs.items()},
         }
         for size in manifest.image_sizes
-        for engine in stored_engines(bundle.at(size), store, damaged.append)
+        for engine in stored_engines(bundle.at(size), None, damaged.append)
     ]
     golden = [spec.bytes for name, spec in manifest.files.items() if name.startswith(GOLDEN)]
     model = manifest.model

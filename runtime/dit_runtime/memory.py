@@ -134,7 +134,14 @@ def check_fits(need_at: Callable[[int], Need], batch: int, available: int) -> Ne
     need = need_at(batch)
     if need.total <= available:
         return need
-    smaller = next((size for size in range(batch - 1, 0, -1) if need_at(size).total <= available), None)
+
+    def fits(size: int) -> bool:
+        try:
+            return need_at(size).total <= available
+        except EngineError:  # no profile takes so few
+            return False
+
+    smaller = next((size for size in range(batch - 1, 0, -1) if fits(size)), None)
     if smaller is None:
         advice = "not even batch 1 would; decode in tiles (--decode-tile), or make smaller pictures"
     else:

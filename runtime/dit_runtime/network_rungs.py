@@ -10,9 +10,9 @@ import numpy as np
 from dit_runtime.budget import FP16_MAX, Series, compared
 from dit_runtime.engines import Array
 from dit_runtime.ladder import Rung
-from dit_runtime.metrics import relative_l2
+from dit_runtime.metrics import relative_error, relative_l2
 from dit_runtime.replay import Pictures, Replay, covering, shapes_to_verify
-from dit_runtime.table import B_E, COEFFICIENTS, LOG_SIGMA_V, NOISE
+from dit_runtime.table import A_Z, B_E, COEFFICIENTS, INPUT, LOG_SIGMA, LOG_SIGMA_V, MATRIX, NOISE
 
 # What adaLN's vectors in the conditioning table are: a block's, then the final layer's.
 VECTORS = {
@@ -41,9 +41,13 @@ def fp16_range(replay: Replay) -> Rung:
 
 
 def conditioner(replay: Replay) -> Rung:
-    """Timesteps and labels → the conditioning table, entry by entry."""
+    """Timesteps and labels → the conditioning table, entry by entry, at each number of rows it must be right at."""
     record = replay.bundle.records("conditioner")
-    found, expected = replay.table(record["timesteps"], record["labels"]), record["table"]
+    count = len(record["table"])
+    sizes = sorted({count, *(rows for rows, _ in shapes_to_verify(replay.engine, "conditioner", count))})
+    asked = [np.arange(rows) % count for rows in sizes]
+    found = np.concatenate([replay.table(record["timesteps"][index], record["labels"][index]) for index in asked])
+    expected = record["table"][np.concatenate(asked)]
     entries = range(expected.shape[1])
     series = Series(
         "entry",
@@ -52,7 +56,7 @@ def conditioner(replay: Replay) -> Rung:
         [expected[:, index] for index in entries],
         [float(np.abs(expected).max())] * len(entries),
     )
-    detail = f"{len(expected)} pairs of timestep and label"
+    detail = f"{count} pairs of timestep and label; rows {' '.join(map(str, sizes))}"
     return compared(replay.budget, "conditioner", "conditioner", "conditioner", series, detail=detail)
 
 
@@ -119,6 +123,40 @@ def forward(replay: Replay, branches: int) -> Iterator[Rung]:
         name, floors = f"forward G={branches}{part}", f"forward_{branches}{part}"
         rung = compared(replay.budget, name, kind, floors, series, guidance, f"batches {sizes}")
         yield rung if rung.passed else _with_channels(rung, series)
+
+
+def update(replay: Replay) -> Rung:
+    """The sampler's update, from a state whose three slots all differ and a row in which no number is zero.
+
+    What it should give follows from the engine's own e and v in float64 (``dit_runtime.table``), so that no sampler's
+    memory goes unseen because the recorded samplers do not use it.
+    """
+    record = replay.bundle.records("forward_1")
+    every = Pictures.of(record)
+    shape = shapes_to_verify(replay.engine, "step", len(every.latents), (1, 2))[0]
+    pictures = every.at(covering(len(every.latents), shape[0])[0])
+    evaluated = _evaluated(replay, pictures, record, [shape])
+    e, v = (np.stack([outputs[part] for _, _, outputs in evaluated]).astype(np.float64) for part in ("e", "v"))
+    random = np.random.default_rng(0)
+    row = random.uniform(0.5, 1.5, COEFFICIENTS) * np.where(np.arange(COEFFICIENTS) % 2, 1, -1)
+    row[LOG_SIGMA_V] = 0.5 / max(float(np.abs(v).max()), 1e-3)
+    coefficients = np.repeat(row[None].astype(np.float32), shape[0], axis=0)
+    noise = random.standard_normal(pictures.latents.shape).astype(np.float32)
+    inputs = replay.inputs(pictures, coefficients, noise, shape[1])
+    inputs["state"][:, 1:] = random.standard_normal(inputs["state"][:, 1:].shape)
+    found = replay.engine.session("step").run(inputs, ["next_state", "denoised"])
+    state, exact = inputs["state"].astype(np.float64), coefficients[0].astype(np.float64)
+    mixed = np.einsum("ij,bjchw->bichw", exact[MATRIX:INPUT].reshape(3, 3), state)
+    following = mixed + exact[INPUT:LOG_SIGMA, None, None, None] * e[:, None]
+    following[:, 0] += np.exp(exact[LOG_SIGMA] + exact[LOG_SIGMA_V] * v) * exact[NOISE] * noise
+    denoised = exact[A_Z] * state[:, 0] + exact[B_E] * e
+    errors = {
+        **{f"slot {slot}": relative_error(found[0][:, slot], following[:, slot]) for slot in range(3)},
+        "denoised": relative_error(found[1], denoised),
+    }
+    worst = max(errors, key=lambda part: errors[part] if np.isfinite(errors[part]) else np.inf)
+    limit = replay.budget.tolerance("update")
+    return Rung("sampler update", errors[worst], limit, "relative", f"worst: {worst}; all 17 coefficients")
 
 
 def _evaluated(

@@ -47,7 +47,7 @@ class OpenVinoEngine:
         shapes: how many sets of input shapes a graph stays compiled for; the one least recently used makes room. Each
             holds the packed weights.
         pinning: threads stay on their cores; None leaves it to OpenVINO. Processes that share cores want it off.
-        store: where prepared graphs are kept (``Bundle.path / ENGINES``); None keeps nothing, and the weights of an
+        store: where prepared graphs are kept (``Bundle.engines``); None keeps nothing, and the weights of an
             FP16 bundle are then also held in memory.
 
     Raises:
@@ -73,6 +73,7 @@ class OpenVinoEngine:
         self.precision = self._precision(precision)
         self.version = self._openvino.__version__.partition("-")[0]
         self.name = f"openvino {self.version} CPU {self.precision}"
+        self.identity = f"{self.name}, arrangement {ARRANGEMENT}"
         self._folder = None if store is None else store / "openvino"
         self._properties: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY" if streams == 1 else "THROUGHPUT",

@@ -10,7 +10,9 @@ import numpy as np
 from dit_runtime.budget import Series, compared
 from dit_runtime.bundle import ENCODER
 from dit_runtime.engines import Array
+from dit_runtime.guidance import Guidance, branches
 from dit_runtime.ladder import Rung
+from dit_runtime.loop import Batch, Picture
 from dit_runtime.metrics import LEVELS, psnr, relative_error, ssim
 from dit_runtime.noise import TorchNoise
 from dit_runtime.replay import Pictures, Replay, covering, shapes_to_verify
@@ -54,12 +56,32 @@ def free_running(replay: Replay, sampler: str, record: Record, schedule: Schedul
     """The last latents of a trajectory of the engine's own, and how far it goes from the reference's on its way."""
     guidance, steps = float(record["guidance"]), len(schedule)
     found = [record["latents"][0]]
-    for index in range(steps):
-        found.append(_advanced(replay, record, schedule, index, found[-1])[0])
+    if hasattr(replay.engine, "steps"):  # a loop of its own, on its device, which is what sampling uses
+        found += _looped(replay, record, schedule)
+    else:
+        for index in range(steps):
+            found.append(_advanced(replay, record, schedule, index, found[-1])[0])
     labels = [f"step {index + 1}" for index in range(steps)]
     series = Series("step", labels, found[1:], list(record["latents"][1:]))
     name, detail = f"{sampler} free-running", f"of {steps}, guidance {guidance:g}"
     return found[-1], compared(replay.budget, name, "free_running", sampler, series, guidance, detail)
+
+
+def _looped(replay: Replay, record: Record, schedule: Schedule) -> list[Array]:
+    """The latents after each row of the engine's own loop, its noise from the recorded seeds."""
+    manifest, guidance = replay.bundle.manifest, Guidance(float(record["guidance"]))
+    pictures = []
+    for label, seed in zip(record["labels"], record["seeds"], strict=True):
+        weights = {int(label): 1.0}
+        own = branches(weights, guidance, schedule, manifest.model, manifest.diffusion)
+        pictures.append(Picture(weights, int(seed), schedule, guidance, None, own))
+    most = replay.engine.max_batch or len(pictures)
+    parts = []
+    for first in range(0, len(pictures), most):
+        with Batch(replay.engine, manifest) as batch:
+            batch.add(list(enumerate(pictures[first : first + most])))
+            parts.append([batch.advance(read=True).latents.copy() for _ in range(len(schedule))])
+    return [np.concatenate(each) for each in zip(*parts, strict=True)]
 
 
 def _advanced(replay: Replay, record: Record, schedule: Schedule, index: int, latents: Array) -> tuple[Array, Array]:
@@ -152,6 +174,8 @@ def encoder(replay: Replay) -> Rung:
     """Pictures → latents, and of a posterior its deviation."""
     record = replay.bundle.records(ENCODER)
     names = [tensor.name for tensor in replay.bundle.manifest.graphs[ENCODER].outputs]
-    found = replay.engine.session(ENCODER).run({"images": record["images"]}, names)
+    session = replay.engine.session(ENCODER)  # which the pipeline gives one picture at a time
+    each = [session.run({"images": image[None]}, names) for image in record["images"]]
+    found = [np.concatenate(parts) for parts in zip(*each, strict=True)]
     series = Series("output", names, found, [record[name] for name in names])
     return compared(replay.budget, ENCODER, "encoder", "encoder", series)

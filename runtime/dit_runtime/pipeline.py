@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ from dit_runtime.noise import CudaNoise, Float32
 from dit_runtime.schedule import Schedule, schedule_for, steps_skipped
 from dit_runtime.settings import Settings
 from dit_runtime.tiles import check_tile, decoded_in_tiles, pixels
-from dit_runtime.verdicts import trusted_engine
+from dit_runtime.verdicts import check_choice, trusted_engine
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -44,7 +45,6 @@ class Pipeline:
     Raises:
         BundleError: the bundle is missing, incomplete or altered, or has no graphs for that size.
         EngineError: no such engine, or it is not installed.
-        ParityError: ``auto`` found no engine that matches the reference.
     """
 
     def __init__(
@@ -58,10 +58,20 @@ class Pipeline:
     ) -> None:
         self.once = once
         self.bundle = (bundle if isinstance(bundle, Bundle) else open_bundle(bundle)).at(size)
-        if engine == "auto":
-            self.engine: Engine = trusted_engine(self.bundle, threads, engine, precision)
-        else:
+        check_choice(engine if isinstance(engine, str) else "", precision)
+        self._threads = threads
+        if engine != "auto":
             self.engine = engine_for(self.bundle, engine, threads, precision) if isinstance(engine, str) else engine
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The engine; ``auto`` is chosen when it is first needed, so that wrong arguments are said before.
+
+        Raises:
+            EngineError: no engine is installed.
+            ParityError: none matches the reference.
+        """
+        return trusted_engine(self.bundle, self._threads)
 
     @property
     def manifest(self) -> Manifest:

@@ -39,6 +39,25 @@ def shapes_to_verify(engine: Engine, graph: str, usual: int, branches: Sequence[
     return list(dict.fromkeys(shapes))
 
 
+def conditioned(engine: Engine, name: str, timesteps: Array, labels: Array) -> Array:
+    """Rows of the conditioning table ``name``, in calls of as many as the engine takes at once."""
+    profiles = getattr(engine, "profiles", None)
+    most = len(timesteps) if profiles is None else max(largest for _, _, (largest, _) in profiles("conditioner"))
+    session = engine.session("conditioner")
+    parts = []
+    for first in range(0, len(timesteps), most):
+        part = slice(first, first + most)
+        inputs = {"timesteps": timesteps[part].astype(np.float32), "labels": labels[part].astype(np.int32)}
+        parts += session.run(inputs, [name])
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def has_branches(engine: Engine, branches: int) -> bool:
+    """Whether an engine runs steps of so many guidance branches."""
+    profiles = getattr(engine, "profiles", None)
+    return profiles is None or any(largest >= branches for _, _, (_, largest) in profiles("step"))
+
+
 def covering(count: int, batch: int) -> list[NDArray[np.int64]]:
     """Batches of a size that together have each of ``count`` pictures, one after the other and from the first again."""
     return [(first + np.arange(batch)) % count for first in range(0, count, batch)]
@@ -74,9 +93,7 @@ class Replay:
 
     def table(self, timesteps: Array, labels: Array) -> Array:
         """The conditioning table of pairs: timesteps ``[R]`` and labels ``[R]``."""
-        inputs = {"timesteps": timesteps.astype(np.float32), "labels": labels.astype(np.int32)}
-        (table,) = self.engine.session("conditioner").run(inputs, [self.bundle.manifest.table.name])
-        return table
+        return conditioned(self.engine, self.bundle.manifest.table.name, timesteps, labels)
 
     def step(
         self, pictures: Pictures, coefficients: Array, noise: Array | None = None, branches: int = 0

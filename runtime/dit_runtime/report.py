@@ -47,17 +47,30 @@ details summary{cursor:pointer}code{font-size:.85rem;overflow-wrap:anywhere}
 """
 
 
-def page(verification: Verification, environment: Mapping[str, Any], files: Mapping[str, str]) -> str:
+def page(
+    verification: Verification,
+    environment: Mapping[str, Any],
+    files: Mapping[str, str],
+    others: Sequence[Verification] = (),
+) -> str:
     """The page of a verification.
 
     Args:
         verification: what to show.
         environment: where it ran.
         files: SHA-256 of each of the bundle's files.
+        others: of the bundle's further sizes, which count for the verdict and are not shown.
     """
     rungs = verification.rungs
     failed = [rung.name for rung in rungs if not rung.passed]
-    verdict = f"FAIL: {', '.join(failed)}" if failed else "This engine makes the reference's pictures here"
+    wrong = failed + [
+        f"{rung.name} at {other.image_size[0]}×{other.image_size[1]}"
+        for other in others
+        for rung in other.rungs
+        if not rung.passed
+    ]
+    verdict = f"FAIL: {', '.join(wrong)}" if wrong else "This engine makes the reference's pictures here"
+    quick = "Quick verification, without the conditioner alone and single steps. " if verification.quick else ""
     title = f"{verification.model}, {verification.precision}, on {verification.engine}"
     height, width = verification.image_size
     parts = [
@@ -65,9 +78,9 @@ def page(verification: Verification, environment: Mapping[str, Any], files: Mapp
         "<meta name='viewport' content='width=device-width,initial-scale=1'>",
         f"<link rel='icon' href='data:,'><title>{escape(title)}</title><style>{STYLE}</style></head><body>",
         f"<h1>{escape(title)}</h1>",
-        f"<div class='verdict {'fail' if failed else 'pass'}'>{escape(verdict)}",
-        f"<small>{len(rungs) - len(failed)} of {len(rungs)} rungs pass, pictures of {height}×{width}. Reference: "
-        f"{escape(verification.reference)}</small></div>",
+        f"<div class='verdict {'fail' if wrong else 'pass'}'>{escape(verdict)}",
+        f"<small>{quick}{len(rungs) - len(failed)} of {len(rungs)} rungs pass, pictures of {height}×{width}. "
+        f"Reference: {escape(verification.reference)}</small></div>",
         "<h2>The ladder: how much of its limit each rung uses</h2>",
         svg.bars([(rung.name, rung.used, rung.passed) for rung in rungs], "limit"),
         _table(

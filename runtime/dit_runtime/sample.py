@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dit_runtime.command import ENGINE_HELP, Parser, image_size, positive, print_json, run
+from dit_runtime.command import ENGINE_HELP, STORE_HELP, Parser, image_size, positive, print_json, run
 
 if TYPE_CHECKING:
     from dit_runtime.images import Pictures
@@ -94,6 +94,7 @@ def _parser() -> Parser:
     where = parser.add_argument_group("where")
     where.add_argument("--engine", default="auto", help=f"{ENGINE_HELP}; auto takes a verified one only")
     where.add_argument("--precision", choices=("f32", "bf16"), help="of OpenVINO (default: the bundle's or nearest)")
+    where.add_argument("--store", type=Path, metavar="DIR", help=STORE_HELP)
     where.add_argument(
         "--threads", type=positive, help="of the CPU (default: the engine's choice; with --from-image, the record's)"
     )
@@ -145,7 +146,7 @@ def _main(argv: list[str] | None) -> int:
     if args.from_image and args.output.resolve() == args.from_image.resolve():
         raise OutputError(f"{args.output}: is the picture to be made again; choose another --output")
     check_writable(args.output if single else args.output / "picture.png")
-    given, bundle = files_given(args), open_bundle(args.bundle)
+    given, bundle = files_given(args), open_bundle(args.bundle, args.store)
     if args.from_image:
         entries = from_text(args.from_image, read_png(args.from_image)[1])
         check_bundle(bundle, entries[0])

@@ -76,10 +76,20 @@ class StoredEngine:
     graphs: dict[str, StoredGraph]
 
     def plan(self, graph: str) -> Path:
-        """The path of a graph's plan, checked against the sidecar: a plain file, then its size, then its SHA-256.
+        """The path of a graph's plan, checked against the sidecar: a plain file of its size, and its SHA-256.
 
         Raises:
             EngineError: no such graph, or not the file that was built.
+        """
+        path = self.plan_file(graph)
+        self.check_plan(graph, sha256_of(path))
+        return path
+
+    def plan_file(self, graph: str) -> Path:
+        """The path of a graph's plan, a plain file of the size that the sidecar says; for ``check_plan``.
+
+        Raises:
+            EngineError: no such graph, or not such a file.
         """
         if graph not in self.graphs:
             raise EngineError(
@@ -91,11 +101,16 @@ class StoredEngine:
             raise EngineError(f"{path}: missing, or not a plain file; run {self._command()}")
         if (size := path.stat().st_size) != stored.plan_bytes:
             raise EngineError(f"{path}: {size} bytes, expected {stored.plan_bytes}; run {self._command()}")
-        if (found := sha256_of(path)) != stored.plan_sha256:
-            raise EngineError(
-                f"{path}: altered (SHA-256 {found[:12]}…, expected {stored.plan_sha256[:12]}…); run {self._command()}"
-            )
         return path
+
+    def check_plan(self, graph: str, sha256: str) -> None:
+        """Raises EngineError where a plan's content does not have the SHA-256 that the sidecar says."""
+        stored = self.graphs[graph]
+        if sha256 != stored.plan_sha256:
+            raise EngineError(
+                f"{self.folder / stored.plan}: altered (SHA-256 {sha256[:12]}…, expected {stored.plan_sha256[:12]}…); "
+                f"run {self._command()}"
+            )
 
     def check_device(self, library: str, version: str, compute_capability: str, gpu: str | None) -> None:
         """Whether the plans can run here, asked before any is deserialized.
@@ -156,7 +171,7 @@ def stored_engines(
         skipped: told of each folder whose sidecar is damaged, in a line.
     """
     engines = []
-    for folder in sorted((store or bundle.path / ENGINES).glob(f"*/{SIDECAR}")):
+    for folder in sorted((store or bundle.engines).glob(f"*/{SIDECAR}")):
         try:
             engine = stored_engine(folder.parent)
         except EngineError as error:

@@ -192,7 +192,10 @@ def plan_from_onnx(
     if compute_capability is not None:
         _set_compute_capability(library, config, compute_capability)
     cache = config.create_timing_cache(timing_cache or b"")
-    config.set_timing_cache(cache, ignore_mismatch=False)
+    if not config.set_timing_cache(cache, ignore_mismatch=False):  # of another device or version
+        log("warning", "the timing cache is for another device or version and is not used")
+        cache = config.create_timing_cache(b"")
+        config.set_timing_cache(cache, ignore_mismatch=False)
     _pin(network, profiles)
     for shapes in profiles:
         profile = builder.create_optimization_profile()

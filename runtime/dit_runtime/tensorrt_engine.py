@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dit_runtime import tensorrt_api
-from dit_runtime.bundle import ENGINES, Bundle
+from dit_runtime.bundle import Bundle
 from dit_runtime.cuda import Cuda, CudaRuntime, DeviceFacts
 from dit_runtime.device import TensorRtEngine
 from dit_runtime.engines import TENSORRT
@@ -36,7 +36,7 @@ def engine_from_store(
     Raises:
         EngineError: no library, driver or GPU; nothing built, or for another version or GPU; too little memory.
     """
-    folder, damaged = store or bundle.path / ENGINES, list[str]()
+    folder, damaged = store or bundle.engines, list[str]()
     library = imported(TENSORRT[name])
     cuda = cuda or CudaRuntime()
     facts = cuda.device()
@@ -71,8 +71,8 @@ def _check_memory(bundle: Bundle, stored: StoredEngine, facts: DeviceFacts) -> N
         return  # a missing plan is told where it is asked for
     profiles = stored.graphs["step"].profiles
     batch, branches = min((profile["rows"][0][1], profile["rows"][0][0]) for profile in profiles)
-    most = max(profile["timesteps"][2][0] for profile in stored.graphs["conditioner"].profiles)
-    rows = min(most, 2 * manifest.defaults.steps)
+    most = min(profile[manifest.table.name][2][0] for profile in profiles)
+    rows = min(most, (batch + branches - 1) * manifest.defaults.steps)
 
     def need_at(size: int) -> Need:
         return need_of(manifest, stored.graphs, size, branches, rows)

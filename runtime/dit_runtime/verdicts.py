@@ -1,7 +1,7 @@
 """Which engines have matched the reference, with this bundle, on this machine.
 
-Verdicts live in ``BUNDLE/engines/verdicts``, outside the bundle's digest. In a read-only bundle nothing is stored and
-each process verifies anew.
+Verdicts live in ``verdicts`` of the bundle's store, beside the engines and outside the bundle's digest. Where that
+cannot be written nothing is stored and each process verifies anew.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from dit_runtime.bundle import ENGINES, Bundle
+from dit_runtime.bundle import Bundle
 from dit_runtime.choice import Speed, fastest_first
 from dit_runtime.cpu import machine
 from dit_runtime.engines import TENSORRT, Engine, engine_for
@@ -30,9 +30,16 @@ VERDICTS = "verdicts"
 
 
 def verdict_path(bundle: Bundle, engine: Engine) -> Path:
-    """Where the verdict on this bundle at its size, engine and machine is kept."""
-    identity = json.dumps([bundle.digest, bundle.manifest.model.latent_size, engine.name, machine()], sort_keys=True)
-    return bundle.path / ENGINES / VERDICTS / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
+    """Where the verdict on this bundle at its size, engine and machine is kept.
+
+    An engine's ``identity`` says what its name does not: the very plans, the driver, how a graph was rearranged.
+    """
+    from dit_runtime import __version__  # the package imports this module
+
+    own = getattr(engine, "identity", engine.name)
+    facts = [bundle.digest, bundle.manifest.model.latent_size, own, __version__, machine()]
+    identity = json.dumps(facts, sort_keys=True)
+    return bundle.engines / VERDICTS / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
 
 
 def store_verdict(bundle: Bundle, engine: Engine, rungs: list[Rung], quick: bool) -> None:
@@ -61,14 +68,15 @@ def verifications(
     bundle: Bundle, sizes: Sequence[tuple[int, int]], opened: Callable[[Bundle], Engine], quick: bool = False
 ) -> list[Verification]:
     """Verify a bundle at picture sizes, each with an engine of its own, and store the verdicts."""
-    found = []
-    for height, width in sizes:
-        at = bundle.at((height, width))
-        engine = opened(at)
-        verification = verification_of(at, engine, quick)
-        store_verdict(at, engine, list(verification.rungs), quick)
-        found.append(verification)
-    return found
+
+    def verification(size: tuple[int, int]) -> Verification:
+        at = bundle.at(size)
+        engine = opened(at)  # gone when this returns: two sizes need not fit at once
+        found = verification_of(at, engine, quick)
+        store_verdict(at, engine, list(found.rungs), quick)
+        return found
+
+    return [verification(size) for size in sizes]
 
 
 def joined_rungs(found: Sequence[Verification]) -> list[Rung]:
@@ -103,7 +111,7 @@ def stored_verdict(bundle: Bundle, engine: Engine, full: bool = False) -> bool |
 def stored_verdicts(bundle: Bundle) -> list[dict[str, Any]]:
     """The verdicts on this bundle of this machine and others, the last first."""
     found = []
-    for path in sorted((bundle.path / ENGINES / VERDICTS).glob("*.json")):
+    for path in sorted((bundle.engines / VERDICTS).glob("*.json")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             verdict = json.loads(path.read_text())
             if verdict["bundle"] == bundle.digest:
@@ -117,26 +125,47 @@ def trusted_engine(bundle: Bundle, threads: int = 0, name: str = "auto", precisi
     """An engine with a passing verdict here; without a verdict the quick verify runs first.
 
     ``auto`` is TensorRT where ``dit-build`` made an engine that runs on the GPU here, else the fastest of the others
-    (``dit_runtime.choice``); one that does not match the reference is passed over. Which, and why, is said on stderr.
+    (``dit_runtime.choice``); one that does not match the reference is passed over. Which, and why, is said on stderr
+    when it is found out, and not again.
 
     Raises:
         ParityError: no engine, or not the one that was named, matches the reference.
         EngineError: no engine is installed.
     """
     check_choice(name, precision)
+    failed = []
     if name != "auto":
         engine = engine_for(bundle, name, threads, precision)
+        if stored_verdict(bundle, engine) is None:
+            _say(f"{engine.name}: first use of this bundle here, verifying it")
         if _passed(bundle, engine):
             return engine
-        failed = [engine.name]
+        failed.append(engine.name)
     else:
-        failed = []
-        for engine, why in _in_order(bundle, threads):
-            if _passed(bundle, engine):
-                _say(f"engine: {engine.name}{why}")
+        unable: list[EngineError] = []
+        said: list[str] = []
+
+        def say(line: str) -> None:
+            said.append(line)
+            _say(line)
+
+        for engine, why in _in_order(bundle, threads, say):
+            if stored_verdict(bundle, engine) is None:
+                say(f"{engine.name}: first use of this bundle here, verifying it")
+            try:
+                passed = _passed(bundle, engine)
+            except EngineError as error:  # such as no profile for a recorded shape, or too little memory
+                say(f"{engine.name} is not used: {error}")
+                unable.append(error)
+                continue
+            if passed:
+                if said:
+                    _say(f"engine: {engine.name}{why}")
                 return engine
-            _say(f"{engine.name} does not match the PyTorch reference here and is passed over")
+            say(f"{engine.name} does not match the PyTorch reference here and is passed over")
             failed.append(engine.name)
+        if not failed and unable:
+            raise unable[0]
     raise ParityError(
         f"{bundle.path}: {', '.join(failed)} does not match the PyTorch reference here; see dit-verify {bundle.path}, "
         "or name the engine (--engine onnxruntime) to use it all the same"
@@ -151,15 +180,15 @@ def check_choice(name: str, precision: str | None) -> None:
 
 def first_engine(bundle: Bundle, threads: int = 0) -> Engine:
     """The engine that ``auto`` tries first, whatever its verdict."""
-    engine, _ = next(_in_order(bundle, threads))
+    engine, _ = next(_in_order(bundle, threads, _say))
     return engine
 
 
-def _in_order(bundle: Bundle, threads: int) -> Iterator[tuple[Engine, str]]:
+def _in_order(bundle: Bundle, threads: int, say: Callable[[str], None]) -> Iterator[tuple[Engine, str]]:
     """The engines that ``auto`` may be, each opened when its turn comes, and why it has its place."""
-    for engine in _built_engines(bundle, threads):
+    for engine in _built_engines(bundle, threads, say):
         yield engine, ", built for this GPU"
-    found = fastest_first(bundle, threads, _say)
+    found = fastest_first(bundle, threads, say)
     for index, speed in enumerate(found):
         engine = engine_for(bundle, speed.name, threads, speed.precision)
         yield engine, _why(speed, found[:index] + found[index + 1 :])
@@ -174,7 +203,6 @@ def _passed(bundle: Bundle, engine: Engine) -> bool:
     """By the stored verdict, or by the quick verify, which is then stored."""
     passed = stored_verdict(bundle, engine)
     if passed is None:
-        _say(f"{engine.name}: first use of this bundle here, verifying it")
         rungs = verified(bundle, engine, quick=True)
         store_verdict(bundle, engine, rungs, quick=True)
         passed = all(rung.passed for rung in rungs)
@@ -183,7 +211,7 @@ def _passed(bundle: Bundle, engine: Engine) -> bool:
     return passed
 
 
-def _built_engines(bundle: Bundle, threads: int) -> Iterator[Engine]:
+def _built_engines(bundle: Bundle, threads: int, say: Callable[[str], None]) -> Iterator[Engine]:
     """The TensorRT engines of this bundle that can run here."""
     built = {stored.library for stored in stored_engines(bundle)}
     for name, library in TENSORRT.items():
@@ -191,7 +219,7 @@ def _built_engines(bundle: Bundle, threads: int) -> Iterator[Engine]:
             try:
                 yield engine_for(bundle, name, threads)
             except EngineError as error:
-                _say(f"{name} is not used: {error}")
+                say(f"{name} is not used: {error}")
 
 
 def _say(line: str) -> None:

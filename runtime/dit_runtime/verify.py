@@ -3,6 +3,7 @@
     FP16 range                              whether the reference's own numbers fit
     conditioner, embedding, blocks          what a block is given, and what it makes of it
     forward                                 the network, with and without guidance, at every batch of the engine's
+    sampler update                          all that a row of the sampler's table can ask for
     noise, teacher-forced, free-running     the sampler: what it draws, its single steps, a trajectory of its own
     decoder, uint8 pictures, image …        the autoencoder, and the result
     encoder                                 the way back
@@ -18,10 +19,11 @@ from collections.abc import Iterator
 from dit_runtime import network_rungs, picture_rungs
 from dit_runtime.bundle import ENCODER, GRAPHS, Bundle, DiffusionSpec
 from dit_runtime.engines import Array, Engine
+from dit_runtime.errors import EngineError
 from dit_runtime.ladder import Rung, Verification, format_table
 from dit_runtime.metrics import psnr, relative_error
 from dit_runtime.progress import Progress
-from dit_runtime.replay import Replay
+from dit_runtime.replay import Replay, has_branches
 from dit_runtime.schedule import schedule_for
 
 __all__ = [
@@ -45,8 +47,8 @@ def trajectories_of(diffusion: DiffusionSpec) -> tuple[str, str]:
 def verify(bundle: Bundle, engine: Engine, quick: bool = False) -> Iterator[Rung]:
     """The rungs from the bottom up, each yielded when it is measured.
 
-    ``quick`` leaves out conditioner, embedding, blocks and teacher-forced steps, which say where a fault is rather than
-    whether there is one. Embedding and blocks need the probe, which TensorRT's engines do not have.
+    ``quick`` leaves out the conditioner alone and teacher-forced steps, which say where a fault is rather than whether
+    there is one. Embedding and blocks need the probe, which TensorRT's engines do not have.
 
     Raises:
         BundleError: a record is missing or altered, or the bundle has no limits for the engine's precision.
@@ -87,16 +89,19 @@ def verification_of(bundle: Bundle, engine: Engine, quick: bool = False) -> Veri
 def _rungs(replay: Replay, quick: bool, pictures: list[tuple[Array, Array]]) -> Iterator[Rung]:
     """The rungs in their order; the engine's and the reference's pictures are appended to ``pictures``."""
     bundle, manifest = replay.bundle, replay.bundle.manifest
+    _check_profiles(replay)
     if _has_range(replay):
         yield network_rungs.fp16_range(replay)
     if not quick:
         yield network_rungs.conditioner(replay)
-    if not quick and _has_probe(replay):
+    if _has_probe(replay):
         if manifest.model.conditioning == "adaln-zero":  # the others' blocks have no gates to close
             yield network_rungs.embedding(replay)
         yield network_rungs.blocks(replay)
+        replay.engine.release("probe")
     for branches in (1, 2):
         yield from network_rungs.forward(replay, branches)
+    yield network_rungs.update(replay)
     first, *_ = samplers = trajectories_of(manifest.diffusion)
     for sampler in samplers:
         record = bundle.records(sampler)
@@ -117,6 +122,23 @@ def _rungs(replay: Replay, quick: bool, pictures: list[tuple[Array, Array]]) -> 
         yield picture_rungs.encoder(replay)
 
 
+def _check_profiles(replay: Replay) -> None:
+    """Raises EngineError for an engine that was not built for what is recorded: guided steps and whole pictures."""
+    if not has_branches(replay.engine, 2):
+        raise EngineError(
+            f"{replay.engine.name}: has no optimization profile for guidance, which the records need; build with "
+            "dit-build --branches 1,2, or name the engine (--engine) to use it unverified"
+        )
+    stored = getattr(replay.engine, "stored", None)
+    if stored is not None and "decoder" in stored.graphs:
+        size = replay.model.latent_size
+        if not any(profile["latents"][2][2:] == size for profile in stored.graphs["decoder"].profiles):
+            raise EngineError(
+                f"{replay.engine.name}: its decoder is for tiles, and the records are whole pictures; verify an engine "
+                "built without --decode-tile, or name this one (--engine) to use it unverified"
+            )
+
+
 def _has_range(replay: Replay) -> bool:
     return replay.budget.precision == "fp16" and bool(replay.bundle.manifest.magnitudes)
 
@@ -128,7 +150,6 @@ def _has_probe(replay: Replay) -> bool:
 def _rung_count(replay: Replay, quick: bool) -> int:
     """How many rungs there will be: for progress bars."""
     manifest = replay.bundle.manifest
-    always = _has_range(replay) + 2 + 2 * manifest.model.learned_variance + 4 + 6 + (ENCODER in manifest.graphs)
-    if quick:
-        return always
-    return always + 3 + _has_probe(replay) * (1 + (manifest.model.conditioning == "adaln-zero"))
+    probed = _has_probe(replay) * (1 + (manifest.model.conditioning == "adaln-zero"))
+    always = _has_range(replay) + probed + 2 + 2 * manifest.model.learned_variance + 1 + 4 + 6
+    return always + (ENCODER in manifest.graphs) + 3 * (not quick)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dit_runtime.command import ENGINE_HELP, Parser, image_size, print_json, run
+from dit_runtime.command import ENGINE_HELP, STORE_HELP, Parser, image_size, print_json, run
 
 if TYPE_CHECKING:
     from dit_runtime.bundle import Bundle
@@ -37,7 +37,9 @@ def _main(argv: list[str] | None) -> int:
     parser.add_argument("--precision", choices=("f32", "bf16"), help="of OpenVINO (default: the bundle's or nearest)")
     parser.add_argument("--size", type=image_size, metavar="HEIGHTxWIDTH", help="of pictures (default: each there is)")
     parser.add_argument(
-        "--quick", action="store_true", help="whether there is a fault, not where: without blocks and single steps"
+        "--quick",
+        action="store_true",
+        help="whether there is a fault, not where: without single steps and conditioner",
     )
     parser.add_argument("--report", type=Path, metavar="FILE", help="write an HTML page; of the first size there is")
     parser.add_argument(
@@ -49,15 +51,15 @@ def _main(argv: list[str] | None) -> int:
     parser.add_argument(
         "--info", action="store_true", help="say what the bundle is and what engines it has, without verifying"
     )
-    parser.add_argument("--store", type=Path, metavar="DIR", help="of engines, for --info (default: the bundle's own)")
+    parser.add_argument("--store", type=Path, metavar="DIR", help=STORE_HELP)
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     args = parser.parse_args(argv)
 
     from dit_runtime.bundle import open_bundle
 
-    bundle = open_bundle(args.bundle)
+    bundle = open_bundle(args.bundle, args.store)
     if args.info:
-        return _info(bundle, args.store, args.json)
+        return _info(bundle, args.json)
     bundle.check()
     if args.polygraphy is not None:
         return _polygraphy(bundle.at(args.size), args.polygraphy, args.json)
@@ -88,7 +90,7 @@ def _verify(bundle: Bundle, args: argparse.Namespace) -> int:
 
         hashes = {name: spec.sha256 for name, spec in bundle.manifest.files.items()}
         with replaced_file(args.report) as file:
-            file.write_text(page(first, environment(), hashes), encoding="utf-8")
+            file.write_text(page(first, environment(), hashes, found[1:]), encoding="utf-8")
     if args.json:
         print_json(
             {
@@ -104,14 +106,18 @@ def _verify(bundle: Bundle, args: argparse.Namespace) -> int:
         print(f"{args.bundle}: {first.model}, {first.precision}, on {first.engine}")
         print(f"reference: {first.reference}")
         print(format_table(rungs))
-        print(f"FAIL: {', '.join(failed)}" if failed else "pass: this engine matches the reference here")
+        print(
+            f"FAIL: {', '.join(failed)}"
+            if failed
+            else f"pass{', quick' if args.quick else ''}: this engine matches the reference here"
+        )
     return 1 if failed else 0
 
 
-def _info(bundle: Bundle, store: Path | None, as_json: bool) -> int:
+def _info(bundle: Bundle, as_json: bool) -> int:
     from dit_runtime.info import bundle_info, format_info
 
-    info = bundle_info(bundle, store)
+    info = bundle_info(bundle)
     if as_json:
         print_json(info)
     else:
