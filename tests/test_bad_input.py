@@ -173,7 +173,7 @@ def test_a_damaged_bundle(bundles: dict[str, Path], tmp_path: Path) -> None:
 def test_no_engine_installed(bundles: dict[str, Path]) -> None:
     """Without an inference engine the error is the pip line that installs one."""
     code = (
-        "import sys; sys.modules['onnxruntime'] = None; from dit_runtime.verify_command import main; "
+        "import sys; sys.modules.update(onnxruntime=None, openvino=None); from dit_runtime.verify_command import main; "
         f"main([{str(bundles['fp32'])!r}])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

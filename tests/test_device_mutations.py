@@ -159,7 +159,7 @@ MUTATIONS = [
     Mutation(
         "the conditioner is unloaded before it is done",
         "device",
-        "        self.cuda.synchronize(self.stream)  # its last call\n",
+        "            self.cuda.synchronize(self.stream)  # its last call\n",
         "",
     ),
     Mutation(
@@ -249,8 +249,8 @@ MUTATIONS = [
     Mutation(
         "a plan is not checked",
         "device",
-        "plan = self.stored.plan(graph)",
-        "plan = self.stored.folder / self.stored.graphs[graph].plan",
+        "self.stored.check_plan(graph, hashlib.sha256(content).hexdigest())",
+        "pass",
     ),
     Mutation(
         "a plan for another GPU is tried",
@@ -434,7 +434,9 @@ def refusals(engine_type: Any, machine: Machine, bundle: Any, stored: Any) -> No
     """An altered plan is not deserialized, and one for another GPU not even read."""
     plan = stored.folder / "step.plan"
     content = plan.read_bytes()
-    plan.write_bytes(content + b" ")
+    altered = content.replace(b", ", b" ,", 1)  # of the same size, and still a plan to the double
+    assert altered != content
+    plan.write_bytes(altered)
     engine = engine_type(bundle, stored, machine.library, machine.cuda)
     try:
         with pytest.raises(EngineError):

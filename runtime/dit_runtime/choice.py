@@ -27,6 +27,7 @@ from dit_runtime.engines import Candidate, candidates, engine_for
 from dit_runtime.errors import EngineError, OutputError
 from dit_runtime.files import replaced_file
 from dit_runtime.guidance import guidance_weights
+from dit_runtime.onnxruntime_engine import imported_onnxruntime
 from dit_runtime.onnxruntime_gpu import has_driver
 from dit_runtime.progress import Progress
 
@@ -82,6 +83,8 @@ def _measured(bundle: Bundle, threads: int, say: Callable[[str], None]) -> list[
     found: list[Speed] = []
     reasons = []
     able = candidates(bundle)
+    if not able:
+        imported_onnxruntime()  # says how to install it, or what is wrong with it
     say(f"{bundle.path}: first use here, timing a guided step of each engine")
     with Progress("timing a step of each engine", len(able)) as bar:
         for candidate in able:
@@ -93,7 +96,7 @@ def _measured(bundle: Bundle, threads: int, say: Callable[[str], None]) -> list[
                 say(f"{candidate.name} is not used: {error}")
             bar.advance()
     if not found:
-        raise EngineError("; ".join(reasons) or "no inference engine is installed; pip install 'dit-export[cpu]'")
+        raise EngineError("; ".join(reasons))
     return ordered(found)
 
 
