@@ -72,14 +72,14 @@ def network_of(model: Any) -> Any:
     before = node
     while node.get_type_name() != "Multiply":
         before = node
-        (reader,) = node.output(0).get_target_inputs()
-        node = reader.get_node()
+        readers = [reader.get_node() for reader in node.output(0).get_target_inputs()]
+        (node,) = (reader for reader in readers if reader.get_type_name() != "ShapeOf")
     (source,) = (value for value in node.input_values() if value.get_node() != before)
     used = [each for each in model.get_parameters() if each.output(0).get_any_name() not in OUTSIDE]
     return openvino.Model([opset13.result(source)], used)
 
 
-OUTSIDE = ("noise", "coefficients", "guidance")  # what only guidance and sampler read
+OUTSIDE = ("noise", "coefficients")  # what only the sampler reads; of guidance the network reads the shape
 
 
 def openvino_variants(bundle: Bundle, precision: str) -> dict[str, Call]:

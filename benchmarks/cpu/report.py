@@ -188,6 +188,8 @@ def start_section(report: dict[str, Any]) -> Iterator[str]:
     ]
     head = ["", "start to first step s", "10 steps and picture s", *[f"{when}: {kind} MB" for when, kind in MEMORY]]
     yield from table([cell.replace("_", " ") for cell in head], rows)
+    if not report["installed"]:
+        return
     yield "\nInstalled size:\n"
     rows = [[name, f"{row['mb']:.0f}", str(row["packages"])] for name, row in report["installed"].items()]
     yield from table(["environment", "MB", "packages"], rows)

@@ -48,11 +48,11 @@ SIDES = (32, 64, 128)  # of B/2's latents: 256, 1024 and 4096 tokens
 class Traced:
     """What ``OpenVinoEngine`` reads of a bundle, of a step alone."""
 
-    folder: Path
+    path: Path
     manifest: Any
 
     def graph(self, name: str) -> Path:
-        return self.folder / self.manifest.graphs[name].file
+        return self.path / self.manifest.graphs[name].file
 
 
 def traced(spec: ModelSpec, folder: Path) -> Traced:

@@ -1,6 +1,7 @@
 """From process start to the first step and the picture, the memory meanwhile, and what an installation takes.
 
-    python benchmarks/cpu/start.py --model xl --work build/cpu [--installed]
+    python benchmarks/cpu/start.py --model xl --work build/cpu
+    python benchmarks/cpu/start.py --installed
 
 Each way in a process of its own, one after the other, the second of two runs (caches are warm, as on a device that has
 sampled before). Takes what ``run.py`` prepared. Writes start.json, from which ``report.py`` makes the table.
@@ -102,7 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="xl")
     parser.add_argument("--work", type=Path, default=Path("build/cpu"))
-    parser.add_argument("--installed", action="store_true", help="also install each way and measure its size")
+    parser.add_argument("--installed", action="store_true", help="measure the installed sizes alone, and keep the rest")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -113,8 +114,11 @@ def main() -> None:
     from dit_runtime.environment import environment
     from dit_runtime.files import replaced_file
 
-    report: dict[str, Any] = {"model": args.model, "environment": environment(0), "processes": {}}
-    for way in WAYS:
+    target = HERE / "start.json"
+    report: dict[str, Any] = {"model": args.model, "environment": environment(0), "processes": {}, "installed": {}}
+    if target.exists():
+        report = json.loads(target.read_text(encoding="utf-8"))
+    for way in () if args.installed else WAYS:
         for _ in range(2):
             argv = [sys.executable, __file__, "--model", args.model, "--work", str(args.work), "--way", way]
             done = subprocess.run(
@@ -122,10 +126,11 @@ def main() -> None:
             )
             report["processes"][way] = json.loads(done.stdout.splitlines()[-1])
         print(way, report["processes"][way], file=sys.stderr)
-    report["installed"] = installed() if args.installed else {}
-    with replaced_file(HERE / "start.json") as file:
+    if args.installed:
+        report["installed"] = installed()
+    with replaced_file(target) as file:
         file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(HERE / "start.json")
+    print(target)
 
 
 if __name__ == "__main__":
