@@ -40,8 +40,9 @@ def test_the_same_function_in_other_pieces(bundles: dict[str, Path], precision: 
     bundle = open_bundle(bundles[precision])
     engine = OpenVinoEngine(bundle, precision="f32")  # which leaves the graph as it is
     model, changed = (engine._model("step", precision == "fp16") for _ in range(2))
-    rearranged(changed)
-    spec, before, after = bundle.manifest.model, operations(model), operations(changed)
+    spec, before = bundle.manifest.model, operations(model)
+    rearranged(changed, spec.width)
+    after = operations(changed)
     assert spec.mlp_width == 4 * spec.width
     assert after["MatMul"] - before["MatMul"] == spec.depth * (2 * 3 + 2)
     assert after["Softmax"] == before["Softmax"] == spec.depth
@@ -86,7 +87,14 @@ def test_mlps(model: Any, products: int) -> None:
     """An MLP is cut where its hidden layer is a multiple of its width and nothing else reads it; with its own GELU."""
     x = {"x": np.random.default_rng(2).standard_normal((5, 8)).astype(np.float32)}
     expected = computed(model, x)
-    rearranged(model)
+    rearranged(model, wide=8)
     assert operations(model)["MatMul"] == products
     for found, before in zip(computed(model, x), expected, strict=True):
         assert np.abs(found - before).max() <= 1e-5 * np.abs(before).max()  # measured at most 4e-7
+
+
+def test_a_narrow_model_is_not_cut() -> None:
+    """Below the width from which it pays, the products stay whole."""
+    model = mlp(32)
+    rearranged(model, wide=9)
+    assert operations(model)["MatMul"] == 2

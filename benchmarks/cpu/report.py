@@ -15,7 +15,7 @@ from dit_runtime.files import replaced_file
 
 HERE = Path(__file__).parent
 REFERENCE = "diffusers, eager FP32"
-MODELS = ("demo", "b", "xl")
+MODELS = ("demo", "b", "xl", "xl-avx512")
 GROUPS = {"bf16": "BF16", "fp32": "FP32"}
 OURS = {"bf16": "ours: OpenVINO BF16", "fp32": "ours: OpenVINO FP32"}
 
@@ -141,6 +141,10 @@ def scaling_section(report: dict[str, Any]) -> Iterator[str]:
     yield "\nModels (256 tokens, batch 1):\n"
     rows = [[p["model"], f"{p['gflop']:.4g}", *time_and_rate(p)] for p in report["model"]]
     yield from table(["model", "GFLOP", "ms", "GFLOP/s"], rows)
+    if report["cut"]:
+        yield "\nProducts cut (`openvino_passes`) or whole, BF16, batch 1:\n"
+        rows = [[p["model"], str(p["width"]), f"{p['cut_ms']:.4g}", f"{p['whole_ms']:.4g}"] for p in report["cut"]]
+        yield from table(["model", "width", "cut: ms", "whole: ms"], rows)
     exponents = "; ".join(f"{name} {value:.2f}" for name, value in report["exponents"].items())
     yield f"\nExponents b of ms = a·xᵇ, fitted over all points: {exponents}."
     yield "\n![time of a guided step against batch, tokens and work](scaling.svg)"

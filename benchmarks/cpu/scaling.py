@@ -1,4 +1,5 @@
-"""Cost of a guided step against batch, tokens and model, and how it grows: OpenVINO, random weights.
+"""Cost of a guided step against batch, tokens and model, how it grows, and from what width products are worth cutting:
+OpenVINO, random weights.
 
     python benchmarks/cpu/scaling.py [--precision f32] [--repeat 5]
 
@@ -14,12 +15,15 @@ import math
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
+from dit_runtime import openvino_engine
 from dit_runtime.bundle import ModelSpec
 from dit_runtime.environment import environment
 from dit_runtime.files import replaced_file
@@ -27,6 +31,7 @@ from dit_runtime.gemm import gemm_rates, shapes_of
 from dit_runtime.guidance import guidance_weights
 from dit_runtime.macs import step_gmac
 from dit_runtime.openvino_engine import OpenVinoEngine
+from dit_runtime.openvino_passes import rearranged
 from dit_runtime.timing import timed
 
 HERE = Path(__file__).parent
@@ -102,6 +107,21 @@ def measured(spec: ModelSpec, batches: tuple[int, ...], precision: str, repeat: 
     return points
 
 
+def cut_or_whole(spec: ModelSpec, repeat: int) -> dict[str, Any]:
+    """Milliseconds of a guided step in BF16 whose products are cut (``openvino_passes``) and are not, timed in turn."""
+    calls: dict[str, Any] = {}
+    inputs = inputs_of(spec, 1)
+    with tempfile.TemporaryDirectory() as folder:
+        bundle: Any = traced(spec, Path(folder))
+        engine = OpenVinoEngine(bundle, precision="bf16")
+        for name, wide in {"cut_ms": 0, "whole_ms": sys.maxsize}.items():
+            with patch.object(openvino_engine, "rearranged", partial(rearranged, wide=wide)):
+                request = engine.compiled("step", {name: value.shape for name, value in inputs.items()})
+            calls[name] = partial(request.create_infer_request().infer, inputs, share_inputs=True)
+        found = timed(calls, repeat, f"{spec.width} wide, cut and whole")
+    return {"width": spec.width, **{name: timing.p50_ms for name, timing in found.items()}}
+
+
 def exponent(points: list[dict[str, Any]], axis: str) -> float:
     """b of ms = a·axisᵇ, by least squares of the logarithms."""
     x, y = ([math.log(point[name]) for point in points] for name in (axis, "p50_ms"))
@@ -120,12 +140,15 @@ def main() -> None:
     sizes = [replace(MODELS["B/2"], latent_size=(side, side)) for side in SIDES]
     tokens = {"B/2": [measured(spec, (1,), *how)[0] for spec in sizes]}
     model = [{"model": name, **measured(spec, (1,), *how)[0]} for name, spec in MODELS.items()]
+    wide = MODELS if args.precision == "bf16" else {}
+    cut = [{"model": name, **cut_or_whole(spec, 2 * args.repeat)} for name, spec in wide.items()]
     report: dict[str, Any] = {
         "precision": args.precision,
         "environment": environment(0),
         "batch": batch,
         "tokens": tokens,
         "model": model,
+        "cut": cut,
         "exponents": {
             **{f"batch, {name}": exponent(points, "batch") for name, points in batch.items()},
             "tokens, B/2": exponent(tokens["B/2"], "tokens"),

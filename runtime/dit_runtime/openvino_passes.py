@@ -2,8 +2,9 @@
 
 Its matrix kernels are fastest when what a core works on fits in its cache. So the MLP's hidden layer is cut into pieces
 as wide as the model, whose results are added. Queries, keys and values become three products, so that the attention
-kernel reads each where it lies and no copy is made, and its softmax loses the casts around it. It is meant for models
-as wide as XL; at B's width of 768 it costs 5 % (``benchmarks/cpu/ablations.py``).
+kernel reads each where it lies and no copy is made, and its softmax loses the casts around it. Products are cut in
+models as wide as L and XL only (``WIDE``): at S's and B's widths it gains nothing or costs 5 %
+(``benchmarks/cpu/scaling.py``, ``benchmarks/cpu/ablations.py``).
 """
 
 from __future__ import annotations
@@ -16,22 +17,25 @@ if TYPE_CHECKING:
     from dit_runtime.engines import Array
 
 
-ARRANGEMENT = "1"  # of prepared graphs: those of another are not used
+ARRANGEMENT = "2"  # of prepared graphs: those of another are not used
+WIDE = 1024
 
 
-def rearranged(model: Any) -> None:
-    """Cut MLPs and attention's first product into pieces, in place. What looks otherwise is left as it is."""
+def rearranged(model: Any, wide: int = WIDE) -> None:
+    """In place: cut MLPs and attention's first product, in models ``wide`` or wider, and join every softmax with its
+    products. What looks otherwise is left as it is.
+    """
     for node in model.get_ordered_ops():
         if node.get_type_name() == "Gelu":
-            _cut_mlp(node)
+            _cut_mlp(node, wide)
         elif node.get_type_name() == "Transpose":
-            _cut_attention(node)
+            _cut_attention(node, wide)
         elif node.get_type_name() == "Softmax":
             _join_softmax(node)
     model.validate_nodes_and_infer_types()
 
 
-def _cut_mlp(gelu: Any) -> None:
+def _cut_mlp(gelu: Any, wide: int) -> None:
     from openvino import opset13
 
     first, second = _linear_before(gelu.input_value(0)), _linear_after(gelu)
@@ -40,7 +44,7 @@ def _cut_mlp(gelu: Any) -> None:
     x, weight, bias, _ = first
     _, following, end_bias, end = second
     width, hidden = weight.shape
-    if hidden % width or hidden == width or following.shape[0] != hidden:
+    if width < wide or hidden % width or hidden == width or following.shape[0] != hidden:
         return
     mode = gelu.get_attributes()["approximation_mode"].lower()
     total = None
@@ -52,7 +56,7 @@ def _cut_mlp(gelu: Any) -> None:
     _replace(end, total)
 
 
-def _cut_attention(transpose: Any) -> None:
+def _cut_attention(transpose: Any, wide: int) -> None:
     """``transpose`` brings the product ``[N, T, 3, h, d]`` into the order ``[N, 3, h, T, d]``, to be cut in three."""
     from openvino import opset13
 
@@ -67,7 +71,7 @@ def _cut_attention(transpose: Any) -> None:
     x, weight, bias, _ = linear
     pictures, tokens, three, heads, size = (int(value) for value in shape.get_data())
     width = heads * size
-    if three != 3 or weight.shape[1] != 3 * width:
+    if width < wide or three != 3 or weight.shape[1] != 3 * width:
         return
     keys = _only_reader(squeezed[1], "Transpose")
     scores = None if keys is None else _only_reader(keys, "MatMul")
