@@ -534,7 +534,10 @@ def module(machine: Machine) -> SimpleNamespace:
             if not content.startswith(HEADER):
                 self._logger.log(Logger.ERROR, "Serialization assertion\nmagicTagRead == kMAGIC_TAG failed.")
                 return None
-            return Engine(machine, json.loads(content[len(HEADER) :]), self._logger)
+            description = json.loads(content[len(HEADER) :])
+            if machine.used + description["weights"] > machine.facts.memory_bytes:
+                raise Misuse("weights that do not fit: the real library may take the process with it")
+            return Engine(machine, description, self._logger)
 
     return SimpleNamespace(
         ILogger=Logger,

@@ -159,8 +159,20 @@ MUTATIONS = [
     Mutation(
         "the conditioner is unloaded before it is done",
         "device",
-        "            self.cuda.synchronize(self.stream)  # its last call\n",
+        "        self.cuda.synchronize(self.stream)  # its last call\n",
         "",
+    ),
+    Mutation(
+        "weights are loaded where they do not fit",
+        "device",
+        "            self._unload(held.pop(0))\n",
+        "            break\n",
+    ),
+    Mutation(
+        "graphs hold weights that were to make room",
+        "device",
+        "                steps.drop_graphs()\n",
+        "                pass\n",
     ),
     Mutation(
         "the conditioner's context is bound anew before it is done",
@@ -319,7 +331,7 @@ def scenario(engine_type: Any, path: Path, folder: Path, expected: dict[str, Any
     stored = stored_on(machine, bundle, folder, RECIPE)
     refusals(engine_type, machine, bundle, stored)
     fixed = stored_on(machine, bundle, folder / "fixed", FIXED)
-    for plans, use in ((stored, used), (stored, moved), (fixed, padded)):
+    for plans, use in ((stored, used), (stored, moved), (stored, crowded), (fixed, padded)):
         engine = engine_type(bundle, plans, machine.library, machine.cuda)
         try:
             use(engine, machine, Pipeline(bundle, engine), expected)
@@ -363,6 +375,19 @@ def moved(engine: Any, machine: Machine, pipe: Pipeline, expected: dict[str, Any
         patch.setattr(sys.modules["dit_runtime.device_graphs"], "MOST_GRAPHS", 1)
         found = pipe([3], 4, sampler="ddpm", steps=9, guidance=2.0, guidance_interval=(0.4, 1.0))
     assert np.array_equal(found, expected["ddpm"]), "with one graph: differs"
+
+
+def crowded(engine: Any, machine: Machine, pipe: Pipeline, expected: dict[str, Any]) -> None:
+    """The conditioner does not fit beside the step when other labels need it."""
+    settings: dict[str, Any] = {"sampler": "ddim", "steps": 6, "guidance": 1.5}
+    pipe.finished(pipe.pictures([3, 4], 3, **settings))
+    facts = machine.facts
+    machine.facts = replace(facts, memory_bytes=machine.used + 95_000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(engine.load.__func__.__globals__, "SMALL_BYTES", 0)
+        latents = pipe.finished(pipe.pictures([1, 2], 3, **settings))
+    machine.facts = facts
+    assert np.array_equal(pipe.decode(latents), expected["ddim"]), "in little memory: differs"
 
 
 def padded(engine: Any, machine: Machine, pipe: Pipeline, expected: dict[str, Any]) -> None:

@@ -25,10 +25,14 @@ from dit_runtime.device_loop import DeviceSteps
 from dit_runtime.device_memory import DeviceBuffer
 from dit_runtime.device_session import Fit, Loaded, TensorRtSession, fitted
 from dit_runtime.errors import EngineError
+from dit_runtime.memory import check_engine, device_bytes, in_words
 from dit_runtime.store import Shape, StoredEngine, StoredGraph
 from dit_runtime.tensorrt_api import TensorRT
 
 Shape2 = tuple[int, int]  # (batch, branches)
+
+# Left free beside weights for tensors, contexts and CUDA graphs. Assumed, not measured: a few MB for a batch of XL.
+SMALL_BYTES = 32 << 20
 
 
 class TensorRtEngine:
@@ -127,10 +131,16 @@ class TensorRtEngine:
             if steps in self._loops and steps not in self._idle:
                 self._idle.append(steps)
 
-    def load(self, graph: str) -> Loaded:
-        """A graph's plan on the device, checked and deserialized where it is not there."""
+    def load(self, graph: str, activation_bytes: int) -> Loaded:
+        """A graph's plan on the device, to be run with so many activations; checked and deserialized if not there yet.
+
+        Raises:
+            EngineError: the plan is not what was built, or the library refuses it; or too little memory for it.
+        """
         if graph not in self._loaded:
             self._check_open()
+            growth = max(activation_bytes - self.activations.size, 0)
+            self.make_room(self._stored(graph).weights_bytes + growth + SMALL_BYTES, f"the {graph}")
             plan = self.stored.plan_file(graph)
             self._said.clear()
             try:
@@ -167,18 +177,53 @@ class TensorRtEngine:
     def release(self, graph: str) -> None:
         """Free a graph's weights. It is loaded again when it is needed.
 
-        A loop that is under way keeps the step's until it is closed.
+        A loop that is under way has the step loaded again.
         """
         with self.lock:
-            self.cuda.synchronize(self.stream)  # its last call
-            if graph in self._sessions:
-                self._sessions[graph].free()
             if graph == "step":
-                for steps in self._idle:  # their contexts hold the weights
+                for steps in self._idle:
                     steps.free()
                     self._loops.remove(steps)
                 self._idle = []
-            self._loaded.pop(graph, None)
+            self._unload(graph)
+
+    def check_memory(self, batch: int) -> None:
+        """Say before the step is first loaded that a batch does not fit.
+
+        Raises:
+            EngineError: what it needs, what the device has, and the batch that would fit.
+        """
+        if not self._loads.get("step"):
+            held = sum(self.stored.graphs[graph].weights_bytes for graph in self._loaded) + self.activations.size
+            check_engine(self.bundle.manifest, self.stored, device_bytes(self.cuda.device()) + held, batch)
+
+    def make_room(self, need: int, what: str) -> None:
+        """Free weights on the device, the smallest first, while ``need`` bytes more do not fit beside them.
+
+        They are loaded again when they are needed: slow, where another batch's labels bring the conditioner back beside
+        the step, but right.
+
+        Raises:
+            EngineError: it does not fit alone.
+        """
+        held = sorted(self._loaded, key=lambda graph: self._stored(graph).weights_bytes)
+        while (free := device_bytes(self.cuda.device())) < need:
+            if not held:
+                raise EngineError(
+                    f"{self.name}: {what} needs {in_words(need)} of the GPU's memory, {in_words(free)} is free; end "
+                    "other programs, or use a smaller batch"
+                )
+            self._unload(held.pop(0))
+
+    def _unload(self, graph: str) -> None:
+        """Free a graph's weights and what is made from them; a loop that is under way keeps its latents and table."""
+        self.cuda.synchronize(self.stream)  # its last call
+        if graph in self._sessions:
+            self._sessions[graph].free()
+        if graph == "step":
+            for steps in self._loops:
+                steps.drop_graphs()
+        self._loaded.pop(graph, None)
 
     def fit(self, graph: str, shapes: Mapping[str, Shape]) -> Fit:
         """The profile that takes inputs of these shapes.

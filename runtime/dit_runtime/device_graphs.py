@@ -79,8 +79,9 @@ class StepGraphs:
             return self._steps[batch, branches]
         while len(self._steps) >= MOST_GRAPHS:
             self._forget(next(iter(self._steps)))
-        loaded = engine.load("step")
-        self._reserve(batch)
+        activations = self._activation_bytes(batch)
+        loaded = engine.load("step", activations)
+        engine.activations.reserve(activations)
         self._drop_stale()
         context = loaded.new_context(fit.profile, cuda, stream)
         engine.give_activations(context, loaded, fit.profile)
@@ -110,8 +111,8 @@ class StepGraphs:
             engine.cuda.abandon_capture(engine.stream)
             raise
 
-    def _reserve(self, batch: int) -> None:
-        """Memory for the activations of all that this batch will run, so that it does not move in between."""
+    def _activation_bytes(self, batch: int) -> int:
+        """Those of all that this batch will run, so that their memory does not move in between."""
         engine = self._engine
         needs = [1]
         for graph in ("step", "decoder"):
@@ -121,7 +122,7 @@ class StepGraphs:
                 for size, (least, _, largest) in zip(sizes, engine.profiles(graph), strict=True)
                 if least[0] <= batch <= largest[0]
             ]
-        engine.activations.reserve(max(needs))
+        return max(needs)
 
     def _drop_stale(self) -> None:
         """Forget the steps when memory moved whose address they hold."""

@@ -103,6 +103,7 @@ class DeviceSteps:
         """As ``Steps.join``."""
         engine, cuda, stream = self._engine, self._engine.cuda, self._engine.stream
         with engine.lock:
+            engine.check_memory(self._count + len(latents))
             count, size = len(latents), self._picture_bytes
             assert self._count + count <= self._most  # the pipeline has checked
             first = self._at["state"] + self._count * 3 * size
@@ -187,6 +188,10 @@ class DeviceSteps:
             finally:
                 self._count, self._plan, self._number = 0, None, self._number + 1
                 self._engine.give_back(self)
+
+    def drop_graphs(self) -> None:
+        """Give back what holds the step's weights. It is made again when the batch goes on."""
+        self._graphs.free()
 
     def free(self) -> None:
         """Give everything on the device back."""

@@ -98,7 +98,7 @@ class TensorRtSession:
         spec = engine.bundle.manifest.graphs[self._graph]
         arrays = {tensor.name: np.asarray(inputs[tensor.name]) for tensor in spec.inputs}
         fit = engine.fit(self._graph, {name: array.shape for name, array in arrays.items()})
-        loaded = engine.load(self._graph)
+        loaded = engine.load(self._graph, engine.stored.graphs[self._graph].activation_bytes[fit.profile])
         cuda.synchronize(stream)  # a call that was interrupted may have left work with this context
         context = loaded.context(fit.profile, cuda, stream)
         engine.give_activations(context, loaded, fit.profile)

@@ -58,6 +58,8 @@ class DeviceTable:
             end, room = first + len(conditions), self._memory.size // self._row
             if end > room:
                 size = min(self.capacity, max(end, 2 * room)) * self._row
+                if size > self._memory.size:
+                    engine.make_room(size, "the conditioning table")
                 self._memory.reserve(size, keep=min(first, room) * self._row)
             for start in range(0, len(conditions), self._chunk):
                 self._compute(conditions[start : start + self._chunk], first + start)
@@ -67,7 +69,7 @@ class DeviceTable:
         cuda.synchronize(stream)  # rows before these use the same context, inputs and pinned memory
         values = conditioner_inputs(conditions)
         fit = engine.fit("conditioner", {name: value.shape for name, value in values.items()})
-        loaded = engine.load("conditioner")
+        loaded = engine.load("conditioner", engine.stored.graphs["conditioner"].activation_bytes[fit.profile])
         context = loaded.context(fit.profile, cuda, stream)
         engine.give_activations(context, loaded, fit.profile)
         layout = Layout({name: (value.shape, value.dtype) for name, value in values.items()})

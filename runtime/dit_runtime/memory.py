@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from dit_runtime.bundle import GraphSpec, Manifest
+from dit_runtime.cuda import DeviceFacts
 from dit_runtime.errors import EngineError
-from dit_runtime.store import Shape, StoredGraph
+from dit_runtime.store import Shape, StoredEngine, StoredGraph
 
 # What is left to others, in bytes: on a Jetson the system, its desktop and the CUDA context live in the same memory; on
 # a card it is the context and the library alone. Assumed, not measured: a free figure of the driver's is better.
@@ -150,6 +151,43 @@ def check_fits(need_at: Callable[[int], Need], batch: int, available: int) -> Ne
         f"batch {batch} needs {need.in_words()} of the GPU's memory, {in_words(available)} can be had: it does not "
         f"fit, {advice}"
     )
+
+
+def device_bytes(facts: DeviceFacts) -> int:
+    """What sampling may take of a GPU that is here, by the driver's own figure."""
+    return available_bytes(facts.memory_bytes, facts.integrated, facts.free_bytes)
+
+
+def check_engine(manifest: Manifest, stored: StoredEngine, available: int, batch: int | None = None) -> None:
+    """Say before an engine is loaded that a batch does not fit the device.
+
+    Args:
+        manifest: the bundle's, at the size in use.
+        stored: the engine.
+        available: bytes of the device's memory.
+        batch: pictures in a call, with a table for one step at least; None is as few as the profiles take, with the
+            bundle's usual steps.
+
+    Raises:
+        EngineError: the need by the builder's own figures, and what the device has.
+    """
+    if not {"conditioner", "step", "decoder"} <= stored.graphs.keys():
+        return  # a missing plan is told where it is asked for
+    profiles = stored.graphs["step"].profiles
+    least = [(profile["rows"][0][1], profile["rows"][0][0]) for profile in profiles]
+    taking = [(max(batch or 1, few), branches) for few, branches in least]
+    size, branches = min(taking)
+    most = min(profile[manifest.table.name][2][0] for profile in profiles)
+    steps = manifest.defaults.steps if batch is None else 1
+
+    def need_at(size: int) -> Need:
+        rows = min(most, (size + branches - 1) * steps)
+        return need_of(manifest, stored.graphs, size, branches, rows)
+
+    try:
+        check_fits(need_at, size, available)
+    except EngineError as error:
+        raise EngineError(f"{stored.folder}: {error}") from error
 
 
 def in_words(size: int) -> str:

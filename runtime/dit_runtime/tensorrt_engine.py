@@ -7,12 +7,12 @@ from pathlib import Path
 
 from dit_runtime import tensorrt_api
 from dit_runtime.bundle import Bundle
-from dit_runtime.cuda import Cuda, CudaRuntime, DeviceFacts
+from dit_runtime.cuda import Cuda, CudaRuntime
 from dit_runtime.device import TensorRtEngine
 from dit_runtime.engines import TENSORRT
 from dit_runtime.errors import EngineError
-from dit_runtime.memory import Need, available_bytes, check_fits, need_of
-from dit_runtime.store import PRODUCTS, SIDECAR, StoredEngine, stored_engines
+from dit_runtime.memory import check_engine, device_bytes
+from dit_runtime.store import PRODUCTS, SIDECAR, stored_engines
 
 
 def engine_from_store(
@@ -48,7 +48,7 @@ def engine_from_store(
         except EngineError as error:
             refused.append(error)
             continue
-        _check_memory(bundle, stored, facts)
+        check_engine(bundle.manifest, stored, device_bytes(facts))
         return TensorRtEngine(bundle, stored, library, cuda, threads)
     if refused:
         raise refused[0]
@@ -58,27 +58,3 @@ def engine_from_store(
         f"{folder}: no engine of {PRODUCTS[library.name]} for pictures of {height}x{width}"
         f"{f' ({damaged[0]})' if damaged else ''}; run dit-build {bundle.path} --target {target}"
     )
-
-
-def _check_memory(bundle: Bundle, stored: StoredEngine, facts: DeviceFacts) -> None:
-    """Say before loading that not even the smallest batch fits.
-
-    Raises:
-        EngineError: the need by the builder's own figures, and what the device has.
-    """
-    manifest = bundle.manifest
-    if not {"conditioner", "step", "decoder"} <= stored.graphs.keys():
-        return  # a missing plan is told where it is asked for
-    profiles = stored.graphs["step"].profiles
-    batch, branches = min((profile["rows"][0][1], profile["rows"][0][0]) for profile in profiles)
-    most = min(profile[manifest.table.name][2][0] for profile in profiles)
-    rows = min(most, (batch + branches - 1) * manifest.defaults.steps)
-
-    def need_at(size: int) -> Need:
-        return need_of(manifest, stored.graphs, size, branches, rows)
-
-    available = available_bytes(facts.memory_bytes, facts.integrated, facts.free_bytes)
-    try:
-        check_fits(need_at, batch, available)
-    except EngineError as error:
-        raise EngineError(f"{stored.folder}: {error}") from error
