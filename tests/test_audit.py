@@ -173,6 +173,18 @@ def test_what_cannot_be_read_is_said() -> None:
     assert "FP16" not in " ".join(problems(audit, "step", MODEL, FP16))
 
 
+def test_weights_tell_where_datatypes_do_not() -> None:
+    """An engine that says nothing of its kernels but is as large as FP32 is refused; as large as FP16 it is not."""
+    bundle_bytes = 894_000_000
+    for weights, expected in ((bundle_bytes * 2, ["weights take 1.79 GB, the bundle's 894 MB"]), (900_000_000, [])):
+        audit = Audit(weights, [ProfileAudit(multiplied={"": 100}, fused_attention=2)])
+        found = problems(audit, "step", MODEL, FP16, bundle_bytes)
+        assert len(found) == len(expected)
+        assert all(words in line for words, line in zip(expected, found, strict=True))
+        audit.profiles[0].multiplied = {"Half": 100}
+        assert problems(audit, "step", MODEL, FP16, bundle_bytes) == []
+
+
 def test_damaged_layers_are_not_told() -> None:
     """Fields that are missing or of another kind count as not told."""
     for layer in ({}, {"Name": None, "Inputs": "x", "Constants": 3, "Weights": [], "Metadata": 7}, {"Inputs": [1]}):

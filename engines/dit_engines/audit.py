@@ -13,9 +13,13 @@ from typing import Any
 from dit_engines.kernels import Kernel, by_profile
 from dit_engines.recipe import can_fuse_attention
 from dit_runtime.bundle import ModelSpec, PrecisionSpec
+from dit_runtime.memory import in_words
 
 # Of the work outside the units that a policy keeps in FP32. Measured: 100 % in every graph of every variant.
 FP16_SHARE = 0.99
+# Where no datatype is told: an engine's weights over the bundle's, which FP32 would double (RTX's are within 10 %), and
+# what a plan may have besides, in bytes, where its weights alone are not told either.
+WEIGHTS_MOST, CODE_BYTES = 1.5, 64_000_000
 LARGEST = 5  # kernels listed
 
 
@@ -155,11 +159,22 @@ def _is_kept(node: str, keep_fp32: Sequence[str]) -> bool:
     return any(node.startswith((f"{unit}.", f"{unit}/")) for unit in keep_fp32)
 
 
-def problems(audit: Audit, graph: str, model: ModelSpec, precision: PrecisionSpec) -> list[str]:
-    """What was asked for and not had: empty when the engine is as the bundle's precision says."""
+def problems(
+    audit: Audit, graph: str, model: ModelSpec, precision: PrecisionSpec, bundle_bytes: int | None = None
+) -> list[str]:
+    """What was asked for and not had: empty when the engine is as the bundle's precision says.
+
+    Where the builder does not tell datatypes, the size of the weights does: ``bundle_bytes`` are the graph's own.
+    """
     if precision.name != "fp16":
         return []
     found = []
+    told = all(profile.known_share >= FP16_SHARE for profile in audit.profiles)
+    if not told and bundle_bytes is not None and audit.weights_bytes > WEIGHTS_MOST * bundle_bytes + CODE_BYTES:
+        found.append(
+            f"{graph}: its weights take {in_words(audit.weights_bytes)}, the bundle's {in_words(bundle_bytes)}, so "
+            "that they are not FP16, and the builder does not tell"
+        )
     for index, profile in enumerate(audit.profiles):
         where = f"{graph}, profile {index}"
         if graph not in precision.keep_fp32 and profile.asked_share < FP16_SHARE:

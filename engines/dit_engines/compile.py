@@ -57,8 +57,9 @@ def compiled(
 
 def check_audit(bundle: Bundle, built: BuiltGraph) -> None:
     """Raises BuildError where the builder made less than the bundle's precision asks for."""
-    precision = bundle.manifest.precision
-    if found := problems(built.audit, built.graph, bundle.manifest.model, precision):
+    manifest, precision = bundle.manifest, bundle.manifest.precision
+    weights = manifest.files[manifest.graphs[built.graph].weights].bytes
+    if found := problems(built.audit, built.graph, manifest.model, precision, weights):
         raise BuildError(
             f"{bundle.path}: the engine is not the {precision.name} that was asked for: {'; '.join(found)}; nothing "
             "was stored; export the bundle again"
