@@ -104,6 +104,7 @@ class Source:
         guidance_channels: how many channels guidance acts on, 0 for all; None is the reference's own.
         image_sizes: heights and widths of pictures in pixels; none is the trained size.
         conditioning, classes, learned_variance: of a preset; None is adaLN-Zero, 1000 and learned.
+        tiles: sides in latent pixels of the decoder's tiles that are recorded, for engines that are built for them.
     """
 
     name: str
@@ -119,6 +120,7 @@ class Source:
     conditioning: str | None = None
     classes: int | None = None
     learned_variance: bool | None = None
+    tiles: tuple[int, ...] = (32,)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -126,7 +128,8 @@ class Source:
     @staticmethod
     def from_json(text: str) -> Source:
         values = json.loads(text)
-        return Source(**{**values, "image_sizes": tuple((int(h), int(w)) for h, w in values["image_sizes"])})
+        sizes = tuple((int(h), int(w)) for h, w in values["image_sizes"])
+        return Source(**{**values, "image_sizes": sizes, "tiles": tuple(values["tiles"])})
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,15 @@ def _main(argv: list[str] | None) -> int:
         metavar="HEIGHTxWIDTH",
         help="of pictures (default: as trained)",
     )
+    made.add_argument(
+        "--decode-tile",
+        type=positive,
+        nargs="+",
+        default=[32],
+        metavar="N",
+        help="record the decoding of tiles of NxN latents, by which dit-verify judges engines that dit-build "
+        "--decode-tile makes; of pictures that are larger (default: 32)",
+    )
     made.add_argument("--encoder", action="store_true", help="the autoencoder's encoder too, for image-to-image")
     made.add_argument(
         "-o",
@@ -110,7 +119,10 @@ def _main(argv: list[str] | None) -> int:
     from dit_export.checkpoint import PRESET, Source
     from dit_export.export import bundle_from_checkpoint
     from dit_export.precision import FP32, fp16_keeping, keep_list
+    from dit_runtime.tiles import check_tile
 
+    for tile in args.decode_tile:
+        check_tile(tile)
     precision = fp16_keeping(keep_list(args.keep_fp32 or ())) if args.fp16 else FP32
     seed = args.random_weights
     if seed is None and args.dry_run and PRESET.fullmatch(args.checkpoint):
@@ -129,6 +141,7 @@ def _main(argv: list[str] | None) -> int:
         conditioning=args.conditioning,
         classes=args.classes,
         learned_variance=False if args.fixed_variance else None,
+        tiles=tuple(args.decode_tile),
     )
     if args.bisect is not None:
         return _bisect(args.bisect, source, args.output, args.json)

@@ -12,7 +12,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from torch import Tensor
 from dit_export.checkpoint import Checkpoint, Source, load_checkpoint
 from dit_export.reference_floors import PRECISIONS, floors_of, magnitudes_of, measurements
 from dit_export.reference_pipeline import Reference
-from dit_runtime.bundle import GOLDEN, sized
+from dit_runtime.bundle import GOLDEN, TILE, sized
 from dit_runtime.command import run
 from dit_runtime.errors import CheckpointError, ParityError
 from dit_runtime.macs import step_gmac
@@ -37,6 +37,7 @@ FORWARD_GUIDANCE = 4.0
 LARGE_MODEL = 100_000_000  # parameters; above, records are made smaller
 CHEAP_GMAC = 1.0  # of an evaluation of one picture; above, fewer of PyTorch's errors are measured
 TOKENS_KEPT = 32  # of each block's output, evenly spaced
+TILES_KEPT = 2  # pictures of which a tile is decoded
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,16 @@ class Measured:
 
 
 def write_records(
-    checkpoint: Checkpoint, plan: Plan, folder: Path, encoder: bool, advance: Callable[[], None]
+    checkpoint: Checkpoint,
+    plan: Plan,
+    folder: Path,
+    encoder: bool,
+    advance: Callable[[], None],
+    tiles: Sequence[int] = (),
 ) -> Measured:
     """Write ``NAME.npz`` for each record into ``folder``, with ``encoder`` that of the encoder too.
+
+    ``tiles``: sides in latent pixels of tiles that are decoded by themselves; those as large as the picture are none.
 
     Raises:
         ParityError: the reference itself is not finite, or its picture is constant: nothing to compare with.
@@ -137,6 +145,9 @@ def write_records(
             decoded = reference.decoded(latents)
             pictures = reference.pictures(decoded)
             records["images"] = {"latents": latents.numpy(), "decoded": decoded.numpy(), "images": pictures}
+            for tile in tiles:
+                if tile < max(reference.spec.latent_size):
+                    records[f"{TILE}{tile}"] = _tile(reference, latents, tile)
             if encoder:
                 encoded = reference.encoded(pictures)
                 records["encoder"] = {"images": pictures, **{key: value.numpy() for key, value in encoded.items()}}
@@ -247,6 +258,13 @@ def _trajectory(reference: Reference, plan: Plan, name: str, advance: Callable[[
     }
 
 
+def _tile(reference: Reference, latents: Tensor, tile: int) -> dict[str, Any]:
+    """The first tile of pictures, decoded without the rest of them."""
+    part = latents[:TILES_KEPT, :, :tile, :tile].contiguous()
+    decoded = reference.decoded(part)
+    return {"latents": part.numpy(), "decoded": decoded.numpy(), "images": reference.pictures(decoded)}
+
+
 def _noise_since(states: list[Tensor], generators: list[torch.Generator], like: Tensor) -> Tensor:
     """The noise that the scheduler drew in its step: the generators are replayed from before it."""
     if all(torch.equal(state, generator.get_state()) for state, generator in zip(states, generators, strict=True)):
@@ -278,7 +296,8 @@ def records_in_process(source: Source, folder: Path, encoder: bool, precision: s
 def _main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C, and ends this process
     folder, encoder, precision = sys.argv[1:]
-    checkpoint = load_checkpoint(Source.from_json(sys.stdin.read()))
+    source = Source.from_json(sys.stdin.read())
+    checkpoint = load_checkpoint(source)
     if step_gmac(checkpoint.model) <= CHEAP_GMAC:
         torch.set_num_threads(1)  # so small a model waits for its threads more than it computes
     first, *further = (replace(checkpoint, model=checkpoint.at(size)) for size in checkpoint.sizes)
@@ -286,12 +305,13 @@ def _main() -> int:
     with Progress("PyTorch reference", sum(Plan.of(each, precision).work(names) for each in (first, *further))) as bar:
         target = Path(folder) / GOLDEN
         target.mkdir()
-        measured = write_records(first, Plan.of(first, precision), target, json.loads(encoder), bar.advance)
+        rest = json.loads(encoder), bar.advance, source.tiles
+        measured = write_records(first, Plan.of(first, precision), target, *rest)
         for each in further:
             size = each.model.latent_size
             target = Path(folder) / sized(GOLDEN, size)
             target.mkdir()
-            further_records = write_records(each, Plan.of(each, precision), target, json.loads(encoder), bar.advance)
+            further_records = write_records(each, Plan.of(each, precision), target, *rest)
             measured = measured.joined(further_records, size)
     print(json.dumps(asdict(measured)))
     return 0

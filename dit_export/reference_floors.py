@@ -20,6 +20,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from dit_export.reference_pipeline import Reference
+from dit_runtime.bundle import TILE
 from dit_runtime.metrics import relative_l2
 
 PRECISIONS = {"fp32": torch.float64, "fp16": torch.float16, "bf16": torch.bfloat16}  # name → what is run to measure it
@@ -98,6 +99,12 @@ def _floors(
     yield "decoder", _each(reference.decoded(_tensor(reference, images["latents"])), images["decoded"])
     if final is not None:
         yield "image", _each(reference.decoded(final), images["decoded"])
+    for name in (name for name in records if name.startswith(TILE)):
+        record = records[name]
+        yield f"{name} decoder", _each(reference.decoded(_tensor(reference, record["latents"])), record["decoded"])
+        if final is not None:
+            count, _, height, width = record["latents"].shape
+            yield f"{name} image", _each(reference.decoded(final[:count, :, :height, :width]), record["decoded"])
     if "encoder" in records:
         record = records["encoder"]
         found = reference.encoded(record["images"])

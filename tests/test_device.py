@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import bindings
+from conftest import bindings, run_command
 from cuda_double import Cuda as DoubleCuda
 from cuda_double import Machine, stored_on
 from test_loop import ROW, marked, mixed
@@ -30,8 +30,9 @@ from dit_runtime.bundle import Bundle
 from dit_runtime.device import TensorRtEngine
 from dit_runtime.engines import OnnxRuntimeEngine
 from dit_runtime.errors import EngineError, SamplingError
+from dit_runtime.replay import Replay
 from dit_runtime.verdicts import verdict_path
-from dit_runtime.verify import verified
+from dit_runtime.verify import _rung_count, verified
 
 RECIPES = {
     # Batches 1 and 2 to 4, with and without guidance: four profiles of the step.
@@ -191,19 +192,61 @@ def test_a_fault_of_the_loop_alone_is_seen(bench: Bench, monkeypatch: pytest.Mon
     assert [rung.name for rung in rungs if not rung.passed] == ["ddpm free-running"]
 
 
-@pytest.mark.parametrize(
-    ("recipe", "message"),
-    [
-        (recipe_for("rtx", "8.9", 2, (1,), 64), r"no optimization profile for guidance, .* dit-build --branches 1,2"),
-        (recipe_for("rtx", "8.9", 2, (1, 2), 64, decode_tile=4), r"its decoder is for tiles, .* without --decode-tile"),
-    ],
-    ids=["unguided", "tiles"],
-)
-def test_an_engine_that_no_record_fits(bundles: dict[str, Path], tmp_path: Path, recipe: Recipe, message: str) -> None:
-    """One built without guidance or for tiles is not verified in part: the line says how to build one that can be."""
-    bench = Bench(bundles["fp32"], tmp_path, recipe)
-    with pytest.raises(EngineError, match=message):
+def test_an_engine_without_guidance_is_verified(bundles: dict[str, Path], tmp_path: Path) -> None:
+    """By what needs none: the network, the sampler's update and noise, the decoder. Trajectories are guided."""
+    bench = Bench(bundles["fp32"], tmp_path, recipe_for("rtx", "8.9", 2, (1,), 64))
+    rungs = verified(bench.bundle, bench.engine)
+    assert [rung.name for rung in rungs] == [
+        "conditioner",
+        "forward G=1",
+        "forward G=1 variance",
+        "sampler update",
+        "ddim noise",
+        "ddpm noise",
+        "decoder",
+        "uint8 pictures",
+    ]
+    assert len(rungs) == _rung_count(Replay(bench.bundle, bench.engine), quick=False)
+    assert all(rung.passed for rung in rungs)
+    bench.engine.close()
+    bench.machine.check_closed()
+
+
+def test_an_engine_for_tiles_is_verified(checkpoint: Path, tmp_path: Path) -> None:
+    """By a recorded tile, against PyTorch's decoding of that tile alone; one for other tiles says what is recorded."""
+    path = tmp_path / "tiles.bundle"
+    done = run_command("dit-export", checkpoint, "--decode-tile", "4", "6", "--no-verify", "-o", path)
+    assert done.returncode == 0, done.stderr
+    for tile in (4, 6):
+        bench = Bench(path, tmp_path / str(tile), recipe_for("rtx", "8.9", 2, (1, 2), 64, decode_tile=tile))
+        rungs = {rung.name: rung for rung in verified(bench.bundle, bench.engine)}
+        assert [name for name, rung in rungs.items() if not rung.passed] == []
+        assert f"tiles of {tile}x{tile}, batches 1 2" in rungs["decoder"].detail
+        assert None not in (rungs["decoder"].ratio, rungs["image PSNR"].ratio)  # PyTorch's own errors are known
+        assert rungs["image PSNR"].value > 75  # measured: 80 dB, one level in one pixel
+        bench.engine.close()
+        bench.machine.check_closed()
+    bench = Bench(path, tmp_path / "other", recipe_for("rtx", "8.9", 2, (1, 2), 64, decode_tile=5))
+    with pytest.raises(EngineError, match=r"tiles of 5, of which the bundle has no record; export with .* 5,"):
         verified(bench.bundle, bench.engine)
+    bench.engine.close()
+
+
+def test_every_branch_has_a_weight_when_it_is_verified(bundles: dict[str, Path], tmp_path: Path) -> None:
+    """A third branch that is wrong is seen, though the records have two."""
+    bench = Bench(bundles["fp32"], tmp_path, RECIPES["branches"])
+    assert [rung.name for rung in verified(bench.bundle, bench.engine, quick=True) if not rung.passed] == []
+    session = bench.engine.session("step")
+    run = session.run
+
+    def wrong(inputs: Any, outputs: Any) -> Any:
+        rows = inputs["rows"].copy()
+        rows[2:] = rows[:1]
+        return run({**inputs, "rows": rows}, outputs)
+
+    session.run = wrong
+    failed = [rung.name for rung in verified(bench.bundle, bench.engine, quick=True) if not rung.passed]
+    assert failed[:1] == ["forward G=2"]
     bench.engine.close()
     bench.machine.check_closed()
 

@@ -54,6 +54,7 @@ __all__ = [
     "PATHS",
     "SCHEMA",
     "SIZED_GRAPHS",
+    "TILE",
     "AutoencoderSpec",
     "Bundle",
     "DefaultsSpec",
@@ -73,6 +74,7 @@ __all__ = [
 MANIFEST = "manifest.json"
 ENGINES = "engines"
 GOLDEN = "golden"
+TILE = "tile_"  # begins the name of a record of one tile of the decoder, with its side in latent pixels
 
 
 @dataclass(frozen=True)
@@ -149,10 +151,17 @@ class Bundle:
 
     def records(self, name: str) -> dict[str, np.ndarray[Any, Any]]:
         """The arrays of a golden record: ``golden/NAME.npz``, or that of the size in use."""
-        folder = GOLDEN if self.default_size else sized(GOLDEN, self.manifest.model.latent_size)
-        path = self.file(f"{folder}/{name}.npz")
+        path = self.file(self._record(name))
         with np.load(path, allow_pickle=False) as stored:
             return dict(stored)
+
+    def has_records(self, name: str) -> bool:
+        """Whether there is a golden record of that name."""
+        return self._record(name) in self.manifest.files
+
+    def _record(self, name: str) -> str:
+        folder = GOLDEN if self.default_size else sized(GOLDEN, self.manifest.model.latent_size)
+        return f"{folder}/{name}.npz"
 
     def check(self) -> None:
         """Check every file against the manifest."""

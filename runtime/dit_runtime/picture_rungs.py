@@ -96,7 +96,7 @@ def _advanced(replay: Replay, record: Record, schedule: Schedule, index: int, la
 
 def decoder(replay: Replay) -> Rung:
     """The reference's latents decoded to float pictures, at each batch that the engine must be right at."""
-    record = replay.bundle.records("images")
+    record = replay.pictures()
     count = len(record["latents"])
     found: list[Array] = []
     asked: list[int] = []
@@ -107,18 +107,20 @@ def decoder(replay: Replay) -> Rung:
             asked += [int(item) for item in index]
     budget = replay.budget
     # Every evaluation of a picture has that picture's floor.
-    floors = budget.floors.get("decoder", ())
+    floors = budget.floors.get(replay.floors_of("decoder"), ())
     budget = replace(budget, floors={"decoder": [floors[index] for index in asked] if floors else []})
     expected = [record["decoded"][index] for index in asked]
     labels = [f"picture {index + 1}" for index in asked]
     series = Series("picture", labels, found, expected, [float(np.abs(record["decoded"]).max())] * len(found))
-    return compared(budget, "decoder", "decoder", "decoder", series, detail=f"batches {' '.join(map(str, sizes))}")
+    tile = "" if replay.tile is None else f"tiles of {'x'.join(map(str, replay.tile))}, "
+    detail = f"{tile}batches {' '.join(map(str, sizes))}"
+    return compared(budget, "decoder", "decoder", "decoder", series, detail=detail)
 
 
 def quantized(replay: Replay) -> Rung:
     """uint8 pictures of the reference's latents: the mean signed difference tells truncation from rounding, and each
     channel's tells their order."""
-    record = replay.bundle.records("images")
+    record = replay.pictures()
     images = replay.decoder(record["latents"], "images")
     bias = (images.astype(np.float64) - record["images"]).mean(axis=(0, 1, 2))
     detail = f"mean Δ of red, green, blue {' '.join(f'{channel:+.2g}' for channel in bias)} of {LEVELS:g}"
@@ -128,7 +130,7 @@ def quantized(replay: Replay) -> Rung:
 
 def images(replay: Replay, final: Array, sampler: str) -> tuple[tuple[Array, Array], list[Rung]]:
     """The pictures of the engine's own trajectory beside the reference's."""
-    record, budget = replay.bundle.records("images"), replay.budget
+    record, budget, final = replay.pictures(), replay.budget, replay.pictured(final)
     found, expected = replay.decoder(final, "images"), record["images"]
     series = Series(
         "picture",
@@ -138,7 +140,8 @@ def images(replay: Replay, final: Array, sampler: str) -> tuple[tuple[Array, Arr
         [float(np.abs(record["decoded"]).max())] * len(found),
     )
     # In levels the errors of FP32 are none: the budget is that of the pictures before rounding.
-    floats = compared(replace(budget, tolerances={**budget.tolerances, "image": np.inf}), "", "image", "image", series)
+    unlimited = replace(budget, tolerances={**budget.tolerances, "image": np.inf})
+    floats = compared(unlimited, "", "image", replay.floors_of("image"), series)
     detail = f"{sampler}, free-running"
     level, similarity = psnr(found, expected), ssim(found, expected)
     metrics = {

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_runtime.budget import budget_for, precision_of
-from dit_runtime.bundle import Bundle
+from dit_runtime.bundle import TILE, Bundle
 from dit_runtime.engines import Array, Engine
+from dit_runtime.errors import EngineError
 from dit_runtime.guidance import branch_rows, guidance_weights
 from dit_runtime.table import COEFFICIENTS
 
@@ -58,6 +59,15 @@ def has_branches(engine: Engine, branches: int) -> bool:
     return profiles is None or any(largest >= branches for _, _, (_, largest) in profiles("step"))
 
 
+def tile_of(engine: Engine, latent_size: Shape) -> Shape | None:
+    """Height and width of the tiles that an engine's decoder was built for; None where it decodes whole pictures."""
+    stored = getattr(engine, "stored", None)
+    if stored is None or "decoder" not in stored.graphs:
+        return None
+    (height, width), *others = {tuple(each["latents"][2][2:]) for each in stored.graphs["decoder"].profiles}
+    return None if (height, width) == latent_size or others else (height, width)
+
+
 def covering(count: int, batch: int) -> list[NDArray[np.int64]]:
     """Batches of a size that together have each of ``count`` pictures, one after the other and from the first again."""
     return [(first + np.arange(batch)) % count for first in range(0, count, batch)]
@@ -84,12 +94,43 @@ class Pictures:
 class Replay:
     """The engine's graphs on recorded inputs. Batches above the engine's limit run in parts.
 
-    ``budget``: what the bundle allows an engine of this precision.
+    Attributes:
+        budget: what the bundle allows an engine of this precision.
+        tile: height and width of the tiles that its decoder was built for, None for whole pictures.
+
+    Raises:
+        BundleError: the bundle has no limits for the engine's precision.
+        EngineError: the bundle has no record of such tiles.
     """
 
     def __init__(self, bundle: Bundle, engine: Engine) -> None:
         self.bundle, self.engine, self.model = bundle, engine, bundle.manifest.model
         self.budget = budget_for(bundle, precision_of(bundle, engine))
+        self.tile = tile_of(engine, self.model.latent_size)
+        self._images = "images"
+        if self.tile is not None:
+            side = max(self.tile)
+            self._images = f"{TILE}{side}"
+            if not bundle.has_records(self._images):
+                raise EngineError(
+                    f"{engine.name}: its decoder is for tiles of {side}, of which the bundle has no record; export "
+                    f"with dit-export --decode-tile {side}, or name the engine (--engine) to use it unverified"
+                )
+
+    def pictures(self) -> dict[str, Array]:
+        """The record of latents, ``decoded`` and ``images`` in the size that the engine decodes."""
+        return self.bundle.records(self._images)
+
+    def pictured(self, latents: Array) -> Array:
+        """Of latents ``[N, C, H, W]`` what that record is of: the first pictures' first tile, or all."""
+        if self.tile is None:
+            return latents
+        height, width = self.tile
+        return latents[: len(self.pictures()["latents"]), :, :height, :width]
+
+    def floors_of(self, kind: str) -> str:
+        """The name of the floors of ``decoder`` or ``image`` in that size."""
+        return kind if self.tile is None else f"{self._images} {kind}"
 
     def table(self, timesteps: Array, labels: Array) -> Array:
         """The conditioning table of pairs: timesteps ``[R]`` and labels ``[R]``."""
@@ -100,7 +141,7 @@ class Replay:
     ) -> tuple[Array, Array]:
         """``next_state`` and ``denoised`` of pictures with a row of coefficients each ``[B, 17]``.
 
-        ``branches``: at least so many; those that the guidance does not need have no weight.
+        ``branches``: at least so many.
         """
         batch = len(pictures.latents)
         most = self.engine.max_batch or batch
@@ -125,14 +166,18 @@ class Replay:
     def inputs(
         self, pictures: Pictures, coefficients: Array, noise: Array | None = None, branches: int = 0
     ) -> dict[str, Array]:
-        """The inputs of step and probe, the conditioning table computed by the engine."""
+        """The inputs of step and probe, the conditioning table computed by the engine.
+
+        ``branches`` as in ``step``: those beyond what the guidance needs repeat its last and share that one's weight.
+        """
         batch, channels = pictures.latents.shape[:2]
         guided = self.bundle.manifest.diffusion.guidance_channels
         weights = guidance_weights(pictures.guidance, batch, channels, guided)
         labels = pictures.labels.astype(np.int32)
         conditions, rows = branch_rows(labels, self.model.null_class, len(weights))
         if (more := branches - len(weights)) > 0:
-            weights = np.pad(weights, ((0, more), (0, 0), (0, 0)))
+            weights = np.pad(weights, ((0, more), (0, 0), (0, 0)), mode="edge")
+            weights[-more - 1 :] /= more + 1
             rows = np.pad(rows, ((0, more), (0, 0)), mode="edge")
         # A row per (picture's timestep, condition): simple, and the records are small.
         table = self.table(np.repeat(pictures.timesteps, len(conditions)), np.tile(conditions, batch))

@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from dit_runtime import network_rungs, picture_rungs
 from dit_runtime.bundle import ENCODER, GRAPHS, Bundle, DiffusionSpec
 from dit_runtime.engines import Array, Engine
-from dit_runtime.errors import EngineError
 from dit_runtime.ladder import Rung, Verification, format_table
 from dit_runtime.metrics import psnr, relative_error
 from dit_runtime.progress import Progress
@@ -48,11 +47,12 @@ def verify(bundle: Bundle, engine: Engine, quick: bool = False) -> Iterator[Rung
     """The rungs from the bottom up, each yielded when it is measured.
 
     ``quick`` leaves out the conditioner alone and teacher-forced steps, which say where a fault is rather than whether
-    there is one. Embedding and blocks need the probe, which TensorRT's engines do not have.
+    there is one. Embedding and blocks need the probe, which TensorRT's engines do not have. An engine built without
+    guidance has no trajectories, whose records are guided; one built for tiles decodes a recorded tile.
 
     Raises:
         BundleError: a record is missing or altered, or the bundle has no limits for the engine's precision.
-        EngineError: the engine cannot run a graph.
+        EngineError: the engine cannot run a graph, or the bundle has no record of its tiles.
     """
     return _rungs(Replay(bundle, engine), quick, [])
 
@@ -89,7 +89,7 @@ def verification_of(bundle: Bundle, engine: Engine, quick: bool = False) -> Veri
 def _rungs(replay: Replay, quick: bool, pictures: list[tuple[Array, Array]]) -> Iterator[Rung]:
     """The rungs in their order; the engine's and the reference's pictures are appended to ``pictures``."""
     bundle, manifest = replay.bundle, replay.bundle.manifest
-    _check_profiles(replay)
+    guided = has_branches(replay.engine, 2)
     if _has_range(replay):
         yield network_rungs.fp16_range(replay)
     if not quick:
@@ -99,7 +99,7 @@ def _rungs(replay: Replay, quick: bool, pictures: list[tuple[Array, Array]]) -> 
             yield network_rungs.embedding(replay)
         yield network_rungs.blocks(replay)
         replay.engine.release("probe")
-    for branches in (1, 2):
+    for branches in (1, 2)[: 1 + guided]:
         yield from network_rungs.forward(replay, branches)
     yield network_rungs.update(replay)
     first, *_ = samplers = trajectories_of(manifest.diffusion)
@@ -107,6 +107,8 @@ def _rungs(replay: Replay, quick: bool, pictures: list[tuple[Array, Array]]) -> 
         record = bundle.records(sampler)
         schedule = schedule_for(sampler, manifest.model, manifest.diffusion, int(record["steps"]))
         yield picture_rungs.noise(replay, sampler, record, schedule)
+        if not guided:
+            continue  # the recorded trajectories are
         if not quick:
             yield picture_rungs.teacher_forced(replay, sampler, record, schedule)
         latents, rung = picture_rungs.free_running(replay, sampler, record, schedule)
@@ -115,28 +117,12 @@ def _rungs(replay: Replay, quick: bool, pictures: list[tuple[Array, Array]]) -> 
             final = latents
     yield picture_rungs.decoder(replay)
     yield picture_rungs.quantized(replay)
-    both, rungs = picture_rungs.images(replay, final, first)
-    pictures.append(both)
-    yield from rungs
+    if guided:
+        both, rungs = picture_rungs.images(replay, final, first)
+        pictures.append(both)
+        yield from rungs
     if ENCODER in manifest.graphs:
         yield picture_rungs.encoder(replay)
-
-
-def _check_profiles(replay: Replay) -> None:
-    """Raises EngineError for an engine that was not built for what is recorded: guided steps and whole pictures."""
-    if not has_branches(replay.engine, 2):
-        raise EngineError(
-            f"{replay.engine.name}: has no optimization profile for guidance, which the records need; build with "
-            "dit-build --branches 1,2, or name the engine (--engine) to use it unverified"
-        )
-    stored = getattr(replay.engine, "stored", None)
-    if stored is not None and "decoder" in stored.graphs:
-        size = replay.model.latent_size
-        if not any(profile["latents"][2][2:] == size for profile in stored.graphs["decoder"].profiles):
-            raise EngineError(
-                f"{replay.engine.name}: its decoder is for tiles, and the records are whole pictures; verify an engine "
-                "built without --decode-tile, or name this one (--engine) to use it unverified"
-            )
 
 
 def _has_range(replay: Replay) -> bool:
@@ -149,7 +135,8 @@ def _has_probe(replay: Replay) -> bool:
 
 def _rung_count(replay: Replay, quick: bool) -> int:
     """How many rungs there will be: for progress bars."""
-    manifest = replay.bundle.manifest
+    manifest, guided = replay.bundle.manifest, has_branches(replay.engine, 2)
     probed = _has_probe(replay) * (1 + (manifest.model.conditioning == "adaln-zero"))
-    always = _has_range(replay) + probed + 2 + 2 * manifest.model.learned_variance + 1 + 4 + 6
-    return always + (ENCODER in manifest.graphs) + 3 * (not quick)
+    # Forward with its variance; update, two kinds of noise, decoder, uint8; guided, trajectories and their pictures.
+    always = _has_range(replay) + probed + (1 + guided) * (1 + manifest.model.learned_variance) + 5 + 6 * guided
+    return always + (ENCODER in manifest.graphs) + (1 + 2 * guided) * (not quick)
