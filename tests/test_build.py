@@ -35,7 +35,8 @@ from dit_engines.external_data import check_external_data
 from dit_engines.place import Place, place_for
 from dit_engines.preflight import built_graphs, estimated_graphs
 from dit_engines.recipe import profiles_of, recipe_for
-from dit_engines.repeat import measured_here
+from dit_engines.repeat import OnDevice, measured_here
+from dit_runtime.bench import DECODER, GUIDED, PLAIN
 from dit_runtime.bundle import Bundle, open_bundle
 from dit_runtime.errors import BuildError, BundleError
 from dit_runtime.progress import Progress
@@ -269,7 +270,7 @@ def test_repeated_builds_are_compared(bundle: Bundle) -> None:
     assert done.returncode == 0, done.stderr
     spread = json.loads(done.stdout)
     print(spread)
-    assert (spread["builds"], spread["errors"]) == (2, None)
+    assert (spread["builds"], spread["on_device"]) == (2, None)
     step = next(graph for graph in spread["graphs"] if graph["graph"] == "step")
     assert [len(step[name]) for name in ("seconds", "plan_bytes", "kernels", "fused_attention")] == [2] * 4
     assert step["fused_attention"] == [[2], [2]]
@@ -280,7 +281,7 @@ def test_repeated_builds_are_compared(bundle: Bundle) -> None:
 def test_repeated_builds_are_measured_on_a_gpu(
     bundle: Bundle, engine: BuiltEngine, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where a GPU built the plans it runs them: a sound engine is opened, its forwards count, and it is closed."""
+    """Where a GPU built the plans it runs them: an engine is opened, its forwards and times count, it is closed."""
     seen: list[Any] = []
 
     class Opened:
@@ -297,12 +298,17 @@ def test_repeated_builds_are_measured_on_a_gpu(
     monkeypatch.setattr("dit_engines.repeat.TensorRtEngine", Opened)
     monkeypatch.setattr("dit_engines.repeat.CudaRuntime", lambda: None)
     monkeypatch.setattr("dit_engines.repeat.verified", lambda *_, **__: rungs)
+    times = {GUIDED: 2.5, PLAIN: 1.5, DECODER: 4.0}
+    parts = {name: SimpleNamespace(p50_ms=value) for name, value in times.items()}
+    monkeypatch.setattr("dit_engines.repeat.parts_of", lambda *_: parts)
     assert measured_here(bundle, engine.recipe, place) is None
     measured = measured_here(bundle, engine.recipe, replace(place, gpu="NVIDIA L4", driver="580"))
     assert measured is not None
     folder = copied(engine, tmp_path)
-    assert measured(folder, engine.graphs) == 3
+    assert measured(folder, engine.graphs) == OnDevice(3, 2.5, 4.0)
     assert seen == [("NVIDIA L4", "step.plan"), "closed"]
+    del parts[GUIDED]  # an engine without guidance
+    assert measured(folder, engine.graphs).step_ms == 1.5
 
 
 def test_the_estimate_before_the_build(bundle: Bundle, engine: BuiltEngine) -> None:

@@ -20,6 +20,7 @@ from dit_engines.engine_store import (
 )
 from dit_engines.place import Place
 from dit_engines.recipe import Recipe
+from dit_runtime.bench import DECODER, GUIDED, PLAIN, parts_of
 from dit_runtime.bundle import Bundle
 from dit_runtime.cuda import CudaRuntime
 from dit_runtime.device import TensorRtEngine
@@ -30,8 +31,21 @@ from dit_runtime.store import stored_engine
 from dit_runtime.tensorrt_api import library
 from dit_runtime.verify import verified
 
-# The largest parity error of the plans in a folder; only where a GPU can run them.
-Measured = Callable[[Path, Sequence[BuiltGraph]], float]
+STEPS, CALLS = 20, 20  # of a timed loop, and of each part
+
+
+@dataclass(frozen=True)
+class OnDevice:
+    """What only the GPU can tell of a build: the largest parity error of its forwards, and median milliseconds of a step
+    (guided where there is guidance) and of the decoder, for one picture.
+    """
+
+    error: float
+    step_ms: float
+    decoder_ms: float
+
+
+Measured = Callable[[Path, Sequence[BuiltGraph]], OnDevice]  # of the plans in a folder
 
 
 @dataclass(frozen=True)
@@ -53,12 +67,12 @@ class GraphSpread:
 
 @dataclass(frozen=True)
 class Spread:
-    """All graphs over the builds, and the parity error of each build where it could be measured."""
+    """All graphs over the builds, and what the GPU told of each build where there is one."""
 
     builds: int
     builder: str
     graphs: tuple[GraphSpread, ...]
-    errors: tuple[float, ...] | None
+    on_device: tuple[OnDevice, ...] | None
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -80,29 +94,29 @@ def repeated(
         place: library and GPU.
         builds: how many.
         timing_cache: each build begins with it; None begins with nothing, which shows the most spread.
-        measured: the parity error of a build; None where no GPU can run it.
+        measured: runs a build; None where no GPU can.
 
     Raises:
         BuildError: a build fails, or does not pass its audit.
         OutputError: no room for the plans.
     """
     runs: list[tuple[BuiltGraph, ...]] = []
-    errors: list[float] = []
+    on_device: list[OnDevice] = []
     try:
         for _ in range(builds):
             with tempfile.TemporaryDirectory(prefix="dit-build-") as name:
                 run = compiled(bundle, recipe, place, graphs_of(bundle), Path(name), timing_cache)
                 if measured is not None:
-                    errors.append(measured(Path(name), run))
+                    on_device.append(measured(Path(name), run))
                 runs.append(run)
     except OSError as error:
         raise OutputError(f"no room for plans ({error}); set TMPDIR to another place than {STORE_OPTION}'s") from error
     graphs = tuple(_spread(graphs) for graphs in zip(*runs, strict=True))
-    return Spread(builds, f"{place.library} {place.version}", graphs, tuple(errors) if measured else None)
+    return Spread(builds, f"{place.library} {place.version}", graphs, tuple(on_device) if measured else None)
 
 
 def measured_here(bundle: Bundle, recipe: Recipe, place: Place) -> Measured | None:
-    """How to measure the parity error of plans that this GPU built: the largest of the forwards against the reference.
+    """How to run plans that this GPU built: against the reference, and against the clock.
 
     None where engines are built ahead of time, for no GPU that is known to be here.
     """
@@ -110,15 +124,19 @@ def measured_here(bundle: Bundle, recipe: Recipe, place: Place) -> Measured | No
         return None
     identity = identity_of(bundle, recipe, place, graphs_of(bundle), None)
 
-    def measured(folder: Path, graphs: Sequence[BuiltGraph]) -> float:
+    def measured(folder: Path, graphs: Sequence[BuiltGraph]) -> OnDevice:
         digest = sha256_of(folder / TIMING_CACHE)
         write_sidecar(folder, sidecar_of(bundle, recipe, place, identity, graphs, digest))
-        engine = TensorRtEngine(bundle, stored_engine(folder), library(place.library), CudaRuntime())
+        opened = TensorRtEngine(bundle, stored_engine(folder), library(place.library), CudaRuntime())
+        engine = cast(Engine, opened)
         try:
-            rungs = verified(bundle, cast(Engine, engine), quick=True)
+            rungs = verified(bundle, engine, quick=True)
+            parts = parts_of(bundle, engine, 1, STEPS, CALLS)
         finally:
-            engine.close()
-        return max(rung.value for rung in rungs if rung.name.startswith("forward"))
+            opened.close()
+        error = max(rung.value for rung in rungs if rung.name.startswith("forward"))
+        step = parts[GUIDED if GUIDED in parts else PLAIN]
+        return OnDevice(error, step.p50_ms, parts[DECODER].p50_ms)
 
     return measured
 
@@ -147,10 +165,14 @@ def format_spread(spread: Spread) -> str:
         plans = "identical" if graph.distinct_plans == 1 else f"{graph.distinct_plans} differ"
         sizes = _range([size / 1e6 for size in graph.plan_bytes], ".2f")
         lines.append(f"{graph.graph:<14} {_range(graph.seconds, '.1f'):>13} {sizes:>13} {plans:>12} {kernels:>15}")
-    errors = (
-        "not measured, since they were built ahead of time" if spread.errors is None else _range(spread.errors, ".2e")
-    )
-    return "\n".join([*lines, f"parity error: {errors}"])
+    if spread.on_device is None:
+        return "\n".join([*lines, "parity error and time: not measured, since they were built ahead of time"])
+    columns = {
+        "parity error": _range([each.error for each in spread.on_device], ".2e"),
+        "step ms": _range([each.step_ms for each in spread.on_device], ".3f"),
+        "decoder ms": _range([each.decoder_ms for each in spread.on_device], ".3f"),
+    }
+    return "\n".join([*lines, *(f"{name}: {values}" for name, values in columns.items())])
 
 
 def _range(values: Sequence[float], form: str) -> str:

@@ -21,7 +21,7 @@ EXAMPLES = (
     "dit-bench my.bundle --batch 1,2,4 --sweep --markdown bench.md --plot bench.png",
     "dit-bench my.bundle --engine onnxruntime --repeat 50 --json > bench.json",
 )
-GUIDED, PLAIN = "step, guided (G=2)", "step, not guided (G=1)"
+GUIDED, PLAIN, DECODER = "step, guided (G=2)", "step, not guided (G=1)", "decoder"
 SWEEP_STEPS = (10, 25, 50)
 
 
@@ -128,13 +128,14 @@ def _batches(text: str) -> tuple[int, ...]:
 def parts_of(bundle: Bundle, engine: Engine, batch: int, steps: int, repeat: int) -> dict[str, Any]:
     """A ``Timing`` of each part: conditioner of ``steps`` guided steps, step with and without guidance, decoder.
 
-    Of an engine whose loop stays on its device, a step is a whole loop's time over its steps.
+    Of an engine whose loop stays on its device, a step is a whole loop's time over its steps. One that was built without
+    guidance has no guided step, and no conditioner of such.
     """
     import numpy as np
 
     from dit_runtime.guidance import branch_rows, guidance_weights
     from dit_runtime.pipeline import Pipeline
-    from dit_runtime.replay import conditioned
+    from dit_runtime.replay import conditioned, has_branches
     from dit_runtime.schedule import schedule_for
     from dit_runtime.timing import timed
     from dit_runtime.verify import trajectories_of
@@ -150,6 +151,8 @@ def parts_of(bundle: Bundle, engine: Engine, batch: int, steps: int, repeat: int
     whole: dict[str, Callable[[], Any]] = {}
     resident = hasattr(engine, "steps")
     for scale, name in ((4.0, GUIDED), (1.0, PLAIN)):
+        if name == GUIDED and not has_branches(engine, 2):
+            continue
         weights = guidance_weights(scale, batch, model.latent_channels, diffusion.guidance_channels)
         conditions, rows = branch_rows(labels, model.null_class, len(weights))
         pairs = np.repeat(schedule.timesteps, len(conditions)), np.tile(conditions, len(schedule.timesteps))
@@ -168,7 +171,7 @@ def parts_of(bundle: Bundle, engine: Engine, batch: int, steps: int, repeat: int
             table: conditioned(engine, table, *pairs),
         }
         work[name] = partial(engine.session("step").run, inputs, ["next_state", "denoised"])
-    work["decoder"] = partial(engine.session("decoder").run, {"latents": state[:, 0].copy()}, ["images"])
+    work[DECODER] = partial(engine.session("decoder").run, {"latents": state[:, 0].copy()}, ["images"])
     found = dict(timed(work, repeat, f"timing parts, batch {batch}"))
     for name, timing in timed(whole, max(repeat // 4, 3), f"timing loops, batch {batch}").items():
         found[name] = timing.of_each(steps)
@@ -181,9 +184,11 @@ def pictures_of(bundle: Bundle, engine: Engine, batch: int, steps: int, runs: in
 
     from dit_runtime.pipeline import Pipeline
     from dit_runtime.progress import Progress
+    from dit_runtime.replay import has_branches
     from dit_runtime.timing import ClockedEngine, timing_of
 
     resident, clocked = hasattr(engine, "steps"), ClockedEngine(engine)
+    guidance = None if has_branches(engine, 2) else 1.0
     pipeline = Pipeline(bundle, engine if resident else clocked)
     labels = [index % bundle.manifest.model.classes for index in range(batch)]
     seconds: list[float] = []
@@ -194,7 +199,7 @@ def pictures_of(bundle: Bundle, engine: Engine, batch: int, steps: int, runs: in
             for calls in clocked.milliseconds.values():
                 calls.clear()
             start = time.perf_counter()
-            latents = pipeline.finished(pipeline.pictures(labels, steps=steps))
+            latents = pipeline.finished(pipeline.pictures(labels, steps=steps, guidance=guidance))
             looped = time.perf_counter()
             pipeline.decode(latents)
             seconds.append(time.perf_counter() - start)
