@@ -22,7 +22,7 @@ from onnx import numpy_helper
 
 from dit_runtime import picture_rungs, verify
 from dit_runtime import replay as replay_module
-from dit_runtime.bundle import Bundle, open_bundle
+from dit_runtime.bundle import ENCODER, Bundle, open_bundle
 from dit_runtime.engines import OnnxRuntimeEngine
 from dit_runtime.ladder import Rung
 from dit_runtime.noise import TorchNoise
@@ -119,6 +119,7 @@ class Fault:
         patch: a module of the runtime, a name in it, and what takes its place.
         fp16: ``BELOW``, ``NOT_THERE``, or another rung.
         fp32: ``IN_FP16_ONLY``, or nothing.
+        graph: without which, as bundles are without an encoder, there can be no such fault.
     """
 
     name: str
@@ -131,6 +132,7 @@ class Fault:
     patch: tuple[Any, str, Any] | None = None
     fp16: str = ""
     fp32: str = ""
+    graph: str = "step"
 
     def expected(self, precision: str) -> str:
         """The rung, or why there is none."""
@@ -305,6 +307,18 @@ def channels_reversed(outputs: Arrays) -> Arrays:
 
 def constant_pictures(outputs: Arrays) -> Arrays:
     return {name: np.zeros_like(value) if name == "images" else value for name, value in outputs.items()}
+
+
+def mean_not_scaled(outputs: Arrays) -> Arrays:
+    return {**outputs, "mean": outputs["mean"] / 0.9}
+
+
+def images_reversed(inputs: Arrays) -> Arrays:
+    return {"images": inputs["images"][..., ::-1]}
+
+
+def logarithm(outputs: Arrays) -> Arrays:
+    return {**outputs, "std": np.log(outputs["std"])}
 
 
 def null_is(label: int) -> Callable[..., Any]:
@@ -510,6 +524,9 @@ FAULTS = (
     Fault("levels truncated", "uint8 pictures", "-0.4", edits={"decoder": truncated}),
     Fault("red and blue exchanged", "uint8 pictures", outputs={"decoder": channels_reversed}),
     Fault("constant pictures", "uint8 pictures", outputs={"decoder": constant_pictures}),
+    Fault("the encoder's mean not scaled", "encoder", "worst: mean", outputs={ENCODER: mean_not_scaled}, graph=ENCODER),
+    Fault("the encoder's channels reversed", "encoder", inputs={ENCODER: images_reversed}, graph=ENCODER),
+    Fault("the encoder's deviation is its logarithm", "encoder", "std", outputs={ENCODER: logarithm}, graph=ENCODER),
 )
 
 
@@ -521,6 +538,9 @@ def catch_table(bundles: Sequence[Bundle]) -> Iterator[str]:
     for fault in FAULTS:
         cells = []
         for bundle in bundles:
+            if fault.graph not in bundle.manifest.graphs:
+                cells.append(f"no {fault.graph} in this bundle")
+                continue
             precision = bundle.manifest.precision.name
             rung = fault.first_failure(bundle)
             wanted = fault.expected(precision)

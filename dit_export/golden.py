@@ -35,7 +35,7 @@ from dit_runtime.verify import trajectories_of
 GUIDANCE = 1.5  # of the trajectories
 FORWARD_GUIDANCE = 4.0
 LARGE_MODEL = 100_000_000  # parameters; above, records are made smaller
-CHEAP_GMAC = 1.0  # of an evaluation of one picture; above, fewer of PyTorch's errors are measured
+CHEAP_GMAC = 1.0  # of an evaluation of one picture; above, trajectories are shorter
 TOKENS_KEPT = 32  # of each block's output, evenly spaced
 TILES_KEPT = 2  # pictures of which a tile is decoded
 
@@ -47,7 +47,7 @@ class Plan:
     Attributes:
         pictures, steps: of a trajectory.
         forward_pictures: of a forward.
-        measured, measured_steps: of how many trajectories PyTorch's own errors are measured, over how many steps.
+        measured: of how many trajectories PyTorch's own errors are measured.
         precisions: in which PyTorch's own errors are measured.
         seed: of all noise; with 0 timesteps and labels are spread evenly, with others they are drawn too.
         guidance, forward_guidance: of trajectories, and of the guided forward.
@@ -57,7 +57,6 @@ class Plan:
     steps: int
     forward_pictures: int
     measured: int
-    measured_steps: int
     precisions: tuple[str, ...] = tuple(PRECISIONS)
     seed: int = 0
     guidance: float = GUIDANCE
@@ -73,21 +72,17 @@ class Plan:
         most = len(checkpoint.diffusion.betas) or 50
         # A further size has the weights of the first, and the sampler has no size: less will do.
         first = checkpoint.model.latent_size == checkpoint.sizes[0]
+        cheap = step_gmac(checkpoint.model) <= CHEAP_GMAC
         if elements > LARGE_MODEL:
             precisions = tuple(dict.fromkeys((precision, "bf16")))
-            return Plan(1, min(4, most), 2, measured=int(first), measured_steps=2, precisions=precisions)
-        pictures, steps = (4, min(50, most)) if first else (2, min(10, most))
-        if step_gmac(checkpoint.model) > CHEAP_GMAC:
-            return Plan(pictures, steps, pictures, measured=int(first), measured_steps=min(10, steps))
-        return Plan(pictures, steps, pictures, measured=2, measured_steps=steps)
+            return Plan(1, min(4, most), 2, measured=1 + first, precisions=precisions)
+        pictures, steps = ((4, min(50, most)) if cheap else (2, min(20, most))) if first else (2, min(10, most))
+        return Plan(pictures, steps, max(pictures, 4) if first else pictures, measured=1 + (first or cheap))
 
-    def samplers(self, names: tuple[str, ...]) -> dict[str, int]:
-        """The trajectories whose errors are measured, and how many of their steps."""
-        return dict.fromkeys(names[: self.measured], self.measured_steps)
-
-    def work(self, names: tuple[str, ...]) -> int:
+    @property
+    def work(self) -> int:
         """Pieces of work, for the progress bar."""
-        return 4 + 2 * self.steps + measurements(self.samplers(names), self.precisions)
+        return 4 + 2 * self.steps + measurements([self.steps] * self.measured, self.precisions)
 
 
 @dataclass(frozen=True)
@@ -153,7 +148,7 @@ def write_records(
                 records["encoder"] = {"images": pictures, **{key: value.numpy() for key, value in encoded.items()}}
         advance()
         check_records(checkpoint.name, records)
-        floors = floors_of(reference, records, plan.samplers(names), plan.precisions, advance)
+        floors = floors_of(reference, records, names[: plan.measured], plan.precisions, advance)
     for name, record in records.items():
         np.savez(folder / f"{name}.npz", **record)
     return Measured(floors, {unit: float(f"{value:.4g}") for unit, value in magnitudes.items()})
@@ -301,8 +296,7 @@ def _main() -> int:
     if step_gmac(checkpoint.model) <= CHEAP_GMAC:
         torch.set_num_threads(1)  # so small a model waits for its threads more than it computes
     first, *further = (replace(checkpoint, model=checkpoint.at(size)) for size in checkpoint.sizes)
-    names = trajectories_of(checkpoint.diffusion)
-    with Progress("PyTorch reference", sum(Plan.of(each, precision).work(names) for each in (first, *further))) as bar:
+    with Progress("PyTorch reference", sum(Plan.of(each, precision).work for each in (first, *further))) as bar:
         target = Path(folder) / GOLDEN
         target.mkdir()
         rest = json.loads(encoder), bar.advance, source.tiles

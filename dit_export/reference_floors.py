@@ -11,7 +11,6 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -32,7 +31,7 @@ Record = Mapping[str, Any]
 def floors_of(
     reference: Reference,
     records: Mapping[str, Record],
-    samplers: Mapping[str, int],
+    samplers: Sequence[str],
     precisions: Sequence[str],
     advance: Callable[[], None],
 ) -> dict[str, dict[str, list[float]]]:
@@ -43,7 +42,7 @@ def floors_of(
     Args:
         reference: the modules.
         records: what they computed in FP32.
-        samplers: the trajectories to measure, and over how many of their first steps.
+        samplers: the trajectories to measure.
         precisions: of ``PRECISIONS``, those to measure.
         advance: called after each measurement, ``measurements`` times.
     """
@@ -55,13 +54,13 @@ def floors_of(
     return floors
 
 
-def measurements(samplers: Mapping[str, int], precisions: Sequence[str]) -> int:
-    """How many times ``floors_of`` advances, for the progress bar."""
-    return len(precisions) * (4 + sum(1 + steps for steps in samplers.values()))
+def measurements(steps: Sequence[int], precisions: Sequence[str]) -> int:
+    """How many times ``floors_of`` advances for trajectories of so many steps, for the progress bar."""
+    return len(precisions) * (4 + sum(1 + count for count in steps))
 
 
 def _floors(
-    reference: Reference, records: Mapping[str, Record], samplers: Mapping[str, int], advance: Callable[[], None]
+    reference: Reference, records: Mapping[str, Record], samplers: Sequence[str], advance: Callable[[], None]
 ) -> Iterator[tuple[str, list[float]]]:
     record = records["blocks"]
     with reference.observed() as seen:
@@ -85,16 +84,15 @@ def _floors(
     wanted = records["conditioner"]["table"]
     yield "conditioner", [_apart(table[:, index], wanted[:, index]) for index in range(wanted.shape[1])]
     final: Tensor | None = None
-    for name, steps in samplers.items():
+    for name in samplers:
         record = records[name]
-        latents, denoised = _teacher_forced(reference, name, record, steps)
+        latents, denoised = _teacher_forced(reference, name, record)
         yield f"{name} step", latents
         yield f"{name} denoised", denoised
         advance()
-        trajectory = list(islice(_free_running(reference, name, record, advance), steps))
-        yield name, [_apart(found, wanted) for found, wanted in zip(trajectory, record["latents"][1:], strict=False)]
-        if final is None and steps == int(record["steps"]):
-            final = trajectory[-1]
+        trajectory = list(_free_running(reference, name, record, advance))
+        yield name, [_apart(found, wanted) for found, wanted in zip(trajectory, record["latents"][1:], strict=True)]
+        final = trajectory[-1] if final is None else final
     images = records["images"]
     yield "decoder", _each(reference.decoded(_tensor(reference, images["latents"])), images["decoded"])
     if final is not None:
@@ -117,12 +115,12 @@ def _predicted(reference: Reference, record: Record) -> tuple[Tensor, Tensor]:
     return reference.predicted(_tensor(reference, record["latents"]), times, labels, float(record["guidance"]))
 
 
-def _teacher_forced(reference: Reference, name: str, record: Record, steps: int) -> tuple[list[float], list[float]]:
-    """The error that each of the first ``steps`` adds, starting from the record's latents: next latents, denoised."""
+def _teacher_forced(reference: Reference, name: str, record: Record) -> tuple[list[float], list[float]]:
+    """The error that each step adds, starting from the record's latents: next latents, denoised."""
     generators = _generators(reference, record)
-    loop = list(reference.loop(name, int(record["steps"]), generators))[:steps]
+    loop = list(reference.loop(name, int(record["steps"]), generators))
     batch = len(record["labels"])
-    z = _tensor(reference, np.concatenate(record["latents"][: len(loop)]))  # (steps·B, C, H, W)
+    z = _tensor(reference, np.concatenate(record["latents"][:-1]))  # (steps·B, C, H, W)
     times = torch.tensor([step.t for step in loop], dtype=torch.float32).repeat_interleave(batch)
     labels = torch.from_numpy(record["labels"]).repeat(len(loop))
     parts = zip(z.split(CHUNK), times.split(CHUNK), labels.split(CHUNK), strict=True)

@@ -145,6 +145,10 @@ def scaling_section(report: dict[str, Any]) -> Iterator[str]:
         yield "\nProducts cut (`openvino_passes`) or whole, BF16, batch 1:\n"
         rows = [[p["model"], str(p["width"]), f"{p['cut_ms']:.4g}", f"{p['whole_ms']:.4g}"] for p in report["cut"]]
         yield from table(["model", "width", "cut: ms", "whole: ms"], rows)
+    yield "\nGuided steps a second, in one stream or with a call in each of two:\n"
+    names = [f"{p['streams']} × {p['batch']} pictures" for p in next(iter(report["streams"].values()))]
+    rows = [[name, *[f"{p['steps_a_second']:.4g}" for p in points]] for name, points in report["streams"].items()]
+    yield from table(["model", *names], rows)
     exponents = "; ".join(f"{name} {value:.2f}" for name, value in report["exponents"].items())
     yield f"\nExponents b of ms = a·xᵇ, fitted over all points: {exponents}."
     yield "\n![time of a guided step against batch, tokens and work](scaling.svg)"

@@ -1,5 +1,5 @@
-"""Cost of a guided step against batch, tokens and model, how it grows, and from what width products are worth cutting:
-OpenVINO, random weights.
+"""Cost of a guided step against batch, tokens and model, how it grows, from what width products are worth cutting, and
+what streams give: OpenVINO, random weights.
 
     python benchmarks/cpu/scaling.py [--precision f32] [--repeat 5]
 
@@ -14,6 +14,8 @@ import json
 import math
 import sys
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -46,6 +48,7 @@ MODELS = {
     "XL/2": XL,
 }
 BATCHES = (1, 2, 4, 8, 16)
+STREAMS = ((1, 1), (2, 1), (1, 2))  # streams, and pictures in each call
 SIDES = (32, 64, 128)  # of B/2's latents: 256, 1024 and 4096 tokens
 
 
@@ -122,6 +125,32 @@ def cut_or_whole(spec: ModelSpec, repeat: int) -> dict[str, Any]:
     return {"width": spec.width, **{name: timing.p50_ms for name, timing in found.items()}}
 
 
+def side_by_side(spec: ModelSpec, precision: str, repeat: int) -> list[dict[str, Any]]:
+    """Guided steps a second with two calls at once in two streams, and with one call of one or two pictures."""
+    calls: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as threads:
+        bundle: Any = traced(spec, Path(folder))
+        for streams, batch in STREAMS:
+            inputs = inputs_of(spec, batch)
+            session = OpenVinoEngine(bundle, precision=precision, streams=streams).session("step")
+            run = partial(session.run, inputs, ["next_state"])
+            calls[f"{streams} {batch}"] = partial(together, threads, run, streams)
+        found = timed(calls, repeat, f"{spec.width} wide, streams")
+    return [
+        {
+            "streams": streams,
+            "batch": batch,
+            "steps_a_second": round(streams * batch / found[f"{streams} {batch}"].p50_ms * 1e3, 3),
+        }
+        for streams, batch in STREAMS
+    ]
+
+
+def together(threads: ThreadPoolExecutor, call: Callable[[], Any], count: int) -> None:
+    for done in [threads.submit(call) for _ in range(count)]:
+        done.result()
+
+
 def exponent(points: list[dict[str, Any]], axis: str) -> float:
     """b of ms = a·axisᵇ, by least squares of the logarithms."""
     x, y = ([math.log(point[name]) for point in points] for name in (axis, "p50_ms"))
@@ -142,6 +171,7 @@ def main() -> None:
     model = [{"model": name, **measured(spec, (1,), *how)[0]} for name, spec in MODELS.items()]
     wide = MODELS if args.precision == "bf16" else {}
     cut = [{"model": name, **cut_or_whole(spec, 2 * args.repeat)} for name, spec in wide.items()]
+    streams = {name: side_by_side(MODELS[name], args.precision, 2 * args.repeat) for name in ("S/2", "B/2")}
     report: dict[str, Any] = {
         "precision": args.precision,
         "environment": environment(0),
@@ -149,6 +179,7 @@ def main() -> None:
         "tokens": tokens,
         "model": model,
         "cut": cut,
+        "streams": streams,
         "exponents": {
             **{f"batch, {name}": exponent(points, "batch") for name, points in batch.items()},
             "tokens, B/2": exponent(tokens["B/2"], "tokens"),

@@ -36,8 +36,8 @@ STEPS, CALLS = 20, 20  # of a timed loop, and of each part
 
 @dataclass(frozen=True)
 class OnDevice:
-    """What only the GPU can tell of a build: the largest parity error of its forwards, and median milliseconds of a step
-    (guided where there is guidance) and of the decoder, for one picture.
+    """What only the GPU can tell of a build: the largest parity error of its forwards, and median milliseconds of a
+    step (guided where there is guidance) and of the decoder, for one picture.
     """
 
     error: float

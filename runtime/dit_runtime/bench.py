@@ -128,8 +128,8 @@ def _batches(text: str) -> tuple[int, ...]:
 def parts_of(bundle: Bundle, engine: Engine, batch: int, steps: int, repeat: int) -> dict[str, Any]:
     """A ``Timing`` of each part: conditioner of ``steps`` guided steps, step with and without guidance, decoder.
 
-    Of an engine whose loop stays on its device, a step is a whole loop's time over its steps. One that was built without
-    guidance has no guided step, and no conditioner of such.
+    Of an engine whose loop stays on its device, a step is a whole loop's time over its steps. One that was built
+    without guidance has no guided step, and no conditioner of such.
     """
     import numpy as np
 

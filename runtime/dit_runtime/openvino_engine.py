@@ -14,6 +14,7 @@ import queue
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +24,14 @@ from dit_runtime.bundle import ENCODER, Bundle, GraphSpec
 from dit_runtime.cpu import check_memory, processor
 from dit_runtime.errors import EngineError
 from dit_runtime.openvino_passes import ARRANGEMENT, rearranged
-from dit_runtime.prepared import facts_of, prepared
+from dit_runtime.prepared import facts_of, found, prepared
 
 if TYPE_CHECKING:
     from dit_runtime.engines import Array
 
 PRECISIONS = ("f32", "bf16")
 SHAPES = 2  # compiled models that a graph keeps: with and without guidance
+MODEL = "model.xml"  # of a prepared graph
 ROWS = "rows"  # of the conditioning table: as many as there are, and only looked up, so that its size costs nothing
 AUTOENCODER = ("decoder", ENCODER)
 
@@ -84,6 +86,9 @@ class OpenVinoEngine:
         if pinning is not None:
             self._properties["ENABLE_CPU_PINNING"] = pinning
         self._sessions: dict[str, _OpenVinoSession] = {}
+        # Hashing gigabytes takes as long as compiling them: a session's files are checked while others compile.
+        self._checking = ThreadPoolExecutor(2, "dit-check")
+        self._sources: dict[str, Future[Path | None]] = {}
 
     def _precision(self, asked: str | None) -> str:
         if asked not in (None, *PRECISIONS):
@@ -98,6 +103,7 @@ class OpenVinoEngine:
 
     def session(self, graph: str) -> _OpenVinoSession:
         if graph not in self._sessions:
+            self._sources[graph] = self._checking.submit(self._source, graph)
             self._sessions[graph] = _OpenVinoSession(self, graph)
         return self._sessions[graph]
 
@@ -129,21 +135,32 @@ class OpenVinoEngine:
             model.reshape({name: list(shape) for name, shape in shapes.items()})
             return self._core.compile_model(model, "CPU", properties)
 
+    def _source(self, graph: str) -> Path | None:
+        """The checked file to read a graph from: the prepared one or an FP32 bundle's own; None where there is none."""
+        if self.bundle.manifest.precision.name != "fp16":
+            return self.bundle.graph(graph)  # weights are mapped, as they are
+        folder = None if self._folder is None else found(self._folder, self._facts(graph))
+        return None if folder is None else folder / MODEL
+
+    def _facts(self, graph: str) -> dict[str, Any]:
+        form = {"precision": self.precision, "arrangement": ARRANGEMENT}
+        return facts_of(self.bundle, graph, f"openvino {self.version}", form)
+
     def _model(self, graph: str, fp16: bool) -> Any:
         """The graph as OpenVINO reads it, without FP16."""
-        if not fp16:
-            return self._read(graph)  # weights are mapped, as they are
+        checked = self._sources.pop(graph, None)
+        source = self._source(graph) if checked is None else checked.result()
+        if source is not None:
+            return self._core.read_model(source) if fp16 else self._read(source)
         if self._folder is not None:
-            form = {"precision": self.precision, "arrangement": ARRANGEMENT}
-            facts = facts_of(self.bundle, graph, f"openvino {self.version}", form)
-            folder = prepared(self._folder, facts, lambda target: self._write(graph, target))
+            folder = prepared(self._folder, self._facts(graph), lambda target: self._write(graph, target))
             if folder is not None:
-                return self._core.read_model(folder / "model.xml")
+                return self._core.read_model(folder / MODEL)
         return self._retyped(graph)
 
-    def _read(self, graph: str) -> Any:
+    def _read(self, path: Path) -> Any:
         """The bundle's graph without the factors 1 of ONNX's Gemm, which OpenVINO would multiply into copies."""
-        model = self._core.read_model(self.bundle.graph(graph))
+        model = self._core.read_model(path)
         for node in model.get_ordered_ops():
             if node.get_type_name() == "Multiply":
                 for factor, other in ((0, 1), (1, 0)):
@@ -157,7 +174,7 @@ class OpenVinoEngine:
 
     def _write(self, graph: str, folder: Path) -> None:
         model = self._retyped(graph)
-        self._openvino.save_model(model, folder / "model.xml", compress_to_fp16=False)
+        self._openvino.save_model(model, folder / MODEL, compress_to_fp16=False)
         size = sum(node.get_byte_size() for node in model.get_ops() if node.get_type_name() == "Constant")
         # A full disk is no error to OpenVINO. It stores equal constants once, and those that count are not equal.
         if (folder / "model.bin").stat().st_size < 0.9 * size:
@@ -169,7 +186,7 @@ class OpenVinoEngine:
         from openvino import opset13
 
         own = {"bf16": openvino.Type.bf16, "f32": openvino.Type.f32}[self.precision]
-        model = self._read(graph)
+        model = self._read(self.bundle.graph(graph))
         for node in model.get_ordered_ops():
             if node.get_output_size() == 0 or node.get_output_element_type(0) != openvino.Type.f16:
                 continue

@@ -63,8 +63,7 @@ def prepared(folder: Path, facts: Facts, make: Callable[[Path], None]) -> Path |
         None where it can be neither found nor written (a read-only bundle, a full disk): nothing is said, since the
         engine works without it.
     """
-    text = json.dumps(facts, sort_keys=True)
-    target = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
+    target = _target(folder, facts)
     if _whole(target, facts):
         return target
     try:
@@ -87,6 +86,16 @@ def prepared(folder: Path, facts: Facts, make: Callable[[Path], None]) -> Path |
     if made_again:
         print(made_again, file=sys.stderr)
     return target
+
+
+def found(folder: Path, facts: Facts) -> Path | None:
+    """As ``prepared``, of a graph that is there and whole; None for any other."""
+    target = _target(folder, facts)
+    return target if _whole(target, facts) else None
+
+
+def _target(folder: Path, facts: Facts) -> Path:
+    return folder / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _whole(target: Path, facts: Facts) -> bool:
