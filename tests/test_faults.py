@@ -70,7 +70,7 @@ def test_what_fp16_hides_fp32_shows() -> None:
     hidden = [fault for fault in faults.FAULTS if fault.expected("fp16") == faults.BELOW]
     assert hidden
     assert all(fault.expected("fp32") == fault.rung for fault in hidden)
-    assert sum(fault.expected("fp32") not in NONE for fault in faults.FAULTS) >= 40  # measured: 42
+    assert sum(fault.expected("fp32") not in NONE for fault in faults.FAULTS) >= 46  # measured: 46
     assert len({fault.name for fault in faults.FAULTS}) == len(faults.FAULTS)
 
 
