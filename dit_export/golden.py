@@ -25,7 +25,7 @@ from torch import Tensor
 from dit_export.checkpoint import Checkpoint, Source, load_checkpoint
 from dit_export.reference_floors import PRECISIONS, floors_of, magnitudes_of, measurements
 from dit_export.reference_pipeline import Reference
-from dit_runtime.bundle import GOLDEN, TILE, sized
+from dit_runtime.bundle import GOLDEN, TILE, UNGUIDED, sized
 from dit_runtime.command import run
 from dit_runtime.errors import CheckpointError, ParityError
 from dit_runtime.macs import step_gmac
@@ -37,6 +37,7 @@ FORWARD_GUIDANCE = 4.0
 LARGE_MODEL = 100_000_000  # parameters; above, records are made smaller
 CHEAP_GMAC = 1.0  # of an evaluation of one picture; above, trajectories are shorter
 TOKENS_KEPT = 32  # of each block's output, evenly spaced
+UNGUIDED_STEPS = 10
 TILES_KEPT = 2  # pictures of which a tile is decoded
 
 
@@ -80,9 +81,15 @@ class Plan:
         return Plan(pictures, steps, max(pictures, 4) if first else pictures, measured=1 + (first or cheap))
 
     @property
+    def unguided_steps(self) -> int:
+        """Of the trajectory of one picture without guidance."""
+        return min(self.steps, UNGUIDED_STEPS)
+
+    @property
     def work(self) -> int:
         """Pieces of work, for the progress bar."""
-        return 4 + 2 * self.steps + measurements([self.steps] * self.measured, self.precisions)
+        measured = measurements([self.steps] * self.measured, self.unguided_steps, self.precisions)
+        return 4 + 2 * self.steps + self.unguided_steps + measured
 
 
 @dataclass(frozen=True)
@@ -120,7 +127,7 @@ def write_records(
     """
     reference = Reference(checkpoint)
     records: dict[str, dict[str, Any]] = {}
-    first, *_ = names = trajectories_of(checkpoint.diffusion)
+    names = trajectories_of(checkpoint.diffusion)
     with torch.inference_mode():
         records["blocks"] = _blocks(reference, plan)
         advance()
@@ -136,7 +143,9 @@ def write_records(
         with magnitudes_of(reference, encoder) as magnitudes:
             for name in names:
                 records[name] = _trajectory(reference, plan, name, advance)
-            latents = torch.from_numpy(records[first]["latents"][-1])
+            unguided = replace(plan, pictures=1, steps=plan.unguided_steps, guidance=1.0)
+            records[UNGUIDED] = _trajectory(reference, unguided, names[1], advance)
+            latents = torch.from_numpy(records[names[0]]["latents"][-1])
             decoded = reference.decoded(latents)
             pictures = reference.pictures(decoded)
             records["images"] = {"latents": latents.numpy(), "decoded": decoded.numpy(), "images": pictures}
@@ -148,7 +157,7 @@ def write_records(
                 records["encoder"] = {"images": pictures, **{key: value.numpy() for key, value in encoded.items()}}
         advance()
         check_records(checkpoint.name, records)
-        floors = floors_of(reference, records, names[: plan.measured], plan.precisions, advance)
+        floors = floors_of(reference, records, names, plan.measured, plan.precisions, advance)
     for name, record in records.items():
         np.savez(folder / f"{name}.npz", **record)
     return Measured(floors, {unit: float(f"{value:.4g}") for unit, value in magnitudes.items()})

@@ -19,7 +19,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from dit_export.reference_pipeline import Reference
-from dit_runtime.bundle import TILE
+from dit_runtime.bundle import TILE, UNGUIDED
 from dit_runtime.metrics import relative_l2
 
 PRECISIONS = {"fp32": torch.float64, "fp16": torch.float16, "bf16": torch.bfloat16}  # name → what is run to measure it
@@ -32,6 +32,7 @@ def floors_of(
     reference: Reference,
     records: Mapping[str, Record],
     samplers: Sequence[str],
+    measured: int,
     precisions: Sequence[str],
     advance: Callable[[], None],
 ) -> dict[str, dict[str, list[float]]]:
@@ -42,25 +43,30 @@ def floors_of(
     Args:
         reference: the modules.
         records: what they computed in FP32.
-        samplers: the trajectories to measure.
+        samplers: of the recorded trajectories, that which draws noise last.
+        measured: how many of them to measure.
         precisions: of ``PRECISIONS``, those to measure.
         advance: called after each measurement, ``measurements`` times.
     """
     floors = {}
     for name in precisions:
         with reference.at_precision(PRECISIONS[name]):
-            found = dict(_floors(reference, records, samplers, advance))
+            found = dict(_floors(reference, records, samplers, measured, advance))
         floors[name] = {key: [_rounded(value) for value in series] for key, series in found.items() if _finite(series)}
     return floors
 
 
-def measurements(steps: Sequence[int], precisions: Sequence[str]) -> int:
+def measurements(steps: Sequence[int], unguided: int, precisions: Sequence[str]) -> int:
     """How many times ``floors_of`` advances for trajectories of so many steps, for the progress bar."""
-    return len(precisions) * (4 + sum(1 + count for count in steps))
+    return len(precisions) * (4 + unguided + sum(1 + count for count in steps))
 
 
 def _floors(
-    reference: Reference, records: Mapping[str, Record], samplers: Sequence[str], advance: Callable[[], None]
+    reference: Reference,
+    records: Mapping[str, Record],
+    samplers: Sequence[str],
+    measured: int,
+    advance: Callable[[], None],
 ) -> Iterator[tuple[str, list[float]]]:
     record = records["blocks"]
     with reference.observed() as seen:
@@ -84,15 +90,17 @@ def _floors(
     wanted = records["conditioner"]["table"]
     yield "conditioner", [_apart(table[:, index], wanted[:, index]) for index in range(wanted.shape[1])]
     final: Tensor | None = None
-    for name in samplers:
+    for name in samplers[:measured]:
         record = records[name]
         latents, denoised = _teacher_forced(reference, name, record)
         yield f"{name} step", latents
         yield f"{name} denoised", denoised
         advance()
         trajectory = list(_free_running(reference, name, record, advance))
-        yield name, [_apart(found, wanted) for found, wanted in zip(trajectory, record["latents"][1:], strict=True)]
+        yield name, _along(trajectory, record)
         final = trajectory[-1] if final is None else final
+    record = records[UNGUIDED]
+    yield UNGUIDED, _along(list(_free_running(reference, samplers[-1], record, advance)), record)
     images = records["images"]
     yield "decoder", _each(reference.decoded(_tensor(reference, images["latents"])), images["decoded"])
     if final is not None:
@@ -158,6 +166,10 @@ def _tensor(reference: Reference, array: Any) -> Tensor:
 
 def _apart(found: Tensor, wanted: Any) -> float:
     return relative_l2(found.double().numpy(), wanted)
+
+
+def _along(trajectory: Sequence[Tensor], record: Record) -> list[float]:
+    return [_apart(found, wanted) for found, wanted in zip(trajectory, record["latents"][1:], strict=True)]
 
 
 def _each(found: Tensor, wanted: Any) -> list[float]:

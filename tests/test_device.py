@@ -25,7 +25,8 @@ from cuda_double import Machine, stored_on
 from test_loop import ROW, marked, mixed
 
 from dit_engines.recipe import Recipe, recipe_for
-from dit_runtime import Pipeline, cuda, device, device_graphs, open_bundle
+from dit_runtime import Pipeline, cuda, device, device_graphs, open_bundle, verdicts
+from dit_runtime.bench import DECODER, PLAIN, parts_of, pictures_of
 from dit_runtime.bundle import Bundle
 from dit_runtime.device import TensorRtEngine
 from dit_runtime.engines import OnnxRuntimeEngine
@@ -193,7 +194,7 @@ def test_a_fault_of_the_loop_alone_is_seen(bench: Bench, monkeypatch: pytest.Mon
 
 
 def test_an_engine_without_guidance_is_verified(bundles: dict[str, Path], tmp_path: Path) -> None:
-    """By what needs none: the network, the sampler's update and noise, the decoder. Trajectories are guided."""
+    """By what needs none: the network, the sampler's update and noise, a trajectory, the decoder."""
     bench = Bench(bundles["fp32"], tmp_path, recipe_for("rtx", "8.9", 2, (1,), 64))
     rungs = verified(bench.bundle, bench.engine)
     assert [rung.name for rung in rungs] == [
@@ -203,11 +204,18 @@ def test_an_engine_without_guidance_is_verified(bundles: dict[str, Path], tmp_pa
         "sampler update",
         "ddim noise",
         "ddpm noise",
+        "ddpm free-running, unguided",
         "decoder",
         "uint8 pictures",
     ]
     assert len(rungs) == _rung_count(Replay(bench.bundle, bench.engine), quick=False)
     assert all(rung.passed for rung in rungs)
+    assert rungs[6].ratio is not None
+    assert bench.machine.calls["launch"] > 0  # the loop's own
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dit_runtime.device_loop.DeviceSteps._upload_noise", lambda *arguments: None)
+        failed = [rung.name for rung in verified(bench.bundle, bench.engine, quick=True) if not rung.passed]
+    assert failed == ["ddpm free-running, unguided"]
     bench.engine.close()
     bench.machine.check_closed()
 
@@ -224,11 +232,55 @@ def test_an_engine_for_tiles_is_verified(checkpoint: Path, tmp_path: Path) -> No
         assert f"tiles of {tile}x{tile}, batches 1 2" in rungs["decoder"].detail
         assert None not in (rungs["decoder"].ratio, rungs["image PSNR"].ratio)  # PyTorch's own errors are known
         assert rungs["image PSNR"].value > 75  # measured: 80 dB, one level in one pixel
+        parts = parts_of(bench.bundle, bench.engine, 1, 3, 1)
+        assert pictures_of(bench.bundle, bench.engine, 1, 3, 1)["split_s"].keys() >= {"loop on the device", "decoder"}
+        assert DECODER in parts
+        session = bench.engine.session("decoder")
+        run = session.run
+        session.run = lambda inputs, outputs, run=run: run({"latents": inputs["latents"][..., ::-1]}, outputs)
+        failed = [rung.name for rung in verified(bench.bundle, bench.engine) if not rung.passed]
+        assert failed[0] == "decoder"
         bench.engine.close()
         bench.machine.check_closed()
     bench = Bench(path, tmp_path / "other", recipe_for("rtx", "8.9", 2, (1, 2), 64, decode_tile=5))
     with pytest.raises(EngineError, match=r"tiles of 5, of which the bundle has no record; export with .* 5,"):
         verified(bench.bundle, bench.engine)
+    bench.engine.close()
+
+
+def test_auto_leaves_engines_that_lack_something(
+    bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One without guidance, or for tiles, is for whoever names it; ``auto`` says so and takes another."""
+    for recipe, words in (
+        (recipe_for("rtx", "8.9", 2, (1,), 64), "it was built without guidance; name it (--engine tensorrt)"),
+        (recipe_for("rtx", "8.9", 2, (1, 2), 64, decode_tile=4), "it was built for tiles of 4 (--decode-tile 4); name"),
+    ):
+        bench = Bench(bundles["fp32"], tmp_path / str(recipe.decode_tile), recipe)
+        with monkeypatch.context() as patch:
+            offer(bench, patch)
+            assert not verdicts.trusted_engine(bench.bundle).name.startswith("tensorrt")
+        assert words in capsys.readouterr().err
+        bench.engine.close()
+        bench.machine.check_closed()
+
+
+def offer(bench: Bench, patch: pytest.MonkeyPatch) -> None:
+    """Let ``auto`` find the double's engine."""
+    opened = verdicts.engine_for
+
+    def engine_for(bundle: Bundle, name: str, *rest: Any) -> Any:
+        return bench.engine if name == "tensorrt" else opened(bundle, name, *rest)
+
+    patch.setattr(verdicts, "stored_engines", lambda bundle: [bench.stored])
+    patch.setattr(verdicts, "engine_for", engine_for)
+
+
+def test_timing_an_engine_without_guidance(bundles: dict[str, Path], tmp_path: Path) -> None:
+    """There is no guided step, and pictures are made without."""
+    bench = Bench(bundles["fp32"], tmp_path, recipe_for("rtx", "8.9", 2, (1,), 64))
+    assert set(parts_of(bench.bundle, bench.engine, 1, 3, 1)) == {PLAIN, DECODER}
+    assert pictures_of(bench.bundle, bench.engine, 1, 3, 1)["runs"] == 1
     bench.engine.close()
 
 
@@ -543,7 +595,7 @@ def test_too_little_memory(bundles: dict[str, Path], tmp_path: Path, monkeypatch
     facts, failures = bench.machine.facts, 0
     for room in range(40_000, 1_200_000, 40_000):
         bench.machine.facts = replace(facts, memory_bytes=room)
-        if (found := sampled(bench)) is not None:
+        if (found := sampled(bench, [1, 2])) is not None:
             break
         failures += 1
     assert 3 <= failures < 25
@@ -552,10 +604,10 @@ def test_too_little_memory(bundles: dict[str, Path], tmp_path: Path, monkeypatch
     bench.machine.check_closed()
 
 
-def sampled(bench: Bench) -> Any:
-    """Two pictures, or None where the device's memory is too small."""
+def sampled(bench: Bench, labels: list[int]) -> Any:
+    """Pictures, or None where the device's memory is too small."""
     try:
-        return bench.pipe([1, 2], 3, **SETTINGS["ddpm"])
+        return bench.pipe(labels, 3, **SETTINGS["ddpm"])
     except EngineError as error:
         if "cudaErrorMemoryAllocation" not in str(error) and "of the GPU's memory" not in str(error):
             raise
@@ -594,6 +646,33 @@ def test_room_is_made_within_a_batch(bench: Bench, monkeypatch: pytest.MonkeyPat
     found = dict(bench.pipe.stream(pictures, 3))
     assert all(np.array_equal(found[index], expected[index]) for index in expected)
     assert bench.machine.calls["deserialize"] > 4  # conditioner and step in turns
+
+
+def test_memory_that_ran_out_leaves_nothing_stale(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A larger batch for whose activations there is no room, and then the first one again: on memory that is there."""
+    monkeypatch.setattr(device, "SMALL_BYTES", 0)
+    one = bench.host([1], 3, **SETTINGS["ddpm"])
+    assert np.array_equal(bench.pipe([1], 3, **SETTINGS["ddpm"]), one)
+    facts, failures = bench.machine.facts, 0
+    for room in range(0, 400_000, 10_000):
+        bench.machine.facts = replace(facts, memory_bytes=bench.machine.used + room)
+        if sampled(bench, [1, 2, 3, 4]) is not None:
+            break
+        failures += 1
+        bench.machine.facts = facts
+        assert np.array_equal(bench.pipe([1], 3, **SETTINGS["ddpm"]), one)
+    assert 0 < failures < 39
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_first_batch_that_is_filled_up(bundles: dict[str, Path], tmp_path: Path, count: int) -> None:
+    """The memory that is asked for is the profile's, which takes more pictures than there are."""
+    bench = Bench(bundles["fp32"], tmp_path, RECIPES["static"])
+    labels = list(range(count))
+    expected = bench.host(labels, 3, **SETTINGS["ddim"])
+    assert np.abs(bench.pipe(labels, 3, **SETTINGS["ddim"]).astype(int) - expected).max() <= 1
+    bench.engine.close()
+    bench.machine.check_closed()
 
 
 def test_a_batch_that_does_not_fit(bench: Bench) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import queue
+import shutil
 import subprocess
 import sys
 import threading
@@ -22,7 +23,7 @@ from openvino import Core
 from dit_runtime import cpu, onnxruntime_engine, onnxruntime_gpu, openvino_engine, prepared
 from dit_runtime.bundle import Bundle, open_bundle
 from dit_runtime.engines import ENGINES, Candidate, OnnxRuntimeEngine, OpenVinoEngine, candidates, open_engine
-from dit_runtime.errors import EngineError
+from dit_runtime.errors import BundleError, EngineError
 from dit_runtime.verify import relative_error, verified
 
 GPU = ("cuda", "tensorrt", "rtx")
@@ -286,6 +287,25 @@ def test_a_prepared_graph_is_made_once(
     assert files(tmp_path) == written
     assert relative_error(first, plain) < 1e-6  # measured: 0
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_prepared_graph_that_is_deleted_meanwhile(fp16: Bundle, tmp_path: Path) -> None:
+    """Between the check, which begins with the session, and its first call. A damaged bundle is told by that call."""
+    inputs = step_inputs(fp16)
+    expected = stepped(openvino_f32(fp16, tmp_path), inputs)
+    engine = openvino_f32(fp16, tmp_path)
+    engine.session("step")
+    engine._sources["step"].result()
+    for path in tmp_path.iterdir():
+        shutil.rmtree(path)
+    assert np.array_equal(stepped(engine, inputs), expected)
+    copy = tmp_path / "copy"
+    shutil.copytree(fp16.path, copy, ignore=shutil.ignore_patterns("engines"))
+    weights = copy / fp16.manifest.graphs["step"].weights
+    weights.write_bytes(bytes(weights.stat().st_size))
+    damaged = openvino_f32(open_bundle(copy), tmp_path)
+    with pytest.raises(BundleError, match="altered"):
+        stepped(damaged, inputs)
 
 
 @opened

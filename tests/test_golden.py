@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -41,10 +42,34 @@ def test_two_exports_have_the_same_records(bundles: dict[str, Path]) -> None:
     """Records come from seeds alone: two exports, here of two precisions, have the same hashes and the same floors."""
     first, second = (open_bundle(bundles[name]).manifest for name in ("fp32", "fp16"))
     golden = {name: spec.sha256 for name, spec in first.files.items() if name.startswith("golden")}
-    assert len(golden) == 7
+    assert len(golden) == 8
     assert golden == {name: second.files[name].sha256 for name in golden}
     assert first.floors == second.floors
     assert first.magnitudes == second.magnitudes
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "expected"),
+    [
+        ("DiT-XL/2-256", 0, (1, 4, 2, 2)),
+        ("DiT-XL/2-256", 1, (1, 4, 2, 1)),
+        ("DiT-S/2-256", 0, (2, 20, 4, 2)),
+        ("DiT-S/2-256", 1, (2, 10, 2, 1)),
+    ],
+)
+def test_how_much_is_recorded_of_large_models(name: str, size: int, expected: tuple[int, ...]) -> None:
+    """Pictures, steps and forwards, and of how many trajectories PyTorch's errors are measured over all steps."""
+    checkpoint = load_checkpoint(Source(name, 0, image_sizes=((256, 256), (512, 512))))
+    checkpoint = replace(checkpoint, model=checkpoint.at(checkpoint.sizes[size]))
+    plan = Plan.of(checkpoint, "fp16")
+    assert (plan.pictures, plan.steps, plan.forward_pictures, plan.measured) == expected
+
+
+def test_every_step_has_a_floor(bundles: dict[str, Path]) -> None:
+    """Of both trajectories, of the one without guidance, and of the picture, in each precision."""
+    wanted = {"ddim": 50, "ddpm": 50, "ddim step": 50, "ddpm denoised": 50, "unguided": 10, "image": 4}
+    for floors in open_bundle(bundles["fp32"]).manifest.floors.values():
+        assert {name: len(floors[name]) for name in wanted} == wanted
 
 
 def test_the_reference_process_has_no_graphs() -> None:

@@ -63,18 +63,18 @@ def test_only_in_bf16(bundles: dict[str, Path]) -> None:
     )
 
 
-def mlp(hidden: int, activation: str = "tanh", readers: int = 1) -> Any:
-    """``x [5, 8]`` through a hidden layer; ``readers`` of that layer's result."""
+def mlp(hidden: int, activation: str = "tanh", readers: int = 1, width: int = 8) -> Any:
+    """``x [5, width]`` through a hidden layer; ``readers`` of that layer's result."""
     random = np.random.default_rng(0)
 
-    def linear(x: Any, width: int, out: int) -> Any:
-        weight, bias = random.standard_normal((width, out)), random.standard_normal(out)
+    def linear(x: Any, inner: int, out: int) -> Any:
+        weight, bias = random.standard_normal((inner, out)), random.standard_normal(out)
         product = opset13.matmul(x, opset13.constant(weight.astype(np.float32)), False, False)
         return opset13.add(product, opset13.constant(bias.astype(np.float32)))
 
-    x = opset13.parameter([5, 8], np.float32, name="x")
-    active = opset13.gelu(linear(x, 8, hidden), activation)
-    results = [linear(active, hidden, 8), *[opset13.relu(active) for _ in range(1, readers)]]
+    x = opset13.parameter([5, width], np.float32, name="x")
+    active = opset13.gelu(linear(x, width, hidden), activation)
+    results = [linear(active, hidden, width), *[opset13.relu(active) for _ in range(1, readers)]]
     return Model([opset13.result(value) for value in results], [x])
 
 
@@ -93,8 +93,9 @@ def test_mlps(model: Any, products: int) -> None:
         assert np.abs(found - before).max() <= 1e-5 * np.abs(before).max()  # measured at most 4e-7
 
 
-def test_a_narrow_model_is_not_cut() -> None:
-    """Below the width from which it pays, the products stay whole."""
-    model = mlp(32)
-    rearranged(model, wide=9)
-    assert operations(model)["MatMul"] == 2
+@pytest.mark.parametrize(("width", "products"), [(768, 2), (1024, 8)], ids=["B", "L"])
+def test_only_wide_models_are_cut(width: int, products: int) -> None:
+    """By default products are cut from L's width on, and whole at B's."""
+    model = mlp(4 * width, width=width)
+    rearranged(model)
+    assert operations(model)["MatMul"] == products

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -136,6 +137,14 @@ def test_the_page_needs_nothing_else() -> None:
     assert "FAIL: blocks, ddim free-running" in parser.text
     assert "2.0% of pixels differ, by at most 3 of 255" in parser.text
     assert "0" * 64 in parser.text
+
+
+def test_without_pictures_the_verdict_claims_none() -> None:
+    """An engine without guidance makes none of the recorded pictures, which are guided."""
+    passing = tuple(rung for rung in verification().rungs if rung.passed)
+    text = page(replace(verification(), rungs=passing, pictures=None), {}, {})
+    assert "computes what the reference does, unguided, here" in text
+    assert "makes the reference's pictures" not in text
 
 
 def test_plots_survive_any_numbers() -> None:

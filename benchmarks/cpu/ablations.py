@@ -133,7 +133,7 @@ def openvino_variants(bundle: Bundle, precision: str) -> dict[str, Call]:
         mixed = np.einsum("ij,bj...->bi...", coefficients[2:11].reshape(3, 3), state)
         return np.asarray(mixed + coefficients[11:14, None, None, None] * e[:, None])
 
-    other = {"MLP and attention as exported, not cut": sys.maxsize, "MLP and attention cut": 0}
+    other = {"MLP and attention not cut": sys.maxsize, "MLP and attention cut": 0}
     arranged = {}
     for name, wide in other.items() if precision == "bf16" else ():
         with patch.object(openvino_engine, "rearranged", partial(rearranged, wide=wide)):

@@ -107,7 +107,7 @@ def machine(here: dict[str, Any]) -> str:
 
 def ablation_section(name: str, report: dict[str, Any]) -> Iterator[str]:
     titles = {"b": "DiT-B/2-256", "xl": "DiT-XL/2-256", "demo": "demo"}
-    yield f"\n### {titles[name]}\n"
+    yield f"\n### {titles[name]}\n\n{machine(report['environment'])}.\n"
     for precision, found in report["openvino"].items():
         yield f"OpenVINO {precision}, a guided step:\n"
         yield from changes(found)

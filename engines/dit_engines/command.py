@@ -78,7 +78,7 @@ def _main(argv: list[str]) -> int:
         parser.error(f"--aux-streams {args.aux_streams}: expected a whole number from 0")
 
     from dit_engines.place import place_for
-    from dit_runtime.bundle import open_bundle
+    from dit_runtime.bundle import TILE, open_bundle
 
     bundle = open_bundle(args.bundle).at(args.size)
     if args.print_trtexec:
@@ -105,6 +105,13 @@ def _main(argv: list[str]) -> int:
         auxiliary_streams=args.aux_streams,
     )
     check_memory(bundle, recipe, place, graphs_of(bundle))
+    tile = args.decode_tile
+    if tile is not None and tile < max(bundle.manifest.model.latent_size) and not bundle.has_records(f"{TILE}{tile}"):
+        print(
+            f"dit-build: {bundle.path} has no record of tiles of {tile}, so that dit-verify cannot judge this engine; "
+            f"dit-export --decode-tile {tile} makes one",
+            file=sys.stderr,
+        )
     if args.repeat:
         measured = measured_here(bundle, recipe, place)
         spread = repeated(bundle, recipe, place, args.repeat, args.timing_cache, measured)

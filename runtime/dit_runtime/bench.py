@@ -129,13 +129,13 @@ def parts_of(bundle: Bundle, engine: Engine, batch: int, steps: int, repeat: int
     """A ``Timing`` of each part: conditioner of ``steps`` guided steps, step with and without guidance, decoder.
 
     Of an engine whose loop stays on its device, a step is a whole loop's time over its steps. One that was built
-    without guidance has no guided step, and no conditioner of such.
+    without guidance has no guided step, and no conditioner of such; one built for tiles decodes one tile.
     """
     import numpy as np
 
     from dit_runtime.guidance import branch_rows, guidance_weights
     from dit_runtime.pipeline import Pipeline
-    from dit_runtime.replay import conditioned, has_branches
+    from dit_runtime.replay import conditioned, has_branches, tile_of
     from dit_runtime.schedule import schedule_for
     from dit_runtime.timing import timed
     from dit_runtime.verify import trajectories_of
@@ -171,7 +171,9 @@ def parts_of(bundle: Bundle, engine: Engine, batch: int, steps: int, repeat: int
             table: conditioned(engine, table, *pairs),
         }
         work[name] = partial(engine.session("step").run, inputs, ["next_state", "denoised"])
-    work[DECODER] = partial(engine.session("decoder").run, {"latents": state[:, 0].copy()}, ["images"])
+    height, width = tile_of(engine, model.latent_size) or model.latent_size
+    latents = {"latents": state[:, 0, :, :height, :width].copy()}
+    work[DECODER] = partial(engine.session("decoder").run, latents, ["images"])
     found = dict(timed(work, repeat, f"timing parts, batch {batch}"))
     for name, timing in timed(whole, max(repeat // 4, 3), f"timing loops, batch {batch}").items():
         found[name] = timing.of_each(steps)
@@ -184,11 +186,11 @@ def pictures_of(bundle: Bundle, engine: Engine, batch: int, steps: int, runs: in
 
     from dit_runtime.pipeline import Pipeline
     from dit_runtime.progress import Progress
-    from dit_runtime.replay import has_branches
+    from dit_runtime.replay import has_branches, tile_of
     from dit_runtime.timing import ClockedEngine, timing_of
 
     resident, clocked = hasattr(engine, "steps"), ClockedEngine(engine)
-    guidance = None if has_branches(engine, 2) else 1.0
+    guidance, tile = None if has_branches(engine, 2) else 1.0, tile_of(engine, bundle.manifest.model.latent_size)
     pipeline = Pipeline(bundle, engine if resident else clocked)
     labels = [index % bundle.manifest.model.classes for index in range(batch)]
     seconds: list[float] = []
@@ -201,7 +203,7 @@ def pictures_of(bundle: Bundle, engine: Engine, batch: int, steps: int, runs: in
             start = time.perf_counter()
             latents = pipeline.finished(pipeline.pictures(labels, steps=steps, guidance=guidance))
             looped = time.perf_counter()
-            pipeline.decode(latents)
+            pipeline.decode(latents, None if tile is None else max(tile))
             seconds.append(time.perf_counter() - start)
             bar.advance()
             if resident:  # what is queued is not what is done: the loop's time is known when its latents are here

@@ -128,7 +128,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
     batches = list(report["parts"])
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for name in ("step, guided (G=2)", "step, not guided (G=1)", "decoder"):
+    for name in (name for name in report["parts"][batches[0]] if not name.startswith("conditioner")):
         axes[0].plot(batches, [report["parts"][batch][name]["p50_ms"] / batch for batch in batches], "o-", label=name)
     axes[0].set(xlabel="batch", ylabel="ms a picture and call (p50)", ylim=(0, None))
     axes[0].legend()

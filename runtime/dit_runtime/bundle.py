@@ -55,6 +55,7 @@ __all__ = [
     "SCHEMA",
     "SIZED_GRAPHS",
     "TILE",
+    "UNGUIDED",
     "AutoencoderSpec",
     "Bundle",
     "DefaultsSpec",
@@ -74,6 +75,7 @@ __all__ = [
 MANIFEST = "manifest.json"
 ENGINES = "engines"
 GOLDEN = "golden"
+UNGUIDED = "unguided"  # the record of a trajectory without guidance, of the sampler that draws noise
 TILE = "tile_"  # begins the name of a record of one tile of the decoder, with its side in latent pixels
 
 

@@ -31,7 +31,7 @@ from dit_runtime.tensorrt_api import TensorRT
 
 Shape2 = tuple[int, int]  # (batch, branches)
 
-# Left free beside weights for tensors, contexts and CUDA graphs. Assumed, not measured: a few MB for a batch of XL.
+# Left free beside weights for contexts and CUDA graphs. Assumed, not measured.
 SMALL_BYTES = 32 << 20
 
 
@@ -50,6 +50,7 @@ class TensorRtEngine:
         graphs: those that there are plans of; never the probe.
         stream: on which all work is queued.
         activations: the block that all contexts share.
+        running: the graph that was asked for last, whose weights make room for nothing; None between a loop's calls.
 
     Raises:
         EngineError: plans of another bundle, size, library, version or GPU, or a plan that is not what was built.
@@ -82,7 +83,8 @@ class TensorRtEngine:
         self._logger = tensorrt_api.logger(library, self._noted)  # must outlive the runtime, and that its engines
         self._runtime = tensorrt_api.runtime_of(library, self._logger)
         self.stream = cuda.stream()
-        self.activations = DeviceBuffer(cuda, self.stream)
+        self.activations = DeviceBuffer(cuda, self.stream, self.room)
+        self.running: str | None = None
         self._loaded: dict[str, Loaded] = {}
         self._loads: dict[str, int] = {}
         self._sessions: dict[str, TensorRtSession] = {}
@@ -131,16 +133,16 @@ class TensorRtEngine:
             if steps in self._loops and steps not in self._idle:
                 self._idle.append(steps)
 
-    def load(self, graph: str, activation_bytes: int) -> Loaded:
-        """A graph's plan on the device, to be run with so many activations; checked and deserialized if not there yet.
+    def load(self, graph: str) -> Loaded:
+        """A graph's plan on the device, to be run next; checked and deserialized where it is not there.
 
         Raises:
             EngineError: the plan is not what was built, or the library refuses it; or too little memory for it.
         """
+        self.running = graph
         if graph not in self._loaded:
             self._check_open()
-            growth = max(activation_bytes - self.activations.size, 0)
-            self.make_room(self._stored(graph).weights_bytes + growth + SMALL_BYTES, f"the {graph}")
+            self.room(self._stored(graph).weights_bytes + SMALL_BYTES)
             plan = self.stored.plan_file(graph)
             self._said.clear()
             try:
@@ -181,10 +183,7 @@ class TensorRtEngine:
         """
         with self.lock:
             if graph == "step":
-                for steps in self._idle:
-                    steps.free()
-                    self._loops.remove(steps)
-                self._idle = []
+                self._free_idle()
             self._unload(graph)
 
     def check_memory(self, batch: int) -> None:
@@ -197,23 +196,33 @@ class TensorRtEngine:
             held = sum(self.stored.graphs[graph].weights_bytes for graph in self._loaded) + self.activations.size
             check_engine(self.bundle.manifest, self.stored, device_bytes(self.cuda.device()) + held, batch)
 
-    def make_room(self, need: int, what: str) -> None:
-        """Free weights on the device, the smallest first, while ``need`` bytes more do not fit beside them.
+    def room(self, size: int) -> None:
+        """Free other weights, the smallest first, then loops that are idle, while ``size`` bytes more do not fit.
 
-        They are loaded again when they are needed: slow, where another batch's labels bring the conditioner back beside
-        the step, but right.
+        Weights are loaded again when they are needed: slow, where another batch's labels bring the conditioner back
+        beside the step, but right. Those of ``running`` stay.
 
         Raises:
-            EngineError: it does not fit alone.
+            EngineError: nothing is left to be freed.
         """
-        held = sorted(self._loaded, key=lambda graph: self._stored(graph).weights_bytes)
-        while (free := device_bytes(self.cuda.device())) < need:
-            if not held:
+        others = (graph for graph in self._loaded if graph != self.running)
+        held = sorted(others, key=lambda graph: self._stored(graph).weights_bytes)
+        while (free := device_bytes(self.cuda.device())) < size:
+            if held:
+                self._unload(held.pop(0))
+            elif self._idle:
+                self._free_idle()
+            else:
                 raise EngineError(
-                    f"{self.name}: {what} needs {in_words(need)} of the GPU's memory, {in_words(free)} is free; end "
+                    f"{self.name}: {in_words(size)} of the GPU's memory are needed, {in_words(free)} are free; end "
                     "other programs, or use a smaller batch"
                 )
-            self._unload(held.pop(0))
+
+    def _free_idle(self) -> None:
+        for steps in self._idle:
+            steps.free()
+            self._loops.remove(steps)
+        self._idle = []
 
     def _unload(self, graph: str) -> None:
         """Free a graph's weights and what is made from them; a loop that is under way keeps its latents and table."""

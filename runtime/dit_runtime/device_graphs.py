@@ -79,9 +79,8 @@ class StepGraphs:
             return self._steps[batch, branches]
         while len(self._steps) >= MOST_GRAPHS:
             self._forget(next(iter(self._steps)))
-        activations = self._activation_bytes(batch)
-        loaded = engine.load("step", activations)
-        engine.activations.reserve(activations)
+        loaded = engine.load("step")
+        engine.activations.reserve(self._activation_bytes(batch))
         self._drop_stale()
         context = loaded.new_context(fit.profile, cuda, stream)
         engine.give_activations(context, loaded, fit.profile)

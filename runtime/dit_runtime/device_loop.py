@@ -74,10 +74,10 @@ class DeviceSteps:
                 "inputs": ((self._widest.size,), np.dtype(np.uint8)),
             }
         )
-        self._buffers, self._staging = DeviceBuffer(cuda, stream), Staging(cuda, stream)
+        self._buffers, self._staging = DeviceBuffer(cuda, stream, engine.room), Staging(cuda, stream)
         self._results = PinnedBuffer(cuda, stream)
         self._plan: Plan | None = None
-        self._planned, self._plan_host = DeviceBuffer(cuda, stream), PinnedBuffer(cuda, stream)
+        self._planned, self._plan_host = DeviceBuffer(cuda, stream, engine.room), PinnedBuffer(cuda, stream)
         self._memory = DeviceTable(engine, table_bytes, conditioner_bytes)
         self.table = ConditioningTable(self._memory, table_bytes)
         self._at: dict[str, int] = {}
@@ -103,6 +103,7 @@ class DeviceSteps:
         """As ``Steps.join``."""
         engine, cuda, stream = self._engine, self._engine.cuda, self._engine.stream
         with engine.lock:
+            engine.running = None
             engine.check_memory(self._count + len(latents))
             count, size = len(latents), self._picture_bytes
             assert self._count + count <= self._most  # the pipeline has checked

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,23 +55,33 @@ def put(target: NDArray[Any], values: NDArray[Any]) -> None:
 
 
 class DeviceBuffer:
-    """A block of device memory that grows; ``moves`` counts the addresses that it has had."""
+    """A block of device memory that grows.
 
-    def __init__(self, cuda: Cuda, stream: int) -> None:
-        self._cuda, self._stream = cuda, stream
+    Args:
+        cuda, stream: where it is, and on what its work is queued.
+        room: told how many bytes are about to be taken.
+
+    Attributes:
+        moves: how often the address changed.
+    """
+
+    def __init__(self, cuda: Cuda, stream: int, room: Callable[[int], None] = lambda size: None) -> None:
+        self._cuda, self._stream, self._room = cuda, stream, room
         self.address = self.size = self.moves = 0
 
     def reserve(self, size: int, keep: int = 0) -> None:
         """Have at least ``size`` bytes; where it has to move, the first ``keep`` bytes go along."""
         if size <= self.size:
             return
+        self.moves += 1  # whether or not there is room: what was there is gone
         if not keep:
             self.free()
-        address, before = self._cuda.allocate(size), self.address
-        if before:
-            self._cuda.copy(address, before, keep, self._stream)
+        self._room(size)
+        address = self._cuda.allocate(size)
+        if self.address:
+            self._cuda.copy(address, self.address, keep, self._stream)
             self.free()
-        self.address, self.size, self.moves = address, size, self.moves + 1
+        self.address, self.size = address, size
 
     def free(self) -> None:
         """Give the memory back, once the stream's work is done."""

@@ -80,8 +80,8 @@ class TensorRtSession:
 
     def __init__(self, engine: TensorRtEngine, graph: str) -> None:
         self._engine, self._graph = engine, graph
-        self._inputs = DeviceBuffer(engine.cuda, engine.stream)
-        self._outputs = DeviceBuffer(engine.cuda, engine.stream)
+        self._inputs = DeviceBuffer(engine.cuda, engine.stream, engine.room)
+        self._outputs = DeviceBuffer(engine.cuda, engine.stream, engine.room)
         self._host = PinnedBuffer(engine.cuda, engine.stream)
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
@@ -98,7 +98,7 @@ class TensorRtSession:
         spec = engine.bundle.manifest.graphs[self._graph]
         arrays = {tensor.name: np.asarray(inputs[tensor.name]) for tensor in spec.inputs}
         fit = engine.fit(self._graph, {name: array.shape for name, array in arrays.items()})
-        loaded = engine.load(self._graph, engine.stored.graphs[self._graph].activation_bytes[fit.profile])
+        loaded = engine.load(self._graph)
         cuda.synchronize(stream)  # a call that was interrupted may have left work with this context
         context = loaded.context(fit.profile, cuda, stream)
         engine.give_activations(context, loaded, fit.profile)

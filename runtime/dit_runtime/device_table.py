@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 class DeviceTable:
     """Rows of the conditioning table on the device, written there by the conditioner.
 
-    The conditioner's weights are freed before the next step. One that has to come back stays: the memory that it takes
-    beside the step was needed anyhow.
+    The conditioner's weights are freed before the next step. One that has to come back stays, while there is room.
     """
 
     def __init__(self, engine: TensorRtEngine, table_bytes: int, conditioner_bytes: int) -> None:
@@ -32,8 +31,8 @@ class DeviceTable:
         self.capacity = max(1, min(table_bytes // self._row, largest))
         chunk = max(1, min(conditioner_bytes // self._row, at_once))
         self._chunk = max(chunk // self.granule, 1) * self.granule
-        self._memory = DeviceBuffer(engine.cuda, engine.stream)
-        self._inputs = DeviceBuffer(engine.cuda, engine.stream)
+        self._memory = DeviceBuffer(engine.cuda, engine.stream, engine.room)
+        self._inputs = DeviceBuffer(engine.cuda, engine.stream, engine.room)
         self._host = PinnedBuffer(engine.cuda, engine.stream)
 
     @property
@@ -56,10 +55,9 @@ class DeviceTable:
         engine = self._engine
         with engine.lock:
             end, room = first + len(conditions), self._memory.size // self._row
+            engine.running = None
             if end > room:
                 size = min(self.capacity, max(end, 2 * room)) * self._row
-                if size > self._memory.size:
-                    engine.make_room(size, "the conditioning table")
                 self._memory.reserve(size, keep=min(first, room) * self._row)
             for start in range(0, len(conditions), self._chunk):
                 self._compute(conditions[start : start + self._chunk], first + start)
@@ -69,7 +67,7 @@ class DeviceTable:
         cuda.synchronize(stream)  # rows before these use the same context, inputs and pinned memory
         values = conditioner_inputs(conditions)
         fit = engine.fit("conditioner", {name: value.shape for name, value in values.items()})
-        loaded = engine.load("conditioner", engine.stored.graphs["conditioner"].activation_bytes[fit.profile])
+        loaded = engine.load("conditioner")
         context = loaded.context(fit.profile, cuda, stream)
         engine.give_activations(context, loaded, fit.profile)
         layout = Layout({name: (value.shape, value.dtype) for name, value in values.items()})

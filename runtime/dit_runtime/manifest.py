@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
-SCHEMA = 4
+SCHEMA = 5
 GRAPHS = ("conditioner", "step", "probe", "decoder")
 ENCODER = "encoder"
 SIZED_GRAPHS = ("step", "probe")  # traced for one size each; the others take any

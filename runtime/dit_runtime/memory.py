@@ -2,6 +2,7 @@
 
 The conditioner runs before the loop and is freed; step and decoder stay, and share one buffer for their activations. So
 the need is the larger of conditioner and loop; the conditioning table and the tensors between the graphs are in both.
+An engine runs with less, where weights take turns on the device, and is refused only where that does not fit either.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ def need_of(
     rows: int,
     *,
     estimated: bool = False,
+    in_turns: bool = False,
 ) -> Need:
     """What sampling needs with these plans.
 
@@ -67,6 +69,7 @@ def need_of(
         branches: guidance branches.
         rows: of the conditioning table.
         estimated: whether the plans' figures are.
+        in_turns: with no more than one graph's weights on the device at once, as where memory is short.
 
     Raises:
         EngineError: the step has no optimization profile for the batch and branches.
@@ -80,8 +83,9 @@ def need_of(
         raise EngineError(f"no optimization profile of the step takes batch {batch} with {branches} branches")
     decoder = max(_fitting(graphs["decoder"], batch, manifest))
     table = _bytes(manifest.graphs["conditioner"], sizes, manifest, manifest.table.name)
+    weights = [graphs["step"].weights_bytes, graphs["decoder"].weights_bytes]
     loop = Need(
-        weights=graphs["step"].weights_bytes + graphs["decoder"].weights_bytes,
+        weights=max(weights) if in_turns else sum(weights),
         activations=max(graphs["step"].activation_bytes[profile], decoder),
         table=table,
         buffers=_bytes(step, sizes, manifest) - table + _bytes(manifest.graphs["decoder"], sizes, manifest),
@@ -174,15 +178,20 @@ def check_engine(manifest: Manifest, stored: StoredEngine, available: int, batch
     if not {"conditioner", "step", "decoder"} <= stored.graphs.keys():
         return  # a missing plan is told where it is asked for
     profiles = stored.graphs["step"].profiles
-    least = [(profile["rows"][0][1], profile["rows"][0][0]) for profile in profiles]
-    taking = [(max(batch or 1, few), branches) for few, branches in least]
+    taking = [
+        (max(batch or 1, least[1]), least[0])  # filled up to the profile's least
+        for least, _, largest in (profile["rows"] for profile in profiles)
+        if (batch or 1) <= largest[1]
+    ]
+    if not taking:
+        return  # so is a batch that no profile takes
     size, branches = min(taking)
     most = min(profile[manifest.table.name][2][0] for profile in profiles)
     steps = manifest.defaults.steps if batch is None else 1
 
     def need_at(size: int) -> Need:
         rows = min(most, (size + branches - 1) * steps)
-        return need_of(manifest, stored.graphs, size, branches, rows)
+        return need_of(manifest, stored.graphs, size, branches, rows, in_turns=True)
 
     try:
         check_fits(need_at, size, available)

@@ -95,7 +95,7 @@ def forward(replay: Replay, branches: int) -> Iterator[Rung]:
     record = replay.bundle.records(f"forward_{branches}")
     pictures = Pictures.of(record)
     shapes = shapes_to_verify(replay.engine, "step", len(pictures.latents), (1, 2))
-    # An engine without the unguided shape computes it with a second branch that has no weight.
+    # An engine without the unguided shape computes it with a second branch that shares the first's weight.
     shapes = [shape for shape in shapes if (shape[1] == 1) == (branches == 1)] or shapes[:1]
     sizes = " ".join(str(batch) if most <= 2 else f"{batch}·G{most}" for batch, most in shapes)
     evaluated = _evaluated(replay, pictures, record, shapes)

@@ -13,8 +13,9 @@ import contextlib
 import queue
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,8 +87,6 @@ class OpenVinoEngine:
         if pinning is not None:
             self._properties["ENABLE_CPU_PINNING"] = pinning
         self._sessions: dict[str, _OpenVinoSession] = {}
-        # Hashing gigabytes takes as long as compiling them: a session's files are checked while others compile.
-        self._checking = ThreadPoolExecutor(2, "dit-check")
         self._sources: dict[str, Future[Path | None]] = {}
 
     def _precision(self, asked: str | None) -> str:
@@ -103,7 +102,7 @@ class OpenVinoEngine:
 
     def session(self, graph: str) -> _OpenVinoSession:
         if graph not in self._sessions:
-            self._sources[graph] = self._checking.submit(self._source, graph)
+            self._sources[graph] = _begun(partial(self._source, graph))
             self._sessions[graph] = _OpenVinoSession(self, graph)
         return self._sessions[graph]
 
@@ -150,7 +149,7 @@ class OpenVinoEngine:
         """The graph as OpenVINO reads it, without FP16."""
         checked = self._sources.pop(graph, None)
         source = self._source(graph) if checked is None else checked.result()
-        if source is not None:
+        if source is not None and source.exists():  # prepared graphs may be deleted at any time
             return self._core.read_model(source) if fp16 else self._read(source)
         if self._folder is not None:
             folder = prepared(self._folder, self._facts(graph), lambda target: self._write(graph, target))
@@ -261,6 +260,23 @@ class _OpenVinoSession:
                     self._requests[key].put(compiled.create_infer_request())
             self._requests.move_to_end(key)
             return self._requests[key]
+
+
+def _begun(check: Callable[[], Path | None]) -> Future[Path | None]:
+    """A check in a thread of its own, which an exit does not wait for.
+
+    Hashing a step's gigabytes takes as long as compiling a conditioner, and is done meanwhile.
+    """
+    result: Future[Path | None] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(check())
+        except BaseException as error:  # noqa: BLE001  # told to whoever asks for the result
+            result.set_exception(error)
+
+    threading.Thread(target=run, name="dit-check", daemon=True).start()
+    return result
 
 
 def _static_shapes(spec: GraphSpec, inputs: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 
 from dit_runtime.budget import Series, compared
-from dit_runtime.bundle import ENCODER
+from dit_runtime.bundle import ENCODER, UNGUIDED
 from dit_runtime.engines import Array
 from dit_runtime.guidance import Guidance, branches
 from dit_runtime.ladder import Rung
@@ -63,8 +64,11 @@ def free_running(replay: Replay, sampler: str, record: Record, schedule: Schedul
             found.append(_advanced(replay, record, schedule, index, found[-1])[0])
     labels = [f"step {index + 1}" for index in range(steps)]
     series = Series("step", labels, found[1:], list(record["latents"][1:]))
-    name, detail = f"{sampler} free-running", f"of {steps}, guidance {guidance:g}"
-    return found[-1], compared(replay.budget, name, "free_running", sampler, series, guidance, detail)
+    name, floors = f"{sampler} free-running", sampler
+    if guidance == 1:
+        name, floors = f"{name}, unguided", UNGUIDED
+    detail = f"of {steps}, guidance {guidance:g}"
+    return found[-1], compared(replay.budget, name, "free_running", floors, series, guidance, detail)
 
 
 def _looped(replay: Replay, record: Record, schedule: Schedule) -> list[Array]:
@@ -150,7 +154,8 @@ def images(replay: Replay, final: Array, sampler: str) -> tuple[tuple[Array, Arr
         "ssim": similarity,
     }
     within = float(np.mean(np.abs(found.astype(int) - expected.astype(int)) <= 1))
-    spread = min(float(picture.std()) for picture in found)
+    varied = [picture for picture, wanted in zip(found, expected, strict=True) if wanted.std()]  # not a flat corner
+    spread = min((float(picture.std()) for picture in varied), default=math.inf)
     return (found, expected), [
         replace(
             floats,

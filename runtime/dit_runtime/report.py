@@ -69,7 +69,8 @@ def page(
         for rung in other.rungs
         if not rung.passed
     ]
-    verdict = f"FAIL: {', '.join(wrong)}" if wrong else "This engine makes the reference's pictures here"
+    made = "makes the reference's pictures" if verification.pictures else "computes what the reference does, unguided,"
+    verdict = f"FAIL: {', '.join(wrong)}" if wrong else f"This engine {made} here"
     quick = "Quick verification, without the conditioner alone and single steps. " if verification.quick else ""
     title = f"{verification.model}, {verification.precision}, on {verification.engine}"
     height, width = verification.image_size

@@ -23,6 +23,7 @@ from dit_runtime.engines import TENSORRT, Engine, engine_for
 from dit_runtime.errors import EngineError, OutputError, ParityError
 from dit_runtime.files import replaced_file
 from dit_runtime.ladder import Rung, Verification, format_table
+from dit_runtime.replay import has_branches, tile_of
 from dit_runtime.store import stored_engines
 from dit_runtime.verify import verification_of, verified
 
@@ -217,9 +218,22 @@ def _built_engines(bundle: Bundle, threads: int, say: Callable[[str], None]) -> 
     for name, library in TENSORRT.items():
         if library in built:
             try:
-                yield engine_for(bundle, name, threads)
+                engine = engine_for(bundle, name, threads)
             except EngineError as error:
                 say(f"{name} is not used: {error}")
+                continue
+            if (lacking := _lacking(bundle, engine)) is None:
+                yield engine
+            else:
+                say(f"{engine.name} is not used: it was built {lacking}; name it (--engine {name}) to have it")
+
+
+def _lacking(bundle: Bundle, engine: Engine) -> str | None:
+    """What an engine cannot do that may be asked of it, if it was built for less than all."""
+    if not has_branches(engine, 2):
+        return "without guidance"
+    tile = tile_of(engine, bundle.manifest.model.latent_size)
+    return None if tile is None else f"for tiles of {max(tile)} (--decode-tile {max(tile)})"
 
 
 def _say(line: str) -> None:

@@ -4,7 +4,7 @@
     conditioner, embedding, blocks          what a block is given, and what it makes of it
     forward                                 the network, with and without guidance, at every batch of the engine's
     sampler update                          all that a row of the sampler's table can ask for
-    noise, teacher-forced, free-running     the sampler: what it draws, its single steps, a trajectory of its own
+    noise, teacher-forced, free-running     the sampler: what it draws, its single steps, trajectories of its own
     decoder, uint8 pictures, image …        the autoencoder, and the result
     encoder                                 the way back
 
@@ -17,13 +17,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dit_runtime import network_rungs, picture_rungs
-from dit_runtime.bundle import ENCODER, GRAPHS, Bundle, DiffusionSpec
+from dit_runtime.bundle import ENCODER, GRAPHS, UNGUIDED, Bundle, DiffusionSpec
 from dit_runtime.engines import Array, Engine
 from dit_runtime.ladder import Rung, Verification, format_table
 from dit_runtime.metrics import psnr, relative_error
 from dit_runtime.progress import Progress
 from dit_runtime.replay import Replay, has_branches
-from dit_runtime.schedule import schedule_for
+from dit_runtime.schedule import Schedule, schedule_for
 
 __all__ = [
     "Rung",
@@ -47,8 +47,9 @@ def verify(bundle: Bundle, engine: Engine, quick: bool = False) -> Iterator[Rung
     """The rungs from the bottom up, each yielded when it is measured.
 
     ``quick`` leaves out the conditioner alone and teacher-forced steps, which say where a fault is rather than whether
-    there is one. Embedding and blocks need the probe, which TensorRT's engines do not have. An engine built without
-    guidance has no trajectories, whose records are guided; one built for tiles decodes a recorded tile.
+    there is one, and the trajectory without guidance. Embedding and blocks need the probe, which TensorRT's engines do
+    not have. An engine built without guidance has that trajectory alone, and no pictures; one built for tiles decodes a
+    recorded tile.
 
     Raises:
         BundleError: a record is missing or altered, or the bundle has no limits for the engine's precision.
@@ -88,8 +89,7 @@ def verification_of(bundle: Bundle, engine: Engine, quick: bool = False) -> Veri
 
 def _rungs(replay: Replay, quick: bool, pictures: list[tuple[Array, Array]]) -> Iterator[Rung]:
     """The rungs in their order; the engine's and the reference's pictures are appended to ``pictures``."""
-    bundle, manifest = replay.bundle, replay.bundle.manifest
-    guided = has_branches(replay.engine, 2)
+    manifest, guided = replay.bundle.manifest, has_branches(replay.engine, 2)
     if _has_range(replay):
         yield network_rungs.fp16_range(replay)
     if not quick:
@@ -104,17 +104,19 @@ def _rungs(replay: Replay, quick: bool, pictures: list[tuple[Array, Array]]) -> 
     yield network_rungs.update(replay)
     first, *_ = samplers = trajectories_of(manifest.diffusion)
     for sampler in samplers:
-        record = bundle.records(sampler)
-        schedule = schedule_for(sampler, manifest.model, manifest.diffusion, int(record["steps"]))
+        record, schedule = _trajectory(replay, sampler, sampler)
         yield picture_rungs.noise(replay, sampler, record, schedule)
         if not guided:
-            continue  # the recorded trajectories are
+            continue  # these trajectories are
         if not quick:
             yield picture_rungs.teacher_forced(replay, sampler, record, schedule)
         latents, rung = picture_rungs.free_running(replay, sampler, record, schedule)
         yield rung
         if sampler == first:
             final = latents
+    if not (quick and guided):
+        record, schedule = _trajectory(replay, samplers[-1], UNGUIDED)
+        yield picture_rungs.free_running(replay, samplers[-1], record, schedule)[1]
     yield picture_rungs.decoder(replay)
     yield picture_rungs.quantized(replay)
     if guided:
@@ -123,6 +125,12 @@ def _rungs(replay: Replay, quick: bool, pictures: list[tuple[Array, Array]]) -> 
         yield from rungs
     if ENCODER in manifest.graphs:
         yield picture_rungs.encoder(replay)
+
+
+def _trajectory(replay: Replay, sampler: str, name: str) -> tuple[picture_rungs.Record, Schedule]:
+    """A recorded trajectory of a sampler, and that sampler's table."""
+    record, manifest = replay.bundle.records(name), replay.bundle.manifest
+    return record, schedule_for(sampler, manifest.model, manifest.diffusion, int(record["steps"]))
 
 
 def _has_range(replay: Replay) -> bool:
@@ -139,4 +147,5 @@ def _rung_count(replay: Replay, quick: bool) -> int:
     probed = _has_probe(replay) * (1 + (manifest.model.conditioning == "adaln-zero"))
     # Forward with its variance; update, two kinds of noise, decoder, uint8; guided, trajectories and their pictures.
     always = _has_range(replay) + probed + (1 + guided) * (1 + manifest.model.learned_variance) + 5 + 6 * guided
-    return always + (ENCODER in manifest.graphs) + (1 + 2 * guided) * (not quick)
+    unguided = not (quick and guided)
+    return always + unguided + (ENCODER in manifest.graphs) + (1 + 2 * guided) * (not quick)
