@@ -524,9 +524,11 @@ FAULTS = (
     Fault("levels truncated", "uint8 pictures", "-0.4", edits={"decoder": truncated}),
     Fault("red and blue exchanged", "uint8 pictures", outputs={"decoder": channels_reversed}),
     Fault("constant pictures", "uint8 pictures", outputs={"decoder": constant_pictures}),
-    Fault("the encoder's mean not scaled", "encoder", "worst: mean", outputs={ENCODER: mean_not_scaled}, graph=ENCODER),
+    Fault("the encoder's mean not scaled", "encoder", "first: mean", outputs={ENCODER: mean_not_scaled}, graph=ENCODER),
     Fault("the encoder's channels reversed", "encoder", inputs={ENCODER: images_reversed}, graph=ENCODER),
-    Fault("the encoder's deviation is its logarithm", "encoder", "std", outputs={ENCODER: logarithm}, graph=ENCODER),
+    Fault(
+        "the encoder's deviation is a logarithm", "encoder", "first: std", outputs={ENCODER: logarithm}, graph=ENCODER
+    ),
 )
 
 

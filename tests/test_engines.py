@@ -109,7 +109,7 @@ def test_bf16_of_an_fp32_bundle_keeps_the_timesteps(fp32: Bundle) -> None:
 def test_weights_are_not_multiplied_by_one(bundle: Bundle) -> None:
     """ONNX's Gemm has two factors, here 1. OpenVINO would fold them into the weights: a second copy in memory."""
     for graph in ("conditioner", "step"):
-        model = OpenVinoEngine(bundle, precision="f32")._read(graph)
+        model = OpenVinoEngine(bundle, precision="f32")._read(bundle.graph(graph))
         products = [node for node in model.get_ops() if node.get_type_name() == "Multiply"]
         sources = [value.get_node() for node in products for value in node.input_values()]
         constants = [node.get_data() for node in sources if node.get_type_name() == "Constant"]
@@ -289,8 +289,8 @@ def test_a_prepared_graph_is_made_once(
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_prepared_graph_that_is_deleted_meanwhile(fp16: Bundle, tmp_path: Path) -> None:
-    """Between the check, which begins with the session, and its first call. A damaged bundle is told by that call."""
+def test_files_that_change_after_the_check(fp16: Bundle, fp32: Bundle, tmp_path: Path) -> None:
+    """A prepared graph that is gone when it is first needed is made again; what is damaged is told by that call."""
     inputs = step_inputs(fp16)
     expected = stepped(openvino_f32(fp16, tmp_path), inputs)
     engine = openvino_f32(fp16, tmp_path)
@@ -300,12 +300,12 @@ def test_a_prepared_graph_that_is_deleted_meanwhile(fp16: Bundle, tmp_path: Path
         shutil.rmtree(path)
     assert np.array_equal(stepped(engine, inputs), expected)
     copy = tmp_path / "copy"
-    shutil.copytree(fp16.path, copy, ignore=shutil.ignore_patterns("engines"))
-    weights = copy / fp16.manifest.graphs["step"].weights
+    shutil.copytree(fp32.path, copy, ignore=shutil.ignore_patterns("engines"))
+    weights = copy / fp32.manifest.graphs["step"].weights
     weights.write_bytes(bytes(weights.stat().st_size))
     damaged = openvino_f32(open_bundle(copy), tmp_path)
     with pytest.raises(BundleError, match="altered"):
-        stepped(damaged, inputs)
+        stepped(damaged, step_inputs(fp32))
 
 
 @opened
