@@ -37,7 +37,6 @@ FORWARD_GUIDANCE = 4.0
 LARGE_MODEL = 100_000_000  # parameters; above, records are made smaller
 CHEAP_GMAC = 1.0  # of an evaluation of one picture; above, trajectories are shorter
 TOKENS_KEPT = 32  # of each block's output, evenly spaced
-UNGUIDED_STEPS = 10
 TILES_KEPT = 2  # pictures of which a tile is decoded
 
 
@@ -46,7 +45,7 @@ class Plan:
     """What is recorded.
 
     Attributes:
-        pictures, steps: of a trajectory.
+        pictures, steps: of a trajectory; of one without guidance it is one picture.
         forward_pictures: of a forward.
         measured: of how many trajectories PyTorch's own errors are measured.
         precisions: in which PyTorch's own errors are measured.
@@ -81,15 +80,9 @@ class Plan:
         return Plan(pictures, steps, max(pictures, 4) if first else pictures, measured=1 + (first or cheap))
 
     @property
-    def unguided_steps(self) -> int:
-        """Of the trajectory of one picture without guidance."""
-        return min(self.steps, UNGUIDED_STEPS)
-
-    @property
     def work(self) -> int:
         """Pieces of work, for the progress bar."""
-        measured = measurements([self.steps] * self.measured, self.unguided_steps, self.precisions)
-        return 4 + 2 * self.steps + self.unguided_steps + measured
+        return 4 + 3 * self.steps + measurements(self.steps, self.measured, self.precisions)
 
 
 @dataclass(frozen=True)
@@ -143,7 +136,7 @@ def write_records(
         with magnitudes_of(reference, encoder) as magnitudes:
             for name in names:
                 records[name] = _trajectory(reference, plan, name, advance)
-            unguided = replace(plan, pictures=1, steps=plan.unguided_steps, guidance=1.0)
+            unguided = replace(plan, pictures=1, guidance=1.0)
             records[UNGUIDED] = _trajectory(reference, unguided, names[1], advance)
             latents = torch.from_numpy(records[names[0]]["latents"][-1])
             decoded = reference.decoded(latents)

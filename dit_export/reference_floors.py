@@ -56,9 +56,9 @@ def floors_of(
     return floors
 
 
-def measurements(steps: Sequence[int], unguided: int, precisions: Sequence[str]) -> int:
+def measurements(steps: int, measured: int, precisions: Sequence[str]) -> int:
     """How many times ``floors_of`` advances for trajectories of so many steps, for the progress bar."""
-    return len(precisions) * (4 + unguided + sum(1 + count for count in steps))
+    return len(precisions) * (4 + steps + measured * (1 + steps))
 
 
 def _floors(

@@ -186,11 +186,12 @@ def test_weights_tell_where_datatypes_do_not() -> None:
 
 
 def test_weights_are_asked_only_where_little_is_told() -> None:
-    """An engine whose kernels mostly say FP16 may hold more than the bundle: transformed filters, a profile's copy."""
+    """A decoder whose kernels mostly say FP16 may hold more than the bundle: transformed filters. A step may not."""
     audit = Audit(2_000_000_000, [ProfileAudit(multiplied={"Half": 60, "": 40}, fused_attention=2)])
-    assert problems(audit, "step", MODEL, FP16, 894_000_000) == []
-    audit.profiles[0].multiplied = {"Half": 40, "": 60}
+    assert problems(audit, "decoder", MODEL, FP16, 894_000_000) == []
     assert len(problems(audit, "step", MODEL, FP16, 894_000_000)) == 1
+    audit.profiles[0].multiplied = {"Half": 40, "": 60}
+    assert len(problems(audit, "decoder", MODEL, FP16, 894_000_000)) == 1
 
 
 def test_damaged_layers_are_not_told() -> None:

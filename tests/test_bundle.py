@@ -73,7 +73,7 @@ def test_a_link_out_of_the_bundle(copied: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(schema=99), "schema 99, this version reads 4"),
+        (lambda m: m.update(schema=99), "schema 99, this version reads 5"),
         (lambda m: m.pop("model"), "damaged manifest"),
         (lambda m: m["files"].update({"../../etc/passwd": {"bytes": 1, "sha256": "0"}}), "passwd. leads outside"),
         (lambda m: m["files"].update({"/etc/passwd": {"bytes": 1, "sha256": "0"}}), "leads outside the bundle"),

@@ -25,13 +25,14 @@ from cuda_double import Machine, stored_on
 from test_loop import ROW, marked, mixed
 
 from dit_engines.recipe import Recipe, recipe_for
-from dit_runtime import Pipeline, cuda, device, device_graphs, open_bundle, verdicts
+from dit_runtime import Pipeline, cuda, device, device_graphs, open_bundle, tensorrt_engine, verdicts
 from dit_runtime.bench import DECODER, PLAIN, parts_of, pictures_of
 from dit_runtime.bundle import Bundle
 from dit_runtime.device import TensorRtEngine
 from dit_runtime.engines import OnnxRuntimeEngine
 from dit_runtime.errors import EngineError, SamplingError
 from dit_runtime.replay import Replay
+from dit_runtime.store import SIDECAR
 from dit_runtime.verdicts import verdict_path
 from dit_runtime.verify import _rung_count, verified
 
@@ -254,8 +255,8 @@ def test_auto_leaves_engines_that_lack_something(
 ) -> None:
     """One without guidance, or for tiles, is for whoever names it; ``auto`` says so and takes another."""
     for recipe, words in (
-        (recipe_for("rtx", "8.9", 2, (1,), 64), "it was built without guidance; name it (--engine tensorrt)"),
-        (recipe_for("rtx", "8.9", 2, (1, 2), 64, decode_tile=4), "it was built for tiles of 4 (--decode-tile 4); name"),
+        (recipe_for("rtx", "8.9", 2, (1,), 64), "was built without guidance; name it (--engine tensorrt)"),
+        (recipe_for("rtx", "8.9", 2, (1, 2), 64, decode_tile=4), "was built for tiles (--decode-tile 4); name it"),
     ):
         bench = Bench(bundles["fp32"], tmp_path / str(recipe.decode_tile), recipe)
         with monkeypatch.context() as patch:
@@ -268,13 +269,14 @@ def test_auto_leaves_engines_that_lack_something(
 
 def offer(bench: Bench, patch: pytest.MonkeyPatch) -> None:
     """Let ``auto`` find the double's engine."""
-    opened = verdicts.engine_for
-
-    def engine_for(bundle: Bundle, name: str, *rest: Any) -> Any:
-        return bench.engine if name == "tensorrt" else opened(bundle, name, *rest)
-
-    patch.setattr(verdicts, "stored_engines", lambda bundle: [bench.stored])
-    patch.setattr(verdicts, "engine_for", engine_for)
+    machine = bench.machine
+    (bench.stored.folder / SIDECAR).write_text("{}")
+    for module in (verdicts, tensorrt_engine):
+        patch.setattr(module, "stored_engines", lambda *_: [bench.stored])
+    opened = functools.partial(
+        tensorrt_engine.engine_from_store, cuda=machine.cuda, imported=lambda name: machine.library
+    )
+    patch.setattr(tensorrt_engine, "engine_from_store", opened)
 
 
 def test_timing_an_engine_without_guidance(bundles: dict[str, Path], tmp_path: Path) -> None:

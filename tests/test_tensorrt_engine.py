@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,30 @@ def test_the_last_that_runs_here_is_taken(bundle: Bundle, tmp_path: Path, monkey
     engine = engine_from_store(bundle, "tensorrt", cuda=machine.cuda, imported=lambda name: machine.library)
     assert engine.stored.folder == tmp_path / "10"
     engine.close()
+    machine.check_closed()
+
+
+def test_a_whole_engine_is_found_behind_a_partial_one(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asks for one that does everything gets the last such, past a later one without guidance or for tiles."""
+    machine = Machine()
+    whole = stored(machine, bundle, tmp_path / "whole", 20, monkeypatch)
+    opened = partial(engine_from_store, bundle, "tensorrt", cuda=machine.cuda, imported=lambda name: machine.library)
+    for name, recipe, words in (
+        ("unguided", replace(RECIPE, branches=(1,)), "was built without guidance; name it"),
+        ("tiles", replace(RECIPE, decode_tile=4), r"was built for tiles \(--decode-tile 4\); name it"),
+    ):
+        part = stored_on(machine, bundle, tmp_path / name, recipe)
+        (part.folder / SIDECAR).write_text("{}")
+        for engines, asked, expected in (([whole, part], False, part), ([whole, part], True, whole)):
+            monkeypatch.setattr(tensorrt_engine, "stored_engines", lambda *_, engines=engines: engines)
+            engine = opened(whole=asked)
+            assert engine.stored is expected
+            engine.close()
+        monkeypatch.setattr(tensorrt_engine, "stored_engines", lambda *_, part=part: [part])
+        with pytest.raises(EngineError, match=words):
+            opened(whole=True)
     machine.check_closed()
 
 

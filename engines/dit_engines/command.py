@@ -106,14 +106,16 @@ def _main(argv: list[str]) -> int:
     )
     check_memory(bundle, recipe, place, graphs_of(bundle))
     tile = args.decode_tile
-    if tile is not None and tile < max(bundle.manifest.model.latent_size) and not bundle.has_records(f"{TILE}{tile}"):
+    unknown = tile is not None and tile < max(bundle.manifest.model.latent_size)
+    unknown = unknown and not bundle.has_records(f"{TILE}{tile}")
+    if unknown:
         print(
             f"dit-build: {bundle.path} has no record of tiles of {tile}, so that dit-verify cannot judge this engine; "
             f"dit-export --decode-tile {tile} makes one",
             file=sys.stderr,
         )
     if args.repeat:
-        measured = measured_here(bundle, recipe, place)
+        measured = None if unknown else measured_here(bundle, recipe, place)
         spread = repeated(bundle, recipe, place, args.repeat, args.timing_cache, measured)
         if args.json:
             print_json(spread.as_json())

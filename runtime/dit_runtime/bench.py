@@ -171,7 +171,7 @@ def parts_of(bundle: Bundle, engine: Engine, batch: int, steps: int, repeat: int
             table: conditioned(engine, table, *pairs),
         }
         work[name] = partial(engine.session("step").run, inputs, ["next_state", "denoised"])
-    height, width = tile_of(engine, model.latent_size) or model.latent_size
+    height, width = tile_of(getattr(engine, "stored", None), model.latent_size) or model.latent_size
     latents = {"latents": state[:, 0, :, :height, :width].copy()}
     work[DECODER] = partial(engine.session("decoder").run, latents, ["images"])
     found = dict(timed(work, repeat, f"timing parts, batch {batch}"))
@@ -190,7 +190,8 @@ def pictures_of(bundle: Bundle, engine: Engine, batch: int, steps: int, runs: in
     from dit_runtime.timing import ClockedEngine, timing_of
 
     resident, clocked = hasattr(engine, "steps"), ClockedEngine(engine)
-    guidance, tile = None if has_branches(engine, 2) else 1.0, tile_of(engine, bundle.manifest.model.latent_size)
+    guidance = None if has_branches(engine, 2) else 1.0
+    tile = tile_of(getattr(engine, "stored", None), bundle.manifest.model.latent_size)
     pipeline = Pipeline(bundle, engine if resident else clocked)
     labels = [index % bundle.manifest.model.classes for index in range(batch)]
     seconds: list[float] = []

@@ -31,7 +31,7 @@ from dit_runtime.tensorrt_api import TensorRT
 
 Shape2 = tuple[int, int]  # (batch, branches)
 
-# Left free beside weights for contexts and CUDA graphs. Assumed, not measured.
+# What contexts, CUDA graphs and the library's kernels may take besides. Assumed, not measured.
 SMALL_BYTES = 32 << 20
 
 
@@ -50,7 +50,7 @@ class TensorRtEngine:
         graphs: those that there are plans of; never the probe.
         stream: on which all work is queued.
         activations: the block that all contexts share.
-        running: the graph that was asked for last, whose weights make room for nothing; None between a loop's calls.
+        running: the graph whose work is being made ready or queued, and whose weights make room for nothing.
 
     Raises:
         EngineError: plans of another bundle, size, library, version or GPU, or a plan that is not what was built.
@@ -119,6 +119,7 @@ class TensorRtEngine:
         """A loop that stays on the device, for one batch at a time: one that is idle, with its graphs, or another."""
         with self.lock:
             self._check_open()
+            self.running = None
             for steps in self._idle:
                 if steps.bounds == (table_bytes, conditioner_bytes):
                     self._idle.remove(steps)
@@ -142,7 +143,7 @@ class TensorRtEngine:
         self.running = graph
         if graph not in self._loaded:
             self._check_open()
-            self.room(self._stored(graph).weights_bytes + SMALL_BYTES)
+            self.room(self._stored(graph).weights_bytes)
             plan = self.stored.plan_file(graph)
             self._said.clear()
             try:
@@ -197,7 +198,8 @@ class TensorRtEngine:
             check_engine(self.bundle.manifest, self.stored, device_bytes(self.cuda.device()) + held, batch)
 
     def room(self, size: int) -> None:
-        """Free other weights, the smallest first, then loops that are idle, while ``size`` bytes more do not fit.
+        """Free other weights, the smallest first, then loops that are idle, while ``size`` bytes and a little more do
+        not fit.
 
         Weights are loaded again when they are needed: slow, where another batch's labels bring the conditioner back
         beside the step, but right. Those of ``running`` stay.
@@ -207,11 +209,13 @@ class TensorRtEngine:
         """
         others = (graph for graph in self._loaded if graph != self.running)
         held = sorted(others, key=lambda graph: self._stored(graph).weights_bytes)
-        while (free := device_bytes(self.cuda.device())) < size:
+        while (free := device_bytes(self.cuda.device())) < size + SMALL_BYTES:
             if held:
                 self._unload(held.pop(0))
             elif self._idle:
                 self._free_idle()
+            elif free >= size:
+                return
             else:
                 raise EngineError(
                     f"{self.name}: {in_words(size)} of the GPU's memory are needed, {in_words(free)} are free; end "

@@ -73,6 +73,7 @@ class StepGraphs:
     def _step(self, fit: Fit, layout: Layout) -> _Step:
         engine, cuda, stream = self._engine, self._engine.cuda, self._engine.stream
         branches, batch = fit.shapes["rows"]
+        engine.running = "step"
         self._drop_stale()
         if (batch, branches) in self._steps:
             self._steps.move_to_end((batch, branches))

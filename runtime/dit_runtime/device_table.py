@@ -55,7 +55,7 @@ class DeviceTable:
         engine = self._engine
         with engine.lock:
             end, room = first + len(conditions), self._memory.size // self._row
-            engine.running = None
+            engine.running = "conditioner"
             if end > room:
                 size = min(self.capacity, max(end, 2 * room)) * self._row
                 self._memory.reserve(size, keep=min(first, room) * self._row)

@@ -2,7 +2,8 @@
 
 The conditioner runs before the loop and is freed; step and decoder stay, and share one buffer for their activations. So
 the need is the larger of conditioner and loop; the conditioning table and the tensors between the graphs are in both.
-An engine runs with less, where weights take turns on the device, and is refused only where that does not fit either.
+That is what a build asks for. An engine that is there runs with less, where weights take turns on the device, and is
+refused only where that does not fit either.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from dit_runtime.bundle import TILE, Bundle
 from dit_runtime.engines import Array, Engine
 from dit_runtime.errors import EngineError
 from dit_runtime.guidance import branch_rows, guidance_weights
+from dit_runtime.store import StoredEngine
 from dit_runtime.table import COEFFICIENTS
 
 Shape = tuple[int, int]  # (batch, branches)
@@ -59,9 +60,8 @@ def has_branches(engine: Engine, branches: int) -> bool:
     return profiles is None or any(largest >= branches for _, _, (_, largest) in profiles("step"))
 
 
-def tile_of(engine: Engine, latent_size: Shape) -> Shape | None:
-    """Height and width of the tiles that an engine's decoder was built for; None where it decodes whole pictures."""
-    stored = getattr(engine, "stored", None)
+def tile_of(stored: StoredEngine | None, latent_size: Shape) -> Shape | None:
+    """Height and width of the tiles that a built engine's decoder is for; None where it decodes whole pictures."""
     if stored is None or "decoder" not in stored.graphs:
         return None
     (height, width), *others = {tuple(each["latents"][2][2:]) for each in stored.graphs["decoder"].profiles}
@@ -106,7 +106,7 @@ class Replay:
     def __init__(self, bundle: Bundle, engine: Engine) -> None:
         self.bundle, self.engine, self.model = bundle, engine, bundle.manifest.model
         self.budget = budget_for(bundle, precision_of(bundle, engine))
-        self.tile = tile_of(engine, self.model.latent_size)
+        self.tile = tile_of(getattr(engine, "stored", None), self.model.latent_size)
         self._images = "images"
         if self.tile is not None:
             side = max(self.tile)

@@ -148,6 +148,7 @@ class ConditioningTable:
                     f"{self._bytes >> 20} MiB; use a smaller batch"
                 )
             self._rows.clear()
+            self._end = 0
         for condition in upcoming():
             if len(wanted) == room:
                 break

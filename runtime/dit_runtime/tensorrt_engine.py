@@ -12,7 +12,8 @@ from dit_runtime.device import TensorRtEngine
 from dit_runtime.engines import TENSORRT
 from dit_runtime.errors import EngineError
 from dit_runtime.memory import check_engine, device_bytes
-from dit_runtime.store import PRODUCTS, SIDECAR, stored_engines
+from dit_runtime.replay import tile_of
+from dit_runtime.store import PRODUCTS, SIDECAR, StoredEngine, stored_engines
 
 
 def engine_from_store(
@@ -22,6 +23,7 @@ def engine_from_store(
     store: Path | None = None,
     cuda: Cuda | None = None,
     imported: Callable[[str], tensorrt_api.TensorRT] = tensorrt_api.library,
+    whole: bool = False,
 ) -> TensorRtEngine:
     """The engine last built for this bundle at its size, this library and this GPU.
 
@@ -32,6 +34,7 @@ def engine_from_store(
         store: where engines are kept; None is the bundle's own ``engines`` folder.
         cuda: the GPU; None is the first that the process sees.
         imported: gives a library by its name.
+        whole: only one that guides and decodes whole pictures.
 
     Raises:
         EngineError: no library, driver or GPU; nothing built, or for another version or GPU; too little memory.
@@ -45,6 +48,8 @@ def engine_from_store(
     for stored in sorted(built, key=lambda engine: (engine.folder / SIDECAR).stat().st_mtime, reverse=True):
         try:
             stored.check_device(library.name, library.version, facts.compute_capability, facts.name)
+            if whole:
+                _check_whole(bundle, stored, name)
         except EngineError as error:
             refused.append(error)
             continue
@@ -58,3 +63,13 @@ def engine_from_store(
         f"{folder}: no engine of {PRODUCTS[library.name]} for pictures of {height}x{width}"
         f"{f' ({damaged[0]})' if damaged else ''}; run dit-build {bundle.path} --target {target}"
     )
+
+
+def _check_whole(bundle: Bundle, stored: StoredEngine, name: str) -> None:
+    """Raises EngineError for an engine that was built for less than may be asked of it."""
+    tile = tile_of(stored, bundle.manifest.model.latent_size)
+    lacking = None if tile is None else f"for tiles (--decode-tile {max(tile)})"
+    if "step" in stored.graphs and all(profile["rows"][2][0] < 2 for profile in stored.graphs["step"].profiles):
+        lacking = "without guidance"
+    if lacking is not None:
+        raise EngineError(f"{stored.folder}: was built {lacking}; name it (--engine {name}) to have it")

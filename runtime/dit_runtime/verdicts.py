@@ -23,7 +23,6 @@ from dit_runtime.engines import TENSORRT, Engine, engine_for
 from dit_runtime.errors import EngineError, OutputError, ParityError
 from dit_runtime.files import replaced_file
 from dit_runtime.ladder import Rung, Verification, format_table
-from dit_runtime.replay import has_branches, tile_of
 from dit_runtime.store import stored_engines
 from dit_runtime.verify import verification_of, verified
 
@@ -213,27 +212,16 @@ def _passed(bundle: Bundle, engine: Engine) -> bool:
 
 
 def _built_engines(bundle: Bundle, threads: int, say: Callable[[str], None]) -> Iterator[Engine]:
-    """The TensorRT engines of this bundle that can run here."""
+    """The TensorRT engines of this bundle that can run here, and do all that may be asked."""
+    from dit_runtime.tensorrt_engine import engine_from_store  # which is for a GPU
+
     built = {stored.library for stored in stored_engines(bundle)}
     for name, library in TENSORRT.items():
         if library in built:
             try:
-                engine = engine_for(bundle, name, threads)
+                yield engine_from_store(bundle, name, threads, whole=True)
             except EngineError as error:
                 say(f"{name} is not used: {error}")
-                continue
-            if (lacking := _lacking(bundle, engine)) is None:
-                yield engine
-            else:
-                say(f"{engine.name} is not used: it was built {lacking}; name it (--engine {name}) to have it")
-
-
-def _lacking(bundle: Bundle, engine: Engine) -> str | None:
-    """What an engine cannot do that may be asked of it, if it was built for less than all."""
-    if not has_branches(engine, 2):
-        return "without guidance"
-    tile = tile_of(engine, bundle.manifest.model.latent_size)
-    return None if tile is None else f"for tiles of {max(tile)} (--decode-tile {max(tile)})"
 
 
 def _say(line: str) -> None:
