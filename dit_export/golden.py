@@ -47,7 +47,7 @@ class Plan:
     Attributes:
         pictures, steps: of a trajectory; of one without guidance it is one picture.
         forward_pictures: of a forward.
-        measured: of how many trajectories PyTorch's own errors are measured.
+        measured: of how many trajectories PyTorch's own errors are measured step by step; on its own way, of all.
         precisions: in which PyTorch's own errors are measured.
         seed: of all noise; with 0 timesteps and labels are spread evenly, with others they are drawn too.
         guidance, forward_guidance: of trajectories, and of the guided forward.
@@ -75,7 +75,7 @@ class Plan:
         cheap = step_gmac(checkpoint.model) <= CHEAP_GMAC
         if elements > LARGE_MODEL:
             precisions = tuple(dict.fromkeys((precision, "bf16")))
-            return Plan(1, min(4, most), 2, measured=1 + first, precisions=precisions)
+            return Plan(1, min(4, most), 2, measured=1, precisions=precisions)
         pictures, steps = ((4, min(50, most)) if cheap else (2, min(20, most))) if first else (2, min(10, most))
         return Plan(pictures, steps, max(pictures, 4) if first else pictures, measured=1 + (first or cheap))
 

@@ -44,7 +44,7 @@ def floors_of(
         reference: the modules.
         records: what they computed in FP32.
         samplers: of the recorded trajectories, that which draws noise last.
-        measured: how many of them to measure.
+        measured: of how many of them single steps are measured, too.
         precisions: of ``PRECISIONS``, those to measure.
         advance: called after each measurement, ``measurements`` times.
     """
@@ -58,7 +58,7 @@ def floors_of(
 
 def measurements(steps: int, measured: int, precisions: Sequence[str]) -> int:
     """How many times ``floors_of`` advances for trajectories of so many steps, for the progress bar."""
-    return len(precisions) * (4 + steps + measured * (1 + steps))
+    return len(precisions) * (4 + 3 * steps + measured)
 
 
 def _floors(
@@ -90,12 +90,13 @@ def _floors(
     wanted = records["conditioner"]["table"]
     yield "conditioner", [_apart(table[:, index], wanted[:, index]) for index in range(wanted.shape[1])]
     final: Tensor | None = None
-    for name in samplers[:measured]:
+    for name in samplers:
         record = records[name]
-        latents, denoised = _teacher_forced(reference, name, record)
-        yield f"{name} step", latents
-        yield f"{name} denoised", denoised
-        advance()
+        if name in samplers[:measured]:
+            latents, denoised = _teacher_forced(reference, name, record)
+            yield f"{name} step", latents
+            yield f"{name} denoised", denoised
+            advance()
         trajectory = list(_free_running(reference, name, record, advance))
         yield name, _along(trajectory, record)
         final = trajectory[-1] if final is None else final
