@@ -3,8 +3,8 @@
 Its matrix kernels are fastest when what a core works on fits in its cache. So the MLP's hidden layer is cut into pieces
 as wide as the model, whose results are added. Queries, keys and values become three products, so that the attention
 kernel reads each where it lies and no copy is made, and its softmax loses the casts around it. Products are cut in
-models as wide as L and XL only (``WIDE``): at S's and B's widths it gains nothing, or costs 5 %
-(``benchmarks/cpu/README.md``).
+models as wide as L and XL only (``WIDE``): at S's and B's widths it gains nothing on an EPYC
+(``benchmarks/cpu/README.md``) and costs 5 % on a Xeon with AMX.
 """
 
 from __future__ import annotations
