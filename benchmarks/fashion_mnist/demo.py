@@ -63,8 +63,8 @@ def pytorch_pictures(
 
 
 def sampled(bundle: Path, labels: list[int], seeds: list[int], batch: int) -> np.ndarray:
-    """The same pictures from a bundle."""
-    pipe = Pipeline(bundle)
+    """The same pictures from a bundle on ONNX Runtime."""
+    pipe = Pipeline(bundle, "onnxruntime")  # which computes in the precision that the bundle says
     chunks = [slice(first, first + batch) for first in range(0, len(labels), batch)]
     return np.concatenate([pipe(labels[c], seeds[c], steps=STEPS, guidance=GUIDANCE, sampler="ddim") for c in chunks])
 
