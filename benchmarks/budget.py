@@ -81,7 +81,7 @@ def random_checkpoint(folder: Path) -> Path:
 def redrawn(bundle: Bundle, source: Source, draw: int) -> tuple[Bundle, float]:
     """The bundle with other golden records, and the guidance scale of them."""
     guidance = GUIDANCE[draw % len(GUIDANCE)]
-    plan = Plan(2, 10, 6, 2, seed=draw, guidance=guidance, forward_guidance=guidance)
+    plan = Plan(2, 10, 6, 2, 10, seed=draw, guidance=guidance, forward_guidance=guidance)
     measured = write_records(load_checkpoint(source), plan, bundle.path / GOLDEN, True, lambda: None)
     return resigned(bundle, measured.floors), guidance
 

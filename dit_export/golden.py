@@ -48,6 +48,7 @@ class Plan:
         pictures, steps: of a trajectory; of one without guidance it is one picture.
         forward_pictures: of a forward.
         measured: of how many trajectories PyTorch's own errors are measured step by step; on its own way, of all.
+        measured_steps: over how many steps, but for the first trajectory's own way, which is measured to its picture.
         precisions: in which PyTorch's own errors are measured.
         seed: of all noise; with 0 timesteps and labels are spread evenly, with others they are drawn too.
         guidance, forward_guidance: of trajectories, and of the guided forward.
@@ -57,6 +58,7 @@ class Plan:
     steps: int
     forward_pictures: int
     measured: int
+    measured_steps: int
     precisions: tuple[str, ...] = tuple(PRECISIONS)
     seed: int = 0
     guidance: float = GUIDANCE
@@ -75,14 +77,15 @@ class Plan:
         cheap = step_gmac(checkpoint.model) <= CHEAP_GMAC
         if elements > LARGE_MODEL:
             precisions = tuple(dict.fromkeys((precision, "bf16")))
-            return Plan(1, min(4, most), 2, measured=1, precisions=precisions)
+            return Plan(1, min(4, most), 2, measured=1, measured_steps=min(2, most), precisions=precisions)
         pictures, steps = ((4, min(50, most)) if cheap else (2, min(20, most))) if first else (2, min(10, most))
-        return Plan(pictures, steps, max(pictures, 4) if first else pictures, measured=1 + (first or cheap))
+        forwards = max(pictures, 4) if first else pictures
+        return Plan(pictures, steps, forwards, measured=1 + (first or cheap), measured_steps=steps)
 
     @property
     def work(self) -> int:
         """Pieces of work, for the progress bar."""
-        return 4 + 3 * self.steps + measurements(self.steps, self.measured, self.precisions)
+        return 4 + 3 * self.steps + measurements(self.steps, self.measured_steps, self.measured, self.precisions)
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,7 @@ def write_records(
                 records["encoder"] = {"images": pictures, **{key: value.numpy() for key, value in encoded.items()}}
         advance()
         check_records(checkpoint.name, records)
-        floors = floors_of(reference, records, names, plan.measured, plan.precisions, advance)
+        floors = floors_of(reference, records, names, plan.measured, plan.measured_steps, plan.precisions, advance)
     for name, record in records.items():
         np.savez(folder / f"{name}.npz", **record)
     return Measured(floors, {unit: float(f"{value:.4g}") for unit, value in magnitudes.items()})

@@ -11,6 +11,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ def floors_of(
     records: Mapping[str, Record],
     samplers: Sequence[str],
     measured: int,
+    steps: int,
     precisions: Sequence[str],
     advance: Callable[[], None],
 ) -> dict[str, dict[str, list[float]]]:
@@ -45,20 +47,21 @@ def floors_of(
         records: what they computed in FP32.
         samplers: of the recorded trajectories, that which draws noise last.
         measured: of how many of them single steps are measured, too.
+        steps: over how many; of the first trajectory's own way all are.
         precisions: of ``PRECISIONS``, those to measure.
         advance: called after each measurement, ``measurements`` times.
     """
     floors = {}
     for name in precisions:
         with reference.at_precision(PRECISIONS[name]):
-            found = dict(_floors(reference, records, samplers, measured, advance))
+            found = dict(_floors(reference, records, samplers, measured, steps, advance))
         floors[name] = {key: [_rounded(value) for value in series] for key, series in found.items() if _finite(series)}
     return floors
 
 
-def measurements(steps: int, measured: int, precisions: Sequence[str]) -> int:
-    """How many times ``floors_of`` advances for trajectories of so many steps, for the progress bar."""
-    return len(precisions) * (4 + 3 * steps + measured)
+def measurements(whole: int, steps: int, measured: int, precisions: Sequence[str]) -> int:
+    """How many times ``floors_of`` advances for trajectories of ``whole`` steps, for the progress bar."""
+    return len(precisions) * (4 + whole + 2 * steps + measured)
 
 
 def _floors(
@@ -66,6 +69,7 @@ def _floors(
     records: Mapping[str, Record],
     samplers: Sequence[str],
     measured: int,
+    steps: int,
     advance: Callable[[], None],
 ) -> Iterator[tuple[str, list[float]]]:
     record = records["blocks"]
@@ -93,15 +97,17 @@ def _floors(
     for name in samplers:
         record = records[name]
         if name in samplers[:measured]:
-            latents, denoised = _teacher_forced(reference, name, record)
+            latents, denoised = _teacher_forced(reference, name, record, steps)
             yield f"{name} step", latents
             yield f"{name} denoised", denoised
             advance()
-        trajectory = list(_free_running(reference, name, record, advance))
+        own = None if name == samplers[0] else steps
+        trajectory = list(islice(_free_running(reference, name, record, advance), own))
         yield name, _along(trajectory, record)
         final = trajectory[-1] if final is None else final
     record = records[UNGUIDED]
-    yield UNGUIDED, _along(list(_free_running(reference, samplers[-1], record, advance)), record)
+    unguided = islice(_free_running(reference, samplers[-1], record, advance), steps)
+    yield UNGUIDED, _along(list(unguided), record)
     images = records["images"]
     yield "decoder", _each(reference.decoded(_tensor(reference, images["latents"])), images["decoded"])
     if final is not None:
@@ -124,12 +130,12 @@ def _predicted(reference: Reference, record: Record) -> tuple[Tensor, Tensor]:
     return reference.predicted(_tensor(reference, record["latents"]), times, labels, float(record["guidance"]))
 
 
-def _teacher_forced(reference: Reference, name: str, record: Record) -> tuple[list[float], list[float]]:
-    """The error that each step adds, starting from the record's latents: next latents, denoised."""
+def _teacher_forced(reference: Reference, name: str, record: Record, steps: int) -> tuple[list[float], list[float]]:
+    """The error that each of the first ``steps`` adds, starting from the record's latents: next latents, denoised."""
     generators = _generators(reference, record)
-    loop = list(reference.loop(name, int(record["steps"]), generators))
+    loop = list(reference.loop(name, int(record["steps"]), generators))[:steps]
     batch = len(record["labels"])
-    z = _tensor(reference, np.concatenate(record["latents"][:-1]))  # (steps·B, C, H, W)
+    z = _tensor(reference, np.concatenate(record["latents"][: len(loop)]))  # (steps·B, C, H, W)
     times = torch.tensor([step.t for step in loop], dtype=torch.float32).repeat_interleave(batch)
     labels = torch.from_numpy(record["labels"]).repeat(len(loop))
     parts = zip(z.split(CHUNK), times.split(CHUNK), labels.split(CHUNK), strict=True)
@@ -170,7 +176,7 @@ def _apart(found: Tensor, wanted: Any) -> float:
 
 
 def _along(trajectory: Sequence[Tensor], record: Record) -> list[float]:
-    return [_apart(found, wanted) for found, wanted in zip(trajectory, record["latents"][1:], strict=True)]
+    return [_apart(found, wanted) for found, wanted in zip(trajectory, record["latents"][1:], strict=False)]
 
 
 def _each(found: Tensor, wanted: Any) -> list[float]:

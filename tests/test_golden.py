@@ -51,18 +51,18 @@ def test_two_exports_have_the_same_records(bundles: dict[str, Path]) -> None:
 @pytest.mark.parametrize(
     ("name", "size", "expected"),
     [
-        ("DiT-XL/2-256", 0, (1, 4, 2, 1)),
-        ("DiT-XL/2-256", 1, (1, 4, 2, 1)),
-        ("DiT-S/2-256", 0, (2, 20, 4, 2)),
-        ("DiT-S/2-256", 1, (2, 10, 2, 1)),
+        ("DiT-XL/2-256", 0, (1, 4, 2, 1, 2)),
+        ("DiT-XL/2-256", 1, (1, 4, 2, 1, 2)),
+        ("DiT-S/2-256", 0, (2, 20, 4, 2, 20)),
+        ("DiT-S/2-256", 1, (2, 10, 2, 1, 10)),
     ],
 )
 def test_how_much_is_recorded_of_large_models(name: str, size: int, expected: tuple[int, ...]) -> None:
-    """Pictures, steps and forwards, and of how many trajectories PyTorch's errors are measured step by step."""
+    """Pictures, steps and forwards; of how many trajectories PyTorch's errors are measured by steps, and how many."""
     checkpoint = load_checkpoint(Source(name, 0, image_sizes=((256, 256), (512, 512))))
     checkpoint = replace(checkpoint, model=checkpoint.at(checkpoint.sizes[size]))
     plan = Plan.of(checkpoint, "fp16")
-    assert (plan.pictures, plan.steps, plan.forward_pictures, plan.measured) == expected
+    assert (plan.pictures, plan.steps, plan.forward_pictures, plan.measured, plan.measured_steps) == expected
 
 
 def test_every_step_has_a_floor(bundles: dict[str, Path]) -> None:
