@@ -93,7 +93,7 @@ def _floors(
     table = reference.conditioning_table(seen)
     wanted = records["conditioner"]["table"]
     yield "conditioner", [_apart(table[:, index], wanted[:, index]) for index in range(wanted.shape[1])]
-    final: Tensor | None = None
+    ends = []  # of trajectories
     for name in samplers:
         record = records[name]
         if name in samplers[:measured]:
@@ -104,20 +104,18 @@ def _floors(
         own = None if name == samplers[0] else steps
         trajectory = list(islice(_free_running(reference, name, record, advance), own))
         yield name, _along(trajectory, record)
-        final = trajectory[-1] if final is None else final
+        ends.append(trajectory[-1])
     record = records[UNGUIDED]
     unguided = islice(_free_running(reference, samplers[-1], record, advance), steps)
     yield UNGUIDED, _along(list(unguided), record)
     images = records["images"]
     yield "decoder", _each(reference.decoded(_tensor(reference, images["latents"])), images["decoded"])
-    if final is not None:
-        yield "image", _each(reference.decoded(final), images["decoded"])
+    yield "image", _each(reference.decoded(ends[0]), images["decoded"])
     for name in (name for name in records if name.startswith(TILE)):
         record = records[name]
         yield f"{name} decoder", _each(reference.decoded(_tensor(reference, record["latents"])), record["decoded"])
-        if final is not None:
-            count, _, height, width = record["latents"].shape
-            yield f"{name} image", _each(reference.decoded(final[:count, :, :height, :width]), record["decoded"])
+        count, _, height, width = record["latents"].shape
+        yield f"{name} image", _each(reference.decoded(ends[0][:count, :, :height, :width]), record["decoded"])
     if "encoder" in records:
         record = records["encoder"]
         found = reference.encoded(record["images"])
