@@ -22,21 +22,27 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from dit_export.checkpoint import Source, load_checkpoint
+from dit_export.checkpoints.random_weights import randomize
+from dit_export.checkpoints.sources import Source, load_checkpoint
 from dit_export.export import bundle_from_checkpoint
-from dit_export.golden import Plan, write_records
-from dit_export.precision import FP16, FP32
-from dit_export.random_weights import randomize
+from dit_export.graphs.precision import FP16, FP32
+from dit_export.reference.golden import RecordPlan, write_records
 
-from dit_runtime.bundle import GOLDEN, MANIFEST, Bundle, FileSpec, open_bundle
-from dit_runtime.engines import Engine, open_engine
-from dit_runtime.environment import environment
-from dit_runtime.errors import EngineError
-from dit_runtime.files import replaced_file, sha256_of
-from dit_runtime.ladder import Rung
-from dit_runtime.progress import Progress
-from dit_runtime.replay import Replay
-from dit_runtime.verify import verified
+from dit_runtime.backends.open import Engine, open_engine
+from dit_runtime.bundle.manifest import FileSpec
+from dit_runtime.bundle.reader import (
+    GOLDEN,
+    MANIFEST,
+    Bundle,
+    open_bundle,
+)
+from dit_runtime.core.environment import environment
+from dit_runtime.core.errors import EngineError
+from dit_runtime.core.files import replace_file, sha256_of
+from dit_runtime.core.progress import Progress
+from dit_runtime.verify.replay import Replay
+from dit_runtime.verify.rung import Rung
+from dit_runtime.verify.verification import measure_rungs
 
 DEMO = Path(__file__).parent / "fashion_mnist" / "checkpoint"
 GUIDANCE = (1.5, 4.0, 7.5)
@@ -81,7 +87,7 @@ def random_checkpoint(folder: Path) -> Path:
 def redrawn(bundle: Bundle, source: Source, draw: int) -> tuple[Bundle, float]:
     """The bundle with other golden records, and the guidance scale of them."""
     guidance = GUIDANCE[draw % len(GUIDANCE)]
-    plan = Plan(2, 10, 6, 2, 10, seed=draw, guidance=guidance, forward_guidance=guidance)
+    plan = RecordPlan(2, 10, 6, 2, 10, seed=draw, guidance=guidance, forward_guidance=guidance)
     measured = write_records(load_checkpoint(source), plan, bundle.path / GOLDEN, True, lambda: None)
     return resigned(bundle, measured.floors), guidance
 
@@ -140,7 +146,7 @@ def main() -> None:
                 for bundle, found in zip(bundles, engines, strict=True):
                     for engine in found:
                         budget = Replay(bundle, engine).budget
-                        for rung in verified(bundle, engine):
+                        for rung in measure_rungs(bundle, engine):
                             kind = kind_of(rung)
                             if kind is None or rung.threshold is None:
                                 continue
@@ -168,7 +174,7 @@ def main() -> None:
             wanted = rounded_up(2 * row["largest"])
             thresholds[precision][kind] = max(thresholds[precision].get(kind, 0.0), wanted)
     print(json.dumps(thresholds, indent=1))
-    with replaced_file(args.output) as file:
+    with replace_file(args.output) as file:
         content = {"draws": args.draws, "environment": environment(), "ratios": report, "thresholds": thresholds}
         file.write_text(json.dumps(content, indent=1) + "\n")
 

@@ -3,7 +3,7 @@
     python benchmarks/device_memory.py
 
 TensorRT-RTX compiles ahead of time for SM 8.9, without a GPU: step with guidance profiles G=1 and G=2, decoder whole
-and for a tile. While a picture is sampled the device holds the weights of both, one block of activations as large as
+and for a tile. While an image is sampled the device holds the weights of both, one block of activations as large as
 the largest needs (they never run together), and the conditioning table, stated apart; the conditioner is gone.
 """
 
@@ -16,17 +16,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dit_export.autoencoder import Decoder
-from dit_export.checkpoint import Source, load_checkpoint
-from dit_export.graphs import step_axes, write_decoder
-from dit_export.precision import FP16
+from dit_export.checkpoints.sources import Source, load_checkpoint
+from dit_export.graphs.autoencoder import Decoder
+from dit_export.graphs.precision import FP16
+from dit_export.graphs.tracing import step_axes, write_decoder
 
-from dit_runtime.bundle import ModelSpec
-from dit_runtime.tensorrt_api import Shapes, library, plan_from_onnx
+from dit_runtime.backends.tensorrt.api import Shapes, library, plan_from_onnx
+from dit_runtime.bundle.manifest import ModelSpec
 from kernels import BRANCHES, ROWS, XL, Ablation, exported, table_dtype
 
 TILE = 32  # latent pixels: dit-build --decode-tile 32
-SIZES = {"256x256": 32, "512x512": 64}  # pictures, and the side of their latents
+SIZES = {"256x256": 32, "512x512": 64}  # images, and the side of their latents
 STEPS = 50
 
 

@@ -20,14 +20,23 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from dit_runtime import picture_rungs, verify
-from dit_runtime import replay as replay_module
-from dit_runtime.bundle import ENCODER, Bundle, open_bundle
-from dit_runtime.engines import OnnxRuntimeEngine
-from dit_runtime.ladder import Rung
-from dit_runtime.noise import TorchNoise
-from dit_runtime.schedule import schedule_for
-from dit_runtime.table import A_Z, INPUT, LOG_SIGMA_V, MATRIX, NOISE, Schedule
+from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
+from dit_runtime.bundle.manifest import ENCODER
+from dit_runtime.bundle.reader import Bundle, open_bundle
+from dit_runtime.samplers.by_name import schedule_for
+from dit_runtime.samplers.noise import TorchNoise
+from dit_runtime.samplers.schedule import (
+    A_Z,
+    INPUT,
+    LOG_SIGMA_V,
+    MATRIX,
+    NOISE,
+    Schedule,
+)
+from dit_runtime.verify import image_rungs
+from dit_runtime.verify import replay as replay_module
+from dit_runtime.verify import verification as verify
+from dit_runtime.verify.rung import Rung
 
 Array = np.ndarray[Any, Any]
 Arrays = dict[str, Array]
@@ -288,7 +297,7 @@ def timestep_moved(inputs: Arrays) -> Arrays:
 
 
 def batch_guidance(inputs: Arrays) -> Arrays:
-    """Every picture with the first one's rows of the table."""
+    """Every image with the first one's rows of the table."""
     return {**inputs, "rows": np.repeat(inputs["rows"][:, :1], inputs["rows"].shape[1], axis=1)}
 
 
@@ -305,7 +314,7 @@ def channels_reversed(outputs: Arrays) -> Arrays:
     return {name: value[..., ::-1] if name == "images" else value for name, value in outputs.items()}
 
 
-def constant_pictures(outputs: Arrays) -> Arrays:
+def constant_images(outputs: Arrays) -> Arrays:
     return {name: np.zeros_like(value) if name == "images" else value for name, value in outputs.items()}
 
 
@@ -380,7 +389,7 @@ def noise_of_next_seed(seed: int) -> TorchNoise:
 
 
 def noise_of_one_stream() -> Callable[[int], TorchNoise]:
-    """One stream for the whole batch, as a generator that is not one per picture gives."""
+    """One stream for the whole batch, as a generator that is not one per image gives."""
     shared: list[TorchNoise] = []
 
     def stream(seed: int) -> TorchNoise:
@@ -478,8 +487,8 @@ FAULTS = (
         fp16=BELOW,
     ),
     Fault("unpatchified transposed", "forward G=1", edits=in_network(unpatchified_transposed)),
-    Fault("one picture of a batch is not a number", "forward G=1", "not finite", outputs={"step": not_a_number}),
-    Fault("pictures of a batch in another order", "forward G=1", outputs={"step": rolled}),
+    Fault("one image of a batch is not a number", "forward G=1", "not finite", outputs={"step": not_a_number}),
+    Fault("images of a batch in another order", "forward G=1", outputs={"step": rolled}),
     Fault("one condition for the whole batch", "forward G=1", inputs={"step": batch_guidance}),
     Fault("guidance halves exchanged", "forward G=2", patch=(replay_module, "branch_rows", swapped_branches)),
     Fault("wrong null class", "forward G=2", patch=(replay_module, "branch_rows", null_is(0))),
@@ -487,10 +496,8 @@ FAULTS = (
     Fault("variance of the null branch", "forward G=2 variance", edits=in_network(variance_of_null)),
     # The sampler.
     Fault("the sampler's memory exchanged", "sampler update", "slot", outputs={"step": slots_exchanged}),
-    Fault("noise of another seed", "ddim noise", patch=(picture_rungs, "TorchNoise", noise_of_next_seed)),
-    Fault(
-        "one stream of noise for the batch", "ddim noise", patch=(picture_rungs, "TorchNoise", noise_of_one_stream())
-    ),
+    Fault("noise of another seed", "ddim noise", patch=(image_rungs, "TorchNoise", noise_of_next_seed)),
+    Fault("one stream of noise for the batch", "ddim noise", patch=(image_rungs, "TorchNoise", noise_of_one_stream())),
     Fault("timesteps off by one", "ddim teacher-forced", "first: step 1;", description=diffusion(steps_offset=1)),
     Fault("timesteps spaced otherwise", "ddim teacher-forced", description=diffusion(timestep_spacing="trailing")),
     Fault(
@@ -513,7 +520,7 @@ FAULTS = (
     ),
     Fault("noise too large", "ddpm teacher-forced", "next latents", patch=scheduled("ddpm", noise_too_large)),
     Fault("learned variance ignored", "ddpm teacher-forced", "next latents", patch=scheduled("ddpm", variance_fixed)),
-    # The autoencoder and the pictures.
+    # The autoencoder and the images.
     Fault("the VAE's scale left out", "decoder", edits={"decoder": vae_scale}),
     Fault(
         "a bias of the VAE dropped",
@@ -521,9 +528,9 @@ FAULTS = (
         edits={"decoder": reordered("decoder.conv_in.bias", np.zeros_like)},
         fp16=BELOW,
     ),
-    Fault("levels truncated", "uint8 pictures", "-0.4", edits={"decoder": truncated}),
-    Fault("red and blue exchanged", "uint8 pictures", outputs={"decoder": channels_reversed}),
-    Fault("constant pictures", "uint8 pictures", outputs={"decoder": constant_pictures}),
+    Fault("levels truncated", "uint8 images", "-0.4", edits={"decoder": truncated}),
+    Fault("red and blue exchanged", "uint8 images", outputs={"decoder": channels_reversed}),
+    Fault("constant images", "uint8 images", outputs={"decoder": constant_images}),
     Fault("the encoder's mean not scaled", "encoder", "first: mean", outputs={ENCODER: mean_not_scaled}, graph=ENCODER),
     Fault("the encoder's channels reversed", "encoder", inputs={ENCODER: images_reversed}, graph=ENCODER),
     Fault(

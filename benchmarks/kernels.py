@@ -25,15 +25,15 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from dit_export import model
-from dit_export.graphs import saved, step_axes, traced
-from dit_export.layout import Numerics, official_shapes
-from dit_export.positions import official_table
-from dit_export.precision import FP16
-from dit_export.random_weights import random_tensors
+from dit_export.checkpoints.layouts import Numerics, official_shapes
+from dit_export.checkpoints.positions import official_table
+from dit_export.checkpoints.random_weights import random_tensors
+from dit_export.graphs import model
+from dit_export.graphs.precision import FP16
+from dit_export.graphs.tracing import save_model, step_axes, trace
 from torch import Tensor
 
-from dit_runtime.bundle import GraphSpec, ModelSpec
+from dit_runtime.bundle.manifest import GraphSpec, ModelSpec
 
 XL = ModelSpec("adaln-zero", 4, (32, 32), 2, 1152, 28, 16, 4608, 1000, True)
 DEPTHS = (2, 4)
@@ -72,12 +72,12 @@ def by_head(x: Tensor, heads: int) -> Tensor:
 
 def outermost(self: model.Attention, x: Tensor) -> Tensor:
     q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    return model.attended(q, k, v)
+    return model.attend(q, k, v)
 
 
 def sliced(self: model.Attention, x: Tensor) -> Tensor:
     q, k, v = (by_head(part, self.heads) for part in self.qkv(x).chunk(3, dim=2))
-    return model.attended(q, k, v)
+    return model.attend(q, k, v)
 
 
 def columns_by_head(self: model.Attention, x: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def columns_by_head(self: model.Attention, x: Tensor) -> Tensor:
         for tensor in (self.qkv.weight, self.qkv.bias)
     )
     q, k, v = F.linear(x, weight, bias).unflatten(2, (self.heads, 3, -1)).permute(0, 2, 1, 3, 4).unbind(3)
-    return model.attended(q, k, v)
+    return model.attend(q, k, v)
 
 
 def in_place(self: model.Attention, x: Tensor) -> Tensor:
@@ -98,19 +98,19 @@ def in_place(self: model.Attention, x: Tensor) -> Tensor:
 def three_products(self: model.Attention, x: Tensor) -> Tensor:
     parts = zip(self.qkv.weight.chunk(3), self.qkv.bias.chunk(3), strict=True)
     q, k, v = (by_head(F.linear(x, weight, bias), self.heads) for weight, bias in parts)
-    return model.attended(q, k, v)
+    return model.attend(q, k, v)
 
 
 def batched_product(self: model.Attention, x: Tensor) -> Tensor:
     weight = self.qkv.weight.unflatten(0, (3, 1, -1)).transpose(2, 3)  # (3, 1, D, D)
     product = x[None] @ weight + self.qkv.bias.unflatten(0, (3, 1, 1, -1))
     q, k, v = (by_head(part, self.heads) for part in product.unbind(0))
-    return model.attended(q, k, v)
+    return model.attend(q, k, v)
 
 
 def without_bias(self: model.Attention, x: Tensor) -> Tensor:
     q, k, v = (by_head(F.linear(x, weight), self.heads) for weight in self.qkv.weight.chunk(3))
-    return model.attended(q, k, v)
+    return model.attend(q, k, v)
 
 
 def column_of_ones(self: model.Attention, x: Tensor) -> Tensor:
@@ -119,13 +119,13 @@ def column_of_ones(self: model.Attention, x: Tensor) -> Tensor:
     weight = torch.cat([self.qkv.weight, self.qkv.bias[:, None], zeros], dim=1)
     ones = torch.cat([x, torch.ones_like(x[..., :8])], dim=2)
     q, k, v = (by_head(F.linear(ones, part), self.heads) for part in weight.chunk(3))
-    return model.attended(q, k, v)
+    return model.attend(q, k, v)
 
 
 def query_bias_alone(self: model.Attention, x: Tensor) -> Tensor:
     # Softmax does not see the keys' bias, and the values' can go through the output projection into its own.
     q, k, v = F.linear(x, self.qkv.weight).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    return model.attended(q + self.qkv.bias.chunk(3)[0].unflatten(0, (self.heads, 1, -1)), k, v)
+    return model.attend(q + self.qkv.bias.chunk(3)[0].unflatten(0, (self.heads, 1, -1)), k, v)
 
 
 def projected(attention: Attention) -> dict[tuple[Any, str], Callable[..., Any]]:
@@ -188,15 +188,15 @@ def unrolled_update(
     return torch.stack(rows, dim=1), c[0] * s[0] + c[1] * e
 
 
-# Tokens before pictures in the residual stream, [T, N, D]: then heads of all pictures have one stride.
+# Tokens before images in the residual stream, [T, N, D]: then heads of all images have one stride.
 
 
 def tokens_first(attention: Attention) -> dict[tuple[Any, str], Callable[..., Any]]:
     def block(self: model.Block, x: Tensor, condition: Tensor) -> Tensor:
         half = self.attn.qkv.weight.dtype
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = condition.unbind(1)  # each (N, D)
-        x = x + gate_1 * self.attn(model.modulated(self.norm1(x), shift_1, scale_1).to(half)).float()
-        return x + gate_2 * self.mlp(model.modulated(self.norm2(x), shift_2, scale_2).to(half)).float()
+        x = x + gate_1 * self.attn(model.modulate(self.norm1(x), shift_1, scale_1).to(half)).float()
+        return x + gate_2 * self.mlp(model.modulate(self.norm2(x), shift_2, scale_2).to(half)).float()
 
     def forward(
         self: model.Step,
@@ -212,9 +212,9 @@ def tokens_first(attention: Attention) -> dict[tuple[Any, str], Callable[..., An
         condition = table.index_select(0, rows.flatten())
         for index, one in enumerate(self.blocks):
             x = one(x, self.of_block(condition, index))
-        x = self.final(model.modulated(self.final_norm(x), condition[:, -2], condition[:, -1])).transpose(0, 1)
-        x = model.unpatchified(x, self.spec).unflatten(0, (rows.shape[0], -1))
-        e = model.guided(x[:, :, : self.spec.latent_channels], guidance)
+        x = self.final(model.modulate(self.final_norm(x), condition[:, -2], condition[:, -1])).transpose(0, 1)
+        x = model.unpatchify(x, self.spec).unflatten(0, (rows.shape[0], -1))
+        e = model.guide(x[:, :, : self.spec.latent_channels], guidance)
         return model.sampler_update(state, noise, coefficients, e, x[0, :, self.spec.latent_channels :])
 
     return {(model.Block, "forward"): block, (model.Step, "forward"): forward, **projected(attention)}
@@ -224,7 +224,7 @@ def tokens_first_layout(bias: bool) -> Attention:
     def attention(self: model.Attention, x: Tensor) -> Tensor:
         product = F.linear(x, self.qkv.weight, self.qkv.bias if bias else None)
         q, k, v = (part.unflatten(2, (self.heads, -1)).permute(1, 2, 0, 3) for part in product.chunk(3, dim=2))
-        return model.attended(q, k, v).transpose(0, 1)
+        return model.attend(q, k, v).transpose(0, 1)
 
     return attention
 
@@ -242,7 +242,7 @@ def ablations() -> Iterator[Ablation]:
     yield Ablation(group, "left out", projected(without_bias), exact=False)
     yield Ablation(group, "of the queries alone", projected(query_bias_alone), exact=False)
     yield Ablation(group, "as a row of the weights, beside a column of ones", projected(column_of_ones))
-    group = "tokens before pictures"
+    group = "tokens before images"
     yield Ablation(group, "slices of the product", tokens_first(tokens_first_layout(True)))
     yield Ablation(group, "the same, bias left out", tokens_first(tokens_first_layout(False)), exact=False)
     group = "scale of the scores"
@@ -284,9 +284,9 @@ def exported(ablation: Ablation, spec: ModelSpec, folder: Path) -> GraphSpec:
     with ExitStack() as stack:
         for (owner, name), function in ablation.replaced.items():
             stack.enter_context(patch.object(owner, name, function))
-        graph = traced(model.step_from_weights(spec, Numerics(), FP16, weights, position), axes)
+        graph = trace(model.step_from_weights(spec, Numerics(), FP16, weights, position), axes)
     del graph.graph.outputs[2:]  # the probe's
-    return saved(graph, folder, "step", axes)
+    return save_model(graph, folder, "step", axes)
 
 
 def table_dtype(spec: ModelSpec) -> torch.dtype:

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from dit_runtime import Pipeline
-from dit_runtime.engines import Array, OnnxRuntimeEngine, Session
+from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
+from dit_runtime.backends.open import Array, Session
 
 BATCH, STEPS, REPEAT = 8, 50, 7
 
@@ -52,7 +53,7 @@ class TimedEngine(OnnxRuntimeEngine):
 
 
 def run(pipe: Pipeline, engine: TimedEngine, **settings: Any) -> tuple[float, float]:
-    """CPU seconds of one run of BATCH pictures: all of it, and the engine's part."""
+    """CPU seconds of one run of BATCH images: all of it, and the engine's part."""
     for session in engine.timed.values():
         session.seconds = 0.0
     start = time.thread_time()

@@ -82,7 +82,7 @@ def in_process(option: str, work: Path, *values: str) -> str:
 
 def make_official(work: Path) -> None:
     """DiT-XL/2-256 with random weights as an official file, and the Stable Diffusion VAE's shape as a folder."""
-    from dit_export.checkpoint import Source, load_checkpoint
+    from dit_export.checkpoints.sources import Source, load_checkpoint
     from safetensors.torch import save_file
 
     checkpoint = load_checkpoint(Source(PRESET, 0, family="official"))
@@ -92,9 +92,9 @@ def make_official(work: Path) -> None:
 
 def convert(work: Path, precision: str) -> int:
     """Everything of an export but the golden records; the peak of this process in bytes, mapped files included."""
-    from dit_export.checkpoint import Source, load_checkpoint
+    from dit_export.checkpoints.sources import Source, load_checkpoint
     from dit_export.export import write_graphs
-    from dit_export.precision import FP16, FP32
+    from dit_export.graphs.precision import FP16, FP32
 
     source = Source(str(work / "official.safetensors"), autoencoder=str(work / "vae"))
     with tempfile.TemporaryDirectory(dir=work) as folder:
@@ -122,8 +122,8 @@ def built(work: Path) -> dict[str, Any]:
 def plain_export(work: Path) -> Path:
     """diffusers' transformer as ``torch.onnx.export`` gives it, at opset 20: the doubled batch is its caller's."""
     import torch
-    from dit_export.checkpoint import Source, load_checkpoint
-    from dit_export.graphs import quiet
+    from dit_export.checkpoints.sources import Source, load_checkpoint
+    from dit_export.graphs.tracing import quiet
 
     target = work / "plain.onnx"
     if target.exists():
@@ -162,10 +162,10 @@ def step_times(work: Path) -> dict[str, Any]:
     import onnxruntime
 
     from dit_runtime import open_bundle
-    from dit_runtime.engines import OnnxRuntimeEngine
-    from dit_runtime.guidance import branch_rows, guidance_weights
-    from dit_runtime.schedule import schedule_for
-    from dit_runtime.table import INPUT, MATRIX
+    from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
+    from dit_runtime.samplers.by_name import schedule_for
+    from dit_runtime.samplers.guidance import branch_rows, guidance_weights
+    from dit_runtime.samplers.schedule import INPUT, MATRIX
 
     bundle_path = work / "fp32.bundle"
     if not bundle_path.exists():

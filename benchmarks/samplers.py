@@ -30,9 +30,9 @@ from diffusers.schedulers import scheduling_ddpm as ddpm
 from diffusers.schedulers import scheduling_euler_ancestral_discrete as ancestral
 
 from dit_runtime import SAMPLERS, DiTError, schedule_for
-from dit_runtime.bundle import DiffusionSpec, ModelSpec
-from dit_runtime.schedule import FLOW_SAMPLERS
-from dit_runtime.spacing import official_timesteps
+from dit_runtime.bundle.manifest import DiffusionSpec, ModelSpec
+from dit_runtime.samplers.by_name import FLOW_SAMPLERS
+from dit_runtime.samplers.spacing import official_timesteps
 
 COUNTS = (1, 2, 10, 50, 250, 1000)
 BETAS = np.linspace(1e-4, 0.02, 1000)

@@ -1,5 +1,5 @@
 """Export trained Diffusion Transformers from PyTorch to verified bundles. Importing this package imports no torch."""
 
-from dit_runtime import __version__
+from dit_runtime.core.version import __version__
 
 __all__ = ["__version__"]

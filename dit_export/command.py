@@ -8,12 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dit_runtime.command import Parser, image_size, positive, print_json, run
-from dit_runtime.errors import CheckpointError, EngineError
+from dit_runtime.commands.common import (
+    Parser,
+    image_size,
+    positive,
+    print_json,
+    run,
+)
+from dit_runtime.core.errors import CheckpointError, EngineError
 
 if TYPE_CHECKING:
-    from dit_export.checkpoint import Source
-    from dit_export.precision import Precision
+    from dit_export.checkpoints.sources import Source
+    from dit_export.graphs.precision import Precision
 
 EXAMPLES = (
     "dit-export facebook/DiT-XL-2-256 --fp16 -o dit-xl.bundle",
@@ -77,7 +83,7 @@ def _main(argv: list[str] | None) -> int:
         type=image_size,
         nargs="+",
         metavar="HEIGHTxWIDTH",
-        help="of pictures (default: as trained)",
+        help="of images (default: as trained)",
     )
     made.add_argument(
         "--decode-tile",
@@ -86,7 +92,7 @@ def _main(argv: list[str] | None) -> int:
         default=[32],
         metavar="N",
         help="record the decoding of tiles of NxN latents, by which dit-verify judges engines that dit-build "
-        "--decode-tile makes; of pictures that are larger (default: 32)",
+        "--decode-tile makes; of images that are larger (default: 32)",
     )
     made.add_argument("--encoder", action="store_true", help="the autoencoder's encoder too, for image-to-image")
     made.add_argument(
@@ -116,10 +122,10 @@ def _main(argv: list[str] | None) -> int:
         raise EngineError(f"{' and '.join(missing)} not installed; pip install 'dit-export[export]'")
     if args.checkpoint is None:
         return _bisect(args.bisect, None, args.output, args.json)
-    from dit_export.checkpoint import PRESET, Source
+    from dit_export.checkpoints.sources import PRESET, Source
     from dit_export.export import bundle_from_checkpoint
-    from dit_export.precision import FP32, fp16_keeping, keep_list
-    from dit_runtime.tiles import check_tile
+    from dit_export.graphs.precision import FP32, fp16_keeping, keep_list
+    from dit_runtime.sampling.tiles import check_tile
 
     for tile in args.decode_tile:
         check_tile(tile)
@@ -154,15 +160,15 @@ def _main(argv: list[str] | None) -> int:
     output = args.output or Path(f"{name or 'checkpoint'}-{precision.name}.bundle")
     bundle = bundle_from_checkpoint(source, output, precision, args.encoder)
 
-    from dit_runtime.engines import OnnxRuntimeEngine
-    from dit_runtime.verdicts import verified_sizes
-    from dit_runtime.verify import Rung, format_table
+    from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
+    from dit_runtime.verify.rung import Rung, format_table
+    from dit_runtime.verify.verdicts import verify_sizes
 
     rungs: list[Rung] = []
     engine_name = None
     if not args.no_verify:
         try:
-            engine_name, rungs = verified_sizes(bundle, bundle.manifest.image_sizes, OnnxRuntimeEngine)
+            engine_name, rungs = verify_sizes(bundle, bundle.manifest.image_sizes, OnnxRuntimeEngine)
         except EngineError as error:
             print(f"dit-export: parity was not checked: {error}", file=sys.stderr)
     sizes = {name: bundle.manifest.files[graph.weights].bytes for name, graph in bundle.manifest.graphs.items()}
@@ -197,13 +203,13 @@ def _main(argv: list[str] | None) -> int:
 
 def _dry_run(source: Source, precision: Precision, encoder: bool, as_json: bool) -> int:
     """Print what the export would make: nothing is converted, traced or written."""
-    from dit_export.checkpoint import load_checkpoint
-    from dit_export.plan import format_plan, plan_for
-    from dit_export.precision import check_units
+    from dit_export.checkpoints.sources import load_checkpoint
+    from dit_export.dry_run import dry_run_of, format_dry_run
+    from dit_export.graphs.precision import check_units
 
     checkpoint = load_checkpoint(source)
     check_units(precision, checkpoint.model)
-    plan = plan_for(
+    plan = dry_run_of(
         checkpoint.model,
         precision,
         checkpoint.autoencoder,
@@ -217,21 +223,26 @@ def _dry_run(source: Source, precision: Precision, encoder: bool, as_json: bool)
     if as_json:
         print_json({"source": checkpoint.name, "reference": checkpoint.reference, **plan.as_json()})
     else:
-        print(f"{checkpoint.name}\nreference: {checkpoint.reference}\n{format_plan(plan)}")
+        print(f"{checkpoint.name}\nreference: {checkpoint.reference}\n{format_dry_run(plan)}")
     return 0
 
 
 def _bisect(path: Path, source: Source | None, output: Path | None, as_json: bool) -> int:
     """Find what to keep in FP32; with a checkpoint, units in FP32 have its weights."""
-    from dit_runtime.bundle import open_bundle
-    from dit_runtime.files import check_writable
+    from dit_runtime.bundle.reader import open_bundle
+    from dit_runtime.core.files import check_writable
 
     bundle = open_bundle(path)
     output = output or Path(f"{path.resolve().stem}.keep.txt")
     check_writable(output)
-    from dit_export.bisection import bisection_of, format_bisection, kernel_cost, write_keep_list
-    from dit_export.checkpoint import load_checkpoint
-    from dit_export.trials import fp32_weights
+    from dit_export.bisect.search import (
+        bisection_of,
+        format_bisection,
+        kernel_cost,
+        write_keep_list,
+    )
+    from dit_export.bisect.trials import fp32_weights
+    from dit_export.checkpoints.sources import load_checkpoint
 
     weights = None if source is None else fp32_weights(load_checkpoint(source), bundle)
     bisection = bisection_of(bundle, weights)

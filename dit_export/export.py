@@ -8,29 +8,32 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
-from dit_export.autoencoder import Decoder, Encoder
-from dit_export.checkpoint import Checkpoint, Source, load_checkpoint
-from dit_export.golden import Measured, records_in_process
-from dit_export.graphs import write_conditioner, write_decoder, write_encoder, write_steps
-from dit_export.model import conditioner_from_weights, step_from_weights
-from dit_export.precision import Precision, check_units
-from dit_export.tolerances import THRESHOLDS, TOLERANCES
-from dit_runtime.bundle import (
+from dit_export.checkpoints.sources import Checkpoint, Source, load_checkpoint
+from dit_export.graphs.autoencoder import Decoder, Encoder
+from dit_export.graphs.model import conditioner_from_weights, step_from_weights
+from dit_export.graphs.precision import Precision, check_units
+from dit_export.graphs.tracing import (
+    write_conditioner,
+    write_decoder,
+    write_encoder,
+    write_steps,
+)
+from dit_export.reference.golden import Measured, records_in_process
+from dit_export.reference.tolerances import THRESHOLDS, TOLERANCES
+from dit_runtime.bundle.manifest import (
     ENCODER,
-    MANIFEST,
     SCHEMA,
     SIZED_GRAPHS,
-    Bundle,
     FileSpec,
     GraphSpec,
     Manifest,
     PrecisionSpec,
     SourceSpec,
-    open_bundle,
 )
-from dit_runtime.errors import OutputError
-from dit_runtime.files import check_writable, replaced_folder, sha256_of
-from dit_runtime.progress import Progress
+from dit_runtime.bundle.reader import MANIFEST, Bundle, open_bundle
+from dit_runtime.core.errors import OutputError
+from dit_runtime.core.files import check_writable, replace_folder, sha256_of
+from dit_runtime.core.progress import Progress
 
 
 def bundle_from_checkpoint(source: Source, output: Path, precision: Precision, encoder: bool = False) -> Bundle:
@@ -49,7 +52,7 @@ def bundle_from_checkpoint(source: Source, output: Path, precision: Precision, e
     check_writable(output)
     checkpoint = load_checkpoint(source)  # a mistake is told before the work
     check_units(precision, checkpoint.model)
-    with replaced_folder(output) as folder:
+    with replace_folder(output) as folder:
         measured = records_in_process(source, folder, encoder, precision.name)
         with Progress("tracing", 2 + encoder + len(SIZED_GRAPHS) * len(checkpoint.sizes)) as bar:
             graphs = {}

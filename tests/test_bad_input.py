@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_command
 from safetensors.torch import load_file, save_file
+from support.commands import run_command
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_a_pickle_that_needs_code_execution(copied: Path, tmp_path: Path) -> Non
 
 def test_a_plain_bin_is_read(copied: Path) -> None:
     """A ``.bin`` of tensors alone loads like safetensors."""
-    from dit_export.checkpoint import Source, load_checkpoint
+    from dit_export.checkpoints.sources import Source, load_checkpoint
 
     folder = copied / "transformer"
     state = load_file(folder / "diffusion_pytorch_model.safetensors")
@@ -150,7 +150,7 @@ def test_an_output_that_cannot_be_written(checkpoint: Path, bundles: dict[str, P
     ],
 )
 def test_sampling_arguments(bundles: dict[str, Path], tmp_path: Path, arguments: list[str], message: str) -> None:
-    """Every wrong argument of dit-sample is one line, and no picture is written."""
+    """Every wrong argument of dit-sample is one line, and no image is written."""
     output = tmp_path / "out.png"
     refused("dit-sample", bundles["fp32"], *arguments, "-o", output, message=message)
     assert not list(tmp_path.iterdir())
@@ -173,7 +173,8 @@ def test_a_damaged_bundle(bundles: dict[str, Path], tmp_path: Path) -> None:
 def test_no_engine_installed(bundles: dict[str, Path]) -> None:
     """Without an inference engine the error is the pip line that installs one."""
     code = (
-        "import sys; sys.modules.update(onnxruntime=None, openvino=None); from dit_runtime.verify_command import main; "
+        "import sys; sys.modules.update(onnxruntime=None, openvino=None); "
+        "from dit_runtime.commands.verify import main; "
         f"main([{str(bundles['fp32'])!r}])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

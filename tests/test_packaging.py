@@ -10,9 +10,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import run_command
+from support.commands import run_command
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 PACKAGES = {
     "dit_runtime": ROOT / "runtime" / "dit_runtime",
     "dit_engines": ROOT / "engines" / "dit_engines",
@@ -49,7 +49,7 @@ def test_the_runtime_needs_numpy_and_pillow_only(bundles: dict[str, Path], tmp_p
     masked = ("torch", "diffusers", "onnx", "onnx_ir", "dit_export", "dit_engines", "tensorrt_rtx")
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({masked!r}))\n"
-        "from dit_runtime.sample import main\n"
+        "from dit_runtime.commands.sample import main\n"
         f"main([{str(bundles['fp16'])!r}, '--labels', '1', '2', '--steps', '3', '-o', {str(tmp_path / 'x.png')!r}])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -24,15 +24,16 @@ import openvino
 from contenders import GUIDANCE, STEPS
 from openvino import opset13
 
-from dit_runtime import open_bundle, openvino_engine
-from dit_runtime.bundle import Bundle
-from dit_runtime.environment import environment
-from dit_runtime.files import replaced_file
-from dit_runtime.guidance import branch_rows, guidance_weights
-from dit_runtime.openvino_engine import OpenVinoEngine
-from dit_runtime.openvino_passes import rearranged
-from dit_runtime.schedule import schedule_for
-from dit_runtime.timing import timed
+from dit_runtime import open_bundle
+from dit_runtime.backends.openvino import engine as openvino_engine
+from dit_runtime.backends.openvino.engine import OpenVinoEngine
+from dit_runtime.backends.openvino.passes import rearrange
+from dit_runtime.bench.timing import time_calls
+from dit_runtime.bundle.reader import Bundle
+from dit_runtime.core.environment import environment
+from dit_runtime.core.files import replace_file
+from dit_runtime.samplers.by_name import schedule_for
+from dit_runtime.samplers.guidance import branch_rows, guidance_weights
 
 HERE = Path(__file__).parent
 DESIGNED = "as designed: static shapes, batch 1, G=2"
@@ -41,7 +42,7 @@ Call = Callable[[], Any]
 
 
 def step_inputs(bundle: Bundle, engine: OpenVinoEngine, batch: int, guided: bool) -> dict[str, Array]:
-    """One DDIM step's inputs for pictures of class 0, 1, …; the table has the rows of this step alone."""
+    """One DDIM step's inputs for images of class 0, 1, …; the table has the rows of this step alone."""
     model, diffusion = bundle.manifest.model, bundle.manifest.diffusion
     schedule = schedule_for("ddim", model, diffusion, STEPS)
     labels = (np.arange(batch) % model.classes).astype(np.int32)
@@ -87,12 +88,12 @@ OUTSIDE = ("noise", "coefficients")  # what only the sampler reads; of guidance 
 
 
 def openvino_variants(bundle: Bundle, precision: str) -> dict[str, Call]:
-    """Each a call that does one guided step's work for one picture, but for the last."""
+    """Each a call that does one guided step's work for one image, but for the last."""
     engine = OpenVinoEngine(bundle, precision=precision)
     table, model = bundle.manifest.table.name, bundle.manifest.model
     designed = step_inputs(bundle, engine, 1, guided=True)
     plain = step_inputs(bundle, engine, 1, guided=False)
-    # Two pictures without guidance are the doubled batch: patches embedded twice, the sampler run twice.
+    # Two images without guidance are the doubled batch: patches embedded twice, the sampler run twice.
     doubled = step_inputs(bundle, engine, 2, guided=False)
 
     def call(shapes: dict[str, list[int]], inputs: dict[str, Array]) -> Call:
@@ -136,7 +137,7 @@ def openvino_variants(bundle: Bundle, precision: str) -> dict[str, Call]:
     other = {"MLP and attention not cut": sys.maxsize, "MLP and attention cut": 0}
     arranged = {}
     for name, wide in other.items() if precision == "bf16" else ():
-        with patch.object(openvino_engine, "rearranged", partial(rearranged, wide=wide)):
+        with patch.object(openvino_engine, "rearranged", partial(rearrange, wide=wide)):
             arranged[name] = call(shapes_of(designed, table), designed)
     expected = own()["next_state"].copy()
     apart = float(np.abs(sampler_outside() - expected).max() / np.abs(expected).max())
@@ -209,14 +210,14 @@ def main() -> None:
     able = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     report: dict[str, Any] = {"model": bundle.manifest.source.name, "environment": environment(0), "openvino": {}}
     for precision in ("bf16", "f32") if "BF16" in able else ("f32",):
-        found = timed(openvino_variants(bundle, precision), args.repeat, f"OpenVINO {precision}")
+        found = time_calls(openvino_variants(bundle, precision), args.repeat, f"OpenVINO {precision}")
         report["openvino"][precision] = {name: asdict(timing) for name, timing in found.items()}
     if not args.no_onnxruntime:
         inputs = step_inputs(bundle, OpenVinoEngine(bundle, precision="f32"), 1, guided=True)
-        found = timed(onnxruntime_variants(bundle, inputs), args.repeat, "ONNX Runtime")
+        found = time_calls(onnxruntime_variants(bundle, inputs), args.repeat, "ONNX Runtime")
         report["onnxruntime"] = {name: asdict(timing) for name, timing in found.items()}
     target = args.output or HERE / f"{args.model}-ablations.json"
-    with replaced_file(target) as file:
+    with replace_file(target) as file:
         file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(target)
 

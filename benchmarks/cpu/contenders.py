@@ -41,10 +41,10 @@ class Ours:
 
     def __init__(self, work: Path, engine: str, threads: int, precision: str | None = None) -> None:
         from dit_runtime import open_bundle
-        from dit_runtime.engines import engine_for
-        from dit_runtime.guidance import branch_rows, guidance_weights
+        from dit_runtime.backends.open import engine_for
         from dit_runtime.pipeline import Pipeline
-        from dit_runtime.schedule import schedule_for
+        from dit_runtime.samplers.by_name import schedule_for
+        from dit_runtime.samplers.guidance import branch_rows, guidance_weights
 
         self.bundle = open_bundle(work / ("fp16.bundle" if precision == "bf16" else "fp32.bundle"))
         self.engine = engine_for(self.bundle, engine, threads, precision)
@@ -238,7 +238,7 @@ def main() -> None:
     args = parser.parse_args()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is not an answer
-    from dit_runtime.timing import memory_use
+    from dit_runtime.bench.timing import memory_use
 
     start = time.perf_counter()
     contender = CONTENDERS[args.contender](args.work, args.threads)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dit_runtime.files import replaced_file
+from dit_runtime.core.files import replace_file
 
 HERE = Path(__file__).parent
 REFERENCE = "diffusers, eager FP32"
@@ -94,8 +94,8 @@ def model_section(report: dict[str, Any]) -> Iterator[str]:
         titles = {"step": "One guided step, batch 1", "decode": "The decoder, batch 1"}
         for key in group:
             if key in titles or key.startswith("pictures_"):
-                pictures = f"{report['steps']} DDIM steps and the decoder, batch {key.partition('_')[2]}"
-                yield f"\n{titles.get(key, pictures)}:\n"
+                images = f"{report['steps']} DDIM steps and the decoder, batch {key.partition('_')[2]}"
+                yield f"\n{titles.get(key, images)}:\n"
                 yield from compared(group, key, precision, report["guided_step_gflop"])
                 yield f"\n{OURS[precision]} is {ahead(group, key, precision)}."
         yield "\nMemory and start:\n"
@@ -183,7 +183,7 @@ def plot(report: dict[str, Any], target: Path) -> None:
         axis.set_xticks(x, [f"{value:.0f}" for value in x])
         axis.minorticks_off()
         axis.legend()
-    with replaced_file(target) as file:
+    with replace_file(target) as file:
         figure.savefig(file, format="svg", metadata={"Date": None})
     pyplot.close(figure)
 
@@ -199,7 +199,7 @@ def start_section(report: dict[str, Any]) -> Iterator[str]:
         ]
         for name, row in report["processes"].items()
     ]
-    head = ["", "start to first step s", "10 steps and picture s", *[f"{when}: {kind} MB" for when, kind in MEMORY]]
+    head = ["", "start to first step s", "10 steps and image s", *[f"{when}: {kind} MB" for when, kind in MEMORY]]
     yield from table([cell.replace("_", " ") for cell in head], rows)
     if not report["installed"]:
         return
@@ -217,9 +217,9 @@ def document() -> str:
         "# On a CPU, side by side",
         "",
         "`run.py` lets every contender do the whole of the same work, in turn, in one run for each precision (all at",
-        "once do not fit in memory); a turn is one call that is not counted and one that is. Whole pictures are made",
+        "once do not fit in memory); a turn is one call that is not counted and one that is. Whole images are made",
         "once, after a run of one step. *Apart*: of steps the largest difference from diffusers in eager FP32 over the",
-        "largest value, of pictures their PSNR. *GEMM rate*: the fastest of the model's own products in the same run.",
+        "largest value, of images their PSNR. *GEMM rate*: the fastest of the model's own products in the same run.",
     ]
     for name in MODELS:
         if (report := read(name)) is not None:
@@ -239,7 +239,7 @@ def document() -> str:
 def main() -> None:
     if (report := read("scaling")) is not None:
         plot(report, HERE / "scaling.svg")
-    with replaced_file(HERE / "README.md") as file:
+    with replace_file(HERE / "README.md") as file:
         file.write_text(document(), encoding="utf-8")
     print(HERE / "README.md")
 

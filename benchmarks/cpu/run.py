@@ -3,7 +3,7 @@
     python benchmarks/cpu/run.py --model xl --work build/cpu [--rounds 7] [--pictures 1,4] [--only "ours,eager"]
 
 Prepares the model (random weights for ``b`` and ``xl``, the committed one for ``demo``), its bundle and the plain
-exports once; then starts every contender as a process and tells them in turn to do a step, decode, and make pictures.
+exports once; then starts every contender as a process and tells them in turn to do a step, decode, and make images.
 The rate of matrix products of the model's own shapes is measured in the same rounds. Writes MODEL.json, from which
 ``report.py`` makes the tables.
 """
@@ -56,7 +56,7 @@ def prepared(work: Path, model: str) -> None:
 def make_checkpoint(work: Path, model: str) -> None:
     """The model as a ``DiTPipeline`` folder, and what the peers need to know of it."""
     from diffusers import DDIMScheduler, DiTPipeline
-    from dit_export.checkpoint import Source, load_checkpoint
+    from dit_export.checkpoints.sources import Source, load_checkpoint
 
     folder, source = work / "checkpoint", MODELS[model]
     if (work / "model.json").exists():
@@ -93,7 +93,7 @@ def make_plain(work: Path) -> None:
     """diffusers' transformer and decoder as ``torch.onnx.export`` gives them, opset 20."""
     import torch
     from contenders import reference
-    from dit_export.graphs import quiet
+    from dit_export.graphs.tracing import quiet
 
     if (work / "plain-decoder.onnx").exists():
         return
@@ -217,7 +217,7 @@ def interleaved(processes: list[Process], rounds: int, **request: Any) -> dict[s
 
 
 def difference(found: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> dict[str, float | None]:
-    """Of latents the largest difference over the largest magnitude; of pictures their PSNR in dB, None for the same."""
+    """Of latents the largest difference over the largest magnitude; of images their PSNR in dB, None for the same."""
     if found.dtype == np.uint8:
         error = float(np.mean((found.astype(float) - expected.astype(float)) ** 2))
         return {"psnr_db": round(10 * np.log10(255**2 / error), 1) if error else None}
@@ -229,7 +229,7 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="demo")
     parser.add_argument("--work", type=Path, default=Path("build/cpu"))
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds of steps and decoding")
-    parser.add_argument("--pictures", default="1", help="batches of whole pictures, such as 1,4; 0 for none")
+    parser.add_argument("--pictures", default="1", help="batches of whole images, such as 1,4; 0 for none")
     parser.add_argument("--fp32-pictures", help="the same for the contenders in FP32, if other batches")
     parser.add_argument("--threads", type=int, default=0, help="of each contender, 0 for its own choice")
     parser.add_argument("--only", help="parts of contenders' names, separated by commas; the reference is always there")
@@ -249,10 +249,10 @@ def main() -> None:
 
 def compared(args: argparse.Namespace, work: Path) -> None:
     from dit_runtime import open_bundle
-    from dit_runtime.environment import environment
-    from dit_runtime.files import replaced_file
-    from dit_runtime.gemm import gemm_rates, shapes_of
-    from dit_runtime.macs import step_gmac
+    from dit_runtime.bench.gemm import measure_gemm_rates, shapes_of
+    from dit_runtime.bundle.macs import step_gmac
+    from dit_runtime.core.environment import environment
+    from dit_runtime.core.files import replace_file
 
     prepared(work, args.model)
     wanted = [part.strip() for part in args.only.split(",")] if args.only else [""]
@@ -270,12 +270,12 @@ def compared(args: argparse.Namespace, work: Path) -> None:
     for precision in ("bf16", "fp32"):
         group = [name for name in names if name == REFERENCE or (precision == "bf16") == ("BF16" in name)]
         with running(group, work, args.threads) as processes:
-            rates = gemm_rates(shapes, precision)
+            rates = measure_gemm_rates(shapes, precision)
             found = {"step": interleaved(processes, args.rounds, do="step", batch=1, index=0)}
-            rates += gemm_rates(shapes, precision)
+            rates += measure_gemm_rates(shapes, precision)
             found["decode"] = interleaved(processes, max(1, args.rounds // 2), do="decode", batch=1)
-            pictures = args.fp32_pictures if precision == "fp32" and args.fp32_pictures else args.pictures
-            for batch in (int(text) for text in pictures.split(",")):
+            images = args.fp32_pictures if precision == "fp32" and args.fp32_pictures else args.pictures
+            for batch in (int(text) for text in images.split(",")):
                 if batch:
                     for process in processes:
                         process.ask(do="pictures", batch=batch, steps=1)  # compiles for this batch
@@ -286,7 +286,7 @@ def compared(args: argparse.Namespace, work: Path) -> None:
             **found,
         }
     target = args.output or HERE / f"{args.model}.json"
-    with replaced_file(target) as file:
+    with replace_file(target) as file:
         file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(target)
 

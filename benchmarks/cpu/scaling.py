@@ -25,16 +25,16 @@ from unittest.mock import patch
 
 import numpy as np
 
-from dit_runtime import openvino_engine
-from dit_runtime.bundle import ModelSpec
-from dit_runtime.environment import environment
-from dit_runtime.files import replaced_file
-from dit_runtime.gemm import gemm_rates, shapes_of
-from dit_runtime.guidance import guidance_weights
-from dit_runtime.macs import step_gmac
-from dit_runtime.openvino_engine import OpenVinoEngine
-from dit_runtime.openvino_passes import rearranged
-from dit_runtime.timing import timed
+from dit_runtime.backends.openvino import engine as openvino_engine
+from dit_runtime.backends.openvino.engine import OpenVinoEngine
+from dit_runtime.backends.openvino.passes import rearrange
+from dit_runtime.bench.gemm import measure_gemm_rates, shapes_of
+from dit_runtime.bench.timing import time_calls
+from dit_runtime.bundle.macs import step_gmac
+from dit_runtime.bundle.manifest import ModelSpec
+from dit_runtime.core.environment import environment
+from dit_runtime.core.files import replace_file
+from dit_runtime.samplers.guidance import guidance_weights
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
@@ -48,7 +48,7 @@ MODELS = {
     "XL/2": XL,
 }
 BATCHES = (1, 2, 4, 8, 16)
-STREAMS = ((1, 1), (2, 1), (1, 2))  # streams, and pictures in each call
+STREAMS = ((1, 1), (2, 1), (1, 2))  # streams, and images in each call
 SIDES = (32, 64, 128)  # of B/2's latents: 256, 1024 and 4096 tokens
 
 
@@ -71,11 +71,11 @@ def traced(spec: ModelSpec, folder: Path) -> Traced:
 
 
 def inputs_of(spec: ModelSpec, batch: int) -> dict[str, Any]:
-    picture = (batch, spec.latent_channels, *spec.latent_size)
+    image = (batch, spec.latent_channels, *spec.latent_size)
     random = np.random.default_rng(0)
     return {
-        "state": random.standard_normal((batch, 3, *picture[1:])).astype(np.float32),
-        "noise": np.zeros(picture, np.float32),
+        "state": random.standard_normal((batch, 3, *image[1:])).astype(np.float32),
+        "noise": np.zeros(image, np.float32),
         "coefficients": np.ones((batch, 17), np.float32),
         "guidance": guidance_weights(4.0, batch, spec.latent_channels, spec.latent_channels),
         "rows": np.zeros((2, batch), np.int32),
@@ -94,7 +94,7 @@ def measured(spec: ModelSpec, batches: tuple[int, ...], precision: str, repeat: 
             request = engine.compiled("step", {name: value.shape for name, value in inputs.items()})
             request = request.create_infer_request()
             call = {"step": lambda request=request, inputs=inputs: request.infer(inputs, share_inputs=True)}
-            timing = timed(call, repeat, f"{spec.width} wide, {spec.tokens} tokens, batch {batch}")["step"]
+            timing = time_calls(call, repeat, f"{spec.width} wide, {spec.tokens} tokens, batch {batch}")["step"]
             attention = 2 * spec.depth * spec.tokens**2 * spec.width / 1e9  # GMAC of its two products
             gflop = 4 * batch * step_gmac(spec)  # two branches, two operations each
             points.append(
@@ -118,15 +118,15 @@ def cut_or_whole(spec: ModelSpec, repeat: int) -> dict[str, Any]:
         bundle: Any = traced(spec, Path(folder))
         engine = OpenVinoEngine(bundle, precision="bf16")
         for name, wide in {"cut_ms": 0, "whole_ms": sys.maxsize}.items():
-            with patch.object(openvino_engine, "rearranged", partial(rearranged, wide=wide)):
+            with patch.object(openvino_engine, "rearranged", partial(rearrange, wide=wide)):
                 request = engine.compiled("step", {name: value.shape for name, value in inputs.items()})
             calls[name] = partial(request.create_infer_request().infer, inputs, share_inputs=True)
-        found = timed(calls, repeat, f"{spec.width} wide, cut and whole")
+        found = time_calls(calls, repeat, f"{spec.width} wide, cut and whole")
     return {"width": spec.width, **{name: timing.p50_ms for name, timing in found.items()}}
 
 
 def side_by_side(spec: ModelSpec, precision: str, repeat: int) -> list[dict[str, Any]]:
-    """Guided steps a second with two calls at once in two streams, and with one call of one or two pictures."""
+    """Guided steps a second with two calls at once in two streams, and with one call of one or two images."""
     calls: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as threads:
         bundle: Any = traced(spec, Path(folder))
@@ -135,7 +135,7 @@ def side_by_side(spec: ModelSpec, precision: str, repeat: int) -> list[dict[str,
             session = OpenVinoEngine(bundle, precision=precision, streams=streams).session("step")
             run = partial(session.run, inputs, ["next_state"])
             calls[f"{streams} {batch}"] = partial(together, threads, run, streams)
-        found = timed(calls, repeat, f"{spec.width} wide, streams")
+        found = time_calls(calls, repeat, f"{spec.width} wide, streams")
     return [
         {
             "streams": streams,
@@ -185,10 +185,12 @@ def main() -> None:
             "tokens, B/2": exponent(tokens["B/2"], "tokens"),
             "work, S/2 to XL/2": exponent(model, "gflop"),
         },
-        "gemm": [asdict(rate) for rate in gemm_rates(shapes_of(XL, 2), "fp32" if args.precision == "f32" else "bf16")],
+        "gemm": [
+            asdict(rate) for rate in measure_gemm_rates(shapes_of(XL, 2), "fp32" if args.precision == "f32" else "bf16")
+        ],
     }
     target = args.output or HERE / "scaling.json"
-    with replaced_file(target) as file:
+    with replace_file(target) as file:
         file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(target)
 

@@ -1,4 +1,4 @@
-"""From process start to the first step and the picture, the memory meanwhile, and what an installation takes.
+"""From process start to the first step and the image, the memory meanwhile, and what an installation takes.
 
     python benchmarks/cpu/start.py --model xl --work build/cpu
     python benchmarks/cpu/start.py --installed
@@ -29,9 +29,9 @@ REQUIREMENTS = {
 
 
 def ours(work: Path, precision: str, started: float) -> dict[str, Any]:
-    """As dit-sample does it: one picture, DDIM with guidance."""
+    """As dit-sample does it: one image, DDIM with guidance."""
+    from dit_runtime.bench.timing import memory_use
     from dit_runtime.pipeline import Pipeline
-    from dit_runtime.timing import memory_use
 
     bundle = work / ("fp16.bundle" if precision == "bf16" else "fp32.bundle")
     pipe = Pipeline(bundle, "openvino", precision=precision, once=True)
@@ -50,7 +50,7 @@ def diffusers(work: Path, mode: str, started: float) -> dict[str, Any]:
     import numpy as np
     from contenders import Diffusers
 
-    from dit_runtime.timing import memory_use
+    from dit_runtime.bench.timing import memory_use
 
     contender = Diffusers(work, mode, 0)
     inputs = np.load(work / "inputs.npz")
@@ -111,8 +111,8 @@ def main() -> None:
     if args.way:
         child(args.way, work, args.started)
         return
-    from dit_runtime.environment import environment
-    from dit_runtime.files import replaced_file
+    from dit_runtime.core.environment import environment
+    from dit_runtime.core.files import replace_file
 
     target = HERE / "start.json"
     report: dict[str, Any] = {"model": args.model, "environment": environment(0), "processes": {}, "installed": {}}
@@ -128,7 +128,7 @@ def main() -> None:
         print(way, report["processes"][way], file=sys.stderr)
     if args.installed:
         report["installed"] = installed()
-    with replaced_file(target) as file:
+    with replace_file(target) as file:
         file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(target)
 

@@ -1,7 +1,7 @@
 """``make demo``: the whole job on the committed Fashion-MNIST model, and the proof that it was done right.
 
 Exports the checkpoint in FP32 and FP16, builds TensorRT-RTX engines, samples a grid without torch, verifies both
-bundles, and lets the evaluator judge pictures of PyTorch FP32, ONNX FP32 and ONNX FP16 from the same seeds.
+bundles, and lets the evaluator judge images of PyTorch FP32, ONNX FP32 and ONNX FP16 from the same seeds.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import numpy as np
 from evaluator import CLASS_NAMES, frechet_distance, judged, load_evaluator, reference_statistics, statistics
 
 from dit_runtime import Pipeline
-from dit_runtime.files import replaced_file
-from dit_runtime.verify import psnr
+from dit_runtime.core.files import replace_file
+from dit_runtime.verify.metrics import psnr
 
 HERE = Path(__file__).parent
 CHECKPOINT = HERE / "checkpoint"
 GUIDANCE = 1.5
 STEPS = 50
-PER_ROW = 10  # pictures of each class in the grid
+PER_ROW = 10  # images of each class in the grid
 
 
 def command(*argv: str | Path) -> None:
@@ -36,19 +36,19 @@ def command(*argv: str | Path) -> None:
     subprocess.run([executable, *rest], check=True)
 
 
-def pytorch_pictures(
+def pytorch_images(
     labels: list[int], seeds: list[int], batch: int, steps: int = STEPS, guidance: float = GUIDANCE
 ) -> np.ndarray:
     """The unpatched diffusers modules in FP32, in ``DiTPipeline``'s loop with null = number of classes."""
     import torch
-    from dit_export.checkpoint import Source, load_checkpoint
-    from dit_export.golden import Reference
+    from dit_export.checkpoints.sources import Source, load_checkpoint
+    from dit_export.reference.pipeline import Reference
 
     checkpoint = load_checkpoint(Source(str(CHECKPOINT)))
     reference, scheduler = Reference(checkpoint), checkpoint.scheduler
     assert scheduler is not None
     scheduler.set_timesteps(steps)
-    pictures = []
+    images = []
     with torch.inference_mode():
         for first in range(0, len(labels), batch):
             y = torch.tensor(labels[first : first + batch])
@@ -58,12 +58,12 @@ def pytorch_pictures(
             for t in scheduler.timesteps:
                 e, _ = reference.predicted(z, t.expand(len(z)), y, guidance)
                 z = scheduler.step(e, t, z).prev_sample
-            pictures.append(reference.pictures(reference.decoded(z)))
-    return np.concatenate(pictures)
+            images.append(reference.images(reference.decoded(z)))
+    return np.concatenate(images)
 
 
 def sampled(bundle: Path, labels: list[int], seeds: list[int], batch: int) -> np.ndarray:
-    """The same pictures from a bundle on ONNX Runtime."""
+    """The same images from a bundle on ONNX Runtime."""
     pipe = Pipeline(bundle, "onnxruntime")  # which computes in the precision that the bundle says
     chunks = [slice(first, first + batch) for first in range(0, len(labels), batch)]
     return np.concatenate([pipe(labels[c], seeds[c], steps=STEPS, guidance=GUIDANCE, sampler="ddim") for c in chunks])
@@ -72,7 +72,7 @@ def sampled(bundle: Path, labels: list[int], seeds: list[int], batch: int) -> np
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("build/demo"))
-    parser.add_argument("--samples", type=int, default=200, help="pictures that the evaluator judges")
+    parser.add_argument("--samples", type=int, default=200, help="images that the evaluator judges")
     parser.add_argument("--batch", type=int, default=50)
     args = parser.parse_args()
     start = time.monotonic()
@@ -92,7 +92,7 @@ def main() -> None:
     labels = [index % len(CLASS_NAMES) for index in range(args.samples)]
     seeds = list(range(args.samples))
     print(
-        f"\n{args.samples} pictures, DDIM {STEPS} steps, guidance {GUIDANCE}, judged by a CNN that sees "
+        f"\n{args.samples} images, DDIM {STEPS} steps, guidance {GUIDANCE}, judged by a CNN that sees "
         f"{reference['real_accuracy']:.4f} of the real test images right"
     )
     print(f"{'':<14} {'class accuracy':>15} {'Fréchet distance':>17} {'against PyTorch':>16}", flush=True)
@@ -100,15 +100,15 @@ def main() -> None:
     expected: np.ndarray | None = None
     for name in ("PyTorch FP32", *bundles):
         if name in bundles:
-            pictures = sampled(bundles[name], labels, seeds, args.batch)
+            images = sampled(bundles[name], labels, seeds, args.batch)
         else:
-            pictures = pytorch_pictures(labels, seeds, args.batch)
-            expected = pictures
+            images = pytorch_images(labels, seeds, args.batch)
+            expected = images
         assert expected is not None
-        classes, features = judged(evaluator, pictures)
+        classes, features = judged(evaluator, images)
         accuracy = float((classes == np.array(labels)).mean())
         distance = frechet_distance(statistics(features), (reference["mean"], reference["covariance"]))
-        level = psnr(pictures, expected)
+        level = psnr(images, expected)
         figures[name] = {"accuracy": accuracy, "frechet_distance": distance}
         against = "-" if name == "PyTorch FP32" else f"{level:.1f} dB"
         print(f"{name:<14} {accuracy:>15.3f} {distance:>17.3f} {against:>16}", flush=True)
@@ -119,7 +119,7 @@ def main() -> None:
         f"Fréchet distance {reference['reconstruction_distance']:.3f}"
     )
     figures["evaluator"] = {"real_accuracy": float(reference["real_accuracy"]), "samples": args.samples}
-    with replaced_file(args.output / "figures.json") as file:
+    with replace_file(args.output / "figures.json") as file:
         file.write_text(json.dumps(figures, indent=1) + "\n")
     print(f"\n{args.output}: samples.png, figures.json and the bundles, in {time.monotonic() - start:.0f} s")
 

@@ -1,7 +1,7 @@
-"""The judge of the demo model's pictures: a small CNN trained on real Fashion-MNIST images only.
+"""The judge of the demo model's images: a small CNN trained on real Fashion-MNIST images only.
 
 It gives two figures: **class accuracy** (how often the CNN sees the label that was asked for) and the **Fréchet
-distance** (Heusel et al. 2017, arXiv 1706.08500) between the CNN's features of two sets of pictures. Its features are
+distance** (Heusel et al. 2017, arXiv 1706.08500) between the CNN's features of two sets of images. Its features are
 not Inception's, so the distance compares only with other figures of this same file.
 """
 
@@ -32,7 +32,7 @@ CLASS_NAMES = (
 
 
 class Evaluator(nn.Module):
-    """Grey 32×32 pictures in [-1, 1] → class logits ``[N, 10]`` and features ``[N, 64]``."""
+    """Grey 32×32 images in [-1, 1] → class logits ``[N, 10]`` and features ``[N, 64]``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def load_evaluator() -> Evaluator:
 
 
 def judged(evaluator: Evaluator, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 pictures ``[N, 32, 32, 3]`` → predicted classes ``[N]`` and float64 features ``[N, 64]``."""
+    """uint8 images ``[N, 32, 32, 3]`` → predicted classes ``[N]`` and float64 features ``[N, 64]``."""
     classes, features = [], []
     with torch.inference_mode():
         for chunk in np.array_split(images, max(1, len(images) // 250)):

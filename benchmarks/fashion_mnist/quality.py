@@ -1,10 +1,10 @@
-"""What a precision does to the demo model's pictures: class accuracy and Fréchet distance, with intervals and in pairs.
+"""What a precision does to the demo model's images: class accuracy and Fréchet distance, with intervals and in pairs.
 
     python benchmarks/fashion_mnist/quality.py     # half an hour on two CPU cores; an interrupted run goes on
 
 All contenders sample the same labels from the same seeds, so that their differences can be told from chance with far
-fewer pictures than the figures themselves: accuracies by McNemar's exact test, distances by resampling pictures in
-pairs. Pictures are kept in ``--work``; the result is ``quality.json`` and, as a table, ``quality.md``.
+fewer images than the figures themselves: accuracies by McNemar's exact test, distances by resampling images in
+pairs. Images are kept in ``--work``; the result is ``quality.json`` and, as a table, ``quality.md``.
 
 FP16 is there twice: as ONNX Runtime computes it on a CPU, and emulated, where every result of an FP16 operation is
 rounded, as on a GPU; ONNX Runtime leaves out the roundings between operations that it computes in FP32.
@@ -24,18 +24,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from demo import CHECKPOINT, command, pytorch_pictures
-from dit_export.checkpoint import Source, load_checkpoint
-from dit_export.trials import Trials
+from demo import CHECKPOINT, command, pytorch_images
+from dit_export.bisect.trials import Trials
+from dit_export.checkpoints.sources import Source, load_checkpoint
 from evaluator import CLASS_NAMES, frechet_distance, judged, load_evaluator, reference_statistics, statistics
 
 from dit_runtime import Pipeline
-from dit_runtime.bundle import Bundle, open_bundle
-from dit_runtime.engines import Engine, open_engine
-from dit_runtime.environment import environment
-from dit_runtime.errors import BundleError, EngineError
-from dit_runtime.files import replaced_file
-from dit_runtime.progress import Progress
+from dit_runtime.backends.open import Engine, open_engine
+from dit_runtime.bundle.reader import Bundle, open_bundle
+from dit_runtime.core.environment import environment
+from dit_runtime.core.errors import BundleError, EngineError
+from dit_runtime.core.files import replace_file
+from dit_runtime.core.progress import Progress
 
 HERE = Path(__file__).parent
 Z95 = 1.959964  # the standard normal distribution's 97.5 % point
@@ -65,7 +65,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
 
 
 def resampled(features: list[Array], real: tuple[Array, Array], resamples: int, advance: Callable[[], None]) -> Array:
-    """Fréchet distances ``[resamples, contenders]`` of pictures drawn with replacement, the same draw for all."""
+    """Fréchet distances ``[resamples, contenders]`` of images drawn with replacement, the same draw for all."""
     random = np.random.default_rng(0)
     distances = np.empty((resamples, len(features)))
     for row in distances:
@@ -76,14 +76,14 @@ def resampled(features: list[Array], real: tuple[Array, Array], resamples: int, 
 
 
 def around(value: float, draws: Array) -> Interval:
-    """The 95 % interval by the resamples' deviation: their mean is not the value's, they repeat pictures."""
+    """The 95 % interval by the resamples' deviation: their mean is not the value's, they repeat images."""
     half = Z95 * float(np.std(draws, ddof=1))
     return value - half, value + half
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to make the pictures. ``identity``: what they depend on besides labels, seeds and settings."""
+    """One way to make the images. ``identity``: what they depend on besides labels, seeds and settings."""
 
     name: str
     identity: str
@@ -97,7 +97,7 @@ def contenders(work: Path, steps: int, guidance: float, batch: int, threads: int
     weights = load_checkpoint(Source(str(CHECKPOINT))).weights_sha256
 
     def by_pytorch(labels: list[int], seeds: list[int]) -> Array:
-        return pytorch_pictures(labels, seeds, batch, steps, guidance)
+        return pytorch_images(labels, seeds, batch, steps, guidance)
 
     yield Contender(PYTORCH, str(weights), by_pytorch)
     fp32 = bundle_at(work / "fp32.bundle", weights)
@@ -134,8 +134,8 @@ def bundle_at(path: Path, weights: str | None, *flags: str) -> Bundle:
     return open_bundle(path)
 
 
-def pictures(contender: Contender, args: argparse.Namespace, bar: Progress) -> Array:
-    """uint8 pictures ``[N, 32, 32, 3]`` of labels 0, 1, … 9, 0, … and seeds 0, 1, …, those in ``--work`` read."""
+def images(contender: Contender, args: argparse.Namespace, bar: Progress) -> Array:
+    """uint8 images ``[N, 32, 32, 3]`` of labels 0, 1, … 9, 0, … and seeds 0, 1, …, those in ``--work`` read."""
     settings = json.dumps([contender.identity, args.guidance, args.steps, args.batch])
     name = contender.name.lower().replace(" ", "-")
     folder = args.work / f"{name}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
@@ -145,7 +145,7 @@ def pictures(contender: Contender, args: argparse.Namespace, bar: Progress) -> A
         path = folder / f"{seeds[0]:05d}-{seeds[-1]:05d}.npy"
         if not path.exists():
             made = contender.sampled([seed % len(CLASS_NAMES) for seed in seeds], seeds)
-            with replaced_file(path) as file:
+            with replace_file(path) as file:
                 np.save(file, made)
         chunks.append(np.load(path, allow_pickle=False))
         bar.advance()
@@ -195,7 +195,7 @@ def compared(judgements: dict[str, tuple[Array, Array]], labels: Array, resample
 def markdown(result: dict[str, Any]) -> str:
     """The figures as a table for people."""
     lines = [
-        f"{result['samples']} pictures each, DDIM {result['steps']} steps, guidance {result['guidance']:g}, the same "
+        f"{result['samples']} images each, DDIM {result['steps']} steps, guidance {result['guidance']:g}, the same "
         f"labels and seeds for all; 95 % intervals; differences are from {PYTORCH} and in pairs.",
         "",
         "| | class accuracy | Fréchet distance | accuracy: pairs lost, won, p | Fréchet distance: difference |",
@@ -219,13 +219,13 @@ def markdown(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=1000, help="pictures of each precision")
+    parser.add_argument("--samples", type=int, default=1000, help="images of each precision")
     parser.add_argument("--guidance", type=float, default=1.5)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--threads", type=int, default=0, help="of each contender; 0 lets it choose")
     parser.add_argument("--resamples", type=int, default=RESAMPLES, help="of the intervals of distances")
-    parser.add_argument("--work", type=Path, default=Path("build/quality"), help="pictures and bundles")
+    parser.add_argument("--work", type=Path, default=Path("build/quality"), help="images and bundles")
     parser.add_argument("--output", type=Path, default=HERE / "quality.json")
     args = parser.parse_args()
     evaluator = load_evaluator()
@@ -233,7 +233,7 @@ def main() -> None:
     judgements = {}
     for contender in contenders(args.work, args.steps, args.guidance, args.batch, args.threads):
         with Progress(contender.name, math.ceil(args.samples / args.batch)) as bar:
-            judgements[contender.name] = judged(evaluator, pictures(contender, args, bar))
+            judgements[contender.name] = judged(evaluator, images(contender, args, bar))
     result = {
         "samples": args.samples,
         "guidance": args.guidance,
@@ -243,9 +243,9 @@ def main() -> None:
         "environment": environment(args.threads),
         "precisions": compared(judgements, labels, args.resamples),
     }
-    with replaced_file(args.output) as file:
+    with replace_file(args.output) as file:
         file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    with replaced_file(args.output.with_suffix(".md")) as file:
+    with replace_file(args.output.with_suffix(".md")) as file:
         file.write_text(markdown(result), encoding="utf-8")
     print(markdown(result), end="")
 

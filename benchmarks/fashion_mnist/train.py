@@ -1,6 +1,6 @@
 """Train the demo model: an evaluator, an ``AutoencoderKL`` and a class-conditional DiT on Fashion-MNIST.
 
-    apt-get install dataset-fashion-mnist        # 60 000 + 10 000 grey 28×28 pictures, MIT licence, © 2017 Zalando SE
+    apt-get install dataset-fashion-mnist        # 60 000 + 10 000 grey 28×28 images, MIT licence, © 2017 Zalando SE
     python benchmarks/fashion_mnist/train.py     # well over an hour on two CPU cores
 
 Stages, each skipped when its result exists in ``--work``: evaluator (real images only, frozen before any sample is
@@ -137,10 +137,10 @@ def trained_evaluator(images: Tensor, labels: Tensor, steps: int) -> Evaluator:
     model = Evaluator()
     training = Training("evaluator", model, steps, rate=2e-3, ema=0.995, weight_decay=0.02)
     for index in batches(len(images), 128, steps, seed=1):
-        picture = scaled(images[index])
+        image = scaled(images[index])
         dy, dx = (int(v) for v in torch.randint(-2, 3, (2,)))
-        picture = torch.roll(picture, (dy, dx), dims=(2, 3))  # the border is black: a roll is a shift
-        logits, _ = model(picture)
+        image = torch.roll(image, (dy, dx), dims=(2, 3))  # the border is black: a roll is a shift
+        logits, _ = model(image)
         training.step(F.cross_entropy(logits, labels[index], label_smoothing=0.05))
     return training.ema.eval()
 
@@ -150,11 +150,11 @@ def trained_autoencoder(images: Tensor, steps: int) -> AutoencoderKL:
     model = AutoencoderKL(**AUTOENCODER).to(memory_format=torch.channels_last)
     training = Training("autoencoder", model, steps, rate=1.5e-3, ema=0.998, weight_decay=1e-4)
     for index in batches(len(images), 64, steps, seed=2):
-        picture = scaled(images[index]).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
-        posterior = model.encode(picture).latent_dist
+        image = scaled(images[index]).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+        posterior = model.encode(image).latent_dist
         reconstruction = model.decode(posterior.sample()).sample
         divergence = posterior.kl().mean() / posterior.mean[0].numel()
-        training.step(F.mse_loss(reconstruction, picture) + 3e-5 * divergence)
+        training.step(F.mse_loss(reconstruction, image) + 3e-5 * divergence)
     return training.ema.eval()
 
 
@@ -169,7 +169,7 @@ def latents_of(autoencoder: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tens
     return torch.cat(means).clone(), torch.cat(deviations).clone()
 
 
-def pictures_of(autoencoder: AutoencoderKL, latents: Tensor) -> np.ndarray:
+def images_of(autoencoder: AutoencoderKL, latents: Tensor) -> np.ndarray:
     """Unscaled latents → uint8 ``[N, 32, 32, 3]``, as ``DiTPipeline`` rounds."""
     with torch.inference_mode():
         decoded = torch.cat([autoencoder.decode(chunk).sample for chunk in latents.split(250)])
@@ -219,7 +219,7 @@ class Diffusion:
 
 
 def discretized_nll(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """−log of a Gaussian's mass in a bin of 2/255 around x, per picture: the decoder term at t = 0."""
+    """−log of a Gaussian's mass in a bin of 2/255 around x, per image: the decoder term at t = 0."""
     inverse = (-log_scale).exp()
     upper = 0.5 * (1 + torch.erf((x - mean + 1 / 255) * inverse / math.sqrt(2)))
     lower = 0.5 * (1 + torch.erf((x - mean - 1 / 255) * inverse / math.sqrt(2)))
@@ -276,7 +276,7 @@ def untied(model: DiTTransformer2DModel) -> DiTTransformer2DModel:
 
 
 def sampled(pipeline: DiTPipeline, count: int, guidance: float, steps: int = 50) -> tuple[np.ndarray, np.ndarray]:
-    """``count`` pictures and their labels from the unpatched modules, in ``DiTPipeline``'s loop with our null class."""
+    """``count`` images and their labels from the unpatched modules, in ``DiTPipeline``'s loop with our null class."""
     transformer, autoencoder, scheduler = pipeline.transformer, pipeline.vae, pipeline.scheduler
     labels = torch.arange(count) % NULL_CLASS
     noise = torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -290,7 +290,7 @@ def sampled(pipeline: DiTPipeline, count: int, guidance: float, steps: int = 50)
                 cond, uncond = output[:, :4].chunk(2)
                 z = scheduler.step(uncond + guidance * (cond - uncond), t, z).prev_sample
         finished.append(z)
-    return pictures_of(autoencoder, torch.cat(finished) / autoencoder.config.scaling_factor), labels.numpy()
+    return images_of(autoencoder, torch.cat(finished) / autoencoder.config.scaling_factor), labels.numpy()
 
 
 def saved_pipeline(transformer: DiTTransformer2DModel, autoencoder: AutoencoderKL) -> None:
@@ -331,7 +331,7 @@ def main() -> None:
     autoencoder.load_state_dict({name: value.half().float() for name, value in load_file(stored).items()})
     autoencoder.eval().requires_grad_(False)
     test_means, _ = latents_of(autoencoder, test_images)
-    reconstructions = pictures_of(autoencoder, test_means)
+    reconstructions = images_of(autoencoder, test_means)
     error = (reconstructions.astype(np.float64) - test_rgb) ** 2
     psnr = float(10 * np.log10(255**2 / error.mean()))  # of the mean error: the lower of the two usual averages
     print(f"autoencoder: PSNR {psnr:.2f} dB on the 10 000 test images", flush=True)
@@ -362,15 +362,15 @@ def main() -> None:
 
     pipeline = DiTPipeline.from_pretrained(CHECKPOINT, dtype=torch.float32)
     reference = reference_statistics()
-    # A Fréchet distance falls with the number of pictures: it is compared with reconstructions over as many.
+    # A Fréchet distance falls with the number of images: it is compared with reconstructions over as many.
     for guidance, count in ((1.0, 1000), (1.5, 1000), (2.5, 1000), (4.0, 1000), (1.5, 5000)):
-        pictures, asked = sampled(pipeline, count, guidance)
-        seen, features = judged(evaluator, pictures)
+        generated, asked = sampled(pipeline, count, guidance)
+        seen, features = judged(evaluator, generated)
         distance = frechet_distance(statistics(features), (reference["mean"], reference["covariance"]))
         chunks = [statistics(chunk) for chunk in np.split(reconstructed_features, 10_000 // count)]
         same = np.mean([frechet_distance(chunk, (reference["mean"], reference["covariance"])) for chunk in chunks])
         print(
-            f"guidance {guidance}, {count} pictures: class accuracy {(seen == asked).mean():.3f}, "
+            f"guidance {guidance}, {count} images: class accuracy {(seen == asked).mean():.3f}, "
             f"distance {distance:.3f}; of as many reconstructions {same:.3f}",
             flush=True,
         )

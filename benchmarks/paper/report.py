@@ -14,7 +14,7 @@ import matplotlib as mpl
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from dit_runtime.files import replaced_file
+from dit_runtime.core.files import replace_file
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
@@ -73,7 +73,7 @@ def tables(results: dict[str, Any]) -> str:
     for sampler in samplers:
         lines += [
             "",
-            f"{sampler.upper()}, {results['pictures']} pictures each:",
+            f"{sampler.upper()}, {results['pictures']} images each:",
             "",
             "| model | steps | GMAC × steps | class accuracy | 95 % | Fréchet distance | 95 % |",
             "|---|--:|--:|--:|:-:|--:|:-:|",
@@ -88,7 +88,7 @@ def tables(results: dict[str, Any]) -> str:
     floor = results["reconstructions"]
     lines += [
         "",
-        f"Not to be beaten: {results['pictures']} test pictures through the autoencoder have accuracy "
+        f"Not to be beaten: {results['pictures']} test images through the autoencoder have accuracy "
         f"{floor['accuracy']:.4f} and distance {floor['distance']:.3f} (means of {floor['sets']} sets). "
         f"Machine: {results['machine']}.",
     ]
@@ -130,7 +130,7 @@ def plot(results: dict[str, Any]) -> None:
         axes[line, 0].xaxis.set_major_locator(FixedLocator([0.001, 0.002, 0.005, 0.01, 0.02, 0.05]))
         axes[line, 0].xaxis.set_minor_locator(NullLocator())
         axes[line, 0].set_xlabel(f"GMAC of one forward, {most} steps")
-        axes[line, 1].set_xlabel("GMAC × sampling steps, per picture")
+        axes[line, 1].set_xlabel("GMAC × sampling steps, per image")
     for axis in axes[0]:
         axis.set_yscale("log")
         axis.yaxis.set_major_locator(FixedLocator([2, 5, 10, 20, 50]))
@@ -141,7 +141,7 @@ def plot(results: dict[str, Any]) -> None:
         axis.set_ylabel("class accuracy")
     figure.legend(*axes[1, 1].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
     figure.suptitle(
-        f"DDPM without guidance, {results['pictures']} pictures a point, "
+        f"DDPM without guidance, {results['pictures']} images a point, "
         f"{results['training_steps']} training steps each; bars: 95 %"
     )
     figure.savefig(PLOT, dpi=110, facecolor="white")
@@ -151,7 +151,7 @@ def main() -> None:
     results = json.loads(RESULTS.read_text())
     before, _, rest = README.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
-    with replaced_file(README) as file:
+    with replace_file(README) as file:
         file.write_text(f"{before}{BEGIN}\n\n{tables(results)}\n\n{END}{after}")
     plot(results)
     print(f"{README.name} and {PLOT.name} written from {RESULTS.name}")

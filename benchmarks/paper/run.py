@@ -1,6 +1,6 @@
 """The paper's observations, small: four conditionings at one size, three sizes of adaLN-Zero, 5 to 250 sampling steps.
 
-    apt-get install dataset-fashion-mnist        # 60 000 + 10 000 grey 28×28 pictures, MIT licence, © 2017 Zalando SE
+    apt-get install dataset-fashion-mnist        # 60 000 + 10 000 grey 28×28 images, MIT licence, © 2017 Zalando SE
     pip install -e '.[export,cpu,report]'
     python benchmarks/paper/run.py               # about an hour and a half on two CPU cores
 
@@ -31,15 +31,15 @@ import numpy as np
 import report
 import torch
 from diffusers import AutoencoderKL
-from dit_export.positions import official_table
-from dit_export.reference import DiT
+from dit_export.checkpoints.positions import official_table
+from dit_export.reference.official_model import DiT
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dit_runtime import Pipeline
-from dit_runtime.bundle import ModelSpec
-from dit_runtime.files import replaced_file
-from dit_runtime.macs import gmac
+from dit_runtime.bundle.macs import gmac
+from dit_runtime.bundle.manifest import ModelSpec
+from dit_runtime.core.files import replace_file
 
 HERE = Path(__file__).parent
 DEMO = HERE.parent / "fashion_mnist"
@@ -51,13 +51,13 @@ from train import (  # noqa: E402
     NULL_CLASS,
     Training,
     images_from_idx,
+    images_of,
     latents_of,
-    pictures_of,
     save_weights,
     trained_denoiser,
 )
 
-PICTURES = 2000  # of each model and number of steps
+IMAGES = 2000  # of each model and number of steps
 RESAMPLES = 200
 SAMPLERS = {"ddpm": (5, 10, 25, 50, 100, 250), "ddim": (5, 10, 25, 50)}  # the paper's, and the deterministic one
 
@@ -195,7 +195,7 @@ def wilson(hits: int, count: int) -> tuple[float, float]:
 def bootstrap(features: np.ndarray, real: tuple[np.ndarray, np.ndarray]) -> tuple[float, tuple[float, float]]:
     """The Fréchet distance of features ``[N, 64]`` and its 95 % interval: ± 1.96 deviations of 200 resamples.
 
-    Not the resamples' percentiles: pictures drawn twice make their distances larger than the sample's own.
+    Not the resamples' percentiles: images drawn twice make their distances larger than the sample's own.
     """
     distance = frechet_distance(statistics(features), real)
     random = np.random.default_rng(0)
@@ -205,17 +205,17 @@ def bootstrap(features: np.ndarray, real: tuple[np.ndarray, np.ndarray]) -> tupl
 
 
 def sample(model: Model, work: Path, steps: int, sampler: str) -> dict[str, Any]:
-    """Stage 4: pictures of one bundle by the runtime, judged. Every model has the same labels and seeds."""
+    """Stage 4: images of one bundle by the runtime, judged. Every model has the same labels and seeds."""
     torch.set_num_threads(1)
     start = time.monotonic()
     pipe = Pipeline(work / f"{model.name}.bundle", threads=1)
-    labels = np.arange(PICTURES) % NULL_CLASS
-    chunks = np.split(np.arange(PICTURES), PICTURES // 250)
-    pictures = np.concatenate(
+    labels = np.arange(IMAGES) % NULL_CLASS
+    chunks = np.split(np.arange(IMAGES), IMAGES // 250)
+    images = np.concatenate(
         [pipe(labels[chunk].tolist(), chunk.tolist(), steps=steps, guidance=1.0, sampler=sampler) for chunk in chunks]
     )
     seconds = time.monotonic() - start
-    classes, features = judged(load_evaluator(), pictures)
+    classes, features = judged(load_evaluator(), images)
     reference = reference_statistics()
     hits = int((classes == labels).sum())
     distance, interval = bootstrap(features, (reference["mean"], reference["covariance"]))
@@ -226,8 +226,8 @@ def sample(model: Model, work: Path, steps: int, sampler: str) -> dict[str, Any]
         "steps": steps,
         "gmac": round(gmac(model.spec), 9),
         "gmac_steps": round(gmac(model.spec) * steps, 6),
-        "accuracy": hits / PICTURES,
-        "accuracy_interval": [round(end, 4) for end in wilson(hits, PICTURES)],
+        "accuracy": hits / IMAGES,
+        "accuracy_interval": [round(end, 4) for end in wilson(hits, IMAGES)],
         "distance": round(distance, 4),
         "distance_interval": [round(end, 4) for end in interval],
         "seconds": round(seconds, 1),
@@ -235,12 +235,12 @@ def sample(model: Model, work: Path, steps: int, sampler: str) -> dict[str, Any]
 
 
 def reconstructions(data: Path) -> dict[str, float]:
-    """What no model can beat: as many test pictures as are sampled, through the autoencoder."""
+    """What no model can beat: as many test images as are sampled, through the autoencoder."""
     images, labels = images_from_idx(data, "t10k")
     autoencoder = AutoencoderKL.from_pretrained(CHECKPOINT / "vae", dtype=torch.float32).eval()
-    classes, features = judged(load_evaluator(), pictures_of(autoencoder, latents_of(autoencoder, images)[0]))
+    classes, features = judged(load_evaluator(), images_of(autoencoder, latents_of(autoencoder, images)[0]))
     reference = reference_statistics()
-    sets = np.split(features, len(features) // PICTURES)
+    sets = np.split(features, len(features) // IMAGES)
     distances = [frechet_distance(statistics(s), (reference["mean"], reference["covariance"])) for s in sets]
     accuracy = float((classes == labels.numpy()).mean())
     return {"accuracy": accuracy, "distance": round(float(np.mean(distances)), 4), "sets": len(sets)}
@@ -255,7 +255,7 @@ def machine() -> str:
 
 
 def stored_json(path: Path, value: Any) -> None:
-    with replaced_file(path) as file:
+    with replace_file(path) as file:
         file.write_text(json.dumps(value, indent=1) + "\n")
 
 
@@ -331,7 +331,7 @@ def main() -> None:
         "machine": machine(),
         "training_steps": args.steps,
         "batch": 128,
-        "pictures": PICTURES,
+        "pictures": IMAGES,
         "guidance": 1.0,
         "models": models,
         "reconstructions": json.loads(kept.read_text()),

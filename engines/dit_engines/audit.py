@@ -12,8 +12,8 @@ from typing import Any
 
 from dit_engines.kernels import Kernel, by_profile
 from dit_engines.recipe import can_fuse_attention
-from dit_runtime.bundle import ModelSpec, PrecisionSpec
-from dit_runtime.memory import in_words
+from dit_runtime.backends.tensorrt.memory import in_words
+from dit_runtime.bundle.manifest import ModelSpec, PrecisionSpec
 
 # Of the work outside the units that a policy keeps in FP32. Measured: 100 % in every graph of every variant.
 FP16_SHARE = 0.99
@@ -161,7 +161,7 @@ def _is_kept(node: str, keep_fp32: Sequence[str]) -> bool:
     return any(node.startswith((f"{unit}.", f"{unit}/")) for unit in keep_fp32)
 
 
-def problems(
+def find_problems(
     audit: Audit, graph: str, model: ModelSpec, precision: PrecisionSpec, bundle_bytes: int | None = None
 ) -> list[str]:
     """What was asked for and not had: empty when the engine is as the bundle's precision says.
@@ -202,7 +202,7 @@ def _in_block(unit: str, block: int) -> bool:
     return unit in ("blocks", name) or unit.startswith((f"{name}.attn", f"{name}.cross"))
 
 
-def notes(audit: Audit, graph: str) -> list[str]:
+def find_unknowns(audit: Audit, graph: str) -> list[str]:
     """What the audit could not see, which is no fault of the engine."""
     return [
         f"{graph}, profile {index}: the builder tells the datatype of {profile.known_share:.0%} of the multiply-adds"

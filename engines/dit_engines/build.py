@@ -5,28 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dit_engines.audit import notes
-from dit_engines.compile import check_audit, compiled
+from dit_engines.audit import find_unknowns
+from dit_engines.build_host import BuildHost, build_host_for
+from dit_engines.compile import check_audit, compile_graphs
 from dit_engines.engine_store import (
     STORE_OPTION,
     TIMING_CACHE,
     BuiltEngine,
-    explanation,
+    explain_rebuild,
+    find_engine,
+    find_twin,
     folder_name,
     identity_of,
     link_plans,
-    locked,
+    lock_store,
     pinned_cache,
     sidecar_of,
-    twin_of,
-    whole_engine,
     write_sidecar,
 )
-from dit_engines.place import Place, place_for
 from dit_engines.recipe import Recipe
-from dit_runtime.bundle import ENCODER, Bundle
-from dit_runtime.errors import BuildError
-from dit_runtime.files import check_writable, replaced_folder, sha256_of
+from dit_runtime.bundle.manifest import ENCODER
+from dit_runtime.bundle.reader import Bundle
+from dit_runtime.core.errors import BuildError
+from dit_runtime.core.files import check_writable, replace_folder, sha256_of
 
 BUILT_GRAPHS = ("conditioner", "step", "decoder", ENCODER)  # the probe is for ONNX Runtime and OpenVINO only
 
@@ -35,7 +36,7 @@ def engine_from_bundle(
     bundle: Bundle,
     recipe: Recipe,
     store: Path | None = None,
-    place: Place | None = None,
+    place: BuildHost | None = None,
     timing_cache: Path | None = None,
 ) -> BuiltEngine:
     """Compile a bundle's graphs, or find them compiled.
@@ -55,20 +56,20 @@ def engine_from_bundle(
         BundleError: a file of the bundle is missing or altered.
         OutputError: the store cannot be written, or is full.
     """
-    place = place or place_for(recipe.target, recipe.compute_capability)
+    place = place or build_host_for(recipe.target, recipe.compute_capability)
     store = store or bundle.engines
     graphs = graphs_of(bundle)
     identity = identity_of(bundle, recipe, place, graphs, None if timing_cache is None else _digest(timing_cache))
     folder = store / folder_name(bundle, recipe, identity)
-    if (engine := whole_engine(folder, recipe)) is not None:
+    if (engine := find_engine(folder, recipe)) is not None:
         return engine
     check_writable(folder, STORE_OPTION)
-    with locked(folder) as waited:
-        if waited and (engine := whole_engine(folder, recipe)) is not None:
+    with lock_store(folder) as waited:
+        if waited and (engine := find_engine(folder, recipe)) is not None:
             return engine
-        twin = twin_of(store, identity, recipe)
-        why = explanation(store, identity)
-        with replaced_folder(folder, STORE_OPTION) as temporary:
+        twin = find_twin(store, identity, recipe)
+        why = explain_rebuild(store, identity)
+        with replace_folder(folder, STORE_OPTION) as temporary:
             if twin is not None:
                 built = link_plans(twin, temporary)
                 for graph in built:
@@ -76,7 +77,7 @@ def engine_from_bundle(
                 why = (f"{twin.folder.name} has the same plans, made for another export of the same graphs",)
             else:
                 cache = timing_cache or pinned_cache(store, place)
-                built = compiled(bundle, recipe, place, graphs, temporary, cache)
+                built = compile_graphs(bundle, recipe, place, graphs, temporary, cache)
             digest = sha256_of(temporary / TIMING_CACHE)
             write_sidecar(temporary, sidecar_of(bundle, recipe, place, identity, built, digest))
     return BuiltEngine(
@@ -111,7 +112,7 @@ def as_json(engine: BuiltEngine) -> dict[str, Any]:
         "recipe": engine.recipe.as_json(),
         "reused": engine.reused,
         "explanation": list(engine.explanation),
-        "notes": [note for built in engine.graphs for note in notes(built.audit, built.graph)],
+        "notes": [note for built in engine.graphs for note in find_unknowns(built.audit, built.graph)],
         "timing_cache": engine.timing_cache,
         "graphs": graphs,
     }

@@ -7,7 +7,13 @@ import shlex
 import sys
 from pathlib import Path
 
-from dit_runtime.command import Parser, image_size, positive, print_json, run
+from dit_runtime.commands.common import (
+    Parser,
+    image_size,
+    positive,
+    print_json,
+    run,
+)
 
 EXAMPLES = (
     "dit-build my.bundle --target rtx",
@@ -37,12 +43,12 @@ def _parser() -> Parser:
         "--compute-capability", help="of the GPU, for target rtx: 8.9 is Ada, 12.0 is Blackwell (default: 8.9)"
     )
     parser.add_argument(
-        "--batch", type=_numbers, default="4", help="most pictures in one call; 1,4,8 are profiles of 1, 2-4 and 5-8"
+        "--batch", type=_numbers, default="4", help="most images in one call; 1,4,8 are profiles of 1, 2-4 and 5-8"
     )
     parser.add_argument("--branches", type=_numbers, default="1,2", help="guidance branches, a profile for each")
     parser.add_argument("--rows", type=positive, default=1024, help="most rows of the conditioning table")
     parser.add_argument("--static", action="store_true", help="for the numbers of --batch and --branches only")
-    parser.add_argument("--size", type=image_size, metavar="HEIGHTxWIDTH", help="of pictures (default: the bundle's)")
+    parser.add_argument("--size", type=image_size, metavar="HEIGHTxWIDTH", help="of images (default: the bundle's)")
     parser.add_argument(
         "--decode-tile", type=positive, metavar="N", help="a decoder for tiles of NxN latents, which needs less memory"
     )
@@ -77,19 +83,19 @@ def _main(argv: list[str]) -> int:
     if args.aux_streams is not None and args.aux_streams < 0:
         parser.error(f"--aux-streams {args.aux_streams}: expected a whole number from 0")
 
-    from dit_engines.place import place_for
-    from dit_runtime.bundle import TILE, open_bundle
+    from dit_engines.build_host import build_host_for
+    from dit_runtime.bundle.reader import TILE, open_bundle
 
     bundle = open_bundle(args.bundle).at(args.size)
     if args.print_trtexec:
         return _print_trtexec(args)
-    place = place_for(args.target, args.compute_capability, command=shlex.join(["dit-build", *argv]))
+    place = build_host_for(args.target, args.compute_capability, command=shlex.join(["dit-build", *argv]))
 
     from dit_engines.build import as_json, engine_from_bundle, graphs_of
+    from dit_engines.listings import format_engine
     from dit_engines.preflight import built_graphs, check_memory, need_at
     from dit_engines.recipe import recipe_for
-    from dit_engines.repeat import format_spread, measured_here, repeated
-    from dit_engines.tables import format_engine
+    from dit_engines.repeat import format_spread, measure_on_gpu, repeat_builds
 
     recipe = recipe_for(
         args.target,
@@ -115,8 +121,8 @@ def _main(argv: list[str]) -> int:
             file=sys.stderr,
         )
     if args.repeat:
-        measured = None if unknown else measured_here(bundle, recipe, place)
-        spread = repeated(bundle, recipe, place, args.repeat, args.timing_cache, measured)
+        measured = None if unknown else measure_on_gpu(bundle, recipe, place)
+        spread = repeat_builds(bundle, recipe, place, args.repeat, args.timing_cache, measured)
         if args.json:
             print_json(spread.as_json())
         else:
@@ -144,7 +150,7 @@ def _list_targets(json: bool) -> int:
 def _print_trtexec(args: argparse.Namespace) -> int:
     from dit_engines.recipe import recipe_for
     from dit_engines.trtexec import trtexec_commands
-    from dit_runtime.bundle import open_bundle
+    from dit_runtime.bundle.reader import open_bundle
 
     recipe = recipe_for(
         args.target,

@@ -13,22 +13,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dit_engines.audit import audit_from_json, problems
+from dit_engines.audit import audit_from_json, find_problems
+from dit_engines.build_host import BuildHost
 from dit_engines.engine_store import STORE_OPTION, TIMING_CACHE, BuiltGraph
 from dit_engines.external_data import check_external_data
-from dit_engines.place import Place
 from dit_engines.recipe import Recipe, profiles_of
-from dit_runtime.bundle import Bundle
-from dit_runtime.errors import BuildError, OutputError
-from dit_runtime.files import sha256_of
-from dit_runtime.progress import Progress
+from dit_runtime.bundle.reader import Bundle
+from dit_runtime.core.errors import BuildError, OutputError
+from dit_runtime.core.files import sha256_of
+from dit_runtime.core.progress import Progress
 
 CANCEL_SECONDS = 10
 STEPS = 100  # of the progress bar, for each graph
 
 
-def compiled(
-    bundle: Bundle, recipe: Recipe, place: Place, graphs: Sequence[str], folder: Path, timing_cache: Path | None = None
+def compile_graphs(
+    bundle: Bundle,
+    recipe: Recipe,
+    place: BuildHost,
+    graphs: Sequence[str],
+    folder: Path,
+    timing_cache: Path | None = None,
 ) -> tuple[BuiltGraph, ...]:
     """Compile graphs one after the other into ``folder``, each with the timing cache that the one before left.
 
@@ -59,7 +64,7 @@ def check_audit(bundle: Bundle, built: BuiltGraph) -> None:
     """Raises BuildError where the builder made less than the bundle's precision asks for."""
     manifest, precision = bundle.manifest, bundle.manifest.precision
     weights = manifest.files[manifest.graphs[built.graph].weights].bytes
-    if found := problems(built.audit, built.graph, manifest.model, precision, weights):
+    if found := find_problems(built.audit, built.graph, manifest.model, precision, weights):
         raise BuildError(
             f"{bundle.path}: the engine is not the {precision.name} that was asked for: {'; '.join(found)}; nothing "
             "was stored; export the bundle again"
@@ -69,7 +74,7 @@ def check_audit(bundle: Bundle, built: BuiltGraph) -> None:
 def _compiled(
     bundle: Bundle,
     recipe: Recipe,
-    place: Place,
+    place: BuildHost,
     graph: str,
     folder: Path,
     timing_cache: Path | None,

@@ -1,7 +1,7 @@
 """The writing side of the engine store: what names an engine, who may write it, and what of the old can be used again.
 
 An engine's folder is named after everything that decides what is in it: the bytes of the ONNX and its weights, recipe
-and profiles, library and version, GPU and driver. ``dit_runtime.store`` reads what is written here.
+and profiles, library and version, GPU and driver. ``dit_runtime.backends.tensorrt.store`` reads what is written here.
 """
 
 from __future__ import annotations
@@ -19,12 +19,19 @@ from pathlib import Path
 from typing import Any
 
 from dit_engines.audit import Audit, audit_from_json
-from dit_engines.place import Place
+from dit_engines.build_host import BuildHost
 from dit_engines.recipe import Recipe, profiles_of
-from dit_runtime.bundle import Bundle
-from dit_runtime.errors import EngineError, OutputError
-from dit_runtime.files import sha256_of
-from dit_runtime.store import SCHEMA, SIDECAR, Profile, StoredEngine, engine_from_sidecar, read_sidecar
+from dit_runtime.backends.tensorrt.store import (
+    SCHEMA,
+    SIDECAR,
+    Profile,
+    StoredEngine,
+    engine_from_sidecar,
+    read_sidecar,
+)
+from dit_runtime.bundle.reader import Bundle
+from dit_runtime.core.errors import EngineError, OutputError
+from dit_runtime.core.files import sha256_of
 
 TIMING_CACHE = "timing.cache"
 STORE_OPTION = "--store"
@@ -70,7 +77,7 @@ class BuiltEngine:
 
 
 def identity_of(
-    bundle: Bundle, recipe: Recipe, place: Place, graphs: Sequence[str], timing_cache: str | None
+    bundle: Bundle, recipe: Recipe, place: BuildHost, graphs: Sequence[str], timing_cache: str | None
 ) -> dict[str, Any]:
     """Everything that decides what a build makes, field by field.
 
@@ -110,7 +117,7 @@ def folder_name(bundle: Bundle, recipe: Recipe, identity: Mapping[str, Any]) -> 
 def sidecar_of(
     bundle: Bundle,
     recipe: Recipe,
-    place: Place,
+    place: BuildHost,
     identity: Mapping[str, Any],
     graphs: Sequence[BuiltGraph],
     timing_cache: str,
@@ -139,7 +146,7 @@ def write_sidecar(folder: Path, sidecar: Mapping[str, Any]) -> None:
     (folder / SIDECAR).write_text(json.dumps(sidecar, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def whole_engine(folder: Path, recipe: Recipe) -> BuiltEngine | None:
+def find_engine(folder: Path, recipe: Recipe) -> BuiltEngine | None:
     """The engine in ``folder`` when its sidecar is sound and its plans have their hashes."""
     try:
         raw = read_sidecar(folder)
@@ -173,10 +180,10 @@ def _built(stored: StoredEngine, raw: Mapping[str, Any], recipe: Recipe) -> Buil
     )
 
 
-def twin_of(store: Path, identity: Mapping[str, Any], recipe: Recipe) -> BuiltEngine | None:
+def find_twin(store: Path, identity: Mapping[str, Any], recipe: Recipe) -> BuiltEngine | None:
     """A whole engine of the same content, made for another bundle: one that differs in its golden records, say."""
     for folder, found in _identities(store):
-        if found == identity and (engine := whole_engine(folder, recipe)) is not None:
+        if found == identity and (engine := find_engine(folder, recipe)) is not None:
             return engine
     return None
 
@@ -191,7 +198,7 @@ def link_plans(engine: BuiltEngine, folder: Path) -> tuple[BuiltGraph, ...]:
     return tuple(replace(graph, seconds=0.0) for graph in engine.graphs)
 
 
-def pinned_cache(store: Path, place: Place) -> Path | None:
+def pinned_cache(store: Path, place: BuildHost) -> Path | None:
     """The timing cache of the last build here, by the same version on the same GPU, when it has its digest.
 
     With it a build chooses the kernels that the last one chose.
@@ -210,7 +217,7 @@ def pinned_cache(store: Path, place: Place) -> Path | None:
     return max(found)[1] if found else None
 
 
-def explanation(store: Path, identity: Mapping[str, Any]) -> tuple[str, ...]:
+def explain_rebuild(store: Path, identity: Mapping[str, Any]) -> tuple[str, ...]:
     """Why nothing in the store is what is asked for: the fields that differ from the nearest engine, before → now."""
     nearest: list[str] | None = None
     for folder, found in _identities(store):
@@ -245,7 +252,7 @@ def _folders(store: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[bool]:
+def lock_store(folder: Path) -> Iterator[bool]:
     """Keep others from building what will be ``folder``; gives whether another one had to be waited for.
 
     Raises:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from dit_runtime.errors import BundleError
+from dit_runtime.core.errors import BundleError
 
 if TYPE_CHECKING:
     import onnx

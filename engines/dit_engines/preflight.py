@@ -6,20 +6,25 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
+from dit_engines.build_host import BuildHost
 from dit_engines.engine_store import BuiltGraph
 from dit_engines.graph_work import graph_work
-from dit_engines.place import Place
 from dit_engines.recipe import USUAL_STEPS, Recipe, profiles_of
-from dit_runtime.bundle import Bundle
-from dit_runtime.memory import Need, available_bytes, check_fits, need_of
-from dit_runtime.store import StoredGraph
+from dit_runtime.backends.tensorrt.memory import (
+    Need,
+    available_bytes,
+    check_fits,
+    need_of,
+)
+from dit_runtime.backends.tensorrt.store import StoredGraph
+from dit_runtime.bundle.reader import Bundle
 
 # RTX 1.7's builder gives each graph of small models 8 MiB beyond the tensors that are alive at once.
 BUILDER_BYTES = 8 << 20
 
 
 def usual_rows(recipe: Recipe, batch: int) -> int:
-    """Rows of the conditioning table of 50 steps, each picture of another class; the null class's are shared."""
+    """Rows of the conditioning table of 50 steps, each image of another class; the null class's are shared."""
     return min(USUAL_STEPS * (batch + recipe.branches[-1] - 1), recipe.rows)
 
 
@@ -60,7 +65,7 @@ def built_graphs(graphs: tuple[BuiltGraph, ...]) -> dict[str, StoredGraph]:
 
 
 def need_at(bundle: Bundle, recipe: Recipe, graphs: Mapping[str, StoredGraph], batch: int, estimated: bool) -> Need:
-    """What sampling needs with engines for no more than ``batch`` pictures.
+    """What sampling needs with engines for no more than ``batch`` images.
 
     A smaller engine than the recipe's is taken to need activations in proportion.
     """
@@ -78,7 +83,7 @@ def need_at(bundle: Bundle, recipe: Recipe, graphs: Mapping[str, StoredGraph], b
     return replace(need, buffers=math.ceil(need.buffers * batch / recipe.batch))
 
 
-def check_memory(bundle: Bundle, recipe: Recipe, place: Place, graphs: tuple[str, ...]) -> Need | None:
+def check_memory(bundle: Bundle, recipe: Recipe, place: BuildHost, graphs: tuple[str, ...]) -> Need | None:
     """The estimated need before a build; None where the device's memory is not known.
 
     Raises:

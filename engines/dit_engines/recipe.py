@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dit_engines.targets import RTX_COMPUTE_CAPABILITIES, target_named
-from dit_runtime.bundle import GraphSpec, Manifest, ModelSpec
-from dit_runtime.errors import BuildError
-from dit_runtime.loop import CONDITIONER_BYTES
-from dit_runtime.steps import row_bytes
-from dit_runtime.store import Profile, Shape
+from dit_runtime.backends.host_loop import row_bytes
+from dit_runtime.backends.tensorrt.store import Profile, Shape
+from dit_runtime.bundle.manifest import GraphSpec, Manifest, ModelSpec
+from dit_runtime.core.errors import BuildError
+from dit_runtime.sampling.batch import CONDITIONER_BYTES
 
 USUAL_STEPS = 50
 
@@ -24,10 +24,10 @@ class Recipe:
     Attributes:
         target: a name of ``TARGETS``.
         compute_capability: such as ``8.9``.
-        batches: the largest numbers of pictures in a call, rising: 1, 4, 8 are the ranges 1, 2 to 4 and 5 to 8.
+        batches: the largest numbers of images in a call, rising: 1, 4, 8 are the ranges 1, 2 to 4 and 5 to 8.
         branches: the guidance branch counts G, rising.
         rows: the largest conditioning table.
-        decode_tile: side of the latents that the decoder takes at once, None for all of a picture's.
+        decode_tile: side of the latents that the decoder takes at once, None for all of an image's.
         static: one profile for each of ``batches`` and ``branches`` exactly, and nothing between.
         several_profiles: False where the library allows one profile: G is its dynamic axis, the batch is fixed.
         workspace_bytes: the most that a kernel may use besides its tensors.
@@ -49,7 +49,7 @@ class Recipe:
 
     @property
     def batch(self) -> int:
-        """The most pictures in one call."""
+        """The most images in one call."""
         return self.batches[-1]
 
     def as_json(self) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def profiles_of(graph: GraphSpec, recipe: Recipe, manifest: Manifest) -> list[Pr
 
 
 def _ranges(recipe: Recipe) -> list[tuple[int, int, int]]:
-    """Least, usual and largest batch of each profile. One picture is the case to be fastest at."""
+    """Least, usual and largest batch of each profile. One image is the case to be fastest at."""
     if recipe.static or not recipe.several_profiles:
         return [(size, size, size) for size in recipe.batches]
     least = [1, *(size + 1 for size in recipe.batches[:-1])]

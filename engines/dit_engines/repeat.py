@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from dit_engines.build import graphs_of
-from dit_engines.compile import compiled
+from dit_engines.build_host import BuildHost
+from dit_engines.compile import compile_graphs
 from dit_engines.engine_store import (
     STORE_OPTION,
     TIMING_CACHE,
@@ -18,18 +19,22 @@ from dit_engines.engine_store import (
     sidecar_of,
     write_sidecar,
 )
-from dit_engines.place import Place
 from dit_engines.recipe import Recipe
-from dit_runtime.bench import DECODER, GUIDED, PLAIN, parts_of
-from dit_runtime.bundle import Bundle
-from dit_runtime.cuda import CudaRuntime
-from dit_runtime.device import TensorRtEngine
-from dit_runtime.engines import Engine
-from dit_runtime.errors import OutputError
-from dit_runtime.files import sha256_of
-from dit_runtime.store import stored_engine
-from dit_runtime.tensorrt_api import library
-from dit_runtime.verify import verified
+from dit_runtime.backends.open import Engine
+from dit_runtime.backends.tensorrt.api import library
+from dit_runtime.backends.tensorrt.cuda import CudaRuntime
+from dit_runtime.backends.tensorrt.engine import TensorRtEngine
+from dit_runtime.backends.tensorrt.store import stored_engine
+from dit_runtime.bench.parts import (
+    DECODER,
+    GUIDED,
+    PLAIN,
+    time_parts,
+)
+from dit_runtime.bundle.reader import Bundle
+from dit_runtime.core.errors import OutputError
+from dit_runtime.core.files import sha256_of
+from dit_runtime.verify.verification import measure_rungs
 
 STEPS, CALLS = 20, 20  # of a timed loop, and of each part
 
@@ -37,7 +42,7 @@ STEPS, CALLS = 20, 20  # of a timed loop, and of each part
 @dataclass(frozen=True)
 class OnDevice:
     """What only the GPU can tell of a build: the largest parity error of its forwards, and median milliseconds of a
-    step (guided where there is guidance) and of the decoder, for one picture.
+    step (guided where there is guidance) and of the decoder, for one image.
     """
 
     error: float
@@ -78,10 +83,10 @@ class Spread:
         return asdict(self)
 
 
-def repeated(
+def repeat_builds(
     bundle: Bundle,
     recipe: Recipe,
-    place: Place,
+    place: BuildHost,
     builds: int,
     timing_cache: Path | None = None,
     measured: Measured | None = None,
@@ -105,7 +110,7 @@ def repeated(
     try:
         for _ in range(builds):
             with tempfile.TemporaryDirectory(prefix="dit-build-") as name:
-                run = compiled(bundle, recipe, place, graphs_of(bundle), Path(name), timing_cache)
+                run = compile_graphs(bundle, recipe, place, graphs_of(bundle), Path(name), timing_cache)
                 if measured is not None:
                     on_device.append(measured(Path(name), run))
                 runs.append(run)
@@ -115,7 +120,7 @@ def repeated(
     return Spread(builds, f"{place.library} {place.version}", graphs, tuple(on_device) if measured else None)
 
 
-def measured_here(bundle: Bundle, recipe: Recipe, place: Place) -> Measured | None:
+def measure_on_gpu(bundle: Bundle, recipe: Recipe, place: BuildHost) -> Measured | None:
     """How to run plans that this GPU built: against the reference, and against the clock.
 
     None where engines are built ahead of time, for no GPU that is known to be here.
@@ -130,8 +135,8 @@ def measured_here(bundle: Bundle, recipe: Recipe, place: Place) -> Measured | No
         opened = TensorRtEngine(bundle, stored_engine(folder), library(place.library), CudaRuntime())
         engine = cast(Engine, opened)
         try:
-            rungs = verified(bundle, engine, quick=True)
-            parts = parts_of(bundle, engine, 1, STEPS, CALLS)
+            rungs = measure_rungs(bundle, engine, quick=True)
+            parts = time_parts(bundle, engine, 1, STEPS, CALLS)
         finally:
             opened.close()
         error = max(rung.value for rung in rungs if rung.name.startswith("forward"))

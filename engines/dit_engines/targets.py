@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dit_runtime.errors import BuildError
+from dit_runtime.core.errors import BuildError
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from pathlib import Path
 from dit_engines.build import graphs_of
 from dit_engines.recipe import Recipe, profiles_of
 from dit_engines.targets import TARGETS
-from dit_runtime.bundle import Bundle
-from dit_runtime.errors import BuildError
-from dit_runtime.store import Profile
+from dit_runtime.backends.tensorrt.store import Profile
+from dit_runtime.bundle.reader import Bundle
+from dit_runtime.core.errors import BuildError
 
 MIB = 1 << 20
 

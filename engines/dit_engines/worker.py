@@ -22,8 +22,8 @@ from typing import Any
 from dit_engines.audit import Audit, audit_of
 from dit_engines.graph_work import graph_work
 from dit_engines.kernels import Kernel, kernel_from_layer, kernels_from_log
-from dit_runtime import tensorrt_api
-from dit_runtime.errors import DiTError
+from dit_runtime.backends.tensorrt import api as tensorrt_api
+from dit_runtime.core.errors import DiTError
 
 _MEMORY = re.compile(r"Total (Weights|Activation) Memory: (\d+)")
 

@@ -1,4 +1,4 @@
-"""Labels and seeds in, pictures out: sampling in numpy around an engine."""
+"""Labels and seeds in, images out: sampling in numpy around an engine."""
 
 from __future__ import annotations
 
@@ -11,18 +11,26 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from dit_runtime.bundle import ENCODER, Bundle, Manifest, open_bundle
-from dit_runtime.engines import Engine, engine_for
-from dit_runtime.errors import SamplingError
-from dit_runtime.guidance import Branches, Guidance, branches
-from dit_runtime.image_to_image import STRENGTH, Init, Start, inits_from, table_from
-from dit_runtime.labels import Label, label_number, label_weights
-from dit_runtime.loop import Advance, Batch, Picture
-from dit_runtime.noise import CudaNoise, Float32
-from dit_runtime.schedule import Schedule, schedule_for, steps_skipped
-from dit_runtime.settings import Settings
-from dit_runtime.tiles import check_tile, decoded_in_tiles, pixels
-from dit_runtime.verdicts import check_choice, trusted_engine
+from dit_runtime.backends.open import Engine, engine_for
+from dit_runtime.bundle.manifest import ENCODER, Manifest
+from dit_runtime.bundle.reader import Bundle, open_bundle
+from dit_runtime.core.errors import SamplingError
+from dit_runtime.samplers.by_name import schedule_for, steps_skipped
+from dit_runtime.samplers.guidance import Branches, Guidance, branches_from_labels
+from dit_runtime.samplers.noise import CudaNoise, Float32
+from dit_runtime.samplers.schedule import Schedule
+from dit_runtime.sampling.batch import Advance, Batch, ImageRequest
+from dit_runtime.sampling.image_to_image import (
+    STRENGTH,
+    Init,
+    Start,
+    encode_inits,
+    schedule_from_start,
+)
+from dit_runtime.sampling.labels import Label, label_number, label_weights
+from dit_runtime.sampling.settings import Settings
+from dit_runtime.sampling.tiles import check_tile, decode_in_tiles, images_from_decoded
+from dit_runtime.verify.auto import check_choice, open_trusted_engine
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -36,7 +44,7 @@ class Pipeline:
         engine: ``auto`` (a verified one; verifies first if none is), an engine's name (taken as it is), or an
             ``Engine`` for this bundle at this size.
         threads: of the CPU, for an engine that is opened here; 0 lets it choose.
-        size: height and width of pictures in pixels, one of ``manifest.image_sizes``; None is the first, or that of
+        size: height and width of images in pixels, one of ``manifest.image_sizes``; None is the first, or that of
             an opened bundle.
         precision: ``f32`` or ``bf16``, of an engine that is named and has a choice (OpenVINO); None is its default.
         once: each graph gives its memory back when its work is done: the conditioner before the loop, the step before
@@ -71,7 +79,7 @@ class Pipeline:
             EngineError: no engine is installed.
             ParityError: none matches the reference.
         """
-        return trusted_engine(self.bundle, self._threads)
+        return open_trusted_engine(self.bundle, self._threads)
 
     @property
     def manifest(self) -> Manifest:
@@ -79,17 +87,17 @@ class Pipeline:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of one picture's latents."""
+        """(C, H, W) of one image's latents."""
         return (self.manifest.model.latent_channels, *self.manifest.model.latent_size)
 
     def __call__(
         self, labels: Sequence[Label], seeds: Sequence[int] | int = 0, **settings: Unpack[Settings]
     ) -> NDArray[np.uint8]:
-        """Sample pictures, all in one batch.
+        """Sample images, all in one batch.
 
         Args:
-            labels: one per picture: a class number or name, or weights of several (``{"Sneaker": 0.7, 8: 0.3}``).
-            seeds: one per picture, or one number N for N, N+1, …. A picture depends on its own seed only, which gives
+            labels: one per image: a class number or name, or weights of several (``{"Sneaker": 0.7, 8: 0.3}``).
+            seeds: one per image, or one number N for N, N+1, …. An image depends on its own seed only, which gives
                 the noise of ``torch.Generator().manual_seed(seed)``.
             settings: ``steps``, ``guidance``, ``sampler``, …: the keys of ``Settings``.
 
@@ -99,9 +107,9 @@ class Pipeline:
         Raises:
             SamplingError: arguments that do not fit the model, or latents that are no longer finite.
         """
-        pictures = self.pictures(labels, seeds, **settings)
-        self.check_batch(len(pictures))
-        return self.decode(self.finished(pictures))
+        images = self.prepare(labels, seeds, **settings)
+        self.check_batch(len(images))
+        return self.decode(self.sample_latents(images))
 
     def trajectory(
         self, labels: Sequence[Label], seeds: Sequence[int] | int = 0, **settings: Unpack[Settings]
@@ -111,31 +119,31 @@ class Pipeline:
         ``latents`` and ``denoised`` (the current estimate of the clean latents) are float32 ``[N, C, H, W]`` and may be
         kept. Arguments are checked before this returns.
         """
-        pictures = self.pictures(labels, seeds, **settings)
-        self.check_batch(len(pictures))
-        return self.advanced(pictures)
+        images = self.prepare(labels, seeds, **settings)
+        self.check_batch(len(images))
+        return self.iterate_steps(images)
 
-    def advanced(self, pictures: Sequence[Picture]) -> Iterator[tuple[int, Float32, Float32]]:
-        """``trajectory`` of pictures that share one schedule."""
-        for completed, step in enumerate(self._steps(pictures, read=True)):
+    def iterate_steps(self, images: Sequence[ImageRequest]) -> Iterator[tuple[int, Float32, Float32]]:
+        """``trajectory`` of images that share one schedule."""
+        for completed, step in enumerate(self._steps(images, read=True)):
             yield completed, step.latents.copy(), step.denoised.copy()
 
-    def finished(self, pictures: Sequence[Picture], completed: Callable[[], None] = lambda: None) -> Float32:
-        """The last latents ``[N, C, H, W]`` of pictures that share one schedule.
+    def sample_latents(self, images: Sequence[ImageRequest], completed: Callable[[], None] = lambda: None) -> Float32:
+        """The last latents ``[N, C, H, W]`` of images that share one schedule.
 
         An engine that keeps latents on its device gives only these. ``completed`` is called after each completed step;
         on such an engine when it is queued, two steps before its end at most.
         """
-        for step in self._steps(pictures, read=False):
+        for step in self._steps(images, read=False):
             completed()
             last = step
         return last.latents.copy()
 
-    def _steps(self, pictures: Sequence[Picture], read: bool) -> Iterator[Advance]:
-        """The completed steps of pictures that share one schedule."""
+    def _steps(self, images: Sequence[ImageRequest], read: bool) -> Iterator[Advance]:
+        """The completed steps of images that share one schedule."""
         released = False
         with Batch(self.engine, self.manifest) as batch:
-            batch.add(list(enumerate(pictures)))
+            batch.add(list(enumerate(images)))
             while len(batch):
                 step = batch.advance(read)
                 if batch.failure is not None:
@@ -148,23 +156,23 @@ class Pipeline:
         if self.once:
             self.engine.release("step")
 
-    def stream(self, pictures: Iterable[Picture], batch_size: int = 16) -> Iterator[tuple[int, Float32]]:
-        """Continuous batching: pictures of any schedules and guidance share the engine's batch.
+    def stream(self, images: Iterable[ImageRequest], batch_size: int = 16) -> Iterator[tuple[int, Float32]]:
+        """Continuous batching: images of any schedules and guidance share the engine's batch.
 
-        A picture that is finished makes room for the next one, so the batch stays full, and memory does not grow with
-        the number of pictures: ``pictures`` may be a generator. The conditioning table takes at most 256 MiB, whatever
+        An image that is finished makes room for the next one, so the batch stays full, and memory does not grow with
+        the number of images: ``images`` may be a generator. The conditioning table takes at most 256 MiB, whatever
         the schedules (``loop.TABLE_BYTES``), and 32 MiB of it are computed in one call of the conditioner.
 
         Returns:
-            (index, latents ``[C, H, W]``) of each picture as it finishes; ``decode`` takes them.
+            (index, latents ``[C, H, W]``) of each image as it finishes; ``decode`` takes them.
 
         Raises:
             SamplingError: latents that are no longer finite; what was yielded before stands.
         """
         self.check_batch(batch_size)
-        return self._streamed(enumerate(pictures), batch_size)
+        return self._stream(enumerate(images), batch_size)
 
-    def _streamed(self, waiting: Iterator[tuple[int, Picture]], batch_size: int) -> Iterator[tuple[int, Float32]]:
+    def _stream(self, waiting: Iterator[tuple[int, ImageRequest]], batch_size: int) -> Iterator[tuple[int, Float32]]:
         with Batch(self.engine, self.manifest) as batch:
             while True:
                 batch.add(list(islice(waiting, batch_size - len(batch))))
@@ -175,14 +183,14 @@ class Pipeline:
                     yield step.keys[index], step.latents[index].copy()
 
     def decode(self, latents: Float32, tile: int | None = None, batch: int | None = None) -> NDArray[np.uint8]:
-        """Latents ``[N, C, h, w]`` → uint8 pictures ``[N, H, W, 3]``.
+        """Latents ``[N, C, h, w]`` → uint8 images ``[N, H, W, 3]``.
 
         Args:
             latents: of any height and width.
-            tile: side of the tiles to decode in, in latent pixels, at least 4; None, or a tile as large as the picture,
+            tile: side of the tiles to decode in, in latent pixels, at least 4; None, or a tile as large as the image,
                 decodes it whole. Memory is one tile's, and the result close to the whole's but not the same: the
                 decoder's group normalization and attention see one tile only.
-            batch: pictures in one decoder call; None is all, or as many as the engine takes.
+            batch: images in one decoder call; None is all, or as many as the engine takes.
 
         Raises:
             SamplingError: tile or batch too small, or pixels that are not finite.
@@ -190,47 +198,47 @@ class Pipeline:
         check_tile(tile)
         batch = min(len(latents), self.engine.max_batch or len(latents)) if batch is None else batch
         if batch < 1:
-            raise SamplingError(f"{batch} pictures per decoder call: expected at least 1")
-        parts = [self._decoded(latents[start : start + batch], tile) for start in range(0, len(latents), batch)]
+            raise SamplingError(f"{batch} images per decoder call: expected at least 1")
+        parts = [self._decode(latents[start : start + batch], tile) for start in range(0, len(latents), batch)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def _decoded(self, latents: Float32, tile: int | None) -> NDArray[np.uint8]:
+    def _decode(self, latents: Float32, tile: int | None) -> NDArray[np.uint8]:
         session = self.engine.session("decoder")
         if tile is None or tile >= max(latents.shape[2:]):
             (images,) = session.run({"latents": latents}, ["images"])
             return images
         factor = self.manifest.autoencoder.factor
-        decoded = decoded_in_tiles(lambda part: session.run({"latents": part}, ["decoded"])[0], latents, tile, factor)
+        decoded = decode_in_tiles(lambda part: session.run({"latents": part}, ["decoded"])[0], latents, tile, factor)
         if not np.isfinite(decoded).all():
             raise SamplingError(
                 f"decoded pixels are not finite on {self.engine.name}; run dit-verify on this bundle and engine"
             )
-        return pixels(decoded)
+        return images_from_decoded(decoded)
 
     def encode(self, images: NDArray[np.uint8]) -> Float32:
-        """uint8 pictures ``[N, H, W, 3]`` → latents ``[N, C, h, w]``, the mean of the autoencoder's posterior.
+        """uint8 images ``[N, H, W, 3]`` → latents ``[N, C, h, w]``, the mean of the autoencoder's posterior.
 
-        One picture in one encoder call, so that the result is the same whatever is beside it.
+        One image in one encoder call, so that the result is the same whatever is beside it.
 
         Raises:
             SamplingError: the bundle has no encoder.
         """
         if ENCODER not in self.manifest.graphs:
             raise SamplingError(
-                f"{self.bundle.path}: has no encoder, to start from a picture; export it with dit-export --encoder, or "
+                f"{self.bundle.path}: has no encoder, to start from an image; export it with dit-export --encoder, or "
                 "start from latents"
             )
         session = self.engine.session(ENCODER)
         return np.concatenate([session.run({"images": image[None]}, ["mean"])[0] for image in images])
 
     def inits(self, start: Start, count: int) -> list[Init]:
-        """The setting ``init`` for ``count`` pictures, checked and encoded, to be used in several calls."""
-        return inits_from(start, count, self.manifest, self.encode)
+        """The setting ``init`` for ``count`` images, checked and encoded, to be used in several calls."""
+        return encode_inits(start, count, self.manifest, self.encode)
 
-    def pictures(
+    def prepare(
         self, labels: Sequence[Label], seeds: Sequence[int] | int = 0, **settings: Unpack[Settings]
-    ) -> list[Picture]:
-        """Checked work for ``stream``: a picture per label, with the arguments of ``__call__``."""
+    ) -> list[ImageRequest]:
+        """Checked work for ``stream``: an image per label, with the arguments of ``__call__``."""
         count = len(labels)
         if not count:
             raise SamplingError("no labels: expected at least one class number or name")
@@ -252,7 +260,7 @@ class Pipeline:
         inits = [None] * count if start is None else self.inits(start, count)
         negative = settings.get("negative_label")
         against = None if negative is None else label_number(negative, self.manifest)
-        noise = self.checked_noise(settings.get("noise"), count)
+        noise = self.check_noise(settings.get("noise"), count)
         device, dtype = settings.get("noise_device") or "cpu", settings.get("noise_dtype") or "float32"
         if device not in ("cpu", "cuda") or dtype not in ("float32", "float16"):
             raise SamplingError(
@@ -267,9 +275,9 @@ class Pipeline:
             weights = label_weights(label, self.manifest)
             key = (tuple(weights.items()), value)
             if key not in conditioned:
-                conditioned[key] = branches(weights, guidances[value], schedule, model, diffusion, against)
+                conditioned[key] = branches_from_labels(weights, guidances[value], schedule, model, diffusion, against)
             made.append(
-                Picture(
+                ImageRequest(
                     labels=weights,
                     seed=int(seed),
                     schedule=schedule,
@@ -290,9 +298,9 @@ class Pipeline:
         """The schedule of the settings, and the strength that was used for it."""
         defaults, given = self.manifest.defaults, settings.get("sampler")
         steps, eta, spacing = settings.get("steps"), settings.get("eta") or 0.0, settings.get("spacing")
-        from_picture, strength = settings.get("init") is not None, settings.get("strength")
-        if strength is not None and not from_picture:
-            raise SamplingError(f"strength {strength:g} without a picture to start from: name one (--init)")
+        from_image, strength = settings.get("init") is not None, settings.get("strength")
+        if strength is not None and not from_image:
+            raise SamplingError(f"strength {strength:g} without an image to start from: name one (--init)")
         if isinstance(given, Schedule):
             if eta != 0 or spacing is not None or steps not in (None, given.steps):
                 raise SamplingError(
@@ -300,10 +308,10 @@ class Pipeline:
                     "all of these in it; leave them out"
                 )
             self._check_table(given)
-            return table_from(given, from_picture, strength)
+            return schedule_from_start(given, from_image, strength)
         steps = defaults.steps if steps is None else steps
         skipped = 0
-        if from_picture:
+        if from_image:
             strength = STRENGTH if strength is None else strength
             skipped = steps_skipped(steps, strength)
         model, diffusion = self.manifest.model, self.manifest.diffusion
@@ -320,8 +328,8 @@ class Pipeline:
         if table.uses_variance and not self.manifest.model.learned_variance:
             raise SamplingError("a table that uses the learned variance (h is not 0), which this model does not have")
 
-    def checked_noise(self, noise: Float32 | None, count: int) -> Float32 | None:
-        """Given noise for ``count`` pictures, ``[N, C, H, W]``.
+    def check_noise(self, noise: Float32 | None, count: int) -> Float32 | None:
+        """Given noise for ``count`` images, ``[N, C, H, W]``.
 
         Raises:
             SamplingError: another shape or dtype, or not finite.
@@ -336,7 +344,7 @@ class Pipeline:
         return noise
 
     def check_batch(self, batch: int) -> None:
-        """Raises SamplingError for no pictures, or more than the engine takes in one call."""
+        """Raises SamplingError for no images, or more than the engine takes in one call."""
         if batch < 1:
             raise SamplingError(f"a batch of {batch}: expected at least 1")
         if self.engine.max_batch is not None and batch > self.engine.max_batch:

@@ -1,0 +1,1 @@
+"""Which operations break FP16."""

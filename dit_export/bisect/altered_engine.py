@@ -1,0 +1,79 @@
+"""Altered graphs of a bundle in ONNX Runtime, behind the interface of ``dit_runtime``'s engines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from dit_export.bisect.islands import Array, detach
+from dit_export.bisect.operations import Operation
+from dit_runtime.backends.onnxruntime.engine import import_onnxruntime
+from dit_runtime.backends.open import Session
+from dit_runtime.core.errors import EngineError
+
+
+@dataclass
+class AlteredEngine:
+    """An engine of ``dit_runtime`` on altered graphs, each loaded when it is first used."""
+
+    name: str
+    load: Callable[[str], Session]
+    max_batch: int | None = None
+    threads: int = 0
+    loaded: dict[str, Session] = field(default_factory=dict)
+
+    def session(self, graph: str) -> Session:
+        graph = "probe" if graph == "step" else graph
+        if graph not in self.loaded:
+            self.loaded[graph] = self.load(graph)
+        return self.loaded[graph]
+
+    def release(self, graph: str) -> None:
+        """Nothing: the probe is the step too, and a trial is short."""
+
+
+class AlteredSession:
+    """An altered graph in ONNX Runtime.
+
+    ``measured``: outputs with the max |x| of an operation's result; ``largest`` gets the largest of all runs.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        measured: Mapping[str, Operation] | None = None,
+        largest: dict[Operation, float] | None = None,
+        threads: int = 0,
+    ) -> None:
+        runtime = import_onnxruntime()
+        self._types = {value.name: value.dtype for value in model.graph.inputs}
+        self._measured, self._largest = measured or {}, {} if largest is None else largest
+        serialized, arrays = detach(model)
+        options = runtime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = threads
+        self._weights = [runtime.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
+        options.add_external_initializers(list(arrays), self._weights)
+        try:
+            self._session = runtime.InferenceSession(serialized, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its exception types are not public
+            raise EngineError(
+                f"graph {model.graph.name} with FP32 islands: ONNX Runtime cannot load it "
+                f"({str(error).splitlines()[0]}); report it with the bundle's manifest"
+            ) from error
+
+    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
+        single = ir.DataType.FLOAT
+        feeds = {
+            key: np.ascontiguousarray(value, np.float32 if self._types[key] == single else value.dtype)
+            for key, value in inputs.items()
+            if key in self._types
+        }
+        results = self._session.run([*outputs, *self._measured], feeds)
+        for operation, value in zip(self._measured.values(), results[len(outputs) :], strict=True):
+            reached = float(np.nan_to_num(value, nan=np.inf))  # not a number: FP32 itself does not hold it
+            self._largest[operation] = max(reached, self._largest.get(operation, 0.0))
+        return [np.asarray(result) for result in results[: len(outputs)]]

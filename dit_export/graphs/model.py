@@ -1,0 +1,343 @@
+"""The DiT as it is exported: one function split along what depends on the latents and what does not.
+
+``Conditioner`` holds everything that depends on (timestep, label) alone; ``Step`` is one sampling step: gather,
+guidance branches, network and sampler update. Both follow Peebles & Xie 2022 (arXiv 2212.09748) in its four
+conditionings; where implementations disagree the numbers come from the checkpoint's own reference (``Numerics``).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dit_export.checkpoints.layouts import EMBEDDERS, Numerics
+from dit_export.graphs.precision import Precision
+from dit_runtime.bundle.macs import FREQUENCIES, MODULATIONS
+from dit_runtime.bundle.manifest import ModelSpec
+
+# What one row of the conditioning table holds, by conditioning: its name, and its shape without the rows.
+#   modulation    6 (adaLN-Zero) or 4 (adaLN) vectors per block, and the final layer's shift and scale
+#   keys_values   cross-attention's keys and values of the two conditioning tokens, in each block
+#   tokens        in-context's two conditioning tokens
+
+
+def table_axes(spec: ModelSpec) -> tuple[str, tuple[int, ...]]:
+    """Name and row shape of the conditioning table."""
+    if spec.conditioning == "cross-attention":
+        return "keys_values", (spec.depth, 2, 2, spec.width)  # block, key or value, token
+    if spec.conditioning == "in-context":
+        return "tokens", (2, spec.width)
+    return "modulation", (MODULATIONS[spec.conditioning] * spec.depth + 2, spec.width)
+
+
+class Embedder(nn.Module):
+    """Timestep MLP and label table → two embeddings ``[R, D]``."""
+
+    def __init__(self, width: int, rows: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(FREQUENCIES, width)
+        self.fc2 = nn.Linear(width, width)
+        self.labels = nn.Embedding(rows, width)
+
+    def forward(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return self.fc2(F.silu(self.fc1(features))), self.labels(labels)
+
+
+class Conditioner(nn.Module):
+    """``timesteps [R]`` f32, ``labels [R]`` i32 → the conditioning table ``[R, …]`` (``table_axes``).
+
+    With adaLN, rows of the table are a block's vectors in the order shift, scale (and gate) before attention, then the
+    same before the MLP; the last two are the final layer's shift and scale. FP32, but for cross-attention's keys and
+    values, which have their products' dtype.
+    """
+
+    def __init__(self, spec: ModelSpec, numerics: Numerics, precision: Precision, embedders: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.dtype = precision.dtype("conditioner")
+        self.embedders = nn.ModuleList(Embedder(spec.width, spec.classes + 1) for _ in range(embedders))
+        if spec.conditioning in MODULATIONS:
+            rows = MODULATIONS[spec.conditioning] * spec.width
+            self.blocks = nn.ModuleList(nn.Linear(spec.width, rows) for _ in range(spec.depth))
+            self.final = nn.Linear(spec.width, 2 * spec.width)
+        elif spec.conditioning == "cross-attention":
+            self.blocks = nn.ModuleList(nn.Linear(spec.width, 2 * spec.width) for _ in range(spec.depth))
+        self.table_dtype = self.dtype if spec.conditioning == "cross-attention" else torch.float32
+        half = FREQUENCIES // 2
+        # As diffusers' get_timestep_embedding computes it, in float32; on the CPU even under a meta device.
+        exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device="cpu")
+        self.frequencies = nn.Buffer(torch.exp(exponent / (half - numerics.frequency_shift)), persistent=False)
+
+    def forward(self, timesteps: Tensor, labels: Tensor) -> Tensor:
+        angles = timesteps[:, None] * self.frequencies  # FP16 here would be off by up to half a radian
+        features = torch.cat([torch.cos(angles), torch.sin(angles)], dim=1).to(self.dtype)  # (R, 256)
+        embeddings = [embedder(features, labels) for embedder in self.embedders]
+        if self.spec.conditioning in MODULATIONS:
+            conditions = [F.silu(time + label) for time, label in embeddings]  # one, or one per block
+            vectors = [block(conditions[index % len(conditions)]) for index, block in enumerate(self.blocks)]
+            table = torch.cat([*vectors, self.final(conditions[0])], dim=1).float()
+            return table.reshape(-1, *table_axes(self.spec)[1])  # (R, 6·depth + 2, D)
+        tokens = torch.stack(embeddings[0], dim=1)  # (R, 2, D)
+        if self.spec.conditioning == "in-context":
+            return tokens.float()
+        pairs = [block(tokens).unflatten(2, (2, -1)).transpose(1, 2) for block in self.blocks]  # (R, 2, 2, D) each
+        return torch.stack(pairs, dim=1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; products in the weights' dtype, softmax in FP32."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The images stay outermost: with the three outermost TensorRT-RTX copies each in a kernel of its own, on
+        # streams that wait for each other, instead of all in one (benchmarks/kernels.py).
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(0, 2, 3, 1, 4).unbind(1)  # (N, h, T, d)
+        result: Tensor = self.proj(attend(q, k, v))
+        return result
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention to the two conditioning tokens, whose keys and values ``[N, 2, 2, D]`` are given."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, keys_values: Tensor) -> Tensor:
+        q = self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (N, h, T, d)
+        k, v = keys_values.to(q.dtype).unflatten(3, (self.heads, -1)).transpose(2, 3).unbind(1)  # (N, h, 2, d)
+        result: Tensor = self.proj(attend(q, k, v))
+        return result
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scaled dot-product attention ``[N, h, T, d]`` → ``[N, T, D]``."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)  # (N, h, T, keys)
+    mixed = torch.softmax(scores.float(), dim=-1).to(v.dtype) @ v
+    return mixed.transpose(1, 2).flatten(2)
+
+
+class Mlp(nn.Module):
+    """Pointwise MLP with tanh-approximated GELU."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return result
+
+
+class Block(nn.Module):
+    """A block with what it needs of the conditioning table given: its vectors, its keys and values, or nothing.
+
+    The residual stream, normalization and the adaLN arithmetic are FP32.
+    """
+
+    def __init__(self, spec: ModelSpec, numerics: Numerics) -> None:
+        super().__init__()
+        self.conditioning = spec.conditioning
+        affine = spec.conditioning not in MODULATIONS
+        self.norm1 = nn.LayerNorm(spec.width, numerics.attention_eps, elementwise_affine=affine)
+        self.attn = Attention(spec.width, spec.heads)
+        self.norm2 = nn.LayerNorm(spec.width, numerics.mlp_eps, elementwise_affine=affine)
+        if spec.conditioning == "cross-attention":
+            self.cross_attn = CrossAttention(spec.width, spec.heads)
+            self.norm3 = nn.LayerNorm(spec.width, numerics.mlp_eps)
+        self.mlp = Mlp(spec.width, spec.mlp_width)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        attention, mlp = self.attn.qkv.weight.dtype, self.mlp.fc1.weight.dtype
+        if self.conditioning == "adaln-zero":
+            shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = condition.unsqueeze(2).unbind(1)  # each (N, 1, D)
+            x = x + gate_1 * self.attn(modulate(self.norm1(x), shift_1, scale_1).to(attention)).float()
+            x = x + gate_2 * self.mlp(modulate(self.norm2(x), shift_2, scale_2).to(mlp)).float()
+        elif self.conditioning == "adaln":
+            shift_1, scale_1, shift_2, scale_2 = condition.unsqueeze(2).unbind(1)  # each (N, 1, D)
+            x = x + self.attn(modulate(self.norm1(x), shift_1, scale_1).to(attention)).float()
+            x = x + self.mlp(modulate(self.norm2(x), shift_2, scale_2).to(mlp)).float()
+        elif self.conditioning == "cross-attention":
+            x = x + self.attn(self.norm1(x).to(attention)).float()
+            x = x + self.cross_attn(self.norm2(x).to(self.cross_attn.q.weight.dtype), condition).float()
+            x = x + self.mlp(self.norm3(x).to(mlp)).float()
+        else:
+            x = x + self.attn(self.norm1(x).to(attention)).float()
+            x = x + self.mlp(self.norm2(x).to(mlp)).float()
+        return x
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """The conditioning's scale and shift after a LayerNorm (adaLN)."""
+    return x * (1 + scale) + shift
+
+
+class Step(nn.Module):
+    """One sampling step for B images and G guidance branches (shapes as in the bundle format).
+
+    ``state [B, 3, C, H, W]``, ``noise [B, C, H, W]``, ``coefficients [B, 17]``, ``guidance [G, B, C]``,
+    ``rows [G, B]`` i32, the conditioning table ``[R, …]`` → ``next_state``, ``denoised [B, C, H, W]`` and, for the
+    probe, each block's output ``[G·B, T, D]``. All FP32 at the border but the table of keys and values.
+    """
+
+    def __init__(self, spec: ModelSpec, numerics: Numerics) -> None:
+        super().__init__()
+        self.spec = spec
+        patch = spec.patch_size
+        self.patch_embed = nn.Conv2d(spec.latent_channels, spec.width, kernel_size=patch, stride=patch)
+        self.position = nn.Parameter(torch.empty(1, spec.tokens, spec.width))
+        self.blocks = nn.ModuleList(Block(spec, numerics) for _ in range(spec.depth))
+        affine = spec.conditioning not in MODULATIONS
+        self.final_norm = nn.LayerNorm(spec.width, numerics.final_eps, elementwise_affine=affine)
+        self.final = nn.Linear(spec.width, patch * patch * spec.output_channels)
+
+    def at(self, spec: ModelSpec, position: Tensor) -> Step:
+        """The same network, on the same weights, at another size."""
+        step = copy.copy(self)
+        step._parameters = {"position": nn.Parameter(position, requires_grad=False)}
+        step.spec = spec
+        return step
+
+    def forward(
+        self, state: Tensor, noise: Tensor, coefficients: Tensor, guidance: Tensor, rows: Tensor, table: Tensor
+    ) -> tuple[Tensor, ...]:
+        spec = self.spec
+        z = state[:, 0]
+        weight = self.patch_embed.weight.dtype
+        x = self.patch_embed(z.to(weight)).float().flatten(2).transpose(1, 2) + self.position  # (B, T, D)
+        # The branches see the same latents: embed once, repeat for each branch.
+        x = x.expand(rows.shape[0], -1, -1, -1).flatten(0, 1)  # (G·B, T, D)
+        condition = table.index_select(0, rows.flatten())  # (G·B, …)
+        if spec.conditioning == "in-context":
+            x = torch.cat([x, condition], dim=1)  # (G·B, T + 2, D)
+        outputs = []
+        for index, block in enumerate(self.blocks):
+            x = block(x, self.of_block(condition, index))
+            outputs.append(x)
+        x = self.final_norm(x[:, : spec.tokens])
+        if spec.conditioning in MODULATIONS:
+            x = modulate(x, condition[:, -2, None], condition[:, -1, None])
+        x = self.final(x.to(self.final.weight.dtype)).float()
+        x = unpatchify(x, spec).unflatten(0, (rows.shape[0], -1))  # (G, B, C or 2C, H, W)
+        e = guide(x[:, :, : spec.latent_channels], guidance)  # (B, C, H, W)
+        v = x[0, :, spec.latent_channels :] if spec.learned_variance else None  # the conditional branch's
+        next_state, denoised = sampler_update(state, noise, coefficients, e, v)
+        return next_state, denoised, *outputs
+
+    def of_block(self, condition: Tensor, index: int) -> Tensor:
+        """What a block uses of its images' rows of the table."""
+        if self.spec.conditioning in MODULATIONS:
+            count = MODULATIONS[self.spec.conditioning]
+            return condition[:, count * index : count * (index + 1)]  # (N, 6 or 4, D)
+        return condition[:, index] if self.spec.conditioning == "cross-attention" else condition
+
+
+def guide(x: Tensor, guidance: Tensor) -> Tensor:
+    """The branches' outputs ``[G, B, C, H, W]``, each by its weight of ``[G, B, C]``, added: ``[B, C, H, W]``."""
+    weighted = guidance[..., None, None] * x
+    # A zero first: TensorRT-RTX gives the sum of a single branch a kernel of its own.
+    return torch.cat([torch.zeros_like(weighted[:1]), weighted]).sum(0)
+
+
+def unpatchify(x: Tensor, spec: ModelSpec) -> Tensor:
+    """Tokens ``[N, T, p·p·C]`` → ``[N, C, H, W]``."""
+    patch, (height, width) = spec.patch_size, spec.grid
+    x = x.unflatten(2, (patch, patch, spec.output_channels)).unflatten(1, (height, width))  # (N, h, w, p, q, C)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, spec.output_channels, height * patch, width * patch)
+
+
+def sampler_update(
+    state: Tensor, noise: Tensor, coefficients: Tensor, e: Tensor, v: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """One row of the sampler table per image, as multiply-adds: a matrix product could run in TF32.
+
+    denoised = a·s₀ + b·e;  s'ᵢ = Σⱼ Aᵢⱼ·sⱼ + Bᵢ·e;  s'₀ += exp(g + h·v)·k·noise.
+    """
+    c = coefficients[:, :, None, None, None]  # (B, 17, 1, 1, 1)
+    denoised = c[:, 0] * state[:, 0] + c[:, 1] * e
+    mixed = (c[:, 2:11].unflatten(1, (3, 3)) * state[:, None]).sum(2)  # (B, 3, C, H, W)
+    following = mixed + c[:, 11:14] * e[:, None]
+    g, h, k = c[:, 14], c[:, 15], c[:, 16]
+    exponent = g if v is None else g + h * v
+    kicked = following[:, :1] + (torch.exp(exponent) * k * noise)[:, None]
+    return torch.cat([kicked, following[:, 1:]], dim=1), denoised
+
+
+def conditioner_from_weights(
+    spec: ModelSpec, numerics: Numerics, precision: Precision, weights: Mapping[str, Tensor]
+) -> Conditioner:
+    """The conditioner with weights by official name (shared storage where the dtype allows it)."""
+    own = f"blocks.0.{EMBEDDERS[0]}" in weights  # embedder copies that differ
+    with torch.device("meta"):
+        module = Conditioner(spec, numerics, precision, embedders=spec.depth if own else 1)
+    names: dict[str, str] = {}
+    for index in range(len(module.embedders)):
+        prefix = f"blocks.{index}." if own else ""
+        for target, source in zip(
+            ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias", "labels.weight"), EMBEDDERS, strict=True
+        ):
+            names[f"embedders.{index}.{target}"] = prefix + source
+    for kind in ("weight", "bias"):
+        if spec.conditioning in MODULATIONS:
+            names |= {f"blocks.{i}.{kind}": f"blocks.{i}.adaLN_modulation.1.{kind}" for i in range(spec.depth)}
+            names[f"final.{kind}"] = f"final_layer.adaLN_modulation.1.{kind}"
+        elif spec.conditioning == "cross-attention":
+            names |= {f"blocks.{i}.{kind}": f"blocks.{i}.cross_attn.kv.{kind}" for i in range(spec.depth)}
+    dtype = precision.dtype("conditioner")
+    module.load_state_dict({name: weights[source].to(dtype) for name, source in names.items()}, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def step_from_weights(
+    spec: ModelSpec, numerics: Numerics, precision: Precision, weights: Mapping[str, Tensor], position: Tensor
+) -> Step:
+    """The step network with weights by official name, each unit in the dtype its policy gives it.
+
+    ``position``: the positional table ``[1, T, D]``. Output channels that the network has and the model does not use
+    are left out.
+    """
+    with torch.device("meta"):
+        module = Step(spec, numerics)
+    state = {"position": position}
+    for target, source, unit in _step_names(spec):
+        for kind in ("weight", "bias"):
+            state[f"{target}.{kind}"] = weights[f"{source}.{kind}"].to(
+                torch.float32 if unit is None else precision.dtype(unit)
+            )
+    for kind in ("weight", "bias"):
+        tensor = state[f"final.{kind}"].unflatten(0, (spec.patch_size**2, -1))  # (p·p, channels, …)
+        state[f"final.{kind}"] = tensor[:, : spec.output_channels].flatten(0, 1)
+    module.load_state_dict(state, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def _step_names(spec: ModelSpec) -> Iterator[tuple[str, str, str | None]]:
+    """Name in ``Step``, official name, and the unit of the precision policy; None is always FP32."""
+    yield "patch_embed", "x_embedder.proj", "patch_embed"
+    yield "final", "final_layer.linear", "final"
+    norms, affine = ["norm1", "norm2"], spec.conditioning not in MODULATIONS
+    parts = [("attn", "qkv"), ("attn", "proj"), ("mlp", "fc1"), ("mlp", "fc2")]
+    if spec.conditioning == "cross-attention":
+        norms.append("norm3")
+        parts += [("cross_attn", "q"), ("cross_attn", "proj")]
+    for index in range(spec.depth):
+        block = f"blocks.{index}"
+        for unit, name in parts:
+            yield f"{block}.{unit}.{name}", f"{block}.{unit}.{name}", f"{block}.{unit}"
+        for norm in norms if affine else ():
+            yield f"{block}.{norm}", f"{block}.{norm}", None
+    if affine:
+        yield "final_norm", "final_layer.norm_final", None

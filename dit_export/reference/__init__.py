@@ -1,0 +1,1 @@
+"""PyTorch references, and what they record in a bundle."""

@@ -1,0 +1,259 @@
+"""A checkpoint's unpatched modules, run as its own code runs them: what golden records are made with.
+
+The reference is the checkpoint's own: diffusers' transformer and schedulers in ``DiTPipeline``'s loop with null label =
+number of classes (``DiTPipeline`` itself hard-codes 1000), or the plain DiT and loops of ``reference.py`` and
+``reference_loops.py`` for what diffusers has no model for; with diffusers' autoencoder. FP32, unless ``at_precision``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderTiny
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from dit_export.checkpoints.random_weights import SkippedInitialization
+from dit_export.checkpoints.sources import Checkpoint
+from dit_export.reference.loops import (
+    LoopStep,
+    OfficialDiffusion,
+    SiTPath,
+    diffusers_ddim,
+    diffusers_ddpm,
+)
+from dit_export.reference.official_model import DiT
+
+
+@dataclass
+class Observation:
+    """What went through one evaluation of the network, in order.
+
+    Attributes:
+        tokens: ``[N, T, D]`` into the first block, with in-context's two more.
+        conditions: what each block, and the final layer, makes of timestep and label.
+        blocks: ``[N, T, D]`` out of each block.
+    """
+
+    tokens: list[Tensor] = field(default_factory=list)
+    conditions: list[Tensor] = field(default_factory=list)
+    blocks: list[Tensor] = field(default_factory=list)
+
+
+class Reference:
+    """A checkpoint's unpatched modules, at the size of its ``model``.
+
+    ``dtype`` is what the modules compute in; guidance and sampler follow the dtype of the latents they are given.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint, self.spec = checkpoint, checkpoint.model
+        self.dtype = torch.float32
+        self.channels, self.classes = self.spec.latent_channels, self.spec.classes
+        self.blocks: Any  # a module list: attributes of modules have no types
+        if checkpoint.transformer is not None:
+            self.transformer: Any = checkpoint.transformer()
+            self.blocks = self.transformer.transformer_blocks
+            self.evaluate = self._diffusers_square if self.spec.grid[0] == self.spec.grid[1] else self._diffusers_other
+        else:
+            with SkippedInitialization():
+                self.transformer = DiT(self.spec, checkpoint.channels)
+            state = (
+                dict(checkpoint.weights)
+                if self.spec.latent_size == checkpoint.trained_size
+                else {
+                    **{name: checkpoint.weights[name] for name in checkpoint.weights if name != "pos_embed"},
+                    "pos_embed": official_positions(self.spec.width, self.spec.grid),
+                }
+            )
+            self.transformer.load_state_dict(state, assign=True)
+            self.transformer.eval().requires_grad_(False)
+            self.blocks = self.transformer.blocks
+            self.evaluate = self._official
+
+    def _diffusers_square(self, z: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        output: Tensor = self.transformer(z, timestep=t, class_labels=labels).sample
+        return output
+
+    def _diffusers_other(self, z: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        """diffusers' own modules in its own order; its ``forward`` only reshapes tokens to squares."""
+        model = self.transformer
+        x = model.pos_embed(z)
+        for block in model.transformer_blocks:
+            x = block(x, timestep=t, class_labels=labels)
+        condition = model.transformer_blocks[0].norm1.emb(t, labels, hidden_dtype=x.dtype)
+        shift, scale = model.proj_out_1(nn.functional.silu(condition)).chunk(2, dim=1)
+        x = model.proj_out_2(model.norm_out(x) * (1 + scale[:, None]) + shift[:, None])
+        (h, w), p = self.spec.grid, self.spec.patch_size
+        x = torch.einsum("nhwpqc->nchpwq", x.reshape(-1, h, w, p, p, self.checkpoint.channels))
+        return x.reshape(-1, self.checkpoint.channels, h * p, w * p)
+
+    def _official(self, z: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        output: Tensor = self.transformer(z, t, labels)
+        return output[:, : self.spec.output_channels]  # SiT drops a second half
+
+    def predicted(self, z: Tensor, t: Tensor, labels: Tensor, guidance: float) -> tuple[Tensor, Tensor]:
+        """Guided prediction ``[B, C, H, W]`` and the conditional branch's variance channels.
+
+        Guidance acts on all channels as in ``DiTPipeline``, or on the first three as in the official
+        ``forward_with_cfg``: the others are the conditional branch's.
+        """
+        if guidance == 1:
+            output = self.evaluate(z.to(self.dtype), t, labels).to(z.dtype)
+            return output[:, : self.channels], output[:, self.channels :]
+        classes = torch.cat([labels, torch.full_like(labels, self.classes)])
+        both = torch.cat([z, z]).to(self.dtype)
+        output, null = self.evaluate(both, torch.cat([t, t]), classes).to(z.dtype).chunk(2)
+        guided = self.checkpoint.diffusion.guidance_channels
+        cond, uncond = output[:, :guided], null[:, :guided]
+        e = torch.cat([uncond + guidance * (cond - uncond), output[:, guided : self.channels]], dim=1)
+        return e, output[:, self.channels :]
+
+    def loop(self, name: str, steps: int, generators: list[torch.Generator]) -> Iterator[LoopStep]:
+        """The reference's own sampling loop.
+
+        At another precision than FP32 diffusers' tables are made in float64: that those of the FP32 reference are off
+        is part of every difference from it, an engine's too.
+        """
+        diffusion, learned = self.checkpoint.diffusion, self.spec.learned_variance
+        if diffusion.path is not None:
+            path = SiTPath(diffusion.path)
+            return path.ode(steps) if name == "euler" else path.sde(steps, generators)
+        if self.checkpoint.scheduler is None:
+            official = OfficialDiffusion(diffusion.betas, steps, self.table_dtype)
+            return official.ddim() if name == "ddim" else official.ddpm(learned, generators)
+        betas = None if self.dtype == torch.float32 else diffusion.betas
+        if name == "ddim":
+            return diffusers_ddim(self.checkpoint.scheduler, steps, generators, betas)
+        return diffusers_ddpm(self.checkpoint.scheduler.config, steps, learned, generators, betas)
+
+    @property
+    def table_dtype(self) -> torch.dtype:
+        """Of what is around the modules: float64 with them in FP64, else float32."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @contextlib.contextmanager
+    def observe(self) -> Iterator[Observation]:
+        """What goes through the network inside of this block."""
+        seen = Observation()
+        spec = self.spec
+
+        def entering(_: Any, inputs: Any) -> None:
+            seen.tokens.append(inputs[0].clone())
+            if spec.conditioning == "in-context":
+                seen.conditions.append(inputs[0][:, spec.tokens :].clone())
+
+        hooks = [self.blocks[0].register_forward_pre_hook(entering)]
+        hooks += [
+            block.register_forward_hook(lambda _, __, output: seen.blocks.append(output.clone()))
+            for block in self.blocks
+        ]
+        hooks += [
+            module.register_forward_hook(lambda _, __, output: seen.conditions.append(output.clone()))
+            for module in self._conditioning()
+        ]
+        try:
+            yield seen
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _conditioning(self) -> list[nn.Module]:
+        """The modules that make a block's condition of timestep and label."""
+        model = self.transformer
+        if self.checkpoint.transformer is not None:
+            return [*(block.norm1.linear for block in self.blocks), model.proj_out_1]
+        if self.spec.conditioning == "cross-attention":
+            return [block.cross_attn.kv for block in self.blocks]
+        if self.spec.conditioning == "in-context":
+            return []
+        return [*(block.adaLN_modulation for block in self.blocks), model.final_layer.adaLN_modulation]
+
+    def conditioning_table(self, seen: Observation) -> Tensor:
+        """The conditions of an evaluation of N rows ``[N, …]``, arranged as a bundle's conditioning table."""
+        if self.spec.conditioning == "in-context":
+            return seen.conditions[0]  # (N, 2, D)
+        if self.spec.conditioning == "cross-attention":
+            pairs = [kv.unflatten(2, (2, -1)).transpose(1, 2) for kv in seen.conditions]  # (N, 2, 2, D) each
+            return torch.stack(pairs, dim=1)
+        vectors = torch.cat(seen.conditions, dim=1)
+        return vectors.reshape(len(vectors), -1, self.spec.width)  # (N, 6·depth + 2, D)
+
+    @contextlib.contextmanager
+    def at_precision(self, dtype: torch.dtype) -> Iterator[None]:
+        """The same modules with weights and activations of another dtype; FP32 again afterwards, bit by bit."""
+        modules = (self.transformer, self.checkpoint.autoencoder)
+        tensors = [t for module in modules for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
+        # FP64 holds every FP32 number, so there the originals need no memory of their own.
+        originals = [None if dtype == torch.float64 else tensor.data for tensor in tensors]
+        # Tensors made in inference mode cannot take the place of others.
+        with torch.inference_mode(False), torch.no_grad():
+            for tensor in tensors:
+                tensor.data = tensor.data.to(dtype)
+        self.dtype = dtype
+        try:
+            with _WideAccumulation() if dtype == torch.float16 else contextlib.nullcontext():
+                yield
+        finally:
+            self.dtype = torch.float32
+            with torch.inference_mode(False), torch.no_grad():
+                for tensor, original in zip(tensors, originals, strict=True):
+                    tensor.data = tensor.data.float() if original is None else original
+
+    def decoded(self, z: Tensor) -> Tensor:
+        """Latents → float images ``[B, 3, H, W]``, not clamped."""
+        config = self.checkpoint.autoencoder.config
+        latents = 1 / config.scaling_factor * z
+        if config.shift_factor:
+            latents = latents + config.shift_factor
+        images: Tensor = self.checkpoint.autoencoder.decode(latents.to(self.dtype)).sample
+        return images.to(z.dtype)
+
+    def encoded(self, images: np.ndarray[Any, np.dtype[np.uint8]]) -> dict[str, Tensor]:
+        """uint8 images → mean and, of a posterior, standard deviation, as the sampler's latents."""
+        autoencoder = self.checkpoint.autoencoder
+        scale, shift = autoencoder.config.scaling_factor, autoencoder.config.shift_factor or 0.0
+        outside = self.table_dtype
+        x = (2 * (torch.from_numpy(images).permute(0, 3, 1, 2).to(outside) / 255) - 1).to(self.dtype)
+        if isinstance(autoencoder, AutoencoderTiny):
+            return {"mean": (autoencoder.encode(x).latents.to(outside) - shift) * scale}
+        posterior = autoencoder.encode(x).latent_dist
+        return {"mean": (posterior.mean.to(outside) - shift) * scale, "std": posterior.std.to(outside) * scale}
+
+    @staticmethod
+    def images(decoded: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """As ``DiTPipeline`` and ``numpy_to_pil`` make them: uint8 ``[B, H, W, 3]``."""
+        scaled = (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().numpy()
+        images: np.ndarray[Any, np.dtype[np.uint8]] = (scaled * 255).round().astype("uint8")
+        return images
+
+
+def official_positions(width: int, grid: tuple[int, int]) -> Tensor:
+    """The official ``get_2d_sincos_pos_embed`` ``[1, T, D]``, with a grid that need not be square."""
+    columns, rows = np.meshgrid(np.arange(grid[1], dtype=np.float64), np.arange(grid[0], dtype=np.float64))
+    omega = 1.0 / 10000 ** (np.arange(width // 4, dtype=np.float64) / (width / 4.0))
+    parts = []
+    for position in (columns, rows):  # "here w goes first"
+        out = np.einsum("m,d->md", position.reshape(-1), omega)
+        parts += [np.sin(out), np.cos(out)]
+    return torch.from_numpy(np.concatenate(parts, axis=1)).float()[None]
+
+
+class _WideAccumulation(TorchFunctionMode):
+    """FP16 products as a GPU makes them: FP16 operands and results, FP32 in between.
+
+    PyTorch's own FP16 products on a CPU without FP16 instructions are up to a thousand times slower than FP32's.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in (F.linear, F.conv2d) or args[0].dtype != torch.float16:
+            return func(*args, **(kwargs or {}))
+        wide = [value.float() if isinstance(value, Tensor) else value for value in args]
+        named = {key: value.float() if isinstance(value, Tensor) else value for key, value in (kwargs or {}).items()}
+        return func(*wide, **named).half()

@@ -1,0 +1,62 @@
+"""What was built, as text for a terminal."""
+
+from __future__ import annotations
+
+from dit_engines.audit import find_unknowns
+from dit_engines.engine_store import BuiltEngine, BuiltGraph
+from dit_engines.recipe import Recipe
+from dit_runtime.backends.tensorrt.memory import Need
+from dit_runtime.backends.tensorrt.store import described
+from dit_runtime.bundle.reader import Bundle
+
+
+def format_engine(engine: BuiltEngine, bundle: Bundle, need: Need, explain: bool) -> str:
+    """A line for each optimization profile, the largest kernels of the step, and the memory that sampling needs."""
+    recipe = engine.recipe
+    library, _, version = engine.builder.partition(" ")
+    state = "already built" if engine.reused else "built"
+    lines = []
+    if explain:
+        why = engine.explanation or ("nothing differs",)
+        lines += ["why: " + "; ".join(why)]
+    lines += [
+        f"{engine.folder}: {state} for {described(library, version, recipe.compute_capability, None)}, batch ≤ "
+        f"{recipe.batch} (the builder's own figures)",
+        f"{'graph':<20} {'weights':>10} {'activations':>12} {'kernels':>8} {'reformats':>10} {'waits':>6} "
+        f"{'fused attention':>16} {'in FP16':>8}",
+    ]
+    model = bundle.manifest.model
+    for built in engine.graphs:
+        for index, profile in enumerate(built.audit.profiles):
+            fused = f"{profile.fused_attention} of {model.attentions}" if built.graph == "step" else "-"
+            lines.append(
+                f"{profile_name(built, index, recipe):<20} {built.audit.weights_bytes / 1e6:>7.1f} MB "
+                f"{profile.activation_bytes / 1e6:>9.1f} MB {profile.kernels:>8} {profile.reformats:>10} "
+                f"{profile.synchronizations:>6} {fused:>16} {profile.fp16_share:>8.1%}"
+            )
+    for built in engine.graphs:
+        if built.graph == "step" and (largest := built.audit.profiles[-1].largest):
+            names = ", ".join(f"{item.name.split(' ')[0]} {item.share:.1%}" for item in largest[:3])
+            lines.append(f"largest kernels of the step by multiply-adds: {names}")
+        lines += find_unknowns(built.audit, built.graph)
+    lines.append(f"sampling {recipe.batch} with {recipe.branches[-1]} branches needs {need.in_words()}")
+    return "\n".join(lines)
+
+
+def profile_name(built: BuiltGraph, index: int, recipe: Recipe) -> str:
+    """``step B≤4 G=2``: a graph, and what its profile takes where there are several."""
+    profile = built.profiles[index]
+    words = [built.graph]
+    (first, *_) = profile
+    if built.graph == "step":
+        branches, batch = (sorted({points[axis] for points in profile["rows"]}) for axis in (0, 1))
+        if len(recipe.batches) > 1 or recipe.static:
+            words.append(f"B={_range(batch)}")
+        words.append(f"G={_range(branches)}")
+    elif len(built.profiles) > 1:
+        words.append(f"B={_range(sorted({points[0] for points in profile[first]}))}")
+    return " ".join(words)
+
+
+def _range(sizes: list[int]) -> str:
+    return str(sizes[0]) if sizes[0] == sizes[-1] else f"{sizes[0]}-{sizes[-1]}"

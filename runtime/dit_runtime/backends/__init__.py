@@ -1,0 +1,1 @@
+"""What loads and runs a bundle's graphs: one contract, and a folder for each backend."""

@@ -1,0 +1,1 @@
+"""ONNX Runtime, on a CPU or through its providers for GPUs."""

@@ -1,0 +1,169 @@
+"""ONNX Runtime: on the CPU, or on a GPU through one of its execution providers."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dit_runtime.backends.onnxruntime.gpu import (
+    open_gpu_session,
+    open_provider,
+    reason,
+    run_bound,
+)
+from dit_runtime.backends.prepared import facts_of, prepare_graph
+from dit_runtime.bundle.manifest import SIZED_GRAPHS
+from dit_runtime.bundle.reader import Bundle
+from dit_runtime.core.errors import EngineError
+
+if TYPE_CHECKING:
+    from dit_runtime.backends.open import Array
+
+    Call = Callable[[Mapping[str, Array], Sequence[str]], list[Array]]
+
+CPU = "CPUExecutionProvider"
+# Run once, or for a few rows: packing weights costs more time than it saves, and a copy of them.
+UNPACKED = ("probe", "conditioner")
+
+
+class OnnxRuntimeEngine:
+    """ONNX Runtime.
+
+    Args:
+        bundle: whose graphs.
+        threads: of the CPU; 0 lets ONNX Runtime choose.
+        provider: ``cpu``, or a key of ``onnxruntime_gpu.PROVIDERS``.
+        store: where graphs are kept optimized and with packed weights, which are then mapped and not held, and need
+            twice their size on disk; None keeps nothing. On the CPU only.
+
+    Raises:
+        EngineError: ONNX Runtime is not installed, or does not have the provider.
+    """
+
+    max_batch: int | None = None
+
+    def __init__(self, bundle: Bundle, threads: int = 0, provider: str = "cpu", store: Path | None = None) -> None:
+        self._runtime = import_onnxruntime()
+        self._bundle, self.threads = bundle, threads
+        self._provider = None if provider == "cpu" else open_provider(self._runtime, provider)
+        self._folder = None if store is None else store / "onnxruntime"
+        self._sessions: dict[str, _OnnxRuntimeSession] = {}
+        device = "CPU" if self._provider is None else self._provider.device
+        self.name = f"onnxruntime {self._runtime.__version__} {device}"
+
+    def session(self, graph: str) -> _OnnxRuntimeSession:
+        if graph not in self._sessions:
+            self._sessions[graph] = _OnnxRuntimeSession(
+                functools.partial(self._loaded, graph), f"{self.name}, graph {graph}"
+            )
+        return self._sessions[graph]
+
+    def release(self, graph: str) -> None:
+        """As ``Engine.release``."""
+        if graph in self._sessions:
+            self._sessions[graph].release()
+
+    def _loaded(self, graph: str) -> Call:
+        path = self._bundle.graph(graph)
+        try:
+            return self._on_cpu(graph, path) if self._provider is None else self._on_gpu(graph, path)
+        except EngineError:
+            raise
+        except Exception as error:  # its exception types are not public
+            raise EngineError(
+                f"{path}: {self.name} cannot load it ({reason(error)}); "
+                "install the onnxruntime of the constraints file or another engine"
+            ) from error
+
+    def _on_gpu(self, graph: str, path: Path) -> Call:
+        assert self._provider is not None
+        manifest = self._bundle.manifest
+        session = open_gpu_session(self._runtime, self._provider, path, self._options(), manifest.precision.name)
+        return functools.partial(
+            run_bound, session, self._provider, manifest.table.name if graph in SIZED_GRAPHS else None
+        )
+
+    def _on_cpu(self, graph: str, path: Path) -> Call:
+        options = self._options()
+        if graph in UNPACKED:
+            if self._bundle.manifest.precision.name == "fp32":
+                options.add_session_config_entry("session.disable_prepacking", "1")
+        elif self._folder is not None:
+            facts = facts_of(self._bundle, graph, f"onnxruntime {self._runtime.__version__}", {"weights": "packed"})
+            folder = prepare_graph(self._folder, facts, lambda target: self._write(path, target))
+            if folder is not None:
+                path = folder / "model.onnx"
+                options.graph_optimization_level = self._runtime.GraphOptimizationLevel.ORT_DISABLE_ALL  # it is done
+        session = self._opened(path, options)
+        return lambda inputs, outputs: session.run(list(outputs), dict(inputs))
+
+    def _write(self, path: Path, folder: Path) -> None:
+        options = self._options()
+        options.optimized_model_filepath = os.fspath(folder / "model.onnx")
+        for key, value in (
+            ("optimized_model_external_initializers_file_name", "model.weights"),
+            ("optimized_model_external_initializers_min_size_in_bytes", "1024"),
+            ("save_external_prepacked_constant_initializers", "1"),
+        ):
+            options.add_session_config_entry(f"session.{key}", value)
+        self._opened(path, options)
+
+    def _options(self) -> Any:
+        options = self._runtime.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.log_severity_level = 3
+        return options
+
+    def _opened(self, path: Path, options: Any) -> Any:
+        return self._runtime.InferenceSession(os.fspath(path), options, providers=[CPU])
+
+
+class _OnnxRuntimeSession:
+    """A graph, loaded at once; after ``release`` when it is run again."""
+
+    def __init__(self, loaded: Callable[[], Call], name: str) -> None:
+        self._loaded, self._name = loaded, name
+        self._call: Call | None = loaded()
+
+    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
+        call = self._call = self._call or self._loaded()
+        try:
+            results = call({name: np.ascontiguousarray(value) for name, value in inputs.items()}, outputs)
+        except Exception as error:  # its exception types are not public
+            shapes = ", ".join(f"{key} {value.dtype}{list(value.shape)}" for key, value in inputs.items())
+            raise EngineError(f"{self._name} failed on {shapes}: {reason(error)}; try a smaller batch") from error
+        return [np.asarray(result) for result in results]
+
+    def release(self) -> None:
+        self._call = None
+
+
+def import_onnxruntime() -> Any:
+    """Raises EngineError where ONNX Runtime is not installed, or installed twice."""
+    variants = [name for name in ("onnxruntime", "onnxruntime-gpu") if _installed(name)]
+    if len(variants) == 2:
+        raise EngineError(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files; keep one: "
+            "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'dit-export[cpu]' or 'dit-export[gpu]'"
+        )
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise EngineError(
+            "no inference engine is installed; on a CPU: pip install 'dit-export[cpu]' (ONNX Runtime)"
+        ) from error
+    return onnxruntime
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True

@@ -1,0 +1,198 @@
+"""ONNX Runtime's providers for NVIDIA GPUs: what was asked for computes there, or an error says why not."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import io
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dit_runtime.core.environment import environment
+from dit_runtime.core.errors import EngineError
+
+if TYPE_CHECKING:
+    from dit_runtime.backends.open import Array
+
+PROVIDERS = {
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "rtx": "NvTensorRTRTXExecutionProvider",
+}
+GPU_WHEEL = "pip uninstall -y onnxruntime, pip install 'onnxruntime-gpu[cuda,cudnn]'"
+INSTALL = {
+    "cuda": GPU_WHEEL,
+    "tensorrt": f"{GPU_WHEEL} and TensorRT 10",
+    "rtx": "pip install onnxruntime onnxruntime-ep-nv-tensorrt-rtx",
+}
+RTX_PACKAGE = "onnxruntime_ep_nv_tensorrt_rtx"
+# The work of a step. What is left to a CPU beside a GPU may be arithmetic on shapes, which its provider puts there.
+HEAVY = frozenset({"MatMul", "Gemm", "Conv", "FusedMatMul", "FusedConv", "FusedGemm", "Attention"})
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A provider that can be tried: ``name`` is a key of ``PROVIDERS``, ``device`` is for the record.
+
+    ``devices`` are ONNX Runtime's own objects, of a provider that comes as a plugin.
+    """
+
+    name: str
+    device: str
+    devices: tuple[Any, ...] = field(default=(), repr=False)
+
+
+def has_driver() -> bool:
+    """Whether NVIDIA's driver is installed: the providers of a wheel are listed without one too."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def open_provider(runtime: Any, name: str) -> Provider:
+    """What a provider needs before a session is opened: libraries loaded, and for the plugin its devices.
+
+    Raises:
+        EngineError: there is no such provider here.
+    """
+    if name not in PROVIDERS:
+        raise EngineError(f"provider {name!r} of ONNX Runtime is unknown; choose cpu or one of {', '.join(PROVIDERS)}")
+    library = _rtx_library(runtime) if name == "rtx" else None
+    if library is None and PROVIDERS[name] not in runtime.get_available_providers():
+        raise _refused(runtime, name, "this ONNX Runtime was built without it")
+    if not has_driver():
+        raise _refused(runtime, name, "there is no NVIDIA driver")
+    gpus = environment().get("gpus") or [{"name": "GPU"}]
+    device = f"{PROVIDERS[name].removesuffix('ExecutionProvider')} {gpus[0]['name']}"
+    if library is not None:
+        return Provider(name, device, _rtx_devices(runtime, library))
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints what is missing; opening a session says it too
+        runtime.preload_dlls()
+    return Provider(name, device)
+
+
+def _rtx_library(runtime: Any) -> str:
+    try:
+        library: str = importlib.import_module(RTX_PACKAGE).get_library_path()
+    except (ImportError, OSError) as error:
+        raise _refused(runtime, "rtx", "its package is not installed") from error
+    return library
+
+
+def _rtx_devices(runtime: Any, library: str) -> tuple[Any, ...]:
+    """The GPUs of the plugin (onnxruntime.ai, Using a Plugin Execution Provider Library)."""
+    name = PROVIDERS["rtx"]
+    for cudart in sorted(Path(library).parent.glob("libcudart.so.*")):
+        with contextlib.suppress(OSError):
+            # The wheel for CUDA 12 ships it without the name that the plugin asks for; loaded, it is found by that.
+            ctypes.CDLL(os.fspath(cudart), mode=ctypes.RTLD_GLOBAL)
+    try:
+        if not any(device.ep_name == name for device in runtime.get_ep_devices()):
+            runtime.register_execution_provider_library(name, library)
+    except Exception as error:  # its exception types are not public
+        raise _refused(runtime, "rtx", reason(error)) from error
+    devices = tuple(device for device in runtime.get_ep_devices() if device.ep_name == name)
+    if not devices:
+        raise _refused(runtime, "rtx", "it finds no GPU that it supports")
+    return devices
+
+
+def open_gpu_session(runtime: Any, provider: Provider, path: Path, options: Any, precision: str) -> Any:
+    """A session whose work is on the GPU.
+
+    The entry ``session.disable_cpu_fallback`` is no help: where the provider's libraries are missing, ONNX Runtime 1.31
+    opens the session on the CPU all the same; and beside a GPU, shapes are computed on the CPU by design.
+
+    Args:
+        runtime: the module.
+        provider: of ``open_provider``.
+        path: of the graph.
+        options: the session's, of which this sets more.
+        precision: the bundle's.
+
+    Raises:
+        EngineError: the provider cannot be used, or leaves work to another.
+    """
+    wanted = PROVIDERS[provider.name]
+    runtime.set_default_logger_severity(4)  # why a provider cannot be used is said once, by the error
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    arguments: dict[str, Any] = {"enable_fallback": 0}
+    if provider.devices:
+        options.add_provider_for_devices(list(provider.devices[:1]), {})
+    else:
+        arguments["providers"] = _with_options(provider.name, precision)
+    try:
+        session = runtime.InferenceSession(os.fspath(path), options, **arguments)
+    except (RuntimeError, ValueError) as error:
+        raise _refused(runtime, provider.name, reason(error)) from error
+    session.disable_fallback()
+    first = session.get_providers()[0]
+    if first != wanted:
+        raise _refused(runtime, provider.name, f"fell back to {first}: its libraries do not load")
+    if elsewhere := _work_elsewhere(session, wanted):
+        raise EngineError(
+            f"{path}: {wanted} leaves work to another provider ({', '.join(elsewhere)}); use --engine "
+            "onnxruntime-cuda or onnxruntime"
+        )
+    return session
+
+
+def run_bound(
+    session: Any, provider: Provider, table: str | None, inputs: Mapping[str, Array], outputs: Sequence[str]
+) -> list[Array]:
+    """One call: inputs copied to the GPU, outputs left there until all are made.
+
+    Of the conditioning table, input ``table``, only the rows that the call reads are copied: ``[G·B, …]`` in place of
+    ``[R, …]``. So its shape follows from the batch, and TensorRT does not compile again for every length of the table.
+    """
+    if table is not None:
+        rows = inputs["rows"]
+        numbers = np.arange(rows.size, dtype=rows.dtype).reshape(rows.shape)
+        inputs = {**inputs, table: inputs[table][rows.ravel()], "rows": numbers}
+    binding = session.io_binding()
+    for name, value in inputs.items():
+        binding.bind_cpu_input(name, value)
+    for name in outputs:
+        binding.bind_output(name, "cpu" if provider.devices else "cuda", 0)  # a plugin's memory has no name there
+    binding.synchronize_inputs()
+    session.run_with_iobinding(binding)
+    binding.synchronize_outputs()
+    return [np.asarray(result) for result in binding.copy_outputs_to_cpu()]
+
+
+def _with_options(name: str, precision: str) -> list[Any]:
+    # The device's memory is shared with others: take what is needed. TF32 is not FP32.
+    cuda = (PROVIDERS["cuda"], {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"})
+    if name == "cuda":
+        return [cuda]
+    return [(PROVIDERS["tensorrt"], {"trt_fp16_enable": str(precision == "fp16")}), cuda]
+
+
+def _work_elsewhere(session: Any, provider: str) -> list[str]:
+    """Kinds of heavy operators that are not on the provider. Empty where ONNX Runtime does not tell (before 1.24)."""
+    assigned = getattr(session, "get_provider_graph_assignment_info", None)
+    if assigned is None:
+        return []
+    kinds = {node.op_type for part in assigned() if part.ep_name != provider for node in part.get_nodes()}
+    return sorted(kinds & HEAVY)
+
+
+def _refused(runtime: Any, name: str, why: str) -> EngineError:
+    there = [provider for provider in runtime.get_available_providers() if provider != "AzureExecutionProvider"]
+    return EngineError(
+        f"onnxruntime-{name}: {PROVIDERS[name]} cannot be used ({why}); ONNX Runtime {runtime.__version__} here has "
+        f"{', '.join(there)}; it needs an NVIDIA GPU and its driver; {INSTALL[name]}, or use --engine onnxruntime"
+    )
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error of ONNX Runtime."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,323 @@
+"""OpenVINO on the CPU: FP32, or BF16 by the bundle's own precision policy.
+
+An FP16 bundle says which tensors are half precision. With ``bf16`` those become BF16 and the rest stays FP32, so the
+residual stream is not rounded, and the graph is rearranged for speed (``openvino_passes``). On CPUs OpenVINO has no
+FP16, and with its own switch it would run everything in BF16. With ``f32`` they become FP32. Either way the weights are
+written once in that precision (``prepare_graph``), read from there by mapping, and packed once by OpenVINO: packed is
+the only copy in anonymous memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dit_runtime.backends.openvino.passes import ARRANGEMENT, rearrange
+from dit_runtime.backends.prepared import facts_of, find_prepared, prepare_graph
+from dit_runtime.bundle.manifest import ENCODER, GraphSpec
+from dit_runtime.bundle.reader import Bundle
+from dit_runtime.core.errors import EngineError
+from dit_runtime.core.machine import check_memory, processor
+
+if TYPE_CHECKING:
+    from dit_runtime.backends.open import Array
+
+PRECISIONS = ("f32", "bf16")
+SHAPES = 2  # compiled models that a graph keeps: with and without guidance
+MODEL = "model.xml"  # of a prepared graph
+ROWS = "rows"  # of the conditioning table: as many as there are, and only looked up, so that its size costs nothing
+AUTOENCODER = ("decoder", ENCODER)
+
+Key = tuple[tuple[int, ...], ...]
+
+
+class OpenVinoEngine:
+    """OpenVINO on the CPU.
+
+    Args:
+        bundle: whose graphs.
+        threads: of the CPU, in all streams together; 0 lets OpenVINO choose.
+        precision: ``f32`` or ``bf16``; None is ``bf16`` for an FP16 bundle on a CPU that has it, else ``f32``.
+        streams: calls of one session that run side by side, each from its own thread, for throughput.
+        shapes: how many sets of input shapes a graph stays compiled for; the one least recently used makes room. Each
+            holds the packed weights.
+        pinning: threads stay on their cores; None leaves it to OpenVINO. Processes that share cores want it off.
+        store: where prepared graphs are kept (``Bundle.engines``); None keeps nothing, and the weights of an
+            FP16 bundle are then also held in memory.
+
+    Raises:
+        EngineError: OpenVINO is not installed, or the CPU does not have the precision.
+    """
+
+    max_batch: int | None = None
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        threads: int = 0,
+        precision: str | None = None,
+        *,
+        streams: int = 1,
+        shapes: int = SHAPES,
+        pinning: bool | None = None,
+        store: Path | None = None,
+    ) -> None:
+        self._openvino = import_openvino()
+        self.bundle, self.threads, self.streams, self.shapes = bundle, threads, streams, shapes
+        self._core = self._openvino.Core()
+        self.precision = self._precision(precision)
+        self.version = self._openvino.__version__.partition("-")[0]
+        self.name = f"openvino {self.version} CPU {self.precision}"
+        self.identity = f"{self.name}, arrangement {ARRANGEMENT}"
+        self._folder = None if store is None else store / "openvino"
+        self._properties: dict[str, Any] = {
+            "PERFORMANCE_HINT": "LATENCY" if streams == 1 else "THROUGHPUT",
+            "NUM_STREAMS": streams,
+        }
+        if threads:
+            self._properties["INFERENCE_NUM_THREADS"] = threads
+        if pinning is not None:
+            self._properties["ENABLE_CPU_PINNING"] = pinning
+        self._sessions: dict[str, _OpenVinoSession] = {}
+        self._sources: dict[str, Future[Path | None]] = {}
+
+    def _precision(self, asked: str | None) -> str:
+        if asked not in (None, *PRECISIONS):
+            raise EngineError(f"precision {asked!r} with OpenVINO: choose one of {', '.join(PRECISIONS)}")
+        able = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        if asked == "bf16" and not able:
+            raise EngineError(
+                f"precision bf16: this CPU ({processor().model}) has no BF16 instructions (avx512_bf16 or amx_bf16); "
+                "use --precision f32"
+            )
+        return asked or ("bf16" if able and self.bundle.manifest.precision.name == "fp16" else "f32")
+
+    def session(self, graph: str) -> _OpenVinoSession:
+        if graph not in self._sessions:
+            self._sources[graph] = _begun(partial(self._source, graph))
+            self._sessions[graph] = _OpenVinoSession(self, graph)
+        return self._sessions[graph]
+
+    def release(self, graph: str) -> None:
+        """As ``Engine.release``."""
+        if graph in self._sessions:
+            self._sessions[graph].release()
+
+    def compiled(self, graph: str, shapes: Mapping[str, Sequence[int]]) -> Any:
+        """A graph compiled for input shapes; -1 is a size that is left open.
+
+        Raises:
+            EngineError: too little memory, or OpenVINO cannot read or compile it.
+        """
+        spec = self.bundle.manifest.graphs[graph]
+        fp16 = self.bundle.manifest.precision.name == "fp16"
+        values = self.bundle.manifest.files[spec.weights].bytes // (2 if fp16 else 4)
+        check_memory(values * (2 if self.precision == "bf16" else 4), f"the {graph} on {self.name}")
+        # A graph of an FP16 bundle says itself what is BF16; the autoencoder gains nothing from its FP32 islands. With
+        # OpenVINO's own switch all is BF16, and the conditioner's timesteps must not be.
+        lowered = self.precision == "bf16" and (graph in AUTOENCODER or (not fp16 and graph != "conditioner"))
+        properties = {
+            **self._properties,
+            "INFERENCE_PRECISION_HINT": "bf16" if lowered else "dynamic" if fp16 else "f32",
+            "EXECUTION_MODE_HINT": "PERFORMANCE" if lowered else "ACCURACY",
+        }
+        with self._explained(f"{self.bundle.path}: {self.name} cannot load the {graph}"):
+            model = self._model(graph, fp16)
+            model.reshape({name: list(shape) for name, shape in shapes.items()})
+            return self._core.compile_model(model, "CPU", properties)
+
+    def _source(self, graph: str) -> Path | None:
+        """The checked file to read a graph from: the prepared one or an FP32 bundle's own; None where there is none."""
+        if self.bundle.manifest.precision.name != "fp16":
+            return self.bundle.graph(graph)  # weights are mapped, as they are
+        folder = None if self._folder is None else find_prepared(self._folder, self._facts(graph))
+        return None if folder is None else folder / MODEL
+
+    def _facts(self, graph: str) -> dict[str, Any]:
+        form = {"precision": self.precision, "arrangement": ARRANGEMENT}
+        return facts_of(self.bundle, graph, f"openvino {self.version}", form)
+
+    def _model(self, graph: str, fp16: bool) -> Any:
+        """The graph as OpenVINO reads it, without FP16."""
+        checked = self._sources.pop(graph, None)
+        source = self._source(graph) if checked is None else checked.result()
+        if source is not None and source.exists():  # prepared graphs may be deleted at any time
+            return self._core.read_model(source) if fp16 else self._read(source)
+        if self._folder is not None:
+            folder = prepare_graph(self._folder, self._facts(graph), lambda target: self._write(graph, target))
+            if folder is not None:
+                return self._core.read_model(folder / MODEL)
+        return self._retyped(graph)
+
+    def _read(self, path: Path) -> Any:
+        """The bundle's graph without the factors 1 of ONNX's Gemm, which OpenVINO would multiply into copies."""
+        model = self._core.read_model(path)
+        for node in model.get_ordered_ops():
+            if node.get_type_name() == "Multiply":
+                for factor, other in ((0, 1), (1, 0)):
+                    source = node.input_value(factor).get_node()
+                    if source.get_type_name() == "Constant" and np.array_equal(source.get_data(), np.float32(1)):
+                        node.output(0).replace(node.input_value(other))
+                        break
+        if self.precision == "bf16":  # FP32 gains 1 to 2 %, and its weights would be copied
+            rearrange(model)
+        return model
+
+    def _write(self, graph: str, folder: Path) -> None:
+        model = self._retyped(graph)
+        self._openvino.save_model(model, folder / MODEL, compress_to_fp16=False)
+        size = sum(node.get_byte_size() for node in model.get_ops() if node.get_type_name() == "Constant")
+        # A full disk is no error to OpenVINO. It stores equal constants once, and those that count are not equal.
+        if (folder / "model.bin").stat().st_size < 0.9 * size:
+            raise OSError(f"{folder}: the weights were not written in full")
+
+    def _retyped(self, graph: str) -> Any:
+        """The bundle's graph with every half-precision tensor in this engine's precision."""
+        openvino = self._openvino
+        from openvino import opset13
+
+        own = {"bf16": openvino.Type.bf16, "f32": openvino.Type.f32}[self.precision]
+        model = self._read(self.bundle.graph(graph))
+        for node in model.get_ordered_ops():
+            if node.get_output_size() == 0 or node.get_output_element_type(0) != openvino.Type.f16:
+                continue
+            if node.get_type_name() == "Constant":
+                values = np.asarray(node.get_data(), np.float32)
+                if self.precision == "bf16":
+                    tensor = openvino.Tensor(_bfloat16(values), openvino.Shape(list(values.shape)), own)
+                else:
+                    tensor = openvino.Tensor(values)
+                replacement = openvino.op.Constant(tensor, shared_memory=False)  # the array does not live on
+            elif node.get_type_name() == "Convert":
+                replacement = opset13.convert(node.input_value(0), own)
+            else:
+                continue  # takes its type from its inputs
+            replacement.set_friendly_name(node.get_friendly_name())
+            for reader in list(node.output(0).get_target_inputs()):
+                reader.replace_source_output(replacement.output(0))
+        model.validate_nodes_and_infer_types()
+        return model
+
+    @contextlib.contextmanager
+    def _explained(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # what all of OpenVINO's are
+            raise EngineError(
+                f"{what} ({_reason(error)}); install the openvino of the constraints file or use another engine"
+            ) from error
+
+
+class _OpenVinoSession:
+    """A graph, compiled on demand for the shapes it is given. May be run from several threads."""
+
+    def __init__(self, engine: OpenVinoEngine, graph: str) -> None:
+        self._engine, self._graph = engine, graph
+        self._spec = engine.bundle.manifest.graphs[graph]
+        self._requests: OrderedDict[Key, queue.SimpleQueue[Any]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
+        waiting = self._waiting(_static_shapes(self._spec, inputs))
+        request = waiting.get()
+        try:
+            found = request.infer(
+                {name: np.ascontiguousarray(value) for name, value in inputs.items()},
+                share_inputs=True,
+                share_outputs=True,
+            )
+            return [np.array(found[name]) for name in outputs]  # copies: the next call overwrites the request's own
+        except RuntimeError as error:
+            shapes = ", ".join(f"{name} {value.dtype}{list(value.shape)}" for name, value in inputs.items())
+            raise EngineError(
+                f"{self._engine.name}, graph {self._graph} failed on {shapes}: {_reason(error)}; try a smaller batch"
+            ) from error
+        finally:
+            waiting.put(request)
+
+    def release(self) -> None:
+        with self._lock:
+            self._requests.clear()
+
+    def _waiting(self, shapes: dict[str, tuple[int, ...]]) -> queue.SimpleQueue[Any]:
+        """The free requests of the model compiled for these shapes."""
+        key = tuple(shapes.values())
+        with self._lock:
+            if key not in self._requests:
+                while len(self._requests) >= max(self._engine.shapes, 1):
+                    self._requests.popitem(last=False)
+                compiled = self._engine.compiled(self._graph, shapes)
+                self._requests[key] = queue.SimpleQueue()
+                for _ in range(self._engine.streams):
+                    self._requests[key].put(compiled.create_infer_request())
+            self._requests.move_to_end(key)
+            return self._requests[key]
+
+
+def _begun(check: Callable[[], Path | None]) -> Future[Path | None]:
+    """A check in a thread of its own, which an exit does not wait for.
+
+    Hashing a step's gigabytes takes as long as compiling a conditioner, and is done meanwhile.
+    """
+    result: Future[Path | None] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(check())
+        except BaseException as error:  # noqa: BLE001  # told to whoever asks for the result
+            result.set_exception(error)
+
+    threading.Thread(target=run, name="dit-check", daemon=True).start()
+    return result
+
+
+def _static_shapes(spec: GraphSpec, inputs: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
+    """The inputs' shapes, with -1 for the rows of the conditioning table.
+
+    Raises:
+        EngineError: a shape that is not the manifest's. OpenVINO would reshape the graph to it, and compute.
+    """
+    sizes: dict[str, int] = {}
+    shapes = {}
+    for tensor in spec.inputs:
+        shape = inputs[tensor.name].shape
+        expected = [sizes.get(axis, axis) if isinstance(axis, str) else axis for axis in tensor.shape]
+        if len(shape) != len(expected) or any(
+            isinstance(axis, int) and axis != size for axis, size in zip(expected, shape, strict=True)
+        ):
+            raise EngineError(f"input {tensor.name} is {list(shape)}, expected [{', '.join(map(str, expected))}]")
+        sizes.update((axis, size) for axis, size in zip(tensor.shape, shape, strict=True) if isinstance(axis, str))
+        shapes[tensor.name] = tuple(
+            -1 if axis == ROWS else size for axis, size in zip(tensor.shape, shape, strict=True)
+        )
+    return shapes
+
+
+def _bfloat16(values: Array) -> Array:
+    """Finite float32 → BF16 as uint16 of the same shape, rounded to nearest, ties to even."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+
+
+def _reason(error: RuntimeError) -> str:
+    """The last line of OpenVINO's message: the ones before say where in its source."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def import_openvino() -> Any:
+    """Raises EngineError where OpenVINO is not installed."""
+    try:
+        import openvino
+    except ImportError as error:
+        raise EngineError("OpenVINO is not installed; pip install 'dit-export[openvino]'") from error
+    return openvino

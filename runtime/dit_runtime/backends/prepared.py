@@ -1,0 +1,142 @@
+"""Graphs in an engine's own form, kept so that the next start is fast and weights are read from a file, not held.
+
+    STORE/ENGINE/KEY/prepared.json    what it was made from, with what and for what; size and SHA-256 of the other files
+    STORE/ENGINE/KEY/*                the engine's files of one graph
+    STORE/ENGINE/.KEY.lock            held while they are made: a second process waits for them
+
+KEY covers all that ``prepared.json`` says. So what another machine or version made is never opened, and the folder may
+be deleted at any time. A file is given to an engine only when it has the size
+and hash that ``prepared.json`` says.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dit_runtime.bundle.reader import Bundle
+from dit_runtime.core.errors import OutputError
+from dit_runtime.core.files import replace_folder, sha256_of
+from dit_runtime.core.machine import processor
+
+SIDECAR = "prepared.json"
+SIDECAR_LIMIT = 1 << 20  # bytes: far above any, and little to read
+SOURCE = ("bundle", "file", "form")  # what was prepared; the other facts say with what and where
+
+Facts = dict[str, Any]
+
+
+def facts_of(bundle: Bundle, graph: str, version: str, form: Mapping[str, str]) -> Facts:
+    """What a prepared graph depends on.
+
+    Args:
+        bundle: whose graph.
+        graph: its name in the manifest, at the bundle's size.
+        version: the engine's.
+        form: the engine's own settings that decide what is in the files.
+    """
+    cpu = processor()
+    return {
+        "bundle": bundle.digest,
+        "file": bundle.manifest.graphs[graph].file,
+        "form": dict(form),
+        "version": version,
+        "processor": cpu.model,
+        "flags": list(cpu.flags),
+    }
+
+
+def prepare_graph(folder: Path, facts: Facts, make: Callable[[Path], None]) -> Path | None:
+    """The folder of a prepared graph in ``folder`` (``STORE/ENGINE``): found and checked, or made.
+
+    Args:
+        folder: where the engine's prepared graphs are.
+        facts: of ``facts_of``.
+        make: writes the files into a folder that exists and is empty.
+
+    Returns:
+        None where it can be neither found nor written (a read-only bundle, a full disk): nothing is said, since the
+        engine works without it.
+    """
+    target = _target(folder, facts)
+    if _whole(target, facts):
+        return target
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / f".{target.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed, by the end of the process if need be
+            if _whole(target, facts):  # another process was first
+                return target
+            made_again = f"{target}: damaged, made again" if target.exists() else _other(folder, facts)
+            with replace_folder(target) as temporary:
+                make(temporary)
+                files = {
+                    file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+                    for file in sorted(temporary.iterdir())
+                }
+                sidecar = json.dumps({**facts, "files": files}, indent=1) + "\n"
+                (temporary / SIDECAR).write_text(sidecar, encoding="utf-8")
+    except (OSError, OutputError):
+        return None
+    if made_again:
+        print(made_again, file=sys.stderr)
+    return target
+
+
+def find_prepared(folder: Path, facts: Facts) -> Path | None:
+    """As ``prepare_graph``, of a graph that is there and whole; None for any other."""
+    target = _target(folder, facts)
+    return target if _whole(target, facts) else None
+
+
+def _target(folder: Path, facts: Facts) -> Path:
+    return folder / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _whole(target: Path, facts: Facts) -> bool:
+    """Whether a folder is what its name says, and every file in it the one that was written."""
+    sidecar = _sidecar(target)
+    if sidecar is None or {key: sidecar.get(key) for key in facts} != facts:
+        return False
+    try:
+        files = {str(name): (int(file["bytes"]), str(file["sha256"])) for name, file in sidecar["files"].items()}
+        present = {path.name for path in target.iterdir()} - {SIDECAR}
+        return present == set(files) and all(
+            not (path := target / name).is_symlink() and path.stat().st_size == size and sha256_of(path) == digest
+            for name, (size, digest) in files.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _sidecar(target: Path) -> dict[str, Any] | None:
+    path = target / SIDECAR
+    try:
+        if target.is_symlink() or path.is_symlink() or path.stat().st_size > SIDECAR_LIMIT:
+            return None
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _other(folder: Path, facts: Facts) -> str | None:
+    """A line about the same graph made by another version or for another processor, if there is one."""
+    for found in _sidecars(folder):
+        if all(found.get(key) == facts[key] for key in SOURCE):
+            there, here = (f"{item.get('version')} on {item.get('processor')}" for item in (found, facts))
+            if there == here:
+                here = "a processor with other instructions"
+            return f"{folder}: {Path(facts['file']).stem} is there for {there}; made again for {here}"
+    return None
+
+
+def _sidecars(folder: Path) -> Iterator[dict[str, Any]]:
+    for path in sorted(folder.glob(f"*/{SIDECAR}")):
+        if (found := _sidecar(path.parent)) is not None:
+            yield found

@@ -1,0 +1,363 @@
+"""TensorRT 10.3 to 11 and TensorRT-RTX: every attribute of theirs that is used is used here, and nowhere else.
+
+What differs between the libraries and their versions is decided here. A test collects each attribute from this file and
+looks it up in the real bindings of 10.3, 10.16, 11.4 and RTX; so that it can, a variable named ``builder``, ``config``,
+``network``, ``parser``, ``profile``, ``runtime``, ``engine``, ``context``, ``inspector``, ``cache``, ``tensor``,
+``problem``, ``runtime_config`` or ``host_memory`` holds an object of that kind of the library, and ``trt`` the library
+itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dit_runtime.core.errors import BuildError, EngineError
+
+# A library's name, and how to get it.
+LIBRARIES = {
+    "tensorrt": "on a Jetson it comes with JetPack (python3 -m venv --system-site-packages), elsewhere "
+    "pip install 'dit-export[tensorrt]'",
+    "tensorrt_rtx": "pip install 'dit-export[rtx]'",
+}
+
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Sequence[Shape]]  # of each input, the least, usual and largest
+
+
+@dataclass(frozen=True)
+class TensorRT:
+    """An imported library: ``name`` is one of ``LIBRARIES``, ``version`` its own text, such as ``10.3.0``."""
+
+    module: Any
+    name: str
+    version: str
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The version as numbers, to compare with ``(10, 8)``."""
+        return tuple(int(part) for part in re.findall(r"\d+", self.version)[:3])
+
+
+class Tensor(NamedTuple):
+    """An input or output of an engine: -1 in ``shape`` is a dynamic axis."""
+
+    name: str
+    is_input: bool
+    dtype: np.dtype[Any]
+    shape: Shape
+
+
+class Layer(NamedTuple):
+    """A kernel, as the engine's inspector tells of it. ``details`` is its own JSON."""
+
+    name: str
+    kind: str
+    details: Mapping[str, Any]
+
+
+class Built(NamedTuple):
+    """A plan, the timing cache after it, and whether TF32 was on."""
+
+    plan: Any  # the library's buffer; bytes() would hold a second copy
+    timing_cache: bytes
+    tf32: bool
+
+
+Log = Callable[[str, str], None]  # severity (``error``, ``warning``, ``info``, ``verbose``) and message
+Reported = Callable[[str, int, int], bool]  # phase, steps done and steps in all; False cancels the build
+
+
+def library(name: str) -> TensorRT:
+    """Import a library.
+
+    Raises:
+        EngineError: unknown, not installed, or its own libraries do not load.
+    """
+    if name not in LIBRARIES:
+        raise EngineError(f"library {name!r} is unknown; choose one of {', '.join(LIBRARIES)}")
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise EngineError(f"{name} is not installed for this Python; {LIBRARIES[name]}") from error
+    except (ImportError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise EngineError(f"{name} cannot be loaded ({reason}); install it again: {LIBRARIES[name]}") from error
+    return TensorRT(module, name, str(module.__version__))
+
+
+def logger(library: TensorRT, log: Log) -> Any:
+    """The library's logger, which tells ``log``. It must outlive what is made with it."""
+    trt = library.module
+    names = {
+        trt.ILogger.INTERNAL_ERROR: "error",
+        trt.ILogger.ERROR: "error",
+        trt.ILogger.WARNING: "warning",
+        trt.ILogger.INFO: "info",
+        trt.ILogger.VERBOSE: "verbose",
+    }
+
+    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]  # untyped module
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            log(names[severity], message)
+
+    return Logger()
+
+
+def plan_from_onnx(
+    library: TensorRT,
+    onnx: Path,
+    profiles: Sequence[Shapes],
+    *,
+    log: Log,
+    reported: Reported,
+    workspace_bytes: int,
+    optimization_level: int | None = None,
+    compute_capability: str | None = None,
+    auxiliary_streams: int | None = None,
+    timing_cache: bytes | None = None,
+) -> Built:
+    """Compile a strongly typed ONNX file; TF32 is off.
+
+    Args:
+        library: which one compiles.
+        onnx: the file; its weights lie beside it.
+        profiles: the optimization profiles. Axes with one size in all of them become static.
+        log: told the builder's messages; its verbose ``Layers:`` message lists the kernels.
+        reported: told the builder's progress.
+        workspace_bytes: the most that a kernel may use besides its tensors.
+        optimization_level: 0 to 5; None is the library's own.
+        compute_capability: such as ``8.9``; of TensorRT-RTX alone, which compiles for other devices.
+        auxiliary_streams: the most of them; None lets the library choose.
+        timing_cache: of an earlier build by the same library on the same device.
+
+    Raises:
+        BuildError: the file cannot be parsed or compiled, a profile is refused, or the build was cancelled.
+    """
+    trt = library.module
+    errors: list[str] = []
+    cancelled = False
+
+    def noted(severity: str, message: str) -> None:
+        if severity == "error":
+            errors.append(message)
+        log(severity, message)
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]  # untyped module
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self._steps: dict[str, int] = {}
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            self._steps[phase] = steps
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            nonlocal cancelled
+            cancelled = cancelled or not reported(phase, step + 1, self._steps[phase])
+            return not cancelled
+
+        def phase_finish(self, phase: str) -> None:
+            return None
+
+    own_logger = logger(library, noted)
+    builder = trt.Builder(own_logger)
+    # Required on 10, the only kind and ignored on 11.
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, own_logger)
+    if not parser.parse_from_file(str(onnx)):
+        problems = [parser.get_error(index) for index in range(parser.num_errors)]
+        reasons = [problem.desc() for problem in problems]
+        raise BuildError(f"{onnx}: cannot be parsed ({'; '.join(reasons or errors) or 'no reason given'})")
+    config = builder.create_builder_config()
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes)
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default: FP32 products would lose 13 bits
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # for the audit
+    monitor = Monitor()
+    config.progress_monitor = monitor
+    if optimization_level is not None:
+        config.builder_optimization_level = optimization_level
+    if auxiliary_streams is not None:
+        config.max_aux_streams = auxiliary_streams
+    if compute_capability is not None:
+        _set_compute_capability(library, config, compute_capability)
+    cache = config.create_timing_cache(timing_cache or b"")
+    if not config.set_timing_cache(cache, ignore_mismatch=False):  # of another device or version
+        log("warning", "the timing cache is for another device or version and is not used")
+        cache = config.create_timing_cache(b"")
+        config.set_timing_cache(cache, ignore_mismatch=False)
+    _pin(network, profiles)
+    for shapes in profiles:
+        profile = builder.create_optimization_profile()
+        for name, (least, usual, largest) in shapes.items():
+            profile.set_shape(name, least, usual, largest)
+        if config.add_optimization_profile(profile) < 0:
+            raise BuildError(f"{onnx}: optimization profile refused ({'; '.join(errors) or dict(shapes)})")
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        reason = "cancelled" if cancelled else "; ".join(errors) or "no reason given"
+        raise BuildError(f"{onnx}: cannot be built ({reason})")
+    host_memory = cache.serialize()
+    return Built(plan, bytes(host_memory), bool(config.get_flag(trt.BuilderFlag.TF32)))
+
+
+def _set_compute_capability(library: TensorRT, config: Any, capability: str) -> None:
+    if library.name != "tensorrt_rtx":
+        raise BuildError(f"{library.name} compiles for the GPU present alone, not for {capability}; build there")
+    config.num_compute_capabilities = 1
+    value = getattr(library.module.ComputeCapability, "SM" + capability.replace(".", ""), None)
+    if value is None:
+        raise BuildError(f"TensorRT-RTX {library.version} does not compile for compute capability {capability}")
+    config.set_compute_capability(value, 0)
+
+
+def _pin(network: Any, profiles: Sequence[Shapes]) -> None:
+    """Make axes static that have one size in all profiles: the builder plans static shapes better."""
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        shapes = [shape for profile in profiles for shape in profile[tensor.name]]
+        tensor.shape = tuple(sizes[0] if len(set(sizes)) == 1 else -1 for sizes in zip(*shapes, strict=True))
+
+
+def runtime_of(library: TensorRT, own_logger: Any) -> Any:
+    """The library's runtime. It must outlive its engines. Code inside a plan is not allowed to run on the host."""
+    runtime = library.module.Runtime(own_logger)
+    runtime.engine_host_code_allowed = False
+    return runtime
+
+
+def engine_from_plan(runtime: Any, plan: bytes | memoryview) -> Any:
+    """Deserialize a plan: native code, so only one that a sidecar vouches for.
+
+    Raises:
+        EngineError: the library refuses it; its logger says why.
+    """
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise EngineError("the plan cannot be loaded here")
+    return engine
+
+
+def tensors_of(library: TensorRT, engine: Any) -> dict[str, Tensor]:
+    """The engine's inputs and outputs by name."""
+    trt = library.module
+    found = {}
+    for index in range(engine.num_io_tensors):
+        name = engine.get_tensor_name(index)
+        found[name] = Tensor(
+            name,
+            engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT,
+            np.dtype(trt.nptype(engine.get_tensor_dtype(name))),
+            tuple(engine.get_tensor_shape(name)),
+        )
+    return found
+
+
+def profiles_of(library: TensorRT, engine: Any) -> list[dict[str, tuple[Shape, Shape, Shape]]]:
+    """Least, usual and largest shape of each input in each optimization profile."""
+    inputs = [tensor.name for tensor in tensors_of(library, engine).values() if tensor.is_input]
+    profiles = []
+    for index in range(engine.num_optimization_profiles):
+        shapes = {}
+        for name in inputs:
+            least, usual, largest = (tuple(shape) for shape in engine.get_tensor_profile_shape(name, index))
+            shapes[name] = (least, usual, largest)
+        profiles.append(shapes)
+    return profiles
+
+
+def activation_bytes(engine: Any, profile_index: int) -> int:
+    """Device memory that a context needs at the largest shapes of a profile."""
+    return int(engine.get_device_memory_size_for_profile_v2(profile_index))
+
+
+def context_of(library: TensorRT, engine: Any, profile_index: int, stream: int) -> Any:
+    """An execution context without memory of its own, switched to a profile; synchronize ``stream`` before its use.
+
+    Raises:
+        EngineError: the library refuses.
+    """
+    trt = library.module
+    strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+    if library.name == "tensorrt_rtx":
+        # Its own way is to start with kernels for any shape while it compiles those for the shape at hand: a CUDA graph
+        # that is captured meanwhile would keep the slower ones.
+        runtime_config = engine.create_runtime_config()
+        runtime_config.set_execution_context_allocation_strategy(strategy)
+        runtime_config.dynamic_shapes_kernel_specialization_strategy = (
+            trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        )
+        context = engine.create_execution_context(runtime_config)
+    else:
+        context = engine.create_execution_context(strategy)
+    if context is None or not context.set_optimization_profile_async(profile_index, stream):
+        raise EngineError(f"no execution context for optimization profile {profile_index}")
+    return context
+
+
+def give_memory(context: Any, address: int, size: int) -> None:
+    """Device memory for the context's activations, aligned to 256 bytes; another context may use it in between."""
+    context.set_device_memory(address, size)
+
+
+def bind(context: Any, name: str, address: int, shape: Shape | None = None) -> None:
+    """Where a tensor lies on the device, and an input's shape.
+
+    Raises:
+        EngineError: the shape is outside the profile, or the name unknown.
+    """
+    if shape is not None and not context.set_input_shape(name, shape):
+        raise EngineError(f"input {name}: {list(shape)} is outside the optimization profile; build one for it")
+    if not context.set_tensor_address(name, address):
+        raise EngineError(f"tensor {name}: cannot be bound")
+
+
+def output_shape(context: Any, name: str) -> Shape:
+    """An output's shape, once all inputs have theirs."""
+    return tuple(context.get_tensor_shape(name))
+
+
+def enqueue(context: Any, stream: int) -> None:
+    """Start the network on a CUDA stream; returns before it is done.
+
+    Raises:
+        EngineError: the library refuses; its logger says why.
+    """
+    if not context.execute_async_v3(stream):
+        raise EngineError("the engine could not be started")
+
+
+def layers_of(library: TensorRT, engine: Any) -> list[Layer]:
+    """All kernels of all profiles, from the engine's inspector (which needs the engine loaded, so its GPU)."""
+    trt = library.module
+    inspector = engine.create_engine_inspector()
+    text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+    return layers_from_json(text)
+
+
+def layers_from_json(text: str) -> list[Layer]:
+    """Kernels from an inspector's JSON.
+
+    Raises:
+        EngineError: no layers in it, or built without detailed verbosity, when each is only a name.
+    """
+    try:
+        layers = json.loads(text)["Layers"]
+        return [Layer(str(layer["Name"]), str(layer.get("LayerType", "")), layer) for layer in layers]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EngineError("the inspector does not describe the engine's layers; build it with dit-build") from error
+
+
+def as_bytes(plan: Any) -> NDArray[np.uint8]:
+    """A plan's bytes, without a copy."""
+    return np.frombuffer(plan, np.uint8)

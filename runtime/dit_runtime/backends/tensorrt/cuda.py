@@ -1,0 +1,291 @@
+"""What the TensorRT engine needs of CUDA, and that much of ``cuda-bindings`` 12 and 13.
+
+``Cuda`` is the interface: device memory is an address, host memory that a copy may use is a pinned numpy array;
+streams, events and graphs are handles. Copies, fills and launches are queued on a stream and return before they are
+done.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dit_runtime.core.errors import EngineError
+from dit_runtime.core.machine import available_memory
+
+ALIGNMENT = 256  # bytes: what TensorRT asks of every address, and no more than what an allocation has
+
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """A GPU as the driver tells of it.
+
+    Attributes:
+        name: such as ``Orin`` or ``NVIDIA L4``.
+        compute_capability: such as ``8.7``.
+        memory_bytes, free_bytes: all of its memory, and what nobody has taken; on an integrated GPU the system's.
+        driver: its version, such as ``540.4.0``; where that is not told, the CUDA it was made for: ``CUDA 12.6``.
+        integrated: whether it shares the system's memory, as on a Jetson.
+    """
+
+    name: str
+    compute_capability: str
+    memory_bytes: int
+    free_bytes: int
+    driver: str
+    integrated: bool
+
+
+class Cuda(Protocol):
+    """One GPU. Every method raises EngineError with CUDA's name for what went wrong.
+
+    Between ``begin_capture`` and ``end_capture`` what is queued on the stream is recorded and not done; nothing may be
+    allocated, freed or waited for in between. A recorded graph holds addresses: what lies there is read at each launch.
+    """
+
+    def device(self) -> DeviceFacts:
+        """The GPU's facts, as of now."""
+        ...
+
+    def allocate(self, size: int) -> int:
+        """The address of ``size`` bytes on the device, not initialized, a multiple of ``ALIGNMENT``."""
+        ...
+
+    def free(self, address: int) -> None:
+        """Give memory of ``allocate`` back. No queued work may still use it."""
+        ...
+
+    def pinned(self, size: int) -> Bytes:
+        """``size`` bytes of page-locked host memory, not initialized: ``[size]``."""
+        ...
+
+    def free_pinned(self, memory: Bytes) -> None:
+        """Give memory of ``pinned`` back; the array must not be used afterwards."""
+        ...
+
+    def stream(self) -> int:
+        """A stream that does not wait for the default one."""
+        ...
+
+    def destroy_stream(self, stream: int) -> None: ...
+
+    def event(self) -> int:
+        """A mark in a stream's work, to wait for."""
+        ...
+
+    def destroy_event(self, event: int) -> None: ...
+
+    def record(self, event: int, stream: int) -> None:
+        """Put the mark after all that is queued on a stream."""
+        ...
+
+    def wait(self, event: int) -> None:
+        """Return when the work before the mark is done; at once for one that was never recorded."""
+        ...
+
+    def upload(self, target: int, source: NDArray[Any], stream: int) -> None:
+        """Queue a copy of pinned memory to the device. ``source`` must stay as it is until it is done."""
+        ...
+
+    def download(self, target: NDArray[Any], source: int, stream: int) -> None:
+        """Queue a copy from the device to pinned memory, which holds it once the stream was waited for."""
+        ...
+
+    def copy(self, target: int, source: int, size: int, stream: int) -> None:
+        """Queue a copy of ``size`` bytes within the device. The two must not overlap."""
+        ...
+
+    def clear(self, address: int, size: int, stream: int) -> None:
+        """Queue a fill of ``size`` bytes with zeros."""
+        ...
+
+    def synchronize(self, stream: int) -> None:
+        """Return when all that was queued on a stream is done."""
+        ...
+
+    def begin_capture(self, stream: int) -> None:
+        """Record from here on, instead of doing it. Other threads are not concerned."""
+        ...
+
+    def end_capture(self, stream: int) -> int:
+        """The graph of what was recorded, ready to be launched."""
+        ...
+
+    def abandon_capture(self, stream: int) -> None:
+        """Stop recording and keep nothing. Raises nothing: it is called when something else went wrong."""
+        ...
+
+    def launch(self, graph: int, stream: int) -> None:
+        """Queue what a graph holds."""
+        ...
+
+    def destroy_graph(self, graph: int) -> None: ...
+
+
+def device() -> DeviceFacts:
+    """The first GPU that this process sees (``CUDA_VISIBLE_DEVICES``).
+
+    Raises:
+        EngineError: no GPU, no driver or no ``cuda-bindings``.
+    """
+    return CudaRuntime().device()
+
+
+class CudaRuntime:
+    """``Cuda`` on the CUDA runtime of ``cuda-bindings`` 12 or 13, on the first GPU that the process sees.
+
+    Raises:
+        EngineError: no ``cuda-bindings``, no driver, or no GPU.
+    """
+
+    def __init__(self) -> None:
+        self._rt = _imported()
+        count = self._call("looking for a GPU", "cudaGetDeviceCount")
+        if not count:
+            raise EngineError("no NVIDIA GPU is visible here; see CUDA_VISIBLE_DEVICES, or choose another engine")
+
+    def device(self) -> DeviceFacts:
+        properties = self._call("asking for the GPU", "cudaGetDeviceProperties", 0)
+        free, total = self._call("asking for the GPU's memory", "cudaMemGetInfo")
+        name, integrated = properties.name.decode("utf-8", "replace").rstrip("\0"), bool(properties.integrated)
+        if integrated:
+            # All Orins have one name and compute capability, and plans are for their number of multiprocessors.
+            name = f"{name}, {properties.multiProcessorCount} SMs"
+            # In memory shared with the system the driver counts what files are cached in as taken.
+            free = max(int(free), available_memory() or 0)
+        return DeviceFacts(
+            name=name,
+            compute_capability=f"{properties.major}.{properties.minor}",
+            memory_bytes=int(total),
+            free_bytes=int(free),
+            driver=self._driver(),
+            integrated=integrated,
+        )
+
+    def _driver(self) -> str:
+        try:
+            return Path("/sys/module/nvidia/version").read_text(encoding="ascii").strip()
+        except (OSError, ValueError):
+            number = self._call("asking for the driver", "cudaDriverGetVersion")
+            return f"CUDA {number // 1000}.{number % 1000 // 10}"
+
+    def allocate(self, size: int) -> int:
+        return int(self._call(f"allocating {size} bytes", "cudaMalloc", size))
+
+    def free(self, address: int) -> None:
+        self._call("freeing device memory", "cudaFree", address)
+
+    def pinned(self, size: int) -> Bytes:
+        address = int(
+            self._call(f"allocating {size} pinned bytes", "cudaHostAlloc", size, self._rt.cudaHostAllocDefault)
+        )
+        return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+
+    def free_pinned(self, memory: Bytes) -> None:
+        self._call("freeing pinned memory", "cudaFreeHost", memory.ctypes.data)
+
+    def stream(self) -> int:
+        return int(self._call("making a stream", "cudaStreamCreateWithFlags", self._rt.cudaStreamNonBlocking))
+
+    def destroy_stream(self, stream: int) -> None:
+        self._call("destroying a stream", "cudaStreamDestroy", stream)
+
+    def event(self) -> int:
+        return int(self._call("making an event", "cudaEventCreateWithFlags", self._rt.cudaEventDisableTiming))
+
+    def destroy_event(self, event: int) -> None:
+        self._call("destroying an event", "cudaEventDestroy", event)
+
+    def record(self, event: int, stream: int) -> None:
+        self._call("recording an event", "cudaEventRecord", event, stream)
+
+    def wait(self, event: int) -> None:
+        self._call("waiting for an event", "cudaEventSynchronize", event)
+
+    def upload(self, target: int, source: NDArray[Any], stream: int) -> None:
+        kind = self._rt.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self._copied("to the device", target, _address_of(source), source.nbytes, kind, stream)
+
+    def download(self, target: NDArray[Any], source: int, stream: int) -> None:
+        kind = self._rt.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self._copied("from the device", _address_of(target), source, target.nbytes, kind, stream)
+
+    def copy(self, target: int, source: int, size: int, stream: int) -> None:
+        kind = self._rt.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self._copied("within the device", target, source, size, kind, stream)
+
+    def _copied(self, way: str, target: int, source: int, size: int, kind: Any, stream: int) -> None:
+        self._call(f"copying {size} bytes {way}", "cudaMemcpyAsync", target, source, size, kind, stream)
+
+    def clear(self, address: int, size: int, stream: int) -> None:
+        self._call(f"clearing {size} bytes", "cudaMemsetAsync", address, 0, size, stream)
+
+    def synchronize(self, stream: int) -> None:
+        self._call("waiting for the GPU", "cudaStreamSynchronize", stream)
+
+    def begin_capture(self, stream: int) -> None:
+        # Thread-local: what other threads do meanwhile, such as allocating, does not spoil the capture.
+        mode = self._rt.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self._call("beginning a graph", "cudaStreamBeginCapture", stream, mode)
+
+    def end_capture(self, stream: int) -> int:
+        recorded = self._call("ending a graph", "cudaStreamEndCapture", stream)
+        try:
+            return int(self._call("making a graph ready", "cudaGraphInstantiate", recorded, 0))
+        finally:
+            self._call("freeing a recorded graph", "cudaGraphDestroy", recorded)
+
+    def abandon_capture(self, stream: int) -> None:
+        _, *graph = self._rt.cudaStreamEndCapture(stream)
+        if graph and int(graph[0] or 0):
+            self._rt.cudaGraphDestroy(graph[0])
+
+    def launch(self, graph: int, stream: int) -> None:
+        self._call("launching a graph", "cudaGraphLaunch", graph, stream)
+
+    def destroy_graph(self, graph: int) -> None:
+        self._call("destroying a graph", "cudaGraphExecDestroy", graph)
+
+    def _call(self, doing: str, function: str, *arguments: Any) -> Any:
+        """What a function of the runtime gives besides its status: nothing, a value, or a tuple of several."""
+        try:
+            status, *values = getattr(self._rt, function)(*arguments)
+        except RuntimeError as error:  # cuda-bindings 12.8 and before, where libcuda cannot be loaded
+            raise _no_driver(str(error)) from error
+        if status != self._rt.cudaError_t.cudaSuccess:
+            if status.name in ("cudaErrorInsufficientDriver", "cudaErrorNoDevice"):
+                raise _no_driver(status.name)
+            (_, text) = self._rt.cudaGetErrorString(status)
+            advice = "use a smaller batch" if status.name == "cudaErrorMemoryAllocation" else "run dit-verify"
+            raise EngineError(f"CUDA, {doing}: {status.name} ({text.decode('utf-8', 'replace')}); {advice}")
+        return values[0] if len(values) == 1 else tuple(values)
+
+
+def _address_of(memory: NDArray[Any]) -> int:
+    assert memory.flags.c_contiguous
+    return memory.ctypes.data
+
+
+def _no_driver(reason: str) -> EngineError:
+    return EngineError(
+        f"no NVIDIA driver that works here ({reason}); install one (on a Jetson it comes with JetPack), or choose "
+        "another engine"
+    )
+
+
+def _imported() -> Any:
+    try:
+        return importlib.import_module("cuda.bindings.runtime")
+    except ImportError as error:
+        raise EngineError(
+            f"cuda-bindings is not installed for this Python ({error}); on JetPack 6 pip install "
+            "'dit-export[jetson6]', on JetPack 7 'dit-export[jetson7]', elsewhere 'dit-export[tensorrt]'"
+        ) from error

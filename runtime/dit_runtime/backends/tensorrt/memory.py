@@ -1,0 +1,230 @@
+"""How much of a device's memory sampling needs, by arithmetic, asked before anything is built or loaded.
+
+The conditioner runs before the loop and is freed; step and decoder stay, and share one buffer for their activations. So
+the need is the larger of conditioner and loop; the conditioning table and the tensors between the graphs are in both.
+That is what a build asks for. An engine that is there runs with less, where weights take turns on the device, and is
+refused only where that does not fit either.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from dit_runtime.backends.tensorrt.cuda import DeviceFacts
+from dit_runtime.backends.tensorrt.store import Shape, StoredEngine, StoredGraph
+from dit_runtime.bundle.manifest import GraphSpec, Manifest
+from dit_runtime.core.errors import EngineError
+
+# What is left to others, in bytes: on a Jetson the system, its desktop and the CUDA context live in the same memory; on
+# a card it is the context and the library alone. Assumed, not measured: a free figure of the driver's is better.
+SYSTEM_BYTES = 2_000_000_000
+CONTEXT_BYTES = 500_000_000
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of device memory: ``estimated`` where no builder has given its figures yet."""
+
+    weights: int
+    activations: int
+    table: int
+    buffers: int
+    estimated: bool = False
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.activations + self.table + self.buffers
+
+    def in_words(self) -> str:
+        """``1.12 GB (weights 993 MB, activations 92 MB, conditioning table 39 MB, tensors 1 MB)``."""
+        parts = {
+            "weights": self.weights,
+            "activations": self.activations,
+            "conditioning table": self.table,
+            "tensors": self.buffers,
+        }
+        text = ", ".join(f"{name} {in_words(size)}" for name, size in parts.items())
+        return f"{in_words(self.total)} ({text}{'; an estimate before the first build' if self.estimated else ''})"
+
+
+def need_of(
+    manifest: Manifest,
+    graphs: Mapping[str, StoredGraph],
+    batch: int,
+    branches: int,
+    rows: int,
+    *,
+    estimated: bool = False,
+    in_turns: bool = False,
+) -> Need:
+    """What sampling needs with these plans.
+
+    Args:
+        manifest: the bundle's, at the size in use.
+        graphs: plans by graph: conditioner, step and decoder.
+        batch: images in a call.
+        branches: guidance branches.
+        rows: of the conditioning table.
+        estimated: whether the plans' figures are.
+        in_turns: with no more than one graph's weights on the device at once, as where memory is short.
+
+    Raises:
+        EngineError: the step has no optimization profile for the batch and branches.
+    """
+    sizes = {"batch": batch, "branches": branches, "rows": rows}
+    step = manifest.graphs["step"]
+    shapes = _shapes(step, sizes, manifest)
+    inputs = [tensor.name for tensor in step.inputs if tensor.name != manifest.table.name]
+    profile = graphs["step"].profile_for({name: shapes[name] for name in inputs})
+    if profile is None:
+        raise EngineError(f"no optimization profile of the step takes batch {batch} with {branches} branches")
+    decoder = max(_fitting(graphs["decoder"], batch, manifest))
+    table = _bytes(manifest.graphs["conditioner"], sizes, manifest, manifest.table.name)
+    weights = [graphs["step"].weights_bytes, graphs["decoder"].weights_bytes]
+    loop = Need(
+        weights=max(weights) if in_turns else sum(weights),
+        activations=max(graphs["step"].activation_bytes[profile], decoder),
+        table=table,
+        buffers=_bytes(step, sizes, manifest) - table + _bytes(manifest.graphs["decoder"], sizes, manifest),
+        estimated=estimated,
+    )
+    before = Need(
+        weights=graphs["conditioner"].weights_bytes,
+        activations=max(graphs["conditioner"].activation_bytes),
+        table=table,
+        buffers=_bytes(manifest.graphs["conditioner"], sizes, manifest) - table,
+        estimated=estimated,
+    )
+    return max(loop, before, key=lambda need: need.total)
+
+
+def _fitting(decoder: StoredGraph, batch: int, manifest: Manifest) -> list[int]:
+    """Activations of the decoder's profiles that take the batch; those of all of them where it is decoded in parts."""
+    (tensor,) = manifest.graphs["decoder"].inputs
+    taken = [
+        size
+        for profile, size in zip(decoder.profiles, decoder.activation_bytes, strict=True)
+        if profile[tensor.name][0][0] <= batch <= profile[tensor.name][2][0]
+    ]
+    return taken or list(decoder.activation_bytes)
+
+
+def available_bytes(memory_bytes: int, shared: bool, free_bytes: int | None = None) -> int:
+    """What sampling may take of a device.
+
+    Args:
+        memory_bytes: all of the device's.
+        shared: with the system, as on a Jetson.
+        free_bytes: the driver's figure, with the CUDA context in being; None where it was not asked.
+    """
+    if free_bytes is not None:
+        return free_bytes
+    return max(memory_bytes - (SYSTEM_BYTES if shared else CONTEXT_BYTES), 0)
+
+
+def check_fits(need_at: Callable[[int], Need], batch: int, available: int) -> Need:
+    """The need at a batch, when it fits.
+
+    Args:
+        need_at: the need at a batch; not falling with it.
+        batch: asked for.
+        available: bytes of the device's memory.
+
+    Raises:
+        EngineError: it does not fit: both figures, and the largest batch that would.
+    """
+    need = need_at(batch)
+    if need.total <= available:
+        return need
+
+    def fits(size: int) -> bool:
+        try:
+            return need_at(size).total <= available
+        except EngineError:  # no profile takes so few
+            return False
+
+    smaller = next((size for size in range(batch - 1, 0, -1) if fits(size)), None)
+    if smaller is None:
+        advice = "not even batch 1 would; decode in tiles (--decode-tile), or make smaller images"
+    else:
+        advice = f"batch {smaller} would ({in_words(need_at(smaller).total)})"
+    raise EngineError(
+        f"batch {batch} needs {need.in_words()} of the GPU's memory, {in_words(available)} can be had: it does not "
+        f"fit, {advice}"
+    )
+
+
+def device_bytes(facts: DeviceFacts) -> int:
+    """What sampling may take of a GPU that is here, by the driver's own figure."""
+    return available_bytes(facts.memory_bytes, facts.integrated, facts.free_bytes)
+
+
+def check_engine(manifest: Manifest, stored: StoredEngine, available: int, batch: int | None = None) -> None:
+    """Say before an engine is loaded that a batch does not fit the device.
+
+    Args:
+        manifest: the bundle's, at the size in use.
+        stored: the engine.
+        available: bytes of the device's memory.
+        batch: images in a call, with a table for one step at least; None is as few as the profiles take, with the
+            bundle's usual steps.
+
+    Raises:
+        EngineError: the need by the builder's own figures, and what the device has.
+    """
+    if not {"conditioner", "step", "decoder"} <= stored.graphs.keys():
+        return  # a missing plan is told where it is asked for
+    profiles = stored.graphs["step"].profiles
+    taking = [
+        (max(batch or 1, least[1]), least[0])  # filled up to the profile's least
+        for least, _, largest in (profile["rows"] for profile in profiles)
+        if (batch or 1) <= largest[1]
+    ]
+    if not taking:
+        return  # so is a batch that no profile takes
+    size, branches = min(taking)
+    most = min(profile[manifest.table.name][2][0] for profile in profiles)
+    steps = manifest.defaults.steps if batch is None else 1
+
+    def need_at(size: int) -> Need:
+        rows = min(most, (size + branches - 1) * steps)
+        return need_of(manifest, stored.graphs, size, branches, rows, in_turns=True)
+
+    try:
+        check_fits(need_at, size, available)
+    except EngineError as error:
+        raise EngineError(f"{stored.folder}: {error}") from error
+
+
+def in_words(size: int) -> str:
+    """Bytes as ``92 MB`` or ``1.12 GB``, of 10⁶ and 10⁹."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+
+
+def _bytes(graph: GraphSpec, sizes: Mapping[str, int], manifest: Manifest, only: str | None = None) -> int:
+    """Bytes of a graph's inputs and outputs, or of the one named."""
+    shapes = _shapes(graph, sizes, manifest)
+    tensors = [tensor for tensor in (*graph.inputs, *graph.outputs) if only in (None, tensor.name)]
+    return sum(math.prod(shapes[tensor.name]) * np.dtype(tensor.dtype).itemsize for tensor in tensors)
+
+
+def _shapes(graph: GraphSpec, sizes: Mapping[str, int], manifest: Manifest) -> dict[str, Shape]:
+    height, width = manifest.model.latent_size
+    image_height, image_width = manifest.image_size
+    known = {
+        **sizes,
+        "height": height,
+        "width": width,
+        "image_height": image_height,
+        "image_width": image_width,
+    }
+
+    def size(axis: int | str) -> int:  # such as 8*height
+        parts = str(axis).split("*")
+        return math.prod(int(part) if part.isdecimal() else known[part] for part in parts)
+
+    return {tensor.name: tuple(map(size, tensor.shape)) for tensor in (*graph.inputs, *graph.outputs)}

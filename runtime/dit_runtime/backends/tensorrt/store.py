@@ -1,0 +1,284 @@
+"""The engine store: what ``dit-build`` wrote, read and checked before any of it is given to an inference library.
+
+    engines/NAME/engine.json    the sidecar: what the plans were built from, with what and for what, and their hashes
+    engines/NAME/*.plan         one for each graph
+
+A plan is native code for one library, version and GPU. So a sidecar is untrusted until it is whole, a plan until it has
+the size and hash that the sidecar says, and neither is of use until ``StoredEngine.check_device`` has passed.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dit_runtime.bundle.reader import ENGINES, MANIFEST, Bundle
+from dit_runtime.core.errors import EngineError
+from dit_runtime.core.files import sha256_of
+
+SCHEMA = 1
+SIDECAR = "engine.json"
+SIDECAR_LIMIT = 16 << 20  # bytes: far above any, and little to read
+PRODUCTS = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
+
+Shape = tuple[int, ...]
+Profile = dict[str, tuple[Shape, Shape, Shape]]  # of each input, the least, usual and largest
+
+
+@dataclass(frozen=True)
+class StoredGraph:
+    """A plan: its file's name, size and hash, its optimization profiles, and what it takes of the device's memory.
+
+    ``weights_bytes`` and, for each profile at its largest shapes, ``activation_bytes`` are the builder's own figures.
+    """
+
+    graph: str
+    plan: str
+    plan_bytes: int
+    plan_sha256: str
+    profiles: tuple[Profile, ...]
+    weights_bytes: int
+    activation_bytes: tuple[int, ...]
+
+    def profile_for(self, shapes: Mapping[str, Shape]) -> int | None:
+        """The optimization profile that takes inputs of these shapes with the least memory; None where none does."""
+        fitting = [
+            index
+            for index, profile in enumerate(self.profiles)
+            if all(_within(shape, *profile[name][::2]) for name, shape in shapes.items())
+        ]
+        return min(fitting, key=lambda index: self.activation_bytes[index], default=None)
+
+
+@dataclass(frozen=True)
+class StoredEngine:
+    """A folder of the store, by its sidecar.
+
+    ``bundle`` is the digest of the bundle at image size ``image_size``; ``library`` and ``version`` are those of
+    ``tensorrt_api``; ``gpu`` and ``driver`` are None where the plans were built ahead of time, for any GPU of
+    ``compute_capability``.
+    """
+
+    folder: Path
+    bundle: str
+    image_size: tuple[int, int]
+    library: str
+    version: str
+    target: str
+    compute_capability: str
+    gpu: str | None
+    driver: str | None
+    recipe: dict[str, Any]
+    graphs: dict[str, StoredGraph]
+
+    def plan(self, graph: str) -> Path:
+        """The path of a graph's plan, checked against the sidecar: a plain file of its size, and its SHA-256.
+
+        Raises:
+            EngineError: no such graph, or not the file that was built.
+        """
+        path = self.plan_file(graph)
+        self.check_plan(graph, sha256_of(path))
+        return path
+
+    def plan_file(self, graph: str) -> Path:
+        """The path of a graph's plan, a plain file of the size that the sidecar says; for ``check_plan``.
+
+        Raises:
+            EngineError: no such graph, or not such a file.
+        """
+        if graph not in self.graphs:
+            raise EngineError(
+                f"{self.folder}: has no plan of the {graph}, only of {', '.join(self.graphs)}; run {self._command()}"
+            )
+        stored = self.graphs[graph]
+        path = self.folder / stored.plan
+        if path.is_symlink() or not path.is_file():
+            raise EngineError(f"{path}: missing, or not a plain file; run {self._command()}")
+        if (size := path.stat().st_size) != stored.plan_bytes:
+            raise EngineError(f"{path}: {size} bytes, expected {stored.plan_bytes}; run {self._command()}")
+        return path
+
+    def check_plan(self, graph: str, sha256: str) -> None:
+        """Raises EngineError where a plan's content does not have the SHA-256 that the sidecar says."""
+        stored = self.graphs[graph]
+        if sha256 != stored.plan_sha256:
+            raise EngineError(
+                f"{self.folder / stored.plan}: altered (SHA-256 {sha256[:12]}…, expected {stored.plan_sha256[:12]}…); "
+                f"run {self._command()}"
+            )
+
+    def check_device(self, library: str, version: str, compute_capability: str, gpu: str | None) -> None:
+        """Whether the plans can run here, asked before any is deserialized.
+
+        A plan of TensorRT needs the library's exact version and the GPU it was built on; one of TensorRT-RTX the exact
+        version and the compute capability it was built for, or one of them where they are several (``8.6,8.9``).
+
+        Args:
+            library: that would deserialize the plans, as ``tensorrt_api.TensorRT.name``.
+            version: the library's, as ``tensorrt_api.TensorRT.version``.
+            compute_capability: the GPU's, such as ``8.7``.
+            gpu: the GPU's name; None leaves it out of the comparison.
+
+        Raises:
+            EngineError: both values, and the command that builds for this device.
+        """
+        same_library = (self.library, self.version) == (library, version)
+        same_gpu = compute_capability in self.compute_capability.split(",")
+        if self.library == "tensorrt" and same_gpu and None not in (gpu, self.gpu):
+            same_gpu = gpu == self.gpu
+        if same_library and same_gpu:
+            return
+        built = described(self.library, self.version, self.compute_capability, self.gpu)
+        here = described(library, version, compute_capability, gpu)
+        command = self._command(library, compute_capability)
+        raise EngineError(f"{self.folder}: built for {built}, this is {here}; run {command}")
+
+    def _command(self, library: str | None = None, compute_capability: str | None = None) -> str:
+        """The command that builds this engine again, or for another library and compute capability."""
+        store = self.folder.parent
+        if store.name == ENGINES and (store.parent / MANIFEST).is_file():
+            place = [str(store.parent)]
+        else:
+            place = ["BUNDLE", "--store", str(store)]
+        target = ["--target", self.target]
+        if (library or self.library) == "tensorrt_rtx":
+            target = ["--target", "rtx", "--compute-capability", compute_capability or self.compute_capability]
+        elif library is not None:
+            target = ["--target", "this"]
+        size = ["--size", f"{self.image_size[0]}x{self.image_size[1]}"]
+        return shlex.join(["dit-build", *place, *target, *size])
+
+
+def described(library: str, version: str, compute_capability: str, gpu: str | None) -> str:
+    """What plans are for, in words: ``sm_87 (Orin) with TensorRT 10.3.0``."""
+    cores = ", ".join(f"sm_{item.replace('.', '')}" for item in compute_capability.split(","))
+    return f"{cores}{f' ({gpu})' if gpu else ''} with {PRODUCTS.get(library, library)} {version}"
+
+
+def stored_engines(
+    bundle: Bundle, store: Path | None = None, skipped: Callable[[str], None] | None = None
+) -> list[StoredEngine]:
+    """The engines of a bundle at its size in use, sorted by folder; none of their plans is opened.
+
+    Args:
+        bundle: whose engines.
+        store: where they are kept; None is the bundle's own ``engines`` folder.
+        skipped: told of each folder whose sidecar is damaged, in a line.
+    """
+    engines = []
+    for folder in sorted((store or bundle.engines).glob(f"*/{SIDECAR}")):
+        try:
+            engine = stored_engine(folder.parent)
+        except EngineError as error:
+            if skipped is not None:
+                skipped(str(error))
+            continue
+        if (engine.bundle, engine.image_size) == (bundle.digest, bundle.manifest.image_size):
+            engines.append(engine)
+    return engines
+
+
+def stored_engine(folder: Path) -> StoredEngine:
+    """The engine of one folder, its sidecar checked to be whole.
+
+    Raises:
+        EngineError: no sidecar, of another schema, or damaged.
+    """
+    return engine_from_sidecar(folder, read_sidecar(folder))
+
+
+def read_sidecar(folder: Path) -> dict[str, Any]:
+    """A sidecar's JSON, with what only ``dit-build`` reads of it.
+
+    Raises:
+        EngineError: none there, no JSON, or of another schema.
+    """
+    path = folder / SIDECAR
+    try:
+        if folder.is_symlink() or path.is_symlink() or not path.is_file() or path.stat().st_size > SIDECAR_LIMIT:
+            raise ValueError("not a plain file of its size")
+        raw = json.loads(path.read_bytes())
+        schema = raw["schema"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise EngineError(f"{path}: not a sidecar ({error}); remove {folder} and run dit-build again") from error
+    if schema != SCHEMA or not isinstance(raw, dict):
+        raise EngineError(f"{path}: schema {schema!r}, this version reads {SCHEMA}; run dit-build again")
+    return raw
+
+
+def engine_from_sidecar(folder: Path, raw: Mapping[str, Any]) -> StoredEngine:
+    """Raises EngineError for a sidecar that does not hold together."""
+    try:
+        graphs = {graph.graph: graph for graph in map(_graph, raw["graphs"])}
+        height, width = (_number(side) for side in raw["image_size"])
+        if raw["library"] not in PRODUCTS or not graphs:
+            raise ValueError(f"library {raw['library']!r} with {len(graphs)} graphs")
+        return StoredEngine(
+            folder=folder,
+            bundle=_text(raw["bundle"]),
+            image_size=(height, width),
+            library=_text(raw["library"]),
+            version=_text(raw["version"]),
+            target=_text(raw["target"]),
+            compute_capability=_text(raw["compute_capability"]),
+            gpu=None if raw["gpu"] is None else _text(raw["gpu"]),
+            driver=None if raw["driver"] is None else _text(raw["driver"]),
+            recipe=dict(raw["recipe"]),
+            graphs=graphs,
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EngineError(
+            f"{folder / SIDECAR}: damaged ({type(error).__name__}: {error}); remove {folder} and run dit-build again"
+        ) from error
+
+
+def _graph(raw: Mapping[str, Any]) -> StoredGraph:
+    plan = _text(raw["plan"])
+    if plan in ("", ".", "..") or "\\" in plan or Path(plan).name != plan:
+        raise ValueError(f"plan {plan!r} leads out of its folder")
+    profiles = tuple(
+        {str(name): _shapes(least, usual, largest) for name, (least, usual, largest) in profile.items()}
+        for profile in raw["profiles"]
+    )
+    activations = tuple(_number(size) for size in raw["activation_bytes"])
+    if not profiles or len(activations) != len(profiles):
+        raise ValueError(f"{len(activations)} activation sizes for {len(profiles)} profiles")
+    return StoredGraph(
+        graph=_text(raw["graph"]),
+        plan=plan,
+        plan_bytes=_number(raw["plan_bytes"]),
+        plan_sha256=_text(raw["plan_sha256"]),
+        profiles=profiles,
+        weights_bytes=_number(raw["weights_bytes"]),
+        activation_bytes=activations,
+    )
+
+
+def _shapes(*shapes: Any) -> tuple[Shape, Shape, Shape]:
+    least, usual, largest = (tuple(_number(size) for size in shape) for shape in shapes)
+    if any(not low <= middle <= high for low, middle, high in zip(least, usual, largest, strict=True)):
+        raise ValueError(f"profile {shapes} does not rise")
+    return least, usual, largest
+
+
+def _within(shape: Shape, least: Shape, largest: Shape) -> bool:
+    return len(shape) == len(least) and all(
+        low <= size <= high for low, size, high in zip(least, shape, largest, strict=True)
+    )
+
+
+def _number(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{value!r} is not a whole number from 0")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not text")
+    return value

@@ -1,0 +1,88 @@
+"""How fast this machine multiplies matrices of a model's own shapes: what a step's rate is measured against."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dit_runtime.bundle.manifest import ModelSpec
+from dit_runtime.samplers.noise import Float32
+
+CALLS = 5  # of each shape; the fastest counts, since it is a limit that is looked for
+
+
+@dataclass(frozen=True)
+class GemmRate:
+    """A product of ``[M, K]`` and ``[K, N]``, then back with ``[N, K]``, in one library and precision.
+
+    ``gflops``: 10⁹ operations a second, two for each multiply-accumulate.
+    """
+
+    library: str
+    precision: str
+    m: int
+    k: int
+    n: int
+    gflops: float
+
+
+def shapes_of(model: ModelSpec, rows: int) -> list[tuple[int, int, int]]:
+    """(M, K, N) of a block's products for ``rows`` images and branches: QKV, projection, MLP."""
+    m, d = rows * model.tokens, model.width
+    return [(m, d, 3 * d), (m, d, d), (m, d, model.mlp_width)]
+
+
+def measure_gemm_rates(
+    shapes: Sequence[tuple[int, int, int]], precision: str = "fp32", threads: int = 0
+) -> list[GemmRate]:
+    """Rates of each installed library: numpy's BLAS (FP32), OpenVINO (FP32 and BF16), interleaved.
+
+    Args:
+        shapes: (M, K, N).
+        precision: ``fp32`` or ``bf16``; BF16 without OpenVINO gives no rates.
+        threads: of OpenVINO, 0 for its own choice; numpy's are the environment's.
+    """
+    random = np.random.default_rng(0)
+    work: list[tuple[str, tuple[int, int, int], Callable[[], Any]]] = []
+    for m, k, n in shapes:
+        left = random.standard_normal((m, k), np.float32)
+        there = random.standard_normal((k, n), np.float32) / np.float32(np.sqrt(k))
+        back = random.standard_normal((n, k), np.float32) / np.float32(np.sqrt(n))
+        if precision == "fp32":
+            work.append(("numpy", (m, k, n), _numpy(left, there, back)))
+        if importlib.util.find_spec("openvino") is not None:
+            work.append(("openvino", (m, k, n), _openvino(left, there, back, precision, threads)))
+    best = [float("inf")] * len(work)
+    for _ in range(1 + CALLS):  # the first is for caches and pages
+        for index, (_, _, call) in enumerate(work):
+            start = time.perf_counter()
+            call()
+            best[index] = min(best[index], time.perf_counter() - start)
+    return [
+        GemmRate(name, precision, m, k, n, 4 * m * k * n / seconds / 1e9)
+        for (name, (m, k, n), _), seconds in zip(work, best, strict=True)
+    ]
+
+
+def _numpy(left: Float32, there: Float32, back: Float32) -> Callable[[], Any]:
+    return lambda: (left @ there) @ back
+
+
+def _openvino(left: Float32, there: Float32, back: Float32, precision: str, threads: int) -> Callable[[], Any]:
+    import openvino
+    from openvino import opset13
+
+    parameter = opset13.parameter(list(left.shape), np.float32)
+    product = opset13.matmul(parameter, opset13.constant(there), False, False)
+    product = opset13.matmul(product, opset13.constant(back), False, False)
+    model = openvino.Model([opset13.result(product)], [parameter])
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision]}
+    if threads:
+        settings["INFERENCE_NUM_THREADS"] = threads
+    request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
+    return lambda: request.infer([left], share_inputs=True, share_outputs=True)

@@ -1,0 +1,133 @@
+"""How long the parts of an engine take, and whole images with what is spent outside the engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from dit_runtime.backends.open import Engine
+from dit_runtime.bench.gemm import measure_gemm_rates, shapes_of
+from dit_runtime.bench.timing import ClockedEngine, time_calls, timing_of
+from dit_runtime.bundle.macs import step_gmac
+from dit_runtime.bundle.reader import Bundle
+from dit_runtime.core.progress import Progress
+from dit_runtime.pipeline import Pipeline
+from dit_runtime.samplers.by_name import schedule_for
+from dit_runtime.samplers.guidance import branch_rows, guidance_weights
+from dit_runtime.verify.replay import compute_table, has_branches, tile_of
+from dit_runtime.verify.verification import trajectories_of
+
+GUIDED, PLAIN, DECODER = "step, guided (G=2)", "step, not guided (G=1)", "decoder"
+
+
+def time_parts(bundle: Bundle, engine: Engine, batch: int, steps: int, repeat: int) -> dict[str, Any]:
+    """A ``Timing`` of each part: conditioner of ``steps`` guided steps, step with and without guidance, decoder.
+
+    Of an engine whose loop stays on its device, a step is a whole loop's time over its steps. One that was built
+    without guidance has no guided step, and no conditioner of such; one built for tiles decodes one tile.
+    """
+    model, diffusion = bundle.manifest.model, bundle.manifest.diffusion
+    table = bundle.manifest.table.name
+    schedule = schedule_for(trajectories_of(diffusion)[0], model, diffusion, steps)
+    labels = (np.arange(batch) % model.classes).astype(np.int32)
+    image = (batch, model.latent_channels, *model.latent_size)
+    state = np.zeros((batch, 3, *image[1:]), np.float32)
+    state[:, 0] = np.random.default_rng(0).standard_normal(image)
+    work: dict[str, Callable[[], Any]] = {}
+    whole: dict[str, Callable[[], Any]] = {}
+    resident = hasattr(engine, "steps")
+    for scale, name in ((4.0, GUIDED), (1.0, PLAIN)):
+        if name == GUIDED and not has_branches(engine, 2):
+            continue
+        weights = guidance_weights(scale, batch, model.latent_channels, diffusion.guidance_channels)
+        conditions, rows = branch_rows(labels, model.null_class, len(weights))
+        pairs = np.repeat(schedule.timesteps, len(conditions)), np.tile(conditions, len(schedule.timesteps))
+        if scale != 1:
+            work[f"conditioner, {steps} steps"] = partial(compute_table, engine, table, *pairs)
+        if resident:  # a call of the session would upload the whole table, which the loop does not
+            pipe = Pipeline(bundle, engine)
+            whole[name] = partial(pipe.sample_latents, pipe.prepare(labels.tolist(), steps=steps, guidance=scale))
+            continue
+        inputs = {
+            "state": state,
+            "noise": np.zeros(image, np.float32),
+            "coefficients": np.repeat(schedule.coefficients[:1], batch, axis=0),
+            "guidance": weights,
+            "rows": rows,
+            table: compute_table(engine, table, *pairs),
+        }
+        work[name] = partial(engine.session("step").run, inputs, ["next_state", "denoised"])
+    height, width = tile_of(getattr(engine, "stored", None), model.latent_size) or model.latent_size
+    latents = {"latents": state[:, 0, :, :height, :width].copy()}
+    work[DECODER] = partial(engine.session("decoder").run, latents, ["images"])
+    found = dict(time_calls(work, repeat, f"timing parts, batch {batch}"))
+    for name, timing in time_calls(whole, max(repeat // 4, 3), f"timing loops, batch {batch}").items():
+        found[name] = timing.of_each(steps)
+    return found
+
+
+def time_images(bundle: Bundle, engine: Engine, batch: int, steps: int, runs: int) -> dict[str, Any]:
+    """Whole images, after one run that is not counted: seconds of a run, and where they went."""
+    resident, clocked = hasattr(engine, "steps"), ClockedEngine(engine)
+    guidance = None if has_branches(engine, 2) else 1.0
+    tile = tile_of(getattr(engine, "stored", None), bundle.manifest.model.latent_size)
+    pipeline = Pipeline(bundle, engine if resident else clocked)
+    labels = [index % bundle.manifest.model.classes for index in range(batch)]
+    seconds: list[float] = []
+    spent: dict[str, list[float]] = {}
+    step_ms: list[float] = []
+    with Progress(f"timing images, batch {batch}, {steps} steps", 1 + runs) as bar:
+        for _ in range(1 + runs):
+            for calls in clocked.milliseconds.values():
+                calls.clear()
+            start = time.perf_counter()
+            latents = pipeline.sample_latents(pipeline.prepare(labels, steps=steps, guidance=guidance))
+            looped = time.perf_counter()
+            pipeline.decode(latents, None if tile is None else max(tile))
+            seconds.append(time.perf_counter() - start)
+            bar.advance()
+            if resident:  # what is queued is not what is done: the loop's time is known when its latents are here
+                inside = {"loop on the device": looped - start, "decoder": start + seconds[-1] - looped}
+                calls = [(looped - start) / steps * 1e3]
+            else:
+                inside = {graph: sum(calls) / 1e3 for graph, calls in clocked.milliseconds.items()}
+                calls = clocked.milliseconds["step"]
+            if len(seconds) > 1:
+                step_ms += calls
+                for name, value in {**inside, "outside the engine": seconds[-1] - sum(inside.values())}.items():
+                    spent.setdefault(name, []).append(value)
+    first, *counted = seconds
+    middle = float(np.median(counted))
+    return {
+        "first_s": round(first, 6),
+        "runs": len(counted),
+        "run": asdict(timing_of([value * 1e3 for value in counted], first * 1e3)),
+        "step": asdict(timing_of(step_ms, step_ms[0])),
+        "seconds_a_picture": round(middle / batch, 6),
+        "pictures_a_second": round(batch / middle, 4),
+        "split_s": {name: round(float(np.median(values)), 6) for name, values in spent.items()},
+    }
+
+
+def compare_with_gemm(bundle: Bundle, engine: Engine, parts: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """The fastest product of the model's own shapes here, and the guided step's rate as a share of it, by batch."""
+
+    if hasattr(engine, "steps"):
+        return {}  # the rates are the CPU's
+    model = bundle.manifest.model
+    precision = getattr(engine, "precision", None)
+    precision = "bf16" if precision == "bf16" else "fp32"
+    rates = measure_gemm_rates(shapes_of(model, 2 * max(parts)), precision, engine.threads)
+    if not rates:
+        return {}
+    best = max(rates, key=lambda rate: rate.gflops)
+    shares = {}
+    for batch, timings in parts.items():
+        gflops = 2 * 2 * batch * step_gmac(model) / (timings[GUIDED].p50_ms / 1e3)
+        shares[batch] = {"step_gflops": round(gflops, 1), "share": round(gflops / best.gflops, 4)}
+    return {"best": asdict(best), "rates": [asdict(rate) for rate in rates], "guided_step": shares}

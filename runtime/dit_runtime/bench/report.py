@@ -1,0 +1,146 @@
+"""A benchmark's figures as text, Markdown and plots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dit_runtime.core.errors import OutputError
+from dit_runtime.core.files import replace_file
+
+PLOTS = (".png", ".svg", ".pdf")
+
+
+def tables_of(report: dict[str, Any]) -> dict[str, list[Sequence[str]]]:
+    """The report's tables by title: a header and rows of texts."""
+    tables: dict[str, list[Sequence[str]]] = {}
+    head = ("", "first", "p50", "p95", "p99")
+    for batch, timings in report["parts"].items():
+        rows = [
+            (name, *(f"{row[key]:.2f}" for key in ("first_ms", "p50_ms", "p95_ms", "p99_ms")))
+            for name, row in timings.items()
+        ]
+        tables[f"parts, batch {batch}, ms"] = [head, *rows]
+    for key, unit, title in (
+        ("pictures", "batch", "whole images"),
+        ("step_counts", "steps", f"step counts, batch {next(iter(report['parts']))}"),
+    ):
+        if key in report:
+            tables[title] = [(unit, "s an image", "images a s", *_split_names(report[key]))]
+            tables[title] += [
+                (
+                    str(number),
+                    f"{found['seconds_a_picture']:.3f}",
+                    f"{found['pictures_a_second']:.3f}",
+                    *(f"{value:.3f} s" for value in found["split_s"].values()),
+                )
+                for number, found in report[key].items()
+            ]
+    if "sizes" in report:
+        names = [name for name in next(iter(report["sizes"].values())) if name != "tokens"]
+        tables["sizes, p50 in ms"] = [("size", "tokens", *names)]
+        tables["sizes, p50 in ms"] += [
+            (size, str(found["tokens"]), *(f"{found[name]['p50_ms']:.2f}" for name in names))
+            for size, found in report["sizes"].items()
+        ]
+    if report.get("gemm"):
+        best = report["gemm"]["best"]
+        title = (
+            f"guided step against the fastest matrix product here ({best['library']} {best['precision']}, "
+            f"{best['m']}x{best['k']}x{best['n']}: {best['gflops']:.0f} GFLOP/s)"
+        )
+        tables[title] = [("batch", "GFLOP/s", "share")]
+        tables[title] += [
+            (str(batch), f"{found['step_gflops']:.0f}", f"{found['share']:.1%}")
+            for batch, found in report["gemm"]["guided_step"].items()
+        ]
+    return tables
+
+
+def _split_names(found: dict[Any, dict[str, Any]]) -> list[str]:
+    return list(next(iter(found.values()))["split_s"])
+
+
+def heading_of(report: dict[str, Any]) -> list[str]:
+    """What the figures are of, and where they were measured."""
+    here = report["environment"]
+    lines = [
+        f"{report['model']}, {report['image_size'][0]}x{report['image_size'][1]}, {report['precision']} on "
+        f"{report['engine']} (verified)",
+        f"{here.get('board', here['processor'])}, {here['cores']} cores, threads "
+        f"{here['threads'] or 'chosen by the engine'}, {', '.join(f'{k} {v}' for k, v in here['libraries'].items())}",
+    ]
+    if "jetson" in here:
+        clocks = ", ".join(
+            f"{name} {clock['now']:g} MHz" for name, clock in here["jetson"].get("clocks_mhz", {}).items()
+        )
+        lines.append(f"power mode {here['jetson'].get('power_mode', 'unknown')}; {clocks}")
+    lines += [f"{gpu['name']}: {gpu['power.limit']}, {gpu['clocks.sm']}" for gpu in here.get("gpus", [])]
+    if memory := report["memory_bytes"]:
+        lines.append("memory: " + ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in memory.items()))
+    return lines
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """For a terminal."""
+    lines = heading_of(report)
+    for title, table in tables_of(report).items():
+        widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+        lines += ["", title]
+        for row in table:
+            others = [text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True)]
+            lines.append("  ".join([row[0].ljust(widths[0]), *others]).rstrip())
+    return "\n".join(lines)
+
+
+def as_markdown(report: dict[str, Any]) -> str:
+    """A page of its own."""
+    lines = [f"# {report['model']} on {report['engine']}", "", *(f"- {line}" for line in heading_of(report))]
+    for title, (head, *rows) in tables_of(report).items():
+        lines += ["", f"## {title}", "", f"| {' | '.join(head)} |", "|---" + "|---:" * (len(head) - 1) + "|"]
+        lines += [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def check_plot(path: Path) -> None:
+    """Say before the work that a plot cannot be drawn.
+
+    Raises:
+        OutputError: an unknown kind of file, or matplotlib is not installed.
+    """
+    if path.suffix not in PLOTS:
+        raise OutputError(f"{path}: plots are {', '.join(PLOTS)}; name such a file")
+    try:
+        import matplotlib  # noqa: F401  # only whether it is there
+    except ImportError as error:
+        raise OutputError(
+            f"{path}: plots need matplotlib; pip install 'dit-export[report]', or leave out --plot"
+        ) from error
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Throughput against batch with ideal scaling, and where an image's time goes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    batches = list(report["parts"])
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for name in (name for name in report["parts"][batches[0]] if not name.startswith("conditioner")):
+        axes[0].plot(batches, [report["parts"][batch][name]["p50_ms"] / batch for batch in batches], "o-", label=name)
+    axes[0].set(xlabel="batch", ylabel="ms an image and call (p50)", ylim=(0, None))
+    axes[0].legend()
+    if "pictures" in report:
+        bottom = [0.0] * len(batches)
+        for name in _split_names(report["pictures"]):
+            values = [report["pictures"][batch]["split_s"][name] / batch for batch in batches]
+            axes[1].bar([str(batch) for batch in batches], values, bottom=bottom, label=name)
+            bottom = [low + value for low, value in zip(bottom, values, strict=True)]
+        axes[1].set(xlabel="batch", ylabel=f"s an image, {report['steps']} steps")
+        axes[1].legend()
+    figure.suptitle(f"{report['model']} on {report['engine']}")
+    with replace_file(path) as file:
+        figure.savefig(file, dpi=150)
+    pyplot.close(figure)

@@ -1,0 +1,1 @@
+"""A bundle on disk: its manifest, its reader, and its multiply-accumulates."""

@@ -1,0 +1,95 @@
+"""Manners that the five commands share: errors in one line, exit codes, ``--json``, ``--version``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any, NoReturn
+
+from dit_runtime.core.errors import DiTError
+from dit_runtime.core.version import __version__
+
+INTERRUPTED = 130
+# Names of ``engines.ENGINES``, which commands show before they import anything heavy.
+ENGINE_HELP = (
+    "auto, tensorrt, tensorrt-rtx, openvino, onnxruntime, onnxruntime-cuda, onnxruntime-tensorrt or onnxruntime-rtx; "
+    "auto is TensorRT where an engine for the GPU here was built, else what takes the least time for a step"
+)
+STORE_HELP = "where engines, verdicts and prepared graphs are kept (default: the bundle's engines folder)"
+
+
+class Parser(argparse.ArgumentParser):
+    """Shows defaults and examples; a usage error is one line and exit code 1."""
+
+    def __init__(self, name: str, description: str, examples: Sequence[str]) -> None:
+        text = "examples:\n" + "\n".join(f"  {example}" for example in examples)
+        super().__init__(prog=name, description=description, epilog=text, formatter_class=_Formatter)
+        self.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}; see {self.prog} --help", file=sys.stderr)
+        sys.exit(1)
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False) or action.required:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def run(name: str, work: Callable[[], int]) -> NoReturn:
+    """Run a command's work and exit: a ``DiTError`` is one line and 1, Ctrl-C (or SIGTERM) is 130."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    sys.unraisablehook = _interrupt_again
+    try:
+        code = work()
+    except DiTError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted; nothing half-written was left behind", file=sys.stderr)
+        code = INTERRUPTED
+    sys.exit(code)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    print(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """An argparse type: height and width of images in pixels, as ``256x384``."""
+    height, _, width = text.lower().partition("x")
+    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected HEIGHTxWIDTH in pixels, such as 256x384")
+    return int(height), int(width)
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number from 1."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number from 1")
+    return number
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _interrupt_again(unraisable: sys.UnraisableHookArgs) -> None:
+    """Python drops what is raised in a weak reference's callback or a ``__del__``: an interrupt there comes again."""
+    if isinstance(unraisable.exc_value, KeyboardInterrupt):
+        again = (threading.main_thread().ident, signal.SIGTERM)
+        threading.Timer(0.01, signal.pthread_kill, again).start()  # when that callback is over
+    else:
+        sys.__unraisablehook__(unraisable)

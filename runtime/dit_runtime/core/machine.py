@@ -1,0 +1,75 @@
+"""What a CPU engine depends on: the processor, its matrix instructions, and the memory that is free."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+from dit_runtime.core.environment import CPU_FLAGS
+from dit_runtime.core.errors import EngineError
+
+
+@dataclass(frozen=True)
+class Processor:
+    """``model`` as the system names it; ``flags``: which of ``CPU_FLAGS`` it has."""
+
+    model: str
+    flags: tuple[str, ...]
+
+
+def processor(root: Path = Path("/")) -> Processor:
+    """The processor of this machine; ``root`` is where ``proc`` is."""
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        for line in (root / "proc" / "cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                model = value.strip()
+            elif key.strip() in ("flags", "Features"):
+                return Processor(model, tuple(flag for flag in CPU_FLAGS if flag in value.split()))
+    return Processor(model, ())
+
+
+def machine() -> dict[str, str]:
+    """What tells this machine from another, for records of what was measured on it."""
+    cpu = processor()
+    board = Path("/proc/device-tree/model")  # where a processor has no name of its own, as on a Jetson
+    return {
+        "system": platform.system(),
+        "architecture": platform.machine(),
+        "processor": cpu.model,
+        "instructions": " ".join(cpu.flags),
+        "board": board.read_text(errors="replace").strip("\0 \n") if board.is_file() else "",
+    }
+
+
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that can be allocated before the system swaps or a container's limit ends the process; None if unknown."""
+    found: list[int] = []
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in (root / "proc" / "meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(int(line.split()[1]) << 10)  # from KiB
+    with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
+        group = root / "sys" / "fs" / "cgroup"
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        # What the group has of the page cache counts as used, and is given back under pressure.
+        reclaimable = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        found.append(limit - used + int(reclaimable.get("inactive_file", 0)))
+    return min(found, default=None)
+
+
+def check_memory(need: int, what: str, root: Path = Path("/")) -> None:
+    """Say before loading, rather than by being killed, that ``need`` bytes are not there.
+
+    Raises:
+        EngineError: less is available than needed.
+    """
+    available = available_memory(root)
+    if available is not None and need > available:
+        raise EngineError(
+            f"{what} needs at least {need / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB is available; "
+            "end other programs or use a smaller model"
+        )

@@ -1,0 +1,1 @@
+"""What sampling leaves behind: images with the record of what made them."""

@@ -1,0 +1,238 @@
+"""Samplers of diffusion models (ε and v prediction) as tables, in float64: one pure function each.
+
+Each is written as in its paper, with x₀ and ε as combinations of the latents z and the network's output. α = √ᾱ and
+σ = √(1−ᾱ) below; where a paper's σ is noise over signal it is named ``level``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dit_runtime.bundle.manifest import DiffusionSpec
+from dit_runtime.core.errors import SamplingError
+from dit_runtime.samplers.schedule import (
+    NOTHING,
+    S0,
+    S1,
+    S2,
+    E,
+    Float64,
+    Schedule,
+    check_skipped,
+    make_row,
+    schedule_from_rows,
+)
+from dit_runtime.samplers.spacing import (
+    NO_SIGNAL,
+    OFFICIAL,
+    cumulative_alphas,
+    euler_timesteps,
+    multistep_timesteps,
+    official_timesteps,
+    solver_spacing,
+    spaced_timesteps,
+)
+
+FEW_STEPS = 15  # below, diffusers' multistep solvers lower their order at the end
+
+
+def clean_and_noise(prediction_type: str, alpha: float, sigma: float) -> tuple[Float64, Float64]:
+    """The clean latents x₀ and the noise ε as combinations of z and the network's output.
+
+    v prediction is Salimans & Ho 2022 (arXiv 2202.00512), v = α·ε − σ·x₀.
+    """
+    if prediction_type == "epsilon":
+        if alpha == 0:
+            raise SamplingError(NO_SIGNAL)
+        return (S0 - sigma * E) / alpha, E
+    if prediction_type == "v_prediction":
+        return alpha * S0 - sigma * E, sigma * S0 + alpha * E
+    raise SamplingError(
+        f"prediction type {prediction_type!r} is not supported by this sampler; expected 'epsilon' or 'v_prediction'"
+    )
+
+
+def ddim(diffusion: DiffusionSpec, steps: int, eta: float = 0.0, spacing: str | None = None) -> Schedule:
+    """DDIM (Song et al. 2020, arXiv 2010.02502, equations 12 and 16), as diffusers' ``DDIMScheduler`` without clipping.
+
+    ``eta`` in [0, 1]: 0 is deterministic; above 0 noise is drawn at every row, the last included. With an official
+    spacing it is the official code's ``ddim_sample``: each step leads to the next timestep of the list, the last to x₀.
+    """
+    if not 0 <= eta <= 1:
+        raise SamplingError(f"eta {eta:g}: expected 0 to 1")
+    spacing = diffusion.timestep_spacing if spacing is None else spacing
+    alpha_bars = cumulative_alphas(diffusion)
+    timesteps = spaced_timesteps(diffusion, steps, spacing)
+    if spacing in OFFICIAL:
+        after = np.append(timesteps[1:], -1)
+        final = 1.0
+    else:
+        after = timesteps - len(alpha_bars) // steps
+        final = 1.0 if diffusion.set_alpha_to_one else float(alpha_bars[0])
+    rows = []
+    for t, s in zip(timesteps, after, strict=True):
+        now, then = float(alpha_bars[t]), float(alpha_bars[s]) if s >= 0 else final
+        x_0, noise = clean_and_noise(diffusion.prediction_type, np.sqrt(now), np.sqrt(1 - now))
+        # Rounding could leave a variance of zero slightly negative.
+        spread = eta * np.sqrt(max((1 - then) / (1 - now) * (1 - now / then), 0.0))
+        rows.append(make_row(x_0, np.sqrt(then) * x_0 + np.sqrt(max(1 - then - spread**2, 0.0)) * noise, noise=spread))
+    return schedule_from_rows("ddim", spacing, timesteps, rows, _scales(alpha_bars[timesteps]), draws=eta > 0)
+
+
+def ddpm(diffusion: DiffusionSpec, steps: int, learned_variance: bool, spacing: str | None = None) -> Schedule:
+    """Ancestral sampling of a respaced DDPM, as the official code does it (``respace.py``, ``gaussian_diffusion.py``).
+
+    Learned variance interpolates log β̃ and log β (Nichol & Dhariwal 2021, arXiv 2102.09672, equation 15); without it
+    the variance is the official default, fixed large. Noise is drawn at every row but the last.
+    """
+    spacing = OFFICIAL[0] if spacing is None else spacing
+    if spacing not in OFFICIAL:
+        raise SamplingError(f"timestep spacing {spacing!r} with sampler ddpm: expected one of {', '.join(OFFICIAL)}")
+    alpha_bars = cumulative_alphas(diffusion)
+    timesteps = official_timesteps(len(alpha_bars), steps, spacing)
+    kept = alpha_bars[timesteps]
+    before = np.append(kept[1:], 1.0)
+    betas = 1 - kept / before
+    posterior = betas * (1 - before) / (1 - kept)
+    rows = []
+    for index, (now, then, beta) in enumerate(zip(kept, before, betas, strict=True)):
+        x_0, _ = clean_and_noise(diffusion.prediction_type, np.sqrt(now), np.sqrt(1 - now))
+        mean = (beta * np.sqrt(then) * x_0 + (1 - then) * np.sqrt(1 - beta) * S0) / (1 - now)
+        if index == steps - 1:
+            rows.append(make_row(x_0, mean))
+            continue
+        high, low = np.log(beta), np.log(posterior[index])
+        # Half of fraction·high + (1 − fraction)·low, with fraction = (v + 1)/2.
+        log_sigma = ((low + high) / 4, (high - low) / 4) if learned_variance else (high / 2, 0.0)
+        rows.append(make_row(x_0, mean, noise=1.0, log_sigma=log_sigma))
+    return schedule_from_rows("ddpm", spacing, timesteps, rows, _scales(kept), draws=np.arange(steps) < steps - 1)
+
+
+def dpm_solver_pp(
+    diffusion: DiffusionSpec,
+    steps: int,
+    order: int,
+    stochastic: bool = False,
+    spacing: str | None = None,
+    skipped: int = 0,
+) -> Schedule:
+    """DPM-Solver++ multistep (Lu et al. 2022, arXiv 2211.01095), as diffusers' ``DPMSolverMultistepScheduler``.
+
+    ``order`` 2 or 3; ``stochastic`` is SDE-DPM-Solver++ 2M, which draws noise at every row, the last included. The
+    midpoint variant, ending at x₀; below 15 steps the order falls towards the end. The memory holds the last two x₀.
+    Where steps are ``skipped`` the order rises from 1 again, as after diffusers' ``set_begin_index``.
+    """
+    check_skipped(skipped, steps)
+    spacing = solver_spacing(diffusion, spacing)
+    timesteps, levels = multistep_timesteps(diffusion, steps, spacing)
+    alphas, sigmas, log_snr = _half_log_snr(np.append(levels, 0.0))
+    rows = []
+    for i in range(skipped, steps):
+        x_0, _ = clean_and_noise(diffusion.prediction_type, alphas[i], sigmas[i])
+        last = i == steps - 1
+        lower = 2 if steps < FEW_STEPS and i == steps - 2 else order
+        used = 1 if last else min(order, i - skipped + 1, lower)
+        h = log_snr[i + 1] - log_snr[i]
+        slope, curvature = NOTHING, NOTHING
+        if used >= 2:
+            r_0 = (log_snr[i] - log_snr[i - 1]) / h
+            slope = (x_0 - S1) / r_0
+        if used == 3:
+            r_1 = (log_snr[i - 1] - log_snr[i - 2]) / h
+            earlier = (S1 - S2) / r_1
+            curvature = (slope - earlier) / (r_0 + r_1)
+            slope = slope + r_0 * curvature
+        ratio = sigmas[i + 1] / sigmas[i]
+        if stochastic:
+            gain = -np.expm1(-2 * h)
+            z = ratio * np.exp(-h) * S0 + alphas[i + 1] * gain * (x_0 + slope / 2)
+            rows.append(make_row(x_0, z, x_0, noise=sigmas[i + 1] * np.sqrt(gain)))
+            continue
+        gain = -np.expm1(-h)
+        z = ratio * S0 + alphas[i + 1] * gain * x_0
+        if used == 2:
+            z = z + alphas[i + 1] * gain / 2 * slope
+        elif used == 3:
+            z = z + alphas[i + 1] * ((1 - gain / h) * slope - ((h - gain) / h**2 - 0.5) * curvature)
+        rows.append(make_row(x_0, z, x_0, S1 if i > skipped and order == 3 else NOTHING))
+    name = "dpmpp-2m-sde" if stochastic else f"dpmpp-{order}m"
+    initial = np.stack([alphas, sigmas], 1)[skipped:-1]
+    return schedule_from_rows(name, spacing, timesteps[skipped:], rows, initial, draws=stochastic, skipped=skipped)
+
+
+def unipc(diffusion: DiffusionSpec, steps: int, spacing: str | None = None, skipped: int = 0) -> Schedule:
+    """UniPC of order 2 with corrector and B(h) = e^h − 1 (Zhao et al. 2023, arXiv 2302.04867; diffusers' ``bh2``).
+
+    A step's network output first corrects the latents it was computed at, then predicts the next ones. The part of the
+    correction that is known a step earlier travels in the memory (s₁), beside the last x₀ (s₂). After ``skipped`` steps
+    nothing is corrected at first and the order rises from 1 again, as after diffusers' ``set_begin_index``.
+    """
+    check_skipped(skipped, steps)
+    spacing = solver_spacing(diffusion, spacing)
+    timesteps, levels = multistep_timesteps(diffusion, steps, spacing)
+    alphas, sigmas, log_snr = _half_log_snr(np.append(levels, 0.0))
+    rows, correction = [], 0.0  # weight of the newest x₀ in the correction of this step's latents
+    for i in range(skipped, steps):
+        x_0, _ = clean_and_noise(diffusion.prediction_type, alphas[i], sigmas[i])
+        corrected = S1 + correction * x_0 if i > skipped else S0
+        h = log_snr[i + 1] - log_snr[i]
+        gain = -alphas[i + 1] * np.expm1(-h)
+        base = sigmas[i + 1] / sigmas[i] * corrected + gain * x_0
+        if i == steps - 1:
+            rows.append(make_row(x_0, base))
+            break
+        slope, r = NOTHING, 0.0
+        order = min(2, steps - i, i - skipped + 1)
+        if order == 2:
+            r = (log_snr[i - 1] - log_snr[i]) / h
+            slope = (S2 - x_0) / r
+        earlier, correction = _corrector(h, r, order)
+        correction *= gain
+        z = base + gain / 2 * slope
+        rows.append(make_row(x_0, z, base + gain * earlier * slope - correction * x_0, x_0))
+    initial = np.stack([alphas, sigmas], 1)[skipped:-1]
+    return schedule_from_rows("unipc", spacing, timesteps[skipped:], rows, initial, skipped=skipped)
+
+
+def _corrector(h: float, r: float, order: int) -> tuple[float, float]:
+    """Weights of the earlier and the newest difference in UniC (equation 9 of the paper; data prediction, so −h)."""
+    if order == 1:
+        return 0.0, 0.5
+    phi_1 = np.expm1(-h)
+    phi_2 = phi_1 / -h - 1
+    phi_3 = phi_2 / -h - 1 / 2
+    earlier, newest = np.linalg.solve(np.array([[1, 1], [r, 1]]), np.array([phi_2, 2 * phi_3]) / phi_1)
+    return float(earlier), float(newest)
+
+
+def euler_ancestral(diffusion: DiffusionSpec, steps: int, spacing: str | None = None) -> Schedule:
+    """Euler's method with ancestral noise, as k-diffusion and diffusers' ``EulerAncestralDiscreteScheduler``.
+
+    The reference keeps z/α and scales it for the network; here the latents are z throughout, so that image-to-image
+    and previews see the scale of every other sampler. Noise is drawn at every row, the last included.
+    """
+    spacing = solver_spacing(diffusion, spacing)
+    timesteps, levels = euler_timesteps(diffusion, steps, spacing)
+    alphas, sigmas, _ = _half_log_snr(np.append(levels, 0.0))
+    rows = []
+    for i, level in enumerate(levels):
+        x_0, noise = clean_and_noise(diffusion.prediction_type, alphas[i], sigmas[i])
+        then = levels[i + 1] if i + 1 < steps else 0.0
+        up = np.sqrt(max(then**2 * (level**2 - then**2) / level**2, 0.0))
+        down = np.sqrt(max(then**2 - up**2, 0.0))
+        rows.append(make_row(x_0, alphas[i + 1] * (x_0 + down * noise), noise=alphas[i + 1] * up))
+    # diffusers starts from σ·noise, or with leading spacing from √(σ² + 1)·noise, in the scale of z/α.
+    start = 1.0 if spacing == "leading" else float(sigmas[0])
+    initial = np.stack([alphas, sigmas], 1)[:-1]
+    return schedule_from_rows("euler-ancestral", spacing, timesteps, rows, initial, draws=True, start=(start,))
+
+
+def _half_log_snr(levels: Float64) -> tuple[Float64, Float64, Float64]:
+    """α, σ and λ = log(α/σ) at noise levels σ/α; λ is infinite at level 0."""
+    alphas = 1 / np.sqrt(levels**2 + 1)
+    with np.errstate(divide="ignore"):
+        return alphas, levels * alphas, -np.log(levels)
+
+
+def _scales(alpha_bar: Float64) -> Float64:
+    return np.stack([np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)], axis=1)

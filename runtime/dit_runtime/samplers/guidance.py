@@ -1,0 +1,159 @@
+"""Classifier-free guidance as data: for each row of a schedule the weight of each branch.
+
+With the null prediction ε_∅ and conditional ones ε_i of weights w_i, guidance of scale s is
+
+    e = ε_∅ + s·Σᵢ wᵢ·(ε_i − ε_∅)
+
+(Ho & Salimans 2022, arXiv 2207.12598, for one label; Liu et al. 2022, arXiv 2206.01714, equation 11, for several). The
+step graph sums branches with these weights; branch 0 is the first label's, and gives the variance and the channels that
+are not guided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dit_runtime.bundle.manifest import DiffusionSpec, ModelSpec
+from dit_runtime.core.errors import SamplingError
+from dit_runtime.samplers.noise import Float32
+from dit_runtime.samplers.schedule import LARGEST, Float64, Schedule
+
+Int32 = NDArray[np.int32]
+
+SHAPES = ("constant", "linear", "cosine")
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How strongly, where and how evenly an image is guided.
+
+    Attributes:
+        scale: s. 1 is no guidance and half the cost; below 1 follows the formula too, a constant 0 is unconditional.
+        interval: guided where the noise time is in [LO, HI], else s = 1 (Kynkäänniemi et al. 2024, arXiv 2404.07724).
+            Noise time is 1 at pure noise and 0 at the image: t/(T−1) of T training timesteps, 1 − t of a flow model.
+        shape: s over the noise time τ: ``constant``, or 1 + (s−1)·2(1−τ) (``linear``), or 1 + (s−1)·(1+cos πτ)
+            (``cosine``): more towards the image, the same on average (Wang et al. 2024, arXiv 2404.13040).
+    """
+
+    scale: float = 1.0
+    interval: tuple[float, float] = (0.0, 1.0)
+    shape: str = "constant"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.scale <= LARGEST:
+            raise SamplingError(f"guidance {self.scale}: expected a number from 0 to {LARGEST:.0e}; 1 is no guidance")
+        low, high = self.interval
+        if not 0 <= low <= high <= 1:
+            raise SamplingError(
+                f"guidance interval {low:g} to {high:g}: expected 0 ≤ LO ≤ HI ≤ 1; 1 is pure noise, 0 the image"
+            )
+        if self.shape not in SHAPES:
+            raise SamplingError(f"guidance schedule {self.shape!r} is unknown; choose one of {', '.join(SHAPES)}")
+
+    def scales(self, noise_times: Float64) -> Float64:
+        """s at noise times ``[T]``."""
+        evenness = {
+            "constant": np.ones_like(noise_times),
+            "linear": 2 * (1 - noise_times),
+            "cosine": 1 + np.cos(np.pi * noise_times),
+        }
+        scales = 1 + (self.scale - 1) * evenness[self.shape]
+        low, high = self.interval
+        return np.where((low <= noise_times) & (noise_times <= high), scales, 1.0)
+
+
+@dataclass(frozen=True)
+class Branches:
+    """An image's guidance, row by row.
+
+    Attributes:
+        labels: int32 ``[G]``, the condition of each branch.
+        weights: float32 ``[T, G, C]``.
+        needed: int ``[T]``, how many branches, from the first, have a weight: the others need not run.
+    """
+
+    labels: Int32
+    weights: Float32
+    needed: NDArray[np.int64]
+
+    def among(self, needed: NDArray[np.int64]) -> Branches:
+        """The same branches where the engine runs ``needed [T]``, at least as many: the others have no weight."""
+        more = int(needed.max()) - len(self.labels)
+        return Branches(
+            np.pad(self.labels, (0, more), mode="edge"), np.pad(self.weights, ((0, 0), (0, more), (0, 0))), needed
+        )
+
+
+def noise_times(schedule: Schedule, diffusion: DiffusionSpec) -> Float64:
+    """The noise time of each row ``[T]``: 1 at pure noise, 0 at the image."""
+    times = schedule.timesteps[schedule.rows].astype(np.float64)
+    return 1 - times if diffusion.path else times / max(len(diffusion.betas) - 1, 1)
+
+
+def branches_from_labels(
+    labels: Mapping[int, float],
+    guidance: Guidance,
+    schedule: Schedule,
+    model: ModelSpec,
+    diffusion: DiffusionSpec,
+    negative: int | None = None,
+) -> Branches:
+    """The branches of one image.
+
+    Args:
+        labels: weight of each class number; the first one's branch gives variance and unguided channels.
+        guidance: scale, interval and shape.
+        schedule: the image's sampler.
+        model: for the null class.
+        diffusion: for the channels that guidance acts on.
+        negative: a class to guide away from in place of the null class.
+
+    Raises:
+        SamplingError: scale 0 where the null branch cannot give everything that is used.
+    """
+    null = model.null_class if negative is None else negative
+    guided = diffusion.guidance_channels
+    scales = guidance.scales(noise_times(schedule, diffusion))
+    count, channels = len(labels), model.latent_channels
+    if guidance.scale == 0:
+        if schedule.uses_variance or guided < channels:
+            raise SamplingError(
+                f"guidance 0 with sampler {schedule.sampler}: the variance and the channels that are not guided come "
+                "from the conditional branch, which guidance 0 leaves out; use a small guidance, or sampler ddim"
+            )
+        if not (scales != 0).any():
+            alone = np.ones((len(scales), 1, channels), np.float32)
+            return Branches(np.array([null], np.int32), alone, np.ones(len(scales), np.int64))
+    weights = np.zeros((len(scales), count + 1, channels))
+    weights[:, 0, guided:] = 1
+    for index, weight in enumerate(labels.values()):
+        weights[:, index, :guided] = (scales * weight)[:, None]
+    weights[:, count, :guided] = (1 - scales * sum(labels.values()))[:, None]
+    # Rounding of weights such as 0.7 + 0.3 must not cost a branch.
+    weights[np.abs(weights) < 1e-12] = 0
+    used = (weights != 0).any(axis=2)
+    needed = np.where(used[:, count], count + 1, count)
+    most = int(needed.max())
+    return Branches(np.array([*labels, null][:most], np.int32), weights[:, :most].astype(np.float32), needed)
+
+
+def guidance_weights(scale: float, batch: int, channels: int, guided_channels: int) -> Float32:
+    """Weights ``[G, B, C]`` of a batch guided alike with one label each: branch 0 conditional, branch 1 null."""
+    if scale == 1:
+        return np.ones((1, batch, channels), np.float32)
+    weights = np.zeros((2, batch, channels), np.float32)
+    weights[0] = 1
+    weights[0, :, :guided_channels] = scale
+    weights[1, :, :guided_channels] = 1 - scale
+    return weights
+
+
+def branch_rows(labels: Int32, null_class: int, branches: int) -> tuple[Int32, Int32]:
+    """The distinct conditions ``[K]`` of labels ``[B]``, and which of them each branch uses ``[G, B]``."""
+    wanted = labels[None] if branches == 1 else np.stack([labels, np.full_like(labels, null_class)])
+    conditions, rows = np.unique(wanted, return_inverse=True)
+    return conditions.astype(np.int32), rows.reshape(wanted.shape).astype(np.int32)

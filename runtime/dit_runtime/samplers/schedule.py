@@ -1,0 +1,282 @@
+"""A sampler's work as a table of numbers, and the file format of custom ones.
+
+With the state's slots s₀ (the latents z_t as the network sees them), s₁ and s₂ (the sampler's memory), e the guided
+network output and v the learned-variance channels, one row of 17 numbers (a, b, A row by row, B, g, h, k) means
+
+    denoised = a·s₀ + b·e
+    s'ᵢ      = Σⱼ Aᵢⱼ·sⱼ + Bᵢ·e          i = 0, 1, 2
+    s'₀     += exp(g + h·v)·k·noise
+
+The step graph evaluates one row per image; there is nothing else a sampler does at run time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from dit_runtime.core.errors import SamplingError
+from dit_runtime.core.files import replace_file
+
+COEFFICIENTS = 17
+
+# DPM-Solver++ at diffusers' stand-in for zero terminal SNR needs 4096; 1/float32's resolution would be 8e6.
+LARGEST = 1e6
+
+# Columns of a row.
+A_Z, B_E = 0, 1  # denoised = a·s₀ + b·e
+MATRIX = 2  # nine numbers, row by row
+INPUT = 11  # three numbers
+LOG_SIGMA, LOG_SIGMA_V, NOISE = 14, 15, 16  # g, h, k
+
+Float64 = NDArray[np.float64]
+
+# What a row computes from: a combination is four numbers, its weights of s₀, s₁, s₂ and e.
+S0, S1, S2, E = np.eye(4)
+NOTHING = np.zeros(4)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A sampler's work for one image: T network evaluations at U distinct times.
+
+    Attributes:
+        sampler: its name, for the record.
+        spacing: how its timesteps were chosen, for the record.
+        timesteps: float32 ``[U]``, the distinct timesteps that the network is asked about.
+        rows: int32 ``[T]``, which of them each evaluation uses.
+        coefficients: float32 ``[T, 17]``.
+        initial: float32 ``[T, 2]``, scale of signal and of noise in z before each row: where image-to-image starts.
+        start: float32 ``[S]``, z before the first row is Σᵢ startᵢ · the i-th draw of noise; in image-to-image
+            ``initial[0]``, of the image and of the first draw, takes the place of its first number.
+        draws_noise: bool ``[T]``, whether the reference draws noise at this row (so that seeds agree).
+        completes_step: bool ``[T]``, False for inner evaluations, which a viewer does not see.
+        skipped: completed steps that were left out before the first row: above 0 it needs an image to start from.
+    """
+
+    sampler: str
+    spacing: str
+    timesteps: NDArray[np.float32]
+    rows: NDArray[np.int32]
+    coefficients: NDArray[np.float32]
+    initial: NDArray[np.float32]
+    start: NDArray[np.float32]
+    draws_noise: NDArray[np.bool_]
+    completes_step: NDArray[np.bool_]
+    skipped: int = 0
+
+    @property
+    def uses_variance(self) -> bool:
+        """Whether any row depends on v."""
+        return bool(np.any(self.coefficients[:, LOG_SIGMA_V] != 0))
+
+    @property
+    def steps(self) -> int:
+        """Completed steps, as a viewer counts them; without those that were left out."""
+        return int(self.completes_step.sum())
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def make_row(
+    denoised: Float64,
+    z: Float64,
+    memory: Float64 = NOTHING,
+    memory_2: Float64 = NOTHING,
+    noise: float = 0.0,
+    log_sigma: tuple[float, float] = (0.0, 0.0),
+) -> Float64:
+    """One row from combinations of (s₀, s₁, s₂, e): the denoised estimate and the three slots of the next state.
+
+    ``noise`` is k, the scale of the row's noise; ``log_sigma`` is (g, h), for noise whose scale depends on v.
+    """
+    matrix = np.stack([z, memory, memory_2])
+    return np.concatenate([denoised[[0, 3]], matrix[:, :3].reshape(-1), matrix[:, 3], log_sigma, [noise]])
+
+
+def schedule_from_rows(
+    sampler: str,
+    spacing: str,
+    times: ArrayLike,
+    rows: Sequence[Float64] | Float64,
+    initial: ArrayLike,
+    draws: ArrayLike = False,
+    completes: ArrayLike = True,
+    start: Sequence[float] = (1.0,),
+    skipped: int = 0,
+) -> Schedule:
+    """A schedule from one timestep, row and scale of (signal, noise) per evaluation, computed in float64.
+
+    Raises:
+        SamplingError: a number that is not finite, or so large that in float32 its terms would cancel to nothing.
+    """
+    evaluated = np.asarray(times, np.float64).astype(np.float32)
+    distinct, first, inverse = np.unique(evaluated, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    with np.errstate(over="ignore", invalid="ignore"):
+        coefficients = np.asarray(rows, np.float64).astype(np.float32)
+    count = len(evaluated)
+    bad = np.flatnonzero(~(np.abs(coefficients) <= LARGEST).all(axis=1))
+    if len(bad) or not np.isfinite(np.asarray(start)).all():
+        where = f"step {bad[0] + 1} of {count}" if len(bad) else "the start"
+        raise SamplingError(
+            f"sampler {sampler} with {spacing} spacing: its formula has no usable value at {where} of this noise "
+            "schedule; use another sampler, spacing or number of steps"
+        )
+    return Schedule(
+        sampler=sampler,
+        spacing=spacing,
+        timesteps=distinct[order],
+        rows=np.argsort(order)[inverse.reshape(-1)].astype(np.int32),
+        coefficients=coefficients,
+        initial=np.asarray(initial, np.float64).astype(np.float32),
+        start=np.asarray(start, np.float64).astype(np.float32),
+        draws_noise=np.broadcast_to(np.asarray(draws, np.bool_), count).copy(),
+        completes_step=np.broadcast_to(np.asarray(completes, np.bool_), count).copy(),
+        skipped=skipped,
+    )
+
+
+def skip_steps(schedule: Schedule, skipped: int) -> Schedule:
+    """The rows of a schedule after its first ``skipped`` steps, for a start from an image.
+
+    This is right for samplers without memory; a multistep sampler starts anew at order 1 instead (``schedule_for``).
+
+    Raises:
+        SamplingError: no step would be left, a row would read memory that only rows left out wrote, or nothing says
+            which draws the latents hold there.
+    """
+    if not skipped:
+        return schedule
+    check_skipped(skipped, schedule.steps)
+    if len(schedule.start) > 1:
+        raise SamplingError(
+            f"table {schedule.sampler}: it starts from {len(schedule.start)} draws of noise, expected one to start "
+            f"after step {skipped}: nothing in it says which draws belong there; use strength 1 or a named sampler"
+        )
+    first = int(np.flatnonzero(schedule.completes_step)[skipped - 1]) + 1
+    if unwritten := _read_unwritten(schedule.coefficients[first:]):
+        raise SamplingError(
+            f"table {schedule.sampler}: after step {skipped}, row {first + unwritten[0]} reads slot {unwritten[1]}, "
+            "which only rows before wrote; expected rows that read what is written after the start: use strength 1, or "
+            "a named sampler, which then starts anew"
+        )
+    used, rows = np.unique(schedule.rows[first:], return_inverse=True)
+    return replace(
+        schedule,
+        timesteps=schedule.timesteps[used],
+        rows=rows.reshape(-1).astype(np.int32),
+        coefficients=schedule.coefficients[first:],
+        initial=schedule.initial[first:],
+        draws_noise=schedule.draws_noise[first:],
+        completes_step=schedule.completes_step[first:],
+        skipped=schedule.skipped + skipped,
+    )
+
+
+def check_skipped(skipped: int, steps: int) -> None:
+    """Raises SamplingError for a number of steps to leave out that is none, or leaves no step."""
+    if not 0 <= skipped < steps:
+        raise SamplingError(f"{skipped} of {steps} steps skipped: expected 0 to {steps - 1}, so that one is left")
+
+
+def write_table(schedule: Schedule, path: Path) -> None:
+    """Write a schedule as JSON: every field by its name, arrays as lists. ``read_table`` gives it back exactly."""
+    values = {item.name: getattr(schedule, item.name) for item in fields(Schedule)}
+    plain = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in values.items()}
+    with replace_file(path) as file:
+        file.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
+
+
+def read_table(path: Path) -> Schedule:
+    """A custom sampler's table (a searched solver, say) from a JSON file.
+
+    Required: ``timesteps [U]`` and ``coefficients [T, 17]``. The rest has defaults: ``rows`` 0 … T−1, ``start`` [1],
+    ``draws_noise`` where k is not 0, ``completes_step`` everywhere, ``initial`` [0, 1] (no image-to-image),
+    ``skipped`` 0.
+
+    Raises:
+        SamplingError: unreadable, or a table that the step graph cannot run.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        with np.errstate(over="ignore"):
+            coefficients = np.asarray(raw["coefficients"], np.float32)
+            timesteps = np.asarray(raw["timesteps"], np.float32)
+        count = len(coefficients)
+        for name, kind in (("rows", int), ("draws_noise", bool), ("completes_step", bool)):
+            if not all(type(value) is kind for value in raw.get(name, ())):
+                raise TypeError(f"{name} must be a list of {'whole numbers' if kind is int else 'true and false'}")
+        skipped = raw.get("skipped", 0)
+        if type(skipped) is not int or not 0 <= skipped <= LARGEST:
+            raise TypeError(f"skipped {skipped!r} must be a number of steps")
+        schedule = Schedule(
+            sampler=str(raw.get("sampler", path.stem)),
+            spacing=str(raw.get("spacing", "custom")),
+            timesteps=timesteps,
+            rows=np.asarray(raw.get("rows", range(count)), np.int32),
+            coefficients=coefficients,
+            initial=np.asarray(raw.get("initial", [[0, 1]] * count), np.float32),
+            start=np.asarray(raw.get("start", [1.0]), np.float32),
+            draws_noise=np.asarray(raw.get("draws_noise", coefficients[:, NOISE] != 0), np.bool_),
+            completes_step=np.asarray(raw.get("completes_step", [True] * count), np.bool_),
+            skipped=skipped,
+        )
+        _check(schedule)
+    except OSError as error:
+        raise SamplingError(f"{path}: cannot read this table ({error.strerror}); expected a JSON file") from error
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
+        raise SamplingError(
+            f"{path}: not a sampler's table ({type(error).__name__}: {error}); expected JSON with timesteps [U] and "
+            "coefficients [T, 17], as dit-sample --write-table writes it"
+        ) from error
+    return schedule
+
+
+def _check(schedule: Schedule) -> None:
+    """Raises ValueError for a table that the loop or the step graph cannot run."""
+    count = len(schedule.rows)
+    shapes = {
+        "timesteps": (len(schedule.timesteps),),
+        "rows": (count,),
+        "coefficients": (count, COEFFICIENTS),
+        "initial": (count, 2),
+        "start": (len(schedule.start),),
+        "draws_noise": (count,),
+        "completes_step": (count,),
+    }
+    for name, shape in shapes.items():
+        value = getattr(schedule, name)
+        if value.shape != shape:
+            raise ValueError(f"{name} has shape {list(value.shape)}, expected {list(shape)}")
+        if not (np.abs(value) <= LARGEST).all():
+            raise ValueError(f"{name} holds a number that is not finite or above {LARGEST:.0e}")
+    if not count or not len(schedule.start) or not schedule.completes_step[-1]:
+        raise ValueError("expected at least one row and one start, and a last row that completes a step")
+    if schedule.rows.min() < 0 or schedule.rows.max() >= len(schedule.timesteps):
+        raise ValueError(f"rows leave 0 to {len(schedule.timesteps) - 1}, the timesteps")
+    g, h, k = schedule.coefficients[:, LOG_SIGMA:].T
+    if (g[k == 0] != 0).any() or (h[k == 0] != 0).any():
+        raise ValueError("g and h must be 0 where k is 0: 0·exp(g + h·v) could be no number")
+    if (k[~schedule.draws_noise] != 0).any():
+        raise ValueError("a row with k other than 0 must draw noise")
+    if unwritten := _read_unwritten(schedule.coefficients):
+        raise ValueError(f"row {unwritten[0]} reads slot {unwritten[1]} before any row wrote it")
+
+
+def _read_unwritten(rows: NDArray[np.float32]) -> tuple[int, int] | None:
+    """The first of rows ``[T, 17]`` that reads a slot which none before it wrote, and that slot."""
+    written = {0}
+    for index, coefficients in enumerate(rows):
+        matrix = coefficients[MATRIX:INPUT].reshape(3, 3)
+        read = {slot for slot in range(3) if matrix[:, slot].any()}
+        if not read <= written:
+            return index, max(read - written)
+        written |= {slot for slot in range(3) if matrix[slot].any() or coefficients[INPUT + slot]}
+    return None

@@ -1,0 +1,179 @@
+"""Which training timesteps a sampler visits, and the noise levels there. All descending: from noise to image."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dit_runtime.bundle.manifest import DiffusionSpec
+from dit_runtime.core.errors import SamplingError
+from dit_runtime.samplers.schedule import Float64
+
+DIFFUSERS = ("leading", "trailing", "linspace")
+OFFICIAL = ("official", "official-ddim")
+KARRAS = "karras"
+
+Int64 = NDArray[np.int64]
+
+# diffusers' multistep and Euler schedulers replace a terminal signal of zero, which has no logarithm, by this.
+LEAST_ALPHA_BAR = 2.0**-24
+NO_SIGNAL = (
+    "epsilon prediction at a terminal signal-to-noise ratio of zero: the noise says nothing about the image there; "
+    "such a schedule needs a model with v prediction"
+)
+
+
+def cumulative_alphas(diffusion: DiffusionSpec) -> Float64:
+    """ᾱ_t, the product of 1 − β, for every training timestep."""
+    return np.cumprod(1.0 - np.array(diffusion.betas, np.float64), dtype=np.float64)
+
+
+def noise_levels(diffusion: DiffusionSpec) -> Float64:
+    """σ = √((1−ᾱ)/ᾱ), noise over signal, for every training timestep; finite also at zero terminal SNR."""
+    alpha_bar = cumulative_alphas(diffusion)
+    if alpha_bar[-1] == 0 and diffusion.prediction_type == "epsilon":
+        raise SamplingError(NO_SIGNAL)
+    alpha_bar[alpha_bar == 0] = LEAST_ALPHA_BAR
+    return np.sqrt((1 - alpha_bar) / alpha_bar)
+
+
+def solver_spacing(diffusion: DiffusionSpec, spacing: str | None) -> str:
+    """What a multistep or Euler solver is spaced by: as asked, else the bundle's own.
+
+    The official code has no such solver, so its bundles' spacing does not suit one: there it is linspace, as diffusers'
+    solvers have it by default.
+    """
+    if spacing is not None:
+        return spacing
+    return "linspace" if diffusion.timestep_spacing in OFFICIAL else diffusion.timestep_spacing
+
+
+def spaced_timesteps(diffusion: DiffusionSpec, steps: int, spacing: str | None = None) -> Int64:
+    """As diffusers' ``DDIMScheduler.set_timesteps`` spaces them, or for the official spacings the official code."""
+    spacing = diffusion.timestep_spacing if spacing is None else spacing
+    total = len(diffusion.betas)
+    if spacing in OFFICIAL:
+        return official_timesteps(total, steps, spacing)
+    if spacing == "leading":
+        timesteps = np.arange(steps, dtype=np.float64)[::-1] * (total // steps) + diffusion.steps_offset
+    elif spacing == "trailing":
+        timesteps = _trailing(total, steps)
+    elif spacing == "linspace":
+        timesteps = np.linspace(0, total - 1, steps).round()[::-1]
+    else:
+        raise _unsupported(spacing, (*DIFFUSERS, *OFFICIAL))
+    return _checked(timesteps, steps, total, spacing, diffusion.steps_offset)
+
+
+def multistep_timesteps(diffusion: DiffusionSpec, steps: int, spacing: str | None = None) -> tuple[Float64, Float64]:
+    """Timesteps and σ ``[steps]`` of diffusers' multistep schedulers: one point more than steps, the last left out."""
+    spacing = solver_spacing(diffusion, spacing)
+    total, sigmas = len(diffusion.betas), noise_levels(diffusion)
+    if spacing == KARRAS:
+        return _karras(sigmas, steps)
+    if spacing == "leading":
+        points = np.arange(1, steps + 1, dtype=np.float64)[::-1] * (total // (steps + 1)) + diffusion.steps_offset
+    elif spacing == "trailing":
+        points = _trailing(total, steps)
+    elif spacing == "linspace":
+        points = np.linspace(0, total - 1, steps + 1).round()[::-1][:-1]
+    else:
+        raise _unsupported(spacing, (*DIFFUSERS, KARRAS))
+    timesteps = _checked(points, steps, total, spacing, diffusion.steps_offset)
+    return timesteps.astype(np.float64), _falling(sigmas[timesteps], steps, spacing)
+
+
+def euler_timesteps(diffusion: DiffusionSpec, steps: int, spacing: str | None = None) -> tuple[Float64, Float64]:
+    """Timesteps and σ ``[steps]`` of diffusers' Euler schedulers: linspace is not rounded, σ is interpolated."""
+    spacing = solver_spacing(diffusion, spacing)
+    if spacing not in DIFFUSERS:
+        raise _unsupported(spacing, DIFFUSERS)
+    if spacing == "linspace":
+        timesteps = np.linspace(0, len(diffusion.betas) - 1, steps)[::-1]
+    else:
+        timesteps = spaced_timesteps(diffusion, steps, spacing).astype(np.float64)
+    # diffusers keeps its timesteps in float32, and the network is asked about those.
+    timesteps = timesteps.astype(np.float32).astype(np.float64)
+    levels = np.interp(timesteps, np.arange(len(diffusion.betas)), noise_levels(diffusion))
+    return timesteps, _falling(levels, steps, spacing)
+
+
+def official_timesteps(total: int, steps: int, spacing: str) -> Int64:
+    """The official code's ``space_timesteps``: one section, or with ``official-ddim`` its "ddimN" integer stride."""
+    if steps < 2:
+        raise SamplingError(
+            f"{steps} step with {spacing} spacing: the official respacing needs at least 2; use another spacing"
+        )
+    if spacing == "official-ddim":
+        for integer in range(1, total):
+            timesteps = np.arange(0, total, integer)
+            if len(timesteps) == steps:
+                return timesteps[::-1]
+        nearest = sorted({len(range(0, total, s)) for s in range(1, total)}, key=lambda count: abs(count - steps))[:2]
+        raise SamplingError(
+            f"{steps} steps with {spacing} spacing: no integer stride of {total} training timesteps gives as many, and "
+            f"the official code refuses 'ddim{steps}' too; the nearest that exist are {min(nearest)} and {max(nearest)}"
+        )
+    # Evenly spaced with both ends, rounded half to even, accumulating as the official code does.
+    stride, position, taken = (total - 1) / (steps - 1), 0.0, []
+    for _ in range(steps):
+        taken.append(round(position))
+        position += stride
+    return np.array(taken[::-1], np.int64)
+
+
+def _trailing(total: int, steps: int) -> Float64:
+    return np.arange(total, 0, -total / steps).round() - 1.0
+
+
+def _karras(sigmas: Float64, steps: int) -> tuple[Float64, Float64]:
+    """Karras et al. 2022 (arXiv 2206.00364), equation 5 with ρ = 7, over the whole range of σ.
+
+    The network is asked about the nearest training timestep, as in diffusers; the sampler uses σ itself.
+    """
+    inverse_rho = 1 / 7
+    ramp = np.linspace(0, 1, steps)
+    low, high = sigmas[0] ** inverse_rho, sigmas[-1] ** inverse_rho
+    levels = (high + ramp * (low - high)) ** 7
+    # With the stand-in for zero terminal SNR, σ does not rise everywhere: as in diffusers, the last one below counts.
+    below = [np.flatnonzero(sigmas < level * (1 - 1e-12)) for level in levels]
+    first = np.array([min(found[-1], len(sigmas) - 2) if len(found) else 0 for found in below])
+    share = np.log(levels / sigmas[first]) / np.log(sigmas[first + 1] / sigmas[first])
+    timesteps: Float64 = (first + np.clip(share, 0, 1)).round()
+    if steps > 1 and timesteps[0] == timesteps[1]:
+        raise SamplingError(
+            f"{steps} steps with karras spacing visit their first timestep twice, which diffusers cannot run; use fewer"
+        )
+    return timesteps, levels
+
+
+def _falling(levels: Float64, steps: int, spacing: str) -> Float64:
+    if (np.diff(levels) >= 0).any():
+        raise SamplingError(
+            f"{steps} steps with {spacing} spacing: the noise level does not fall with every step, in diffusers too; "
+            "use fewer steps or another spacing"
+        )
+    return levels
+
+
+def _checked(timesteps: Float64, steps: int, total: int, spacing: str, offset: int) -> Int64:
+    """Integers, or a refusal where diffusers' own arithmetic gives timesteps that its schedulers cannot use."""
+    found: Int64 = timesteps.astype(np.int64)
+    # Trailing spacing accumulates in floating point: for 61, 103, 121, … steps it has one timestep too many.
+    if len(found) != steps or found.min() < 0 or found.max() >= total:
+        raise SamplingError(
+            f"{steps} steps with {spacing} spacing and offset {offset} leave the training timesteps 0 to {total - 1}, "
+            "in diffusers too; use another number of steps"
+        )
+    if any(first <= second for first, second in pairwise(found)):
+        raise SamplingError(
+            f"{steps} steps with {spacing} spacing visit a timestep twice, in diffusers too, and a step of no length "
+            "has no update (diffusers gives NaN); use fewer steps or another spacing"
+        )
+    return found
+
+
+def _unsupported(spacing: str, supported: tuple[str, ...]) -> SamplingError:
+    return SamplingError(f"timestep spacing {spacing!r} is not supported here; expected one of {', '.join(supported)}")

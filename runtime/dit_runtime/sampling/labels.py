@@ -1,0 +1,68 @@
+"""Labels as people give them: class numbers, names and mixtures."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+
+import numpy as np
+
+from dit_runtime.bundle.manifest import Manifest
+from dit_runtime.core.errors import SamplingError
+
+Label = int | str | Mapping[int | str, float]
+
+
+def label_weights(label: Label, manifest: Manifest) -> dict[int, float]:
+    """The classes of a label and their weights; text such as ``3:0.7+5:0.3`` or ``Bag+Coat`` names several.
+
+    Raises:
+        SamplingError: no such classes, or no such weights.
+    """
+    if isinstance(label, str) and "+" in label and not _named(label, manifest):
+        parts = [part.strip() for part in label.split("+")]
+        split = [part.rsplit(":", 1) for part in parts]
+        if all(":" not in part for part in parts):
+            split = [[part, str(1 / len(parts))] for part in parts]
+        try:
+            label = {name: float(weight) for name, weight in split}
+        except ValueError as error:
+            raise SamplingError(f"label {label!r}: expected LABEL:WEIGHT+LABEL:WEIGHT, as 3:0.7+5:0.3") from error
+        if len(label) != len(parts):
+            raise SamplingError(f"label {'+'.join(parts)!r}: names a class twice; expected each once, weighted")
+    if not isinstance(label, Mapping):
+        return {label_number(label, manifest): 1.0}
+    weights = {label_number(name, manifest): float(weight) for name, weight in label.items()}
+    if not weights or len(weights) != len(label) or not all(np.isfinite(weight) for weight in weights.values()):
+        raise SamplingError(f"label {dict(label)!r}: expected distinct classes with finite weights")
+    return weights
+
+
+def label_number(label: int | str, manifest: Manifest) -> int:
+    """The class number of a label given as number, numeral or name (upper and lower case are the same)."""
+    classes = manifest.model.classes
+    if isinstance(label, str) and not (label.isascii() and label.removeprefix("-").isdigit() and len(label) < 9):
+        matches, names = _named(label, manifest), manifest.class_names
+        if len(matches) != 1:
+            known = "; ".join(names[:10]) if names else "none in this bundle"
+            raise SamplingError(
+                f"label {label!r}: {len(matches)} classes have that name; expected a number or one of: {known}"
+            )
+        return matches[0]
+    try:
+        number = int(label) if isinstance(label, str) else operator.index(label)
+    except TypeError as error:
+        raise SamplingError(f"label {label!r}: expected a class number or name") from error
+    if not 0 <= number < classes:
+        raise SamplingError(f"label {number}: expected 0 to {classes - 1}, the classes of this model")
+    return number
+
+
+def _named(label: str, manifest: Manifest) -> list[int]:
+    """The classes of that name. ImageNet's names are synonyms with commas: "tench, Tinca tinca"."""
+    wanted = label.strip().casefold()
+    return [
+        index
+        for index, name in enumerate(manifest.class_names)
+        if wanted in (name.casefold(), *(part.strip().casefold() for part in name.split(",")))
+    ]

@@ -1,0 +1,86 @@
+"""Decoding a large image tile by tile: memory for one tile, whatever the image's size.
+
+Tiles overlap, have one constant shape, and are blended with weights that fall linearly towards their edges. The
+decoder's group normalization and the attention in its middle see one tile only, so the image is not the one that is
+decoded whole: it differs by what they would have seen of the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dit_runtime.core.errors import SamplingError
+from dit_runtime.samplers.noise import Float32
+
+SMALLEST_TILE = 4  # latent pixels: with less, every pixel is near an edge
+OVERLAP = 4  # tiles share at least one in so many of their pixels with the next
+
+Decode = Callable[[Float32], Float32]
+
+
+def check_tile(tile: int | None) -> None:
+    """Raises SamplingError for a tile that is too small; None is no tiles."""
+    if tile is not None and tile < SMALLEST_TILE:
+        raise SamplingError(f"decode tile {tile}: expected at least {SMALLEST_TILE} latent pixels; 64 is a good size")
+
+
+def tile_starts(size: int, tile: int) -> list[int]:
+    """Where tiles of one length begin along a side: evenly, the last at its end, a quarter or more of each shared."""
+    if tile >= size:
+        return [0]
+    gaps = math.ceil((size - tile) / (tile - math.ceil(tile / OVERLAP)))
+    return [(size - tile) * index // gaps for index in range(gaps + 1)]
+
+
+def tile_weights(size: int, tile: int, factor: int) -> Float32:
+    """The weight of each tile at each image pixel along a side ``[tiles, size·factor]``: they sum to 1.
+
+    Before that each falls linearly from the tile's middle to its edges, so that between two tiles one fades into the
+    other over all that they share.
+    """
+    starts, length = tile_starts(size, tile), min(tile, size) * factor
+    weights = np.zeros((len(starts), size * factor))
+    distance = np.arange(length) + 0.5
+    for index, start in enumerate(starts):
+        weights[index, start * factor : start * factor + length] = np.minimum(distance, length - distance)
+    summed: NDArray[np.float64] = weights.sum(axis=0)
+    return (weights / summed).astype(np.float32)
+
+
+def decode_in_tiles(decode: Decode, latents: Float32, tile: int, factor: int) -> Float32:
+    """Images put together from tiles.
+
+    Args:
+        decode: latents ``[N, C, h, w]`` → images ``[N, 3, h·factor, w·factor]``, float32; called with one shape.
+        latents: ``[N, C, H, W]``.
+        tile: side of a tile in latent pixels; of a side that is shorter it is all.
+        factor: image pixels per latent pixel.
+
+    Returns:
+        float32 ``[N, 3, H·factor, W·factor]``, not clamped.
+    """
+    count, _, height, width = latents.shape
+    tall, wide = min(tile, height), min(tile, width)
+    down, across = tile_weights(height, tall, factor), tile_weights(width, wide, factor)
+    images: Float32 = np.zeros((count, 3, height * factor, width * factor), np.float32)
+    for top, rows in zip(tile_starts(height, tall), down, strict=True):
+        for left, columns in zip(tile_starts(width, wide), across, strict=True):
+            part = decode(latents[:, :, top : top + tall, left : left + wide])
+            y = slice(top * factor, (top + tall) * factor)
+            x = slice(left * factor, (left + wide) * factor)
+            images[:, :, y, x] += (rows[y, None] * columns[x]) * part
+    return images
+
+
+def images_from_decoded(decoded: Float32) -> NDArray[np.uint8]:
+    """Images ``[N, 3, H, W]`` of about -1 to 1 → uint8 ``[N, H, W, 3]``, rounded as the decoder graph rounds them."""
+    scaled = decoded / 2
+    scaled += np.float32(0.5)
+    np.clip(scaled, 0, 1, out=scaled)
+    scaled *= np.float32(255)
+    np.rint(scaled, out=scaled)  # halves to even, as ONNX's Round
+    return scaled.transpose(0, 2, 3, 1).astype(np.uint8)

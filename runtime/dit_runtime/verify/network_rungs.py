@@ -1,0 +1,204 @@
+"""The lower rungs: what a block is given, what it makes of it, and the network's output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from dit_runtime.backends.open import Array
+from dit_runtime.samplers.schedule import (
+    A_Z,
+    B_E,
+    COEFFICIENTS,
+    INPUT,
+    LOG_SIGMA,
+    LOG_SIGMA_V,
+    MATRIX,
+    NOISE,
+)
+from dit_runtime.verify.budget import FP16_MAX, Series, compare_series
+from dit_runtime.verify.metrics import relative_error, relative_l2
+from dit_runtime.verify.replay import (
+    RecordedInputs,
+    Replay,
+    cover_with_batches,
+    shapes_to_verify,
+)
+from dit_runtime.verify.rung import Rung
+
+# What adaLN's vectors in the conditioning table are: a block's, then the final layer's.
+VECTORS = {
+    "adaln-zero": ("attention shift", "attention scale", "attention gate", "MLP shift", "MLP scale", "MLP gate"),
+    "adaln": ("attention shift", "attention scale", "MLP shift", "MLP scale"),
+}
+
+
+def fp16_range(replay: Replay) -> Rung:
+    """How far the reference's own numbers stay below FP16's largest, in the units that compute in FP16."""
+    manifest = replay.bundle.manifest
+    units = {unit: value for unit, value in manifest.magnitudes.items() if manifest.precision.in_fp16(unit)}
+    # The residual stream after a block is FP32 whatever the policy.
+    units = {unit: value for unit, value in units.items() if not unit.rpartition(".")[2].isdecimal()}
+    worst = max(units, key=lambda unit: units[unit], default="nothing")
+    largest = units.get(worst, 0.0)
+    return Rung(
+        "FP16 range",
+        FP16_MAX / largest if largest else float("inf"),
+        replay.budget.tolerance("fp16_range"),
+        "times",
+        f"{worst} reaches {largest:.4g} of {FP16_MAX:g}",
+        axis="unit",
+        series={"magnitude": list(units.values())},
+    )
+
+
+def conditioner(replay: Replay) -> Rung:
+    """Timesteps and labels → the conditioning table, entry by entry, at each number of rows it must be right at."""
+    record = replay.bundle.records("conditioner")
+    count = len(record["table"])
+    sizes = sorted({count, *(rows for rows, _ in shapes_to_verify(replay.engine, "conditioner", count))})
+    asked = [np.arange(rows) % count for rows in sizes]
+    found = np.concatenate([replay.table(record["timesteps"][index], record["labels"][index]) for index in asked])
+    expected = record["table"][np.concatenate(asked)]
+    entries = range(expected.shape[1])
+    series = Series(
+        "entry",
+        _entries(replay, len(entries)),
+        [found[:, index] for index in entries],
+        [expected[:, index] for index in entries],
+        [float(np.abs(expected).max())] * len(entries),
+    )
+    detail = f"{count} pairs of timestep and label; rows {' '.join(map(str, sizes))}"
+    return compare_series(replay.budget, "conditioner", "conditioner", "conditioner", series, detail=detail)
+
+
+def _entries(replay: Replay, count: int) -> list[str]:
+    """What each entry of a row of the conditioning table is."""
+    if replay.model.conditioning == "in-context":
+        return ["timestep's token", "label's token"]
+    if replay.model.conditioning == "cross-attention":
+        return [f"block {index} keys and values" for index in range(count)]
+    names = VECTORS[replay.model.conditioning]
+    of_blocks = [f"block {index} {name}" for index in range(replay.model.depth) for name in names]
+    return [*of_blocks, "final shift", "final scale"]
+
+
+def embedding(replay: Replay) -> Rung:
+    """Patches and positions, as they enter the first block: with its gates closed, a block gives what it is given."""
+    record = replay.bundle.records("blocks")
+    first, *_ = replay.blocks(RecordedInputs.of(record), np.zeros_like(record["table"]))
+    found = first[:1, :: int(record["token_stride"])]
+    series = Series("", [""], [found], [record["tokens"]])
+    return compare_series(replay.budget, "embedding", "embedding", "embedding", series, detail="patches and positions")
+
+
+def blocks(replay: Replay) -> Rung:
+    """Every block's output, from one image with guidance and the reference's own conditioning table."""
+    record = replay.bundle.records("blocks")
+    stride = int(record["token_stride"])
+    found = [output[:, ::stride] for output in replay.blocks(RecordedInputs.of(record), record["table"])]
+    labels = [f"block {index}" for index in range(replay.model.depth)]
+    series = Series("block", labels, found, list(record["outputs"]))
+    return compare_series(replay.budget, "blocks", "blocks", "blocks", series, detail=f"of {len(labels)}")
+
+
+def forward(replay: Replay, branches: int) -> Iterator[Rung]:
+    """The guided prediction, and the variance, at each shape that the engine must be right at."""
+    record = replay.bundle.records(f"forward_{branches}")
+    images = RecordedInputs.of(record)
+    shapes = shapes_to_verify(replay.engine, "step", len(images.latents), (1, 2))
+    # An engine without the unguided shape computes it with a second branch that shares the first's weight.
+    shapes = [shape for shape in shapes if (shape[1] == 1) == (branches == 1)] or shapes[:1]
+    sizes = " ".join(str(batch) if most <= 2 else f"{batch}·G{most}" for batch, most in shapes)
+    evaluated = _evaluated(replay, images, record, shapes)
+    parts = {"": ("forward", "e", images.guidance)}
+    if replay.model.learned_variance:
+        parts[" variance"] = ("variance", "v", 1.0)  # guidance does not act on it
+    for part, (kind, key, guidance) in parts.items():
+        expected = record[key]
+        worst: dict[int, tuple[Array, int]] = {}  # of each image the worst evaluation, and its batch
+        for image, batch, outputs in evaluated:
+            error = relative_l2(outputs[key], expected[image])
+            if image not in worst or error > relative_l2(worst[image][0], expected[image]):
+                worst[image] = outputs[key], batch
+        series = Series(
+            "image",
+            [
+                f"timestep {float(images.timesteps[image]):g} label {images.labels[image]} at batch {batch}"
+                for image, (_, batch) in sorted(worst.items())
+            ],
+            [worst[image][0] for image in sorted(worst)],
+            [expected[image] for image in sorted(worst)],
+            # Rounding is relative to the largest of all images.
+            [float(np.abs(expected).max())] * len(worst),
+        )
+        name, floors = f"forward G={branches}{part}", f"forward_{branches}{part}"
+        rung = compare_series(replay.budget, name, kind, floors, series, guidance, f"batches {sizes}")
+        yield rung if rung.passed else _with_channels(rung, series)
+
+
+def update(replay: Replay) -> Rung:
+    """The sampler's update, from a state whose three slots all differ and a row in which no number is zero.
+
+    What it should give follows from the engine's own e and v in float64 (``samplers/schedule.py``), so no sampler's
+    memory goes unseen because the recorded samplers do not use it.
+    """
+    record = replay.bundle.records("forward_1")
+    every = RecordedInputs.of(record)
+    shape = shapes_to_verify(replay.engine, "step", len(every.latents), (1, 2))[0]
+    images = every.at(cover_with_batches(len(every.latents), shape[0])[0])
+    evaluated = _evaluated(replay, images, record, [shape])
+    e, v = (np.stack([outputs[part] for _, _, outputs in evaluated]).astype(np.float64) for part in ("e", "v"))
+    random = np.random.default_rng(0)
+    row = random.uniform(0.5, 1.5, COEFFICIENTS) * np.where(np.arange(COEFFICIENTS) % 2, 1, -1)
+    row[LOG_SIGMA_V] = 0.5 / max(float(np.abs(v).max()), 1e-3)
+    coefficients = np.repeat(row[None].astype(np.float32), shape[0], axis=0)
+    noise = random.standard_normal(images.latents.shape).astype(np.float32)
+    inputs = replay.inputs(images, coefficients, noise, shape[1])
+    inputs["state"][:, 1:] = random.standard_normal(inputs["state"][:, 1:].shape)
+    found = replay.engine.session("step").run(inputs, ["next_state", "denoised"])
+    state, exact = inputs["state"].astype(np.float64), coefficients[0].astype(np.float64)
+    mixed = np.einsum("ij,bjchw->bichw", exact[MATRIX:INPUT].reshape(3, 3), state)
+    following = mixed + exact[INPUT:LOG_SIGMA, None, None, None] * e[:, None]
+    following[:, 0] += np.exp(exact[LOG_SIGMA] + exact[LOG_SIGMA_V] * v) * exact[NOISE] * noise
+    denoised = exact[A_Z] * state[:, 0] + exact[B_E] * e
+    errors = {
+        **{f"slot {slot}": relative_error(found[0][:, slot], following[:, slot]) for slot in range(3)},
+        "denoised": relative_error(found[1], denoised),
+    }
+    worst = max(errors, key=lambda part: errors[part] if np.isfinite(errors[part]) else np.inf)
+    limit = replay.budget.tolerance("update")
+    return Rung("sampler update", errors[worst], limit, "relative", f"worst: {worst}; all 17 coefficients")
+
+
+def _evaluated(
+    replay: Replay, images: RecordedInputs, record: Mapping[str, Array], shapes: Sequence[tuple[int, int]]
+) -> list[tuple[int, int, dict[str, Array]]]:
+    """Of each evaluation of an image, at ``(batch, branches)``: the image, the batch, ``e`` and ``v``."""
+    # v is read from the noise's scale exp(h·v). exp and logarithm round by a unit of 1, whatever v is, so h is large:
+    # up to exp(40), far from float32's end.
+    largest = float(np.abs(record["v"]).max(initial=0))
+    factor = np.float32(2.0 ** np.clip(np.floor(np.log2(40 / max(largest, 1e-3))), -6, 6))
+    found = []
+    for batch, branches in shapes:
+        coefficients = np.zeros((batch, COEFFICIENTS), np.float32)
+        coefficients[:, [B_E, NOISE]] = 1  # denoised = e
+        coefficients[:, LOG_SIGMA_V] = factor  # next z = exp(h·v) with unit noise
+        for index in cover_with_batches(len(images.latents), batch):
+            noise = np.ones_like(images.latents[index])
+            next_state, e = replay.step(images.at(index), coefficients, noise, branches)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                v = np.log(next_state[:, 0]) / factor
+            found += [(int(image), batch, {"e": e[row], "v": v[row]}) for row, image in enumerate(index)]
+    return found
+
+
+def _with_channels(rung: Rung, series: Series) -> Rung:
+    """The rung with the channels that are wrong, where not all are: guidance may act on too few."""
+    errors = np.abs(np.stack(series.found) - np.stack(series.expected)).max(axis=(0, 2, 3))
+    wrong = [str(channel) for channel, error in enumerate(errors) if not error <= errors.max() / 10]
+    if not np.isfinite(errors).all() or len(wrong) == len(errors):
+        return rung
+    return replace(rung, detail=f"{rung.detail}; channel {', '.join(wrong)} of {len(errors)}")

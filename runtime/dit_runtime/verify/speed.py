@@ -1,0 +1,154 @@
+"""What ``auto`` is: of the engines that can run a bundle here, the fastest first, by the time of a step.
+
+    STORE/speeds/KEY.json    milliseconds of each engine's guided step
+
+KEY covers bundle, size, machine, libraries and threads, so that what another machine or version took is not believed.
+In a read-only bundle nothing is stored and each process measures anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dit_runtime.backends.onnxruntime.engine import import_onnxruntime
+from dit_runtime.backends.onnxruntime.gpu import has_driver
+from dit_runtime.backends.open import Candidate, candidates, engine_for
+from dit_runtime.bundle.reader import Bundle
+from dit_runtime.core.errors import EngineError, OutputError
+from dit_runtime.core.files import replace_file
+from dit_runtime.core.machine import machine
+from dit_runtime.core.progress import Progress
+from dit_runtime.samplers.guidance import guidance_weights
+
+SPEEDS = "speeds"
+LIBRARIES = ("onnxruntime", "onnxruntime-gpu", "openvino")
+CALLS = 3  # timed, after one that is not
+SLOW = 2.0  # times the fastest so far: no further call is needed
+NEAR = 1.1  # within this factor two are equally fast, and the one expected to be faster is taken
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How long an engine's guided step takes for one image. ``engine``: its full name."""
+
+    name: str
+    precision: str | None
+    engine: str
+    step_ms: float
+
+
+def rank_by_speed(bundle: Bundle, threads: int = 0, say: Callable[[str], None] = lambda line: None) -> list[Speed]:
+    """The engines that run the step here; measured on first use, then from the record.
+
+    Args:
+        bundle: at the size in use.
+        threads: of the CPU; 0 lets each engine choose.
+        say: told what is measured, and why an engine that is installed is left out.
+
+    Raises:
+        EngineError: none is installed or able to run the step.
+    """
+    path = _path(bundle, threads)
+    speeds = _read(path)
+    if speeds is None:
+        speeds = _measured(bundle, threads, say)
+        text = json.dumps([asdict(speed) for speed in speeds], indent=1) + "\n"
+        with contextlib.suppress(OutputError), replace_file(path) as file:
+            file.write_text(text, encoding="utf-8")
+    return speeds
+
+
+def sort_by_speed(speeds: list[Speed]) -> list[Speed]:
+    """Fastest first; of those within ``NEAR`` of the fastest left, the one that came first."""
+    left, found = list(speeds), []
+    while left:
+        best = min(speed.step_ms for speed in left)
+        found.append(next(speed for speed in left if speed.step_ms <= NEAR * best))
+        left.remove(found[-1])
+    return found
+
+
+def _measured(bundle: Bundle, threads: int, say: Callable[[str], None]) -> list[Speed]:
+    found: list[Speed] = []
+    reasons = []
+    able = candidates(bundle)
+    if not able:
+        import_onnxruntime()  # says how to install it, or what is wrong with it
+    say(f"{bundle.path}: first use here, timing a guided step of each engine")
+    with Progress("timing a step of each engine", len(able)) as bar:
+        for candidate in able:
+            try:
+                speed = _speed(bundle, candidate, threads, min((speed.step_ms for speed in found), default=None))
+                found.append(speed)
+            except EngineError as error:
+                reasons.append(str(error))
+                say(f"{candidate.name} is not used: {error}")
+            bar.advance()
+    if not found:
+        raise EngineError("; ".join(reasons))
+    return sort_by_speed(found)
+
+
+def _speed(bundle: Bundle, candidate: Candidate, threads: int, best: float | None) -> Speed:
+    engine = engine_for(bundle, candidate.name, threads, candidate.precision)
+    session, inputs = engine.session("step"), step_inputs(bundle)
+    session.run(inputs, ["next_state"])
+    taken: list[float] = []
+    for _ in range(CALLS):
+        start = time.perf_counter()
+        session.run(inputs, ["next_state"])
+        taken.append((time.perf_counter() - start) * 1e3)
+        if best is not None and taken[-1] > SLOW * best:
+            break
+    engine.release("step")
+    return Speed(candidate.name, candidate.precision, engine.name, round(statistics.median(taken), 3))
+
+
+def step_inputs(bundle: Bundle) -> dict[str, Any]:
+    """Inputs of the step graph for one image with guidance; what the numbers are does not change the time."""
+    model, table = bundle.manifest.model, bundle.manifest.table
+    image = (1, model.latent_channels, *model.latent_size)
+    state = np.zeros((1, 3, *image[1:]), np.float32)
+    state[:, 0] = np.random.default_rng(0).standard_normal(image)
+    return {
+        "state": state,
+        "noise": np.zeros(image, np.float32),
+        "coefficients": np.zeros((1, 17), np.float32),
+        "guidance": guidance_weights(4.0, 1, model.latent_channels, bundle.manifest.diffusion.guidance_channels),
+        "rows": np.array([[0], [1]], np.int32),
+        table.name: np.zeros((2, *(int(axis) for axis in table.shape[1:])), np.dtype(table.dtype)),
+    }
+
+
+def _path(bundle: Bundle, threads: int) -> Path:
+    versions = {name: version for name in LIBRARIES for version in _versions(name)}
+    facts = [bundle.digest, bundle.manifest.model.latent_size, machine(), versions, threads, has_driver()]
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    return bundle.engines / SPEEDS / f"{key}.json"
+
+
+def _versions(distribution: str) -> Iterator[str]:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        yield importlib.metadata.version(distribution)
+
+
+def _read(path: Path) -> list[Speed] | None:
+    try:
+        found = [
+            Speed(str(each["name"]), each["precision"], str(each["engine"]), float(each["step_ms"]))
+            for each in json.loads(path.read_text(encoding="utf-8"))
+        ]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found or None

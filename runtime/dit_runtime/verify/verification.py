@@ -1,0 +1,153 @@
+"""Replay a bundle's golden records on an engine and compare, from the bottom up: the first rung that fails says where.
+
+    FP16 range                              whether the reference's own numbers fit
+    conditioner, embedding, blocks          what a block is given, and what it makes of it
+    forward                                 the network, with and without guidance, at every batch of the engine's
+    sampler update                          all that a row of the sampler's table can ask for
+    noise, teacher-forced, free-running     the sampler: what it draws, its single steps, trajectories of its own
+    decoder, uint8 images, image …        the autoencoder, and the result
+    encoder                                 the way back
+
+The records hold what the unpatched PyTorch reference computed in FP32; limits and PyTorch's own errors come with the
+bundle (``dit_runtime.verify.budget``). Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dit_runtime.backends.open import Array, Engine
+from dit_runtime.bundle.manifest import ENCODER, GRAPHS, DiffusionSpec
+from dit_runtime.bundle.reader import UNGUIDED, Bundle
+from dit_runtime.core.progress import Progress
+from dit_runtime.samplers.by_name import schedule_for
+from dit_runtime.samplers.schedule import Schedule
+from dit_runtime.verify import image_rungs, network_rungs
+from dit_runtime.verify.metrics import psnr, relative_error
+from dit_runtime.verify.replay import Replay, has_branches
+from dit_runtime.verify.rung import Rung, Verification, format_table
+
+__all__ = [
+    "Rung",
+    "Verification",
+    "format_table",
+    "measure_rungs",
+    "psnr",
+    "relative_error",
+    "trajectories_of",
+    "verification_of",
+    "verify",
+]
+
+
+def trajectories_of(diffusion: DiffusionSpec) -> tuple[str, str]:
+    """The samplers whose trajectories are recorded: a deterministic one, and one that draws noise."""
+    return ("euler", "sde-euler") if diffusion.path else ("ddim", "ddpm")
+
+
+def verify(bundle: Bundle, engine: Engine, quick: bool = False) -> Iterator[Rung]:
+    """The rungs from the bottom up, each yielded when it is measured.
+
+    ``quick`` leaves out the conditioner alone and teacher-forced steps, which say where a fault is rather than whether
+    there is one, and the trajectory without guidance. Embedding and blocks need the probe, which TensorRT's engines do
+    not have. An engine built without guidance has that trajectory alone, and no images; one built for tiles decodes a
+    recorded tile.
+
+    Raises:
+        BundleError: a record is missing or altered, or the bundle has no limits for the engine's precision.
+        EngineError: the engine cannot run a graph, or the bundle has no record of its tiles.
+    """
+    return _rungs(Replay(bundle, engine), quick, [])
+
+
+def measure_rungs(bundle: Bundle, engine: Engine, quick: bool = False) -> list[Rung]:
+    """All rungs of ``verify``, with a progress bar."""
+    return list(verification_of(bundle, engine, quick).rungs)
+
+
+def verification_of(bundle: Bundle, engine: Engine, quick: bool = False) -> Verification:
+    """All rungs of ``verify`` and what a report shows beside them, with a progress bar."""
+    replay = Replay(bundle, engine)
+    images: list[tuple[Array, Array]] = []
+    rungs = []
+    with Progress(f"verifying on {engine.name}", _rung_count(replay, quick)) as bar:
+        for rung in _rungs(replay, quick, images):
+            rungs.append(rung)
+            bar.advance()
+    manifest = bundle.manifest
+    return Verification(
+        bundle=bundle.digest,
+        model=manifest.source.name,
+        precision=replay.budget.precision,
+        reference=manifest.source.reference,
+        engine=engine.name,
+        image_size=manifest.image_size,
+        quick=quick,
+        rungs=tuple(rungs),
+        images=images[0] if images else None,
+        magnitudes=manifest.magnitudes,
+    )
+
+
+def _rungs(replay: Replay, quick: bool, images: list[tuple[Array, Array]]) -> Iterator[Rung]:
+    """The rungs in their order; the engine's and the reference's images are appended to ``images``."""
+    manifest, guided = replay.bundle.manifest, has_branches(replay.engine, 2)
+    if _has_range(replay):
+        yield network_rungs.fp16_range(replay)
+    if not quick:
+        yield network_rungs.conditioner(replay)
+    if _has_probe(replay):
+        if manifest.model.conditioning == "adaln-zero":  # the others' blocks have no gates to close
+            yield network_rungs.embedding(replay)
+        yield network_rungs.blocks(replay)
+        replay.engine.release("probe")
+    for branches in (1, 2)[: 1 + guided]:
+        yield from network_rungs.forward(replay, branches)
+    yield network_rungs.update(replay)
+    first, *_ = samplers = trajectories_of(manifest.diffusion)
+    for sampler in samplers:
+        record, schedule = _trajectory(replay, sampler, sampler)
+        yield image_rungs.noise(replay, sampler, record, schedule)
+        if not guided:
+            continue  # these trajectories are
+        if not quick:
+            yield image_rungs.teacher_forced(replay, sampler, record, schedule)
+        latents, rung = image_rungs.free_running(replay, sampler, record, schedule)
+        yield rung
+        if sampler == first:
+            final = latents
+    if not (quick and guided):
+        record, schedule = _trajectory(replay, samplers[-1], UNGUIDED)
+        yield image_rungs.free_running(replay, samplers[-1], record, schedule)[1]
+    yield image_rungs.decoder(replay)
+    yield image_rungs.quantized(replay)
+    if guided:
+        both, rungs = image_rungs.images(replay, final, first)
+        images.append(both)
+        yield from rungs
+    if ENCODER in manifest.graphs:
+        yield image_rungs.encoder(replay)
+
+
+def _trajectory(replay: Replay, sampler: str, name: str) -> tuple[image_rungs.Record, Schedule]:
+    """A recorded trajectory of a sampler, and that sampler's table."""
+    record, manifest = replay.bundle.records(name), replay.bundle.manifest
+    return record, schedule_for(sampler, manifest.model, manifest.diffusion, int(record["steps"]))
+
+
+def _has_range(replay: Replay) -> bool:
+    return replay.budget.precision == "fp16" and bool(replay.bundle.manifest.magnitudes)
+
+
+def _has_probe(replay: Replay) -> bool:
+    return "probe" in getattr(replay.engine, "graphs", GRAPHS)
+
+
+def _rung_count(replay: Replay, quick: bool) -> int:
+    """How many rungs there will be: for progress bars."""
+    manifest, guided = replay.bundle.manifest, has_branches(replay.engine, 2)
+    probed = _has_probe(replay) * (1 + (manifest.model.conditioning == "adaln-zero"))
+    # Forward with its variance; update, two kinds of noise, decoder, uint8; guided, trajectories and their images.
+    always = _has_range(replay) + probed + (1 + guided) * (1 + manifest.model.learned_variance) + 5 + 6 * guided
+    unguided = not (quick and guided)
+    return always + unguided + (ENCODER in manifest.graphs) + (1 + 2 * guided) * (not quick)

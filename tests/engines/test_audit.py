@@ -1,0 +1,248 @@
+"""The audit counts what the builder made, from RTX's log and from TensorRT's inspector.
+
+The inspector's JSON here is **not from a device**: its fields are those of NVIDIA's documentation of
+``IEngineInspector`` (the developer guide's example of 10.x, and the migration guide to 11.x), its layers those of a log
+of TensorRT-RTX.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dit_engines.audit import Audit, ProfileAudit, audit_of, find_problems, find_unknowns
+from dit_engines.graph_work import graph_work
+from dit_engines.kernels import Kernel, by_profile, kernel_from_layer, kernels_from_log
+from dit_runtime.bundle.macs import conditioner_gmac, step_gmac
+from dit_runtime.bundle.manifest import ModelSpec, PrecisionSpec
+from dit_runtime.bundle.reader import open_bundle
+
+FP16 = PrecisionSpec("fp16", ("patch_embed", "final"))
+MODEL = ModelSpec("adaln-zero", 4, (8, 8), 2, 64, 2, 2, 256, 10, True)
+# A line of TensorRT-RTX 1.7's log has these fields.
+TENSOR = "{{ Name: x, Dimensions: [{}], Strides: [1], StrideOrder: [0], Datatype: {}, Format: (Linear) Row major }}"
+END = "TacticName: t, StreamId: 0, Metadata: "
+
+
+def tensor(sizes: str, dtype: str) -> str:
+    return TENSOR.format(sizes, dtype)
+
+
+LOG = "\n".join(
+    [
+        "Layers:",
+        f"Name: __mye1_0_myl0_0, LayerType: shape_call, Inputs: [], Constants: [], Outputs: [], {END}",
+        f"Name: patch_myl0_1, LayerType: correlation, Inputs: [ {tensor('-1,4,8,8', 'Float')}], Constants: [ "
+        f"{tensor('64,4,2,2', 'Float')}, {tensor('1', 'Float')}], Outputs: [], {END}[ONNX Layer: patch_embed/Conv]",
+        f"Name: qkv_myl0_2, LayerType: gemm, Inputs: [ {tensor('-1,64', 'Half')}], Constants: [ "
+        f"{tensor('1,64,192', 'Half')}, {tensor('1', 'Float')}], Outputs: [], {END}"
+        "[ONNX Layer: blocks.0.attn.qkv/MatMul]",
+        f"Name: __myl_ReshTranCast_myl0_3, LayerType: kgen, Inputs: [ {tensor('-1,192', 'Half')}], Constants: [], "
+        f"Outputs: [], {END}",
+        f"Name: _gemm_mha_v2_myl0_4, LayerType: kgen, Inputs: [ {tensor('-1,16,32', 'Half')}], Constants: [], Outputs: "
+        f"[], {END}[ONNX Layer: blocks.0.attn/MatMul][ONNX Layer: blocks.0.attn/Softmax]"
+        "[ONNX Layer: blocks.0.attn/MatMul.1]",
+        f"Name: w_myl0_5, LayerType: wait, Inputs: [], Constants: [], Outputs: [], {END}",
+        f"Name: __myl_AddMulMove_myl0_6, LayerType: kgen, Inputs: [ {tensor('-1,64', 'Float')}], Constants: [], "
+        f"Outputs: [], {END}[ONNX Layer: blocks.0/Add]",
+    ]
+)
+WORK = {
+    "patch_embed/Conv": 1_000,
+    "blocks.0.attn.qkv/MatMul": 60_000,
+    "blocks.0.attn/MatMul": 20_000,
+    "blocks.0.attn/MatMul.1": 20_000,
+}
+
+
+def layers_of_10() -> list[dict[str, Any]]:
+    """The log's kernels in the JSON of TensorRT 10: one text for format and datatype, metadata apart by \\x1f."""
+    half = [{"Name": "x", "Dimensions": [-1, 64], "Format/Datatype": "Half"}]
+    single = [{"Name": "x", "Dimensions": [-1, 4, 8, 8], "Format/Datatype": "Float"}]
+    unknown = [{"Name": "x", "Dimensions": [-1, 64], "Format/Datatype": "N/A due to dynamic shapes"}]
+    return [
+        {"Name": "shapes_myl0_0", "LayerType": "shape_call", "Inputs": [], "Outputs": [], "Metadata": ""},
+        {
+            "Name": "patch_embed/Conv",
+            "LayerType": "CaskConvolution",
+            "Inputs": single,
+            "Weights": {"Type": "Float", "Count": 1024},
+            "Metadata": "[ONNX Layer: patch_embed/Conv]",
+        },
+        {
+            "Name": "qkv_myl0_2",
+            "LayerType": "gemm",
+            "Inputs": unknown,
+            "TacticName": "sm80_xmma_gemm_f16f16_f16f32_f32_nn_n_tilesize64x64x32",
+            "Metadata": "[ONNX Layer: blocks.0.attn.qkv/MatMul]",
+        },
+        {"Name": "__myl_ReshTranCast_myl0_3", "LayerType": "kgen", "Inputs": half, "Metadata": None},
+        {
+            "Name": "_gemm_mha_v2_myl0_4",
+            "LayerType": "kgen",
+            "Inputs": half,
+            "Metadata": "\x1f".join(
+                f"[ONNX Layer: blocks.0.attn/{node}]" for node in ("MatMul", "Softmax", "MatMul.1")
+            ),
+        },
+        {"Name": "w_myl0_5", "LayerType": "wait"},
+        {"Name": "__myl_AddMulMove_myl0_6", "LayerType": "kgen", "Inputs": single, "Metadata": ""},
+    ]
+
+
+def layers_of_11() -> list[dict[str, Any]]:
+    """The same in the terms of 11: datatype and format apart, constants listed."""
+    layers = copy.deepcopy(layers_of_10())
+    for layer in layers:
+        for item in layer.get("Inputs", []):
+            if (told := item.pop("Format/Datatype", None)) is not None:  # an item that two layers share comes once
+                item |= {"Datatype": "Half" if told.startswith("N/A") else told, "Format": "Row major linear format"}
+    layers[2]["Constants"] = [{"Name": "w", "Dimensions": [1, 64, 192], "Datatype": "Half"}]
+    return layers
+
+
+@pytest.mark.parametrize("source", ["log", "10", "11"])
+def test_kernels_are_counted_alike(source: str) -> None:
+    """Host arithmetic and synchronization are no kernels; work is weighed by multiply-adds, whoever tells of it."""
+    if source == "log":
+        kernels = kernels_from_log(LOG)
+    else:
+        kernels = [kernel_from_layer(layer) for layer in (layers_of_10() if source == "10" else layers_of_11())]
+    audit = audit_of(kernels, [WORK], 99, [10], FP16.keep_fp32)
+    (profile,) = audit.profiles
+    assert (audit.weights_bytes, profile.activation_bytes) == (99, 10)
+    assert (profile.kernels, profile.synchronizations, profile.fused_attention) == (5, 1, 1)
+    assert (profile.reformats, profile.casts) == (1, 1)
+    assert (profile.multiplied, profile.kept, profile.unread) == ({"Half": 100_000}, {"Float": 1_000}, 0)
+    assert (profile.asked_share, profile.known_share, round(profile.fp16_share, 4)) == (1.0, 1.0, 0.9901)
+    assert [(item.name.split(" ")[0], item.share, item.dtype) for item in profile.largest] == [
+        ("blocks.0.attn.qkv/MatMul", 0.5941, "Half"),
+        ("blocks.0.attn/MatMul", 0.396, "Half"),
+        ("patch_embed/Conv", 0.0099, "Float"),
+    ]
+    assert find_problems(audit, "step", MODEL, FP16) == ["step, profile 0: 1 of 2 attentions fused"]
+    assert find_unknowns(audit, "step") == []
+
+
+def audited(**counts: Any) -> Audit:
+    return Audit(0, [ProfileAudit(**counts)])
+
+
+def test_fp32_work_is_found() -> None:
+    """FP32 where FP16 was asked for fails; in the units that the policy keeps, or in an FP32 bundle, it does not."""
+    half_and_half = audited(multiplied={"Half": 97, "Float": 3}, fused_attention=2)
+    assert find_problems(half_and_half, "step", MODEL, FP16) == [
+        "step, profile 0: 97.0% of the multiply-adds are FP16 where 99% should be"
+    ]
+    assert find_problems(half_and_half, "step", MODEL, PrecisionSpec("fp32", ())) == []
+    assert (
+        find_problems(audited(multiplied={"Half": 97}, kept={"Float": 90}, fused_attention=2), "step", MODEL, FP16)
+        == []
+    )
+    everything = audited(multiplied={"Float": 5})
+    assert len(find_problems(everything, "decoder", MODEL, FP16)) == 1
+    assert find_problems(everything, "decoder", MODEL, PrecisionSpec("fp16", ("decoder",))) == []
+
+
+def test_kept_blocks_need_not_fuse() -> None:
+    """A block whose attention the policy keeps in FP32 is not expected to be fused, and the others are."""
+    one = audited(multiplied={"Half": 1}, fused_attention=1)
+    kept = PrecisionSpec("fp16", ("patch_embed", "final", "blocks.1.attn"))
+    assert find_problems(one, "step", MODEL, kept) == []
+    assert find_problems(one, "step", MODEL, FP16) == ["step, profile 0: 1 of 2 attentions fused"]
+    assert find_problems(audited(multiplied={"Half": 1}), "step", MODEL, kept) == [
+        "step, profile 0: 0 of 1 attentions fused"
+    ]
+    mlp = PrecisionSpec("fp16", ("blocks.0.mlp",))
+    assert find_problems(one, "step", MODEL, mlp) == ["step, profile 0: 1 of 2 attentions fused"]
+
+
+def test_what_cannot_be_read_is_said() -> None:
+    """A kernel whose datatype is not told, or a node that no kernel names, is a note, not a verdict."""
+    silent = kernel_from_layer(
+        {
+            "Name": "qkv",
+            "LayerType": "gemm",
+            "Inputs": [{"Format/Datatype": "N/A due to dynamic shapes"}],
+            "Metadata": "[ONNX Layer: blocks.0.attn.qkv/MatMul]",
+        }
+    )
+    audit = audit_of([silent], [WORK], 0, [0], FP16.keep_fp32)
+    assert audit.profiles[0].multiplied == {"": 60_000}
+    assert audit.profiles[0].unread == 41_000
+    assert find_unknowns(audit, "step") == [
+        "step, profile 0: the builder tells the datatype of 0% of the multiply-adds"
+    ]
+    assert "FP16" not in " ".join(find_problems(audit, "step", MODEL, FP16))
+
+
+def test_weights_tell_where_datatypes_do_not() -> None:
+    """An engine that says nothing of its kernels but is as large as FP32 is refused; as large as FP16 it is not."""
+    bundle_bytes = 894_000_000
+    for weights, expected in ((bundle_bytes * 2, ["weights take 1.79 GB, the bundle's 894 MB"]), (900_000_000, [])):
+        audit = Audit(weights, [ProfileAudit(multiplied={"": 100}, fused_attention=2)])
+        found = find_problems(audit, "step", MODEL, FP16, bundle_bytes)
+        assert len(found) == len(expected)
+        assert all(words in line for words, line in zip(expected, found, strict=True))
+        audit.profiles[0].multiplied = {"Half": 100}
+        assert find_problems(audit, "step", MODEL, FP16, bundle_bytes) == []
+
+
+def test_weights_are_asked_only_where_little_is_told() -> None:
+    """A decoder whose kernels mostly say FP16 may hold more than the bundle: transformed filters. A step may not."""
+    audit = Audit(2_000_000_000, [ProfileAudit(multiplied={"Half": 60, "": 40}, fused_attention=2)])
+    assert find_problems(audit, "decoder", MODEL, FP16, 894_000_000) == []
+    assert len(find_problems(audit, "step", MODEL, FP16, 894_000_000)) == 1
+    audit.profiles[0].multiplied = {"Half": 40, "": 60}
+    assert len(find_problems(audit, "decoder", MODEL, FP16, 894_000_000)) == 1
+
+
+def test_damaged_layers_are_not_told() -> None:
+    """Fields that are missing or of another kind count as not told."""
+    for layer in ({}, {"Name": None, "Inputs": "x", "Constants": 3, "Weights": [], "Metadata": 7}, {"Inputs": [1]}):
+        assert kernel_from_layer(layer).dtype == ""
+
+
+def test_profiles_are_told_apart() -> None:
+    """Subgraphs are numbered through the profiles; TensorRT's own kernels name theirs."""
+
+    def kernel(name: str) -> Kernel:
+        return kernel_from_layer({"Name": name, "LayerType": "kgen"})
+
+    two = [kernel(f"k_myl{number}_7") for number in (0, 1, 2, 3)]  # two subgraphs in each of two profiles
+    assert [[item.name for item in own] for own in by_profile(two, 2)] == [
+        ["k_myl0_7", "k_myl1_7"],
+        ["k_myl2_7", "k_myl3_7"],
+    ]
+    (one,) = by_profile([kernel("k_myl3_0")], 1)
+    assert len(one) == 1
+    named = [kernel("conv"), kernel("conv [profile 1]")]
+    assert [len(own) for own in by_profile(named, 2)] == [1, 1]
+
+
+def test_work_is_the_models(bundles: dict[str, Path]) -> None:
+    """Multiply-adds counted in the ONNX are those of the formula, for every node of every graph and any shape."""
+    bundle = open_bundle(bundles["fp16"])
+    model, graphs = bundle.manifest.model, bundle.manifest.graphs
+    batch, branches, rows = 3, 2, 5
+    sizes = {"batch": batch, "branches": branches, "rows": rows, "height": 8, "width": 8}
+
+    def work(graph: str) -> tuple[int, int]:
+        shapes = {
+            item.name: tuple(sizes[axis] if isinstance(axis, str) else axis for axis in item.shape)
+            for item in graphs[graph].inputs
+        }
+        found = graph_work(bundle.path / graphs[graph].file, shapes)
+        return sum(found.macs.values()), found.live_bytes
+
+    step, live = work("step")
+    # The patch embedding is before the branches part, so it is done for each image and not for each branch.
+    shared = model.tokens * model.patch_size**2 * model.latent_channels * model.width
+    assert step == round(1e9 * step_gmac(model)) * batch * branches - shared * batch * (branches - 1)
+    assert work("conditioner")[0] == round(1e9 * conditioner_gmac(model)) * rows
+    # At least the residual stream and an MLP's hidden layer: FP32 and FP16.
+    assert live >= batch * branches * model.tokens * (4 * model.width + 2 * model.mlp_width)
+    assert work("decoder")[0] > 0

@@ -1,0 +1,519 @@
+"""``dit-build`` compiles with the real TensorRT-RTX builder, on a machine without a GPU, and audits what it got."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import onnx
+import pytest
+from support.commands import run_command
+from test_verify import edit_graph, signed
+
+from dit_engines.build import engine_from_bundle, graphs_of
+from dit_engines.build_host import BuildHost, build_host_for
+from dit_engines.compile import CANCEL_SECONDS, _answered
+from dit_engines.engine_store import (
+    TIMING_CACHE,
+    BuiltEngine,
+    explain_rebuild,
+    find_engine,
+    identity_of,
+    pinned_cache,
+)
+from dit_engines.external_data import check_external_data
+from dit_engines.preflight import built_graphs, estimated_graphs
+from dit_engines.recipe import profiles_of, recipe_for
+from dit_engines.repeat import OnDevice, measure_on_gpu
+from dit_runtime.backends.tensorrt.store import StoredEngine, read_sidecar, stored_engines
+from dit_runtime.bench.parts import DECODER, GUIDED, PLAIN
+from dit_runtime.bundle.reader import Bundle, open_bundle
+from dit_runtime.core.errors import BuildError, BundleError
+from dit_runtime.core.progress import Progress
+
+pytest.importorskip("tensorrt_rtx")
+
+CODE = "import sys; sys.argv[0] = 'dit-build'; from dit_engines.command import main; main(sys.argv[1:])"
+CAP_DAC_OVERRIDE, PR_CAPBSET_DROP = 1, 24  # linux/capability.h, linux/prctl.h
+
+
+@pytest.fixture(scope="module")
+def bundle(bundles: dict[str, Path]) -> Bundle:
+    return open_bundle(bundles["fp16"])
+
+
+@pytest.fixture(scope="module")
+def report(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """An engine that the command built, as it tells of it; its store is for reading."""
+    store = tmp_path_factory.mktemp("engines")
+    done = run_command("dit-build", bundle.path, "--target", "rtx", "--store", store, "--json")
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+    return json.loads(done.stdout)
+
+
+@pytest.fixture
+def engine(report: dict[str, Any]) -> BuiltEngine:
+    found = find_engine(Path(report["folder"]), recipe_for("rtx", "8.9", 4, (1, 2), 1024))
+    assert found is not None
+    return found
+
+
+@pytest.fixture
+def place() -> BuildHost:
+    return build_host_for("rtx")
+
+
+def copied(engine: BuiltEngine, store: Path) -> Path:
+    store.mkdir(parents=True, exist_ok=True)
+    return Path(shutil.copytree(engine.folder, store / engine.folder.name))
+
+
+def test_the_command_builds_and_audits(bundle: Bundle, report: dict[str, Any]) -> None:
+    """All graphs compile; every attention is fused in both guidance profiles; weights are stored once; TF32 is off."""
+    graphs = {graph["graph"]: graph for graph in report["graphs"]}
+    assert set(graphs) == {"conditioner", "step", "decoder"}
+    step = graphs["step"]["audit"]
+    assert [profile["fused_attention"] for profile in step["profiles"]] == [2, 2]
+    assert [profile["kernels"] for profile in step["profiles"]] == [21, 21]  # 8 a block, and 5
+    assert [profile["synchronizations"] for profile in step["profiles"]] == [0, 0]
+    assert all(profile["activation_bytes"] > 0 for profile in step["profiles"])
+    assert report["notes"] == []  # the datatype of every product was read
+    for graph in graphs.values():
+        for profile in graph["audit"]["profiles"]:
+            assert profile["known_share"] == 1
+            assert profile["multiplied"].keys() == {"Half"}
+            assert profile["largest"][0]["share"] > 0.05
+    onnx_bytes = bundle.manifest.files["graphs/step.weights"].bytes
+    assert 0.9 * onnx_bytes < step["weights_bytes"] < 1.1 * onnx_bytes
+    folder = Path(report["folder"])
+    assert {path.name for path in folder.iterdir()} == {
+        *(f"{name}.plan" for name in graphs),
+        "engine.json",
+        TIMING_CACHE,
+    }
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]  # no lock, nothing temporary
+    assert read_sidecar(folder)["tf32"] is False
+    assert report["explanation"] == ["no engine in the store"]
+    assert report["memory_bytes"] > sum(graphs[name]["weights_bytes"] for name in ("step", "decoder"))
+
+
+def test_the_runtime_reads_what_was_built(bundle: Bundle, report: dict[str, Any], place: BuildHost) -> None:
+    """The reader finds the engine, checks its plans, and has the shapes and memory that were built."""
+    (found,) = stored_engines(bundle, Path(report["folder"]).parent)
+    found.check_device("tensorrt_rtx", place.version, "8.9", "NVIDIA GeForce RTX 4090")
+    recipe = recipe_for("rtx", "8.9", 4, (1, 2), 1024)
+    for name, graph in found.graphs.items():
+        assert found.plan(name).stat().st_size == graph.plan_bytes
+        assert list(graph.profiles) == profiles_of(bundle.manifest.graphs[name], recipe, bundle.manifest)
+    assert (found.image_size, found.gpu, found.recipe["batches"]) == ((32, 32), None, [4])
+
+
+def test_a_whole_engine_is_used_again(bundle: Bundle, report: dict[str, Any]) -> None:
+    """The same build is found, and said to be; another batch is not it."""
+    store = Path(report["folder"]).parent
+    again = run_command("dit-build", bundle.path, "--store", store, "--explain")
+    assert again.stdout.startswith("why: nothing differs\n")
+    assert "already built" in again.stdout
+    assert "2 of 2" in again.stdout
+
+
+def test_a_damaged_engine_is_built_again(bundle: Bundle, engine: BuiltEngine, tmp_path: Path) -> None:
+    """A plan cut short, or swapped for another engine's, is not used: the engine is built again in its place."""
+    folder = copied(engine, tmp_path)
+    plan = folder / "step.plan"
+    shutil.copyfile(folder / "decoder.plan", plan)
+    assert find_engine(folder, engine.recipe) is None
+    done = run_command("dit-build", bundle.path, "--store", tmp_path, "--explain", "--json")
+    found = json.loads(done.stdout)
+    assert (found["reused"], found["folder"]) == (False, str(folder))
+    assert "plans or sidecar are damaged" in found["explanation"][0]
+    assert find_engine(folder, engine.recipe) is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"place": {"version": "1.8.0"}}, "TensorRT: {version} → 1.8.0"),
+        ({"place": {"gpu": "NVIDIA L4", "driver": "580"}}, "GPU: none → NVIDIA L4; driver: none → 580"),
+        ({"recipe": {"auxiliary_streams": 0}}, "auxiliary streams: none → 0"),
+        ({"recipe": {"workspace_bytes": 1 << 30}}, "workspace bytes: 4294967296 → 1073741824"),
+        ({"timing_cache": "a" * 64}, "timing cache: none → aaaaaaaaaaaa…"),
+    ],
+)
+def test_explain_names_the_field(
+    bundle: Bundle, engine: BuiltEngine, place: BuildHost, change: dict[str, Any], reason: str
+) -> None:
+    """Whatever differs from the nearest engine is named, with both values."""
+    identity = identity_of(
+        bundle,
+        replace(engine.recipe, **change.get("recipe", {})),
+        replace(place, **change.get("place", {})),
+        graphs_of(bundle),
+        change.get("timing_cache"),
+    )
+    assert "; ".join(explain_rebuild(engine.folder.parent, identity)) == reason.format(version=place.version)
+
+
+def test_explain_names_the_file(
+    bundle: Bundle, bundles: dict[str, Path], engine: BuiltEngine, place: BuildHost
+) -> None:
+    """Other weights are told apart from other graphs, by the content of the files."""
+    other = open_bundle(bundles["fp32"])
+    reasons = explain_rebuild(engine.folder.parent, identity_of(other, engine.recipe, place, graphs_of(other), None))
+    assert {reason.partition(":")[0] for reason in reasons} == {
+        f"{graph} {what}" for graph in ("conditioner", "step", "decoder") for what in ("ONNX", "weights")
+    }
+    assert reasons != explain_rebuild(engine.folder.parent, identity_of(bundle, engine.recipe, place, ["step"], None))
+
+
+def test_the_same_graphs_in_another_export(bundle: Bundle, engine: BuiltEngine, tmp_path: Path) -> None:
+    """A bundle that differs in its golden records alone takes the plans over, without a build, and both stay usable."""
+    path = Path(shutil.copytree(bundle.path, tmp_path / "b", ignore=shutil.ignore_patterns("engines")))
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["producer"]["note"] = "another day"
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    other = open_bundle(path)
+    store = tmp_path / "store"
+    copied(engine, store)
+    start = time.monotonic()
+    found = engine_from_bundle(other, engine.recipe, store)
+    assert time.monotonic() - start < 1  # measured: 0.05 s
+    assert found.reused
+    assert found.folder.name != engine.folder.name
+    assert "the same plans" in found.explanation[0]
+    assert [len(stored_engines(item, store)) for item in (bundle, other)] == [1, 1]
+    assert stored_engines(other, store)[0].plan("step").is_file()
+
+
+def test_fp32_declared_fp16_fails(bundles: dict[str, Path], tmp_path: Path) -> None:
+    """An FP32 graph whose manifest says FP16 is caught by the audit and not stored."""
+    path = Path(shutil.copytree(bundles["fp32"], tmp_path / "liar", ignore=shutil.ignore_patterns("engines")))
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["precision"] = {"name": "fp16", "keep_fp32": ["patch_embed", "final"]}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BuildError, match=r"conditioner, profile 0: 0\.0% of the multiply-adds are FP16 where 99% "):
+        engine_from_bundle(open_bundle(path), recipe_for("rtx", "8.9", 2, (1, 2), 64), tmp_path / "store")
+    assert not list((tmp_path / "store").glob("*"))
+
+
+def test_fp32_queries_fail(bundles: dict[str, Path], tmp_path: Path) -> None:
+    """Attention products in FP32 inside an FP16 graph are not fused, and the audit counts them."""
+    path = Path(shutil.copytree(bundles["fp16"], tmp_path / "fp32-qkv", ignore=shutil.ignore_patterns("engines")))
+
+    def change(graph: onnx.GraphProto) -> None:
+        nodes = list(graph.node)
+        for node in nodes:
+            if node.name == "blocks.1.attn/MatMul":
+                casts = []
+                for index, name in enumerate(list(node.input)):
+                    casts.append(onnx.helper.make_node("Cast", [name], [f"{name}_fp32"], to=onnx.TensorProto.FLOAT))
+                    node.input[index] = f"{name}_fp32"
+                position = list(graph.node).index(node)
+                for cast in casts:
+                    graph.node.insert(position, cast)
+            if node.name == "blocks.1.attn/Cast":  # scores are FP32 already
+                node.op_type = "Identity"
+                del node.attribute[:]
+        del graph.value_info[:]
+
+    edit_graph(path, "step", change)
+    with pytest.raises(BuildError, match="1 of 2 attentions fused"):
+        engine_from_bundle(signed(path), recipe_for("rtx", "8.9", 2, (1, 2), 64), tmp_path / "store")
+
+
+def test_on_a_device(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT on its GPU (a double of both): one profile, audited through the inspector, tied to GPU and driver."""
+    library = tmp_path / "library"
+    library.mkdir()
+    shutil.copyfile(Path(__file__).parents[1] / "support" / "fake_tensorrt.py", library / "tensorrt.py")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.fspath(library), os.environ.get("PYTHONPATH", "")]))
+    place = BuildHost("tensorrt", "10.3.0", "8.9", "NVIDIA L4", "580.1", 24 * 10**9)
+    recipe = recipe_for("l4", None, 1, (1, 2), 64, version=place.numbers)
+    monkeypatch.setenv("DUMMY_ATTENTIONS", "2")
+    built = engine_from_bundle(bundle, recipe, tmp_path / "store", place)
+    assert [graph.audit.profiles[0].activation_bytes for graph in built.graphs] == [4096] * 3  # the engine's own answer
+    assert all(graph.audit.profiles[0].known_share == 1 for graph in built.graphs)
+    (stored,) = stored_engines(bundle, tmp_path / "store")
+    assert (stored.gpu, stored.driver, stored.version) == ("NVIDIA L4", "580.1", "10.3.0")
+    later = replace(place, driver="590.2")
+    assert explain_rebuild(tmp_path / "store", identity_of(bundle, recipe, later, graphs_of(bundle), None)) == (
+        "driver: 580.1 → 590.2",
+    )
+    assert pinned_cache(tmp_path / "store", place) == built.folder / TIMING_CACHE
+    assert pinned_cache(tmp_path / "store", later) is None
+
+
+def test_the_timing_cache_is_pinned(bundle: Bundle, engine: BuiltEngine, place: BuildHost, tmp_path: Path) -> None:
+    """The next build begins with the last one's cache while it has its digest; one that cannot be read is an error."""
+    folder = copied(engine, tmp_path)
+    assert pinned_cache(tmp_path, place) == folder / TIMING_CACHE
+    (folder / TIMING_CACHE).write_bytes(b"altered")
+    assert pinned_cache(tmp_path, place) is None
+    with pytest.raises(BuildError, match=r"cannot be read as a timing cache \(No such file or directory\)"):
+        engine_from_bundle(bundle, engine.recipe, tmp_path, place, tmp_path / "none")
+
+
+def test_repeated_builds_are_compared(bundle: Bundle) -> None:
+    """``--repeat`` builds each time anew, keeps nothing, and has a figure of each build."""
+    before = sorted(bundle.path.rglob("*"))
+    done = run_command("dit-build", bundle.path, "--repeat", "2", "--batch", "1", "--branches", "2", "--json")
+    assert done.returncode == 0, done.stderr
+    spread = json.loads(done.stdout)
+    print(spread)
+    assert (spread["builds"], spread["on_device"]) == (2, None)
+    step = next(graph for graph in spread["graphs"] if graph["graph"] == "step")
+    assert [len(step[name]) for name in ("seconds", "plan_bytes", "kernels", "fused_attention")] == [2] * 4
+    assert step["fused_attention"] == [[2], [2]]
+    assert 1 <= step["distinct_plans"] <= 2
+    assert sorted(bundle.path.rglob("*")) == before
+
+
+def test_repeated_builds_are_measured_on_a_gpu(
+    bundle: Bundle, engine: BuiltEngine, place: BuildHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a GPU built the plans it runs them: an engine is opened, its forwards and times count, it is closed."""
+    seen: list[Any] = []
+
+    class Opened:
+        def __init__(self, bundle: Bundle, stored: StoredEngine, *_: Any) -> None:
+            seen.append((stored.gpu, stored.plan("step").name))
+
+        def close(self) -> None:
+            seen.append("closed")
+
+    rungs = [
+        SimpleNamespace(name=name, value=value)
+        for name, value in (("forward G=1", 1), ("forward G=2", 3), ("image", 9))
+    ]
+    monkeypatch.setattr("dit_engines.repeat.TensorRtEngine", Opened)
+    monkeypatch.setattr("dit_engines.repeat.CudaRuntime", lambda: None)
+    monkeypatch.setattr("dit_engines.repeat.verified", lambda *_, **__: rungs)
+    times = {GUIDED: 2.5, PLAIN: 1.5, DECODER: 4.0}
+    parts = {name: SimpleNamespace(p50_ms=value) for name, value in times.items()}
+    monkeypatch.setattr("dit_engines.repeat.parts_of", lambda *_: parts)
+    assert measure_on_gpu(bundle, engine.recipe, place) is None
+    measured = measure_on_gpu(bundle, engine.recipe, replace(place, gpu="NVIDIA L4", driver="580"))
+    assert measured is not None
+    folder = copied(engine, tmp_path)
+    assert measured(folder, engine.graphs) == OnDevice(3, 2.5, 4.0)
+    assert seen == [("NVIDIA L4", "step.plan"), "closed"]
+    del parts[GUIDED]  # an engine without guidance
+    assert measured(folder, engine.graphs).step_ms == 1.5
+
+
+def test_the_estimate_before_the_build(bundle: Bundle, engine: BuiltEngine) -> None:
+    """The preflight's estimate from the ONNX is about what the builder then says, for each profile."""
+    built = built_graphs(engine.graphs)
+    for name, guess in estimated_graphs(bundle, engine.recipe, graphs_of(bundle)).items():
+        for index, (estimated, taken) in enumerate(
+            zip(guess.activation_bytes, built[name].activation_bytes, strict=True)
+        ):
+            print(f"{name}, profile {index}: estimated {estimated}, taken {taken}")
+            assert 0.9 < estimated / taken < 1.1  # measured: 0.97 (decoder) to 1.02; of DiT-XL/2-256 0.99 to 1.40
+
+
+def command(*argv: str | Path, **options: Any) -> subprocess.Popen[str]:
+    words = [sys.executable, "-c", CODE, *map(str, argv)]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def builder_of(process: subprocess.Popen[str]) -> int:
+    """The process that compiles for ``process``, once it is there."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        if children:
+            return int(children[0])
+        time.sleep(0.02)
+    raise AssertionError("no builder process")
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except OSError:
+        return False
+
+
+def test_two_builds_at_once(bundle: Bundle, tmp_path: Path) -> None:
+    """Of two real processes one builds; the other says that it waits, and uses what the first one built."""
+    argv = (bundle.path, "--store", tmp_path, "--batch", "1", "--branches", "2")
+    processes = [command(*argv), command(*argv)]
+    results = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], results
+    (waiting,) = [errors for _, errors in results if errors]
+    assert waiting.startswith("dit-build: another one builds rtx-sm89-")
+    assert len(waiting.splitlines()) == 1
+    assert sorted("already built" in output for output, _ in results) == [False, True]
+    assert len(list(tmp_path.iterdir())) == 1  # one engine, no lock
+
+
+def test_ctrl_c_leaves_nothing(bundle: Bundle, engine: BuiltEngine, tmp_path: Path) -> None:
+    """Interrupted while it compiles: exit 130, the compiler is gone, the store has the old engine and nothing else."""
+    copied(engine, tmp_path)
+    process = command(bundle.path, "--store", tmp_path, "--batch", "8")
+    builder = builder_of(process)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    start = time.monotonic()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert time.monotonic() - start < CANCEL_SECONDS  # measured: 0.3 s; it was not killed
+    assert errors == "dit-build: interrupted; nothing half-written was left behind\n"
+    assert not alive(builder)
+    assert [path.name for path in tmp_path.iterdir()] == [engine.folder.name]
+    assert find_engine(tmp_path / engine.folder.name, engine.recipe) is not None
+
+
+def test_the_builder_sees_the_cancellation(bundle: Bundle, tmp_path: Path) -> None:
+    """The end of its stdin reaches the builder through the progress monitor: it ends by itself, without a plan."""
+    recipe = recipe_for("rtx", "8.9", 4, (1, 2), 64)
+    request = {
+        "library": "tensorrt_rtx",
+        "onnx": os.fspath(bundle.graph("step")),
+        "plan": os.fspath(tmp_path / "step.plan"),
+        "profiles": profiles_of(bundle.manifest.graphs["step"], recipe, bundle.manifest),
+        "compute_capability": "8.9",
+        "workspace_bytes": 1 << 30,
+        "optimization_level": None,
+        "auxiliary_streams": None,
+        "timing_cache": None,
+        "timing_cache_out": os.fspath(tmp_path / "timing.cache"),
+        "keep_fp32": [],
+    }
+    worker = [sys.executable, "-m", "dit_engines.worker"]
+    done = subprocess.run(worker, input=json.dumps(request) + "\n", capture_output=True, text=True, timeout=60)
+    *progress, last = map(json.loads, done.stdout.splitlines())
+    assert done.returncode == 1
+    assert "cannot be built (cancelled)" in last["error"]
+    assert len(progress) <= 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_builder_that_dies(bundle: Bundle, tmp_path: Path) -> None:
+    """A compiler that the kernel ends, for want of memory most often, is one line and leaves nothing."""
+    process = command(bundle.path, "--store", tmp_path)
+    os.kill(builder_of(process), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "the builder process ended with -9, most likely for want of memory; build with a smaller --batch" in errors
+    assert len(errors.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_builder_that_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that does not even read its request is an exit code, not a broken pipe."""
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    assert _answered({"more than a pipe holds": "x" * 200_000}, Progress("building", 1)) == ({}, 1, "")
+
+
+def test_a_full_disk(bundle: Bundle, engine: BuiltEngine, tmp_path: Path) -> None:
+    """No room for a plan (here by a limit on file sizes) is one line with the reason; the old engine stays usable."""
+    copied(engine, tmp_path)
+    limit = 100_000
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    done = run_command("dit-build", bundle.path, "--store", tmp_path, "--batch", "8", preexec_fn=limited)
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"dit-build: {tmp_path}: the conditioner's plan cannot be written (File too large); free some space, or choose "
+        "another --store\n"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == [engine.folder.name]
+    assert find_engine(tmp_path / engine.folder.name, engine.recipe) is not None
+
+
+def test_a_read_only_store(bundle: Bundle, engine: BuiltEngine, tmp_path: Path) -> None:
+    """A store that cannot be written is one line before the build; what is built there already can be used."""
+    store = tmp_path / "store"
+    copied(engine, store)
+    store.chmod(0o555)
+
+    def unprivileged() -> None:  # even root obeys permissions without this capability
+        ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, 0, 0, 0)
+
+    try:
+        done = run_command("dit-build", bundle.path, "--store", store, "--batch", "8", preexec_fn=unprivileged)
+        assert done.returncode == 1
+        assert done.stderr.strip().endswith(f"{store} cannot be written to; choose another --store")
+        assert len(done.stderr.strip().splitlines()) == 1
+        again = run_command("dit-build", bundle.path, "--store", store, preexec_fn=unprivileged)
+        assert again.returncode == 0, again.stderr
+        assert "already built" in again.stdout
+    finally:
+        store.chmod(0o755)
+
+
+def test_no_library(bundle: Bundle) -> None:
+    """Without TensorRT-RTX the error is the pip line; a device's target says where to go."""
+    code = f"import sys; sys.modules['tensorrt_rtx'] = None; {CODE}"
+    done = subprocess.run([sys.executable, "-c", code, bundle.path], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == ("dit-build: tensorrt_rtx is not installed for this Python; pip install 'dit-export[rtx]'\n")
+
+
+@pytest.mark.parametrize("location", ["../../../etc/passwd", "/etc/passwd", "sub/x", ""])
+def test_external_data_stays_in_its_folder(bundles: dict[str, Path], tmp_path: Path, location: str) -> None:
+    """A graph whose weights lie elsewhere, behind a link, or past its end is refused before it is parsed."""
+    path = Path(shutil.copytree(bundles["fp16"], tmp_path / "b", ignore=shutil.ignore_patterns("engines")))
+    file = path / "graphs" / "step.onnx"
+    check_external_data(file)
+
+    def change(graph: onnx.GraphProto) -> None:
+        tensor = next(item for item in graph.initializer if item.external_data)
+        next(entry for entry in tensor.external_data if entry.key == "location").value = location
+
+    edit_graph(path, "step", change)
+    with pytest.raises(BundleError, match="expected a file beside it"):
+        check_external_data(file)
+
+
+def test_external_data_of_a_constant(bundles: dict[str, Path], tmp_path: Path) -> None:
+    """A tensor in a node's attribute is looked at like a weight."""
+    path = Path(shutil.copytree(bundles["fp16"], tmp_path / "b", ignore=shutil.ignore_patterns("engines")))
+
+    def change(graph: onnx.GraphProto) -> None:
+        tensor = onnx.TensorProto(name="secret", dims=[4], data_type=onnx.TensorProto.FLOAT)
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value="../secret.bin")
+        graph.node.insert(0, onnx.helper.make_node("Constant", [], ["secret"], value=tensor))
+
+    edit_graph(path, "step", change)
+    with pytest.raises(BundleError, match=r"weights at '\.\./secret.bin', expected a file beside it"):
+        check_external_data(path / "graphs" / "step.onnx")
+
+
+def test_external_data_that_ends_early(bundles: dict[str, Path], tmp_path: Path) -> None:
+    """Weights shorter than the graph says, or linked, are refused."""
+    path = Path(shutil.copytree(bundles["fp16"], tmp_path / "b", ignore=shutil.ignore_patterns("engines")))
+    weights = path / "graphs" / "step.weights"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(BundleError, match="ends at byte"):
+        check_external_data(path / "graphs" / "step.onnx")
+    weights.rename(tmp_path / "elsewhere")
+    weights.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BundleError, match="not a plain file of its own"):
+        check_external_data(path / "graphs" / "step.onnx")
+
+
+def test_tf32_is_refused(bundle: Bundle, place: BuildHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A builder that kept TF32 on, against its orders, is not trusted with FP32."""
+    answer = {"result": {"tf32": True, "plan_bytes": 1, "audit": {"weights_bytes": 1, "profiles": []}}}
+    monkeypatch.setattr("dit_engines.compile._answered", lambda *_: (answer, 0, ""))
+    with pytest.raises(BuildError, match="the builder kept TF32 on, which FP32 parity does not allow"):
+        engine_from_bundle(bundle, recipe_for("rtx", "8.9", 1, (1,), 64), tmp_path, place)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,109 @@
+"""A bundle is untrusted until checked."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dit_runtime.bundle.manifest import manifest_from_json
+from dit_runtime.bundle.reader import open_bundle
+from dit_runtime.core.errors import BundleError
+
+
+@pytest.fixture
+def copied(bundles: dict[str, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(bundles["fp32"], tmp_path / "copied.bundle", ignore=shutil.ignore_patterns("engines")))
+
+
+def edit(bundle: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    change(manifest)
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_the_manifest_survives_a_round_trip(bundles: dict[str, Path]) -> None:
+    """Reading and writing the manifest loses nothing: betas stay float64 to the last bit."""
+    manifest = open_bundle(bundles["fp16"]).manifest
+    assert manifest_from_json(json.loads(manifest.to_json())) == manifest
+    assert len(manifest.diffusion.betas) == 1000
+    assert manifest.diffusion.betas[-1] == 0.02
+    assert manifest.precision.keep_fp32 == ("patch_embed", "final")
+
+
+def test_every_file_is_vouched_for_and_nothing_else_is_there(bundles: dict[str, Path]) -> None:
+    """The manifest lists exactly the files of the bundle, engines apart."""
+    bundle = open_bundle(bundles["fp32"])
+    bundle.check()
+    found = {p.relative_to(bundle.path).as_posix() for p in bundle.path.rglob("*") if p.is_file()}
+    assert {name for name in found if not name.startswith("engines/")} == {*bundle.manifest.files, "manifest.json"}
+
+
+@pytest.mark.parametrize("name", ["graphs/step.weights", "graphs/decoder.onnx", "golden/ddim.npz"])
+def test_an_altered_missing_or_short_file(copied: Path, name: str) -> None:
+    """One flipped bit, a lost byte or a lost file is found before the file is opened."""
+    path = copied / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(BundleError, match=r"altered \(SHA-256"):
+        open_bundle(copied).file(name)
+    path.write_bytes(content[:-1])
+    with pytest.raises(BundleError, match=r"bytes, expected \d+"):
+        open_bundle(copied).file(name)
+    path.unlink()
+    with pytest.raises(BundleError, match="missing, but named in manifest"):
+        open_bundle(copied).file(name)
+
+
+def test_a_link_out_of_the_bundle(copied: Path, tmp_path: Path) -> None:
+    """A file that is a link to elsewhere is refused, even with the right content."""
+    path = copied / "graphs" / "step.onnx"
+    shutil.move(path, tmp_path / "elsewhere.onnx")
+    path.symlink_to(tmp_path / "elsewhere.onnx")
+    with pytest.raises(BundleError, match="link out of the bundle"):
+        open_bundle(copied).file("graphs/step.onnx")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(schema=99), "schema 99, this version reads 5"),
+        (lambda m: m.pop("model"), "damaged manifest"),
+        (lambda m: m["files"].update({"../../etc/passwd": {"bytes": 1, "sha256": "0"}}), "passwd. leads outside"),
+        (lambda m: m["files"].update({"/etc/passwd": {"bytes": 1, "sha256": "0"}}), "leads outside the bundle"),
+        (lambda m: m["graphs"].pop("step"), "no graph 'step'"),
+        (lambda m: m["graphs"]["step"].update(file="graphs/other.onnx"), "has no hash"),
+        (lambda m: m["diffusion"].update(betas=[0.1, 2.0]), "betas must lie between 0 and 1"),
+        (lambda m: m["model"].update(extra=1), "ModelSpec has"),
+    ],
+)
+def test_a_manifest_that_does_not_hold_together(
+    copied: Path, change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    """Unknown schema, missing parts and paths that lead outside are one clear error."""
+    edit(copied, change)
+    with pytest.raises(BundleError, match=message):
+        open_bundle(copied)
+
+
+@given(st.one_of(st.binary(max_size=200), st.text(max_size=200).map(str.encode)))
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_garbage_is_a_bundle_error(tmp_path: Path, content: bytes) -> None:
+    """Whatever the manifest's bytes, reading ends in a BundleError and nothing else."""
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(BundleError):
+        open_bundle(tmp_path)
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    """A missing folder and a folder without a manifest say how to make a bundle."""
+    for path in (tmp_path / "none", tmp_path):
+        with pytest.raises(BundleError, match="make one with dit-export"):
+            open_bundle(path)

@@ -1,0 +1,689 @@
+"""Starting from an image: schedules that start inside, the whole way against diffusers, the command and its records.
+
+diffusers' image-to-image pipelines leave out the first steps (``get_timesteps``), tell the scheduler
+(``set_begin_index``), add noise to the encoded image (``add_noise``) and run the rest. That is done here with its
+schedulers and a seeded dummy network, and with its modules. The float64 oracles are those of ``test_solvers`` and
+``test_flow``, started inside.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from dit_export.checkpoints.sources import Source
+from dit_export.export import bundle_from_checkpoint
+from dit_export.graphs.precision import FP32
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from test_flow import (
+    FLOW_SAMPLERS,
+    PATHS,
+    Flow,
+    grid_of,
+    interpolant,
+    network_of_flow,
+    noise_of_rows,
+    run_flow,
+    spec_of,
+)
+from test_provenance import dit_sample, made, pixels, record, refused, shapes, with_record
+from test_schedule import DIFFUSION, FIXED, LEARNED, asked, assert_close, diffusers_ddim, network, run_table
+from test_solvers import (
+    ANCESTRAL_ZERO_SNR_LIMIT,
+    CASES,
+    DIFFUSERS_LIMIT,
+    FREE_LIMIT,
+    KARRAS_LIMIT,
+    Papers,
+    follow,
+    noise_of,
+    reference,
+    reference_can_run,
+    sigmas_for,
+    spec_for,
+    table_for,
+    timesteps_of,
+)
+from test_table import assert_same
+
+from dit_runtime import SAMPLERS, Pipeline, Schedule, open_bundle, read_table, schedule_for, write_table
+from dit_runtime.core.errors import BundleError, SamplingError
+from dit_runtime.samplers.by_name import steps_skipped
+from dit_runtime.samplers.flow import flow_sde
+from dit_runtime.samplers.schedule import skip_steps
+from dit_runtime.verify.metrics import psnr
+
+# Relative to the largest value of the reference.
+START_LIMIT = 1e-6  # measured: 9.2e-7; Karras 1.4e-5, of diffusers' float32 levels
+DDIM_LIMIT = 4e-6  # measured: 2.3e-6
+FREE_KARRAS_LIMIT = 1.1e-4  # measured: 7.1e-5; teacher forced the same float32 levels give 2.4e-5
+FLOW_LIMIT = 2e-6  # measured: 1.3e-6 (sde-euler), 7.8e-8 elsewhere
+LATENT_LIMIT = 6e-6  # measured: 1.6e-6, and 2.9e-6 of the encoder
+
+STRENGTHS = [0.1, 0.3, 0.6, 0.85, 1.0]
+SIZES = ((32, 32), (32, 48))
+
+
+def steps_left_out(steps: int, strength: float) -> int:
+    """``get_timesteps`` of diffusers' image-to-image pipelines."""
+    init_timestep = min(int(steps * strength), steps)
+    return max(steps - init_timestep, 0)
+
+
+def started(schedule: Schedule, x_0: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    """z before the first row, in float64."""
+    signal, spread = schedule.initial[0].astype(np.float64)
+    return signal * x_0 + spread * noise
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "zero_snr"])
+@pytest.mark.parametrize(("sampler", "spacing", "offset"), CASES)
+def test_solvers_from_an_image_are_diffusers(sampler: str, spacing: str, offset: int, prediction: str) -> None:
+    """Fails if a sampler started inside differs from diffusers' by ``set_begin_index`` and ``add_noise`` in any step.
+
+    The runs are free: what the memory holds at the start, and at which order it is used, shows in every step after.
+    """
+    spec, scheduler = spec_for(spacing, offset, prediction), reference(sampler, spacing, offset, prediction)
+    x_0, noise = torch.from_numpy(noise_of(30, 1)[0]), torch.from_numpy(noise_of(31, 1)[0])
+    limit = DIFFUSERS_LIMIT[sampler]
+    if spacing == "karras":
+        limit = FREE_KARRAS_LIMIT if prediction == "epsilon" else KARRAS_LIMIT[prediction]
+    elif (sampler, prediction) == ("euler-ancestral", "zero_snr"):
+        limit = ANCESTRAL_ZERO_SNR_LIMIT
+    for steps in (2, 4, 10, 14, 15, 16, 50):
+        scheduler.set_timesteps(steps)
+        if not reference_can_run(scheduler, steps):
+            continue
+        for strength in STRENGTHS:
+            skipped = steps_left_out(steps, strength)
+            if skipped == steps:
+                continue
+            schedule = table_for(sampler, spec, steps, spacing, skipped)
+            scheduler.set_timesteps(steps)
+            scheduler.set_begin_index(skipped)
+            added = scheduler.add_noise(x_0, noise, scheduler.timesteps[skipped : skipped + 1])
+            scale = np.sqrt(1 + float(scheduler.sigmas[skipped]) ** 2) if sampler == "euler-ancestral" else 1.0
+            z = started(schedule, x_0.numpy(), noise.numpy())
+            assert_close(z, added.numpy() / scale, max(limit, START_LIMIT))
+            expected = follow(sampler, scheduler, z, timesteps_of(schedule), skipped=skipped)
+            assert schedule.draws_noise.tolist() == expected.drew
+            found = run_table(schedule, z, expected.noise, network)
+            for step, denoised, sample in zip(found, expected.denoised, expected.samples, strict=True):
+                assert_close(step.denoised, denoised, limit)
+                assert_close(step.sample, sample, limit)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "zero_snr"])
+@pytest.mark.parametrize(("sampler", "spacing", "offset"), CASES)
+def test_solvers_from_an_image_are_the_papers(sampler: str, spacing: str, offset: int, prediction: str) -> None:
+    """Fails if what is integrated from the start on is not the papers' in float64, the order rising from 1 again."""
+    spec, scheduler = spec_for(spacing, offset, prediction), reference(sampler, spacing, offset, prediction)
+    for steps in (2, 4, 10, 14, 15, 16, 50):
+        scheduler.set_timesteps(steps)
+        if not reference_can_run(scheduler, steps):
+            continue
+        for strength in STRENGTHS:
+            skipped = steps_left_out(steps, strength)
+            if skipped == steps:
+                continue
+            schedule = table_for(sampler, spec, steps, spacing, skipped)
+            whole = timesteps_of(table_for(sampler, spec, steps, spacing))
+            assert timesteps_of(schedule) == whole[skipped:]
+            papers = Papers(sampler, spec.prediction_type, sigmas_for(spec, spacing, whole)[skipped:])
+            papers.total = steps
+            z, noise = noise_of(32, 1)[0], noise_of(33, steps - skipped)
+            found = run_table(schedule, z, noise, network)
+            for step, expected in zip(found, papers.run(z, noise, whole[skipped:]), strict=True):
+                for value, reference_value in zip(step, expected, strict=True):
+                    assert_close(value, reference_value, FREE_LIMIT)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+@pytest.mark.parametrize(("spacing", "offset"), [("leading", 0), ("leading", 1), ("trailing", 0), ("linspace", 0)])
+@pytest.mark.parametrize("steps", [1, 2, 10, 50, 250])
+def test_ddim_from_an_image_is_diffusers(steps: int, spacing: str, offset: int, eta: float) -> None:
+    """Fails if DDIM started inside differs from diffusers' on the timesteps that its pipelines keep."""
+    spec = replace(DIFFUSION, timestep_spacing=spacing, steps_offset=offset)
+    scheduler = diffusers_ddim(spec)
+    scheduler.set_timesteps(steps)
+    x_0, noise = noise_of(34, 1)[0], noise_of(35, steps + 1)
+    for strength in STRENGTHS:
+        skipped = steps_left_out(steps, strength)
+        if skipped == steps:
+            continue
+        schedule = schedule_for("ddim", LEARNED, spec, steps, eta, skipped=skipped)
+        kept = scheduler.timesteps[skipped:]
+        assert asked(schedule) == kept.tolist()
+        x = scheduler.add_noise(torch.from_numpy(x_0), torch.from_numpy(noise[-1]), kept[:1])
+        z = started(schedule, x_0, noise[-1])
+        assert_close(z, x.numpy(), START_LIMIT)
+        found = run_table(schedule, z, noise[skipped:steps], network)
+        for step, t, drawn in zip(found, kept, noise[skipped:steps], strict=True):
+            e = torch.from_numpy(network(x.numpy(), float(t))[0])
+            x = scheduler.step(e, t, x, eta=eta, variance_noise=torch.from_numpy(drawn)).prev_sample
+            assert_close(step.sample, x.numpy(), DDIM_LIMIT)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("sampler", FLOW_SAMPLERS)
+@pytest.mark.parametrize("steps", [2, 10, 50])
+def test_flows_from_an_image_are_sits(path: str, sampler: str, steps: int) -> None:
+    """Fails if a velocity model does not start from α·x + σ·noise at a step's time, or draws otherwise then."""
+    stochastic, spec = sampler.startswith("sde-"), spec_of(path)
+    flow = Flow(path, sampler.removeprefix("sde-"), steps, "sigma" if stochastic else None)
+    for strength in (0.05, 0.5, 0.6, 1.0):
+        skipped = steps_left_out(steps, strength)
+        if skipped == steps:
+            continue
+        schedule = schedule_for(sampler, FIXED, spec, steps, skipped=skipped)
+        assert (schedule.steps, schedule.skipped) == (steps - skipped, skipped)
+        x_1, draws = noise_of(36, 1)[0], noise_of(37, steps + 1)
+        alpha, sigma, *_ = interpolant(path, grid_of(flow)[skipped])
+        first = alpha * x_1 + sigma * draws[0]
+        expected = list(run_flow(flow, iter([first, *draws[1:]]), skipped=skipped))
+        z, noise = noise_of_rows(schedule, np.concatenate([started(schedule, x_1, draws[0])[None], draws[1:]]))
+        assert_close(z, expected[0].input, FLOW_LIMIT)
+        assert schedule.draws_noise.tolist() == [evaluation.draws for evaluation in expected]
+        assert schedule.completes_step.tolist() == [evaluation.completes for evaluation in expected]
+        found = run_table(schedule, z, noise, network_of_flow)
+        for step, wanted in zip(found, expected, strict=True):
+            assert_close(step.denoised, wanted.denoised, FLOW_LIMIT)
+            assert_close(step.sample, wanted.sample, FLOW_LIMIT)
+
+
+@given(sampler=st.sampled_from(SAMPLERS), steps=st.integers(2, 60), data=st.data())
+@settings(max_examples=80, deadline=None)
+def test_every_start_is_sound(sampler: str, steps: int, data: st.DataObject) -> None:
+    """Fails if the rows after any step read memory of rows before, or are others than the whole schedule's times."""
+    flows = sampler in FLOW_SAMPLERS
+    model, spec = (FIXED, spec_of("linear")) if flows else (LEARNED, DIFFUSION)
+    skipped = data.draw(st.integers(0, steps - 1), "skipped")
+    whole = schedule_for(sampler, model, spec, steps)
+    schedule = schedule_for(sampler, model, spec, steps, skipped=skipped)
+    assert (schedule.sampler, schedule.spacing) == (whole.sampler, whole.spacing)
+    assert (schedule.skipped, schedule.steps) == (skipped, steps - skipped)
+    if not skipped:
+        assert_same(schedule, whole)
+    assert timesteps_of(schedule) == timesteps_of(whole)[-len(schedule) :]
+    assert sorted(set(schedule.rows.tolist())) == list(range(len(schedule.timesteps)))
+    for name in ("initial", "draws_noise", "completes_step"):
+        assert getattr(schedule, name).tolist() == getattr(whole, name)[-len(schedule) :].tolist(), name
+    written = {0}
+    for row in schedule.coefficients:
+        matrix, inputs = row[2:11].reshape(3, 3), row[11:14]
+        assert {slot for slot in range(3) if matrix[:, slot].any()} <= written
+        written |= {slot for slot in range(3) if matrix[slot].any() or inputs[slot]}
+    if sampler in ("ddim", "ddpm", "euler-ancestral", *FLOW_SAMPLERS):
+        assert np.array_equal(schedule.coefficients, whole.coefficients[-len(schedule) :])
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_too_many_steps_left_out(sampler: str) -> None:
+    """Fails if a schedule of no rows is made, or rows are counted from the end."""
+    model, spec = (FIXED, spec_of("gvp")) if sampler in FLOW_SAMPLERS else (LEARNED, DIFFUSION)
+    for skipped in (10, 11, -1):
+        with pytest.raises(SamplingError, match=rf"{skipped} of 10 steps skipped: expected 0 to 9"):
+            schedule_for(sampler, model, spec, 10, skipped=skipped)
+
+
+def test_strength_is_counted_as_in_diffusers() -> None:
+    """Fails if strength leaves out other steps than ``int(steps · strength)`` keeps, down to float's rounding."""
+    cases = [(50, 0.6, 20), (10, 1.0, 0), (10, 0.99, 1), (10, 0.1, 9), (100, 0.29, 72), (1, 1.0, 0), (3, 0.34, 2)]
+    assert [steps_skipped(steps, strength) for steps, strength, _ in cases] == [skipped for *_, skipped in cases]
+
+
+def test_the_smallest_strength() -> None:
+    """Fails if a strength that leaves no step is not refused, or the one that is named instead leaves none either."""
+    for steps in range(1, 1001):
+        with pytest.raises(SamplingError, match=rf"of {steps} steps leaves none to run; the smallest") as refusal:
+            steps_skipped(steps, 0.999 / steps)
+        smallest = float(str(refusal.value).rsplit(" ", 1)[1])
+        assert steps_skipped(steps, smallest) == steps - 1
+        assert smallest <= 1 / steps + 1e-6
+
+
+@pytest.mark.parametrize("strength", [0.0, -0.1, 1.01, float("nan"), float("inf")])
+def test_a_strength_that_is_none(strength: float) -> None:
+    """Fails if a strength outside (0, 1] is taken for one."""
+    with pytest.raises(SamplingError, match="expected above 0 to 1"):
+        steps_skipped(10, strength)
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint with its encoder, at two sizes."""
+    path = tmp_path_factory.mktemp("image-to-image") / "tiny.bundle"
+    bundle_from_checkpoint(Source(str(checkpoint), image_sizes=SIZES), path, FP32, True)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pipe(folder: Path) -> Pipeline:
+    return Pipeline(folder, "onnxruntime", threads=1)
+
+
+@pytest.fixture(scope="module")
+def autoencoder(checkpoint: Path) -> AutoencoderKL:
+    return AutoencoderKL.from_pretrained(checkpoint / "vae").eval()
+
+
+def photo(seed: int, height: int = 32, width: int = 32) -> np.ndarray:
+    """An image: gradients and discs."""
+    random = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    image = np.stack([x * 255 / width, y * 255 / height, (x + y) * 127 / 32], axis=-1)
+    for _ in range(3):
+        center, color = random.uniform(0, 32, 2), random.uniform(0, 255, 3)
+        image[np.hypot(y - center[0], x - center[1]) < 8] = color
+    return image.clip(0, 255).astype(np.uint8)
+
+
+def save(path: Path, image: np.ndarray) -> Path:
+    Image.fromarray(image).save(path)
+    return path
+
+
+def encoded(autoencoder: AutoencoderKL, images: np.ndarray) -> torch.Tensor:
+    """The mean of the posterior, scaled, as diffusers' pipelines encode with ``sample_mode="argmax"``."""
+    x = torch.from_numpy(images).float().permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.inference_mode():
+        return autoencoder.encode(x).latent_dist.mode() * autoencoder.config.scaling_factor
+
+
+def reference_latents(
+    transformer: Any, scheduler: Any, x_0: torch.Tensor, labels: list[int], seeds: list[int], **how: Any
+) -> np.ndarray:
+    """diffusers' modules and scheduler as its image-to-image pipelines run them; one generator per image."""
+    steps, guidance = how["steps"], how["guidance"]
+    scheduler.set_timesteps(steps)
+    skipped = steps_left_out(steps, how["strength"])
+    timesteps = scheduler.timesteps[skipped:]
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(skipped)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    noise = torch.cat([torch.randn(1, *x_0.shape[1:], generator=generator) for generator in generators])
+    z = scheduler.add_noise(x_0.expand_as(noise), noise, timesteps[:1])
+    y = torch.tensor(labels)
+    options = {"eta": how["eta"], "generator": generators} if "eta" in how else {}
+    if getattr(scheduler.config, "algorithm_type", "").startswith("sde"):
+        options = {"generator": generators}
+    with torch.inference_mode():
+        for t in timesteps:
+            cond, null = (
+                transformer(z, timestep=t.expand(len(z)), class_labels=classes).sample[:, :4]
+                for classes in (y, torch.full_like(y, 10))
+            )
+            z = scheduler.step(null + guidance * (cond - null), t, z, **options).prev_sample
+    return z.numpy()
+
+
+BETAS = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
+REFERENCES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "ddim": (DDIMScheduler(**BETAS, clip_sample=False), {"eta": 0.0}),
+    "ddim, eta": (DDIMScheduler(**BETAS, clip_sample=False), {"eta": 0.7}),
+    "dpmpp-2m": (DPMSolverMultistepScheduler(**BETAS), {"spacing": "linspace"}),
+    "dpmpp-3m": (DPMSolverMultistepScheduler(**BETAS, solver_order=3), {"spacing": "linspace"}),
+    "dpmpp-2m-sde": (DPMSolverMultistepScheduler(**BETAS, algorithm_type="sde-dpmsolver++"), {"spacing": "linspace"}),
+    "unipc": (UniPCMultistepScheduler(**BETAS), {"spacing": "linspace"}),
+}
+
+
+@pytest.mark.parametrize("case", REFERENCES)
+@pytest.mark.parametrize("strength", [0.3, 0.6, 1.0])
+def test_images_from_an_image_are_pytorchs(
+    pipe: Pipeline, transformer: Any, autoencoder: AutoencoderKL, case: str, strength: float
+) -> None:
+    """Fails if encoding, noise, start, draws or rows of image-to-image are not diffusers', from pixels to pixels."""
+    scheduler, options = REFERENCES[case]
+    images, labels, seeds = np.stack([photo(1), photo(2)]), [3, 7], [21, 2**40 + 5]
+    how = {"steps": 10, "guidance": 2.0, "strength": strength}
+    expected = reference_latents(transformer, scheduler, encoded(autoencoder, images), labels, seeds, **how, **options)
+    sampling: dict[str, Any] = {"sampler": case.partition(",")[0], "init": images, **how, **options}
+    *_, (_, found, _) = pipe.trajectory(labels, seeds, **sampling)
+    assert np.abs(found - expected).max() <= LATENT_LIMIT * np.abs(expected).max()
+    with torch.inference_mode():
+        decoded = autoencoder.decode(torch.from_numpy(expected) / autoencoder.config.scaling_factor).sample
+    finished = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1).numpy().astype(np.uint8)
+    assert psnr(pipe(labels, seeds, **sampling), finished) >= 75  # measured: 86 dB, or no difference
+
+
+def test_the_encoder_is_diffusers(folder: Path, autoencoder: AutoencoderKL) -> None:
+    """Fails if an image's latents are not the scaled mean, at another size too, or depend on the others beside it."""
+    for size in SIZES:
+        pipe = Pipeline(folder, "onnxruntime", 1, size)
+        images = np.stack([photo(seed, *size) for seed in range(3)])
+        found, expected = pipe.encode(images), encoded(autoencoder, images).numpy()
+        assert found.dtype == np.float32
+        assert found.shape == (3, *pipe.latent_shape)
+        assert np.abs(found - expected).max() <= LATENT_LIMIT * np.abs(expected).max()
+        assert np.array_equal(found[1:2], pipe.encode(images[1:2]))
+
+
+def test_one_image_for_all_or_one_each(pipe: Pipeline) -> None:
+    """Fails if images, their latents, and what ``inits`` makes of either do not start the same way."""
+    first, second = photo(1), photo(2)
+    how: dict[str, Any] = {"steps": 5, "sampler": "dpmpp-2m", "guidance": 1.0}
+
+    def made(init: Any) -> np.ndarray:
+        *_, (_, latents, _) = pipe.trajectory([3, 4], 7, init=init, **how)
+        return latents
+
+    one = made(first)
+    assert one.shape == (2, 4, 8, 8)
+    latents = pipe.encode(np.stack([first, second]))
+    for same in (first[None], np.stack([first, first]), latents[0], latents[:1], pipe.inits(first, 2)):
+        assert np.array_equal(made(same), one)
+    each = made(np.stack([first, second]))
+    for same in (latents, pipe.inits(latents, 2), pipe.inits(np.stack([first, second]), 2)):
+        assert np.array_equal(made(same), each)
+    assert np.array_equal(each[0], one[0])
+    assert np.abs(each[1] - one[1]).max() > 0.1
+    default, named = made(first), pipe.trajectory([3, 4], 7, init=first, strength=0.6, **how)
+    *_, (index, found, _) = named
+    assert index == 2  # three of five steps
+    assert np.array_equal(found, default)
+
+
+def test_noise_of_a_file_is_the_noise_on_the_image(pipe: Pipeline) -> None:
+    """Fails if given noise is not what is added to the image, or the seed's first draw is lost to it."""
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5)).numpy()
+    how: dict[str, Any] = {"steps": 4, "sampler": "ddim", "guidance": 1.0, "init": photo(3)}
+    drawn = list(pipe.trajectory([3], 5, **how))[-1][1]
+    given = list(pipe.trajectory([3], 99, noise=noise, **how))[-1][1]
+    assert np.abs(given - drawn).max() <= 5e-6  # measured: 9.5e-7
+    (image,) = pipe.prepare([3], 5, **how)
+    z, stream = image.initial_latents((4, 8, 8))
+    signal, spread = image.schedule.initial[0]
+    expected = signal * pipe.encode(photo(3)[None])[0] + spread * noise[0]
+    assert np.abs(z - expected).max() <= 1e-6
+    again = torch.Generator().manual_seed(5)
+    torch.randn(1, 4, 8, 8, generator=again)
+    second = torch.randn(1, 4, 8, 8, generator=again).numpy()[0]
+    assert np.abs(stream.normal((4, 8, 8), "float32") - second).max() <= 1e-6
+
+
+def test_a_small_strength_stays_near_the_image(pipe: Pipeline) -> None:
+    """Fails if strength goes the wrong way: the less of it, the nearer the latents stay to the image's."""
+    latents = pipe.encode(photo(1)[None])
+    distances = []
+    for strength in (0.1, 0.3, 0.6, 1.0):
+        (image,) = pipe.prepare([3], 7, steps=10, sampler="ddim", init=latents, strength=strength)
+        z, _ = image.initial_latents((4, 8, 8))
+        distances.append(np.abs(z - latents[0]).mean())
+    assert distances == sorted(distances)
+    assert distances[0] < 0.5 * distances[-1]
+
+
+def custom(tmp_path: Path, **changes: Any) -> Schedule:
+    """A table of four rows and three steps; slot 1 is written in row 0 and read in row 1 only."""
+    coefficients = np.zeros((4, 17))
+    coefficients[:, [0, 2]] = 1, 0.9
+    coefficients[:, 1] = -0.1
+    coefficients[0, 14 - 1] = 0.0
+    coefficients[0, 5] = 0.5  # slot 1 from slot 0
+    coefficients[1, 3] = 0.1  # slot 0 from slot 1
+    table = {
+        "timesteps": [900.0, 600.0, 300.0],
+        "rows": [0, 1, 2, 1],
+        "coefficients": coefficients.tolist(),
+        "initial": [[0.1, 0.99], [0.4, 0.9], [0.8, 0.6], [0.9, 0.4]],
+        "completes_step": [False, True, True, True],
+        **changes,
+    }
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(table))
+    return read_table(path)
+
+
+def test_a_table_of_ones_own_from_inside(pipe: Pipeline, tmp_path: Path) -> None:
+    """Fails if a custom table is not cut at the boundary of its steps, with the scales that it has there."""
+    table, latents = custom(tmp_path), pipe.encode(photo(1)[None])
+    for strength, first in ((1.0, 0), (0.7, 2), (0.4, 3)):
+        (image,) = pipe.prepare([3], 7, sampler=table, init=latents, strength=strength)
+        schedule = image.schedule
+        assert np.array_equal(schedule.coefficients, table.coefficients[first:])
+        assert timesteps_of(schedule) == timesteps_of(table)[first:]
+        assert schedule.initial.tolist() == table.initial[first:].tolist()
+        assert schedule.steps + schedule.skipped == 3
+        assert len(list(pipe.iterate_steps([image]))) == schedule.steps
+    assert sorted(set(schedule.rows.tolist())) == list(range(len(schedule.timesteps)))
+
+
+def test_a_table_that_cannot_start_inside(pipe: Pipeline, tmp_path: Path) -> None:
+    """Fails if memory that was never written is read, or scales that nobody gave are used, without a word."""
+    latents = pipe.encode(photo(1)[None])
+    wrong: list[tuple[Schedule, float, str]] = [
+        (custom(tmp_path, completes_step=[True] * 4), 0.8, r"after step 1, row 1 reads slot 1, which only rows before"),
+        (custom(tmp_path, initial=[[0, 1]] * 4), 0.7, r"its initial is \[0, 1\] in every row"),
+        (custom(tmp_path, initial=[[0, 1]] * 4), 1.0, r"its initial is \[0, 1\] in every row"),
+        (custom(tmp_path, start=[0.8, 0.6]), 0.7, "it starts from 2 draws of noise, expected one"),
+        (custom(tmp_path), 0.3, "strength 0.3 of 3 steps leaves none to run; the smallest that leaves one is 0.333334"),
+        (schedule_for("dpmpp-2m", LEARNED, DIFFUSION, 10), 0.6, r"after step 4, row 4 reads slot 1"),
+    ]
+    for table, strength, message in wrong:
+        with pytest.raises(SamplingError, match=message) as refusal:
+            pipe.prepare([3], sampler=table, init=latents, strength=strength)
+        assert "\n" not in str(refusal.value)
+    for table in (custom(tmp_path, start=[0.8, 0.6]), schedule_for("dpmpp-2m", LEARNED, DIFFUSION, 10)):
+        (image,) = pipe.prepare([3], sampler=table, init=latents, strength=1.0)
+        assert image.schedule is table
+
+
+def test_a_table_that_starts_inside_needs_an_image(pipe: Pipeline, tmp_path: Path) -> None:
+    """Fails if rows whose first ones are left out start from pure noise, or have more of them left out."""
+    path, partial = tmp_path / "partial.json", schedule_for("unipc", LEARNED, DIFFUSION, 10, skipped=4)
+    write_table(partial, path)
+    assert_same(read_table(path), partial)
+    with pytest.raises(SamplingError, match=r"it starts after step 4, with an image: name one"):
+        pipe.prepare([3], sampler=partial)
+    with pytest.raises(SamplingError, match=r"it starts after step 4, and strength 0.6 is for whole tables"):
+        pipe.prepare([3], sampler=partial, init=photo(1), strength=0.6)
+    (image,) = pipe.prepare([3], sampler=partial, init=photo(1))
+    (named,) = pipe.prepare([3], sampler="unipc", steps=10, init=photo(1), strength=0.6)
+    assert_same(image.schedule, named.schedule)
+    heun = flow_sde("linear", 10, "heun", form="constant", skipped=4)
+    assert (len(heun), heun.steps, heun.skipped) == (11, 6, 4)  # five steps of two rows, and the last
+    whole = flow_sde("linear", 10, "heun", form="constant")
+    assert heun.start[1] == whole.coefficients[7, 16]  # the noise that the step before would have added
+    with pytest.raises(SamplingError, match="2 draws of noise"):
+        skip_steps(whole, 4)
+    for value in (-1, 0.5, "4", 1e9):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "skipped": value}))
+        with pytest.raises(SamplingError, match="skipped"):
+            read_table(path)
+
+
+def test_inits_that_do_not_fit(pipe: Pipeline, bundles: dict[str, Path]) -> None:
+    """Fails if an image of another size, number or kind is used, or refused without what was got and expected."""
+    good, latents = photo(1), pipe.encode(photo(1)[None])
+    wrong: list[tuple[Any, str]] = [
+        (photo(1, 32, 48), r"an image of 32x48 pixels, expected 32x32: resize it first"),
+        (np.stack([good] * 3), r"uint8 \[3, 32, 32, 3\]; expected images, uint8 \[2, 32, 32, 3\]"),
+        (good[..., :1], r"uint8 \[1, 32, 32, 1\]; expected"),
+        (good[0], r"uint8 \[32, 3\]; expected"),
+        (good / 255, r"float64 \[1, 32, 32, 3\]; expected"),
+        (latents.astype(np.float64), r"float64 \[1, 4, 8, 8\]; expected"),
+        (latents[:, :3], r"float32 \[1, 3, 8, 8\]; expected images, .* latents, float32 \[2, 4, 8, 8\]"),
+        (np.full_like(latents, np.nan), "latents that are not finite"),
+        (pipe.inits(good, 3), "3 inits for 2 images"),
+        ([good, good], "2 inits for 2 images: expected one array, or what Pipeline.inits gave"),
+        (np.zeros((0, 32, 32, 3), np.uint8), r"uint8 \[0, 32, 32, 3\]; expected"),
+    ]
+    for init, message in wrong:
+        with pytest.raises(SamplingError, match=message):
+            pipe.prepare([1, 2], init=init)
+    with pytest.raises(SamplingError, match=r"strength 0.5 without an image"):
+        pipe.prepare([1, 2], strength=0.5)
+    without = Pipeline(bundles["fp32"], "onnxruntime", threads=1)
+    with pytest.raises(SamplingError, match=r"has no encoder.*dit-export --encoder"):
+        without.prepare([1, 2], init=good)
+    assert len(without.prepare([1, 2], init=latents)) == 2
+
+
+def test_a_pipeline_at_another_size(folder: Path) -> None:
+    """Fails if ``size`` does not choose the graphs of that size, or one that is not there is not refused."""
+    pipe = Pipeline(folder, "onnxruntime", 1, (32, 48))
+    assert pipe.latent_shape == (4, 8, 12)
+    assert pipe([3], 7, steps=2).shape == (1, 32, 48, 3)
+    assert Pipeline(open_bundle(folder).at((32, 48)), "onnxruntime", 1).latent_shape == (4, 8, 12)
+    with pytest.raises(BundleError, match=r"no graphs for images of 64x64, only 32x32, 32x48"):
+        Pipeline(folder, "onnxruntime", 1, (64, 64))
+
+
+FROM = ("--steps", 10, "--sampler", "dpmpp-2m", "--guidance", 2)
+
+
+def test_the_command_starts_from_an_image(pipe: Pipeline, folder: Path, tmp_path: Path) -> None:
+    """Fails if the command's image is not the pipeline's, or its record does not say what it started from."""
+    init, path = save(tmp_path / "init.png", photo(1)), tmp_path / "out.png"
+    out = made(folder, "--labels", 3, "--seed", 7, *FROM, "--init", init, "--strength", 0.5, "-o", path)
+    assert "dpmpp-2m 10 steps at strength 0.5" in out
+    how: dict[str, Any] = {"steps": 10, "sampler": "dpmpp-2m", "guidance": 2.0}
+    assert np.array_equal(pixels(path), pipe([3], 7, init=photo(1), strength=0.5, **how)[0])
+    found = record(path)
+    assert (found["dit.steps"], found["dit.strength"], found["dit.size"]) == (10, 0.5, [32, 32])
+    assert re.fullmatch("[0-9a-f]{16}", found["dit.init"])
+    made(folder, "--labels", 3, "--seed", 7, *FROM, "--init", init, "-o", tmp_path / "default.png")
+    assert record(tmp_path / "default.png")["dit.strength"] == 0.6
+    assert np.array_equal(pixels(tmp_path / "default.png"), pipe([3], 7, init=photo(1), **how)[0])
+
+
+def test_an_image_from_an_image_is_made_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if it is not made again bit for bit from its file and the image it started from, or from another too."""
+    init, other = save(tmp_path / "init.png", photo(1)), save(tmp_path / "other.png", photo(2))
+    sampling = ("--labels", 1, 2, 3, *FROM, "--seed", 90, "--init", init, "--strength", 0.7)
+    with shapes(monkeypatch) as before:
+        made(folder, *sampling, "-o", tmp_path / "three")
+    path, again = sorted((tmp_path / "three").iterdir())[1], tmp_path / "again.png"
+    asked = ("--from-image", path, "-o", again)
+    refused("and none is named; name its file with --init", folder, *asked, folder=tmp_path)
+    refused("name its file with --init", folder, *asked, "--init", other, folder=tmp_path)
+    refused("--strength with --from-image", folder, *asked, "--init", init, "--strength", 0.7, folder=tmp_path)
+    with shapes(monkeypatch) as after:
+        assert f"the same as {path}" in made(folder, *asked, "--init", init)
+    assert after == before
+    assert np.array_equal(pixels(again), pixels(path))
+    assert record(again) == record(path)
+    made(folder, "--labels", 1, *FROM, "-o", tmp_path / "plain.png")
+    asked = ("--from-image", tmp_path / "plain.png", "--init", init, "-o", tmp_path / "x.png")
+    refused("made from noise alone, not from an image: leave --init out", folder, *asked, folder=tmp_path)
+
+
+def test_a_grid_of_latents_is_made_again(folder: Path, pipe: Pipeline, tmp_path: Path) -> None:
+    """Fails if a grid that started from one latent each, in several batches, is not made again from their file."""
+    latents = pipe.encode(np.stack([photo(seed) for seed in range(3)]))
+    np.save(tmp_path / "latents.npy", latents)
+    np.save(tmp_path / "second.npy", latents[1])
+    init, path = ("--init", tmp_path / "latents.npy"), tmp_path / "grid.png"
+    made(folder, "--labels", 1, 2, 3, *FROM, *init, "--batch-size", 2, "-o", path)
+    assert len(set(record(path)["dit.init"])) == 3
+    made(folder, "--from-image", path, *init, "-o", tmp_path / "again.png")
+    assert np.array_equal(pixels(tmp_path / "again.png"), pixels(path))
+    made(folder, "--labels", 1, 2, 3, *FROM, *init, "-o", tmp_path / "three")
+    second = sorted((tmp_path / "three").iterdir())[1]
+    for name in ("latents", "second"):
+        out = made(folder, "--from-image", second, "--init", tmp_path / f"{name}.npy", "-o", tmp_path / f"{name}.png")
+        assert f"the same as {second}" in out
+
+
+def test_an_image_of_another_size_is_made_again(folder: Path, tmp_path: Path) -> None:
+    """Fails if ``--size`` is not what is made, or not restored from the record."""
+    init, path = save(tmp_path / "init.png", photo(1, 32, 48)), tmp_path / "wide.png"
+    made(folder, "--labels", 3, 4, *FROM, "--size", "32x48", "--init", init, "-o", path)
+    assert pixels(path).shape == (32, 96, 3)
+    assert record(path)["dit.size"] == [32, 48]
+    made(folder, "--from-image", path, "--init", init, "-o", tmp_path / "again.png")
+    assert np.array_equal(pixels(tmp_path / "again.png"), pixels(path))
+    for size in ("[32]", '"ab"', "[64, 64]", "[32, 0]", "7", "null"):
+        with Image.open(path) as image:
+            damaged = {**image.text, "dit.size": size}
+        asked = ("--from-image", with_record(tmp_path / "damaged.png", damaged), "-o", tmp_path / "x.png")
+        refused("no graphs for" if size == "[64, 64]" else "damaged", folder, *asked, folder=tmp_path)
+
+
+def test_other_starts_make_an_image_again(folder: Path, tmp_path: Path) -> None:
+    """Fails if a folder keeps an image that another init, strength or size would not make."""
+    first, second = save(tmp_path / "first.png", photo(1)), save(tmp_path / "second.png", photo(2))
+    wide = save(tmp_path / "wide.png", photo(1, 32, 48))
+    arguments = ["--labels", 1, *FROM, "--json", "-o", tmp_path / "one"]
+    for change, count in (
+        ((), 1),
+        (("--init", first), 1),
+        (("--init", first), 0),
+        (("--init", first, "--strength", 0.6), 0),
+        (("--init", first, "--strength", 0.5), 1),
+        (("--init", second, "--strength", 0.5), 1),
+        (("--size", "32x48"), 1),
+        (("--size", "32x48"), 0),
+        (("--size", "32x48", "--init", wide), 1),
+        ((), 1),
+        (("--size", "32x32"), 0),
+    ):
+        assert len(json.loads(made(folder, *arguments, *change))["files"]) == count, change
+
+
+def test_images_of_other_files(folder: Path, tmp_path: Path) -> None:
+    """Fails if an image of another format, with transparency, gray or turned by its camera starts as other pixels."""
+    image = Image.fromarray(photo(1))
+    image.save(tmp_path / "plain.png")
+    image.save(tmp_path / "photo.bmp")
+    image.convert("RGBA").save(tmp_path / "alpha.png")
+    turned, exif = image.transpose(Image.Transpose.ROTATE_90), Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by a quarter clockwise
+    turned.save(tmp_path / "turned.png", exif=exif)
+    hashes = set()
+    for name in ("plain.png", "photo.bmp", "alpha.png", "turned.png"):
+        made(folder, "--labels", 3, *FROM, "--init", tmp_path / name, "-o", tmp_path / "out.png")
+        hashes.add(record(tmp_path / "out.png")["dit.init"])
+    assert len(hashes) == 1
+    image.convert("L").save(tmp_path / "gray.png")
+    made(folder, "--labels", 3, *FROM, "--init", tmp_path / "gray.png", "-o", tmp_path / "out.png")
+
+
+def test_wrong_arguments(folder: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
+    """Fails if a wrong argument of image-to-image or size is not one line with what was got and expected."""
+    init, wide = save(tmp_path / "init.png", photo(1)), save(tmp_path / "wide.png", photo(1, 32, 48))
+    text, array = tmp_path / "text.png", tmp_path / "array.npy"
+    text.write_text("no image")
+    np.save(array, np.zeros((4, 8, 8)))
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(init.read_bytes()[:100])
+    wrong: list[tuple[list[object], str]] = [
+        (["--strength", 0.5], "strength 0.5 without an image to start from: name one (--init)"),
+        (["--init", init, "--strength", 0], "strength 0: expected above 0 to 1"),
+        (["--init", init, "--strength", 1.5], "strength 1.5: expected above 0 to 1"),
+        (["--init", init, "--strength", "nan"], "strength nan: expected above 0 to 1"),
+        (["--init", init, "--strength", "much"], "invalid float value: 'much'"),
+        (["--init", init, "--strength", 0.05, "--steps", 10], "the smallest that leaves one is 0.1"),
+        (["--init", init, "--steps", 0], "0 steps: expected 1 to 1000"),
+        (["--init", tmp_path / "missing.png"], "missing.png: cannot be read as an image"),
+        (["--init", tmp_path], "cannot be read as an image"),
+        (["--init", text], "text.png: cannot be read as an image"),
+        (["--init", cut], "cut.png: cannot be read as an image"),
+        (["--init", array], "float64 [1, 4, 8, 8]; expected"),
+        (["--init", tmp_path / "missing.npy"], "missing.npy: cannot be read as latents"),
+        (["--init", wide], "an image of 32x48 pixels, expected 32x32"),
+        (["--init", init, "--size", "32x48"], "an image of 32x32 pixels, expected 32x48"),
+        (["--size", "64x64"], "has no graphs for images of 64x64, only 32x32, 32x48"),
+        (["--size", "32"], "got '32', expected HEIGHTxWIDTH"),
+        (["--size", "0x32"], "got '0x32', expected HEIGHTxWIDTH"),
+        (["--size=-32x32"], "got '-32x32', expected HEIGHTxWIDTH"),
+        (["--init", init, "--write-table", tmp_path / "t.json"], "--init with --write-table"),
+        (["--strength", 1, "--write-table", tmp_path / "t.json"], "--strength with --write-table"),
+    ]
+    for arguments, message in wrong:
+        labels = () if "--write-table" in arguments else ("--labels", 1)
+        refused(message, folder, *labels, *arguments, "-o", tmp_path / "out.png", folder=tmp_path)
+    arguments = ["--labels", 1, "--init", init, "-o", tmp_path / "out.png"]
+    refused("has no encoder", bundles["fp32"], *arguments, folder=tmp_path)
+    done = dit_sample(folder, "--from-image", init, "--size", "32x48", "-o", tmp_path / "out.png")
+    assert (done.code, "--size with --from-image" in done.err) == (1, True)
