@@ -187,7 +187,10 @@ def main() -> None:
             "work, S/2 to XL/2": exponent(model, "gflop"),
         },
         "gemm": [
-            asdict(rate) for rate in measure_gemm_rates(shapes_of(XL, 2), "fp32" if args.precision == "f32" else "bf16")
+            asdict(rate)
+            for rate in measure_gemm_rates(
+                shapes_of(XL, 2), Precision.BF16 if args.precision == "bf16" else Precision.FP32
+            )
         ],
     }
     target = args.output or HERE / "scaling.json"

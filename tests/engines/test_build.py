@@ -299,10 +299,10 @@ def test_repeated_builds_are_measured_on_a_gpu(
     ]
     monkeypatch.setattr("dit_engines.repeat.TensorRtEngine", Opened)
     monkeypatch.setattr("dit_engines.repeat.CudaRuntime", lambda: None)
-    monkeypatch.setattr("dit_engines.repeat.verified", lambda *_, **__: rungs)
+    monkeypatch.setattr("dit_engines.repeat.verification_of", lambda *_, **__: SimpleNamespace(rungs=rungs))
     times = {GUIDED: 2.5, PLAIN: 1.5, DECODER: 4.0}
     parts = {name: SimpleNamespace(p50_ms=value) for name, value in times.items()}
-    monkeypatch.setattr("dit_engines.repeat.parts_of", lambda *_: parts)
+    monkeypatch.setattr("dit_engines.repeat.time_parts", lambda *_: parts)
     assert measure_on_gpu(bundle, engine.recipe, place) is None
     measured = measure_on_gpu(bundle, engine.recipe, replace(place, gpu="NVIDIA L4", driver="580"))
     assert measured is not None

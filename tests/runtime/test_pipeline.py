@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -143,7 +144,9 @@ def test_memory_is_given_back_when_a_graph_is_done(bundles: dict[str, Path]) -> 
 
 
 class SmallEngine(OnnxRuntimeEngine):
-    max_batch = 2
+    def __init__(self, bundle, **options):
+        super().__init__(bundle, **options)
+        self.info = replace(self.info, max_batch=2)
 
 
 class BrokenEngine(OnnxRuntimeEngine):

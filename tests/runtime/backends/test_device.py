@@ -30,9 +30,7 @@ from dit_runtime.backends.conditioning import TableLimits
 from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
 from dit_runtime.backends.tensorrt import (
     cuda,
-)
-from dit_runtime.backends.tensorrt import (
-    engine as device,
+    device,
 )
 from dit_runtime.backends.tensorrt import (
     graphs as device_graphs,
@@ -50,7 +48,7 @@ from dit_runtime.bench.parts import (
 )
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import EngineError, SamplingError
-from dit_runtime.verify import verdicts
+from dit_runtime.verify.auto import choose_engine
 from dit_runtime.verify.replay import Replay
 from dit_runtime.verify.verdicts import verdict_path
 from dit_runtime.verify.verification import _rung_count, verification_of
@@ -273,18 +271,19 @@ def test_an_engine_for_tiles_is_verified(checkpoint: Path, tmp_path: Path) -> No
 
 
 def test_auto_leaves_engines_that_lack_something(
-    bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One without guidance, or for tiles, is for whoever names it; ``auto`` says so and takes another."""
     for recipe, words in (
-        (recipe_for("rtx", "8.9", 2, (1,), 64), "was built without guidance; name it (--engine tensorrt)"),
-        (recipe_for("rtx", "8.9", 2, (1, 2), 64, decode_tile=4), "was built for tiles (--decode-tile 4); name it"),
+        (recipe_for("rtx", "8.9", 2, (1,), 64), "was built without guidance; choose it with --engine tensorrt"),
+        (recipe_for("rtx", "8.9", 2, (1, 2), 64, decode_tile=4), "was built for tiles (--decode-tile 4); choose it"),
     ):
         bench = Bench(bundles["fp32"], tmp_path / str(recipe.decode_tile), recipe)
         with monkeypatch.context() as patch:
             offer(bench, patch)
-            assert not verdicts.choose_engine(bench.bundle).engine.info.name.startswith("tensorrt")
-        assert words in capsys.readouterr().err
+            choice = choose_engine(bench.bundle)
+            assert not choice.engine.info.name.startswith("tensorrt")
+        assert words in " ".join(choice.found_out)
         bench.engine.close()
         bench.machine.check_closed()
 
@@ -293,8 +292,7 @@ def offer(bench: Bench, patch: pytest.MonkeyPatch) -> None:
     """Let ``auto`` find the double's engine."""
     machine = bench.machine
     (bench.stored.folder / SIDECAR).write_text("{}")
-    for module in (verdicts, tensorrt_engine):
-        patch.setattr(module, "stored_engines", lambda *_: [bench.stored])
+    patch.setattr(tensorrt_engine, "stored_engines", lambda *_: [bench.stored])
     opened = functools.partial(
         tensorrt_engine.engine_from_store, cuda=machine.cuda, imported=lambda name: machine.library
     )
@@ -336,7 +334,7 @@ def test_a_verdict_is_on_the_very_plans(bench: Bench) -> None:
     step = replace(bench.stored.graphs["step"], plan_sha256="0" * 64)
     bench.stored = replace(bench.stored, graphs={**bench.stored.graphs, "step": step})
     again = bench.made()
-    assert again.name == bench.engine.info.name
+    assert again.info.name == bench.engine.info.name
     assert verdict_path(bench.bundle, again) != before
     again.close()
 
@@ -396,7 +394,7 @@ def test_rows_that_do_not_end_at_an_aligned_address(bundles: dict[str, Path], tm
     steps = bench.engine.open_loop(TableLimits(ROW * 40, ROW * 4))
     assert steps._memory.granule == 1  # 3584 bytes are 14 times 256
     steps._memory.granule = 4
-    bench.engine.give_back(steps)
+    steps.close()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dit_runtime.sampling.batch.LIMITS", TableLimits(ROW * 40, ROW * 4))
         # Three steps' nine rows; from 12 on what five steps need besides; then all again, from the beginning.
@@ -422,11 +420,11 @@ def test_activations_share_one_block(bench: Bench) -> None:
     """There is one block for all contexts, as large as the largest profile in use: here the decoder's."""
     bench.pipe([1, 2, 3], steps=4, sampler="ddim", guidance=1.5)
     sizes = bench.stored.graphs["decoder"].activation_bytes
-    assert bench.engine.activations.size == sizes[1]
-    assert bench.engine.activations.moves <= 2  # the conditioner's, then the largest of the loop
-    before = bench.engine.activations.moves
+    assert bench.engine.device.activations.size == sizes[1]
+    assert bench.engine.device.activations.moves <= 2  # the conditioner's, then the largest of the loop
+    before = bench.engine.device.activations.moves
     bench.pipe([1, 2], steps=4, sampler="ddim", guidance=1.5)
-    assert bench.engine.activations.moves == before
+    assert bench.engine.device.activations.moves == before
 
 
 def test_few_graphs_are_kept(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -797,8 +795,8 @@ GENERATIONS = ["cuda-bindings-12.8", "cuda-bindings-12.9", "cuda-bindings-13.5"]
 LOOKED_UP = """
 import json, sys
 import numpy as np
-from dit_runtime import cuda
-from dit_runtime.errors import EngineError
+from dit_runtime.backends.tensorrt import cuda
+from dit_runtime.core.errors import EngineError
 names, calls = json.load(sys.stdin)
 result = {"missing": [], "refused": {}}
 runtime = cuda._imported()

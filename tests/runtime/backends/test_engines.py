@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import queue
 import shutil
@@ -25,7 +26,7 @@ from dit_runtime.backends.base import Candidate
 from dit_runtime.backends.onnxruntime import engine as onnxruntime_engine
 from dit_runtime.backends.onnxruntime import gpu as onnxruntime_gpu
 from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
-from dit_runtime.backends.open import ENGINES, candidates, open_engine
+from dit_runtime.backends.open import BACKENDS, candidates, open_engine
 from dit_runtime.backends.openvino import engine as openvino_engine
 from dit_runtime.backends.openvino.engine import OpenVinoEngine
 from dit_runtime.bundle.precision import Precision
@@ -83,7 +84,7 @@ def test_openvino_in_fp32_matches_the_reference(bundle: Bundle) -> None:
     """Parity: FP32 arithmetic on an FP32 and on an FP16 bundle passes the bundle's own limits, on every rung."""
     engine = OpenVinoEngine(bundle, precision=Precision.FP32)
     assert engine.info.name.startswith("openvino 20")
-    assert engine.info.name.endswith(" CPU f32")
+    assert engine.info.name.endswith(" CPU fp32")
     # Measured: forward with guidance 1.5e-6 (FP32) and 2.8e-4 (FP16), image 89 and 64 dB.
     assert [rung.name for rung in verification_of(bundle, engine).rungs if not rung.passed] == []
 
@@ -143,13 +144,13 @@ def test_weights_become_the_nearest_bf16() -> None:
 def test_openvino_keeps_few_compiled_shapes(fp32: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sweep of shapes does not eat memory, and going back and forth between two does not compile again."""
     compiled: list[tuple[int, ...]] = []
-    original = OpenVinoEngine.compiled
+    original = OpenVinoEngine.compile
 
     def counted(self: OpenVinoEngine, graph: str, shapes: Any) -> Any:
         compiled.append(shapes["rows"])
         return original(self, graph, shapes)
 
-    monkeypatch.setattr(OpenVinoEngine, "compiled", counted)
+    monkeypatch.setattr(OpenVinoEngine, "compile", counted)
     engine, reference = OpenVinoEngine(fp32, precision=Precision.FP32), OnnxRuntimeEngine(fp32, threads=1)
     for branches, batch in ((2, 1), (1, 1), (2, 1), (2, 3), (2, 1), (1, 1)):
         inputs = step_inputs(fp32, batch, branches)
@@ -203,11 +204,11 @@ def test_bf16_on_a_cpu_without_it(fp16: Bundle, monkeypatch: pytest.MonkeyPatch)
             found = super().get_property(*arguments)
             return [item for item in found if item != "BF16"] if arguments[-1] == "OPTIMIZATION_CAPABILITIES" else found
 
-    monkeypatch.setattr(openvino_engine, "imported_openvino", lambda: Double(real, Core=Core))
-    monkeypatch.setattr("dit_runtime.backends.open.imported_openvino", lambda: Double(real, Core=Core))
+    monkeypatch.setattr(openvino_engine, "import_openvino", lambda: Double(real, Core=Core))
+    monkeypatch.setattr("dit_runtime.backends.openvino.open.import_openvino", lambda: Double(real, Core=Core))
     assert Candidate("openvino", Precision.BF16) not in candidates(fp16)
-    assert open_engine(fp16, "openvino").name.endswith(" CPU f32")
-    with pytest.raises(EngineError, match=r"no BF16 instructions .* use --precision f32"):
+    assert open_engine(fp16, "openvino").info.name.endswith(" CPU fp32")
+    with pytest.raises(EngineError, match=r"no BF16 instructions .* use --precision fp32"):
         open_engine(fp16, "openvino", precision="bf16")
 
 
@@ -242,7 +243,7 @@ def test_openvinos_message_becomes_one_line(fp32: Bundle, monkeypatch: pytest.Mo
         raise RuntimeError("Exception from src/core.cpp:217:\nException from src/plugin.cpp:74:\nNo room left\n\n")
 
     monkeypatch.setattr(engine._core, "compile_model", failing, raising=False)
-    with pytest.raises(EngineError, match=r"openvino .* CPU f32 cannot load the step \(No room left\); install"):
+    with pytest.raises(EngineError, match=r"openvino .* CPU fp32 cannot load the step \(No room left\); install"):
         stepped(engine, step_inputs(fp32))
 
 
@@ -323,9 +324,10 @@ def test_files_that_change_after_the_check(fp16: Bundle, fp32: Bundle, tmp_path:
 @opened
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "sidecar", "link", "extra"])
 def test_a_damaged_prepared_graph_is_made_again(
-    damage: str, opened: Opened, fp16: Bundle, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    damage: str, opened: Opened, fp16: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Nothing is given to an engine that the sidecar does not vouch for; it is said, and the result is right."""
+    caplog.set_level(logging.INFO, "dit_runtime")
     inputs = step_inputs(fp16)
     expected = stepped(opened(fp16, tmp_path), inputs)
     (sidecar,) = tmp_path.rglob(prepared.SIDECAR)
@@ -343,17 +345,18 @@ def test_a_damaged_prepared_graph_is_made_again(
     else:
         (sidecar.parent / "more.bin").write_bytes(b"")
     assert np.array_equal(stepped(opened(fp16, tmp_path), inputs), expected)
-    line = capfd.readouterr().err
-    assert line == f"{sidecar.parent}: damaged, made again\n"
+    assert caplog.messages == [f"{sidecar.parent}: damaged, made again"]
+    caplog.clear()
     assert np.array_equal(stepped(opened(fp16, tmp_path), inputs), expected)
-    assert capfd.readouterr().err == ""
+    assert caplog.messages == []
 
 
 @opened
 def test_a_graph_prepared_elsewhere_is_not_used(
-    opened: Opened, fp16: Bundle, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    opened: Opened, fp16: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was made for another processor is left alone, and one line says why the work is done again."""
+    caplog.set_level(logging.INFO, "dit_runtime")
     inputs = step_inputs(fp16)
     here = prepared.processor()
     monkeypatch.setattr(prepared, "processor", lambda: cpu.Processor("Other 9000", ("avx2",)))
@@ -361,8 +364,7 @@ def test_a_graph_prepared_elsewhere_is_not_used(
     written = files(tmp_path)
     monkeypatch.setattr(prepared, "processor", lambda: here)
     assert np.array_equal(stepped(opened(fp16, tmp_path), inputs), expected)
-    line = capfd.readouterr().err
-    assert line.count("\n") == 1
+    (line,) = caplog.messages
     assert "step is there for" in line
     assert "on Other 9000; made again for" in line
     assert files(tmp_path).items() > written.items()
@@ -392,7 +394,7 @@ def test_a_full_disk_leaves_no_prepared_graph(
         weights = path.with_suffix(".bin")
         os.truncate(weights, weights.stat().st_size // 2)
 
-    monkeypatch.setattr(openvino_engine, "imported_openvino", lambda: Double(real, save_model=cut))
+    monkeypatch.setattr(openvino_engine, "import_openvino", lambda: Double(real, save_model=cut))
     inputs = step_inputs(fp16)
     found = stepped(OpenVinoEngine(fp16, precision=Precision.FP32, store=tmp_path), inputs)
     assert np.array_equal(found, stepped(OpenVinoEngine(fp16, precision=Precision.FP32), inputs))
@@ -406,7 +408,7 @@ def test_a_second_process_waits_for_the_first(tmp_path: Path) -> None:
     code = f"""if True:
         import sys
         from pathlib import Path
-        from dit_runtime.prepared import prepared
+        from dit_runtime.backends.prepared import prepare_graph
 
         def make(folder):
             print("making", flush=True)
@@ -414,7 +416,7 @@ def test_a_second_process_waits_for_the_first(tmp_path: Path) -> None:
             (folder / "weights").write_bytes(bytes(1 << 20))
 
         print("started", flush=True)
-        print(prepared(Path({os.fspath(tmp_path)!r}), {facts!r}, make) is not None)
+        print(prepare_graph(Path({os.fspath(tmp_path)!r}), {facts!r}, make) is not None)
     """
 
     def process() -> subprocess.Popen[str]:
@@ -544,8 +546,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
             add_provider_for_devices=lambda chosen, options: devices.append(tuple(chosen)),
         ),
     )
-    monkeypatch.setattr(onnxruntime_engine, "imported_onnxruntime", lambda: runtime)
-    monkeypatch.setattr(onnxruntime_gpu, "has_driver", lambda: True)
+    monkeypatch.setattr(onnxruntime_engine, "import_onnxruntime", lambda: runtime)
+    monkeypatch.setattr(onnxruntime_gpu, "has_nvidia_driver", lambda: True)
     monkeypatch.setattr(onnxruntime_gpu, "environment", lambda: {"gpus": [{"name": "H100"}]})
     monkeypatch.setattr(GpuSession, "opened", ())
     return runtime
@@ -562,7 +564,7 @@ def test_a_provider_that_is_not_there_is_refused(provider: str, fp32: Bundle) ->
 
 def test_a_wheel_without_a_driver_is_refused(fp32: Bundle, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The GPU wheel lists its providers on a machine without a GPU too, and would then run on the CPU."""
-    monkeypatch.setattr(onnxruntime_gpu, "has_driver", lambda: False)
+    monkeypatch.setattr(onnxruntime_gpu, "has_nvidia_driver", lambda: False)
     with pytest.raises(EngineError, match=r"there is no NVIDIA driver"):
         open_engine(fp32, "onnxruntime-cuda")
 
@@ -626,39 +628,40 @@ def test_an_unknown_engine_names_all(fp32: Bundle) -> None:
     """A wrong name is answered with every right one."""
     with pytest.raises(EngineError) as refused:
         open_engine(fp32, "tensorflow")
-    assert all(name in str(refused.value) for name in ("auto", *ENGINES))
+    assert all(name in str(refused.value) for name in ("auto", *BACKENDS))
 
 
 def test_onnxruntime_has_no_bf16(fp32: Bundle) -> None:
     """A precision that an engine does not have is refused, and never quietly another."""
-    assert open_engine(fp32, "onnxruntime", precision="f32").name.endswith(" CPU")
-    with pytest.raises(EngineError, match=r"precision 'bf16' with .* use --engine openvino"):
+    assert open_engine(fp32, "onnxruntime", precision="f32").info.name.endswith(" CPU")
+    with pytest.raises(EngineError, match=r"precision bf16 with .* use --engine openvino"):
         open_engine(fp32, "onnxruntime", precision="bf16")
-    with pytest.raises(EngineError, match=r"precision 'int3' with OpenVINO: choose one of f32, bf16"):
-        open_engine(fp32, "openvino", precision="int3")
+    with pytest.raises(EngineError, match=r"precision int8 with OpenVINO: choose one of fp32, bf16"):
+        open_engine(fp32, "openvino", precision="int8")
 
 
 def test_candidates_are_ordered_and_can_be_opened(fp32: Bundle, fp16: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fastest expected comes first, BF16 only for a bundle that allows it; what is missing is left out."""
     assert candidates(fp32) == [Candidate("openvino", Precision.FP32), Candidate("onnxruntime")]
-    own = "bf16" if "BF16" in Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "f32"
+    able = "BF16" in Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    own = Precision.BF16 if able else Precision.FP32
     assert candidates(fp16) == [Candidate("openvino", own), Candidate("onnxruntime")]
     for candidate in candidates(fp16):
-        assert open_engine(fp16, candidate.name, precision=candidate.precision).name
+        assert open_engine(fp16, candidate.name, precision=candidate.precision).info.name
 
     def missing() -> None:
         raise EngineError("not installed")
 
-    monkeypatch.setattr("dit_runtime.backends.open.imported_openvino", missing)
+    monkeypatch.setattr("dit_runtime.backends.openvino.open.import_openvino", missing)
     assert candidates(fp16) == [Candidate("onnxruntime")]
-    monkeypatch.setattr("dit_runtime.backends.open.imported_onnxruntime", missing)
+    monkeypatch.setattr("dit_runtime.backends.onnxruntime.open.import_onnxruntime", missing)
     assert candidates(fp16) == []
 
 
 def test_a_gpu_comes_first(fp32: Bundle, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a driver and the GPU wheel, CUDA's provider is tried before any CPU engine."""
-    monkeypatch.setattr("dit_runtime.backends.open.imported_onnxruntime", lambda: gpu)
-    monkeypatch.setattr("dit_runtime.backends.open.has_driver", lambda: True)
+    monkeypatch.setattr("dit_runtime.backends.onnxruntime.open.import_onnxruntime", lambda: gpu)
+    monkeypatch.setattr("dit_runtime.backends.onnxruntime.open.has_nvidia_driver", lambda: True)
     assert candidates(fp32)[0] == Candidate("onnxruntime-cuda")
 
 

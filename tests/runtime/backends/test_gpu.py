@@ -22,6 +22,8 @@ from support.commands import run_command
 
 from dit_runtime import Pipeline, open_bundle
 from dit_runtime.backends.base import Session
+from dit_runtime.backends.conditioning import TableLimits
+from dit_runtime.backends.host_loop import HostLoop
 from dit_runtime.backends.tensorrt import api as tensorrt_api
 from dit_runtime.backends.tensorrt import cuda
 from dit_runtime.backends.tensorrt.engine import TensorRtEngine
@@ -59,10 +61,19 @@ class SessionsOnly:
     """An engine without its resident loop: each step goes to the device and back."""
 
     def __init__(self, engine: TensorRtEngine) -> None:
-        self.name, self.max_batch, self.threads, self._engine = engine.info.name, engine.info.max_batch, 0, engine
+        self.info, self._engine = replace(engine.info, loop_on_device=False), engine
 
     def session(self, graph: str) -> Session:
         return self._engine.session(graph)
+
+    def release(self, graph: str) -> None:
+        self._engine.release(graph)
+
+    def open_loop(self, limits: TableLimits) -> HostLoop:
+        return HostLoop(self, self._engine.bundle.manifest, limits)
+
+    def close(self) -> None:
+        self._engine.close()
 
 
 def present_library() -> tensorrt_api.TensorRT:

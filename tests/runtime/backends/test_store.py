@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from dit_runtime.backends.tensorrt.store import SIDECAR, StoredEngine, stored_engine, stored_engines
+from dit_runtime.bundle.manifest import GraphSpec, TensorSpec
 from dit_runtime.core.errors import EngineError
 
 DIGEST = "d" * 64
@@ -80,10 +81,11 @@ def test_a_sound_engine_is_read(tmp_path: Path, engine: StoredEngine) -> None:
 def test_the_profile_with_the_least_memory(engine: StoredEngine) -> None:
     """Of the profiles that take a shape the one that needs least; none outside of all."""
     step = engine.graphs["step"]
-    assert [step.profile_for({"rows": shape}) for shape in [(1, 3), (2, 1), (2, 2), (3, 1), (2, 5), (2,)]] == [
-        *(0, 2, 1),
-        *(None, None, None),
-    ]
+    rows = TensorSpec("rows", "int32", ("branches", "batch"))
+    profiles = step.profiles_of(GraphSpec("step.onnx", "step.weights", (rows,), ()))
+    shapes = [(1, 3), (2, 1), (2, 2), (3, 1), (2, 5), (2,)]
+    fits = [profiles.fit({"rows": shape}, step.activation_bytes, padded=()) for shape in shapes]
+    assert [fit and fit.profile for fit in fits] == [0, 2, 1, None, None, None]
 
 
 def test_only_this_bundle_at_this_size(tmp_path: Path) -> None:

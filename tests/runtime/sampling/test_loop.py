@@ -16,14 +16,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.engines import info_of
 from test_guidance import Wanted, constant, recorded, reference_latents, relative, within
 from test_schedule import LEARNED
 
 from dit_runtime import Bundle, Pipeline, Schedule, open_bundle
 from dit_runtime.backends.base import Array
 from dit_runtime.backends.conditioning import TableLimits
+from dit_runtime.backends.host_loop import HostLoop
 from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
-from dit_runtime.bundle.manifest import ModelSpec
+from dit_runtime.bundle.manifest import Manifest, ModelSpec
 from dit_runtime.core.errors import SamplingError
 from dit_runtime.sampling.batch import LIMITS
 from dit_runtime.sampling.requests import ImageRequest
@@ -147,7 +149,7 @@ def test_a_generator_of_images_is_not_drained(pipe: Pipeline) -> None:
 
 def test_a_batch_larger_than_the_engines(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a stream asks an engine for more images than it takes."""
-    monkeypatch.setattr(pipe.engine, "max_batch", 2)
+    monkeypatch.setattr(pipe.engine, "info", replace(pipe.engine.info, max_batch=2))
     images = pipe.prepare([1, 2, 3], steps=2, sampler="ddim", guidance=1.0)
     with pytest.raises(SamplingError, match=r"a batch of 3: .* takes at most 2"):
         next(pipe.stream(images, 3))
@@ -202,9 +204,10 @@ class FakeEngine:
     ``seen`` holds, for each image of each call, its coefficients a and b, and the conditions of its branches.
     """
 
-    name, max_batch, threads = "fake", None, 0
+    info = info_of("fake")
 
-    def __init__(self, model: ModelSpec) -> None:
+    def __init__(self, manifest: Manifest) -> None:
+        model, self.manifest = manifest.model, manifest
         self.shape = (6 * model.depth + 2, model.width)
         self.seen: list[tuple[float, float, list[tuple[float, int]]]] = []
         self.most_rows, self.most_bytes = 0, 0
@@ -213,6 +216,12 @@ class FakeEngine:
         return SimpleNamespace(run=self.condition if graph == "conditioner" else self.step)
 
     def release(self, graph: str) -> None:
+        pass
+
+    def open_loop(self, limits: TableLimits) -> HostLoop:
+        return HostLoop(self, self.manifest, limits)
+
+    def close(self) -> None:
         pass
 
     def condition(self, inputs: dict[str, Array], outputs: Sequence[str]) -> list[Array]:
@@ -232,10 +241,11 @@ class FakeEngine:
 
 
 def faked(bundles: dict[str, Path], model: ModelSpec) -> tuple[Pipeline, FakeEngine]:
-    bundle, engine = open_bundle(bundles["fp32"]), FakeEngine(model)
+    bundle = open_bundle(bundles["fp32"])
     graphs, table = bundle.manifest.graphs, bundle.manifest.table
-    wide = replace(graphs["conditioner"], outputs=(replace(table, shape=("rows", *engine.shape)),))
+    wide = replace(graphs["conditioner"], outputs=(replace(table, shape=("rows", 6 * model.depth + 2, model.width)),))
     manifest = replace(bundle.manifest, model=model, graphs={**graphs, "conditioner": wide})
+    engine = FakeEngine(manifest)
     return Pipeline(Bundle(bundle.path, manifest, bundle.digest), engine), engine
 
 

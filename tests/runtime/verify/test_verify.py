@@ -22,6 +22,9 @@ from support.commands import run_command
 
 from dit_runtime.backends.base import Array
 from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
+from dit_runtime.backends.profiles import Profiles, tensor_shapes
+from dit_runtime.bundle.manifest import GRAPHS, GraphSpec
+from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle, open_bundle
 from dit_runtime.core.errors import BundleError, ParityError
 from dit_runtime.verify import network_rungs
@@ -287,10 +290,10 @@ def test_a_bundle_says_what_each_precision_may_be_off(bundles: dict[str, Path]) 
         assert max(fp32) < max(fp16) < max(bf16)
     engine = OnnxRuntimeEngine(bundle, threads=1)
     assert Replay(bundle, engine).budget.precision == "fp16"
-    engine.precision = "bf16"
-    assert Replay(bundle, engine).budget == budget_for(bundle, "bf16")
+    engine.info = replace(engine.info, precision=Precision.BF16)
+    assert Replay(bundle, engine).budget == budget_for(bundle, Precision.BF16)
     with pytest.raises(BundleError, match="has no limits for int8, only for"):
-        budget_for(bundle, "int8")
+        budget_for(bundle, Precision.INT8)
 
 
 def test_thresholds_are_the_measured_ones() -> None:
@@ -299,14 +302,28 @@ def test_thresholds_are_the_measured_ones() -> None:
     assert run["thresholds"] == THRESHOLDS
 
 
+def profiles_of(graph: GraphSpec) -> Profiles:
+    """1 to 6 images or rows; the step unguided, and with two to four branches."""
+    spans = ((1, 1), (2, 4)) if any("branches" in tensor.shape for tensor in graph.inputs) else ((1, 1),)
+    found = []
+    for least, most in spans:
+        points = [
+            tensor_shapes(graph.inputs, {"batch": batch, "rows": batch, "branches": count, "height": 8, "width": 8})
+            for batch, count in ((1, least), (2, least), (6, most))
+        ]
+        found.append({tensor.name: tuple(point[tensor.name] for point in points) for tensor in graph.inputs})
+    return Profiles(graph.inputs, tuple(found))
+
+
 class Profiled(OnnxRuntimeEngine):
     """ONNX Runtime with the optimization profiles of a TensorRT engine, wrong at some shapes of the step."""
 
     wrong: tuple[tuple[int, int], ...] = ()
 
-    def profiles(self, graph: str) -> list[tuple[tuple[int, int], tuple[int, int], tuple[int, int]]]:
-        branches = ((1, 1), (2, 4)) if graph == "step" else ((1, 1),)
-        return [((1, least), (2, least), (6, most)) for least, most in branches]
+    def __init__(self, bundle: Bundle, threads: int = 0) -> None:
+        super().__init__(bundle, threads)
+        graphs = bundle.manifest.graphs
+        self.info = replace(self.info, profiles={name: profiles_of(graphs[name]) for name in GRAPHS})
 
     def session(self, graph: str) -> object:  # type: ignore[override]
         session = super().session(graph)
@@ -329,9 +346,9 @@ def test_shapes_of_every_profile(bundles: dict[str, Path]) -> None:
     bundle = open_bundle(bundles["fp32"])
     engine = Profiled(bundle, threads=1)
     unguided, guided = [(1, 1), (2, 1), (3, 1), (6, 1)], [(1, 2), (2, 2), (3, 3), (6, 4)]
-    assert shapes_to_verify(engine, "step", 4, (1, 2)) == [*unguided, *guided]
+    assert shapes_to_verify(engine.info, "step", 4, (1, 2)) == [*unguided, *guided]
     plain = OnnxRuntimeEngine(bundle, threads=1)
-    assert shapes_to_verify(plain, "step", 4, (1, 2)) == [(1, 1), (4, 1), (1, 2), (4, 2)]
+    assert shapes_to_verify(plain.info, "step", 4, (1, 2)) == [(1, 1), (4, 1), (1, 2), (4, 2)]
     assert all(rung.passed for rung in verify(bundle, engine))
     for shape in (*unguided, *guided):
         engine.wrong = (shape,)
@@ -340,8 +357,8 @@ def test_shapes_of_every_profile(bundles: dict[str, Path]) -> None:
         failing = [branches for branches, rung in first.items() if not rung.passed]
         assert failing == [min(shape[1], 2)], shape
         assert f"at batch {shape[0]};" in first[failing[0]].detail
-    plain.max_batch = 1
-    assert shapes_to_verify(plain, "step", 4, (1, 2)) == [(1, 1), (1, 2)]
+    plain.info = replace(plain.info, max_batch=1)
+    assert shapes_to_verify(plain.info, "step", 4, (1, 2)) == [(1, 1), (1, 2)]
     assert all(rung.passed for rung in verify(bundle, plain))
 
 
