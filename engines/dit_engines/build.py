@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ def engine_from_bundle(
     store: Path | None = None,
     place: BuildHost | None = None,
     timing_cache: Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> BuiltEngine:
     """Compile a bundle's graphs, or find them compiled.
 
@@ -50,6 +52,7 @@ def engine_from_bundle(
         store: where engines are kept; None is the bundle's own ``engines`` folder.
         place: where it is built; None looks for it.
         timing_cache: of an earlier build, to choose the same kernels; None is that of the store's last build here.
+        say: told when this process has to wait for another.
 
     Raises:
         BuildError: the library is missing, a graph cannot be built, or the audit found less than was asked for.
@@ -64,7 +67,7 @@ def engine_from_bundle(
     if (engine := find_engine(folder, recipe)) is not None:
         return engine
     check_writable(folder, STORE_OPTION)
-    with lock_store(folder) as waited:
+    with lock_store(folder, say) as waited:
         if waited and (engine := find_engine(folder, recipe)) is not None:
             return engine
         twin = find_twin(store, identity, recipe)

@@ -128,13 +128,17 @@ def _main(argv: list[str]) -> int:
         else:
             print(format_spread(spread))
         return 0
-    engine = engine_from_bundle(bundle, recipe, args.store, place, args.timing_cache)
+    engine = engine_from_bundle(bundle, recipe, args.store, place, args.timing_cache, _say)
     need = need_at(bundle, recipe, built_graphs(engine.graphs), recipe.batch, estimated=False)
     if args.json:
         print_json({**as_json(engine), "memory_bytes": need.total})
     else:
         print(format_engine(engine, bundle, need, args.explain))
     return 0
+
+
+def _say(line: str) -> None:
+    print(f"dit-build: {line}", file=sys.stderr)
 
 
 def _list_targets(json: bool) -> int:

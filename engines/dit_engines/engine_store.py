@@ -7,16 +7,16 @@ and profiles, library and version, GPU and driver. ``dit_runtime.backends.tensor
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from dit_engines.audit import Audit, audit_from_json
 from dit_engines.build_host import BuildHost
@@ -252,28 +252,25 @@ def _folders(store: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def lock_store(folder: Path) -> Iterator[bool]:
-    """Keep others from building what will be ``folder``; gives whether another one had to be waited for.
+def lock_store(folder: Path, say: Callable[[str], None]) -> Iterator[bool]:
+    """Keep other processes from building ``folder``; gives whether this one had to wait for another.
+
+    ``say`` is told once when it has to wait.
 
     Raises:
-        OutputError: the store cannot be written.
+        OutputError: the store cannot be written, or the lock's file is a link.
     """
     path = folder.parent / f".{folder.name}.lock"
+    lock = FileLock(path)
     waited = False
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        while True:
-            file = path.open("w")
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                waited = True
-                print(f"dit-build: another one builds {folder.name}; waiting for it", file=sys.stderr)
-                fcntl.flock(file, fcntl.LOCK_EX)
-            # The one before removed its file: a lock on that keeps nobody out.
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                break
-            file.close()
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            waited = True
+            say(f"another process builds {folder.name}; waiting for it")
+            lock.acquire()
     except OSError as error:
         raise OutputError(
             f"{folder.parent}: cannot be written ({error.strerror or error}); choose another {STORE_OPTION}"
@@ -281,5 +278,5 @@ def lock_store(folder: Path) -> Iterator[bool]:
     try:
         yield waited
     finally:
-        path.unlink(missing_ok=True)
-        file.close()
+        path.unlink(missing_ok=True)  # while the lock is held: filelock takes no lock on a file that is gone
+        lock.release()

@@ -30,6 +30,7 @@ from dit_engines.engine_store import (
     explain_rebuild,
     find_engine,
     identity_of,
+    lock_store,
     pinned_cache,
 )
 from dit_engines.external_data import check_external_data
@@ -39,7 +40,7 @@ from dit_engines.repeat import OnDevice, measure_on_gpu
 from dit_runtime.backends.tensorrt.store import StoredEngine, read_sidecar, stored_engines
 from dit_runtime.bench.parts import DECODER, GUIDED, PLAIN
 from dit_runtime.bundle.reader import Bundle, open_bundle
-from dit_runtime.core.errors import BuildError, BundleError
+from dit_runtime.core.errors import BuildError, BundleError, OutputError
 from dit_runtime.core.progress import Progress
 
 pytest.importorskip("tensorrt_rtx")
@@ -299,10 +300,10 @@ def test_repeated_builds_are_measured_on_a_gpu(
     ]
     monkeypatch.setattr("dit_engines.repeat.TensorRtEngine", Opened)
     monkeypatch.setattr("dit_engines.repeat.CudaRuntime", lambda: None)
-    monkeypatch.setattr("dit_engines.repeat.verified", lambda *_, **__: rungs)
+    monkeypatch.setattr("dit_engines.repeat.measure_rungs", lambda *_, **__: rungs)
     times = {GUIDED: 2.5, PLAIN: 1.5, DECODER: 4.0}
     parts = {name: SimpleNamespace(p50_ms=value) for name, value in times.items()}
-    monkeypatch.setattr("dit_engines.repeat.parts_of", lambda *_: parts)
+    monkeypatch.setattr("dit_engines.repeat.time_parts", lambda *_: parts)
     assert measure_on_gpu(bundle, engine.recipe, place) is None
     measured = measure_on_gpu(bundle, engine.recipe, replace(place, gpu="NVIDIA L4", driver="580"))
     assert measured is not None
@@ -354,10 +355,54 @@ def test_two_builds_at_once(bundle: Bundle, tmp_path: Path) -> None:
     results = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], results
     (waiting,) = [errors for _, errors in results if errors]
-    assert waiting.startswith("dit-build: another one builds rtx-sm89-")
+    assert waiting.startswith("dit-build: another process builds rtx-sm89-")
     assert len(waiting.splitlines()) == 1
     assert sorted("already built" in output for output, _ in results) == [False, True]
     assert len(list(tmp_path.iterdir())) == 1  # one engine, no lock
+
+
+def test_the_lock(tmp_path: Path) -> None:
+    """One at a time, however often the lock's file comes and goes; an interrupt ends the waiting; nothing stays."""
+    code = """
+import sys, time
+from pathlib import Path
+from dit_engines.engine_store import lock_store
+
+folder, inside = Path(sys.argv[1]) / "engine", Path(sys.argv[1]) / "inside"
+for _ in range(20):
+    with lock_store(folder, lambda line: None):
+        inside.touch(exist_ok=False)
+        time.sleep(0.001)
+        inside.unlink()
+"""
+    words = [sys.executable, "-c", code, str(tmp_path)]
+    processes = [subprocess.Popen(words, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    results = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4, results
+    assert list(tmp_path.iterdir()) == []
+    said: list[str] = []
+    with lock_store(tmp_path / "engine", said.append):
+        waiting = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+        time.sleep(1)
+        waiting.send_signal(signal.SIGINT)
+        _, errors = waiting.communicate(timeout=10)
+        assert "KeyboardInterrupt" in errors
+        assert [path.name for path in tmp_path.iterdir()] == [".engine.lock"]
+    assert said == []
+
+
+def test_a_link_in_the_place_of_the_lock(tmp_path: Path) -> None:
+    """Who may write to the store cannot have the lock empty a file elsewhere."""
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / ".engine.lock").symlink_to(precious)
+    with (
+        pytest.raises(OutputError, match=r"store: cannot be written \(.*; choose another --store"),
+        lock_store(tmp_path / "store" / "engine", print),
+    ):
+        pass
+    assert precious.read_text() == "precious"
 
 
 def test_ctrl_c_leaves_nothing(bundle: Bundle, engine: BuiltEngine, tmp_path: Path) -> None:
