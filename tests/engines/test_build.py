@@ -23,15 +23,15 @@ from test_verify import edit_graph, signed
 
 from dit_engines.build import engine_from_bundle, graphs_of
 from dit_engines.build_host import BuildHost, build_host_for
-from dit_engines.compile import CANCEL_SECONDS, _answered
+from dit_engines.compile import CANCEL_SECONDS, _run_worker
 from dit_engines.engine_store import (
     TIMING_CACHE,
     BuiltEngine,
     explain_rebuild,
     find_engine,
+    find_timing_cache,
     identity_of,
     lock_store,
-    pinned_cache,
 )
 from dit_engines.external_data import check_external_data
 from dit_engines.preflight import built_graphs, estimated_graphs
@@ -139,7 +139,7 @@ def test_a_damaged_engine_is_built_again(bundle: Bundle, engine: BuiltEngine, tm
     done = run_command("dit-build", bundle.path, "--store", tmp_path, "--explain", "--json")
     found = json.loads(done.stdout)
     assert (found["reused"], found["folder"]) == (False, str(folder))
-    assert "plans or sidecar are damaged" in found["explanation"][0]
+    assert "its plans or its sidecar are damaged" in found["explanation"][0]
     assert find_engine(folder, engine.recipe) is not None
 
 
@@ -252,16 +252,16 @@ def test_on_a_device(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert explain_rebuild(tmp_path / "store", identity_of(bundle, recipe, later, graphs_of(bundle), None)) == (
         "driver: 580.1 → 590.2",
     )
-    assert pinned_cache(tmp_path / "store", place) == built.folder / TIMING_CACHE
-    assert pinned_cache(tmp_path / "store", later) is None
+    assert find_timing_cache(tmp_path / "store", place) == built.folder / TIMING_CACHE
+    assert find_timing_cache(tmp_path / "store", later) is None
 
 
 def test_the_timing_cache_is_pinned(bundle: Bundle, engine: BuiltEngine, place: BuildHost, tmp_path: Path) -> None:
     """The next build begins with the last one's cache while it has its digest; one that cannot be read is an error."""
     folder = copied(engine, tmp_path)
-    assert pinned_cache(tmp_path, place) == folder / TIMING_CACHE
+    assert find_timing_cache(tmp_path, place) == folder / TIMING_CACHE
     (folder / TIMING_CACHE).write_bytes(b"altered")
-    assert pinned_cache(tmp_path, place) is None
+    assert find_timing_cache(tmp_path, place) is None
     with pytest.raises(BuildError, match=r"cannot be read as a timing cache \(No such file or directory\)"):
         engine_from_bundle(bundle, engine.recipe, tmp_path, place, tmp_path / "none")
 
@@ -453,7 +453,10 @@ def test_a_builder_that_dies(bundle: Bundle, tmp_path: Path) -> None:
     os.kill(builder_of(process), signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "the builder process ended with -9, most likely for want of memory; build with a smaller --batch" in errors
+    assert (
+        "the builder process ended with -9, most likely for want of memory; end other programs, or build with a"
+        in errors
+    )
     assert len(errors.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
@@ -461,7 +464,7 @@ def test_a_builder_that_dies(bundle: Bundle, tmp_path: Path) -> None:
 def test_a_builder_that_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that does not even read its request is an exit code, not a broken pipe."""
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    assert _answered({"more than a pipe holds": "x" * 200_000}, Progress("building", 1)) == ({}, 1, "")
+    assert _run_worker({"more than a pipe holds": "x" * 200_000}, Progress("building", 1)) == ({}, 1, "")
 
 
 def test_a_full_disk(bundle: Bundle, engine: BuiltEngine, tmp_path: Path) -> None:
@@ -560,7 +563,7 @@ def test_external_data_that_ends_early(bundles: dict[str, Path], tmp_path: Path)
 def test_tf32_is_refused(bundle: Bundle, place: BuildHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A builder that kept TF32 on, against its orders, is not trusted with FP32."""
     answer = {"result": {"tf32": True, "plan_bytes": 1, "audit": {"weights_bytes": 1, "profiles": []}}}
-    monkeypatch.setattr("dit_engines.compile._answered", lambda *_: (answer, 0, ""))
-    with pytest.raises(BuildError, match="the builder kept TF32 on, which FP32 parity does not allow"):
+    monkeypatch.setattr("dit_engines.compile._run_worker", lambda *_: (answer, 0, ""))
+    with pytest.raises(BuildError, match="the builder left TF32 on, which FP32 parity does not allow"):
         engine_from_bundle(bundle, recipe_for("rtx", "8.9", 1, (1,), 64), tmp_path, place)
     assert list(tmp_path.iterdir()) == []
