@@ -94,7 +94,7 @@ def test_the_device_is_here() -> None:
         (
             "l4",
             None,
-            "target l4 (sm_89): TensorRT compiles on the GPU itself. This machine has no such GPU (no NVIDIA driver answers).",
+            "target l4 (sm_89): TensorRT compiles on the GPU itself. This machine has no such GPU (no NVIDIA driver",
         ),
         ("l4", ORIN, "This is sm_87 (Orin)."),
         ("l4", gpu("NVIDIA L40S", "8.9", 48_000_000_000), "This is sm_89 (NVIDIA L40S)."),

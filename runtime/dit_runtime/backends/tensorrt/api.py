@@ -235,7 +235,7 @@ def _set_compute_capability(library: TensorRT, config: IBuilderConfig, capabilit
 
 
 def _pin(network: INetworkDefinition, profiles: Sequence[Shapes]) -> None:
-    """Make axes static that have one size in all profiles: the builder plans static shapes better."""
+    """Make axes static that have one size in all profiles: the builder has faster kernels for static shapes."""
     for index in range(network.num_inputs):
         tensor: ITensor = network.get_input(index)
         shapes = [shape for profile in profiles for shape in profile[tensor.name]]
