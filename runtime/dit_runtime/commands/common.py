@@ -7,7 +7,6 @@ import json
 import logging
 import signal
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, NoReturn
@@ -49,6 +48,7 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
 def run(name: str, work: Callable[[], int]) -> NoReturn:
     """Run a command's work and exit: a ``DiTError`` is one line and 1, Ctrl-C (or SIGTERM) is 130."""
     signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGALRM, _interrupt)
     sys.unraisablehook = _interrupt_again
     _show_log()
     try:
@@ -91,10 +91,9 @@ def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
 
 
 def _interrupt_again(unraisable: sys.UnraisableHookArgs) -> None:
-    """Python drops what is raised in a weak reference's callback or a ``__del__``: an interrupt there comes again."""
+    """Python drops an exception in a weak reference's callback or a ``__del__``: an interrupt there comes again."""
     if isinstance(unraisable.exc_value, KeyboardInterrupt):
-        again = (threading.main_thread().ident, signal.SIGTERM)
-        threading.Timer(0.01, signal.pthread_kill, again).start()  # when that callback is over
+        signal.setitimer(signal.ITIMER_REAL, 0.01)  # SIGALRM, when that callback is over
     else:
         sys.__unraisablehook__(unraisable)
 

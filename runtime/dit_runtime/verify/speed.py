@@ -26,6 +26,7 @@ from dit_runtime.backends.step import state_from_latents, step_inputs
 from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle
+from dit_runtime.core.decode import Amount, DecodeError, decode, read_json
 from dit_runtime.core.errors import EngineError, OutputError
 from dit_runtime.core.files import replace_file
 from dit_runtime.core.machine import has_nvidia_driver, machine
@@ -35,6 +36,7 @@ from dit_runtime.samplers.schedule import COEFFICIENTS
 
 SPEEDS = "speeds"
 LEAST_ENGINE = "onnxruntime"  # what a machine without an engine should install
+RECORD_LIMIT = 1 << 20  # bytes: far above any, and little to read
 CALLS = 3  # timed, after one that is not
 SLOW = 2.0  # times the fastest so far: no further call is needed
 NEAR = 1.1  # within this factor two are equally fast, and the one expected to be faster is taken
@@ -47,7 +49,7 @@ class Speed:
     name: str
     precision: Precision | None
     engine: str
-    step_ms: float
+    step_ms: Amount
 
 
 def rank_by_speed(bundle: Bundle, threads: int = 0, say: Callable[[str], None] = lambda line: None) -> list[Speed]:
@@ -146,15 +148,6 @@ def _versions(distribution: str) -> Iterator[str]:
 
 def _read(path: Path) -> list[Speed] | None:
     try:
-        found = [
-            Speed(
-                str(each["name"]),
-                each["precision"] and Precision(each["precision"]),
-                str(each["engine"]),
-                float(each["step_ms"]),
-            )
-            for each in json.loads(path.read_text(encoding="utf-8"))
-        ]
-    except (OSError, ValueError, KeyError, TypeError):
+        return list(decode(tuple[Speed, ...], read_json(path, RECORD_LIMIT))) or None
+    except DecodeError:
         return None
-    return found or None

@@ -25,7 +25,7 @@ from dit_runtime.backends.base import Array, EngineInfo
 from dit_runtime.backends.conditioning import TableLimits
 from dit_runtime.backends.host_loop import HostLoop
 from dit_runtime.backends.openvino.passes import ARRANGEMENT, rearrange
-from dit_runtime.backends.prepared import facts_of, find_prepared, prepare_graph
+from dit_runtime.backends.prepared import Facts, facts_of, find_prepared, prepare_graph
 from dit_runtime.bundle.manifest import ENCODER, GraphSpec
 from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle
@@ -160,7 +160,7 @@ class OpenVinoEngine:
         folder = None if self._folder is None else find_prepared(self._folder, self._facts(graph))
         return None if folder is None else folder / MODEL
 
-    def _facts(self, graph: str) -> dict[str, Any]:
+    def _facts(self, graph: str) -> Facts:
         form = {"precision": str(self.info.precision), "arrangement": ARRANGEMENT}
         return facts_of(self.bundle, graph, f"openvino {self.info.version}", form)
 
