@@ -61,7 +61,8 @@ class Rung:
     def used(self) -> float:
         """How much of its limit or its budget a rung uses, the larger of the two; above 1 it fails."""
         if self.unit == "dB":
-            absolute = 10 ** ((self.limit - self.value) / 20)
+            decades = (self.limit - self.value) / 20
+            absolute = 10**decades if decades < 300 else math.inf
         elif self.unit in ("share", "SSIM"):
             absolute = (1 - self.value) / (1 - self.limit) if self.limit < 1 else float(self.value < 1) * 2
         else:
