@@ -207,7 +207,8 @@ def _write_page(results: Results, path: Path) -> None:
     from dit_runtime.verify.report import page
 
     with replace_file(path) as file:
-        file.write_text(page(results), encoding="utf-8")
+        # Results of another machine may hold characters that UTF-8 has no bytes for.
+        file.write_text(page(results), encoding="utf-8", errors="replace")
 
 
 def format_results(bundle: Path, results: Results) -> str:

@@ -16,10 +16,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 # The colours that matplotlib draws with, and the style sheet's variable for each.
-INK, QUIET, GRID, GOOD, BAD = "#1a1c1f", "#666c74", "#d9dce0", "#1a7f4b", "#c0322b"
+INK, GRID, GOOD, BAD = "#1a1c1f", "#d9dce0", "#1a7f4b", "#c0322b"
 LINES = ("#1f6feb", "#c2570c")
-VARIABLES = {INK: "ink", QUIET: "quiet", GRID: "grid", GOOD: "good", BAD: "bad", LINES[0]: "line0", LINES[1]: "line1"}
+VARIABLES = {INK: "ink", GRID: "grid", GOOD: "good", BAD: "bad", LINES[0]: "line0", LINES[1]: "line1"}
 
+LEAST, MOST = 1e-100, 1e100  # what an axis can hold; float32's numbers end far inside
 WIDTH = 7.2  # inches; the page stretches a plot to its own width
 LIMIT = "limit"  # the class of the limit's line in the SVG
 STYLE = {
@@ -41,30 +42,27 @@ STYLE = {
 }
 
 
-def bars(rows: Sequence[tuple[str, float, bool]]) -> str:
-    """The SVG of ``bars_figure``."""
+def bars(title: str, rows: Sequence[tuple[str, float, bool]]) -> str:
+    """The SVG of ``bars_figure``; screen readers read the title."""
     with style.context(STYLE):
-        return svg_from_figure(bars_figure(rows), "each rung's share of its limit")
+        return svg_from_figure(bars_figure(rows), title)
 
 
 def bars_figure(rows: Sequence[tuple[str, float, bool]]) -> Figure:
     """A horizontal bar for each (name, share of its limit, passed), on a logarithmic axis with a line at the limit.
 
-    A share of 0 has no bar; a share that is not finite fills the row. The shares stand to the right of the axes, where
-    the limit's line does not come.
+    A share of 0 has no bar; a share that cannot be drawn fills the row. The shares stand to the right of the axes, so
+    that no share lies on the limit's line.
     """
-    finite = [share for _, share, _ in rows if math.isfinite(share) and share > 0]
-    low = 10.0 ** math.floor(math.log10(min([1e-2, *finite])))
-    high = max([10**0.5, *finite])
+    drawn = [share for _, share, _ in rows if _drawable(share)]
+    low, high = 10.0 ** math.floor(math.log10(min([1e-2, *drawn]))), max([10**0.5, *drawn])
     figure = Figure(figsize=(WIDTH, 0.24 * len(rows) + 0.9), layout="constrained")
     axes = figure.add_subplot()
     for row, (_, share, passed) in enumerate(rows):
-        width = min(max(share, low), high) - low if math.isfinite(share) else high - low
-        axes.barh(row, width, left=low, height=0.62, color=GOOD if passed else BAD)
-        text = f"{share:.2%}" if math.isfinite(share) else "not finite"
-        axes.text(
-            1.02, row, text if passed else f"{text}  FAIL", transform=axes.get_yaxis_transform(), va="center_baseline"
-        )
+        end = share if _drawable(share) else low if share <= 0 else high
+        axes.barh(row, end - low, left=low, height=0.62, color=GOOD if passed else BAD)
+        text = share_text(share) if passed else f"{share_text(share)}  FAIL"
+        axes.text(1.02, row, text, transform=axes.get_yaxis_transform(), va="center_baseline")
     axes.axvline(1, color=INK, linestyle="--", linewidth=1.2, gid=LIMIT)
     axes.text(1, 1.01, "limit", transform=axes.get_xaxis_transform(), ha="center", va="bottom")
     axes.set(xscale="log", xlim=(low, high), xlabel="share of its limit that a rung uses (logarithmic axis)")
@@ -77,18 +75,26 @@ def bars_figure(rows: Sequence[tuple[str, float, bool]]) -> Figure:
     return figure
 
 
+def share_text(share: float) -> str:
+    """A share in percent, from 10000 % on as a multiple."""
+    if not math.isfinite(share):
+        return "not finite"
+    return f"{share:.2%}" if share < 100 else f"{share:.3g}×"
+
+
 def lines(
+    title: str,
     series: Mapping[str, Sequence[float]],
     x_label: str,
     y_label: str,
     first: int = 1,
     limit: tuple[str, float] | None = None,
 ) -> str:
-    """The SVG of ``lines_figure``; empty where no value can be drawn."""
+    """The SVG of ``lines_figure``, or an empty text where no value can be drawn; screen readers read the title."""
     if not any(_drawable(value) for values in series.values() for value in values):
         return ""
     with style.context(STYLE):
-        return svg_from_figure(lines_figure(series, x_label, y_label, first, limit), f"{y_label} by {x_label}")
+        return svg_from_figure(lines_figure(series, x_label, y_label, first, limit), title)
 
 
 def lines_figure(
@@ -103,8 +109,8 @@ def lines_figure(
     Values that are not finite or not above 0 leave a gap.
 
     Args:
-        series: the values of each line; a value at least can be drawn.
-        x_label: what the series run along.
+        series: the values of each line by its name; at least one value can be drawn.
+        x_label: what the values are numbered by.
         y_label: what the values are.
         first: the number of the first value.
         limit: the name and the value of a limit.
@@ -143,15 +149,15 @@ def lines_figure(
     return figure
 
 
-def svg_from_figure(figure: Figure, label: str) -> str:
-    """A figure as an ``<svg>`` element for a page: ``label`` is for screen readers."""
+def svg_from_figure(figure: Figure, title: str) -> str:
+    """A figure as an ``<svg>`` element for a page that holds other figures too, each with a title of its own."""
     file = io.StringIO()
-    with style.context({"svg.hashsalt": label}):  # the names of shapes, which differ from plot to plot
+    with style.context({"svg.hashsalt": title}):  # shapes of different plots have different names
         figure.savefig(
             file, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
         )
     text = file.getvalue()
-    text = text[text.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1)
+    text = text[text.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
     # One page holds many plots: names of groups would not be unique. The limit's line keeps its name as a class.
     text = re.sub(r' id="(figure|axes|patch|line2d|text|legend|matplotlib|[xy]tick|grid)[^"]*"', "", text)
     text = text.replace(f' id="{LIMIT}"', f' class="{LIMIT}"')
@@ -163,4 +169,4 @@ def svg_from_figure(figure: Figure, label: str) -> str:
 
 
 def _drawable(value: float) -> bool:
-    return math.isfinite(value) and value > 0
+    return LEAST < value < MOST

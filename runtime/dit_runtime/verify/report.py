@@ -22,6 +22,7 @@ from dit_runtime.verify.rung import Rung
 TEMPLATE = "report.html.jinja"
 NAMES = {"error": "this engine", "floor": "PyTorch in this precision"}
 FIRST = {"block": 0}  # blocks count from 0, as a rung's text does; all else counts from 1
+LADDER = "The ladder: how much of its limit each rung uses"
 LIMIT = ("FP16's largest number", FP16_MAX)
 # The colours of difference maps: black, red, yellow, white, as heat.
 HEAT = np.array([[0, 0, 0], [170, 0, 0], [255, 200, 0], [255, 255, 255]], np.float64)
@@ -32,13 +33,13 @@ class Plot:
     """A plot with its numbers.
 
     Attributes:
-        heading: what the plot shows.
+        title: what the plot shows.
         svg: the drawing; empty where no number can be drawn.
         head: the columns of the table of numbers.
         rows: the table's rows.
     """
 
-    heading: str
+    title: str
     svg: str
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -63,7 +64,8 @@ def page(results: Results) -> str:
         found=found,
         sizes=[f"{height}×{width}" for height, width in results.image_sizes],
         failed=[rung.name for rung in found.rungs if not rung.passed],
-        ladder=plots.bars([(rung.name, rung.used, rung.passed) for rung in found.rungs]),
+        ladder_title=LADDER,
+        ladder=plots.bars(LADDER, [(rung.name, rung.used, rung.passed) for rung in found.rungs]),
         series=[plot for rung in found.rungs for plot in plots_of_rung(rung)],
         magnitudes=plot_of_magnitudes(found.magnitudes),
         figures=[] if found.images is None else [figure_of(*pair) for pair in zip(*found.images, strict=True)],
@@ -74,19 +76,17 @@ def page(results: Results) -> str:
 
 def plots_of_rung(rung: Rung) -> Iterator[Plot]:
     """A rung's errors along its axis beside PyTorch's own errors, and its largest values against FP16's range."""
-    drawn = {NAMES[name]: values for name, values in rung.series.items() if name in NAMES and len(values) > 1}
     first = FIRST.get(rung.axis, 1)
-    if drawn:
-        svg = plots.lines(drawn, rung.axis, "relative L2 error", first)
-        yield Plot(f"{rung.name}: relative L2 error by {rung.axis}", svg, *numbers_of(drawn, rung.axis, first))
+    errors = {NAMES[name]: values for name, values in rung.series.items() if name in NAMES and len(values) > 1}
+    if errors:
+        title = f"{rung.name}: relative L2 error by {rung.axis}"
+        svg = plots.lines(title, errors, rung.axis, "relative L2 error", first)
+        yield Plot(title, svg, *numbers_of(errors, rung.axis, first))
     if len(rung.series.get("magnitude", ())) > 1:
+        title = f"{rung.name}: largest |x| by {rung.axis}, against FP16's range"
         largest = {"max |x|": rung.series["magnitude"]}
-        svg = plots.lines(largest, rung.axis, "max |x|", first, LIMIT)
-        yield Plot(
-            f"{rung.name}: largest |x| by {rung.axis}, against FP16's range",
-            svg,
-            *numbers_of(largest, rung.axis, first),
-        )
+        svg = plots.lines(title, largest, rung.axis, "max |x|", first, LIMIT)
+        yield Plot(title, svg, *numbers_of(largest, rung.axis, first))
 
 
 def numbers_of(
@@ -105,9 +105,10 @@ def plot_of_magnitudes(magnitudes: Mapping[str, float]) -> Plot | None:
     """The reference's largest values, unit by unit; None where the bundle has none."""
     if not magnitudes:
         return None
-    svg = plots.lines({"max |x|": list(magnitudes.values())}, "unit", "max |x|", limit=LIMIT)
+    title = "Largest |x| of the reference, against FP16's range"
+    svg = plots.lines(title, {"max |x|": list(magnitudes.values())}, "unit", "max |x|", limit=LIMIT)
     rows = tuple((unit, f"{value:.3g}", f"{FP16_MAX / max(value, 1e-30):.3g}×") for unit, value in magnitudes.items())
-    return Plot("Largest |x| of the reference, against FP16's range", svg, ("unit", "max |x|", "room"), rows)
+    return Plot(title, svg, ("unit", "max |x|", "room"), rows)
 
 
 def figure_of(found: NDArray[np.uint8], expected: NDArray[np.uint8]) -> Figure:
