@@ -21,7 +21,7 @@ LINES = ("#1f6feb", "#c2570c")
 VARIABLES = {INK: "ink", GRID: "grid", GOOD: "good", BAD: "bad", LINES[0]: "line0", LINES[1]: "line1"}
 
 LEAST, MOST = 1e-100, 1e100  # what an axis can hold; float32's numbers end far inside
-WIDTH = 7.2  # inches; the page stretches a plot to its own width
+WIDTH = 6  # inches; the page scales a plot to its own width
 LIMIT = "limit"  # the class of the limit's line in the SVG
 STYLE = {
     "svg.fonttype": "none",  # text stays text: a reader can search for it, and a screen reader can read it
