@@ -14,6 +14,7 @@ from dit_engines.kernels import Kernel, by_profile
 from dit_engines.recipe import can_fuse_attention
 from dit_runtime.backends.tensorrt.memory import in_words
 from dit_runtime.bundle.manifest import ModelSpec, PrecisionSpec
+from dit_runtime.core.decode import decode
 
 # Of the work outside the units that a policy keeps in FP32. Measured: 100 % in every graph of every variant.
 FP16_SHARE = 0.99
@@ -92,12 +93,8 @@ class Audit:
 
 
 def audit_from_json(raw: Mapping[str, Any]) -> Audit:
-    """An audit as a sidecar holds it. Raises KeyError or TypeError for anything else."""
-    profiles = [
-        ProfileAudit(**{**profile, "largest": [LargeKernel(**item) for item in profile["largest"]]})
-        for profile in raw["profiles"]
-    ]
-    return Audit(raw["weights_bytes"], profiles)
+    """An audit as a sidecar holds it. Raises DecodeError for anything else."""
+    return decode(Audit, raw, "audit")
 
 
 def audit_of(

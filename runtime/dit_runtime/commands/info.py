@@ -9,7 +9,7 @@ from typing import Any
 from dit_runtime.backends.tensorrt.store import described, stored_engines
 from dit_runtime.bundle.reader import GOLDEN, Bundle
 from dit_runtime.core.machine import machine
-from dit_runtime.verify.verdicts import stored_verdicts
+from dit_runtime.verify.verdicts import Verdict, stored_verdicts
 
 PARTS = ("conditioner", "step", "decoder", "encoder")
 
@@ -39,7 +39,20 @@ def bundle_info(bundle: Bundle) -> dict[str, Any]:
         "producer": manifest.producer,
         "engines": engines,
         "damaged": damaged,
-        "verdicts": [{**verdict, "here": verdict["machine"] == machine()} for verdict in stored_verdicts(bundle)],
+        "verdicts": [_verdict_facts(verdict) for verdict in stored_verdicts(bundle)],
+    }
+
+
+def _verdict_facts(verdict: Verdict) -> dict[str, Any]:
+    return {
+        "engine": verdict.engine,
+        "image_size": list(verdict.image_size),
+        "machine": verdict.machine,
+        "time": verdict.time,
+        "quick": verdict.quick,
+        "passed": verdict.passed,
+        "failed": list(verdict.failed),
+        "here": verdict.machine == machine(),
     }
 
 

@@ -16,10 +16,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from dit_runtime.core.decode import Range, decode, read_json
 from dit_runtime.core.errors import SamplingError
 from dit_runtime.core.files import replace_file
 
@@ -27,6 +29,9 @@ COEFFICIENTS = 17
 
 # DPM-Solver++ at diffusers' stand-in for zero terminal SNR needs 4096; 1/float32's resolution would be 8e6.
 LARGEST = 1e6
+
+TABLE_LIMIT = 64 << 20  # bytes of a table's file: far above any, and little to read
+OPTIONAL = ("sampler", "spacing", "rows", "initial", "start", "draws_noise", "completes_step", "skipped")
 
 # Columns of a row.
 A_Z, B_E = 0, 1  # denoised = a·s₀ + b·e
@@ -205,38 +210,56 @@ def read_table(path: Path) -> Schedule:
         SamplingError: unreadable, or a table that the step graph cannot run.
     """
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        with np.errstate(over="ignore"):
-            coefficients = np.asarray(raw["coefficients"], np.float32)
-            timesteps = np.asarray(raw["timesteps"], np.float32)
-        count = len(coefficients)
-        for name, kind in (("rows", int), ("draws_noise", bool), ("completes_step", bool)):
-            if not all(type(value) is kind for value in raw.get(name, ())):
-                raise TypeError(f"{name} must be a list of {'whole numbers' if kind is int else 'true and false'}")
-        skipped = raw.get("skipped", 0)
-        if type(skipped) is not int or not 0 <= skipped <= LARGEST:
-            raise TypeError(f"skipped {skipped!r} must be a number of steps")
-        schedule = Schedule(
-            sampler=str(raw.get("sampler", path.stem)),
-            spacing=str(raw.get("spacing", "custom")),
-            timesteps=timesteps,
-            rows=np.asarray(raw.get("rows", range(count)), np.int32),
-            coefficients=coefficients,
-            initial=np.asarray(raw.get("initial", [[0, 1]] * count), np.float32),
-            start=np.asarray(raw.get("start", [1.0]), np.float32),
-            draws_noise=np.asarray(raw.get("draws_noise", coefficients[:, NOISE] != 0), np.bool_),
-            completes_step=np.asarray(raw.get("completes_step", [True] * count), np.bool_),
-            skipped=skipped,
-        )
+        raw = read_json(path, TABLE_LIMIT)
+        if type(raw) is dict:
+            raw = {**{name: None for name in OPTIONAL if name not in raw}, **raw}
+        with np.errstate(over="ignore"):  # what float32 cannot hold is refused by its name
+            schedule = _schedule_from_record(decode(_TableRecord, raw), path.stem)
         _check(schedule)
-    except OSError as error:
-        raise SamplingError(f"{path}: cannot read this table ({error.strerror}); expected a JSON file") from error
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
+    except (ValueError, OverflowError) as error:
         raise SamplingError(
-            f"{path}: not a sampler's table ({type(error).__name__}: {error}); expected JSON with timesteps [U] and "
-            "coefficients [T, 17], as dit-sample --write-table writes it"
+            f"{path}: not a sampler's table ({error}); expected JSON with timesteps [U] and coefficients [T, 17], as "
+            "dit-sample --write-table writes it"
         ) from error
     return schedule
+
+
+@dataclass(frozen=True)
+class _TableRecord:
+    """A table's file; None is a field that it leaves out."""
+
+    timesteps: tuple[float, ...]
+    coefficients: tuple[tuple[float, ...], ...]
+    sampler: str | None
+    spacing: str | None
+    rows: tuple[int, ...] | None
+    initial: tuple[tuple[float, ...], ...] | None
+    start: tuple[float, ...] | None
+    draws_noise: tuple[bool, ...] | None
+    completes_step: tuple[bool, ...] | None
+    skipped: Annotated[int, Range(0, LARGEST)] | None
+
+
+def _schedule_from_record(record: _TableRecord, name: str) -> Schedule:
+    """Raises ValueError or OverflowError for numbers that make no array."""
+    coefficients = np.asarray(record.coefficients, np.float32)
+    count = len(coefficients)
+    if coefficients.shape[1:] != (COEFFICIENTS,):
+        raise ValueError(f"coefficients has shape {list(coefficients.shape)}, expected [{count}, {COEFFICIENTS}]")
+    draws = coefficients[:, NOISE] != 0 if record.draws_noise is None else record.draws_noise
+    completes = [True] * count if record.completes_step is None else record.completes_step
+    return Schedule(
+        sampler=name if record.sampler is None else record.sampler,
+        spacing="custom" if record.spacing is None else record.spacing,
+        timesteps=np.asarray(record.timesteps, np.float32),
+        rows=np.asarray(range(count) if record.rows is None else record.rows, np.int32),
+        coefficients=coefficients,
+        initial=np.asarray([[0, 1]] * count if record.initial is None else record.initial, np.float32),
+        start=np.asarray([1.0] if record.start is None else record.start, np.float32),
+        draws_noise=np.asarray(draws, np.bool_),
+        completes_step=np.asarray(completes, np.bool_),
+        skipped=record.skipped or 0,
+    )
 
 
 def _check(schedule: Schedule) -> None:

@@ -25,6 +25,7 @@ from dit_runtime.backends.onnxruntime.engine import import_onnxruntime
 from dit_runtime.backends.onnxruntime.gpu import has_driver
 from dit_runtime.backends.open import Candidate, candidates, engine_for
 from dit_runtime.bundle.reader import Bundle
+from dit_runtime.core.decode import Amount, DecodeError, decode, read_json
 from dit_runtime.core.errors import EngineError, OutputError
 from dit_runtime.core.files import replace_file
 from dit_runtime.core.machine import machine
@@ -32,6 +33,7 @@ from dit_runtime.core.progress import Progress
 from dit_runtime.samplers.guidance import guidance_weights
 
 SPEEDS = "speeds"
+RECORD_LIMIT = 1 << 20  # bytes: far above any, and little to read
 LIBRARIES = ("onnxruntime", "onnxruntime-gpu", "openvino")
 CALLS = 3  # timed, after one that is not
 SLOW = 2.0  # times the fastest so far: no further call is needed
@@ -45,7 +47,7 @@ class Speed:
     name: str
     precision: str | None
     engine: str
-    step_ms: float
+    step_ms: Amount
 
 
 def rank_by_speed(bundle: Bundle, threads: int = 0, say: Callable[[str], None] = lambda line: None) -> list[Speed]:
@@ -145,10 +147,6 @@ def _versions(distribution: str) -> Iterator[str]:
 
 def _read(path: Path) -> list[Speed] | None:
     try:
-        found = [
-            Speed(str(each["name"]), each["precision"], str(each["engine"]), float(each["step_ms"]))
-            for each in json.loads(path.read_text(encoding="utf-8"))
-        ]
-    except (OSError, ValueError, KeyError, TypeError):
+        return list(decode(tuple[Speed, ...], read_json(path, RECORD_LIMIT))) or None
+    except DecodeError:
         return None
-    return found or None

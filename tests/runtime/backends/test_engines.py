@@ -402,11 +402,11 @@ def test_a_full_disk_leaves_no_prepared_graph(
 
 def test_a_second_process_waits_for_the_first(tmp_path: Path) -> None:
     """Weights of gigabytes are written once, and never by two at the same place."""
-    facts = {"bundle": "b", "file": "graphs/step.onnx", "form": {}, "version": "1", "processor": "p", "flags": []}
+    facts = prepared.Facts("b", "graphs/step.onnx", {}, "1", "p", ())
     code = f"""if True:
         import sys
         from pathlib import Path
-        from dit_runtime.prepared import prepared
+        from dit_runtime.backends.prepared import Facts, prepare_graph
 
         def make(folder):
             print("making", flush=True)
@@ -414,7 +414,7 @@ def test_a_second_process_waits_for_the_first(tmp_path: Path) -> None:
             (folder / "weights").write_bytes(bytes(1 << 20))
 
         print("started", flush=True)
-        print(prepared(Path({os.fspath(tmp_path)!r}), {facts!r}, make) is not None)
+        print(prepare_graph(Path({os.fspath(tmp_path)!r}), {facts!r}, make) is not None)
     """
 
     def process() -> subprocess.Popen[str]:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dit_runtime.backends.openvino.passes import ARRANGEMENT, rearrange
-from dit_runtime.backends.prepared import facts_of, find_prepared, prepare_graph
+from dit_runtime.backends.prepared import Facts, facts_of, find_prepared, prepare_graph
 from dit_runtime.bundle.manifest import ENCODER, GraphSpec
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import EngineError
@@ -142,7 +142,7 @@ class OpenVinoEngine:
         folder = None if self._folder is None else find_prepared(self._folder, self._facts(graph))
         return None if folder is None else folder / MODEL
 
-    def _facts(self, graph: str) -> dict[str, Any]:
+    def _facts(self, graph: str) -> Facts:
         form = {"precision": self.precision, "arrangement": ARRANGEMENT}
         return facts_of(self.bundle, graph, f"openvino {self.version}", form)
 
