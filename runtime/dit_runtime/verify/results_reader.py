@@ -5,24 +5,50 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-import json
-import sys
-from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dit_runtime.core.decode import DecodeError, Positive, decode, read_json
 from dit_runtime.core.errors import ResultsError
-from dit_runtime.verify.results import Images, Results, Size
+from dit_runtime.verify.results import Images, Results
 from dit_runtime.verify.rung import Rung, Verification
+from dit_runtime.verify.verdicts import Number, RungRecord
 
-NOT_FINITE = ("inf", "-inf", "nan")  # JSON has no such numbers: the results hold them as words
-ADVICE = "print the results again with dit-verify BUNDLE --json > FILE"
+RESULTS_LIMIT = 256 << 20  # bytes; images of 1024 pixels are a tenth of it
 
-T = TypeVar("T")
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """One image of the engine and the reference's, each a PNG file in base64."""
+
+    engine: str
+    reference: str
+
+
+@dataclass(frozen=True)
+class ResultsRecord:
+    """The results as ``Results.as_json`` gives them."""
+
+    bundle: str
+    model: str
+    precision: str
+    reference: str
+    engine: str
+    image_size: tuple[Positive, Positive]
+    quick: bool
+    passed: bool
+    magnitudes: dict[str, float]
+    rungs: tuple[RungRecord, ...]
+    image_sizes: tuple[tuple[Positive, Positive], ...]
+    machine: dict[str, str]
+    environment: dict[str, Any]
+    files: dict[str, str]
+    images: tuple[ImageRecord, ...]
 
 
 def read_results(path: Path) -> Results:
@@ -32,44 +58,77 @@ def read_results(path: Path) -> Results:
         ResultsError: the file cannot be read, is damaged, or holds something else.
     """
     try:
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ResultsError(f"{path}: cannot be read ({error.strerror}); {ADVICE}") from error
-    except (ValueError, RecursionError) as error:
-        raise ResultsError(f"{path}: got a file that is not JSON, expected verification results; {ADVICE}") from error
-    try:
-        return results_from_json(value)
-    except ResultsError as error:
-        raise ResultsError(f"{path}: {error}; {ADVICE}") from error
+        return results_from_record(decode(ResultsRecord, read_json(path, RESULTS_LIMIT)))
+    except DecodeError as error:
+        raise ResultsError(f"{path}: {error}; make the file with dit-verify BUNDLE --json > FILE") from error
 
 
-def results_from_json(value: object) -> Results:
-    """The results that ``Results.as_json`` wrote; keys that this version does not know are left out.
+def results_from_record(record: ResultsRecord) -> Results:
+    """The results that were printed.
 
     Raises:
-        ResultsError: a key is missing, or its value is of another type or does not fit the others.
+        DecodeError: an image is damaged, or a verdict is not what its numbers come to.
     """
-    raw = _checked(value, dict, "the document")
-    rungs = tuple(_rung(rung, f"rungs[{index}]") for index, rung in enumerate(_field(raw, "rungs", list)))
+    rungs = tuple(_rung_from_record(rung, f"rungs[{index}]") for index, rung in enumerate(record.rungs))
     if not rungs:
-        raise ResultsError("got an empty list for rungs, expected a rung at least")
+        raise DecodeError("rungs: got an empty list, expected a rung at least")
+    _check_verdict(record.passed, all(rung.passed for rung in rungs), "")
     verification = Verification(
-        **{name: _field(raw, name, str) for name in ("bundle", "model", "precision", "reference", "engine")},
-        image_size=_size(_field(raw, "image_size", list)),
-        quick=_field(raw, "quick", bool),
+        bundle=record.bundle,
+        model=record.model,
+        precision=record.precision,
+        reference=record.reference,
+        engine=record.engine,
+        image_size=record.image_size,
+        quick=record.quick,
         rungs=rungs,
-        images=_images_from_json(_field(raw, "images", list)),
-        magnitudes=_numbers_by_name(_field(raw, "magnitudes", dict), "magnitudes"),
+        images=_images_from_records(record.images),
+        magnitudes=record.magnitudes,
     )
-    if verification.passed is not _field(raw, "passed", bool):
-        raise ResultsError(f"got passed = {raw['passed']}, expected {verification.passed}, which the rungs come to")
-    return Results(
-        verification=verification,
-        image_sizes=tuple(_size(each) for each in _field(raw, "image_sizes", list)),
-        machine=_field(raw, "machine", dict),
-        environment=_field(raw, "environment", dict),
-        files={name: _checked(each, str, f"files[{name!r}]") for name, each in _field(raw, "files", dict).items()},
+    return Results(verification, record.image_sizes, record.machine, record.environment, record.files)
+
+
+def _rung_from_record(record: RungRecord, where: str) -> Rung:
+    rung = Rung(
+        name=record.name,
+        value=float(record.value),
+        limit=float(record.limit),
+        unit=record.unit,
+        detail=record.detail,
+        ratio=_optional(record.ratio),
+        threshold=_optional(record.threshold),
+        first_over=record.first_over,
+        metrics={name: float(value) for name, value in record.metrics.items()},
+        axis=record.axis,
+        series={name: [float(value) for value in values] for name, values in record.series.items()},
     )
+    _check_verdict(record.passed, rung.passed, f"{where}.")
+    return rung
+
+
+def _optional(number: Number | None) -> float | None:
+    return None if number is None else float(number)
+
+
+def _check_verdict(printed: bool, computed: bool, where: str) -> None:
+    """The page must not say "pass" where the machine that verified said "FAIL"."""
+    if printed is not computed:
+        raise DecodeError(f"{where}passed: got {printed}, expected {computed}, which the numbers come to")
+
+
+def _images_from_records(records: tuple[ImageRecord, ...]) -> Images | None:
+    """The engine's images and the reference's, uint8 ``[N, H, W, 3]`` each; None where there are none."""
+    pairs = [
+        [_pixels_from_png(png, f"images[{index}].{side}") for side, png in asdict(record).items()]
+        for index, record in enumerate(records)
+    ]
+    shapes = {pixels.shape for pair in pairs for pixels in pair}
+    if len(shapes) > 1:
+        raise DecodeError(f"images: got {len(shapes)} sizes, expected one size")
+    if not pairs:
+        return None
+    found, expected = (np.stack(side) for side in zip(*pairs, strict=True))
+    return found, expected
 
 
 def _pixels_from_png(text: str, where: str) -> NDArray[np.uint8]:
@@ -79,84 +138,4 @@ def _pixels_from_png(text: str, where: str) -> NDArray[np.uint8]:
             return np.asarray(image.convert("RGB"), np.uint8)
     # Pillow raises SyntaxError for a damaged chunk of a PNG file.
     except (OSError, ValueError, SyntaxError, binascii.Error, Image.DecompressionBombError) as error:
-        raise ResultsError(f"got a damaged image at {where}, expected a PNG file in base64") from error
-
-
-def _images_from_json(values: list[Any]) -> Images | None:
-    pairs = []
-    for index, value in enumerate(values):
-        where = f"images[{index}]"
-        raw = _checked(value, dict, where)
-        pairs.append([_pixels_from_png(_field(raw, key, str, where), where) for key in ("engine", "reference")])
-    if shapes := {pixels.shape for pair in pairs for pixels in pair}:
-        if len(shapes) > 1:
-            raise ResultsError(f"got images of {len(shapes)} sizes, expected one size")
-        found, expected = (np.stack(side) for side in zip(*pairs, strict=True))
-        return found, expected
-    return None
-
-
-def _rung(value: object, where: str) -> Rung:
-    raw = _checked(value, dict, where)
-    series = _field(raw, "series", dict, where)
-    rung = Rung(
-        name=_field(raw, "name", str, where),
-        value=_number(_field(raw, "value", object, where), f"{where}.value"),
-        limit=_number(_field(raw, "limit", object, where), f"{where}.limit"),
-        unit=_field(raw, "unit", str, where),
-        detail=_field(raw, "detail", str, where),
-        ratio=_optional_number(raw, "ratio", where),
-        threshold=_optional_number(raw, "threshold", where),
-        first_over=None if _field(raw, "first_over", object, where) is None else _field(raw, "first_over", str, where),
-        metrics=_numbers_by_name(_field(raw, "metrics", dict, where), f"{where}.metrics"),
-        axis=_field(raw, "axis", str, where),
-        series={
-            name: [_number(each, f"{where}.series[{name!r}]") for each in _checked(values, list, f"{where}.series")]
-            for name, values in series.items()
-        },
-    )
-    # The page must not say "pass" where the machine that verified said "FAIL".
-    if rung.passed is not _field(raw, "passed", bool, where):
-        raise ResultsError(f"got {where}.passed = {raw['passed']}, expected {rung.passed}, which its numbers come to")
-    return rung
-
-
-def _size(value: object) -> Size:
-    height, width = sides if len(sides := _checked(value, list, "image_size")) == 2 else (None, None)
-    return _checked(height, int, "an image's height"), _checked(width, int, "an image's width")
-
-
-def _numbers_by_name(raw: Mapping[str, Any], where: str) -> dict[str, float]:
-    return {name: _number(value, f"{where}[{name!r}]") for name, value in raw.items()}
-
-
-def _optional_number(raw: Mapping[str, Any], key: str, where: str) -> float | None:
-    value = _field(raw, key, object, where)
-    return None if value is None else _number(value, f"{where}.{key}")
-
-
-def _number(value: object, where: str) -> float:
-    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
-        return float(value)
-    if isinstance(value, str) and value in NOT_FINITE:
-        return float(value)
-    raise ResultsError(f"got {_short(value)} for {where}, expected a number")
-
-
-def _field(raw: Mapping[str, Any], key: str, kind: type[T], where: str = "") -> T:
-    path = f"{where}.{key}" if where else key
-    if key not in raw:
-        raise ResultsError(f"got no {path}, expected all keys that dit-verify --json prints")
-    return _checked(raw[key], kind, path)
-
-
-def _checked(value: object, kind: type[T], where: str) -> T:
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", int: "a whole number"}
-        raise ResultsError(f"got {_short(value)} for {where}, expected {names[kind]}")
-    return value
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+        raise DecodeError(f"{where}: got a damaged image, expected a PNG file in base64") from error
