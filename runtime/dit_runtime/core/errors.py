@@ -36,3 +36,7 @@ class ParityError(DiTError):
 
 class OutputError(DiTError):
     """A place that cannot be written to."""
+
+
+class ResultsError(DiTError):
+    """A file of results that is damaged, or that ``dit-verify --json`` did not print."""

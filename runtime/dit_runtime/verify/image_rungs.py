@@ -1,4 +1,4 @@
-"""The upper rungs: the sampler's noise, steps and trajectory, the autoencoder, and the images."""
+"""The upper rungs: the sampler's noise, steps and trajectories, the autoencoder, and the images."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Record = Mapping[str, Array]
 
 
 def noise(replay: Replay, sampler: str, record: Record, schedule: Schedule) -> Rung:
-    """Our noise from the recorded seeds against what PyTorch drew."""
+    """The runtime's noise from the recorded seeds, against the noise that PyTorch drew."""
     image = record["latents"].shape[2:]
     streams = [TorchNoise(int(seed)) for seed in record["seeds"]]
     drawn = [np.stack([stream.normal(image) for stream in streams])]
@@ -41,13 +41,13 @@ def noise(replay: Replay, sampler: str, record: Record, schedule: Schedule) -> R
 
 
 def teacher_forced(replay: Replay, sampler: str, record: Record, schedule: Schedule) -> Rung:
-    """Every step from the reference's own latents: errors do not add up, so a bad step shows by its number."""
+    """Every step, each from the reference's own latents: errors do not add up, so the rung names the wrong step."""
     guidance, steps = float(record["guidance"]), range(len(schedule))
     advanced = [_run_step(replay, record, schedule, index, record["latents"][index]) for index in steps]
     labels = [f"step {index + 1}" for index in steps]
     rungs = []
     for position, (part, expected) in enumerate((("step", record["latents"][1:]), ("denoised", record["denoised"]))):
-        # Near pure noise, a·z and b·e are hundreds and cancel to a few: rounding is relative to the terms.
+        # Near pure noise, a·z and b·e are hundreds and their sum is small: rounding is relative to the terms.
         terms = np.abs(schedule.coefficients[:, A_Z]) * np.abs(record["latents"][:-1]).max(axis=(1, 2, 3, 4))
         scales = [float(term) for term in terms] if part == "denoised" else [0.0] * len(steps)
         found = [pair[position] for pair in advanced]
@@ -62,10 +62,10 @@ def teacher_forced(replay: Replay, sampler: str, record: Record, schedule: Sched
 
 
 def free_running(replay: Replay, sampler: str, record: Record, schedule: Schedule) -> tuple[Array, Rung]:
-    """The last latents of a trajectory of the engine's own, and how far it goes from the reference's on its way."""
+    """A whole trajectory from the recorded noise: its last latents, and how far it is from the reference's."""
     guidance, steps = float(record["guidance"]), len(schedule)
     found = [record["latents"][0]]
-    if replay.engine.info.loop_on_device:  # a loop of its own, on its device, which is what sampling uses
+    if replay.engine.info.loop_on_device:  # the loop on the device, which sampling uses
         found += _run_loop(replay, record, schedule)
     else:
         for index in range(steps):
@@ -80,7 +80,7 @@ def free_running(replay: Replay, sampler: str, record: Record, schedule: Schedul
 
 
 def _run_loop(replay: Replay, record: Record, schedule: Schedule) -> list[Array]:
-    """The latents after each row of the engine's own loop, its noise from the recorded seeds."""
+    """The latents after each row of the engine's own loop, with the noise of the recorded seeds."""
     manifest, guidance = replay.bundle.manifest, Guidance(float(record["guidance"]))
     images = []
     for label, seed in zip(record["labels"], record["seeds"], strict=True):
@@ -97,7 +97,7 @@ def _run_loop(replay: Replay, record: Record, schedule: Schedule) -> list[Array]
 
 
 def _run_step(replay: Replay, record: Record, schedule: Schedule, index: int, latents: Array) -> tuple[Array, Array]:
-    """The next latents and the denoised estimate of a step from given latents."""
+    """The next latents and the denoised estimate of one step from the given latents."""
     batch = len(latents)
     timesteps = np.repeat(schedule.timesteps[schedule.rows[index]], batch)
     images = RecordedInputs(latents, timesteps, record["labels"], float(record["guidance"]))
@@ -107,7 +107,7 @@ def _run_step(replay: Replay, record: Record, schedule: Schedule, index: int, la
 
 
 def decoder(replay: Replay) -> Rung:
-    """The reference's latents decoded to float images, at each batch that the engine must be right at."""
+    """The reference's latents decoded to float images, at each batch size that is verified."""
     record = replay.decoder_record()
     count = len(record["latents"])
     found: list[Array] = []
@@ -118,7 +118,7 @@ def decoder(replay: Replay) -> Rung:
             found += list(replay.decoder(record["latents"][index], "decoded"))
             asked += [int(item) for item in index]
     budget = replay.budget
-    # Every evaluation of an image has that image's floor.
+    # Every evaluation of an image has the floor of that image.
     floors = budget.floors.get(replay.floors_of("decoder"), ())
     budget = replace(budget, floors={"decoder": [floors[index] for index in asked] if floors else []})
     expected = [record["decoded"][index] for index in asked]
@@ -130,8 +130,8 @@ def decoder(replay: Replay) -> Rung:
 
 
 def quantized(replay: Replay) -> Rung:
-    """uint8 images of the reference's latents: the mean signed difference tells truncation from rounding, and each
-    channel's tells their order."""
+    """uint8 images of the reference's latents: the mean signed difference tells truncation from rounding, and the
+    difference of each channel shows a wrong order of channels."""
     record = replay.decoder_record()
     images = replay.decoder(record["latents"], "images")
     bias = (images.astype(np.float64) - record["images"]).mean(axis=(0, 1, 2))
@@ -141,7 +141,7 @@ def quantized(replay: Replay) -> Rung:
 
 
 def images(replay: Replay, final: Array, sampler: str) -> tuple[tuple[Array, Array], list[Rung]]:
-    """The images of the engine's own trajectory beside the reference's."""
+    """The images of the engine's own trajectory, against the reference's images."""
     record, budget, final = replay.decoder_record(), replay.budget, replay.crop_to_tile(final)
     found, expected = replay.decoder(final, "images"), record["images"]
     series = Series(
@@ -151,7 +151,7 @@ def images(replay: Replay, final: Array, sampler: str) -> tuple[tuple[Array, Arr
         list(record["decoded"]),
         [float(np.abs(record["decoded"]).max())] * len(found),
     )
-    # In levels the errors of FP32 are none: the budget is that of the images before rounding.
+    # FP32's errors are below one level of uint8, so the budget is measured on the images before rounding.
     unlimited = replace(budget, tolerances={**budget.tolerances, "image": np.inf})
     floats = compare_series(unlimited, "", "image", replay.floors_of("image"), series)
     detail = f"{sampler}, free-running"
@@ -162,7 +162,8 @@ def images(replay: Replay, final: Array, sampler: str) -> tuple[tuple[Array, Arr
         "ssim": similarity,
     }
     within = float(np.mean(np.abs(found.astype(int) - expected.astype(int)) <= 1))
-    varied = [image for image, wanted in zip(found, expected, strict=True) if wanted.std()]  # not a flat corner
+    # A tile may be flat in the reference too.
+    varied = [image for image, wanted in zip(found, expected, strict=True) if wanted.std()]
     spread = min((float(image.std()) for image in varied), default=math.inf)
     return (found, expected), [
         replace(
@@ -187,10 +188,10 @@ def images(replay: Replay, final: Array, sampler: str) -> tuple[tuple[Array, Arr
 
 
 def encoder(replay: Replay) -> Rung:
-    """Images → latents, and of a posterior its deviation."""
+    """Images → latents; for an encoder with a posterior also its deviation."""
     record = replay.bundle.records(ENCODER)
     names = [tensor.name for tensor in replay.bundle.manifest.graphs[ENCODER].outputs]
-    session = replay.engine.session(ENCODER)  # which the pipeline gives one image at a time
+    session = replay.engine.session(ENCODER)  # the pipeline encodes one image at a time
     each = [session.run({"images": image[None]}, names) for image in record["images"]]
     found = [np.concatenate(parts) for parts in zip(*each, strict=True)]
     series = Series("output", names, found, [record[name] for name in names])

@@ -1,15 +1,17 @@
-"""Replay a bundle's golden records on an engine and compare, from the bottom up: the first rung that fails says where.
+"""Replay a bundle's golden records on an engine and compare the results, from the bottom up.
 
-    FP16 range                              whether the reference's own numbers fit
-    conditioner, embedding, blocks          what a block is given, and what it makes of it
-    forward                                 the network, with and without guidance, at every batch of the engine's
-    sampler update                          all that a row of the sampler's table can ask for
-    noise, teacher-forced, free-running     the sampler: what it draws, its single steps, trajectories of its own
-    decoder, uint8 images, image …        the autoencoder, and the result
-    encoder                                 the way back
+The first rung that fails says where the fault is:
 
-The records hold what the unpatched PyTorch reference computed in FP32; limits and PyTorch's own errors come with the
-bundle (``dit_runtime.verify.budget``). Nothing here needs torch.
+    FP16 range                              the reference's own numbers fit into FP16
+    conditioner, embedding, blocks          a block's inputs, and its output
+    forward                                 the network with and without guidance, at every batch size of the engine
+    sampler update                          every coefficient that a schedule's row can hold
+    noise, teacher-forced, free-running     the sampler: its noise, its single steps, whole trajectories
+    decoder, uint8 images, image …          the autoencoder's decoder, and the images
+    encoder                                 the autoencoder's encoder
+
+The records hold what the unpatched PyTorch reference computed in FP32. The limits and PyTorch's own errors come with
+the bundle (``dit_runtime.verify.budget``). Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -41,17 +43,17 @@ __all__ = [
 
 
 def trajectories_of(diffusion: DiffusionSpec) -> tuple[str, str]:
-    """The samplers whose trajectories are recorded: a deterministic one, and one that draws noise."""
+    """The samplers whose trajectories are recorded: a deterministic sampler, and a sampler that draws noise."""
     return ("euler", "sde-euler") if diffusion.path else ("ddim", "ddpm")
 
 
 def verify(bundle: Bundle, engine: Engine, quick: bool = False) -> Iterator[Rung]:
-    """The rungs from the bottom up, each yielded when it is measured.
+    """The rungs from the bottom up; each rung is yielded when it is measured.
 
-    ``quick`` leaves out the conditioner alone and teacher-forced steps, which say where a fault is rather than whether
-    there is one, and the trajectory without guidance. Embedding and blocks need the probe, which TensorRT's engines do
-    not have. An engine built without guidance has that trajectory alone, and no images; one built for tiles decodes a
-    recorded tile.
+    ``quick`` leaves out the conditioner's rung and the teacher-forced steps, which say where a fault is rather than
+    whether there is one, and the trajectory without guidance. Embedding and blocks need the probe graph, which TensorRT
+    engines do not have. An engine built without guidance has only the trajectory without guidance, and no images. An
+    engine built for tiles decodes a recorded tile.
 
     Raises:
         BundleError: a record is missing or altered, or the bundle has no limits for the engine's precision.
@@ -61,7 +63,7 @@ def verify(bundle: Bundle, engine: Engine, quick: bool = False) -> Iterator[Rung
 
 
 def verification_of(bundle: Bundle, engine: Engine, quick: bool = False) -> Verification:
-    """All rungs of ``verify`` and what a report shows beside them, with a progress bar."""
+    """All rungs of ``verify``, the images and the reference's largest values, with a progress bar."""
     replay = Replay(bundle, engine)
     images: list[tuple[Array, Array]] = []
     rungs = []
@@ -85,14 +87,14 @@ def verification_of(bundle: Bundle, engine: Engine, quick: bool = False) -> Veri
 
 
 def _rungs(replay: Replay, quick: bool, images: list[tuple[Array, Array]]) -> Iterator[Rung]:
-    """The rungs in their order; the engine's and the reference's images are appended to ``images``."""
+    """The rungs in their order. Appends the engine's images and the reference's images to ``images``."""
     manifest, guided = replay.bundle.manifest, replay.engine.info.has_branches(2)
     if _has_range(replay):
         yield network_rungs.fp16_range(replay)
     if not quick:
         yield network_rungs.conditioner(replay)
     if _has_probe(replay):
-        if manifest.model.conditioning == "adaln-zero":  # the others' blocks have no gates to close
+        if manifest.model.conditioning == "adaln-zero":  # the blocks of other conditionings have no gates to close
             yield network_rungs.embedding(replay)
         yield network_rungs.blocks(replay)
         replay.engine.release("probe")
@@ -104,7 +106,7 @@ def _rungs(replay: Replay, quick: bool, images: list[tuple[Array, Array]]) -> It
         record, schedule = _trajectory(replay, sampler, sampler)
         yield image_rungs.noise(replay, sampler, record, schedule)
         if not guided:
-            continue  # these trajectories are
+            continue  # these trajectories are guided
         if not quick:
             yield image_rungs.teacher_forced(replay, sampler, record, schedule)
         latents, rung = image_rungs.free_running(replay, sampler, record, schedule)
@@ -125,7 +127,7 @@ def _rungs(replay: Replay, quick: bool, images: list[tuple[Array, Array]]) -> It
 
 
 def _trajectory(replay: Replay, sampler: str, name: str) -> tuple[image_rungs.Record, Schedule]:
-    """A recorded trajectory of a sampler, and that sampler's table."""
+    """A recorded trajectory of a sampler, and the sampler's schedule."""
     record, manifest = replay.bundle.records(name), replay.bundle.manifest
     return record, schedule_for(sampler, manifest.model, manifest.diffusion, int(record["steps"]))
 
@@ -139,10 +141,11 @@ def _has_probe(replay: Replay) -> bool:
 
 
 def _rung_count(replay: Replay, quick: bool) -> int:
-    """How many rungs there will be: for progress bars."""
+    """The number of rungs, for the progress bar."""
     manifest, guided = replay.bundle.manifest, replay.engine.info.has_branches(2)
     probed = _has_probe(replay) * (1 + (manifest.model.conditioning == "adaln-zero"))
-    # Forward with its variance; update, two kinds of noise, decoder, uint8; guided, trajectories and their images.
+    # The forward and its variance; update, two samplers' noise, decoder and uint8 images; with guidance the two
+    # trajectories and the four rungs of their images.
     always = _has_range(replay) + probed + (1 + guided) * (1 + manifest.model.learned_variance) + 5 + 6 * guided
     unguided = not (quick and guided)
     return always + unguided + (ENCODER in manifest.graphs) + (1 + 2 * guided) * (not quick)
