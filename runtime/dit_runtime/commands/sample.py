@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from dit_runtime.output.request import (
     SampleRequest,
     TableRequest,
 )
+from dit_runtime.samplers.by_name import DIFFUSION_SAMPLERS, FLOW_SAMPLERS
 
 if TYPE_CHECKING:
     from dit_runtime.output.writer import Written
@@ -217,8 +219,8 @@ def _add_sampling_arguments(parser: Parser) -> None:
     group.add_argument("--steps", type=int, help="sampling steps (default: the bundle's)")
     group.add_argument(
         "--sampler",
-        help="ddim, ddpm, dpmpp-2m, dpmpp-2m-sde, dpmpp-3m, unipc or euler-ancestral; for velocity models euler, heun, "
-        "sde-euler or sde-heun; or a sampler table, TABLE.json (default: the bundle's)",
+        help=f"{_either(DIFFUSION_SAMPLERS)}; for velocity models {_either(FLOW_SAMPLERS)}; or a sampler table, "
+        "TABLE.json (default: the bundle's)",
     )
     group.add_argument(
         "--spacing",
@@ -243,6 +245,10 @@ def _add_sampling_arguments(parser: Parser) -> None:
     )
     group.add_argument("--guidance-schedule", default="constant", help="constant, linear or cosine")
     group.add_argument("--negative-label", metavar="LABEL", help="guide away from this class, not from the null class")
+
+
+def _either(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def _add_noise_arguments(parser: Parser) -> None:

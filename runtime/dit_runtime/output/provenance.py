@@ -288,4 +288,4 @@ def batch_around(image: ImageRequest, position: BatchPosition) -> list[ImageRequ
     needed = np.array(position.branches)
     if needed.shape != image.branches.needed.shape or (needed < image.branches.needed).any():
         raise SamplingError("the image's record is damaged: its batch does not fit its sampler and guidance")
-    return [replace(image, branches=image.branches.among(needed))] * position.size
+    return [replace(image, branches=image.branches.pad_to(needed))] * position.size
