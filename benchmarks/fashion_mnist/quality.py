@@ -32,7 +32,7 @@ from evaluator import CLASS_NAMES, frechet_distance, judged, load_evaluator, ref
 from dit_runtime import Pipeline
 from dit_runtime.backends.open import Engine, open_engine
 from dit_runtime.bundle.reader import Bundle, open_bundle
-from dit_runtime.core.environment import environment
+from dit_runtime.core.environment import describe_environment
 from dit_runtime.core.errors import BundleError, EngineError
 from dit_runtime.core.files import replace_file
 from dit_runtime.core.progress import Progress
@@ -240,7 +240,7 @@ def main() -> None:
         "steps": args.steps,
         "sampler": "ddim",
         "resamples": args.resamples,
-        "environment": environment(args.threads),
+        "environment": describe_environment(args.threads),
         "precisions": compared(judgements, labels, args.resamples),
     }
     with replace_file(args.output) as file:

@@ -22,7 +22,7 @@ from typing import Any
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import OutputError
 from dit_runtime.core.files import replace_folder, sha256_of
-from dit_runtime.core.machine import processor
+from dit_runtime.core.machine import read_processor
 
 SIDECAR = "prepared.json"
 SIDECAR_LIMIT = 1 << 20  # bytes: far above any, and little to read
@@ -40,7 +40,7 @@ def facts_of(bundle: Bundle, graph: str, version: str, form: Mapping[str, str]) 
         version: the engine's.
         form: the engine's own settings that decide what is in the files.
     """
-    cpu = processor()
+    cpu = read_processor()
     return {
         "bundle": bundle.digest,
         "file": bundle.manifest.graphs[graph].file,

@@ -11,7 +11,7 @@ from dit_runtime.backends.open import Engine
 from dit_runtime.bench.parts import compare_with_gemm, time_images, time_parts
 from dit_runtime.bench.timing import Timing, memory_use
 from dit_runtime.bundle.reader import Bundle, open_bundle
-from dit_runtime.core.environment import environment
+from dit_runtime.core.environment import describe_environment
 from dit_runtime.verify.auto import open_trusted_engine
 
 SWEEP_STEPS = (10, 25, 50)
@@ -70,7 +70,7 @@ def benchmark(request: BenchmarkRequest) -> dict[str, Any]:
         "engine": engine.name,
         "verified": True,
         "steps": request.steps,
-        "environment": environment(request.threads),
+        "environment": describe_environment(request.threads),
         "parts": {batch: _json_from_timings(timings) for batch, timings in parts.items()},
     }
     if request.image_runs > 0:

@@ -7,7 +7,7 @@ from typing import Any
 
 from dit_runtime.backends.tensorrt.store import described, stored_engines
 from dit_runtime.bundle.reader import GOLDEN, Bundle
-from dit_runtime.core.machine import machine
+from dit_runtime.core.machine import describe_machine
 from dit_runtime.verify.verdicts import stored_verdicts
 
 
@@ -56,7 +56,9 @@ def bundle_info(bundle: Bundle) -> dict[str, Any]:
         "producer": manifest.producer,
         "engines": engines,
         "damaged": damaged,
-        "verdicts": [{**verdict, "here": verdict["machine"] == machine()} for verdict in stored_verdicts(bundle)],
+        "verdicts": [
+            {**verdict, "here": verdict["machine"] == describe_machine()} for verdict in stored_verdicts(bundle)
+        ],
     }
 
 

@@ -75,9 +75,9 @@ def _main(argv: list[str] | None) -> int:
 
 def _verify(bundle: Bundle, args: argparse.Namespace) -> int:
     from dit_runtime.backends.open import Engine, engine_for
-    from dit_runtime.core.environment import environment
+    from dit_runtime.core.environment import describe_environment
     from dit_runtime.core.files import check_writable, replace_file
-    from dit_runtime.core.machine import machine
+    from dit_runtime.core.machine import describe_machine
     from dit_runtime.verify.auto import check_choice, open_first_engine
     from dit_runtime.verify.rung import format_table
     from dit_runtime.verify.verdicts import join_rungs, verify_each_size
@@ -98,15 +98,15 @@ def _verify(bundle: Bundle, args: argparse.Namespace) -> int:
 
         hashes = {name: spec.sha256 for name, spec in bundle.manifest.files.items()}
         with replace_file(args.report) as file:
-            file.write_text(page(first, environment(), hashes, found[1:]), encoding="utf-8")
+            file.write_text(page(first, describe_environment(), hashes, found[1:]), encoding="utf-8")
     if args.json:
         print_json(
             {
                 **first.as_json(),
                 "image_sizes": [list(each.image_size) for each in found],
                 "passed": not failed,
-                "machine": machine(),
-                "environment": environment(),
+                "machine": describe_machine(),
+                "environment": describe_environment(),
                 "rungs": [rung.as_json() for rung in rungs],
             }
         )

@@ -27,7 +27,7 @@ from dit_runtime.backends.open import Candidate, candidates, engine_for
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import EngineError, OutputError
 from dit_runtime.core.files import replace_file
-from dit_runtime.core.machine import machine
+from dit_runtime.core.machine import describe_machine
 from dit_runtime.core.progress import Progress
 from dit_runtime.samplers.guidance import guidance_weights
 
@@ -133,7 +133,7 @@ def step_inputs(bundle: Bundle) -> dict[str, Any]:
 
 def _path(bundle: Bundle, threads: int) -> Path:
     versions = {name: version for name in LIBRARIES for version in _versions(name)}
-    facts = [bundle.digest, bundle.manifest.model.latent_size, machine(), versions, threads, has_driver()]
+    facts = [bundle.digest, bundle.manifest.model.latent_size, describe_machine(), versions, threads, has_driver()]
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     return bundle.engines / SPEEDS / f"{key}.json"
 

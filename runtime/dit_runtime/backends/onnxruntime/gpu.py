@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dit_runtime.core.environment import environment
+from dit_runtime.core.environment import describe_environment
 from dit_runtime.core.errors import EngineError
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def open_provider(runtime: Any, name: str) -> Provider:
         raise _refused(runtime, name, "this ONNX Runtime was built without it")
     if not has_driver():
         raise _refused(runtime, name, "there is no NVIDIA driver")
-    gpus = environment().get("gpus") or [{"name": "GPU"}]
+    gpus = describe_environment().get("gpus") or [{"name": "GPU"}]
     device = f"{PROVIDERS[name].removesuffix('ExecutionProvider')} {gpus[0]['name']}"
     if library is not None:
         return Provider(name, device, _rtx_devices(runtime, library))

@@ -26,7 +26,7 @@ from dit_runtime.backends.prepared import facts_of, find_prepared, prepare_graph
 from dit_runtime.bundle.manifest import ENCODER, GraphSpec
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import EngineError
-from dit_runtime.core.machine import check_memory, processor
+from dit_runtime.core.machine import check_memory, read_processor
 
 if TYPE_CHECKING:
     from dit_runtime.backends.open import Array
@@ -96,8 +96,8 @@ class OpenVinoEngine:
         able = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if asked == "bf16" and not able:
             raise EngineError(
-                f"precision bf16: this CPU ({processor().model}) has no BF16 instructions (avx512_bf16 or amx_bf16); "
-                "use --precision f32"
+                f"precision bf16: this CPU ({read_processor().model}) has no BF16 instructions (avx512_bf16 or "
+                "amx_bf16); use --precision f32"
             )
         return asked or ("bf16" if able and self.bundle.manifest.precision.name == "fp16" else "f32")
 
