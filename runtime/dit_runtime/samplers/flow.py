@@ -134,33 +134,13 @@ def flow_sde(
     Raises:
         SamplingError: fewer than 2 steps, an unknown method, form or last step, or a size out of range.
     """
-    if steps < 2:
-        raise SamplingError(f"{steps} steps with sampler sde-{method}: expected at least 2, one of them the last")
-    if method not in METHODS:
-        raise SamplingError(f"method {method!r} is unknown; expected one of {', '.join(METHODS)}")
-    if last_step not in LAST_STEPS:
-        raise SamplingError(f"last step {last_step!r} is unknown; expected one of {', '.join(LAST_STEPS)}")
-    if not 0 <= last_step_size < 1:
-        raise SamplingError(f"last step size {last_step_size:g}: expected 0 to below 1, a share of the path")
+    _check_sde(steps, method, last_step, last_step_size)
     size = 0.0 if last_step == "none" else last_step_size
     end = 1 - size if size else VP_END if path == "vp" else 1.0
     grid = np.linspace(0, end, steps).tolist()
-    h = grid[1] - grid[0]
-    rows: list[Float64] = []
-    times: list[float] = []
     with np.errstate(divide="ignore", invalid="ignore"):
-        noise = [_noise_scale(path, t, form, norm, h) for t in grid[:-1]]
-        for index, (t, after) in enumerate(pairwise(grid)):
-            drift = _drift_at(path, t, form, norm)
-            times.append(t)
-            if method == "euler":
-                rows.append(make_row(clean_at(path_at(path, t)), S0 + h * drift, noise=noise[index]))
-                continue
-            rows.append(make_row(clean_at(path_at(path, t)), S0 + h * drift, memory=S0, memory_2=drift))
-            times.append(after)
-            following = noise[index + 1] if index + 1 < len(noise) else 0.0
-            z = S1 + h / 2 * (S2 + _drift_at(path, after, form, norm))
-            rows.append(make_row(clean_at(path_at(path, after)), z, noise=following))
+        noise = [_noise_scale(path, t, form, norm, grid[1] - grid[0]) for t in grid[:-1]]
+        times, rows = _sde_rows(path, method, form, norm, grid, noise)
         if last_step != "none":
             times.append(end)
             rows.append(_last_row(path, end, form, norm, last_step, size))
@@ -184,6 +164,38 @@ def flow_sde(
         start,
         skipped,
     )
+
+
+def _check_sde(steps: int, method: str, last_step: str, last_step_size: float) -> None:
+    if steps < 2:
+        raise SamplingError(f"{steps} steps with sampler sde-{method}: expected at least 2, one of them the last")
+    if method not in METHODS:
+        raise SamplingError(f"method {method!r} is unknown; expected one of {', '.join(METHODS)}")
+    if last_step not in LAST_STEPS:
+        raise SamplingError(f"last step {last_step!r} is unknown; expected one of {', '.join(LAST_STEPS)}")
+    if not 0 <= last_step_size < 1:
+        raise SamplingError(f"last step size {last_step_size:g}: expected 0 to below 1, a share of the path")
+
+
+def _sde_rows(
+    path: str, method: str, form: str, norm: float, grid: list[float], noise: list[float]
+) -> tuple[list[float], list[Float64]]:
+    """Times and rows of the SDE's own steps; ``noise`` is the scale of each step's noise."""
+    times: list[float] = []
+    rows: list[Float64] = []
+    h = grid[1] - grid[0]
+    for index, (t, after) in enumerate(pairwise(grid)):
+        drift = _drift_at(path, t, form, norm)
+        times.append(t)
+        if method == "euler":
+            rows.append(make_row(clean_at(path_at(path, t)), S0 + h * drift, noise=noise[index]))
+            continue
+        rows.append(make_row(clean_at(path_at(path, t)), S0 + h * drift, memory=S0, memory_2=drift))
+        times.append(after)
+        following = noise[index + 1] if index + 1 < len(noise) else 0.0
+        z = S1 + h / 2 * (S2 + _drift_at(path, after, form, norm))
+        rows.append(make_row(clean_at(path_at(path, after)), z, noise=following))
+    return times, rows
 
 
 def _drift_at(path: str, t: float, form: str, norm: float) -> Float64:
