@@ -4,30 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
-
-import numpy as np
 
 from dit_runtime.bundle.reader import open_bundle
-from dit_runtime.core.errors import DiTError, OutputError, SamplingError
+from dit_runtime.core.errors import OutputError, SamplingError
 from dit_runtime.core.files import check_writable
-from dit_runtime.output.images import Images, read_image, read_png
+from dit_runtime.output.inputs import (
+    InputFiles,
+    RecordedFile,
+    read_entry,
+    read_input_files,
+    read_recorded_file,
+)
 from dit_runtime.output.provenance import (
     BatchPosition,
     Entry,
     batch_around,
     batch_positions,
     check_bundle,
-    entries_from_text,
     entry_from_request,
     is_same,
     request_from_entry,
 )
 from dit_runtime.output.request import (
     DecodeSettings,
-    InputPaths,
     LabelledImages,
     OutputRequest,
     RecordedImages,
@@ -35,29 +35,10 @@ from dit_runtime.output.request import (
 )
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.samplers.noise import Float32
-from dit_runtime.samplers.schedule import Schedule, read_table
 from dit_runtime.sampling.batch import ImageRequest
 from dit_runtime.sampling.image_to_image import Init
 from dit_runtime.sampling.settings import Settings
 from dit_runtime.sampling.tiles import check_tile
-
-
-@dataclass(frozen=True)
-class InputFiles:
-    """The contents of the files in ``InputPaths``."""
-
-    noise: Float32 | None
-    table: Schedule | None
-    init: Images | Float32 | None
-
-
-@dataclass(frozen=True)
-class RecordedFile:
-    """A PNG file that ``dit-sample`` wrote: its pixels, and one entry for each of its images."""
-
-    path: Path
-    pixels: Images
-    entries: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -137,50 +118,6 @@ def _check_output(request: SampleRequest) -> None:
     if isinstance(images, RecordedImages) and path.resolve() == images.path.resolve():
         raise OutputError(f"{path}: is the image to be made again; choose another --output")
     check_writable(path if request.output.is_grid else path / "image.png")
-
-
-def read_input_files(paths: InputPaths) -> InputFiles:
-    """Read the files that images are made from.
-
-    Raises:
-        SamplingError: a file is missing, or does not hold what it should.
-    """
-    table = None if paths.table is None else read_table(paths.table)
-    noise = None if paths.noise is None else read_array(paths.noise, "noise")
-    if paths.init is None:
-        return InputFiles(noise, table, None)
-    is_array = paths.init.suffix.lower() == ".npy"
-    return InputFiles(noise, table, read_array(paths.init, "latents") if is_array else read_image(paths.init))
-
-
-def read_array(path: Path, content: str) -> Float32:
-    """The array ``[N, C, h, w]`` of a ``.npy`` file that holds one image ``[C, h, w]`` or several.
-
-    The pipeline checks its dtype, its shape and its numbers. ``content`` is what it holds, for the message.
-
-    Raises:
-        SamplingError: missing, not such a file, or an array of another number of axes.
-    """
-    try:
-        values: Float32 = np.load(path, allow_pickle=False)
-        if values.ndim not in (3, 4):
-            raise ValueError(f"it has {values.ndim} axes")
-        return values[None] if values.ndim == 3 else values
-    except (OSError, ValueError, AttributeError, EOFError, BadZipFile) as error:
-        raise SamplingError(
-            f"{path}: cannot be read as {content} ({error}); expected float32 [N,C,H,W] of numpy.save"
-        ) from error
-
-
-def read_recorded_file(path: Path) -> RecordedFile:
-    """A file that ``dit-sample`` wrote, with its record.
-
-    Raises:
-        OutputError: missing, or not a PNG file.
-        SamplingError: its record is missing or damaged.
-    """
-    pixels, text = read_png(path)
-    return RecordedFile(path, pixels, entries_from_text(path, text))
 
 
 def jobs_from_labels(pipe: Pipeline, asked: LabelledImages, inputs: InputFiles, output: OutputRequest) -> Jobs:
@@ -269,7 +206,7 @@ def _job_from_labels(
     def is_made(index: int, image: ImageRequest) -> bool:
         if output.is_grid or output.overwrite:
             return False
-        found = _read_entry(output.path / file_name_for(index, image))
+        found = read_entry(output.path / file_name_for(index, image))
         return found is not None and is_same(found, entry_from_request(pipe, image, eta, decoding))
 
     missing = [(index, image) for index, image in enumerate(images, part.start) if not is_made(index, image)]
@@ -284,17 +221,6 @@ def _job_from_labels(
 def file_name_for(index: int, image: ImageRequest) -> str:
     """The name of an image's file in a folder."""
     return f"{index:05d}_class{'+'.join(str(label) for label in image.labels)}_seed{image.seed}.png"
-
-
-def _read_entry(file: Path) -> dict[str, Any] | None:
-    """The entry of an image's file; None where there is no such file, no record, or more than one image."""
-    if not file.exists():
-        return None
-    try:
-        (entry,) = read_recorded_file(file).entries
-    except (DiTError, ValueError):
-        return None
-    return entry
 
 
 def jobs_from_record(pipe: Pipeline, recorded: RecordedFile, inputs: InputFiles) -> Jobs:
