@@ -37,7 +37,7 @@ from dit_runtime.bundle.reader import (
     Bundle,
     open_bundle,
 )
-from dit_runtime.core.environment import environment
+from dit_runtime.core.environment import describe_environment
 from dit_runtime.core.errors import EngineError
 from dit_runtime.core.files import replace_file, sha256_of
 from dit_runtime.core.progress import Progress
@@ -176,7 +176,12 @@ def main() -> None:
             thresholds[precision][kind] = max(thresholds[precision].get(kind, 0.0), wanted)
     print(json.dumps(thresholds, indent=1))
     with replace_file(args.output) as file:
-        content = {"draws": args.draws, "environment": environment(), "ratios": report, "thresholds": thresholds}
+        content = {
+            "draws": args.draws,
+            "environment": describe_environment(),
+            "ratios": report,
+            "thresholds": thresholds,
+        }
         file.write_text(json.dumps(content, indent=1) + "\n")
 
 

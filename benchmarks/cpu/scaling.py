@@ -33,7 +33,7 @@ from dit_runtime.bench.timing import time_calls
 from dit_runtime.bundle.macs import step_gmac
 from dit_runtime.bundle.manifest import ModelSpec
 from dit_runtime.bundle.precision import Precision
-from dit_runtime.core.environment import environment
+from dit_runtime.core.environment import describe_environment
 from dit_runtime.core.files import replace_file
 from dit_runtime.samplers.guidance import guidance_weights
 
@@ -175,7 +175,7 @@ def main() -> None:
     streams = {name: side_by_side(MODELS[name], args.precision, 2 * args.repeat) for name in ("S/2", "B/2")}
     report: dict[str, Any] = {
         "precision": args.precision,
-        "environment": environment(0),
+        "environment": describe_environment(0),
         "batch": batch,
         "tokens": tokens,
         "model": model,

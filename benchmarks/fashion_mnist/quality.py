@@ -33,7 +33,7 @@ from dit_runtime import Pipeline
 from dit_runtime.backends.base import Engine
 from dit_runtime.backends.open import open_engine
 from dit_runtime.bundle.reader import Bundle, open_bundle
-from dit_runtime.core.environment import environment
+from dit_runtime.core.environment import describe_environment
 from dit_runtime.core.errors import BundleError, EngineError
 from dit_runtime.core.files import replace_file
 from dit_runtime.core.progress import Progress
@@ -241,7 +241,7 @@ def main() -> None:
         "steps": args.steps,
         "sampler": "ddim",
         "resamples": args.resamples,
-        "environment": environment(args.threads),
+        "environment": describe_environment(args.threads),
         "precisions": compared(judgements, labels, args.resamples),
     }
     with replace_file(args.output) as file:

@@ -16,7 +16,7 @@ from dit_runtime.backends.open import engine_for
 from dit_runtime.bundle.manifest import ENCODER, Manifest
 from dit_runtime.bundle.reader import Bundle, open_bundle
 from dit_runtime.core.errors import SamplingError
-from dit_runtime.samplers.by_name import schedule_for, steps_skipped
+from dit_runtime.samplers.by_name import count_skipped_steps, schedule_for
 from dit_runtime.samplers.guidance import Branches, Guidance, branches_from_labels
 from dit_runtime.samplers.noise import CudaNoise, Float32
 from dit_runtime.samplers.schedule import Schedule
@@ -315,7 +315,7 @@ class Pipeline:
         skipped = 0
         if from_image:
             strength = STRENGTH if strength is None else strength
-            skipped = steps_skipped(steps, strength)
+            skipped = count_skipped_steps(steps, strength)
         model, diffusion = self.manifest.model, self.manifest.diffusion
         return schedule_for(given or defaults.sampler, model, diffusion, steps, eta, spacing, skipped), strength
 

@@ -23,7 +23,7 @@ from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.decode import DecodeError, decode, read_json
 from dit_runtime.core.errors import OutputError
 from dit_runtime.core.files import replace_folder, sha256_of
-from dit_runtime.core.machine import processor
+from dit_runtime.core.machine import read_processor
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def facts_of(bundle: Bundle, graph: str, version: str, form: Mapping[str, str]) 
         version: the engine's.
         form: the engine's own settings that decide what is in the files.
     """
-    cpu = processor()
+    cpu = read_processor()
     return Facts(bundle.digest, bundle.manifest.graphs[graph].file, dict(form), version, cpu.model, cpu.flags)
 
 

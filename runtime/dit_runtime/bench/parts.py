@@ -1,4 +1,4 @@
-"""How long the parts of an engine take, and whole images with what is spent outside the engine."""
+"""How long the parts of an engine take, and how long whole images take, inside and outside the engine."""
 
 from __future__ import annotations
 
@@ -26,10 +26,12 @@ GUIDED, PLAIN, DECODER = "step, guided (G=2)", "step, not guided (G=1)", "decode
 
 
 def time_parts(bundle: Bundle, engine: Engine, batch: int, steps: int, repeat: int) -> dict[str, Any]:
-    """A ``Timing`` of each part: conditioner of ``steps`` guided steps, step with and without guidance, decoder.
+    """A ``Timing`` of each part: the conditioner for ``steps`` guided steps, the step with and without guidance, and
+    the decoder.
 
-    Of an engine whose loop stays on its device, a step is a whole loop's time over its steps. One that was built
-    without guidance has no guided step, and no conditioner of such; one built for tiles decodes one tile.
+    For an engine that keeps its loop on the device, the time of a step is a whole loop's time divided by its steps.
+    An engine that was built without guidance has no guided step, and no conditioner for guided steps. An engine that
+    was built for tiles decodes one tile.
     """
     model, diffusion = bundle.manifest.model, bundle.manifest.diffusion
     schedule = schedule_for(trajectories_of(diffusion)[0], model, diffusion, steps)
@@ -47,7 +49,7 @@ def time_parts(bundle: Bundle, engine: Engine, batch: int, steps: int, repeat: i
         pairs = np.repeat(schedule.timesteps, len(conditions)), np.tile(conditions, len(schedule.timesteps))
         if scale != 1:
             work[f"conditioner, {steps} steps"] = partial(compute_table, engine, bundle.manifest, *pairs)
-        if resident:  # a call of the session would upload the whole table, which the loop does not
+        if resident:  # a session's call uploads the whole conditioning table, the loop does not
             pipe = Pipeline(bundle, engine)
             whole[name] = partial(pipe.sample_latents, pipe.prepare(labels.tolist(), steps=steps, guidance=scale))
             continue
@@ -65,7 +67,7 @@ def time_parts(bundle: Bundle, engine: Engine, batch: int, steps: int, repeat: i
 
 
 def time_images(bundle: Bundle, engine: Engine, batch: int, steps: int, runs: int) -> dict[str, Any]:
-    """Whole images, after one run that is not counted: seconds of a run, and where they went."""
+    """Seconds of a run that makes ``batch`` whole images, and where they go; the first run is reported apart."""
     resident, clocked = engine.info.loop_on_device, ClockedEngine(engine, bundle.manifest)
     guidance = None if engine.info.has_branches(2) else 1.0
     tile = engine.info.tile
@@ -85,7 +87,7 @@ def time_images(bundle: Bundle, engine: Engine, batch: int, steps: int, runs: in
             pipeline.decode(latents, None if tile is None else max(tile))
             seconds.append(time.perf_counter() - start)
             bar.advance()
-            if resident:  # what is queued is not what is done: the loop's time is known when its latents are here
+            if resident:  # steps are only queued: the loop's time is known when its latents arrive
                 inside = {"loop on the device": looped - start, "decoder": start + seconds[-1] - looped}
                 calls = [(looped - start) / steps * 1e3]
             else:
@@ -109,8 +111,9 @@ def time_images(bundle: Bundle, engine: Engine, batch: int, steps: int, runs: in
 
 
 def compare_with_gemm(bundle: Bundle, engine: Engine, parts: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    """The fastest product of the model's own shapes here, and the guided step's rate as a share of it, by batch."""
-
+    """The fastest matrix product of the model's shapes on this CPU, and for each batch the guided step's rate as a
+    share of it; empty for an engine on a GPU, or without a library for the engine's precision.
+    """
     if engine.info.loop_on_device:
         return {}  # the rates are the CPU's
     model = bundle.manifest.model

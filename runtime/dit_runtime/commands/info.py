@@ -8,7 +8,7 @@ from typing import Any
 
 from dit_runtime.backends.tensorrt.store import described, stored_engines
 from dit_runtime.bundle.reader import GOLDEN, Bundle
-from dit_runtime.core.machine import machine
+from dit_runtime.core.machine import describe_machine
 from dit_runtime.verify.verdicts import Verdict, stored_verdicts
 
 PARTS = ("conditioner", "step", "decoder", "encoder")
@@ -52,7 +52,7 @@ def _verdict_facts(verdict: Verdict) -> dict[str, Any]:
         "quick": verdict.quick,
         "passed": verdict.passed,
         "failed": list(verdict.failed),
-        "here": verdict.machine == machine(),
+        "here": verdict.machine == describe_machine(),
     }
 
 

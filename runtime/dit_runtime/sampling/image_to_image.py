@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.core.errors import SamplingError
-from dit_runtime.samplers.by_name import steps_skipped
+from dit_runtime.samplers.by_name import count_skipped_steps
 from dit_runtime.samplers.noise import Float32, noise_hash
 from dit_runtime.samplers.schedule import Schedule, skip_steps
 
@@ -105,7 +105,7 @@ def schedule_from_start(table: Schedule, from_image: bool, strength: float | Non
         )
     if not table.skipped:
         strength = STRENGTH if strength is None else strength
-        return skip_steps(table, steps_skipped(table.steps, strength)), strength
+        return skip_steps(table, count_skipped_steps(table.steps, strength)), strength
     if strength is not None:
         raise SamplingError(
             f"table {table.sampler}: it starts after step {table.skipped}, and strength {strength:g} is for whole "

@@ -19,8 +19,8 @@ from PIL import Image
 from dit_runtime.backends.base import Engine
 from dit_runtime.backends.open import engine_for
 from dit_runtime.bundle.reader import Bundle
-from dit_runtime.core.environment import environment
-from dit_runtime.core.machine import machine
+from dit_runtime.core.environment import describe_environment
+from dit_runtime.core.machine import describe_machine
 from dit_runtime.verify.auto import check_choice, open_first_engine
 from dit_runtime.verify.rung import Verification
 from dit_runtime.verify.verdicts import join_rungs, verify_each_size
@@ -101,8 +101,8 @@ def results_of(bundle: Bundle, found: Sequence[Verification]) -> Results:
     return Results(
         verification=replace(found[0], rungs=tuple(join_rungs(found)), images=images),
         image_sizes=tuple(each.image_size for each in found),
-        machine=machine(),
-        environment=environment(),
+        machine=describe_machine(),
+        environment=describe_environment(),
         files={name: spec.sha256 for name, spec in bundle.manifest.files.items()},
     )
 

@@ -29,7 +29,7 @@ from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.decode import Amount, DecodeError, decode, read_json
 from dit_runtime.core.errors import EngineError, OutputError
 from dit_runtime.core.files import replace_file
-from dit_runtime.core.machine import has_nvidia_driver, machine
+from dit_runtime.core.machine import describe_machine, has_nvidia_driver
 from dit_runtime.core.progress import Progress
 from dit_runtime.samplers.guidance import guidance_weights
 from dit_runtime.samplers.schedule import COEFFICIENTS
@@ -136,7 +136,8 @@ def sample_step_inputs(manifest: Manifest) -> dict[str, Array]:
 def _path(bundle: Bundle, threads: int) -> Path:
     libraries = sorted({library for name in BACKENDS for library in backend_named(name).libraries})
     versions = {name: version for name in libraries for version in _versions(name)}
-    facts = [bundle.digest, bundle.manifest.model.latent_size, machine(), versions, threads, has_nvidia_driver()]
+    size, machine = bundle.manifest.model.latent_size, describe_machine()
+    facts = [bundle.digest, size, machine, versions, threads, has_nvidia_driver()]
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     return bundle.engines / SPEEDS / f"{key}.json"
 

@@ -20,7 +20,7 @@ from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.decode import DecodeError, Positive, decode, read_json
 from dit_runtime.core.errors import OutputError
 from dit_runtime.core.files import replace_file
-from dit_runtime.core.machine import machine
+from dit_runtime.core.machine import describe_machine
 from dit_runtime.core.version import __version__
 from dit_runtime.verify.rung import Rung, Verification
 from dit_runtime.verify.verification import verification_of
@@ -74,8 +74,13 @@ def verdict_path(bundle: Bundle, engine: Engine) -> Path:
 
     An engine's ``identity`` says what its name does not: the very plans, the driver, how a graph was rearranged.
     """
-    own = engine.info.identity
-    facts = [bundle.digest, bundle.manifest.model.latent_size, own, __version__, machine()]
+    facts = [
+        bundle.digest,
+        bundle.manifest.model.latent_size,
+        engine.info.identity,
+        __version__,
+        describe_machine(),
+    ]
     identity = json.dumps(facts, sort_keys=True)
     return bundle.engines / VERDICTS / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
 
@@ -92,7 +97,7 @@ def store_verdict(bundle: Bundle, engine: Engine, rungs: list[Rung], quick: bool
         bundle=bundle.digest,
         image_size=bundle.manifest.image_size,
         engine=engine.info.name,
-        machine=machine(),
+        machine=describe_machine(),
         time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         quick=quick,
         passed=passed,

@@ -214,7 +214,7 @@ def test_bf16_on_a_cpu_without_it(fp16: Bundle, monkeypatch: pytest.MonkeyPatch)
 
 def test_too_little_memory_is_said_before_loading(fp32: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process is not killed half-way: need and available memory are compared first."""
-    monkeypatch.setattr(cpu, "available_memory", lambda root=None: 1000)
+    monkeypatch.setattr(cpu, "read_available_memory", lambda root=None: 1000)
     with pytest.raises(EngineError, match=r"the step on openvino .* needs at least 0.0 GB of memory, 0.0 GB"):
         stepped(OpenVinoEngine(fp32, precision=Precision.FP32), step_inputs(fp32))
 
@@ -358,7 +358,7 @@ def test_a_graph_prepared_elsewhere_is_not_used(
     """What was made for another processor is left alone, and one line says why the work is done again."""
     caplog.set_level(logging.INFO, "dit_runtime")
     inputs = step_inputs(fp16)
-    here = prepared.processor()
+    here = prepared.read_processor()
     monkeypatch.setattr(prepared, "processor", lambda: cpu.Processor("Other 9000", ("avx2",)))
     expected = stepped(opened(fp16, tmp_path), inputs)
     written = files(tmp_path)
@@ -673,24 +673,24 @@ def test_the_processor_is_read(tmp_path: Path) -> None:
     (tmp_path / "proc").mkdir()
     file = tmp_path / "proc" / "cpuinfo"
     file.write_text("processor : 0\nmodel name\t: Xeon 6\nflags\t\t: fpu avx2 avx512f amx_bf16\n\nmodel name : no\n")
-    assert cpu.processor(tmp_path) == cpu.Processor("Xeon 6", ("avx2", "avx512f", "amx_bf16"))
+    assert cpu.read_processor(tmp_path) == cpu.Processor("Xeon 6", ("avx2", "avx512f", "amx_bf16"))
     file.write_text("processor : 0\nFeatures : fp asimd bf16\n")
-    assert cpu.processor(tmp_path).flags == ("asimd", "bf16")
+    assert cpu.read_processor(tmp_path).flags == ("asimd", "bf16")
     file.unlink()
-    assert cpu.processor(tmp_path).flags == ()
+    assert cpu.read_processor(tmp_path).flags == ()
 
 
 def test_available_memory_heeds_a_containers_limit(tmp_path: Path) -> None:
     """The least of what the system and the control group have left; page cache can be given back."""
-    assert cpu.available_memory(tmp_path) is None
+    assert cpu.read_available_memory(tmp_path) is None
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc" / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 5000 kB\n")
-    assert cpu.available_memory(tmp_path) == 5000 << 10
+    assert cpu.read_available_memory(tmp_path) == 5000 << 10
     group = tmp_path / "sys" / "fs" / "cgroup"
     group.mkdir(parents=True)
     (group / "memory.stat").write_text("anon 1\ninactive_file 100\n")
     (group / "memory.current").write_text("3000\n")
     (group / "memory.max").write_text("max\n")
-    assert cpu.available_memory(tmp_path) == 5000 << 10
+    assert cpu.read_available_memory(tmp_path) == 5000 << 10
     (group / "memory.max").write_text("4000\n")
-    assert cpu.available_memory(tmp_path) == 1100
+    assert cpu.read_available_memory(tmp_path) == 1100

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dit_runtime.core.machine import machine
+from dit_runtime.core.machine import describe_machine
 from dit_runtime.verify import speed
 from dit_runtime.verify.rung import Rung
 from dit_runtime.verify.verdicts import store_verdict, stored_verdict, stored_verdicts, verdict_path
@@ -37,7 +37,7 @@ def test_a_verdict_is_read_as_it_was_written(bundle: Any) -> None:
     assert raw["rungs"] == [json.loads(json.dumps(rung.as_json())) for rung in RUNGS]
     assert [list(rung) for rung in raw["rungs"]] == [list(rung.as_json()) for rung in RUNGS]
     (verdict,) = stored_verdicts(bundle)
-    assert (verdict.engine, verdict.image_size, verdict.machine) == ("an engine", (32, 32), machine())
+    assert (verdict.engine, verdict.image_size, verdict.machine) == ("an engine", (32, 32), describe_machine())
     assert verdict.failed == ("overflow",)
     assert stored_verdict(bundle, ENGINE) is False
     store_verdict(bundle, ENGINE, RUNGS[:2], quick=False)

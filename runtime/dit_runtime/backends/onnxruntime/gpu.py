@@ -16,7 +16,7 @@ import numpy as np
 
 from dit_runtime.backends.base import Array
 from dit_runtime.bundle.precision import Precision
-from dit_runtime.core.environment import environment
+from dit_runtime.core.environment import describe_environment
 from dit_runtime.core.errors import EngineError
 from dit_runtime.core.machine import has_nvidia_driver
 
@@ -61,7 +61,7 @@ def open_provider(runtime: Any, name: str) -> Provider:
         raise _refused(runtime, name, "this ONNX Runtime was built without it")
     if not has_nvidia_driver():
         raise _refused(runtime, name, "there is no NVIDIA driver")
-    gpus = environment().get("gpus") or [{"name": "GPU"}]
+    gpus = describe_environment().get("gpus") or [{"name": "GPU"}]
     device = f"{PROVIDERS[name].removesuffix('ExecutionProvider')} {gpus[0]['name']}"
     if library is not None:
         return Provider(name, device, _rtx_devices(runtime, library))

@@ -30,7 +30,7 @@ from dit_runtime.bundle.manifest import ENCODER, GraphSpec
 from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import EngineError
-from dit_runtime.core.machine import check_memory, processor
+from dit_runtime.core.machine import check_memory, read_processor
 
 PRECISIONS = (Precision.FP32, Precision.BF16)
 SHAPES = 2  # compiled models that a graph keeps: with and without guidance
@@ -104,8 +104,8 @@ class OpenVinoEngine:
         able = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if asked == Precision.BF16 and not able:
             raise EngineError(
-                f"precision bf16: this CPU ({processor().model}) has no BF16 instructions (avx512_bf16 or amx_bf16); "
-                "use --precision fp32"
+                f"precision bf16: this CPU ({read_processor().model}) has no BF16 instructions (avx512_bf16 or "
+                "amx_bf16); use --precision fp32"
             )
         lowered = able and self.bundle.manifest.precision.name == Precision.FP16
         return asked or (Precision.BF16 if lowered else Precision.FP32)
