@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 
 from dit_runtime.bundle import manifest as bundle_manifest
-from dit_runtime.bundle.manifest import DiffusionSpec, Manifest
+from dit_runtime.bundle.manifest import DiffusionSpec
 from dit_runtime.samplers.by_name import SAMPLERS
 from dit_runtime.samplers.diffusion import ddim
 
@@ -45,7 +45,8 @@ FOREIGN_OPTIONS = {"--system-site-packages", "--load-inputs", "--load-outputs"}
 
 # A figure that somebody measured: a number with a unit, a power of ten, or a share.
 FIGURE = re.compile(
-    r"(?<![\w.])(\d[\d.,]*\d|\d)(?: ?(?:dB|MB|GB|kB|%|GMAC|GFLOP/s)(?!\w)| m?s(?!\w)|e-\d+)|(?<![\w.])0\.\d{2,}(?![\w.])"
+    r"(?<![\w.])(?:\d[\d.,]*\d|\d)(?: ?(?:dB|MB|GB|kB|%|GMAC|GFLOP/s)(?!\w)| m?s(?!\w)|e-\d+)"
+    r"|(?<![\w.])0\.\d{2,}(?![\w.])"
 )
 # Numbers of that form that nobody measured, and what they are.
 NOT_MEASURED = {
@@ -247,18 +248,22 @@ def test_links_and_anchors_resolve() -> None:
 
 
 def test_every_page_can_be_reached() -> None:
-    """Fails for a page that neither the index nor the README links to."""
-    for index in (ROOT / "docs" / "README.md",):
-        text = index.read_text(encoding="utf-8")
-        missing = [page.name for page in PAGES[1:] if page != index and f"({page.name}" not in text]
-        assert not missing, index
+    """Fails for a page that the README or the index does not link to, and for one that the sdist leaves out."""
+    index = ROOT / "docs" / "README.md"
+    pages = [page for page in PAGES[1:] if page != index]
+    for start, prefix in ((ROOT / "README.md", "docs/"), (index, "")):
+        text = start.read_text(encoding="utf-8")
+        assert [page.name for page in pages if f"({prefix}{page.name}" not in text] == [], start
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    sdist = project.partition("[tool.hatch.build.targets.sdist]")[2].partition("\n[")[0]
+    assert '"/docs"' in sdist
+    assert '"/README.md"' in sdist
 
 
 def test_paths_in_the_text_exist() -> None:
     """Fails for a file or folder of the repository that a page names and that is not there."""
     folders = ("benchmarks", "tests", "runtime", "engines/dit_engines", "dit_export", "docs", ".ci")
-    texts = [*((block, block.text) for block in CODE), *SPANS]
-    for place, text in texts:
+    for place, text in [*((block, block.text) for block in CODE), *SPANS]:
         for path in re.findall(rf"(?<![\w/.-])(?:{'|'.join(map(re.escape, folders))})/[\w./-]*", text):
             assert (ROOT / path).exists(), f"{place}: {path}"
 
@@ -295,14 +300,15 @@ def cells(row: str) -> list[str]:
 def test_figures_name_what_prints_them() -> None:
     """Fails for a measured figure whose paragraph, table or output does not say which command prints it.
 
-    A paragraph says ``printed by`` (``held by`` for a limit that a test holds); a table has a column of that name, or the
-    paragraph before it says so; output begins with the command.
+    A paragraph says ``printed by`` (``held by`` for a limit that a test holds); a table has a column of that name, or
+    the paragraph before it says so; output begins with the command.
     """
     seen = 0
     for index, block in enumerate(BLOCKS):
         if block.kind == "heading":
             continue
-        check_sources(str(block), sources) if (sources := sources_in(block.text)) else None
+        if sources := sources_in(block.text):
+            check_sources(str(block), sources)
         if block.kind == "table":
             header, _, *rows = block.text.splitlines()
             if "printed by" in cells(header):
@@ -396,7 +402,6 @@ def test_the_format_has_every_field(heading: str, kind: str) -> None:
     """Fails if the specification lacks a field of the manifest, or has one that the manifest has not."""
     expected = {item.name for item in fields(getattr(bundle_manifest, kind))}
     assert set(first_column(section("bundle-format.md", heading))) == expected
-    assert "files" in {item.name for item in fields(Manifest)}
 
 
 def test_the_format_is_of_this_schema() -> None:
