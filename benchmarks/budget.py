@@ -28,7 +28,8 @@ from dit_export.export import bundle_from_checkpoint
 from dit_export.graphs.precision import FP16, FP32
 from dit_export.reference.golden import RecordPlan, write_records
 
-from dit_runtime.backends.open import Engine, open_engine
+from dit_runtime.backends.base import Engine
+from dit_runtime.backends.open import open_engine
 from dit_runtime.bundle.manifest import FileSpec
 from dit_runtime.bundle.reader import (
     GOLDEN,
@@ -42,7 +43,7 @@ from dit_runtime.core.files import replace_file, sha256_of
 from dit_runtime.core.progress import Progress
 from dit_runtime.verify.replay import Replay
 from dit_runtime.verify.rung import Rung
-from dit_runtime.verify.verification import measure_rungs
+from dit_runtime.verify.verification import verification_of
 
 DEMO = Path(__file__).parent / "fashion_mnist" / "checkpoint"
 GUIDANCE = (1.5, 4.0, 7.5)
@@ -146,14 +147,14 @@ def main() -> None:
                 for bundle, found in zip(bundles, engines, strict=True):
                     for engine in found:
                         budget = Replay(bundle, engine).budget
-                        for rung in measure_rungs(bundle, engine):
+                        for rung in verification_of(bundle, engine).rungs:
                             kind = kind_of(rung)
                             if kind is None or rung.threshold is None:
                                 continue
                             allowed = rung.threshold / budget.thresholds[kind]
                             of_scale = 1.0 if allowed == 1 else guidance
                             values = [ratio / allowed for ratio in rung.series["ratio"]]
-                            ratios[f"{budget.precision}, {engine.name}"][kind][of_scale] += values
+                            ratios[f"{budget.precision}, {engine.info.name}"][kind][of_scale] += values
                 bar.advance()
                 print(f"{model}, draw {draw}: guidance {guidance:g}", flush=True)
     report = {name: {kind: summary(scales) for kind, scales in kinds.items()} for name, kinds in ratios.items()}

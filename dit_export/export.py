@@ -30,6 +30,7 @@ from dit_runtime.bundle.manifest import (
     PrecisionSpec,
     SourceSpec,
 )
+from dit_runtime.bundle.precision import Precision as PrecisionName
 from dit_runtime.bundle.reader import MANIFEST, Bundle, open_bundle
 from dit_runtime.core.errors import OutputError
 from dit_runtime.core.files import check_writable, replace_folder, sha256_of
@@ -93,7 +94,7 @@ def _manifest(checkpoint: Checkpoint, precision: Precision, measured: Measured) 
         sizes=checkpoint.sizes,
         diffusion=checkpoint.diffusion,
         autoencoder=checkpoint.autoencoder_spec,
-        precision=PrecisionSpec(precision.name, precision.keep_fp32),
+        precision=PrecisionSpec(PrecisionName(precision.name), precision.keep_fp32),
         defaults=checkpoint.defaults,
         class_names=checkpoint.class_names,
         graphs={},

@@ -29,6 +29,7 @@ from dit_runtime.backends.openvino import engine as openvino_engine
 from dit_runtime.backends.openvino.engine import OpenVinoEngine
 from dit_runtime.backends.openvino.passes import rearrange
 from dit_runtime.bench.timing import time_calls
+from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.environment import environment
 from dit_runtime.core.files import replace_file
@@ -213,7 +214,7 @@ def main() -> None:
         found = time_calls(openvino_variants(bundle, precision), args.repeat, f"OpenVINO {precision}")
         report["openvino"][precision] = {name: asdict(timing) for name, timing in found.items()}
     if not args.no_onnxruntime:
-        inputs = step_inputs(bundle, OpenVinoEngine(bundle, precision="f32"), 1, guided=True)
+        inputs = step_inputs(bundle, OpenVinoEngine(bundle, precision=Precision.FP32), 1, guided=True)
         found = time_calls(onnxruntime_variants(bundle, inputs), args.repeat, "ONNX Runtime")
         report["onnxruntime"] = {name: asdict(timing) for name, timing in found.items()}
     target = args.output or HERE / f"{args.model}-ablations.json"

@@ -32,6 +32,7 @@ from dit_runtime.bench.gemm import measure_gemm_rates, shapes_of
 from dit_runtime.bench.timing import time_calls
 from dit_runtime.bundle.macs import step_gmac
 from dit_runtime.bundle.manifest import ModelSpec
+from dit_runtime.bundle.precision import Precision
 from dit_runtime.core.environment import environment
 from dit_runtime.core.files import replace_file
 from dit_runtime.samplers.guidance import guidance_weights
@@ -116,7 +117,7 @@ def cut_or_whole(spec: ModelSpec, repeat: int) -> dict[str, Any]:
     inputs = inputs_of(spec, 1)
     with tempfile.TemporaryDirectory() as folder:
         bundle: Any = traced(spec, Path(folder))
-        engine = OpenVinoEngine(bundle, precision="bf16")
+        engine = OpenVinoEngine(bundle, precision=Precision.BF16)
         for name, wide in {"cut_ms": 0, "whole_ms": sys.maxsize}.items():
             with patch.object(openvino_engine, "rearranged", partial(rearrange, wide=wide)):
                 request = engine.compiled("step", {name: value.shape for name, value in inputs.items()})

@@ -30,7 +30,8 @@ from dit_export.checkpoints.sources import Source, load_checkpoint
 from evaluator import CLASS_NAMES, frechet_distance, judged, load_evaluator, reference_statistics, statistics
 
 from dit_runtime import Pipeline
-from dit_runtime.backends.open import Engine, open_engine
+from dit_runtime.backends.base import Engine
+from dit_runtime.backends.open import open_engine
 from dit_runtime.bundle.reader import Bundle, open_bundle
 from dit_runtime.core.environment import environment
 from dit_runtime.core.errors import BundleError, EngineError
@@ -119,7 +120,7 @@ def contenders(work: Path, steps: int, guidance: float, batch: int, threads: int
         def sampled(labels: list[int], seeds: list[int], pipe: Pipeline = pipe) -> Array:
             return pipe(labels, seeds, steps=steps, guidance=guidance, sampler="ddim")
 
-        yield Contender(name, f"{bundle.digest} {pipe.engine.name}", sampled)
+        yield Contender(name, f"{bundle.digest} {pipe.engine.info.name}", sampled)
 
 
 def bundle_at(path: Path, weights: str | None, *flags: str) -> Bundle:

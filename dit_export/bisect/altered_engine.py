@@ -10,19 +10,21 @@ import onnx_ir as ir
 
 from dit_export.bisect.islands import Array, detach
 from dit_export.bisect.operations import Operation
+from dit_runtime.backends.base import EngineInfo, Session
+from dit_runtime.backends.conditioning import TableLimits
+from dit_runtime.backends.host_loop import HostLoop
 from dit_runtime.backends.onnxruntime.engine import import_onnxruntime
-from dit_runtime.backends.open import Session
+from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.core.errors import EngineError
 
 
 @dataclass
 class AlteredEngine:
-    """An engine of ``dit_runtime`` on altered graphs, each loaded when it is first used."""
+    """An engine of ``dit_runtime`` on altered graphs of a bundle, each loaded when it is first used."""
 
-    name: str
+    info: EngineInfo
+    manifest: Manifest
     load: Callable[[str], Session]
-    max_batch: int | None = None
-    threads: int = 0
     loaded: dict[str, Session] = field(default_factory=dict)
 
     def session(self, graph: str) -> Session:
@@ -33,6 +35,13 @@ class AlteredEngine:
 
     def release(self, graph: str) -> None:
         """Nothing: the probe is the step too, and a trial is short."""
+
+    def open_loop(self, limits: TableLimits) -> HostLoop:
+        """As ``Engine.open_loop``."""
+        return HostLoop(self, self.manifest, limits)
+
+    def close(self) -> None:
+        """As ``Engine.close``: the sessions are gone with the engine."""
 
 
 class AlteredSession:

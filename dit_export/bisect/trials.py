@@ -32,8 +32,10 @@ from dit_export.checkpoints.sources import Checkpoint
 from dit_export.graphs.autoencoder import Decoder, Encoder
 from dit_export.graphs.model import conditioner_from_weights, step_from_weights
 from dit_export.graphs.precision import FP32, is_kept
+from dit_runtime.backends.base import EngineInfo
 from dit_runtime.backends.onnxruntime.engine import import_onnxruntime
 from dit_runtime.bundle.manifest import ENCODER
+from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import CheckpointError
 from dit_runtime.samplers.schedule import COEFFICIENTS
@@ -114,7 +116,21 @@ class Trials:
         return replace(self.bundle, manifest=replace(manifest, precision=policy))
 
     def _engine(self, in_fp32: Callable[[str], bool]) -> AlteredEngine:
-        return AlteredEngine(self.name, lambda graph: self._session(graph, in_fp32), threads=self.threads)
+        manifest = self.bundle.manifest
+        return AlteredEngine(
+            EngineInfo(
+                name=self.name,
+                identity=self.name,
+                library="onnxruntime",
+                version=import_onnxruntime().__version__,
+                device="CPU",
+                precision=Precision.FP32,
+                graphs=tuple(manifest.graphs),
+                threads=self.threads,
+            ),
+            manifest,
+            lambda graph: self._session(graph, in_fp32),
+        )
 
     def model(
         self, graph: str, in_fp32: Callable[[str], bool], of: Callable[[ir.Node], bool] | None = None
@@ -228,7 +244,7 @@ class Trials:
 
     def _near_range(self, unit: str) -> float:
         """The most that the reference's trajectory reaches in a unit, if it is too near to FP16's range, else 0."""
-        limit = budget_for(self.bundle, "fp16").tolerance("fp16_range")
+        limit = budget_for(self.bundle, Precision.FP16).tolerance("fp16_range")
         reached = [value for name, value in self.bundle.manifest.magnitudes.items() if is_kept(name, [unit])]
         largest = max(reached, default=0.0)
         return largest if largest * limit > FP16_MAX else 0.0

@@ -21,14 +21,8 @@ from typing import Any
 from dit_engines.audit import Audit, audit_from_json
 from dit_engines.build_host import BuildHost
 from dit_engines.recipe import Recipe, profiles_of
-from dit_runtime.backends.tensorrt.store import (
-    SCHEMA,
-    SIDECAR,
-    Profile,
-    StoredEngine,
-    engine_from_sidecar,
-    read_sidecar,
-)
+from dit_runtime.backends.profiles import Profile
+from dit_runtime.backends.tensorrt.store import SCHEMA, SIDECAR, StoredEngine, engine_from_sidecar, read_sidecar
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import EngineError, OutputError
 from dit_runtime.core.files import sha256_of

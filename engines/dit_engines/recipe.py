@@ -8,11 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dit_engines.targets import RTX_COMPUTE_CAPABILITIES, target_named
-from dit_runtime.backends.host_loop import row_bytes
-from dit_runtime.backends.tensorrt.store import Profile, Shape
+from dit_runtime.backends.conditioning import TableLimits, row_bytes
+from dit_runtime.backends.profiles import Profile, Shape
 from dit_runtime.bundle.manifest import GraphSpec, Manifest, ModelSpec
 from dit_runtime.core.errors import BuildError
-from dit_runtime.sampling.batch import CONDITIONER_BYTES
 
 USUAL_STEPS = 50
 
@@ -181,7 +180,7 @@ def _profile(
     most = recipe.rows
     if any(tensor.name == manifest.table.name for tensor in graph.outputs):
         # The conditioner computes no more rows in one call, and the block that all contexts share grows with them.
-        most = min(most, max(CONDITIONER_BYTES // row_bytes(manifest.table), 2))
+        most = min(most, max(TableLimits().conditioner_bytes // row_bytes(manifest.table), 2))
     # Of 50 steps, with the null class's rows where there is guidance.
     rows = (1, min(USUAL_STEPS * branches[1], most), most)
 

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from dit_engines.build import graphs_of
 from dit_engines.build_host import BuildHost
@@ -20,7 +20,6 @@ from dit_engines.engine_store import (
     write_sidecar,
 )
 from dit_engines.recipe import Recipe
-from dit_runtime.backends.open import Engine
 from dit_runtime.backends.tensorrt.api import library
 from dit_runtime.backends.tensorrt.cuda import CudaRuntime
 from dit_runtime.backends.tensorrt.engine import TensorRtEngine
@@ -34,7 +33,7 @@ from dit_runtime.bench.parts import (
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import OutputError
 from dit_runtime.core.files import sha256_of
-from dit_runtime.verify.verification import measure_rungs
+from dit_runtime.verify.verification import verification_of
 
 STEPS, CALLS = 20, 20  # of a timed loop, and of each part
 
@@ -132,13 +131,12 @@ def measure_on_gpu(bundle: Bundle, recipe: Recipe, place: BuildHost) -> Measured
     def measured(folder: Path, graphs: Sequence[BuiltGraph]) -> OnDevice:
         digest = sha256_of(folder / TIMING_CACHE)
         write_sidecar(folder, sidecar_of(bundle, recipe, place, identity, graphs, digest))
-        opened = TensorRtEngine(bundle, stored_engine(folder), library(place.library), CudaRuntime())
-        engine = cast(Engine, opened)
+        engine = TensorRtEngine(bundle, stored_engine(folder), library(place.library), CudaRuntime())
         try:
-            rungs = measure_rungs(bundle, engine, quick=True)
+            rungs = verification_of(bundle, engine, quick=True).rungs
             parts = time_parts(bundle, engine, 1, STEPS, CALLS)
         finally:
-            opened.close()
+            engine.close()
         error = max(rung.value for rung in rungs if rung.name.startswith("forward"))
         step = parts[GUIDED if GUIDED in parts else PLAIN]
         return OnDevice(error, step.p50_ms, parts[DECODER].p50_ms)

@@ -8,7 +8,7 @@ from pathlib import Path
 from dit_engines.build import graphs_of
 from dit_engines.recipe import Recipe, profiles_of
 from dit_engines.targets import TARGETS
-from dit_runtime.backends.tensorrt.store import Profile
+from dit_runtime.backends.profiles import Profile
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import BuildError
 

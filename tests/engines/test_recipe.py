@@ -11,7 +11,7 @@ from support.commands import run_command
 
 from dit_engines.recipe import profiles_of, recipe_for
 from dit_engines.trtexec import trtexec_commands
-from dit_runtime.backends.tensorrt.store import Profile
+from dit_runtime.backends.profiles import Profile
 from dit_runtime.bundle.reader import Bundle, open_bundle
 from dit_runtime.core.errors import BuildError
 

@@ -11,6 +11,7 @@ import torch
 from diffusers import DDIMScheduler, DiTPipeline
 
 from dit_runtime import Pipeline
+from dit_runtime.backends.conditioning import TableLimits
 from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
 from dit_runtime.bundle.reader import Bundle, open_bundle
 from dit_runtime.core.errors import SamplingError
@@ -74,7 +75,7 @@ def test_the_table_in_pieces_changes_nothing(bundles: dict[str, Path], monkeypat
     whole = pipe([1, 2, 3], 5, steps=20, guidance=1.5, sampler="ddpm")
     row = 4 * 14 * 64
     for rows in (4, 5, 13):  # a step of three labels needs four
-        monkeypatch.setattr("dit_runtime.sampling.batch.TABLE_BYTES", row * rows)
+        monkeypatch.setattr("dit_runtime.sampling.batch.LIMITS", TableLimits(row * rows))
         assert np.array_equal(pipe([1, 2, 3], 5, steps=20, guidance=1.5, sampler="ddpm"), whole)
 
 

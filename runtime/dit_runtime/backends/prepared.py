@@ -14,7 +14,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import sys
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import OutputError
 from dit_runtime.core.files import replace_folder, sha256_of
 from dit_runtime.core.machine import processor
+
+logger = logging.getLogger(__name__)
 
 SIDECAR = "prepared.json"
 SIDECAR_LIMIT = 1 << 20  # bytes: far above any, and little to read
@@ -84,7 +86,7 @@ def prepare_graph(folder: Path, facts: Facts, make: Callable[[Path], None]) -> P
     except (OSError, OutputError):
         return None
     if made_again:
-        print(made_again, file=sys.stderr)
+        logger.info(made_again)
     return target
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dit_runtime.bundle.manifest import ModelSpec
+from dit_runtime.bundle.precision import Precision
 from dit_runtime.samplers.noise import Float32
 
 CALLS = 5  # of each shape; the fastest counts, since it is a limit that is looked for
@@ -38,7 +39,7 @@ def shapes_of(model: ModelSpec, rows: int) -> list[tuple[int, int, int]]:
 
 
 def measure_gemm_rates(
-    shapes: Sequence[tuple[int, int, int]], precision: str = "fp32", threads: int = 0
+    shapes: Sequence[tuple[int, int, int]], precision: Precision = Precision.FP32, threads: int = 0
 ) -> list[GemmRate]:
     """Rates of each installed library: numpy's BLAS (FP32), OpenVINO (FP32 and BF16), interleaved.
 
@@ -53,7 +54,7 @@ def measure_gemm_rates(
         left = random.standard_normal((m, k), np.float32)
         there = random.standard_normal((k, n), np.float32) / np.float32(np.sqrt(k))
         back = random.standard_normal((n, k), np.float32) / np.float32(np.sqrt(n))
-        if precision == "fp32":
+        if precision == Precision.FP32:
             work.append(("numpy", (m, k, n), _numpy(left, there, back)))
         if importlib.util.find_spec("openvino") is not None:
             work.append(("openvino", (m, k, n), _openvino(left, there, back, precision, threads)))
@@ -81,7 +82,7 @@ def _openvino(left: Float32, there: Float32, back: Float32, precision: str, thre
     product = opset13.matmul(parameter, opset13.constant(there), False, False)
     product = opset13.matmul(product, opset13.constant(back), False, False)
     model = openvino.Model([opset13.result(product)], [parameter])
-    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision]}
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "bf16" if precision == Precision.BF16 else "f32"}
     if threads:
         settings["INFERENCE_NUM_THREADS"] = threads
     request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()

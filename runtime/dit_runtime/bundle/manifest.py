@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
+from dit_runtime.bundle.precision import Precision, is_kept
+
 SCHEMA = 5
 GRAPHS = ("conditioner", "step", "probe", "decoder")
 ENCODER = "encoder"
@@ -114,15 +116,14 @@ class AutoencoderSpec:
 
 @dataclass(frozen=True)
 class PrecisionSpec:
-    """``fp32`` or ``fp16``, and the named units that stay FP32."""
+    """The precision of the graphs, and the named units that stay FP32."""
 
-    name: str
+    name: Precision
     keep_fp32: tuple[str, ...]
 
-    def in_fp16(self, unit: str) -> bool:
-        """Whether a named unit, such as ``blocks.17.mlp``, computes in FP16."""
-        kept = any(unit == prefix or unit.startswith(prefix + ".") for prefix in self.keep_fp32)
-        return self.name == "fp16" and not kept
+    def precision_of(self, unit: str) -> Precision:
+        """What a named unit, such as ``blocks.17.mlp``, is computed in."""
+        return Precision.FP32 if is_kept(unit, self.keep_fp32) else self.name
 
 
 @dataclass(frozen=True)
@@ -212,7 +213,9 @@ def manifest_from_json(raw: Mapping[str, Any]) -> Manifest:
     """Raises ValueError, KeyError or TypeError for anything that is not a manifest of this schema."""
     model = dict(raw["model"], latent_size=_pair(raw["model"]["latent_size"]))
     diffusion = dict(raw["diffusion"], betas=tuple(float(beta) for beta in raw["diffusion"]["betas"]))
-    precision = dict(raw["precision"], keep_fp32=tuple(raw["precision"]["keep_fp32"]))
+    precision = dict(
+        raw["precision"], name=Precision(raw["precision"]["name"]), keep_fp32=tuple(raw["precision"]["keep_fp32"])
+    )
     return Manifest(
         schema=SCHEMA,
         producer=dict(raw["producer"]),

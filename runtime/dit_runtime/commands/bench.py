@@ -9,6 +9,8 @@ from typing import Any
 
 from dit_runtime.commands.common import (
     ENGINE_HELP,
+    PRECISION_HELP,
+    PRECISIONS,
     STORE_HELP,
     Parser,
     positive,
@@ -38,7 +40,7 @@ def _main(argv: list[str] | None) -> int:
     )
     parser.add_argument("bundle", type=Path, help="a bundle that dit-export wrote")
     parser.add_argument("--engine", default="auto", help=ENGINE_HELP)
-    parser.add_argument("--precision", choices=("f32", "bf16"), help="of OpenVINO (default: the bundle's or nearest)")
+    parser.add_argument("--precision", choices=PRECISIONS, metavar="{fp32,bf16}", help=PRECISION_HELP)
     parser.add_argument("--store", type=Path, metavar="DIR", help=STORE_HELP)
     parser.add_argument("--threads", type=int, default=0, help="of the CPU; 0 lets the engine choose")
     parser.add_argument("--batch", type=_batches, default="1", help="images in a call, one or several: 1,2,4")
@@ -63,7 +65,7 @@ def _main(argv: list[str] | None) -> int:
     from dit_runtime.bundle.reader import open_bundle
     from dit_runtime.core.environment import environment
     from dit_runtime.core.files import check_writable, replace_file
-    from dit_runtime.verify.auto import open_trusted_engine
+    from dit_runtime.verify.auto import choose_engine
 
     for file in (args.markdown, args.plot):
         if file is not None:
@@ -71,7 +73,7 @@ def _main(argv: list[str] | None) -> int:
     if args.plot is not None:
         check_plot(args.plot)
     bundle = open_bundle(args.bundle, args.store)
-    engine = open_trusted_engine(bundle, args.threads, args.engine, args.precision)
+    engine = choose_engine(bundle, args.threads, args.engine, args.precision).engine
     manifest = bundle.manifest
     parts = {batch: time_parts(bundle, engine, batch, args.steps, args.repeat) for batch in args.batch}
     report: dict[str, Any] = {
@@ -79,7 +81,7 @@ def _main(argv: list[str] | None) -> int:
         "model": manifest.source.name,
         "image_size": manifest.image_size,
         "precision": manifest.precision.name,
-        "engine": engine.name,
+        "engine": engine.info.name,
         "verified": True,
         "steps": args.steps,
         "environment": environment(args.threads),
@@ -100,7 +102,7 @@ def _main(argv: list[str] | None) -> int:
             other = (
                 engine
                 if size == manifest.image_size
-                else open_trusted_engine(at, args.threads, args.engine, args.precision)
+                else choose_engine(at, args.threads, args.engine, args.precision).engine
             )
             timings = time_parts(at, other, batch, args.steps, args.repeat)
             report["sizes"][f"{size[0]}x{size[1]}"] = {

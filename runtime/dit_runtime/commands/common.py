@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import signal
 import sys
 import threading
@@ -20,6 +21,8 @@ ENGINE_HELP = (
     "auto, tensorrt, tensorrt-rtx, openvino, onnxruntime, onnxruntime-cuda, onnxruntime-tensorrt or onnxruntime-rtx; "
     "auto is TensorRT where an engine for the GPU here was built, else what takes the least time for a step"
 )
+PRECISIONS = ("fp32", "bf16", "f32")  # f32 is another name of fp32
+PRECISION_HELP = "of OpenVINO (default: the bundle's or nearest)"
 STORE_HELP = "where engines, verdicts and prepared graphs are kept (default: the bundle's engines folder)"
 
 
@@ -47,6 +50,7 @@ def run(name: str, work: Callable[[], int]) -> NoReturn:
     """Run a command's work and exit: a ``DiTError`` is one line and 1, Ctrl-C (or SIGTERM) is 130."""
     signal.signal(signal.SIGTERM, _interrupt)
     sys.unraisablehook = _interrupt_again
+    _show_log()
     try:
         code = work()
     except DiTError as error:
@@ -93,3 +97,17 @@ def _interrupt_again(unraisable: sys.UnraisableHookArgs) -> None:
         threading.Timer(0.01, signal.pthread_kill, again).start()  # when that callback is over
     else:
         sys.__unraisablehook__(unraisable)
+
+
+class _Lines(logging.Handler):
+    """What the library found out, a line each on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage(), file=sys.stderr)
+
+
+def _show_log() -> None:
+    logger = logging.getLogger("dit_runtime")
+    logger.setLevel(logging.INFO)
+    if not any(isinstance(handler, _Lines) for handler in logger.handlers):
+        logger.addHandler(_Lines())

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from dit_runtime.commands.common import (
     ENGINE_HELP,
+    PRECISION_HELP,
+    PRECISIONS,
     STORE_HELP,
     Parser,
     image_size,
@@ -101,7 +103,7 @@ def _parser() -> Parser:
     )
     where = parser.add_argument_group("where")
     where.add_argument("--engine", default="auto", help=f"{ENGINE_HELP}; auto takes a verified one only")
-    where.add_argument("--precision", choices=("f32", "bf16"), help="of OpenVINO (default: the bundle's or nearest)")
+    where.add_argument("--precision", choices=PRECISIONS, metavar="{fp32,bf16}", help=PRECISION_HELP)
     where.add_argument("--store", type=Path, metavar="DIR", help=STORE_HELP)
     where.add_argument(
         "--threads", type=positive, help="of the CPU (default: the engine's choice; with --from-image, the record's)"

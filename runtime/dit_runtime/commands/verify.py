@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from dit_runtime.commands.common import (
     ENGINE_HELP,
+    PRECISION_HELP,
+    PRECISIONS,
     STORE_HELP,
     Parser,
     image_size,
@@ -41,7 +43,7 @@ def _main(argv: list[str] | None) -> int:
     )
     parser.add_argument("bundle", type=Path, help="a bundle that dit-export wrote")
     parser.add_argument("--engine", default="auto", help=ENGINE_HELP)
-    parser.add_argument("--precision", choices=("f32", "bf16"), help="of OpenVINO (default: the bundle's or nearest)")
+    parser.add_argument("--precision", choices=PRECISIONS, metavar="{fp32,bf16}", help=PRECISION_HELP)
     parser.add_argument("--size", type=image_size, metavar="HEIGHTxWIDTH", help="of images (default: each there is)")
     parser.add_argument(
         "--quick",
@@ -74,7 +76,8 @@ def _main(argv: list[str] | None) -> int:
 
 
 def _verify(bundle: Bundle, args: argparse.Namespace) -> int:
-    from dit_runtime.backends.open import Engine, engine_for
+    from dit_runtime.backends.base import Engine
+    from dit_runtime.backends.open import engine_for
     from dit_runtime.core.environment import environment
     from dit_runtime.core.files import check_writable, replace_file
     from dit_runtime.core.machine import machine

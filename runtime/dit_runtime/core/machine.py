@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,3 +74,12 @@ def check_memory(need: int, what: str, root: Path = Path("/")) -> None:
             f"{what} needs at least {need / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB is available; "
             "end other programs or use a smaller model"
         )
+
+
+def has_nvidia_driver() -> bool:
+    """Whether NVIDIA's driver is installed: the providers of a wheel are listed without one too."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True

@@ -27,7 +27,7 @@ from dit_runtime.output.provenance import (
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.samplers.noise import Float32
 from dit_runtime.samplers.schedule import Schedule, read_table
-from dit_runtime.sampling.batch import ImageRequest
+from dit_runtime.sampling.requests import ImageRequest
 from dit_runtime.sampling.settings import Settings
 from dit_runtime.sampling.tiles import check_tile
 

@@ -25,8 +25,8 @@ from dit_runtime.samplers.by_name import SAMPLERS
 from dit_runtime.samplers.flow import UNIFORM
 from dit_runtime.samplers.noise import Float32, noise_hash
 from dit_runtime.samplers.schedule import Schedule
-from dit_runtime.sampling.batch import ImageRequest
 from dit_runtime.sampling.image_to_image import Init
+from dit_runtime.sampling.requests import ImageRequest
 
 PREFIX = "dit."
 KEYS = (
@@ -89,8 +89,8 @@ def describe(pipe: Pipeline, image: ImageRequest, place: BatchPosition | None, a
         "model": manifest.source.name,
         "bundle": pipe.bundle.digest,
         "precision": manifest.precision.name,
-        "engine": pipe.engine.name,
-        "threads": pipe.engine.threads,
+        "engine": pipe.engine.info.name,
+        "threads": pipe.engine.info.threads,
         "cpus": cpus(),
         "label": {str(label): weight for label, weight in image.labels.items()},
         "negative_label": image.negative_label,

@@ -8,13 +8,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from dit_runtime.backends.open import Array
+from dit_runtime.backends.base import Array
 from dit_runtime.bundle.manifest import ENCODER
 from dit_runtime.bundle.reader import UNGUIDED
 from dit_runtime.samplers.guidance import Guidance, branches_from_labels
 from dit_runtime.samplers.noise import TorchNoise
 from dit_runtime.samplers.schedule import A_Z, Schedule
-from dit_runtime.sampling.batch import Batch, ImageRequest
+from dit_runtime.sampling.batch import Batch
+from dit_runtime.sampling.requests import ImageRequest
 from dit_runtime.verify.budget import Series, compare_series
 from dit_runtime.verify.metrics import (
     LEVELS,
@@ -22,12 +23,7 @@ from dit_runtime.verify.metrics import (
     relative_error,
     ssim,
 )
-from dit_runtime.verify.replay import (
-    RecordedInputs,
-    Replay,
-    cover_with_batches,
-    shapes_to_verify,
-)
+from dit_runtime.verify.replay import RecordedInputs, Replay, cover_with_batches, shapes_to_verify
 from dit_runtime.verify.rung import Rung
 
 Record = Mapping[str, Array]
@@ -47,7 +43,7 @@ def noise(replay: Replay, sampler: str, record: Record, schedule: Schedule) -> R
 def teacher_forced(replay: Replay, sampler: str, record: Record, schedule: Schedule) -> Rung:
     """Every step from the reference's own latents: errors do not add up, so a bad step shows by its number."""
     guidance, steps = float(record["guidance"]), range(len(schedule))
-    advanced = [_advanced(replay, record, schedule, index, record["latents"][index]) for index in steps]
+    advanced = [_run_step(replay, record, schedule, index, record["latents"][index]) for index in steps]
     labels = [f"step {index + 1}" for index in steps]
     rungs = []
     for position, (part, expected) in enumerate((("step", record["latents"][1:]), ("denoised", record["denoised"]))):
@@ -69,11 +65,11 @@ def free_running(replay: Replay, sampler: str, record: Record, schedule: Schedul
     """The last latents of a trajectory of the engine's own, and how far it goes from the reference's on its way."""
     guidance, steps = float(record["guidance"]), len(schedule)
     found = [record["latents"][0]]
-    if hasattr(replay.engine, "steps"):  # a loop of its own, on its device, which is what sampling uses
-        found += _looped(replay, record, schedule)
+    if replay.engine.info.loop_on_device:  # a loop of its own, on its device, which is what sampling uses
+        found += _run_loop(replay, record, schedule)
     else:
         for index in range(steps):
-            found.append(_advanced(replay, record, schedule, index, found[-1])[0])
+            found.append(_run_step(replay, record, schedule, index, found[-1])[0])
     labels = [f"step {index + 1}" for index in range(steps)]
     series = Series("step", labels, found[1:], list(record["latents"][1:]))
     name, floors = f"{sampler} free-running", sampler
@@ -83,7 +79,7 @@ def free_running(replay: Replay, sampler: str, record: Record, schedule: Schedul
     return found[-1], compare_series(replay.budget, name, "free_running", floors, series, guidance, detail)
 
 
-def _looped(replay: Replay, record: Record, schedule: Schedule) -> list[Array]:
+def _run_loop(replay: Replay, record: Record, schedule: Schedule) -> list[Array]:
     """The latents after each row of the engine's own loop, its noise from the recorded seeds."""
     manifest, guidance = replay.bundle.manifest, Guidance(float(record["guidance"]))
     images = []
@@ -91,7 +87,7 @@ def _looped(replay: Replay, record: Record, schedule: Schedule) -> list[Array]:
         weights = {int(label): 1.0}
         own = branches_from_labels(weights, guidance, schedule, manifest.model, manifest.diffusion)
         images.append(ImageRequest(weights, int(seed), schedule, guidance, None, own))
-    most = replay.engine.max_batch or len(images)
+    most = replay.engine.info.batch_of(len(images))
     parts = []
     for first in range(0, len(images), most):
         with Batch(replay.engine, manifest) as batch:
@@ -100,7 +96,7 @@ def _looped(replay: Replay, record: Record, schedule: Schedule) -> list[Array]:
     return [np.concatenate(each) for each in zip(*parts, strict=True)]
 
 
-def _advanced(replay: Replay, record: Record, schedule: Schedule, index: int, latents: Array) -> tuple[Array, Array]:
+def _run_step(replay: Replay, record: Record, schedule: Schedule, index: int, latents: Array) -> tuple[Array, Array]:
     """The next latents and the denoised estimate of a step from given latents."""
     batch = len(latents)
     timesteps = np.repeat(schedule.timesteps[schedule.rows[index]], batch)
@@ -116,7 +112,7 @@ def decoder(replay: Replay) -> Rung:
     count = len(record["latents"])
     found: list[Array] = []
     asked: list[int] = []
-    sizes = [batch for batch, _ in shapes_to_verify(replay.engine, "decoder", count)]
+    sizes = [batch for batch, _ in shapes_to_verify(replay.engine.info, "decoder", count)]
     for batch in sizes:
         for index in cover_with_batches(count, batch):
             found += list(replay.decoder(record["latents"][index], "decoded"))

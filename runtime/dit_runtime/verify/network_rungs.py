@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from dit_runtime.backends.open import Array
+from dit_runtime.backends.base import Array
+from dit_runtime.bundle.precision import Precision
 from dit_runtime.samplers.schedule import (
     A_Z,
     B_E,
@@ -20,12 +21,7 @@ from dit_runtime.samplers.schedule import (
 )
 from dit_runtime.verify.budget import FP16_MAX, Series, compare_series
 from dit_runtime.verify.metrics import relative_error, relative_l2
-from dit_runtime.verify.replay import (
-    RecordedInputs,
-    Replay,
-    cover_with_batches,
-    shapes_to_verify,
-)
+from dit_runtime.verify.replay import RecordedInputs, Replay, cover_with_batches, shapes_to_verify
 from dit_runtime.verify.rung import Rung
 
 # What adaLN's vectors in the conditioning table are: a block's, then the final layer's.
@@ -38,7 +34,11 @@ VECTORS = {
 def fp16_range(replay: Replay) -> Rung:
     """How far the reference's own numbers stay below FP16's largest, in the units that compute in FP16."""
     manifest = replay.bundle.manifest
-    units = {unit: value for unit, value in manifest.magnitudes.items() if manifest.precision.in_fp16(unit)}
+    units = {
+        unit: value
+        for unit, value in manifest.magnitudes.items()
+        if manifest.precision.precision_of(unit) == Precision.FP16
+    }
     # The residual stream after a block is FP32 whatever the policy.
     units = {unit: value for unit, value in units.items() if not unit.rpartition(".")[2].isdecimal()}
     worst = max(units, key=lambda unit: units[unit], default="nothing")
@@ -58,7 +58,7 @@ def conditioner(replay: Replay) -> Rung:
     """Timesteps and labels → the conditioning table, entry by entry, at each number of rows it must be right at."""
     record = replay.bundle.records("conditioner")
     count = len(record["table"])
-    sizes = sorted({count, *(rows for rows, _ in shapes_to_verify(replay.engine, "conditioner", count))})
+    sizes = sorted({count, *(rows for rows, _ in shapes_to_verify(replay.engine.info, "conditioner", count))})
     asked = [np.arange(rows) % count for rows in sizes]
     found = np.concatenate([replay.table(record["timesteps"][index], record["labels"][index]) for index in asked])
     expected = record["table"][np.concatenate(asked)]
@@ -108,7 +108,7 @@ def forward(replay: Replay, branches: int) -> Iterator[Rung]:
     """The guided prediction, and the variance, at each shape that the engine must be right at."""
     record = replay.bundle.records(f"forward_{branches}")
     images = RecordedInputs.of(record)
-    shapes = shapes_to_verify(replay.engine, "step", len(images.latents), (1, 2))
+    shapes = shapes_to_verify(replay.engine.info, "step", len(images.latents), (1, 2))
     # An engine without the unguided shape computes it with a second branch that shares the first's weight.
     shapes = [shape for shape in shapes if (shape[1] == 1) == (branches == 1)] or shapes[:1]
     sizes = " ".join(str(batch) if most <= 2 else f"{batch}·G{most}" for batch, most in shapes)
@@ -147,7 +147,7 @@ def update(replay: Replay) -> Rung:
     """
     record = replay.bundle.records("forward_1")
     every = RecordedInputs.of(record)
-    shape = shapes_to_verify(replay.engine, "step", len(every.latents), (1, 2))[0]
+    shape = shapes_to_verify(replay.engine.info, "step", len(every.latents), (1, 2))[0]
     images = every.at(cover_with_batches(len(every.latents), shape[0])[0])
     evaluated = _evaluated(replay, images, record, [shape])
     e, v = (np.stack([outputs[part] for _, _, outputs in evaluated]).astype(np.float64) for part in ("e", "v"))

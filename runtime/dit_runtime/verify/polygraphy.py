@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from dit_runtime.backends.open import Array
+from dit_runtime.backends.base import Array
 from dit_runtime.bundle.manifest import ENCODER
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import OutputError

@@ -15,7 +15,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from dit_runtime.backends.open import Engine
+from dit_runtime.backends.base import Engine
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import OutputError
 from dit_runtime.core.files import replace_file
@@ -32,7 +32,7 @@ def verdict_path(bundle: Bundle, engine: Engine) -> Path:
 
     An engine's ``identity`` says what its name does not: the very plans, the driver, how a graph was rearranged.
     """
-    own = getattr(engine, "identity", engine.name)
+    own = engine.info.identity
     facts = [bundle.digest, bundle.manifest.model.latent_size, own, __version__, machine()]
     identity = json.dumps(facts, sort_keys=True)
     return bundle.engines / VERDICTS / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
@@ -49,7 +49,7 @@ def store_verdict(bundle: Bundle, engine: Engine, rungs: list[Rung], quick: bool
     verdict: dict[str, Any] = {
         "bundle": bundle.digest,
         "image_size": bundle.manifest.image_size,
-        "engine": engine.name,
+        "engine": engine.info.name,
         "machine": machine(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "quick": quick,
@@ -97,7 +97,7 @@ def stored_verdict(bundle: Bundle, engine: Engine, full: bool = False) -> bool |
     """Whether the engine passed here before; None when it was never tried, or with ``full`` never by all rungs."""
     try:
         verdict = json.loads(verdict_path(bundle, engine).read_text())
-        if verdict["bundle"] != bundle.digest or verdict["engine"] != engine.name:
+        if verdict["bundle"] != bundle.digest or verdict["engine"] != engine.info.name:
             return None
         return None if full and verdict["quick"] else bool(verdict["passed"])
     except (OSError, ValueError, KeyError, TypeError):

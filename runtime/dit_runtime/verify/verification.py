@@ -16,22 +16,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dit_runtime.backends.open import Array, Engine
-from dit_runtime.bundle.manifest import ENCODER, GRAPHS, DiffusionSpec
+from dit_runtime.backends.base import Array, Engine
+from dit_runtime.bundle.manifest import ENCODER, DiffusionSpec
+from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import UNGUIDED, Bundle
 from dit_runtime.core.progress import Progress
 from dit_runtime.samplers.by_name import schedule_for
 from dit_runtime.samplers.schedule import Schedule
 from dit_runtime.verify import image_rungs, network_rungs
 from dit_runtime.verify.metrics import psnr, relative_error
-from dit_runtime.verify.replay import Replay, has_branches
+from dit_runtime.verify.replay import Replay
 from dit_runtime.verify.rung import Rung, Verification, format_table
 
 __all__ = [
     "Rung",
     "Verification",
     "format_table",
-    "measure_rungs",
     "psnr",
     "relative_error",
     "trajectories_of",
@@ -60,17 +60,12 @@ def verify(bundle: Bundle, engine: Engine, quick: bool = False) -> Iterator[Rung
     return _rungs(Replay(bundle, engine), quick, [])
 
 
-def measure_rungs(bundle: Bundle, engine: Engine, quick: bool = False) -> list[Rung]:
-    """All rungs of ``verify``, with a progress bar."""
-    return list(verification_of(bundle, engine, quick).rungs)
-
-
 def verification_of(bundle: Bundle, engine: Engine, quick: bool = False) -> Verification:
     """All rungs of ``verify`` and what a report shows beside them, with a progress bar."""
     replay = Replay(bundle, engine)
     images: list[tuple[Array, Array]] = []
     rungs = []
-    with Progress(f"verifying on {engine.name}", _rung_count(replay, quick)) as bar:
+    with Progress(f"verifying on {engine.info.name}", _rung_count(replay, quick)) as bar:
         for rung in _rungs(replay, quick, images):
             rungs.append(rung)
             bar.advance()
@@ -80,7 +75,7 @@ def verification_of(bundle: Bundle, engine: Engine, quick: bool = False) -> Veri
         model=manifest.source.name,
         precision=replay.budget.precision,
         reference=manifest.source.reference,
-        engine=engine.name,
+        engine=engine.info.name,
         image_size=manifest.image_size,
         quick=quick,
         rungs=tuple(rungs),
@@ -91,7 +86,7 @@ def verification_of(bundle: Bundle, engine: Engine, quick: bool = False) -> Veri
 
 def _rungs(replay: Replay, quick: bool, images: list[tuple[Array, Array]]) -> Iterator[Rung]:
     """The rungs in their order; the engine's and the reference's images are appended to ``images``."""
-    manifest, guided = replay.bundle.manifest, has_branches(replay.engine, 2)
+    manifest, guided = replay.bundle.manifest, replay.engine.info.has_branches(2)
     if _has_range(replay):
         yield network_rungs.fp16_range(replay)
     if not quick:
@@ -136,16 +131,16 @@ def _trajectory(replay: Replay, sampler: str, name: str) -> tuple[image_rungs.Re
 
 
 def _has_range(replay: Replay) -> bool:
-    return replay.budget.precision == "fp16" and bool(replay.bundle.manifest.magnitudes)
+    return replay.budget.precision == Precision.FP16 and bool(replay.bundle.manifest.magnitudes)
 
 
 def _has_probe(replay: Replay) -> bool:
-    return "probe" in getattr(replay.engine, "graphs", GRAPHS)
+    return "probe" in replay.engine.info.graphs
 
 
 def _rung_count(replay: Replay, quick: bool) -> int:
     """How many rungs there will be: for progress bars."""
-    manifest, guided = replay.bundle.manifest, has_branches(replay.engine, 2)
+    manifest, guided = replay.bundle.manifest, replay.engine.info.has_branches(2)
     probed = _has_probe(replay) * (1 + (manifest.model.conditioning == "adaln-zero"))
     # Forward with its variance; update, two kinds of noise, decoder, uint8; guided, trajectories and their images.
     always = _has_range(replay) + probed + (1 + guided) * (1 + manifest.model.learned_variance) + 5 + 6 * guided

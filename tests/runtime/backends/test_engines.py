@@ -21,22 +21,19 @@ import pytest
 from openvino import Core
 
 from dit_runtime.backends import prepared
+from dit_runtime.backends.base import Candidate
 from dit_runtime.backends.onnxruntime import engine as onnxruntime_engine
 from dit_runtime.backends.onnxruntime import gpu as onnxruntime_gpu
 from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
-from dit_runtime.backends.open import (
-    ENGINES,
-    Candidate,
-    candidates,
-    open_engine,
-)
+from dit_runtime.backends.open import ENGINES, candidates, open_engine
 from dit_runtime.backends.openvino import engine as openvino_engine
 from dit_runtime.backends.openvino.engine import OpenVinoEngine
+from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle, open_bundle
 from dit_runtime.core import machine as cpu
 from dit_runtime.core.errors import BundleError, EngineError
 from dit_runtime.verify.metrics import relative_error
-from dit_runtime.verify.verification import measure_rungs
+from dit_runtime.verify.verification import verification_of
 
 GPU = ("cuda", "tensorrt", "rtx")
 
@@ -59,7 +56,7 @@ def fp32(bundles: dict[str, Path]) -> Bundle:
 @pytest.fixture
 def bf16(fp16: Bundle) -> None:
     """Skips on a CPU without BF16."""
-    if Candidate("openvino", "bf16") not in candidates(fp16):
+    if Candidate("openvino", Precision.BF16) not in candidates(fp16):
         pytest.skip("this CPU has no BF16")
 
 
@@ -84,25 +81,28 @@ def stepped(engine: Any, inputs: dict[str, Any]) -> np.ndarray:
 
 def test_openvino_in_fp32_matches_the_reference(bundle: Bundle) -> None:
     """Parity: FP32 arithmetic on an FP32 and on an FP16 bundle passes the bundle's own limits, on every rung."""
-    engine = OpenVinoEngine(bundle, precision="f32")
-    assert engine.name.startswith("openvino 20")
-    assert engine.name.endswith(" CPU f32")
+    engine = OpenVinoEngine(bundle, precision=Precision.FP32)
+    assert engine.info.name.startswith("openvino 20")
+    assert engine.info.name.endswith(" CPU f32")
     # Measured: forward with guidance 1.5e-6 (FP32) and 2.8e-4 (FP16), image 89 and 64 dB.
-    assert [rung.name for rung in measure_rungs(bundle, engine) if not rung.passed] == []
+    assert [rung.name for rung in verification_of(bundle, engine).rungs if not rung.passed] == []
 
 
 @pytest.mark.usefixtures("bf16")
 def test_openvino_in_bf16_follows_the_bundles_policy(fp16: Bundle, fp32: Bundle) -> None:
     """BF16 is what an FP16 bundle runs in, and what it keeps in FP32 stays so: closer than OpenVINO's own BF16."""
     engine = open_engine(fp16, "openvino")
-    assert engine.name.endswith(" CPU bf16")
+    assert engine.info.name.endswith(" CPU bf16")
     inputs = step_inputs(fp16)
     exact = stepped(OnnxRuntimeEngine(fp32, threads=1), inputs)
 
     def error(found: np.ndarray) -> float:
         return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
 
-    ours, switch = error(stepped(engine, inputs)), error(stepped(OpenVinoEngine(fp32, precision="bf16"), inputs))
+    ours, switch = (
+        error(stepped(engine, inputs)),
+        error(stepped(OpenVinoEngine(fp32, precision=Precision.BF16), inputs)),
+    )
     print(f"BF16 by the bundle's policy {ours:.2e}, by OpenVINO's switch {switch:.2e}")
     assert 1e-4 < ours < 5e-3  # it is BF16; measured: 1.7e-3
     assert ours < 0.9 * switch  # measured: 0.70 of it
@@ -113,7 +113,7 @@ def test_bf16_of_an_fp32_bundle_keeps_the_timesteps(fp32: Bundle) -> None:
     """Sines of timesteps rounded to BF16 are wrong by tens of percent: the conditioner of an FP32 bundle stays FP32."""
     inputs = {"timesteps": np.array([999, 501, 3], np.float32), "labels": np.array([1, 2, 3], np.int32)}
     name = fp32.manifest.table.name
-    (table,) = OpenVinoEngine(fp32, precision="bf16").session("conditioner").run(inputs, [name])
+    (table,) = OpenVinoEngine(fp32, precision=Precision.BF16).session("conditioner").run(inputs, [name])
     (expected,) = OnnxRuntimeEngine(fp32, threads=1).session("conditioner").run(inputs, [name])
     assert relative_error(table, expected) < 1e-5  # measured: 3.3e-7
 
@@ -121,7 +121,7 @@ def test_bf16_of_an_fp32_bundle_keeps_the_timesteps(fp32: Bundle) -> None:
 def test_weights_are_not_multiplied_by_one(bundle: Bundle) -> None:
     """ONNX's Gemm has two factors, here 1. OpenVINO would fold them into the weights: a second copy in memory."""
     for graph in ("conditioner", "step"):
-        model = OpenVinoEngine(bundle, precision="f32")._read(bundle.graph(graph))
+        model = OpenVinoEngine(bundle, precision=Precision.FP32)._read(bundle.graph(graph))
         products = [node for node in model.get_ops() if node.get_type_name() == "Multiply"]
         sources = [value.get_node() for node in products for value in node.input_values()]
         constants = [node.get_data() for node in sources if node.get_type_name() == "Constant"]
@@ -150,7 +150,7 @@ def test_openvino_keeps_few_compiled_shapes(fp32: Bundle, monkeypatch: pytest.Mo
         return original(self, graph, shapes)
 
     monkeypatch.setattr(OpenVinoEngine, "compiled", counted)
-    engine, reference = OpenVinoEngine(fp32, precision="f32"), OnnxRuntimeEngine(fp32, threads=1)
+    engine, reference = OpenVinoEngine(fp32, precision=Precision.FP32), OnnxRuntimeEngine(fp32, threads=1)
     for branches, batch in ((2, 1), (1, 1), (2, 1), (2, 3), (2, 1), (1, 1)):
         inputs = step_inputs(fp32, batch, branches)
         assert relative_error(stepped(engine, inputs), stepped(reference, inputs)) < 1e-5  # measured: 6.2e-7
@@ -160,7 +160,7 @@ def test_openvino_keeps_few_compiled_shapes(fp32: Bundle, monkeypatch: pytest.Mo
 
 def test_the_tables_length_does_not_compile_again(fp32: Bundle) -> None:
     """Each schedule has a table of its own length, and continuous batching one that grows."""
-    engine = OpenVinoEngine(fp32, precision="f32")
+    engine = OpenVinoEngine(fp32, precision=Precision.FP32)
     for rows in (2, 7, 100):
         stepped(engine, step_inputs(fp32, rows=rows))
     assert len(engine.session("step")._requests) == 1
@@ -168,7 +168,7 @@ def test_the_tables_length_does_not_compile_again(fp32: Bundle) -> None:
 
 def test_openvino_results_are_not_overwritten(fp32: Bundle) -> None:
     """A caller may keep what a call returned."""
-    engine = OpenVinoEngine(fp32, precision="f32")
+    engine = OpenVinoEngine(fp32, precision=Precision.FP32)
     first = stepped(engine, step_inputs(fp32, seed=1))
     kept = first.copy()
     stepped(engine, step_inputs(fp32, seed=2))
@@ -177,7 +177,7 @@ def test_openvino_results_are_not_overwritten(fp32: Bundle) -> None:
 
 def test_openvino_streams_run_side_by_side(fp32: Bundle) -> None:
     """Threads share a session: as many calls at once as streams, more wait, and each gets its own result."""
-    engine = OpenVinoEngine(fp32, precision="f32", threads=2, streams=2, pinning=False)
+    engine = OpenVinoEngine(fp32, precision=Precision.FP32, threads=2, streams=2, pinning=False)
     inputs = [step_inputs(fp32, seed=seed) for seed in range(8)]
     expected = [stepped(engine, values) for values in inputs]
     found: queue.SimpleQueue[tuple[int, np.ndarray]] = queue.SimpleQueue()
@@ -205,7 +205,7 @@ def test_bf16_on_a_cpu_without_it(fp16: Bundle, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(openvino_engine, "imported_openvino", lambda: Double(real, Core=Core))
     monkeypatch.setattr("dit_runtime.backends.open.imported_openvino", lambda: Double(real, Core=Core))
-    assert Candidate("openvino", "bf16") not in candidates(fp16)
+    assert Candidate("openvino", Precision.BF16) not in candidates(fp16)
     assert open_engine(fp16, "openvino").name.endswith(" CPU f32")
     with pytest.raises(EngineError, match=r"no BF16 instructions .* use --precision f32"):
         open_engine(fp16, "openvino", precision="bf16")
@@ -215,7 +215,7 @@ def test_too_little_memory_is_said_before_loading(fp32: Bundle, monkeypatch: pyt
     """A process is not killed half-way: need and available memory are compared first."""
     monkeypatch.setattr(cpu, "available_memory", lambda root=None: 1000)
     with pytest.raises(EngineError, match=r"the step on openvino .* needs at least 0.0 GB of memory, 0.0 GB"):
-        stepped(OpenVinoEngine(fp32, precision="f32"), step_inputs(fp32))
+        stepped(OpenVinoEngine(fp32, precision=Precision.FP32), step_inputs(fp32))
 
 
 @pytest.mark.parametrize(
@@ -230,13 +230,13 @@ def test_a_wrong_shape_is_refused(name: str, shape: tuple[int, ...], expected: s
     """OpenVINO would reshape the graph to whatever it is given, and compute something."""
     inputs = {**step_inputs(fp32), name: np.zeros(shape, np.float32)}
     with pytest.raises(EngineError) as refused:
-        stepped(OpenVinoEngine(fp32, precision="f32"), inputs)
+        stepped(OpenVinoEngine(fp32, precision=Precision.FP32), inputs)
     assert str(refused.value) == expected
 
 
 def test_openvinos_message_becomes_one_line(fp32: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """What OpenVINO raises names places in its source, line after line: the last says what is wrong."""
-    engine = OpenVinoEngine(fp32, precision="f32")
+    engine = OpenVinoEngine(fp32, precision=Precision.FP32)
 
     def failing(*arguments: object) -> None:
         raise RuntimeError("Exception from src/core.cpp:217:\nException from src/plugin.cpp:74:\nNo room left\n\n")
@@ -268,7 +268,7 @@ def test_a_released_graph_is_loaded_again(name: str, fp32: Bundle) -> None:
 
 
 def openvino_f32(bundle: Bundle, store: Path | None) -> Any:
-    return OpenVinoEngine(bundle, precision="f32", store=store)
+    return OpenVinoEngine(bundle, precision=Precision.FP32, store=store)
 
 
 def onnxruntime_cpu(bundle: Bundle, store: Path | None) -> Any:
@@ -394,8 +394,8 @@ def test_a_full_disk_leaves_no_prepared_graph(
 
     monkeypatch.setattr(openvino_engine, "imported_openvino", lambda: Double(real, save_model=cut))
     inputs = step_inputs(fp16)
-    found = stepped(OpenVinoEngine(fp16, precision="f32", store=tmp_path), inputs)
-    assert np.array_equal(found, stepped(OpenVinoEngine(fp16, precision="f32"), inputs))
+    found = stepped(OpenVinoEngine(fp16, precision=Precision.FP32, store=tmp_path), inputs)
+    assert np.array_equal(found, stepped(OpenVinoEngine(fp16, precision=Precision.FP32), inputs))
     assert files(tmp_path) == {}
     assert capfd.readouterr() == ("", "")
 
@@ -589,7 +589,7 @@ def test_work_left_to_the_cpu_is_an_error(fp32: Bundle, monkeypatch: pytest.Monk
 def test_the_gpu_session_binds_and_computes_the_same(fp32: Bundle, capfd: pytest.CaptureFixture[str]) -> None:
     """Every input is bound, outputs stay there, only the rows in use are copied, the result is the CPU's."""
     engine = open_engine(fp32, "onnxruntime-cuda")
-    assert engine.name.endswith(" CUDA H100")
+    assert engine.info.name.endswith(" CUDA H100")
     inputs = step_inputs(fp32, batch=3, branches=2, rows=50)
     found = engine.session("step").run(inputs, ["next_state", "denoised"])
     session = GpuSession.opened[0].real
@@ -612,7 +612,7 @@ def test_the_plugin_is_registered_once(fp32: Bundle, tmp_path: Path, monkeypatch
     monkeypatch.setattr(GpuSession, "providers", (onnxruntime_gpu.PROVIDERS["rtx"], "CPUExecutionProvider"))
     for _ in range(2):
         engine = open_engine(fp32, "onnxruntime-rtx")
-        assert engine.name.endswith(" NvTensorRTRTX H100")
+        assert engine.info.name.endswith(" NvTensorRTRTX H100")
         assert len(engine._provider.devices) == 1
     inputs = step_inputs(fp32)
     assert np.array_equal(stepped(engine, inputs), GpuSession.opened[0].real.run(["denoised"], inputs)[0])
@@ -640,7 +640,7 @@ def test_onnxruntime_has_no_bf16(fp32: Bundle) -> None:
 
 def test_candidates_are_ordered_and_can_be_opened(fp32: Bundle, fp16: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fastest expected comes first, BF16 only for a bundle that allows it; what is missing is left out."""
-    assert candidates(fp32) == [Candidate("openvino", "f32"), Candidate("onnxruntime")]
+    assert candidates(fp32) == [Candidate("openvino", Precision.FP32), Candidate("onnxruntime")]
     own = "bf16" if "BF16" in Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "f32"
     assert candidates(fp16) == [Candidate("openvino", own), Candidate("onnxruntime")]
     for candidate in candidates(fp16):

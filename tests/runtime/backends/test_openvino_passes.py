@@ -12,6 +12,7 @@ from openvino import Core, Model, opset13
 
 from dit_runtime.backends.openvino.engine import OpenVinoEngine
 from dit_runtime.backends.openvino.passes import rearrange
+from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle, open_bundle
 from dit_runtime.verify.speed import step_inputs
 
@@ -38,7 +39,7 @@ def inputs_of(bundle: Bundle) -> dict[str, Any]:
 def test_the_same_function_in_other_pieces(bundles: dict[str, Path], precision: str) -> None:
     """Four products for each of an MLP's two, three for one of attention, no softmax between casts; equal outputs."""
     bundle = open_bundle(bundles[precision])
-    engine = OpenVinoEngine(bundle, precision="f32")  # which leaves the graph as it is
+    engine = OpenVinoEngine(bundle, precision=Precision.FP32)  # which leaves the graph as it is
     model, changed = (engine._model("step", precision == "fp16") for _ in range(2))
     spec, before = bundle.manifest.model, operations(model)
     rearrange(changed, spec.width)
@@ -57,7 +58,7 @@ def test_the_same_function_in_other_pieces(bundles: dict[str, Path], precision: 
 def test_only_in_bf16(bundles: dict[str, Path]) -> None:
     """FP32 keeps the bundle's graph, whose weights are mapped."""
     bundle = open_bundle(bundles["fp32"])
-    plain = operations(OpenVinoEngine(bundle, precision="f32")._model("step", False))
+    plain = operations(OpenVinoEngine(bundle, precision=Precision.FP32)._model("step", False))
     assert plain == operations(Core().read_model(bundle.graph("step"))) - Counter(
         Multiply=operations(Core().read_model(bundle.graph("step")))["Multiply"] - plain["Multiply"]
     )

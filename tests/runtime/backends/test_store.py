@@ -10,12 +10,7 @@ from typing import Any
 
 import pytest
 
-from dit_runtime.backends.tensorrt.store import (
-    SIDECAR,
-    StoredEngine,
-    stored_engine,
-    stored_engines,
-)
+from dit_runtime.backends.tensorrt.store import SIDECAR, StoredEngine, stored_engine, stored_engines
 from dit_runtime.core.errors import EngineError
 
 DIGEST = "d" * 64

@@ -118,7 +118,7 @@ def test_auto_says_why_an_engine_is_not_used(
     """An engine that was built but cannot run here is named with its reason; one on the CPU takes its place."""
     engine = stored(Machine(), bundle, tmp_path, 0, monkeypatch)
     monkeypatch.setattr(verdicts, "stored_engines", lambda bundle: [engine])
-    found = verdicts.open_trusted_engine(bundle)
+    found = verdicts.choose_engine(bundle).engine
     assert found.name.startswith(("onnxruntime", "openvino"))
     assert "tensorrt is not used: tensorrt is not installed" in capsys.readouterr().err
     with pytest.raises(EngineError, match="tensorrt is not installed"):

@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 from support.commands import run_command
 
+from dit_runtime.backends.base import Candidate
 from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
-from dit_runtime.backends.open import Candidate, engine_for
+from dit_runtime.backends.open import engine_for
 from dit_runtime.backends.openvino.engine import OpenVinoEngine
 from dit_runtime.bundle.reader import Bundle, open_bundle
 from dit_runtime.core.errors import EngineError, ParityError
 from dit_runtime.verify import speed as choice
 from dit_runtime.verify import verdicts
-from dit_runtime.verify.auto import check_choice, open_first_engine, open_trusted_engine
+from dit_runtime.verify.auto import check_choice, choose_engine, open_first_engine
 from dit_runtime.verify.rung import Rung
 from dit_runtime.verify.speed import Speed, rank_by_speed, sort_by_speed
 from dit_runtime.verify.verdicts import store_verdict
@@ -83,13 +84,13 @@ def test_the_fastest_is_taken_and_said(
     times = {"openvino": openvino, "onnxruntime": onnxruntime}
     fastest = min(times, key=lambda name: times[name])
     timed = measured(times)
-    assert open_trusted_engine(bundle).name.startswith(fastest)
+    assert choose_engine(bundle).engine.info.name.startswith(fastest)
     said = capsys.readouterr().err.splitlines()
     assert any("first use of this bundle here, verifying it" in line for line in said)
     assert said[-1].startswith(f"engine: {fastest} ")
     assert said[-1].endswith(" 2 ms")
     assert ", 1 ms a guided step; " in said[-1]
-    assert open_trusted_engine(bundle).name.startswith(fastest)
+    assert choose_engine(bundle).engine.info.name.startswith(fastest)
     assert capsys.readouterr().err == ""
     assert sorted(timed) == ["onnxruntime", "openvino"]
     assert open_first_engine(bundle).name.startswith(fastest)
@@ -101,12 +102,12 @@ def test_an_engine_that_failed_is_passed_over(
     """The fastest that does not match the reference is named and not used; when none matches, there is none."""
     measured({"openvino": 1.0, "onnxruntime": 2.0})
     store_verdict(bundle, OpenVinoEngine(bundle), [BAD], quick=True)
-    assert open_trusted_engine(bundle).name.startswith("onnxruntime")
+    assert choose_engine(bundle).engine.info.name.startswith("onnxruntime")
     assert "does not match the PyTorch reference here and is passed over" in capsys.readouterr().err
     assert open_first_engine(bundle).name.startswith("openvino")
     store_verdict(bundle, OnnxRuntimeEngine(bundle), [BAD], quick=True)
     with pytest.raises(ParityError, match=r"openvino .*, onnxruntime .* does not match"):
-        open_trusted_engine(bundle)
+        choose_engine(bundle)
 
 
 def test_an_engine_that_cannot_run_is_named(
@@ -115,14 +116,14 @@ def test_an_engine_that_cannot_run_is_named(
     """One that is installed but fails is said once and left out; when all fail, the reasons are the error."""
     measured({"onnxruntime": 2.0})
     store_verdict(bundle, OnnxRuntimeEngine(bundle), [GOOD], quick=True)
-    assert open_trusted_engine(bundle).name.startswith("onnxruntime")
+    assert choose_engine(bundle).engine.info.name.startswith("onnxruntime")
     said = capsys.readouterr().err
     assert "openvino is not used: out of order" in said
     assert ", the only one here" in said
     shutil.rmtree(bundle.path / "engines")
     measured({})
     with pytest.raises(EngineError, match="out of order; out of order"):
-        open_trusted_engine(bundle)
+        choose_engine(bundle)
 
 
 def test_an_engine_that_cannot_be_verified_is_passed_over(
@@ -135,12 +136,12 @@ def test_an_engine_that_cannot_be_verified_is_passed_over(
     measured({"openvino": 1.0, "onnxruntime": 2.0})
 
     def verified(bundle: Bundle, engine: Any, quick: bool) -> list[Rung]:
-        if engine.name.startswith("openvino"):
+        if engine.info.name.startswith("openvino"):
             raise EngineError("no memory for the decoder")
         return [GOOD]
 
     monkeypatch.setattr(verdicts, "verified", verified)
-    assert open_trusted_engine(bundle).name.startswith("onnxruntime")
+    assert choose_engine(bundle).engine.info.name.startswith("onnxruntime")
     assert " is not used: no memory for the decoder" in capsys.readouterr().err
 
 
@@ -184,7 +185,7 @@ def test_a_read_only_bundle(
     (bundle.path / "engines").write_text("in the way of the folder")
     monkeypatch.setattr(verdicts, "verified", lambda bundle, engine, quick: [GOOD])
     for _ in range(2):
-        assert open_trusted_engine(bundle).name.startswith("onnxruntime")
+        assert choose_engine(bundle).engine.info.name.startswith("onnxruntime")
     assert len(timed) == 4
 
 

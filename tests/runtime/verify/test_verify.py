@@ -20,12 +20,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.commands import run_command
 
+from dit_runtime.backends.base import Array
 from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
-from dit_runtime.backends.open import Array
 from dit_runtime.bundle.reader import Bundle, open_bundle
 from dit_runtime.core.errors import BundleError, ParityError
 from dit_runtime.verify import network_rungs
-from dit_runtime.verify.auto import open_trusted_engine
+from dit_runtime.verify.auto import choose_engine
 from dit_runtime.verify.budget import (
     Budget,
     Series,
@@ -43,7 +43,7 @@ from dit_runtime.verify.metrics import (
 from dit_runtime.verify.replay import Replay, shapes_to_verify
 from dit_runtime.verify.rung import Rung
 from dit_runtime.verify.verdicts import store_verdict, stored_verdict
-from dit_runtime.verify.verification import measure_rungs, verification_of, verify
+from dit_runtime.verify.verification import verification_of, verify
 
 
 def failed(bundle: Bundle) -> list[str]:
@@ -156,14 +156,14 @@ def test_the_command_says_so_and_exits_with_1(tampered: Path) -> None:
 def test_auto_trusts_only_what_passed_here(tampered: Path, bundles: dict[str, Path]) -> None:
     """``auto`` verifies an engine without a verdict, keeps the verdict, and refuses an engine that failed."""
     bundle = open_bundle(bundles["fp32"])
-    assert stored_verdict(bundle, open_trusted_engine(bundle)) is True
+    assert stored_verdict(bundle, choose_engine(bundle).engine) is True
     manifest = json.loads((tampered / "manifest.json").read_text())
     manifest["diffusion"]["steps_offset"] = 1
     (tampered / "manifest.json").write_text(json.dumps(manifest))
     bad = open_bundle(tampered)
     for _ in range(2):  # the second time from the stored verdict
         with pytest.raises(ParityError, match="does not match the PyTorch reference"):
-            open_trusted_engine(bad)
+            choose_engine(bad)
 
 
 def test_a_quick_pass_does_not_replace_a_full_failure(tampered: Path) -> None:
@@ -382,7 +382,7 @@ def test_the_record_of_a_verification(bundles: dict[str, Path]) -> None:
     raw = json.loads(json.dumps(found.as_json(), allow_nan=False))
     assert raw["passed"] is True
     assert raw["rungs"][0]["used"] < 1
-    assert [rung.name for rung in measure_rungs(bundle, OnnxRuntimeEngine(bundle, threads=1), quick=True)] == [
+    assert [rung.name for rung in verification_of(bundle, OnnxRuntimeEngine(bundle, threads=1), quick=True).rungs] == [
         name for name in rungs if name != "conditioner" and "teacher" not in name and "unguided" not in name
     ]
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dit_runtime.backends.profiles import Profile, Profiles, Shape
+from dit_runtime.bundle.manifest import GraphSpec
 from dit_runtime.bundle.reader import ENGINES, MANIFEST, Bundle
 from dit_runtime.core.errors import EngineError
 from dit_runtime.core.files import sha256_of
@@ -24,9 +26,6 @@ SCHEMA = 1
 SIDECAR = "engine.json"
 SIDECAR_LIMIT = 16 << 20  # bytes: far above any, and little to read
 PRODUCTS = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
-
-Shape = tuple[int, ...]
-Profile = dict[str, tuple[Shape, Shape, Shape]]  # of each input, the least, usual and largest
 
 
 @dataclass(frozen=True)
@@ -44,14 +43,9 @@ class StoredGraph:
     weights_bytes: int
     activation_bytes: tuple[int, ...]
 
-    def profile_for(self, shapes: Mapping[str, Shape]) -> int | None:
-        """The optimization profile that takes inputs of these shapes with the least memory; None where none does."""
-        fitting = [
-            index
-            for index, profile in enumerate(self.profiles)
-            if all(_within(shape, *profile[name][::2]) for name, shape in shapes.items())
-        ]
-        return min(fitting, key=lambda index: self.activation_bytes[index], default=None)
+    def profiles_of(self, spec: GraphSpec) -> Profiles:
+        """The optimization profiles, with the axes as the manifest names them."""
+        return Profiles(spec.inputs, self.profiles)
 
 
 @dataclass(frozen=True)
@@ -74,6 +68,13 @@ class StoredEngine:
     driver: str | None
     recipe: dict[str, Any]
     graphs: dict[str, StoredGraph]
+
+    def tile(self, latent_size: tuple[int, int]) -> tuple[int, int] | None:
+        """Height and width of the tiles that the decoder is for; None for whole images, or without a decoder."""
+        if "decoder" not in self.graphs:
+            return None
+        (height, width), *others = {tuple(each["latents"][2][2:]) for each in self.graphs["decoder"].profiles}
+        return None if (height, width) == latent_size or others else (height, width)
 
     def plan(self, graph: str) -> Path:
         """The path of a graph's plan, checked against the sidecar: a plain file of its size, and its SHA-256.
@@ -264,12 +265,6 @@ def _shapes(*shapes: Any) -> tuple[Shape, Shape, Shape]:
     if any(not low <= middle <= high for low, middle, high in zip(least, usual, largest, strict=True)):
         raise ValueError(f"profile {shapes} does not rise")
     return least, usual, largest
-
-
-def _within(shape: Shape, least: Shape, largest: Shape) -> bool:
-    return len(shape) == len(least) and all(
-        low <= size <= high for low, size, high in zip(least, shape, largest, strict=True)
-    )
 
 
 def _number(value: Any) -> int:
