@@ -425,5 +425,6 @@ def test_the_layout_lists_every_module() -> None:
     packages = ("dit_export", "engines/dit_engines", "runtime/dit_runtime")
     paths = [path for package in packages for path in (ROOT / package).rglob("*.py") if path.name != "__init__.py"]
     there = {path.relative_to(ROOT).as_posix() for path in paths}
-    assert sorted(there - listed) == [], "modules without a line in docs/layout.md"
-    assert sorted(listed - there) == [], "lines of docs/layout.md without a module"
+    lacking = [f"{path}: {ast.get_docstring(ast.parse((ROOT / path).read_text()))}" for path in sorted(there - listed)]
+    assert not lacking, "give it a line in docs/layout.md: " + "\n".join(line.partition("\n")[0] for line in lacking)
+    assert not listed - there, f"in docs/layout.md, and not there: {sorted(listed - there)}"
