@@ -25,6 +25,7 @@ import pytest
 
 from dit_runtime.bundle import manifest as bundle_manifest
 from dit_runtime.bundle.manifest import DiffusionSpec
+from dit_runtime.bundle.reader import GOLDEN, open_bundle
 from dit_runtime.samplers.by_name import SAMPLERS
 from dit_runtime.samplers.diffusion import ddim
 
@@ -402,6 +403,31 @@ def test_the_format_has_every_field(heading: str, kind: str) -> None:
     """Fails if the specification lacks a field of the manifest, or has one that the manifest has not."""
     expected = {item.name for item in fields(getattr(bundle_manifest, kind))}
     assert set(first_column(section("bundle-format.md", heading))) == expected
+
+
+def test_the_format_has_every_record_and_tensor(bundles: dict[str, Path]) -> None:
+    """Fails for a file, array, tensor or dtype of an exported bundle that the specification does not name."""
+    parts = ("conditioner", "step and probe", "decoder and encoder")
+    tables = "".join(block.text for part in parts for block in section("bundle-format.md", part))
+    rows = [
+        row
+        for block in section("bundle-format.md", "Golden records")
+        if block.kind == "table"
+        for row in block.text.splitlines()[2:]
+    ]
+    listed = {name: cells(row)[1] for row in rows for name in re.findall(r"`([^`]+)`", cells(row)[0])}
+    for path in bundles.values():
+        bundle = open_bundle(path)
+        for file in (path / GOLDEN).iterdir():
+            says = listed[file.stem]
+            says = listed["ddim"] if says.startswith("the same of the second sampler") else says
+            with np.load(file) as arrays:
+                assert not [name for name in arrays if f"`{name}`" not in says], file
+        for name, graph in bundle.manifest.graphs.items():
+            for tensor in (*graph.inputs, *graph.outputs):
+                shown = "blocks.N" if tensor.name.startswith("blocks.") else tensor.name
+                assert f"`{shown}`" in tables, (name, tensor.name)
+                assert tensor.dtype in tables, (name, tensor.dtype)
 
 
 def test_the_format_is_of_this_schema() -> None:
