@@ -6,7 +6,7 @@ A draw makes the golden records anew, from other seeds, timesteps, labels and gu
 own), with PyTorch's own errors on them, and verifies FP32 and FP16 bundles of the Fashion-MNIST model and of a random
 one on each engine there is. Ratios of guided rungs are divided by what ``Budget.threshold`` allows their scale. The
 threshold of a kind of rung is twice the largest ratio of any draw, rounded up to two digits, and at least 1: as good as
-PyTorch is good enough. ``dit_export/tolerances.py`` has them.
+PyTorch is good enough. ``dit_export/reference/tolerances.py`` has them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What each choice in the step's graph costs in kernels: the ablation behind ``dit_export/model.py``.
+"""What each choice in the step's graph costs in kernels: the ablation behind ``dit_export/graphs/model.py``.
 
     python benchmarks/kernels.py -o benchmarks/kernels.json     build every ablation
     python benchmarks/kernels.py --table benchmarks/kernels.json     the Markdown table of it
