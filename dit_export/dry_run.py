@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -187,41 +187,15 @@ def dry_run_of(
         steps: step counts for which the conditioning table's size is given.
         devices: devices for which a roofline is given.
     """
-    conventions = FAMILIES[family]
-    copies = model.depth if conventions.copies_embedders else 1
+    copies = model.depth if FAMILIES[family].copies_embedders else 1
     embedders = copies if copies_differ else 1
-    fp16 = FP16 if precision.name == "fp32" else precision
-    with torch.device("meta"):
-        modules: dict[str, list[nn.Module]] = {
-            "conditioner": [Conditioner(model, Numerics(), precision, embedders)],
-            "step": [Step(model, Numerics())],
-        }
-    work = {"conditioner": conditioner_gmac(model, embedders), "step": step_gmac(model)}
+    fp16 = FP16 if precision.name == FP32.name else precision
     sides = tuple(sizes) or (model.latent_size,)
-    factor, decoding = None, {}
-    if autoencoder is not None:
-        factor = spec_of_autoencoder(autoencoder).factor
-        modules["decoder"] = parts_of_decoder(autoencoder)
-        decoding = {side: _count_gmac(modules["decoder"], (model.latent_channels, *side)) for side in sides}
-        work["decoder"] = decoding[sides[0]]
-        if encoder:
-            modules[ENCODER] = parts_of_encoder(autoencoder)
-            image = (autoencoder.config.in_channels, factor * sides[0][0], factor * sides[0][1])
-            work[ENCODER] = _count_gmac(modules[ENCODER], image)
-    graphs = {name: _estimate_graph(name, parts, fp16, work[name]) for name, parts in modules.items()}
-
-    trained = replace(model, latent_size=trained_size or model.latent_size)
-    shapes = official_shapes(trained, channels or model.output_channels)
-    stored = sum(map(math.prod, shapes.values()))
-    copied = sum(math.prod(shapes[name]) for name in EMBEDDERS)  # of one copy
-    stored += (copies - 1) * copied
-    if not conventions.stores_positions:
-        stored -= math.prod(shapes["pos_embed"])
-    # A step reads every weight except the label table, of which it would read one row.
-    fixed = graphs["step"].fp16_bytes - _position_bytes(model)
-    label_tables = embedders * (model.classes + 1) * model.width * dtype_of(fp16, "conditioner").itemsize
-    inside = fixed + graphs["conditioner"].fp16_bytes - label_tables
-    hoisted = fixed + BRANCHES * _row_bytes(model, fp16)
+    decoding = {} if autoencoder is None else _count_decoder_gmac(model, autoencoder, sides)
+    graphs = _estimate_graphs(model, fp16, embedders, autoencoder, sides[0], decoding, encoder)
+    stored, copied = _count_source_parameters(model, family, channels, trained_size)
+    inside, hoisted = _count_step_bytes(model, fp16, graphs, embedders)
+    factor = None if autoencoder is None else spec_of_autoencoder(autoencoder).factor
 
     def estimate_size(side: tuple[int, int]) -> SizeEstimate:
         at = replace(model, latent_size=side)
@@ -258,6 +232,70 @@ def dry_run_of(
         table_bytes={count: count * BRANCHES * _row_bytes(model, precision) for count in steps},
         sizes=tuple(estimate_size(side) for side in sides),
     )
+
+
+def _count_decoder_gmac(
+    model: ModelSpec, autoencoder: Autoencoder, sides: Sequence[tuple[int, int]]
+) -> dict[tuple[int, int], float]:
+    """The work of decoding one image at each latent size."""
+    parts = parts_of_decoder(autoencoder)
+    return {side: _count_gmac(parts, (model.latent_channels, *side)) for side in sides}
+
+
+def _estimate_graphs(
+    model: ModelSpec,
+    fp16: PrecisionSpec,
+    embedders: int,
+    autoencoder: Autoencoder | None,
+    side: tuple[int, int],
+    decoding: Mapping[tuple[int, int], float],
+    encoder: bool,
+) -> dict[str, GraphEstimate]:
+    """The estimates of the graphs at the latent size ``side``."""
+    with torch.device("meta"):
+        modules: dict[str, list[nn.Module]] = {
+            "conditioner": [Conditioner(model, Numerics(), fp16, embedders)],
+            "step": [Step(model, Numerics())],
+        }
+    work = {"conditioner": conditioner_gmac(model, embedders), "step": step_gmac(model)}
+    if autoencoder is not None:
+        modules["decoder"] = parts_of_decoder(autoencoder)
+        work["decoder"] = decoding[side]
+        if encoder:
+            factor = spec_of_autoencoder(autoencoder).factor
+            modules[ENCODER] = parts_of_encoder(autoencoder)
+            image = (autoencoder.config.in_channels, factor * side[0], factor * side[1])
+            work[ENCODER] = _count_gmac(modules[ENCODER], image)
+    return {name: _estimate_graph(name, parts, fp16, work[name]) for name, parts in modules.items()}
+
+
+def _count_source_parameters(
+    model: ModelSpec, family: str, channels: int | None, trained_size: tuple[int, int] | None
+) -> tuple[int, int]:
+    """The parameters that the source stores, and those of one copy of its embedders."""
+    trained = replace(model, latent_size=trained_size or model.latent_size)
+    shapes = official_shapes(trained, channels or model.output_channels)
+    stored = sum(map(math.prod, shapes.values()))
+    copied = sum(math.prod(shapes[name]) for name in EMBEDDERS)
+    if FAMILIES[family].copies_embedders:
+        stored += (model.depth - 1) * copied
+    if not FAMILIES[family].stores_positions:
+        stored -= math.prod(shapes["pos_embed"])
+    return stored, copied
+
+
+def _count_step_bytes(
+    model: ModelSpec, fp16: PrecisionSpec, graphs: Mapping[str, GraphEstimate], embedders: int
+) -> tuple[int, int]:
+    """The bytes of weights that a step would read with the conditioner in it, and those that it reads as exported.
+
+    Neither counts the positional table.
+    """
+    fixed = graphs["step"].fp16_bytes - _position_bytes(model)
+    # A step would read every weight of the conditioner except the label table, of which it would read one row.
+    label_tables = embedders * (model.classes + 1) * model.width * dtype_of(fp16, "conditioner").itemsize
+    inside = fixed + graphs["conditioner"].fp16_bytes - label_tables
+    return inside, fixed + BRANCHES * _row_bytes(model, fp16)
 
 
 def dry_run_of_request(request: ExportRequest) -> tuple[Checkpoint, DryRun]:

@@ -73,7 +73,10 @@ class ExportRequest:
         if self.precision not in ("fp32", "fp16"):
             raise CheckpointError(f"precision {self.precision!r} is not supported; expected fp32 or fp16")
         if self.keep_fp32 and self.precision == "fp32":
-            raise CheckpointError(f"units to keep in FP32 ({self.keep_fp32[0]}): all units of FP32 graphs are FP32")
+            raise CheckpointError(
+                f"units to keep in FP32 ({self.keep_fp32[0]}): all units of FP32 graphs are FP32; choose fp16, or "
+                "name no units"
+            )
         for name, value in (("heads", self.heads), ("classes", self.classes)):
             if value is not None and value < 1:
                 raise CheckpointError(f"{name} {value}: expected a whole number from 1")
@@ -121,6 +124,6 @@ class ExportRequest:
         Raises:
             CheckpointError: such a file is missing or is no list of units.
         """
-        from dit_export.graphs.precision import precision_from_name, read_keep_list
+        from dit_export.graphs.precision import FP32, make_fp16_policy, read_keep_list
 
-        return precision_from_name(self.precision, read_keep_list(self.keep_fp32))
+        return FP32 if self.precision == FP32.name else make_fp16_policy(read_keep_list(self.keep_fp32))

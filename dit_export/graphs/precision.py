@@ -29,22 +29,9 @@ def dtype_of(precision: PrecisionSpec, unit: str) -> torch.dtype:
     return torch.float16 if precision.in_fp16(unit) else torch.float32
 
 
-def precision_from_name(name: str, keep_fp32: Iterable[str] = ()) -> PrecisionSpec:
-    """The policy of ``fp32`` or ``fp16``; an FP16 policy may keep further units in FP32.
-
-    Raises:
-        CheckpointError: another name, or units to keep in FP32 where all units are FP32.
-    """
-    keep = tuple(keep_fp32)
-    if name == FP16.name:
-        return PrecisionSpec(FP16.name, tuple(dict.fromkeys((*FP16_KEEPS_FP32, *keep))))
-    if name != FP32.name:
-        raise CheckpointError(f"precision {name!r} is not supported; expected fp32 or fp16")
-    if keep:
-        raise CheckpointError(
-            f"--keep-fp32 {keep[0]}: all units of an FP32 export are FP32; add --fp16 or leave it out"
-        )
-    return FP32
+def make_fp16_policy(keep_fp32: Iterable[str]) -> PrecisionSpec:
+    """FP16 with these units in FP32, beside the units that FP16 always keeps in FP32."""
+    return PrecisionSpec(FP16.name, tuple(dict.fromkeys((*FP16_KEEPS_FP32, *keep_fp32))))
 
 
 def units_of(model: ModelSpec) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from dit_export.checkpoints.sources import Source, load_checkpoint
 from dit_export.graphs.precision import (
     FP16,
     check_units,
-    precision_from_name,
+    make_fp16_policy,
     read_keep_list,
 )
 from hypothesis import given
@@ -283,10 +283,10 @@ def test_a_name_of_nothing_is_refused(bundles: dict[str, Path], checkpoint: Path
     """A unit that the model does not have would keep nothing, silently."""
     model = open_bundle(bundles["fp16"]).manifest.model
     for unit in ("blocks", "blocks.1", "blocks.1.attn", "conditioner", "decoder"):
-        check_units(precision_from_name("fp16", [unit]), model)
+        check_units(make_fp16_policy([unit]), model)
     for unit in ("blocks.2.attn", "blocks.1.atn", "block.1", "blocks.1.cross_attn"):
         with pytest.raises(CheckpointError, match="no such unit"):
-            check_units(precision_from_name("fp16", [unit]), model)
+            check_units(make_fp16_policy([unit]), model)
     done = run_command("dit-export", checkpoint, "--fp16", "--keep-fp32", "blocks.7", "-o", tmp_path / "b")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "no such unit" in done.stderr
