@@ -6,7 +6,7 @@ A draw makes the golden records anew, from other seeds, timesteps, labels and gu
 own), with PyTorch's own errors on them, and verifies FP32 and FP16 bundles of the Fashion-MNIST model and of a random
 one on each engine there is. Ratios of guided rungs are divided by what ``Budget.threshold`` allows their scale. The
 threshold of a kind of rung is twice the largest ratio of any draw, rounded up to two digits, and at least 1: as good as
-PyTorch is good enough. ``dit_export/tolerances.py`` has them.
+PyTorch is good enough. ``dit_export/reference/tolerances.py`` has them.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from dit_export.bundle import bundle_from_checkpoint
 from dit_export.checkpoints.random_weights import randomize
 from dit_export.checkpoints.sources import Source, load_checkpoint
-from dit_export.export import bundle_from_checkpoint
 from dit_export.graphs.precision import FP16, FP32
-from dit_export.reference.golden import RecordPlan, write_records
+from dit_export.reference.golden import write_records
+from dit_export.reference.record_settings import RecordSettings
 
 from dit_runtime.backends.base import Engine
 from dit_runtime.backends.open import open_engine
@@ -88,7 +89,7 @@ def random_checkpoint(folder: Path) -> Path:
 def redrawn(bundle: Bundle, source: Source, draw: int) -> tuple[Bundle, float]:
     """The bundle with other golden records, and the guidance scale of them."""
     guidance = GUIDANCE[draw % len(GUIDANCE)]
-    plan = RecordPlan(2, 10, 6, 2, 10, seed=draw, guidance=guidance, forward_guidance=guidance)
+    plan = RecordSettings(2, 10, 6, 2, 10, seed=draw, guidance=guidance, forward_guidance=guidance)
     measured = write_records(load_checkpoint(source), plan, bundle.path / GOLDEN, True, lambda: None)
     return resigned(bundle, measured.floors), guidance
 

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from demo import CHECKPOINT, command, pytorch_images
-from dit_export.bisect.trials import Trials
+from dit_export.bisect.precision_trials import PrecisionTrials
 from dit_export.checkpoints.sources import Source, load_checkpoint
 from evaluator import CLASS_NAMES, frechet_distance, judged, load_evaluator, reference_statistics, statistics
 
@@ -106,7 +106,7 @@ def contenders(work: Path, steps: int, guidance: float, batch: int, threads: int
     engines: list[tuple[str, Bundle, Callable[[Bundle], Engine]]] = [
         ("ONNX Runtime FP32", fp32, lambda bundle: open_engine(bundle, "onnxruntime", threads)),
         ("ONNX Runtime FP16", fp16, lambda bundle: open_engine(bundle, "onnxruntime", threads)),
-        ("FP16 emulated", fp16, lambda bundle: Trials(bundle, {}, threads=threads).engine()),
+        ("FP16 emulated", fp16, lambda bundle: PrecisionTrials(bundle, {}, threads=threads).engine_for()),
     ]
     if importlib.util.find_spec("openvino") is not None:
         engines.append(("OpenVINO BF16", fp16, lambda bundle: open_engine(bundle, "openvino", threads, "bf16")))

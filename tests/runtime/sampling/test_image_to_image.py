@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from dit_export.bundle import bundle_from_checkpoint
 from dit_export.checkpoints.sources import Source
-from dit_export.export import bundle_from_checkpoint
 from dit_export.graphs.precision import FP32
 from hypothesis import given, settings
 from hypothesis import strategies as st
