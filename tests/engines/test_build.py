@@ -18,8 +18,8 @@ from typing import Any
 
 import onnx
 import pytest
+from support.bundles import edit_graph, signed
 from support.commands import run_command
-from test_verify import edit_graph, signed
 
 from dit_engines.build import engine_from_bundle, graphs_of
 from dit_engines.build_host import BuildHost, build_host_for

@@ -18,6 +18,7 @@ from dit_export.export import bundle_from_checkpoint
 from dit_export.graphs.precision import FP16, FP32
 from dit_export.reference.golden import Measured
 from safetensors.torch import save_file
+from support.bundles import step_inputs
 from support.commands import run_command
 from support.oracle import (
     CONDITIONINGS,
@@ -30,7 +31,6 @@ from support.oracle import (
     sit_euler,
     sit_guided,
 )
-from test_graphs import step_inputs
 
 from dit_runtime import Pipeline
 from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine

@@ -24,7 +24,29 @@ from dit_export.graphs.precision import FP32
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_flow import (
+from support.diffusers_schedulers import (
+    ANCESTRAL_ZERO_SNR_LIMIT,
+    DIFFUSERS_LIMIT,
+    KARRAS_LIMIT,
+    diffusers_ddim,
+    follow,
+    reference,
+    reference_can_run,
+)
+from support.papers import CASES, FREE_LIMIT, Papers, noise_of, sigmas_for, spec_for, table_for
+from support.sample_command import dit_sample, made, pixels, record, refused, shapes, with_record
+from support.schedules import (
+    DIFFUSION,
+    FIXED,
+    LEARNED,
+    asked,
+    assert_close,
+    assert_same,
+    network,
+    run_table,
+    timesteps_of,
+)
+from support.sit import (
     FLOW_SAMPLERS,
     PATHS,
     Flow,
@@ -35,25 +57,6 @@ from test_flow import (
     run_flow,
     spec_of,
 )
-from test_provenance import dit_sample, made, pixels, record, refused, shapes, with_record
-from test_schedule import DIFFUSION, FIXED, LEARNED, asked, assert_close, diffusers_ddim, network, run_table
-from test_solvers import (
-    ANCESTRAL_ZERO_SNR_LIMIT,
-    CASES,
-    DIFFUSERS_LIMIT,
-    FREE_LIMIT,
-    KARRAS_LIMIT,
-    Papers,
-    follow,
-    noise_of,
-    reference,
-    reference_can_run,
-    sigmas_for,
-    spec_for,
-    table_for,
-    timesteps_of,
-)
-from test_table import assert_same
 
 from dit_runtime import SAMPLERS, Pipeline, Schedule, open_bundle, read_table, schedule_for, write_table
 from dit_runtime.core.errors import BundleError, SamplingError
