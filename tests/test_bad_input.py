@@ -221,7 +221,7 @@ def test_ctrl_c_in_a_weak_references_callback() -> None:
     """Python drops an exception that is raised there: the interrupt comes again and ends the command all the same."""
     code = """
 import os, signal, time, weakref
-from dit_runtime.command import run
+from dit_runtime.commands.common import run
 
 class Thing: pass
 

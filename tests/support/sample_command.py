@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
-import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,26 +14,21 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from dit_runtime.backends.onnxruntime.engine import _OnnxRuntimeSession
-from dit_runtime.commands.sample import main
+from support.commands import run_command
 
 ENGINE = ("--engine", "onnxruntime", "--threads", "1")  # with auto each bundle would be verified first
 
 
 class Done(NamedTuple):
-    code: Any
+    code: int
     out: str
     err: str
 
 
 def dit_sample(bundle: Path, *argv: object) -> Done:
-    """The command in this process, which has imported what a process of its own would take a second to import."""
-    out, err, handler = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGTERM)
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as done:
-            main([str(item) for item in (bundle, *ENGINE, *argv)])
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-    return Done(done.value.code, out.getvalue(), err.getvalue())
+    """The command in this process, on one thread of ONNX Runtime."""
+    done = run_command("dit-sample", bundle, *ENGINE, *(str(item) for item in argv))
+    return Done(done.returncode, done.stdout, done.stderr)
 
 
 def made(bundle: Path, *argv: object) -> str:

@@ -16,7 +16,7 @@ import onnxruntime
 import pytest
 import torch
 from PIL import Image
-from support.commands import run_command
+from support.commands import run_command, run_process
 from support.sample_command import ENGINE, dit_sample, made, pixels, record, refused, shapes, with_record
 
 from dit_runtime import Pipeline, __version__
@@ -42,7 +42,7 @@ def test_the_record_of_an_image(checkpoint: Path, bundle: Path, tmp_path: Path) 
     path = tmp_path / "one.png"
     arguments = ["--labels", "class 3:0.75+5:0.25", "--seed", "7", "--steps", "6", "--sampler", "ddim", "--eta", "0.5"]
     arguments += ["--guidance", "2.5", "--guidance-interval", "0.1", "0.9", "--guidance-schedule", "cosine"]
-    done = run_command("dit-sample", bundle, *ENGINE, *arguments, "--negative-label", "kind 2", "-o", path)
+    done = run_process("dit-sample", bundle, *ENGINE, *arguments, "--negative-label", "kind 2", "-o", path)
     assert done.returncode == 0, done.stderr
     found = record(path)
     assert isinstance(found.pop("dit.cpus"), int)
@@ -533,7 +533,7 @@ def test_noise_files_of_no_array(bundle: Path, tmp_path: Path, content: str) -> 
     else:
         path.write_bytes(b"" if content == "empty" else b"PK\x03\x04 cut short")
     # In a process of its own: np.load leaves a file that is no zip open.
-    done = run_command("dit-sample", bundle, *ENGINE, "--labels", "1", "--noise", path, "-o", tmp_path / "out.png")
+    done = run_process("dit-sample", bundle, *ENGINE, "--labels", "1", "--noise", path, "-o", tmp_path / "out.png")
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert "noise" in done.stderr

@@ -18,7 +18,7 @@ from dit_export.reference.tolerances import THRESHOLDS
 from hypothesis import given
 from hypothesis import strategies as st
 from support.bundles import edit_graph, signed
-from support.commands import run_command
+from support.commands import run_command, run_process
 
 from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
 from dit_runtime.backends.open import Array
@@ -127,7 +127,7 @@ def test_the_command_says_so_and_exits_with_1(tampered: Path) -> None:
     edit = json.loads((tampered / "manifest.json").read_text())
     edit["diffusion"]["steps_offset"] = 1
     (tampered / "manifest.json").write_text(json.dumps(edit))
-    done = run_command("dit-verify", tampered)
+    done = run_process("dit-verify", tampered)
     assert done.returncode == 1
     assert "FAIL: ddim" in done.stdout
     done = run_command("dit-verify", tampered, "--json", "--quick")
