@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from support.checkpoints import make_checkpoint
-from support.commands import run_command
+from support.shared import shared_folder
 
 if TYPE_CHECKING:
     from diffusers import DiTTransformer2DModel
@@ -17,26 +19,52 @@ if TYPE_CHECKING:
     from dit_runtime import Pipeline
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test never asks the network
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers fill the cores: threads of PyTorch would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A shell starts background jobs with SIGINT ignored, and so would the commands be that a test interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+GIVEN = "DIT_TEST_BUNDLES"  # a folder of tests/support/exports.py, for a Python that cannot export
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny")
+    """The tiny DiTPipeline folder."""
+    pytest.importorskip("diffusers", reason="checkpoints are made with diffusers")
+    from support.checkpoints import make_checkpoint
+
+    return shared_folder(tmp_path_factory, "checkpoint", lambda folder: make_checkpoint(folder / "tiny")) / "tiny"
 
 
 @pytest.fixture(scope="session")
-def bundles(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The tiny checkpoint exported in both precisions by the command itself."""
-    folder = tmp_path_factory.mktemp("bundles")
-    paths = {}
-    for precision, flags in (("fp32", []), ("fp16", ["--fp16"])):
-        paths[precision] = folder / f"{precision}.bundle"
-        done = run_command("dit-export", checkpoint, *flags, "-o", paths[precision])
-        assert done.returncode == 0, done.stderr + done.stdout
-        print(done.stdout)
-    return paths
+def tiny_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The tiny checkpoint's bundle of a name in ``support.exports.TINY``, as the command exports it."""
+
+    def bundle(name: str) -> Path:
+        def make(folder: Path) -> None:
+            if GIVEN in os.environ:
+                shutil.copytree(Path(os.environ[GIVEN]) / f"{name}.bundle", folder / f"{name}.bundle")
+                return
+            from support.exports import TINY, export
+
+            export(request.getfixturevalue("checkpoint"), folder / f"{name}.bundle", *TINY[name])
+
+        return shared_folder(tmp_path_factory, name, make) / f"{name}.bundle"
+
+    return cache(bundle)
+
+
+@pytest.fixture(scope="session")
+def bundles(tiny_bundle: Callable[[str], Path]) -> dict[str, Path]:
+    """The tiny checkpoint in both precisions."""
+    order = ("fp32", "fp16") if os.environ.get("PYTEST_XDIST_WORKER") != "gw1" else ("fp16", "fp32")
+    return {precision: tiny_bundle(precision) for precision in order}  # two workers begin with one each
+
+
+@pytest.fixture(scope="session")
+def sized_bundle(tiny_bundle: Callable[[str], Path]) -> Path:
+    """The tiny checkpoint in FP32 with its encoder, at three sizes."""
+    return tiny_bundle("sized")
 
 
 @pytest.fixture(params=["fp32", "fp16"])

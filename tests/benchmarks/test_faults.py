@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
-from support.commands import run_command
 
 from dit_runtime.bundle.reader import Bundle, open_bundle
 
@@ -37,24 +38,25 @@ def bundle(request: pytest.FixtureRequest, bundles: dict[str, Path]) -> Bundle:
     return open_bundle(bundles[request.param])
 
 
-@pytest.fixture(scope="module")
-def with_encoder(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
-    """The tiny checkpoint with its encoder."""
-    folder = tmp_path_factory.mktemp("faults")
-    found = {}
-    for precision, flags in (("fp32", []), ("fp16", ["--fp16"])):
-        path = folder / f"{precision}.bundle"
-        done = run_command("dit-export", checkpoint, *flags, "--encoder", "--no-verify", "-o", path)
-        assert done.returncode == 0, done.stderr
-        found[precision] = open_bundle(path)
-    return found
+IN_ENCODER = [fault for fault in faults.FAULTS if fault.graph == faults.ENCODER]
 
 
-@pytest.mark.parametrize("fault", faults.FAULTS, ids=lambda fault: fault.name)
-def test_a_seeded_fault_fails_at_its_rung(fault: object, bundle: Bundle, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize(
+    "fault", [fault for fault in faults.FAULTS if fault not in IN_ENCODER], ids=lambda fault: fault.name
+)
+def test_a_seeded_fault_fails_at_its_rung(fault: Any, bundle: Bundle) -> None:
     """The first rung to fail is the one that the fault belongs to, and says which block, step or channel."""
-    if fault.graph not in bundle.manifest.graphs:
-        bundle = request.getfixturevalue("with_encoder")[bundle.manifest.precision.name]
+    assert_caught(fault, bundle)
+
+
+@pytest.mark.parametrize("name", ["sized", pytest.param("fp16-encoder", marks=pytest.mark.slow)])  # another export
+@pytest.mark.parametrize("fault", IN_ENCODER, ids=lambda fault: fault.name)
+def test_a_fault_of_the_encoder_fails_at_its_rung(fault: Any, name: str, tiny_bundle: Callable[[str], Path]) -> None:
+    """The same of bundles that have an encoder, in FP32 and in FP16."""
+    assert_caught(fault, open_bundle(tiny_bundle(name)))
+
+
+def assert_caught(fault: Any, bundle: Bundle) -> None:
     rung = fault.first_failure(bundle)
     expected = fault.expected(bundle.manifest.precision.name)
     if expected in NONE:

@@ -18,8 +18,8 @@ from typing import Any
 
 import onnx
 import pytest
-from support.commands import run_command
-from test_verify import edit_graph, signed
+from support.bundles import edit_graph, signed
+from support.commands import run_command, run_process
 
 from dit_engines.build import engine_from_bundle, graphs_of
 from dit_engines.build_host import BuildHost, build_host_for
@@ -475,7 +475,7 @@ def test_a_full_disk(bundle: Bundle, engine: BuiltEngine, tmp_path: Path) -> Non
     def limited() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    done = run_command("dit-build", bundle.path, "--store", tmp_path, "--batch", "8", preexec_fn=limited)
+    done = run_process("dit-build", bundle.path, "--store", tmp_path, "--batch", "8", preexec_fn=limited)
     assert done.returncode == 1
     assert done.stderr == (
         f"dit-build: {tmp_path}: the conditioner's plan cannot be written (File too large); free some space, or choose "
@@ -495,11 +495,11 @@ def test_a_read_only_store(bundle: Bundle, engine: BuiltEngine, tmp_path: Path) 
         ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, 0, 0, 0)
 
     try:
-        done = run_command("dit-build", bundle.path, "--store", store, "--batch", "8", preexec_fn=unprivileged)
+        done = run_process("dit-build", bundle.path, "--store", store, "--batch", "8", preexec_fn=unprivileged)
         assert done.returncode == 1
         assert done.stderr.strip().endswith(f"{store} cannot be written to; choose another --store")
         assert len(done.stderr.strip().splitlines()) == 1
-        again = run_command("dit-build", bundle.path, "--store", store, preexec_fn=unprivileged)
+        again = run_process("dit-build", bundle.path, "--store", store, preexec_fn=unprivileged)
         assert again.returncode == 0, again.stderr
         assert "already built" in again.stdout
     finally:

@@ -13,6 +13,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 from dit_export.checkpoints.sources import Checkpoint, Source, load_checkpoint
 from safetensors.torch import load_file, save_file
+from support.bundles import step_inputs
 
 from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
 from dit_runtime.bundle.reader import Bundle, open_bundle
@@ -46,18 +47,6 @@ def predicted(
         return transformer(
             torch.from_numpy(z), timestep=torch.tensor(timesteps), class_labels=torch.tensor(labels)
         ).sample.numpy()
-
-
-def step_inputs(z: np.ndarray, branches: int) -> dict[str, np.ndarray]:
-    """Inputs under which ``denoised`` is the guided prediction of the first branch."""
-    batch = len(z)
-    state = np.zeros((batch, 3, *z.shape[1:]), np.float32)
-    state[:, 0] = z
-    guidance = np.zeros((branches, batch, z.shape[1]), np.float32)
-    guidance[0] = 1
-    coefficients = np.zeros((batch, 17), np.float32)
-    coefficients[:, 1] = 1
-    return {"state": state, "noise": np.zeros_like(z), "coefficients": coefficients, "guidance": guidance}
 
 
 def test_names_and_axes_are_the_documented_ones(bundle: Bundle) -> None:

@@ -18,7 +18,8 @@ from dit_export.checkpoints.sources import Source
 from dit_export.graphs.precision import FP16, FP32
 from dit_export.reference.record_settings import Measurements
 from safetensors.torch import save_file
-from support.commands import run_command
+from support.bundles import step_inputs
+from support.commands import run_command, run_process
 from support.oracle import (
     CONDITIONINGS,
     dit,
@@ -30,7 +31,6 @@ from support.oracle import (
     sit_euler,
     sit_guided,
 )
-from test_graphs import step_inputs
 
 from dit_runtime import Pipeline
 from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
@@ -253,13 +253,9 @@ def test_several_sizes_on_one_weight_file(checkpoint: Path, tmp_path: Path, cond
         assert relative_error(e, expected.numpy()) <= FORWARD_LIMIT["fp32"]  # measured: 8.0e-7
 
 
-def test_other_sizes_of_diffusers(checkpoint: Path, transformer: DiTTransformer2DModel, tmp_path: Path) -> None:
+def test_other_sizes_of_diffusers(sized_bundle: Path, transformer: DiTTransformer2DModel) -> None:
     """Square sizes are diffusers' own forward's, which squeezes positions into the trained range."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dit_export.bundle.records_in_process", lambda *_: Measurements())
-        bundle = bundle_from_checkpoint(
-            Source(str(checkpoint), image_sizes=((48, 48), (32, 32))), tmp_path / "out.bundle", FP32
-        )
+    bundle = open_bundle(sized_bundle).at((48, 48))
     z = np.random.default_rng(3).standard_normal((1, 4, 12, 12)).astype(np.float32)
     e, v = evaluated(bundle, z, [400.0], [2], np.ones((1, 1, 4)))
     with torch.inference_mode():
@@ -271,7 +267,7 @@ def test_the_whole_job_with_the_command(checkpoint: Path, tmp_path: Path) -> Non
     """Golden records of a variant diffusers does not have, at two sizes, with encoder: exported, verified, sampled."""
     file, bundle = tmp_path / "cross.safetensors", tmp_path / "cross.bundle"
     save_file(weights_of("cross-attention"), file)
-    done = run_command(
+    done = run_process(
         *("dit-export", file, "--heads", str(HEADS), "--vae", checkpoint, "--fp16", "--encoder", "--json"),
         *("--size", "32x32", "24x40", "-o", bundle),
     )

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.batches import ROW, marked, mixed
 from support.commands import bindings, run_command
 from support.cuda_double import Cuda as DoubleCuda
 from support.cuda_double import Machine, stored_on
-from test_loop import ROW, marked, mixed
 
 from dit_engines.recipe import Recipe, recipe_for
 from dit_runtime import Pipeline, open_bundle

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.batches import ROW, mixed
 from support.cuda_double import Machine, Misuse, stored_on
-from test_loop import ROW, mixed
 
 from dit_engines.recipe import Recipe
 from dit_runtime import Pipeline, open_bundle

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.commands import run_command
+from support.commands import run_command, run_process
 
 from dit_runtime.bench.gemm import measure_gemm_rates, shapes_of
 from dit_runtime.bench.timing import memory_use, time_calls, timing_of
@@ -17,7 +17,7 @@ from dit_runtime.bundle.reader import open_bundle
 def test_the_report_adds_up(bundles: dict[str, Path], tmp_path: Path) -> None:
     """Percentiles are in order, a run is its parts and what is outside, and every form has the same figures."""
     files = {name: tmp_path / name for name in ("bench.md", "bench.png")}
-    done = run_command(
+    done = run_process(
         "dit-bench", bundles["fp16"], "--engine", "onnxruntime", "--batch", "1,2", "--steps", "4", "--repeat", "3",
         "--pictures", "2", "--sweep", "--markdown", files["bench.md"], "--plot", files["bench.png"], "--json",
     )  # fmt: skip

@@ -2,86 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import json
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-from support.commands import run_command
+from support.commands import run_command, run_process
+from support.sample_command import ENGINE, dit_sample, made, pixels, record, refused, shapes, with_record
 
 from dit_runtime import Pipeline, __version__
-from dit_runtime.backends.onnxruntime.engine import _OnnxRuntimeSession
-from dit_runtime.commands.sample import main
 
 PER_IMAGE = ("label", "seed", "noise", "guidance", "init", "batch")  # lists in a grid's record
-ENGINE = ("--engine", "onnxruntime", "--threads", "1")  # with auto each bundle would be verified first
-
-
-class Done(NamedTuple):
-    code: Any
-    out: str
-    err: str
-
-
-def dit_sample(bundle: Path, *argv: object) -> Done:
-    """The command in this process, which has imported what a process of its own would take a second to import."""
-    out, err, handler = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGTERM)
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as done:
-            main([str(item) for item in (bundle, *ENGINE, *argv)])
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-    return Done(done.value.code, out.getvalue(), err.getvalue())
-
-
-def made(bundle: Path, *argv: object) -> str:
-    """What a command that succeeds prints."""
-    done = dit_sample(bundle, *argv)
-    assert done.code == 0, done.err
-    return done.out
-
-
-def refused(message: str, bundle: Path, *argv: object, folder: Path) -> None:
-    """The command ends with 1 and one line that says ``message``, and ``folder`` is as it was."""
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    done = dit_sample(bundle, *argv)
-    assert (done.code, done.out) == (1, ""), done
-    assert len(done.err.strip().splitlines()) == 1, done.err
-    assert done.err.startswith("dit-sample: ")
-    assert message in done.err
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
-
-
-def pixels(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image)
-
-
-def record(path: Path) -> dict[str, Any]:
-    with Image.open(path) as image:
-        return {key: json.loads(value) for key, value in image.text.items()}
-
-
-def with_record(path: Path, text: dict[str, str]) -> Path:
-    """A small image with these text chunks."""
-    chunks = PngInfo()
-    for key, value in text.items():
-        chunks.add_text(key, value)
-    Image.new("RGB", (32, 32)).save(path, pnginfo=chunks)
-    return path
 
 
 def torch_noise(seeds: Sequence[int]) -> np.ndarray:
@@ -102,7 +42,7 @@ def test_the_record_of_an_image(checkpoint: Path, bundle: Path, tmp_path: Path) 
     path = tmp_path / "one.png"
     arguments = ["--labels", "class 3:0.75+5:0.25", "--seed", "7", "--steps", "6", "--sampler", "ddim", "--eta", "0.5"]
     arguments += ["--guidance", "2.5", "--guidance-interval", "0.1", "0.9", "--guidance-schedule", "cosine"]
-    done = run_command("dit-sample", bundle, *ENGINE, *arguments, "--negative-label", "kind 2", "-o", path)
+    done = run_process("dit-sample", bundle, *ENGINE, *arguments, "--negative-label", "kind 2", "-o", path)
     assert done.returncode == 0, done.stderr
     found = record(path)
     assert isinstance(found.pop("dit.cpus"), int)
@@ -152,21 +92,6 @@ def test_the_record_of_a_grid(bundle: Path, tmp_path: Path) -> None:
     assert found["dit.noise"] == [first_hash(one) for one in noise]
     assert found["dit.noise_given"] is True
     assert (found["dit.steps"], found["dit.eta"], found["dit.negative_label"]) == (2, 0, None)
-
-
-@contextlib.contextmanager
-def shapes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
-    """(branches, images) of each call of the step, and the shape of what is decoded."""
-    calls: list[tuple[int, ...]] = []
-    original = _OnnxRuntimeSession.run
-
-    def run(self: _OnnxRuntimeSession, inputs: dict[str, Any], outputs: Sequence[str]) -> list[Any]:
-        calls.extend(inputs[name].shape for name in ("rows", "latents") if name in inputs)
-        return original(self, inputs, outputs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(_OnnxRuntimeSession, "run", run)
-        yield calls
 
 
 def assert_made_again(
@@ -608,7 +533,7 @@ def test_noise_files_of_no_array(bundle: Path, tmp_path: Path, content: str) -> 
     else:
         path.write_bytes(b"" if content == "empty" else b"PK\x03\x04 cut short")
     # In a process of its own: np.load leaves a file that is no zip open.
-    done = run_command("dit-sample", bundle, *ENGINE, "--labels", "1", "--noise", path, "-o", tmp_path / "out.png")
+    done = run_process("dit-sample", bundle, *ENGINE, "--labels", "1", "--noise", path, "-o", tmp_path / "out.png")
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert "noise" in done.stderr

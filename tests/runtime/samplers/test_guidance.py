@@ -7,19 +7,19 @@ The reference is diffusers' transformer and scheduler, each image alone, with s(
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DiTPipeline
+from diffusers import DiTPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_schedule import DIFFUSION, LEARNED, SCHEDULER, official_timesteps
+from support.guidance import NULL, Scale, Wanted, constant, recorded, reference_latents, relative, within
+from support.schedules import DIFFUSION, LEARNED, official_timesteps
 
 from dit_runtime import Pipeline, schedule_for
 from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
@@ -32,24 +32,6 @@ from dit_runtime.sampling.settings import Settings
 # max|Δ| of the last latents, relative to the reference's largest.
 LATENTS_LIMIT = 1e-5  # measured: 1.9e-6
 
-NULL = 10  # the tiny model's number of classes
-Scale = Callable[[float], float]
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """An image: its labels' weights, s as a function of the noise time τ, the class guided away from, given noise."""
-
-    labels: Mapping[int, float]
-    seed: int
-    scale: Scale = field(default=lambda _: 1.0)
-    against: int = NULL
-    noise: torch.Tensor | None = None
-
-
-def constant(s: float) -> Scale:
-    return lambda _: s
-
 
 def linear(s: float) -> Scale:
     return lambda tau: 1 + (s - 1) * 2 * (1 - tau)
@@ -59,50 +41,9 @@ def cosine(s: float) -> Scale:
     return lambda tau: 1 + (s - 1) * (1 + math.cos(math.pi * tau))
 
 
-def within(low: float, high: float, scale: Scale) -> Scale:
-    return lambda tau: scale(tau) if low <= tau <= high else 1.0
-
-
-def reference_latents(
-    transformer: Any, wanted: Sequence[Wanted], steps: int, sampler: str = "ddim", eta: float = 0.0, guided: int = 4
-) -> np.ndarray:
-    """The last latents of diffusers' modules, ``guided`` channels guided; the rest and v are the first label's."""
-    finished = []
-    for image in wanted:
-        if sampler == "ddim":
-            scheduler, options = DDIMScheduler(**SCHEDULER), {"eta": eta}
-            scheduler.set_timesteps(steps)
-        else:
-            scheduler, options = DDPMScheduler(**SCHEDULER, variance_type="learned_range"), {}
-            scheduler.set_timesteps(timesteps=official_timesteps(steps)[::-1])
-        generator = torch.Generator().manual_seed(image.seed)
-        z = torch.randn(1, 4, 8, 8, generator=generator) if image.noise is None else image.noise
-        for t in scheduler.timesteps:
-            with torch.inference_mode():
-                null, *predictions = (
-                    transformer(z, timestep=t[None], class_labels=torch.tensor([label])).sample
-                    for label in (image.against, *image.labels)
-                )
-            difference = sum(
-                weight * (found - null) for weight, found in zip(image.labels.values(), predictions, strict=True)
-            )
-            e = (null + image.scale(t.item() / 999) * difference)[:, :guided]
-            e = torch.cat([e, predictions[0][:, guided:4]], dim=1)
-            output = e if sampler == "ddim" else torch.cat([e, predictions[0][:, 4:]], dim=1)
-            z = scheduler.step(output, t, z, generator=generator, **options).prev_sample
-        finished.append(z.numpy()[0])
-    return np.stack(finished)
-
-
 def latents(pipe: Pipeline, labels: Sequence[Any], seeds: Sequence[int], **sampling: Any) -> np.ndarray:
     *_, (_, last, _) = pipe.trajectory(labels, seeds, **sampling)
     return last
-
-
-def relative(found: np.ndarray, expected: np.ndarray) -> float:
-    assert found.shape == expected.shape
-    assert np.isfinite(found).all()
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
 def assert_reference(pipe: Pipeline, transformer: Any, wanted: Sequence[Wanted], steps: int, **sampling: Any) -> None:
@@ -112,18 +53,6 @@ def assert_reference(pipe: Pipeline, transformer: Any, wanted: Sequence[Wanted],
     labels, seeds = [dict(image.labels) for image in wanted], [image.seed for image in wanted]
     found = latents(pipe, labels, seeds, steps=steps, **{"sampler": "ddim", **sampling})
     assert relative(found, expected) <= LATENTS_LIMIT
-
-
-@contextmanager
-def recorded(pipe: Pipeline) -> Iterator[list[tuple[int, int]]]:
-    """(branches, images) of each call of the step while the block runs."""
-    step, calls = pipe.engine.session("step"), []
-    original = step.run
-    step.run = lambda inputs, outputs: calls.append(inputs["rows"].shape) or original(inputs, outputs)
-    try:
-        yield calls
-    finally:
-        del step.run
 
 
 def test_each_image_has_its_own_scale(pipe: Pipeline, transformer: Any) -> None:

@@ -8,9 +8,8 @@ arXiv 2006.11239, equations 6 and 7; learned variance: arXiv 2102.09672, equatio
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +17,26 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from support.diffusers_schedulers import diffusers_ddim
+from support.schedules import (
+    ALPHA_BAR,
+    BETAS,
+    DIFFUSION,
+    FIXED,
+    LEARNED,
+    SCHEDULER,
+    SHAPE,
+    Float64,
+    Step,
+    asked,
+    assert_close,
+    network,
+    normal,
+    official_timesteps,
+    run_table,
+)
 
-from dit_runtime.bundle.manifest import DiffusionSpec, ModelSpec
+from dit_runtime.bundle.manifest import ModelSpec
 from dit_runtime.core.errors import SamplingError
 from dit_runtime.samplers.by_name import schedule_for
 from dit_runtime.samplers.schedule import Schedule
@@ -35,98 +52,10 @@ DDPM_LIMIT = 1.5e-5  # measured: 9.8e-6 at 250 steps, 3.7e-6 at 50
 DDPM_1000_LIMIT = 1e-4  # measured: 8.0e-5
 INITIAL_LIMIT = 1e-6  # measured: 5.5e-7
 
-BETAS = np.linspace(1e-4, 0.02, 1000)
-ALPHA_BAR = np.exp(np.cumsum(np.log1p(-BETAS)))
-DIFFUSION = DiffusionSpec(
-    betas=tuple(BETAS.tolist()),
-    prediction_type="epsilon",
-    guidance_channels=4,
-    timestep_spacing="leading",
-    steps_offset=0,
-    set_alpha_to_one=True,
-)
-LEARNED = ModelSpec(
-    conditioning="adaln-zero",
-    latent_channels=4,
-    latent_size=(8, 8),
-    patch_size=2,
-    width=64,
-    depth=2,
-    heads=2,
-    mlp_width=256,
-    classes=10,
-    learned_variance=True,
-)
-FIXED = replace(LEARNED, learned_variance=False)
-SCHEDULER = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "clip_sample": False}
 
 COUNTS = [1, 2, 10, 50, 250, 1000]
 ETAS = [0.0, 0.5, 1.0]
 SPACINGS = [("leading", 0), ("leading", 1), ("trailing", 0), ("linspace", 0)]
-SHAPE = (2, 4, 3)  # images, channels, pixels
-MIX = np.random.default_rng(2024).standard_normal((4, 4))
-
-Float64 = np.ndarray[Any, np.dtype[np.float64]]
-Network = Callable[[Float64, float], tuple[Float64, Float64]]
-
-
-class Step(NamedTuple):
-    """What a sampler does at one evaluation: ``sample = mean + scale · noise``."""
-
-    denoised: Float64
-    mean: Float64
-    scale: Float64
-    sample: Float64
-
-
-def network(z: Float64, t: float) -> tuple[Float64, Float64]:
-    """(ε, v): smooth, nonlinear, mixing channels, different at every timestep; v slightly leaves [-1, 1]."""
-    mixed = np.einsum("ij,bjk->bik", MIX, z)
-    return 0.7 * z + 0.4 * np.tanh(0.5 * mixed + t / 400 - 1), 1.1 * np.sin(mixed + t / 100)
-
-
-def run_table(
-    schedule: Schedule, z: Float64, noise: Float64, network: Network, teacher: Sequence[Float64] | None = None
-) -> list[Step]:
-    """A table's rows as the design defines them, in float64; ``teacher`` replaces the latents before each row."""
-    state, steps = np.zeros((3, *z.shape)), []
-    state[0] = z
-    for index, (row, coefficients) in enumerate(zip(schedule.rows, schedule.coefficients, strict=True)):
-        a, b, *rest = coefficients.astype(np.float64)
-        A, B, (g, h, k) = np.reshape(rest[:9], (3, 3)), np.array(rest[9:12]), rest[12:]
-        if teacher is not None:
-            state[0] = teacher[index]
-        e, v = network(state[0], float(schedule.timesteps[row]))
-        denoised = a * state[0] + b * e
-        state = np.tensordot(A, state, axes=1) + np.multiply.outer(B, e)
-        mean, scale = state[0].copy(), np.exp(g + h * v) * k
-        state[0] += scale * noise[index]
-        steps.append(Step(denoised, mean, scale, state[0].copy()))
-    return steps
-
-
-def assert_close(found: Float64, expected: Float64, limit: float) -> None:
-    """max|Δ| relative to max|expected|; anything that is not finite fails."""
-    error = np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-300)
-    assert error <= limit, f"max|Δ|/max|reference| is {error:.2e}, expected at most {limit:.0e}"
-
-
-def normal(seed: int, *shape: int) -> Float64:
-    return np.random.default_rng(seed).standard_normal(shape)
-
-
-def asked(schedule: Schedule) -> list[int]:
-    """The timestep of each evaluation."""
-    return [int(t) for t in schedule.timesteps[schedule.rows]]
-
-
-def diffusers_ddim(spec: DiffusionSpec, **changes: Any) -> DDIMScheduler:
-    return DDIMScheduler(
-        **{**SCHEDULER, **changes},
-        timestep_spacing=spec.timestep_spacing,
-        steps_offset=spec.steps_offset,
-        set_alpha_to_one=spec.set_alpha_to_one,
-    )
 
 
 def diffusers_ddpm(model: ModelSpec, steps: int) -> DDPMScheduler:
@@ -171,15 +100,6 @@ def ddim_in_float64(t: int, steps: int, eta: float, to_one: bool, z: Float64, no
     toward = math.sqrt(1 - before - sigma**2) / math.sqrt(1 - now)
     mean = math.sqrt(before) * x_0 + toward * (z - math.sqrt(now) * x_0)
     return Step(x_0, mean, np.full_like(z, sigma), mean + sigma * noise)
-
-
-def official_timesteps(steps: int) -> list[int]:
-    """The official respacing of 1000 timesteps into one section, ascending: both ends, a fractional stride between."""
-    position, chosen = 0.0, set()
-    for _ in range(steps):
-        chosen.add(round(position))
-        position += 999 / (steps - 1)
-    return sorted(chosen)
 
 
 class OfficialDiffusion:

@@ -14,8 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,14 +22,31 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    UniPCMultistepScheduler,
 )
-from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from test_schedule import (
+from support.diffusers_schedulers import (
+    ANCESTRAL_ZERO_SNR_LIMIT,
+    DIFFUSERS_LIMIT,
+    KARRAS_LIMIT,
+    follow,
+    reference,
+    reference_can_run,
+)
+from support.papers import (
+    CASES,
+    FREE_LIMIT,
+    SOLVERS,
+    SPACINGS,
+    ZERO_SNR_BETAS,
+    Papers,
+    karras,
+    noise_of,
+    sigmas_for,
+    spec_for,
+    table_for,
+)
+from support.schedules import (
     DIFFUSION,
     FIXED,
     LEARNED,
@@ -42,6 +58,7 @@ from test_schedule import (
     normal,
     official_timesteps,
     run_table,
+    timesteps_of,
 )
 
 from dit_runtime.bundle.manifest import DiffusionSpec, ModelSpec
@@ -51,21 +68,6 @@ from dit_runtime.samplers.schedule import Schedule
 
 # All relative to max|reference| of the step.
 FLOAT64_LIMIT = 5e-7  # measured: 4.3e-7; the table is float32 of float64
-FREE_LIMIT = 1.4e-6  # measured: 8.9e-7 (UniPC, 1000 steps), 6.2e-7 elsewhere
-# diffusers' tables are float32: a product of up to a thousand factors, and differences of what is nearly equal.
-DIFFUSERS_LIMIT = {
-    "dpmpp-2m": 2.3e-6,  # measured: 1.3e-6
-    "dpmpp-2m-sde": 9e-6,  # measured: 5.8e-6, the noise scale's 1 − e⁻²ʰ at 250 and 1000 steps
-    "dpmpp-3m": 2.3e-6,  # measured: 1.5e-6
-    "unipc": 3.5e-6,  # measured: 2.2e-6 at 1000 steps
-    "euler-ancestral": 6e-6,  # measured: 4.1e-6
-}
-ANCESTRAL_ZERO_SNR_LIMIT = 7e-5  # measured: 4.4e-5: from 4096 down to the next noise level by a difference
-KARRAS_LIMIT = {  # all levels follow from the lowest σ, of which float32's 1 − ᾱ at the first timestep keeps 4 digits
-    "epsilon": 4e-5,  # measured: 2.4e-5
-    "v_prediction": 1.6e-4,  # measured: 1.1e-4
-    "zero_snr": 1e-6,  # measured: 5.0e-7
-}
 DDIM_LIMIT = 6e-6  # measured: 3.8e-6
 DDIM_ZERO_SNR_LIMIT = 6e-4  # measured: 3.5e-4 at eta 1: √(1 − ᾱ − σ²) of a 0 that float32 rounds to 6e-8
 DDPM_LIMIT = 8e-6  # measured: 4.8e-6
@@ -74,14 +76,6 @@ HALF = 5e-3  # measured: 3.4e-3 of a timestep, by which float32 takes a noise le
 
 COUNTS = [1, 2, 10, 14, 15, 16, 50, 250, 1000]
 FEW = [1, 2, 10, 15, 50]
-SPACINGS = [("leading", 0), ("leading", 1), ("trailing", 0), ("linspace", 0), ("karras", 0)]
-SOLVERS = ["dpmpp-2m", "dpmpp-2m-sde", "dpmpp-3m", "unipc", "euler-ancestral"]
-CASES = [
-    (sampler, *spacing)
-    for sampler in SOLVERS
-    for spacing in SPACINGS
-    if (sampler, spacing[0]) != ("euler-ancestral", "karras")
-]
 # Where 2⁻²⁴ stands in for an ᾱ of 0 at timestep 999, it is more than the ᾱ of 996 to 998: diffusers keeps those.
 NEXT_TO_PURE_NOISE = [
     (sampler, spacing, 0, "zero_snr", steps)
@@ -96,245 +90,11 @@ NEXT_TO_PURE_NOISE = [
         ("euler-ancestral", "trailing", 1000),
     ]
 ]
-ZERO_SNR_BETAS = tuple(rescale_zero_terminal_snr(torch.linspace(1e-4, 0.02, 1000)).tolist())  # the last is 1
-NODES, WEIGHTS = np.polynomial.legendre.leggauss(64)
-
-
-def spec_for(spacing: str, offset: int = 0, prediction: str = "epsilon") -> DiffusionSpec:
-    """A bundle's diffusion; "zero_snr" is v-prediction on betas whose last is 1. Karras goes by argument."""
-    return replace(
-        DIFFUSION,
-        betas=ZERO_SNR_BETAS if prediction == "zero_snr" else DIFFUSION.betas,
-        prediction_type="epsilon" if prediction == "epsilon" else "v_prediction",
-        timestep_spacing="leading" if spacing == "karras" else spacing,
-        steps_offset=offset,
-    )
-
-
-def table_for(sampler: str, spec: DiffusionSpec, steps: int, spacing: str, skipped: int = 0) -> Schedule:
-    named = "karras" if spacing == "karras" else None
-    return schedule_for(sampler, LEARNED, spec, steps, spacing=named, skipped=skipped)
-
-
-def timesteps_of(schedule: Schedule) -> list[float]:
-    """The timestep of each evaluation; a fraction in linspace spacing of the ancestral sampler."""
-    return schedule.timesteps[schedule.rows].astype(np.float64).tolist()
 
 
 def inputs_of(z: Float64, steps: Sequence[Step]) -> list[Float64]:
     """What the network saw in a free run that began at z."""
     return [z, *(step.sample for step in steps[:-1])]
-
-
-def training_sigmas(spec: DiffusionSpec) -> Float64:
-    """σ/α of every training timestep in float64; diffusers' 2⁻²⁴ stands in for an ᾱ of 0."""
-    betas = np.array(spec.betas)
-    with np.errstate(divide="ignore"):
-        log_alpha_bar = np.cumsum(np.log1p(-betas))
-    if betas[-1] == 1:
-        log_alpha_bar[-1] = -24 * math.log(2)
-    return np.sqrt(np.expm1(-log_alpha_bar))
-
-
-def karras(spec: DiffusionSpec, steps: int) -> tuple[Float64, Float64]:
-    """Noise levels of arXiv 2206.00364, equation 5 at ρ = 7, and their places among the timesteps by log σ."""
-    training = training_sigmas(spec)
-    high, low = training[-1] ** (1 / 7), training[0] ** (1 / 7)
-    sigmas = np.linspace(high, low if steps > 1 else high, steps) ** 7
-    # The last timestep below a level counts: beside the 2⁻²⁴ for a terminal ᾱ of 0 (σ 4096) there are levels above it.
-    below = [np.flatnonzero(training < sigma * (1 - 1e-12)) for sigma in sigmas]
-    low = np.array([indices[-1] if len(indices) else 0 for indices in below])
-    share = np.log(sigmas / training[low]) / np.log(training[low + 1] / training[low])
-    return sigmas, low + np.clip(share, 0, 1)
-
-
-def sigmas_for(spec: DiffusionSpec, spacing: str, timesteps: Sequence[float]) -> Float64:
-    """σ/α before each step, and the 0 after the last."""
-    training = training_sigmas(spec)
-    if spacing == "karras":
-        sigmas, _ = karras(spec, len(timesteps))
-    else:
-        sigmas = np.interp(timesteps, np.arange(len(training)), training)
-    return np.append(sigmas, 0.0)
-
-
-class Papers:
-    """The samplers in float64: each step integrates the interpolated prediction of x_0 over λ."""
-
-    def __init__(self, sampler: str, prediction_type: str, sigmas: Float64) -> None:
-        self.sampler, self.prediction_type, self.ratio = sampler, prediction_type, sigmas
-        self.count = self.total = len(sigmas) - 1  # total: with the steps that image-to-image leaves out
-        self.alpha = 1 / np.sqrt(1 + sigmas**2)
-        self.sigma = sigmas * self.alpha
-        with np.errstate(divide="ignore"):
-            self.log_snr = -np.log(sigmas)  # λ
-
-    def run(self, z: Float64, noise: Float64, timesteps: Sequence[float], teacher: Any = None) -> list[Step]:
-        self.predictions: list[Float64] = []  # of x_0, one an evaluation
-        self.corrected = z
-        steps: list[Step] = []
-        for index, t in enumerate(timesteps):
-            z = z if teacher is None else teacher[index]
-            e, _ = network(z, t)
-            alpha, sigma = self.alpha[index], self.sigma[index]
-            x_0 = (z - sigma * e) / alpha if self.prediction_type == "epsilon" else alpha * z - sigma * e
-            self.predictions.append(x_0)
-            mean, scale = self.advance(index, z)
-            z = mean + scale * noise[index]
-            steps.append(Step(x_0, mean, np.full_like(z, scale), z))
-        return steps
-
-    def advance(self, index: int, z: Float64) -> tuple[Float64, float]:
-        """Mean and noise scale of what the network sees next."""
-        if self.sampler == "euler-ancestral":
-            return self.posterior(index, z)
-        if self.sampler == "unipc":
-            self.corrected = self.unic(index) if index else z
-            return self.multistep(index, self.corrected, 2), 0.0
-        if self.sampler == "dpmpp-2m-sde":
-            h = self.log_snr[index + 1] - self.log_snr[index]
-            held = self.midpoint(index, h) if 0 < index < self.count - 1 else self.predictions[index]
-            shrink = self.sigma[index + 1] / self.sigma[index] * math.exp(-h)
-            grown = -math.expm1(-2 * h)
-            return shrink * z + self.alpha[index + 1] * grown * held, self.sigma[index + 1] * math.sqrt(grown)
-        return self.multistep(index, z, int(self.sampler[len("dpmpp-")])), 0.0
-
-    def multistep(self, index: int, z: Float64, order: int) -> Float64:
-        """DPM-Solver++: x_t = σ_t/σ_s·x_s + σ_t·∫e^λ·x_θ dλ, at a lower order where the memory or the steps end."""
-        h = self.log_snr[index + 1] - self.log_snr[index]
-        left = self.count - index
-        order = min(order, index + 1, left if self.total < 15 or left == 1 else order)
-        if order == 3:
-            # The quadratic through three predictions, its u² weighted by a half as in the authors' code and diffusers:
-            # the weight of order 3 would be 1; with a half the method is of order 2.
-            (f0, slope, curve), u = self.newton(index), moments(h)
-            slope = slope + (self.log_snr[index] - self.log_snr[index - 1]) * curve
-            integral = u[0] * f0 + u[1] * slope + u[2] * curve / 2
-        else:
-            held = self.midpoint(index, h) if order == 2 else self.predictions[index]
-            integral = -math.expm1(-h) * held
-        return self.sigma[index + 1] / self.sigma[index] * z + self.alpha[index + 1] * integral
-
-    def midpoint(self, index: int, h: float) -> Float64:
-        """The line through the last two predictions, halfway through the step."""
-        before = self.log_snr[index] - self.log_snr[index - 1]
-        now, then = self.predictions[index], self.predictions[index - 1]
-        return now + h / 2 * (now - then) / before
-
-    def newton(self, index: int) -> tuple[Float64, Float64, Float64]:
-        """The last three predictions as divided differences."""
-        l0, l1, l2 = self.log_snr[index], self.log_snr[index - 1], self.log_snr[index - 2]
-        f0, f1, f2 = (self.predictions[index - back] for back in range(3))
-        first, second = (f0 - f1) / (l0 - l1), (f1 - f2) / (l1 - l2)
-        return f0, first, (first - second) / (l0 - l2)
-
-    def unic(self, index: int) -> Float64:
-        """UniC: the step before once more, now that the prediction at its end is known.
-
-        Order 2 solves R·ρ = b for two unknowns: then the quadratic through all three predictions is integrated
-        exactly, for any B(h). Order 1 takes ρ = 1/2 instead: the mean of both ends.
-        """
-        h = self.log_snr[index] - self.log_snr[index - 1]
-        if index == 1:
-            integral = -math.expm1(-h) * (self.predictions[0] + self.predictions[1]) / 2
-        else:
-            (f0, slope, curve), u = self.newton(index), moments(h)
-            # Newton's form about the end of the step, at u from its beginning: u − h, then (u − h)·u.
-            integral = u[0] * f0 + (u[1] - h * u[0]) * slope + (u[2] - h * u[1]) * curve
-        return self.sigma[index] / self.sigma[index - 1] * self.corrected + self.alpha[index] * integral
-
-    def posterior(self, index: int, z: Float64) -> tuple[Float64, float]:
-        """q(x_s | x_t, x_0) in the scale x_0 + σ·noise, then as the network sees it."""
-        before, after, x_0 = self.ratio[index], self.ratio[index + 1], self.predictions[index]
-        kept = (after / before) ** 2
-        mean = x_0 + kept * (z / self.alpha[index] - x_0)
-        return self.alpha[index + 1] * mean, self.alpha[index + 1] * after * math.sqrt(1 - kept)
-
-
-def moments(h: float) -> Float64:
-    """∫e^(u−h)·uᵏ du over 0..h for k = 0, 1, 2, by Gauss-Legendre quadrature."""
-    u = (NODES + 1) * h / 2
-    return np.array([(WEIGHTS * np.exp(u - h) * u**k).sum() * h / 2 for k in range(3)])
-
-
-@cache
-def reference(sampler: str, spacing: str, offset: int = 0, prediction: str = "epsilon") -> Any:
-    """diffusers' scheduler; ``set_timesteps`` starts it anew."""
-    options: dict[str, Any] = {
-        "beta_schedule": "linear",
-        "beta_start": 1e-4,
-        "beta_end": 0.02,
-        "timestep_spacing": "leading" if spacing == "karras" else spacing,
-        "steps_offset": offset,
-        "prediction_type": "epsilon" if prediction == "epsilon" else "v_prediction",
-        "rescale_betas_zero_snr": prediction == "zero_snr",
-    }
-    if sampler == "euler-ancestral":
-        return EulerAncestralDiscreteScheduler(**options)
-    options["use_karras_sigmas"] = spacing == "karras"
-    if sampler == "unipc":
-        return UniPCMultistepScheduler(**options)
-    kind = "sde-dpmsolver++" if sampler.endswith("-sde") else "dpmsolver++"
-    return DPMSolverMultistepScheduler(**options, algorithm_type=kind, solver_order=3 if "3m" in sampler else 2)
-
-
-def reference_can_run(scheduler: Any, steps: int) -> bool:
-    """Whether ``set_timesteps`` gave what a sampler can walk down from its first timestep.
-
-    A first timestep that comes twice makes diffusers begin at the second and leave the schedule at its end.
-    """
-    timesteps, sigmas = scheduler.timesteps, scheduler.sigmas.numpy()
-    return (
-        len(timesteps) == steps
-        and float(timesteps.min()) >= 0
-        and float(timesteps.max()) < scheduler.config.num_train_timesteps
-        and scheduler.index_for_timestep(timesteps[0]) == 0
-        and bool((np.diff(sigmas) < 0).all())
-    )
-
-
-class Trajectory(NamedTuple):
-    """A run of diffusers: inputs as the network saw them, samples in the scale of the next input."""
-
-    inputs: list[Float64]
-    noise: Float64
-    denoised: list[Float64]
-    samples: list[Float64]
-    drew: list[bool]
-
-
-def follow(
-    sampler: str, scheduler: Any, z: Float64, asked: Sequence[float], seed: int = 0, skipped: int = 0
-) -> Trajectory:
-    """diffusers' own trajectory from the network input z, its network asked at the table's timesteps.
-
-    ``skipped`` steps are left out before, as its image-to-image pipelines do.
-    """
-    scales = np.sqrt(1 + scheduler.sigmas.numpy().astype(np.float64)[skipped:] ** 2)
-    if skipped:
-        scheduler.set_begin_index(skipped)
-    generator, twin = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
-    options = {} if sampler == "unipc" else {"generator": generator}
-    kind = torch.float64 if sampler == "euler-ancestral" else torch.float32
-    x = torch.from_numpy(z * scales[0] if sampler == "euler-ancestral" else z)
-    found = Trajectory([], np.zeros((len(scheduler.timesteps) - skipped, *z.shape)), [], [], [])
-    for index, t in enumerate(scheduler.timesteps[skipped:]):
-        seen = scheduler.scale_model_input(x, t).numpy()
-        e, _ = network(seen, asked[index])
-        before = generator.get_state()
-        result = scheduler.step(torch.from_numpy(e), t, x, **options)
-        found.drew.append(not torch.equal(before, generator.get_state()))
-        if found.drew[-1]:
-            found.noise[index] = torch.randn(z.shape, generator=twin, dtype=kind).numpy()
-        x = result.prev_sample
-        if sampler == "euler-ancestral":
-            found.denoised.append(result.pred_original_sample.numpy())
-            found.samples.append(x.numpy() / scales[index + 1])
-        else:
-            found.denoised.append(scheduler.model_outputs[-1].numpy())
-            found.samples.append(x.numpy())
-        found.inputs.append(seen)
-    return found
 
 
 def assert_timesteps(schedule: Schedule, scheduler: Any, spec: DiffusionSpec) -> None:
@@ -347,10 +107,6 @@ def assert_timesteps(schedule: Schedule, scheduler: Any, spec: DiffusionSpec) ->
         tie = np.abs(places - np.floor(places) - 0.5) <= HALF
         found, expected = found[~tie], expected[~tie]
     assert np.array_equal(found, expected)
-
-
-def noise_of(seed: int, steps: int) -> Float64:
-    return normal(seed, steps, *SHAPE)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
-from test_schedule import DIFFUSION, FIXED, LEARNED
+from support.schedules import DIFFUSION, FIXED, LEARNED, assert_same
 
-from dit_runtime import SAMPLERS, Bundle, Pipeline, Schedule, open_bundle, read_table, schedule_for, write_table
+from dit_runtime import SAMPLERS, Bundle, Pipeline, open_bundle, read_table, schedule_for, write_table
 from dit_runtime.core.errors import SamplingError
 
 # Relative to the largest of the reference's value.
@@ -22,16 +22,6 @@ CUSTOM_LIMIT = 5e-6  # measured: 1.4e-6
 
 FLOW = replace(DIFFUSION, betas=(), prediction_type="velocity", guidance_channels=3, path="gvp")
 Change = Callable[[dict[str, Any]], object]
-
-
-def assert_same(found: Schedule, expected: Schedule) -> None:
-    """Every field, to the bit."""
-    for name in (item.name for item in fields(Schedule)):
-        value, wanted = getattr(found, name), getattr(expected, name)
-        if isinstance(wanted, str | int):
-            assert value == wanted, name
-        else:
-            assert (value.dtype, value.shape, value.tobytes()) == (wanted.dtype, wanted.shape, wanted.tobytes()), name
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

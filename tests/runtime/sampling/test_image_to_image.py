@@ -18,13 +18,32 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
-from dit_export.bundle import bundle_from_checkpoint
-from dit_export.checkpoints.sources import Source
-from dit_export.graphs.precision import FP32
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_flow import (
+from support.diffusers_schedulers import (
+    ANCESTRAL_ZERO_SNR_LIMIT,
+    DIFFUSERS_LIMIT,
+    KARRAS_LIMIT,
+    diffusers_ddim,
+    follow,
+    reference,
+    reference_can_run,
+)
+from support.papers import CASES, FREE_LIMIT, Papers, noise_of, sigmas_for, spec_for, table_for
+from support.sample_command import dit_sample, made, pixels, record, refused, shapes, with_record
+from support.schedules import (
+    DIFFUSION,
+    FIXED,
+    LEARNED,
+    asked,
+    assert_close,
+    assert_same,
+    network,
+    run_table,
+    timesteps_of,
+)
+from support.sit import (
     FLOW_SAMPLERS,
     PATHS,
     Flow,
@@ -35,25 +54,6 @@ from test_flow import (
     run_flow,
     spec_of,
 )
-from test_provenance import dit_sample, made, pixels, record, refused, shapes, with_record
-from test_schedule import DIFFUSION, FIXED, LEARNED, asked, assert_close, diffusers_ddim, network, run_table
-from test_solvers import (
-    ANCESTRAL_ZERO_SNR_LIMIT,
-    CASES,
-    DIFFUSERS_LIMIT,
-    FREE_LIMIT,
-    KARRAS_LIMIT,
-    Papers,
-    follow,
-    noise_of,
-    reference,
-    reference_can_run,
-    sigmas_for,
-    spec_for,
-    table_for,
-    timesteps_of,
-)
-from test_table import assert_same
 
 from dit_runtime import SAMPLERS, Pipeline, Schedule, open_bundle, read_table, schedule_for, write_table
 from dit_runtime.core.errors import BundleError, SamplingError
@@ -70,7 +70,7 @@ FLOW_LIMIT = 2e-6  # measured: 1.3e-6 (sde-euler), 7.8e-8 elsewhere
 LATENT_LIMIT = 6e-6  # measured: 1.6e-6, and 2.9e-6 of the encoder
 
 STRENGTHS = [0.1, 0.3, 0.6, 0.85, 1.0]
-SIZES = ((32, 32), (32, 48))
+SIZES = ((32, 32), (32, 48))  # of three
 
 
 def steps_left_out(steps: int, strength: float) -> int:
@@ -259,11 +259,8 @@ def test_a_strength_that_is_none(strength: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny checkpoint with its encoder, at two sizes."""
-    path = tmp_path_factory.mktemp("image-to-image") / "tiny.bundle"
-    bundle_from_checkpoint(Source(str(checkpoint), image_sizes=SIZES), path, FP32, True)
-    return path
+def folder(sized_bundle: Path) -> Path:
+    return sized_bundle
 
 
 @pytest.fixture(scope="module")
@@ -535,7 +532,7 @@ def test_a_pipeline_at_another_size(folder: Path) -> None:
     assert pipe.latent_shape == (4, 8, 12)
     assert pipe([3], 7, steps=2).shape == (1, 32, 48, 3)
     assert Pipeline(open_bundle(folder).at((32, 48)), "onnxruntime", 1).latent_shape == (4, 8, 12)
-    with pytest.raises(BundleError, match=r"no graphs for images of 64x64, only 32x32, 32x48"):
+    with pytest.raises(BundleError, match=r"no graphs for images of 64x64, only 32x32, 32x48, 48x48"):
         Pipeline(folder, "onnxruntime", 1, (64, 64))
 
 
@@ -673,7 +670,7 @@ def test_wrong_arguments(folder: Path, bundles: dict[str, Path], tmp_path: Path)
         (["--init", tmp_path / "missing.npy"], "missing.npy: cannot be read as latents"),
         (["--init", wide], "an image of 32x48 pixels, expected 32x32"),
         (["--init", init, "--size", "32x48"], "an image of 32x32 pixels, expected 32x48"),
-        (["--size", "64x64"], "has no graphs for images of 64x64, only 32x32, 32x48"),
+        (["--size", "64x64"], "has no graphs for images of 64x64, only 32x32, 32x48, 48x48"),
         (["--size", "32"], "got '32', expected HEIGHTxWIDTH"),
         (["--size", "0x32"], "got '0x32', expected HEIGHTxWIDTH"),
         (["--size=-32x32"], "got '-32x32', expected HEIGHTxWIDTH"),

@@ -16,9 +16,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.batches import ROW, marked, mixed
 from support.engines import info_of
-from test_guidance import Wanted, constant, recorded, reference_latents, relative, within
-from test_schedule import LEARNED
+from support.guidance import Wanted, constant, recorded, reference_latents, relative, within
+from support.schedules import LEARNED
 
 from dit_runtime import Bundle, Pipeline, Schedule, open_bundle
 from dit_runtime.backends.base import Array
@@ -34,26 +35,9 @@ from dit_runtime.sampling.requests import ImageRequest
 ALONE_LIMIT = 1e-5
 REFERENCE_LIMIT = 2e-5  # measured: 6.1e-6
 
-ROW = 4 * 14 * 64  # bytes of a row of the tiny model's table: 6·2 + 2 vectors of 64 float32
 NULL = 10
 XL = replace(LEARNED, width=1152, depth=28, heads=16, mlp_width=4608, classes=1000)
 XL_ROW = 4 * (6 * 28 + 2) * 1152
-
-
-def mixed(pipe: Pipeline) -> list[ImageRequest]:
-    """Nine images of eight samplers' tables, one to twelve rows long, guided and unguided."""
-    asked: list[tuple[Any, int, dict[str, Any]]] = [
-        (3, 60, {"sampler": "ddim", "steps": 7, "guidance": 1.0}),
-        (0, 61, {"sampler": "ddpm", "steps": 5, "guidance": 2.5}),
-        (9, 62, {"sampler": "dpmpp-2m", "steps": 9, "guidance": 4.0, "guidance_interval": (0.2, 0.8)}),
-        ({3: 0.7, 5: 0.3}, 63, {"sampler": "unipc", "steps": 4, "guidance": 2.0}),
-        (7, 64, {"sampler": "euler-ancestral", "steps": 6, "guidance": 3.0, "guidance_schedule": "cosine"}),
-        (3, 65, {"sampler": "dpmpp-3m", "steps": 12, "guidance": 1.5, "negative_label": 2}),
-        (1, 66, {"sampler": "ddim", "steps": 1, "guidance": 0.0}),
-        (3, 67, {"sampler": "ddim", "steps": 7, "guidance": 2.5, "eta": 0.7, "noise_dtype": "float16"}),
-        (8, 68, {"sampler": "dpmpp-2m-sde", "steps": 8, "guidance": 2.5, "noise_device": "cuda"}),
-    ]
-    return [image for label, seed, sampling in asked for image in pipe.prepare([label], seed, **sampling)]
 
 
 @contextmanager
@@ -247,16 +231,6 @@ def faked(bundles: dict[str, Path], model: ModelSpec) -> tuple[Pipeline, FakeEng
     manifest = replace(bundle.manifest, model=model, graphs={**graphs, "conditioner": wide})
     engine = FakeEngine(manifest)
     return Pipeline(Bundle(bundle.path, manifest, bundle.digest), engine), engine
-
-
-def marked(image: int, times: Sequence[float]) -> Schedule:
-    """A table whose coefficients a and b hold the timestep and the image's number."""
-    coefficients = np.zeros((len(times), 17), np.float32)
-    coefficients[:, 0], coefficients[:, 1], coefficients[:, 2] = times, image, 1
-    distinct, rows = np.unique(np.array(times, np.float32), return_inverse=True)
-    draws, completes = np.zeros(len(times), bool), np.ones(len(times), bool)
-    initial, start = np.zeros((len(times), 2), np.float32), np.ones(1, np.float32)
-    return Schedule("marked", "custom", distinct, rows.astype(np.int32), coefficients, initial, start, draws, completes)
 
 
 @given(

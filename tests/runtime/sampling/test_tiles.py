@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_provenance import dit_sample, made, pixels, record, refused, shapes, with_record
+from support.sample_command import dit_sample, made, pixels, record, refused, shapes, with_record
 
 from dit_runtime import Pipeline
 from dit_runtime.core.errors import SamplingError

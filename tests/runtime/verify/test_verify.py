@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
@@ -18,7 +17,8 @@ import pytest
 from dit_export.reference.tolerances import THRESHOLDS
 from hypothesis import given
 from hypothesis import strategies as st
-from support.commands import run_command
+from support.bundles import edit_graph, signed
+from support.commands import run_command, run_process
 
 from dit_runtime.backends.base import Array
 from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
@@ -57,22 +57,6 @@ def failed(bundle: Bundle) -> list[str]:
 def tampered(bundles: dict[str, Path], tmp_path: Path) -> Path:
     """A copy to damage; ``signed`` makes its manifest vouch for the damage, as a faulty exporter would."""
     return Path(shutil.copytree(bundles["fp32"], tmp_path / "tampered", ignore=shutil.ignore_patterns("engines")))
-
-
-def signed(path: Path) -> Bundle:
-    manifest = json.loads((path / "manifest.json").read_text())
-    for name, spec in manifest["files"].items():
-        content = (path / name).read_bytes()
-        spec.update(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-    (path / "manifest.json").write_text(json.dumps(manifest))
-    return open_bundle(path)
-
-
-def edit_graph(path: Path, name: str, change) -> None:
-    file = path / "graphs" / f"{name}.onnx"
-    model = onnx.load(file, load_external_data=False)
-    change(model.graph)
-    onnx.save(model, file)
 
 
 def test_a_good_bundle_passes(bundle_path: Path) -> None:
@@ -146,7 +130,7 @@ def test_the_command_says_so_and_exits_with_1(tampered: Path) -> None:
     edit = json.loads((tampered / "manifest.json").read_text())
     edit["diffusion"]["steps_offset"] = 1
     (tampered / "manifest.json").write_text(json.dumps(edit))
-    done = run_command("dit-verify", tampered)
+    done = run_process("dit-verify", tampered)
     assert done.returncode == 1
     assert "FAIL: ddim" in done.stdout
     done = run_command("dit-verify", tampered, "--json", "--quick")
