@@ -212,7 +212,7 @@ def tokens_first(attention: Attention) -> dict[tuple[Any, str], Callable[..., An
         x = x[:, None].expand(-1, rows.shape[0], -1, -1).flatten(1, 2)  # (T, G·B, D)
         condition = table.index_select(0, rows.flatten())
         for index, one in enumerate(self.blocks):
-            x = one(x, self.of_block(condition, index))
+            x = one(x, self.condition_for_block(condition, index))
         x = self.final(model.modulate(self.final_norm(x), condition[:, -2], condition[:, -1])).transpose(0, 1)
         x = model.unpatchify(x, self.spec).unflatten(0, (rows.shape[0], -1))
         e = model.guide(x[:, :, : self.spec.latent_channels], guidance)
