@@ -141,7 +141,7 @@ def attended_by(scores: Callable[[Tensor, Tensor], Tensor]) -> dict[tuple[Any, s
         mixed = torch.softmax(scores(q, k).float(), dim=-1).to(v.dtype) @ v
         return mixed.transpose(1, 2).flatten(2)
 
-    return {(model, "attended"): attended}
+    return {(model, "attend"): attended}
 
 
 # Norm, modulation, products.
@@ -259,8 +259,8 @@ def ablations() -> Iterator[Ablation]:
     yield Ablation(group, "Gemm of flat tokens", {(torch.nn.Linear, "forward"): flat_product})
     group = "ends"
     yield Ablation(group, "patch embedding as a matrix product", {(torch.nn.Conv2d, "forward"): patch_product})
-    yield Ablation(group, PLAIN_SUM, {(model, "guided"): plain_sum})
-    yield Ablation(group, "branches added by a matrix product", {(model, "guided"): sum_by_product})
+    yield Ablation(group, PLAIN_SUM, {(model, "guide"): plain_sum})
+    yield Ablation(group, "branches added by a matrix product", {(model, "guide"): sum_by_product})
     yield Ablation(group, "sampler update slot by slot", {(model, "sampler_update"): unrolled_update})
     group = "builder"
     for level in (0, 5):
