@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from openvino import Core
 
 from dit_runtime.backends import prepared
 from dit_runtime.backends.onnxruntime import engine as onnxruntime_engine
@@ -37,6 +36,8 @@ from dit_runtime.core import machine as cpu
 from dit_runtime.core.errors import BundleError, EngineError
 from dit_runtime.verify.metrics import relative_error
 from dit_runtime.verify.verification import measure_rungs
+
+openvino = pytest.importorskip("openvino")
 
 GPU = ("cuda", "tensorrt", "rtx")
 
@@ -641,7 +642,7 @@ def test_onnxruntime_has_no_bf16(fp32: Bundle) -> None:
 def test_candidates_are_ordered_and_can_be_opened(fp32: Bundle, fp16: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fastest expected comes first, BF16 only for a bundle that allows it; what is missing is left out."""
     assert candidates(fp32) == [Candidate("openvino", "f32"), Candidate("onnxruntime")]
-    own = "bf16" if "BF16" in Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "f32"
+    own = "bf16" if "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "f32"
     assert candidates(fp16) == [Candidate("openvino", own), Candidate("onnxruntime")]
     for candidate in candidates(fp16):
         assert open_engine(fp16, candidate.name, precision=candidate.precision).name
