@@ -51,7 +51,7 @@ test-py310: install
 	.venv-py310/bin/dit-verify build/py310.bundle
 	.venv-py310/bin/dit-sample build/py310.bundle --labels Sneaker Bag --steps 10 -o build/py310.png
 
-# On a device, in an environment that sees its TensorRT (engines/README.md): $(PYTHON) runs the tests. Without torch,
+# On a device, in an environment that sees its TensorRT (docs/backends.md): $(PYTHON) runs the tests. Without torch,
 # DIT_BUNDLE=my.bundle takes the place of a model exported here.
 gpu-test:
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -e . pytest

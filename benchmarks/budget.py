@@ -6,7 +6,7 @@ A draw makes the golden records anew, from other seeds, timesteps, labels and gu
 own), with PyTorch's own errors on them, and verifies FP32 and FP16 bundles of the Fashion-MNIST model and of a random
 one on each engine there is. Ratios of guided rungs are divided by what ``Budget.threshold`` allows their scale. The
 threshold of a kind of rung is twice the largest ratio of any draw, rounded up to two digits, and at least 1: as good as
-PyTorch is good enough. ``dit_export/tolerances.py`` has them.
+PyTorch is good enough. ``dit_export/reference/tolerances.py`` has them.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from dit_export.bundle import bundle_from_checkpoint
 from dit_export.checkpoints.random_weights import randomize
 from dit_export.checkpoints.sources import Source, load_checkpoint
-from dit_export.export import bundle_from_checkpoint
 from dit_export.graphs.precision import FP16, FP32
-from dit_export.reference.golden import RecordPlan, write_records
+from dit_export.reference.golden import write_records
+from dit_export.reference.record_settings import RecordSettings
 
-from dit_runtime.backends.open import Engine, open_engine
+from dit_runtime.backends.base import Engine
+from dit_runtime.backends.open import open_engine
 from dit_runtime.bundle.manifest import FileSpec
 from dit_runtime.bundle.reader import (
     GOLDEN,
@@ -36,13 +38,13 @@ from dit_runtime.bundle.reader import (
     Bundle,
     open_bundle,
 )
-from dit_runtime.core.environment import environment
+from dit_runtime.core.environment import describe_environment
 from dit_runtime.core.errors import EngineError
 from dit_runtime.core.files import replace_file, sha256_of
 from dit_runtime.core.progress import Progress
 from dit_runtime.verify.replay import Replay
 from dit_runtime.verify.rung import Rung
-from dit_runtime.verify.verification import measure_rungs
+from dit_runtime.verify.verification import verification_of
 
 DEMO = Path(__file__).parent / "fashion_mnist" / "checkpoint"
 GUIDANCE = (1.5, 4.0, 7.5)
@@ -87,7 +89,7 @@ def random_checkpoint(folder: Path) -> Path:
 def redrawn(bundle: Bundle, source: Source, draw: int) -> tuple[Bundle, float]:
     """The bundle with other golden records, and the guidance scale of them."""
     guidance = GUIDANCE[draw % len(GUIDANCE)]
-    plan = RecordPlan(2, 10, 6, 2, 10, seed=draw, guidance=guidance, forward_guidance=guidance)
+    plan = RecordSettings(2, 10, 6, 2, 10, seed=draw, guidance=guidance, forward_guidance=guidance)
     measured = write_records(load_checkpoint(source), plan, bundle.path / GOLDEN, True, lambda: None)
     return resigned(bundle, measured.floors), guidance
 
@@ -146,14 +148,14 @@ def main() -> None:
                 for bundle, found in zip(bundles, engines, strict=True):
                     for engine in found:
                         budget = Replay(bundle, engine).budget
-                        for rung in measure_rungs(bundle, engine):
+                        for rung in verification_of(bundle, engine).rungs:
                             kind = kind_of(rung)
                             if kind is None or rung.threshold is None:
                                 continue
                             allowed = rung.threshold / budget.thresholds[kind]
                             of_scale = 1.0 if allowed == 1 else guidance
                             values = [ratio / allowed for ratio in rung.series["ratio"]]
-                            ratios[f"{budget.precision}, {engine.name}"][kind][of_scale] += values
+                            ratios[f"{budget.precision}, {engine.info.name}"][kind][of_scale] += values
                 bar.advance()
                 print(f"{model}, draw {draw}: guidance {guidance:g}", flush=True)
     report = {name: {kind: summary(scales) for kind, scales in kinds.items()} for name, kinds in ratios.items()}
@@ -175,7 +177,12 @@ def main() -> None:
             thresholds[precision][kind] = max(thresholds[precision].get(kind, 0.0), wanted)
     print(json.dumps(thresholds, indent=1))
     with replace_file(args.output) as file:
-        content = {"draws": args.draws, "environment": environment(), "ratios": report, "thresholds": thresholds}
+        content = {
+            "draws": args.draws,
+            "environment": describe_environment(),
+            "ratios": report,
+            "thresholds": thresholds,
+        }
         file.write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""What each choice in the step's graph costs in kernels: the ablation behind ``dit_export/model.py``.
+"""What each choice in the step's graph costs in kernels: the ablation behind ``dit_export/graphs/model.py``.
 
     python benchmarks/kernels.py -o benchmarks/kernels.json     build every ablation
     python benchmarks/kernels.py --table benchmarks/kernels.json     the Markdown table of it
@@ -29,6 +29,7 @@ from dit_export.checkpoints.layouts import Numerics, official_shapes
 from dit_export.checkpoints.positions import official_table
 from dit_export.checkpoints.random_weights import random_tensors
 from dit_export.graphs import model
+from dit_export.graphs.from_weights import step_from_weights
 from dit_export.graphs.precision import FP16
 from dit_export.graphs.tracing import save_model, step_axes, trace
 from torch import Tensor
@@ -254,7 +255,7 @@ def ablations() -> Iterator[Ablation]:
     )
     group = "norm, modulation, products"
     yield Ablation(group, "LayerNorm written out", {(torch.nn.LayerNorm, "forward"): written_out})
-    yield Ablation(group, "a gather for each block", {(model.Step, "of_block"): gathered_by_block})
+    yield Ablation(group, "a gather for each block", {(model.Step, "condition_for_block"): gathered_by_block})
     yield Ablation(group, "Gemm of flat tokens", {(torch.nn.Linear, "forward"): flat_product})
     group = "ends"
     yield Ablation(group, "patch embedding as a matrix product", {(torch.nn.Conv2d, "forward"): patch_product})
@@ -284,7 +285,7 @@ def exported(ablation: Ablation, spec: ModelSpec, folder: Path) -> GraphSpec:
     with ExitStack() as stack:
         for (owner, name), function in ablation.replaced.items():
             stack.enter_context(patch.object(owner, name, function))
-        graph = trace(model.step_from_weights(spec, Numerics(), FP16, weights, position), axes)
+        graph = trace(step_from_weights(spec, Numerics(), FP16, weights, position), axes)
     del graph.graph.outputs[2:]  # the probe's
     return save_model(graph, folder, "step", axes)
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from dit_runtime import Pipeline
+from dit_runtime.backends.base import Array, Session
 from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
-from dit_runtime.backends.open import Array, Session
 
 BATCH, STEPS, REPEAT = 8, 50, 7
 
@@ -105,7 +105,7 @@ def main() -> None:
     if args.json:
         print(json.dumps({"batch": BATCH, "steps": STEPS, "import_seconds": loaded, "figures": figures}, indent=1))
         return
-    print(f"batch {BATCH}, {STEPS} steps, one thread of {engine.name}, CPU time, medians of {REPEAT}")
+    print(f"batch {BATCH}, {STEPS} steps, one thread of {engine.info.name}, CPU time, medians of {REPEAT}")
     print(f"{'':<28} {'s':>8} {'outside, ms/step':>18} {'share':>8} {'cost':>6}")
     for name, values in figures.items():
         print(

@@ -92,8 +92,8 @@ def make_official(work: Path) -> None:
 
 def convert(work: Path, precision: str) -> int:
     """Everything of an export but the golden records; the peak of this process in bytes, mapped files included."""
+    from dit_export.bundle import write_graphs
     from dit_export.checkpoints.sources import Source, load_checkpoint
-    from dit_export.export import write_graphs
     from dit_export.graphs.precision import FP16, FP32
 
     source = Source(str(work / "official.safetensors"), autoencoder=str(work / "vae"))

@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
+import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from dit_runtime.commands.common import (
-    Parser,
-    image_size,
-    positive,
-    print_json,
-    run,
-)
-from dit_runtime.core.errors import CheckpointError, EngineError
-
-if TYPE_CHECKING:
-    from dit_export.checkpoints.sources import Source
-    from dit_export.graphs.precision import Precision
+from dit_export.api import ExportResult, check_installed, export_request
+from dit_export.request import ALL, ExportRequest
+from dit_runtime.commands.common import Parser, image_size, positive, print_json, run
 
 EXAMPLES = (
     "dit-export facebook/DiT-XL-2-256 --fp16 -o dit-xl.bundle",
@@ -38,6 +27,21 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _main(argv: list[str] | None) -> int:
+    parser = _make_parser()
+    args = parser.parse_args(argv)
+    if args.checkpoint is None and args.bisect is None:
+        parser.error("a checkpoint is required")
+    if args.keep_fp32 and not args.fp16:
+        parser.error("--keep-fp32 is for FP16 graphs, whose other units are FP16; add --fp16")
+    check_installed()
+    request = None if args.checkpoint is None else _request_from_arguments(args)
+    if args.bisect is not None:
+        return _bisect(args.bisect, request, args.output, args.json)
+    assert request is not None
+    return _dry_run(request, args.json) if args.dry_run else _export(request, args.json)
+
+
+def _make_parser() -> Parser:
     parser = Parser(
         "dit-export",
         "Export a Diffusion Transformer and its VAE to a bundle: ONNX graphs, golden records of the PyTorch "
@@ -50,216 +54,182 @@ def _main(argv: list[str] | None) -> int:
         help="a diffusers DiTPipeline folder or hub id (owner/name or owner/name@revision); a .pt or .safetensors file "
         "with the official names; or with --random-weights a preset such as DiT-XL/2-256",
     )
-    what = parser.add_argument_group("what the checkpoint is, where it does not say itself")
-    what.add_argument(
+    _add_checkpoint_options(parser)
+    _add_preset_options(parser)
+    _add_graph_options(parser)
+    _add_task_options(parser)
+    return parser
+
+
+def _add_checkpoint_options(parser: Parser) -> None:
+    group = parser.add_argument_group("what the checkpoint is, if it does not tell this itself")
+    group.add_argument(
         "--family",
         help="diffusers, official or sit (default: official for files, as the name says for presets, else diffusers)",
     )
-    what.add_argument("--heads", type=positive, help="attention heads, for shapes that are none of the paper's")
-    what.add_argument(
+    group.add_argument("--heads", type=positive, help="number of attention heads, for shapes that the paper lacks")
+    group.add_argument(
         "--vae",
         metavar="FOLDER",
         help="the autoencoder's folder or hub id (default: the pipeline's own; for files stabilityai/sd-vae-ft-mse)",
     )
-    what.add_argument("--variant", help="of a diffusers folder's weights files, such as fp16")
-    what.add_argument("--sha256", metavar="HEX", help="refuse the transformer's weights unless this is their SHA-256")
-    what.add_argument("--path", help="of a SiT: linear, gvp or vp (default: linear)")
-    what.add_argument("--guidance-channels", metavar="3|all", help="which guidance acts on (default: the reference's)")
-    preset = parser.add_argument_group("presets")
-    preset.add_argument("--random-weights", type=int, metavar="SEED", help="a preset's shape with seeded weights")
-    preset.add_argument("--conditioning", help="adaln-zero, adaln, cross-attention or in-context (default: adaln-zero)")
-    preset.add_argument("--classes", type=positive, help="how many (default: 1000)")
-    preset.add_argument("--fixed-variance", action="store_true", help="without learned variance")
-    made = parser.add_argument_group("what to make")
-    made.add_argument("--fp16", action="store_true", help="strongly typed FP16 graphs (default: FP32)")
-    made.add_argument(
+    group.add_argument("--variant", help="variant of a diffusers folder's weights files, such as fp16")
+    group.add_argument("--sha256", metavar="HEX", help="refuse the transformer's weights unless this is their SHA-256")
+    group.add_argument("--path", help="a SiT's path: linear, gvp or vp (default: linear)")
+    group.add_argument(
+        "--guidance-channels",
+        type=_guidance_channels,
+        metavar=f"3|{ALL}",
+        help="how many latent channels guidance acts on (default: as many as in the reference)",
+    )
+
+
+def _add_preset_options(parser: Parser) -> None:
+    group = parser.add_argument_group("presets")
+    group.add_argument("--random-weights", type=int, metavar="SEED", help="give a preset random weights with this seed")
+    group.add_argument("--conditioning", help="adaln-zero, adaln, cross-attention or in-context (default: adaln-zero)")
+    group.add_argument("--classes", type=positive, help="number of classes (default: 1000)")
+    group.add_argument("--fixed-variance", action="store_true", help="make a model without learned variance")
+
+
+def _add_graph_options(parser: Parser) -> None:
+    group = parser.add_argument_group("what to make")
+    group.add_argument("--fp16", action="store_true", help="make strongly typed FP16 graphs (default: FP32)")
+    group.add_argument(
         "--keep-fp32",
         nargs="+",
+        default=[],
         metavar="FILE|UNIT",
         help="with --fp16: units that stay FP32, such as blocks.17.attn, or a list that --bisect wrote",
     )
-    made.add_argument(
+    group.add_argument(
         "--size",
         type=image_size,
         nargs="+",
+        default=[],
         metavar="HEIGHTxWIDTH",
-        help="of images (default: as trained)",
+        help="sizes of images (default: as trained)",
     )
-    made.add_argument(
+    group.add_argument(
         "--decode-tile",
         type=positive,
         nargs="+",
         default=[32],
         metavar="N",
-        help="record the decoding of tiles of NxN latents, by which dit-verify judges engines that dit-build "
-        "--decode-tile makes; of images that are larger (default: 32)",
+        help="record how tiles of NxN latents are decoded, so that dit-verify can judge engines that dit-build "
+        "--decode-tile makes; only for images larger than a tile (default: 32)",
     )
-    made.add_argument("--encoder", action="store_true", help="the autoencoder's encoder too, for image-to-image")
-    made.add_argument(
+    group.add_argument("--encoder", action="store_true", help="export the autoencoder's encoder, for image-to-image")
+
+
+def _add_task_options(parser: Parser) -> None:
+    group = parser.add_argument_group("what to do")
+    group.add_argument(
         "-o",
         "--output",
         type=Path,
-        help="the bundle's folder (default: NAME-PRECISION.bundle); of --bisect the list (default: NAME.keep.txt)",
+        help="the bundle's folder (default: NAME-PRECISION.bundle); with --bisect the list's file (default: "
+        "NAME.keep.txt)",
     )
-    made.add_argument("--no-verify", action="store_true", help="leave out the comparison on ONNX Runtime")
-    made.add_argument(
+    group.add_argument("--no-verify", action="store_true", help="do not compare the bundle on ONNX Runtime")
+    group.add_argument(
         "--bisect",
         type=Path,
         metavar="BUNDLE",
-        help="find which units of an FP16 bundle break its error budget and write the list to keep in FP32; with the "
-        "checkpoint, units in FP32 have its weights, otherwise the bundle's",
+        help="find the units of an FP16 bundle that break its error budget, and write the list to keep in FP32; units "
+        "in FP32 take their weights from the checkpoint if it is given, else from the bundle",
     )
-    made.add_argument("--dry-run", action="store_true", help="print what would be made and needed, and stop")
-    made.add_argument("--json", action="store_true", help="print the result as JSON")
-    args = parser.parse_args(argv)
-    if args.checkpoint is None and args.bisect is None:
-        parser.error("a checkpoint is required")
-    if args.keep_fp32 and not args.fp16:
-        parser.error("--keep-fp32 is for FP16 graphs, whose units are FP16 otherwise; add --fp16")
+    group.add_argument("--dry-run", action="store_true", help="print what would be made and what it needs, then stop")
+    group.add_argument("--json", action="store_true", help="print the result as JSON")
 
-    missing = [name for name in ("torch", "diffusers", "onnxscript") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise EngineError(f"{' and '.join(missing)} not installed; pip install 'dit-export[export]'")
-    if args.checkpoint is None:
-        return _bisect(args.bisect, None, args.output, args.json)
-    from dit_export.checkpoints.sources import PRESET, Source
-    from dit_export.export import bundle_from_checkpoint
-    from dit_export.graphs.precision import FP32, fp16_keeping, keep_list
-    from dit_runtime.sampling.tiles import check_tile
 
-    for tile in args.decode_tile:
-        check_tile(tile)
-    precision = fp16_keeping(keep_list(args.keep_fp32 or ())) if args.fp16 else FP32
-    seed = args.random_weights
-    if seed is None and args.dry_run and PRESET.fullmatch(args.checkpoint):
-        seed = 0  # a preset's plan needs shapes alone
-    source = Source(
-        name=args.checkpoint,
-        random_seed=seed,
+def _guidance_channels(text: str) -> int | str:
+    """An argparse type: a number of channels, or ``all``."""
+    if text == ALL:
+        return ALL
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number of channels, such as 3, or {ALL}")
+    return int(text)
+
+
+def _request_from_arguments(args: argparse.Namespace) -> ExportRequest:
+    return ExportRequest(
+        source=args.checkpoint,
+        output=args.output,
+        precision="fp16" if args.fp16 else "fp32",
+        keep_fp32=tuple(args.keep_fp32),
         family=args.family,
         heads=args.heads,
-        autoencoder=args.vae,
+        vae=args.vae,
         variant=args.variant,
         sha256=args.sha256,
         path=args.path,
-        guidance_channels=_guidance_channels(args.guidance_channels),
-        image_sizes=tuple(args.size or ()),
+        guidance_channels=args.guidance_channels,
+        random_weights=args.random_weights,
         conditioning=args.conditioning,
         classes=args.classes,
-        learned_variance=False if args.fixed_variance else None,
-        tiles=tuple(args.decode_tile),
+        fixed_variance=args.fixed_variance,
+        sizes=tuple(args.size),
+        decode_tiles=tuple(args.decode_tile),
+        encoder=args.encoder,
+        verify=not args.no_verify,
     )
-    if args.bisect is not None:
-        return _bisect(args.bisect, source, args.output, args.json)
-    if args.dry_run:
-        return _dry_run(source, precision, args.encoder, args.json)
-    path = Path(args.checkpoint)
-    name = args.checkpoint.replace("@", "-").replace("/", "-")
-    if path.exists():
-        name = path.resolve().stem if path.is_file() else path.resolve().name
-    output = args.output or Path(f"{name or 'checkpoint'}-{precision.name}.bundle")
-    bundle = bundle_from_checkpoint(source, output, precision, args.encoder)
-
-    from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
-    from dit_runtime.verify.rung import Rung, format_table
-    from dit_runtime.verify.verdicts import verify_sizes
-
-    rungs: list[Rung] = []
-    engine_name = None
-    if not args.no_verify:
-        try:
-            engine_name, rungs = verify_sizes(bundle, bundle.manifest.image_sizes, OnnxRuntimeEngine)
-        except EngineError as error:
-            print(f"dit-export: parity was not checked: {error}", file=sys.stderr)
-    sizes = {name: bundle.manifest.files[graph.weights].bytes for name, graph in bundle.manifest.graphs.items()}
-    passed = all(rung.passed for rung in rungs)
-    if args.json:
-        print_json(
-            {
-                "bundle": str(output),
-                "digest": bundle.digest,
-                "source": bundle.manifest.source.name,
-                "precision": precision.name,
-                "weights_bytes": sizes,
-                "engine": engine_name,
-                "passed": passed if rungs else None,
-                "rungs": [rung.as_json() for rung in rungs],
-            }
-        )
-    else:
-        weights = ", ".join(f"{name} {sizes[name] / 1e6:.1f} MB" for name in ("conditioner", "step", "decoder"))
-        print(f"{output}: {bundle.manifest.source.name}, {precision.name}; weights: {weights}")
-        if rungs:
-            print(f"against {bundle.manifest.source.reference}, on {engine_name}:")
-            print(format_table(rungs))
-    if not passed:
-        failed = ", ".join(rung.name for rung in rungs if not rung.passed)
-        print(
-            f"dit-export: {output} was written, but does not match PyTorch on {engine_name}: {failed}", file=sys.stderr
-        )
-        return 1
-    return 0
 
 
-def _dry_run(source: Source, precision: Precision, encoder: bool, as_json: bool) -> int:
-    """Print what the export would make: nothing is converted, traced or written."""
-    from dit_export.checkpoints.sources import load_checkpoint
-    from dit_export.dry_run import dry_run_of, format_dry_run
-    from dit_export.graphs.precision import check_units
-
-    checkpoint = load_checkpoint(source)
-    check_units(precision, checkpoint.model)
-    plan = dry_run_of(
-        checkpoint.model,
-        precision,
-        checkpoint.autoencoder,
-        family=checkpoint.family,
-        channels=checkpoint.channels,
-        trained_size=checkpoint.trained_size,
-        copies_differ=checkpoint.copies_differ,
-        sizes=checkpoint.sizes,
-        encoder=encoder,
-    )
+def _export(request: ExportRequest, as_json: bool) -> int:
+    result = export_request(request)
+    if result.not_verified is not None:
+        print(f"dit-export: parity was not checked: {result.not_verified}", file=sys.stderr)
     if as_json:
-        print_json({"source": checkpoint.name, "reference": checkpoint.reference, **plan.as_json()})
+        print_json(result.as_json())
     else:
-        print(f"{checkpoint.name}\nreference: {checkpoint.reference}\n{format_dry_run(plan)}")
+        print(_format_result(result))
+    failed = [rung.name for rung in result.rungs if not rung.passed]
+    if failed:
+        print(
+            f"dit-export: {result.path} was written, but does not match PyTorch on {result.engine}: "
+            f"{', '.join(failed)}",
+            file=sys.stderr,
+        )
+    return 1 if failed else 0
+
+
+def _format_result(result: ExportResult) -> str:
+    from dit_runtime.verify.rung import format_table
+
+    manifest, sizes = result.manifest, result.weights_bytes
+    weights = ", ".join(f"{name} {sizes[name] / 1e6:.1f} MB" for name in ("conditioner", "step", "decoder"))
+    lines = [f"{result.path}: {manifest.source.name}, {manifest.precision.name}; weights: {weights}"]
+    if result.rungs:
+        lines.append(f"against {manifest.source.reference}, on {result.engine}:")
+        lines.append(format_table(result.rungs))
+    return "\n".join(lines)
+
+
+def _dry_run(request: ExportRequest, as_json: bool) -> int:
+    """Print what the export would make: nothing is converted, traced or written."""
+    from dit_export.dry_run import dry_run_of_request
+    from dit_export.dry_run_report import format_dry_run
+
+    checkpoint, estimate = dry_run_of_request(request)
+    if as_json:
+        print_json({"source": checkpoint.name, "reference": checkpoint.reference, **estimate.as_json()})
+    else:
+        print(f"{checkpoint.name}\nreference: {checkpoint.reference}\n{format_dry_run(estimate)}")
     return 0
 
 
-def _bisect(path: Path, source: Source | None, output: Path | None, as_json: bool) -> int:
-    """Find what to keep in FP32; with a checkpoint, units in FP32 have its weights."""
+def _bisect(path: Path, request: ExportRequest | None, output: Path | None, as_json: bool) -> int:
+    """Find the units of a bundle to keep in FP32; with a checkpoint, units in FP32 have its weights."""
+    from dit_export.bisect.keep_list import find_keep_list
+    from dit_export.bisect.report import format_bisection
     from dit_runtime.bundle.reader import open_bundle
-    from dit_runtime.core.files import check_writable
 
     bundle = open_bundle(path)
     output = output or Path(f"{path.resolve().stem}.keep.txt")
-    check_writable(output)
-    from dit_export.bisect.search import (
-        bisection_of,
-        format_bisection,
-        kernel_cost,
-        write_keep_list,
-    )
-    from dit_export.bisect.trials import fp32_weights
-    from dit_export.checkpoints.sources import load_checkpoint
-
-    weights = None if source is None else fp32_weights(load_checkpoint(source), bundle)
-    bisection = bisection_of(bundle, weights)
-    if bisection.findings:
-        write_keep_list(output, bisection, bundle)
-        units = [finding.unit for finding in bisection.findings]
-        bisection = replace(bisection, cost=kernel_cost(bundle, units, weights))
+    found = find_keep_list(bundle, None if request is None else request.checkpoint, output)
     if as_json:
-        print_json({"bundle": str(path), "output": str(output) if bisection.findings else None, **bisection.as_json()})
+        print_json({"bundle": str(path), "output": str(output) if found.findings else None, **found.as_json()})
     else:
-        print(format_bisection(bisection, bundle, output))
+        print(format_bisection(found, bundle, output))
     return 0
-
-
-def _guidance_channels(text: str | None) -> int | None:
-    if text is None or text == "all":
-        return None if text is None else 0
-    if not text.isdecimal() or int(text) < 1:
-        raise CheckpointError(f"--guidance-channels {text}: expected a number of channels, such as 3, or all")
-    return int(text)

@@ -1,4 +1,4 @@
-"""What an export will make, by arithmetic on shapes: no weight is read, nothing is traced.
+"""Estimates what an export will make, by arithmetic on shapes: it reads no weight and traces nothing.
 
 GMAC are 10⁹ multiply-adds of the linear layers, convolutions and attention products, as Peebles & Xie 2022 (arXiv
 2212.09748, table 1, where they are called Gflops) count them; MB are 10⁶ bytes. Parameters and bytes are those of the
@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from textwrap import fill
 from typing import Any
 
 import torch
@@ -20,26 +19,28 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from dit_engines.targets import DEVICES, Device
-from dit_export.checkpoints.diffusers_folder import Autoencoder, autoencoder_spec
+from dit_export.checkpoints.autoencoders import Autoencoder, parts_of_decoder, parts_of_encoder, spec_of_autoencoder
+from dit_export.checkpoints.families import FAMILIES
 from dit_export.checkpoints.layouts import EMBEDDERS, Numerics, official_shapes
+from dit_export.checkpoints.presets import preset_from_name
+from dit_export.checkpoints.sources import Checkpoint, load_checkpoint
 from dit_export.graphs.model import Conditioner, Step, table_axes
-from dit_export.graphs.precision import FP16, FP32, Precision
+from dit_export.graphs.precision import FP16, FP32, check_units, dtype_of
 from dit_export.graphs.tracing import INLINE_BYTES
+from dit_export.request import ExportRequest
 from dit_runtime.bundle.macs import conditioner_gmac, gmac, step_gmac
-from dit_runtime.bundle.manifest import ENCODER, ModelSpec
+from dit_runtime.bundle.manifest import ENCODER, ModelSpec, PrecisionSpec
 
 STEPS = (10, 50, 250, 1000)
-BRANCHES = 2  # of a guided step: the image's label and null
-COLUMNS = 110
-GMAC_OF = {"conditioner": "a row of the table", "step": "a branch", "decoder": "an image", ENCODER: "an image"}
+BRANCHES = 2  # a guided step has two: the image's label and null
 
 
 @dataclass(frozen=True)
 class GraphEstimate:
     """A graph's parameters, the bytes of its weights file in each precision, and its work.
 
-    ``gmac``: of one row of the table (conditioner) or one branch of one image (step) or one image (decoder,
-    encoder), at the first size.
+    ``gmac`` is the work of one table row (conditioner), one branch of one image (step) or one image (decoder, encoder),
+    at the first size.
     """
 
     name: str
@@ -51,11 +52,13 @@ class GraphEstimate:
 
 @dataclass(frozen=True)
 class Roofline:
-    """The least time on a device of one guided step of one image in FP16, in milliseconds.
+    """The least time that one guided step of one image in FP16 takes on a device, in milliseconds.
 
-    ``compute_ms``: its operations at the peak of the tensor cores. ``memory_inside_ms``: reading the weights once at
-    the peak bandwidth, were the conditioner still in the step. ``memory_hoisted_ms``: as exported, with its two rows of
-    the table in place of the conditioner.
+    Attributes:
+        device: the device.
+        compute_ms: the time of the step's operations at the peak rate of the tensor cores.
+        memory_inside_ms: the time to read the weights once at the peak bandwidth, if the conditioner were in the step.
+        memory_hoisted_ms: the same time as exported: the step reads two table rows in place of the conditioner.
     """
 
     device: Device
@@ -74,10 +77,17 @@ class Roofline:
 
 @dataclass(frozen=True)
 class SizeEstimate:
-    """One of the sizes that graphs are made for.
+    """The estimates for one of the sizes that graphs are made for.
 
-    ``image_size``: height and width in pixels, None without an autoencoder. ``gmac``: of one forward of one image,
-    conditioner included; ``decoder_gmac``: of one image. ``position_bytes``: the positional table, always FP32.
+    Attributes:
+        latent_size: height and width in latent pixels.
+        image_size: height and width in pixels; None without an autoencoder.
+        tokens: tokens of an image.
+        gmac: the work of one forward of one image, with the conditioner.
+        step_gmac: the work of one branch of one image in the step.
+        decoder_gmac: the work of decoding one image; None without an autoencoder.
+        position_bytes: bytes of the positional table, which is always FP32.
+        rooflines: one for each device.
     """
 
     latent_size: tuple[int, int]
@@ -92,19 +102,22 @@ class SizeEstimate:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What an export will make of a model.
+    """The estimates of what an export will make of a model.
 
     Attributes:
-        model, family: of the source.
-        precision, keep_fp32: the policy that was asked for.
-        source_parameters: as the source stores them, copies and unused output channels included.
-        embedder_copies, embedders: of timestep and label, in the source and in the conditioner.
-        deduplicated_parameters, deduplicated_bytes: what the conditioner is spared of the copies, in this precision.
-        hoisted_share: of the parameters of conditioner and step, those that leave the loop.
-        graphs: conditioner, step, and with an autoencoder decoder (and encoder).
-        table: name of the conditioning table; ``table_shape`` and ``table_dtype`` are its row's.
-        table_bytes: of a row, then for each step count of ``steps`` with guidance, two rows a timestep.
-        sizes: the first is the model's.
+        model, family: the source's shape and family.
+        precision, keep_fp32: the precision policy of the export.
+        source_parameters: the parameters that the source stores, with copies and unused output channels.
+        embedder_copies: copies of the timestep and label embedders in the source.
+        embedders: copies of the timestep and label embedders in the conditioner.
+        deduplicated_parameters, deduplicated_bytes: the parameters of copies that the conditioner leaves out, and their
+            bytes in this precision.
+        hoisted_share: the share of conditioner in the parameters of conditioner and step: it leaves the loop.
+        graphs: conditioner, step and, with an autoencoder, decoder (and encoder).
+        table: the name of the conditioning table.
+        table_shape, table_dtype, table_row_bytes: shape, dtype and bytes of a row of it.
+        table_bytes: its bytes with guidance, which needs two rows a timestep, for each step count.
+        sizes: the estimates for each size; the first is the model's.
     """
 
     model: ModelSpec
@@ -147,7 +160,7 @@ class DryRun:
 
 def dry_run_of(
     model: ModelSpec,
-    precision: Precision,
+    precision: PrecisionSpec,
     autoencoder: Autoencoder | None = None,
     *,
     family: str = "diffusers",
@@ -159,57 +172,32 @@ def dry_run_of(
     steps: Sequence[int] = STEPS,
     devices: Sequence[Device] = DEVICES,
 ) -> DryRun:
-    """The plan of an export.
+    """The estimates of an export.
 
     Args:
         model: the transformer's shape at the first size.
-        precision: the policy of the graphs. Bytes are also given for the other one, and rooflines are always FP16's.
-        autoencoder: diffusers' module, on any device, the meta device included; its weights are not read.
-        family: whose layout the source has. diffusers' keeps a copy of the embedders in each block, and no positional
-            table; the others keep one of each.
-        channels: output channels that the source stores; None is those that the model uses.
-        trained_size: latent size of the source's own positional table; None is the model's.
-        copies_differ: diffusers' copies of the embedders are not the same, so each is kept.
-        sizes: latent sizes to make graphs for, the first being the model's; none is that one.
-        encoder: whether the autoencoder's other half is exported too.
-        steps: step counts to give the conditioning table's size for.
-        devices: to give a roofline for.
+        precision: the policy of the graphs. Bytes are given for FP32 and FP16; rooflines are always FP16's.
+        autoencoder: diffusers' module on any device, also on the meta device; its weights are not read.
+        family: the source's family, one of ``FAMILIES``; it says which parameters the source stores.
+        channels: output channels that the source stores; None means those that the model uses.
+        trained_size: latent size of the source's own positional table; None means the model's.
+        copies_differ: whether the copies of the embedders in the source differ; then each copy is exported.
+        sizes: latent sizes to make graphs for, the first is the model's; empty means the model's alone.
+        encoder: whether the encoder is exported too.
+        steps: step counts for which the conditioning table's size is given.
+        devices: devices for which a roofline is given.
     """
-    copies = model.depth if family == "diffusers" else 1
+    copies = model.depth if FAMILIES[family].copies_embedders else 1
     embedders = copies if copies_differ else 1
-    fp16 = FP16 if precision.name == "fp32" else precision
-    with torch.device("meta"):
-        modules: dict[str, list[nn.Module]] = {
-            "conditioner": [Conditioner(model, Numerics(), precision, embedders)],
-            "step": [Step(model, Numerics())],
-        }
-    work = {"conditioner": conditioner_gmac(model, embedders), "step": step_gmac(model)}
+    fp16 = FP16 if precision.name == FP32.name else precision
     sides = tuple(sizes) or (model.latent_size,)
-    factor, decoding = None, {}
-    if autoencoder is not None:
-        factor = autoencoder_spec(autoencoder).factor
-        modules["decoder"] = _parts(autoencoder, "post_quant_conv", "decoder")
-        decoding = {side: _measured_gmac(modules["decoder"], (model.latent_channels, *side)) for side in sides}
-        work["decoder"] = decoding[sides[0]]
-        if encoder:
-            modules[ENCODER] = _parts(autoencoder, "encoder", "quant_conv")
-            image = (autoencoder.config.in_channels, factor * sides[0][0], factor * sides[0][1])
-            work[ENCODER] = _measured_gmac(modules[ENCODER], image)
-    graphs = {name: _graph_estimate(name, parts, fp16, work[name]) for name, parts in modules.items()}
+    decoding = {} if autoencoder is None else _count_decoder_gmac(model, autoencoder, sides)
+    graphs = _estimate_graphs(model, fp16, embedders, autoencoder, sides[0], decoding, encoder)
+    stored, copied = _count_source_parameters(model, family, channels, trained_size)
+    inside, hoisted = _count_step_bytes(model, fp16, graphs, embedders)
+    factor = None if autoencoder is None else spec_of_autoencoder(autoencoder).factor
 
-    trained = replace(model, latent_size=trained_size or model.latent_size)
-    shapes = official_shapes(trained, channels or model.output_channels)
-    stored = sum(map(math.prod, shapes.values()))
-    copied = sum(math.prod(shapes[name]) for name in EMBEDDERS)  # of one copy
-    if family == "diffusers":
-        stored += (copies - 1) * copied - math.prod(shapes["pos_embed"])  # the table is computed there
-    # A step reads every weight but the label table, of which it would read a row.
-    fixed = graphs["step"].fp16_bytes - _position_bytes(model)
-    label_tables = embedders * (model.classes + 1) * model.width * fp16.dtype("conditioner").itemsize
-    inside = fixed + graphs["conditioner"].fp16_bytes - label_tables
-    hoisted = fixed + BRANCHES * _row_bytes(model, fp16)
-
-    def size_plan(side: tuple[int, int]) -> SizeEstimate:
+    def estimate_size(side: tuple[int, int]) -> SizeEstimate:
         at = replace(model, latent_size=side)
         position = _position_bytes(at)
         reads = inside + position, hoisted + position
@@ -234,7 +222,7 @@ def dry_run_of(
         embedder_copies=copies,
         embedders=embedders,
         deduplicated_parameters=(copies - embedders) * copied,
-        deduplicated_bytes=(copies - embedders) * copied * precision.dtype("conditioner").itemsize,
+        deduplicated_bytes=(copies - embedders) * copied * dtype_of(precision, "conditioner").itemsize,
         hoisted_share=graphs["conditioner"].parameters / (graphs["conditioner"].parameters + graphs["step"].parameters),
         graphs=tuple(graphs.values()),
         table=table,
@@ -242,12 +230,102 @@ def dry_run_of(
         table_dtype=str(_table_dtype(model, precision)).removeprefix("torch."),
         table_row_bytes=_row_bytes(model, precision),
         table_bytes={count: count * BRANCHES * _row_bytes(model, precision) for count in steps},
-        sizes=tuple(size_plan(side) for side in sides),
+        sizes=tuple(estimate_size(side) for side in sides),
     )
 
 
+def _count_decoder_gmac(
+    model: ModelSpec, autoencoder: Autoencoder, sides: Sequence[tuple[int, int]]
+) -> dict[tuple[int, int], float]:
+    """The work of decoding one image at each latent size."""
+    parts = parts_of_decoder(autoencoder)
+    return {side: _count_gmac(parts, (model.latent_channels, *side)) for side in sides}
+
+
+def _estimate_graphs(
+    model: ModelSpec,
+    fp16: PrecisionSpec,
+    embedders: int,
+    autoencoder: Autoencoder | None,
+    side: tuple[int, int],
+    decoding: Mapping[tuple[int, int], float],
+    encoder: bool,
+) -> dict[str, GraphEstimate]:
+    """The estimates of the graphs at the latent size ``side``."""
+    with torch.device("meta"):
+        modules: dict[str, list[nn.Module]] = {
+            "conditioner": [Conditioner(model, Numerics(), fp16, embedders)],
+            "step": [Step(model, Numerics())],
+        }
+    work = {"conditioner": conditioner_gmac(model, embedders), "step": step_gmac(model)}
+    if autoencoder is not None:
+        modules["decoder"] = parts_of_decoder(autoencoder)
+        work["decoder"] = decoding[side]
+        if encoder:
+            factor = spec_of_autoencoder(autoencoder).factor
+            modules[ENCODER] = parts_of_encoder(autoencoder)
+            image = (autoencoder.config.in_channels, factor * side[0], factor * side[1])
+            work[ENCODER] = _count_gmac(modules[ENCODER], image)
+    return {name: _estimate_graph(name, parts, fp16, work[name]) for name, parts in modules.items()}
+
+
+def _count_source_parameters(
+    model: ModelSpec, family: str, channels: int | None, trained_size: tuple[int, int] | None
+) -> tuple[int, int]:
+    """The parameters that the source stores, and those of one copy of its embedders."""
+    trained = replace(model, latent_size=trained_size or model.latent_size)
+    shapes = official_shapes(trained, channels or model.output_channels)
+    stored = sum(map(math.prod, shapes.values()))
+    copied = sum(math.prod(shapes[name]) for name in EMBEDDERS)
+    if FAMILIES[family].copies_embedders:
+        stored += (model.depth - 1) * copied
+    if not FAMILIES[family].stores_positions:
+        stored -= math.prod(shapes["pos_embed"])
+    return stored, copied
+
+
+def _count_step_bytes(
+    model: ModelSpec, fp16: PrecisionSpec, graphs: Mapping[str, GraphEstimate], embedders: int
+) -> tuple[int, int]:
+    """The bytes of weights that a step would read with the conditioner in it, and those that it reads as exported.
+
+    Neither counts the positional table.
+    """
+    fixed = graphs["step"].fp16_bytes - _position_bytes(model)
+    # A step would read every weight of the conditioner except the label table, of which it would read one row.
+    label_tables = embedders * (model.classes + 1) * model.width * dtype_of(fp16, "conditioner").itemsize
+    inside = fixed + graphs["conditioner"].fp16_bytes - label_tables
+    return inside, fixed + BRANCHES * _row_bytes(model, fp16)
+
+
+def dry_run_of_request(request: ExportRequest) -> tuple[Checkpoint, DryRun]:
+    """The checkpoint that a request names, and the estimates of its export. A preset needs no ``random_weights``.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read or is not supported, or an argument does not fit it.
+    """
+    source = request.checkpoint
+    if source.random_seed is None and preset_from_name(source.name) is not None:
+        source = replace(source, random_seed=0)  # the estimates need shapes alone
+    precision = request.read_precision()
+    checkpoint = load_checkpoint(source)
+    check_units(precision, checkpoint.model)
+    estimate = dry_run_of(
+        checkpoint.model,
+        precision,
+        checkpoint.autoencoder,
+        family=checkpoint.family,
+        channels=checkpoint.channels,
+        trained_size=checkpoint.trained_size,
+        copies_differ=checkpoint.copies_differ,
+        sizes=checkpoint.sizes,
+        encoder=request.encoder,
+    )
+    return checkpoint, estimate
+
+
 def roofline(device: Device, work: float, inside: float, hoisted: float) -> Roofline:
-    """The roofline of ``work`` GMAC that read ``inside`` bytes, or ``hoisted`` bytes with the conditioner outside."""
+    """The roofline of ``work`` GMAC that read ``inside`` bytes, or ``hoisted`` bytes without the conditioner."""
     return Roofline(
         device,
         compute_ms=2 * work / device.fp16_tflops,  # 10⁹ operations by 10¹² a second
@@ -256,12 +334,12 @@ def roofline(device: Device, work: float, inside: float, hoisted: float) -> Roof
     )
 
 
-def _table_dtype(model: ModelSpec, precision: Precision) -> torch.dtype:
-    """As ``Conditioner`` gives it: keys and values in their products' dtype, all else FP32."""
-    return precision.dtype("conditioner") if model.conditioning == "cross-attention" else torch.float32
+def _table_dtype(model: ModelSpec, precision: PrecisionSpec) -> torch.dtype:
+    """The dtype of ``Conditioner``'s table: keys and values have their products' dtype, all else is FP32."""
+    return dtype_of(precision, "conditioner") if model.conditioning == "cross-attention" else torch.float32
 
 
-def _row_bytes(model: ModelSpec, precision: Precision) -> int:
+def _row_bytes(model: ModelSpec, precision: PrecisionSpec) -> int:
     return math.prod(table_axes(model)[1]) * _table_dtype(model, precision).itemsize
 
 
@@ -269,14 +347,8 @@ def _position_bytes(model: ModelSpec) -> int:
     return 4 * model.tokens * model.width
 
 
-def _parts(autoencoder: Autoencoder, *names: str) -> list[nn.Module]:
-    """Submodules in the order they act; an ``AutoencoderTiny`` has no convolutions for quantization."""
-    found = (getattr(autoencoder, name, None) for name in names)
-    return [module for module in found if module is not None]
-
-
-def _graph_estimate(name: str, modules: Iterable[nn.Module], fp16: Precision, work: float) -> GraphEstimate:
-    """A graph from its modules: every tensor that does not stay in the ``.onnx`` file, in its unit's dtype."""
+def _estimate_graph(name: str, modules: Iterable[nn.Module], fp16: PrecisionSpec, work: float) -> GraphEstimate:
+    """The estimate of a graph from its modules: it counts the tensors of the weights file, each in its unit's dtype."""
     parameters, sizes = 0, {FP32: 0, fp16: 0}
     for path, part in itertools.chain.from_iterable(module.named_modules() for module in modules):
         counts = [parameter.numel() for parameter in part.parameters(recurse=False)]
@@ -287,13 +359,13 @@ def _graph_estimate(name: str, modules: Iterable[nn.Module], fp16: Precision, wo
         always = isinstance(part, (nn.LayerNorm, nn.GroupNorm)) or (name == "step" and not path)
         unit = ".".join(path.split(".")[:3]) if name == "step" else name  # blocks.17.attn of blocks.17.attn.qkv
         for policy in sizes:
-            itemsize = 4 if always else policy.dtype(unit).itemsize
+            itemsize = 4 if always else dtype_of(policy, unit).itemsize
             sizes[policy] += sum(count * itemsize for count in counts if count * itemsize > INLINE_BYTES)
     return GraphEstimate(name, parameters, sizes[FP32], sizes[fp16], work)
 
 
-def _measured_gmac(modules: Iterable[nn.Module], shape: tuple[int, ...]) -> float:
-    """GMAC of modules one after the other on a ``[1, *shape]``, counted by torch on the meta device."""
+def _count_gmac(modules: Iterable[nn.Module], shape: tuple[int, ...]) -> float:
+    """GMAC of modules that run in turn on an input ``[1, *shape]``, by torch's counter on the meta device."""
     x = torch.empty(1, *shape, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         for module in modules:
@@ -301,68 +373,3 @@ def _measured_gmac(modules: Iterable[nn.Module], shape: tuple[int, ...]) -> floa
             shadows = {name: tensor.to("meta", torch.float32) for name, tensor in tensors}
             x = functional_call(module, shadows, (x,))
     return float(counter.get_total_flops()) / 2 / 1e9
-
-
-def format_dry_run(plan: DryRun) -> str:
-    """The plan as text for a terminal, at most 110 columns wide."""
-    model = plan.model
-    kept = f"; in FP32 {', '.join(plan.keep_fp32)}" if plan.keep_fp32 else ""
-    if plan.embedder_copies == 1:
-        copies = "nothing: the source has one timestep and one label embedder"
-    elif plan.embedders > 1:
-        copies = f"nothing: the {plan.embedder_copies} copies of the embedders differ, so each is kept"
-    else:
-        copies = (
-            f"{plan.embedder_copies} copies of the embedders → 1: {_count(plan.deduplicated_parameters)} parameters, "
-            f"{_size(plan.deduplicated_bytes)}"
-        )
-    row = "×".join(str(axis) for axis in plan.table_shape)
-    steps = ", ".join(f"{count} steps {_size(size)}" for count, size in plan.table_bytes.items())
-    facts = {
-        "model": f"{model.conditioning}, {model.depth} blocks of width {model.width}, {model.heads} heads, patches of "
-        f"{model.patch_size}, {model.classes} classes",
-        "source": f"{plan.family}, {_count(plan.source_parameters)} parameters as stored",
-        "precision": plan.precision + kept,
-        "deduplicated": copies,
-        "hoisted": f"{plan.hoisted_share:.1%} of the transformer's parameters: run once, not in every step",
-        "table": f"{plan.table}, a row {row} {plan.table_dtype}, {_size(plan.table_row_bytes)}; with guidance, two "
-        f"rows a step: {steps}",
-    }
-    lines = [fill(f"{name:<14}{text}", COLUMNS, subsequent_indent=" " * 14) for name, text in facts.items()]
-    lines += ["", f"{'graph':<12} {'parameters':>10} {'FP32':>10} {'FP16':>10} {'GMAC':>9}"]
-    lines += [
-        f"{graph.name:<12} {_count(graph.parameters):>10} {_size(graph.fp32_bytes):>10} {_size(graph.fp16_bytes):>10} "
-        f"{_number(graph.gmac):>9} {GMAC_OF[graph.name]}"
-        for graph in plan.graphs
-    ]
-    for size in plan.sizes:
-        height, width = size.image_size or size.latent_size
-        decoder = "" if size.decoder_gmac is None else f", decoder {_number(size.decoder_gmac)} an image"
-        lines += [
-            "",
-            f"{height}x{width}{' latents' if size.image_size is None else ''}: {size.tokens} tokens; GMAC: forward "
-            f"{_number(size.gmac)} a branch{decoder}; positional table {_size(size.position_bytes)}",
-            "roofline of a guided step of one image in FP16, ms; memory with the conditioner inside, and hoisted",
-            f"{'device':<24} {'SM':>5} {'memory':>8} {'GB/s':>7} {'TFLOPS':>7} {'compute':>8} {'inside':>8} "
-            f"{'hoisted':>8} {'bound':>8}",
-        ]
-        lines += [
-            f"{line.device.name:<24} {line.device.compute_capability:>5} {line.device.memory_gb:>5g} GB "
-            f"{line.device.bandwidth_gb_s:>7g} {_number(line.device.fp16_tflops):>7} {_number(line.compute_ms):>8} "
-            f"{_number(line.memory_inside_ms):>8} {_number(line.memory_hoisted_ms):>8} {_number(line.bound_ms):>8} "
-            f"{line.bound_by}"
-            for line in size.rooflines
-        ]
-    return "\n".join(lines)
-
-
-def _count(number: int) -> str:
-    return f"{number / 1e6:.1f} M" if number >= 1e6 else f"{number / 1e3:.1f} k"
-
-
-def _size(number: int) -> str:
-    return f"{number / 1e6:.1f} MB" if number >= 1e6 else f"{number / 1e3:.1f} kB"
-
-
-def _number(value: float) -> str:
-    return f"{value:.2f}" if value >= 1 else f"{value:.3g}"

@@ -234,5 +234,7 @@ def work():
 
 run("it", work)
 """
+    start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert time.monotonic() - start < 15  # the work itself takes 20 s
     assert (done.returncode, done.stderr) == (130, "it: interrupted; nothing half-written was left behind\n")

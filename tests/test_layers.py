@@ -33,7 +33,9 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("graphs",),
         ("reference",),
         ("bisect",),
-        ("export", "dry_run"),
+        ("bundle", "request"),
+        ("dry_run",),
+        ("api", "dry_run_report"),
         ("command",),
     ),
 }

@@ -29,8 +29,9 @@ from dit_runtime.backends.openvino import engine as openvino_engine
 from dit_runtime.backends.openvino.engine import OpenVinoEngine
 from dit_runtime.backends.openvino.passes import rearrange
 from dit_runtime.bench.timing import time_calls
+from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle
-from dit_runtime.core.environment import environment
+from dit_runtime.core.environment import describe_environment
 from dit_runtime.core.files import replace_file
 from dit_runtime.samplers.by_name import schedule_for
 from dit_runtime.samplers.guidance import branch_rows, guidance_weights
@@ -208,12 +209,16 @@ def main() -> None:
     args = parser.parse_args()
     bundle = open_bundle(args.work / args.model / "fp32.bundle")
     able = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    report: dict[str, Any] = {"model": bundle.manifest.source.name, "environment": environment(0), "openvino": {}}
+    report: dict[str, Any] = {
+        "model": bundle.manifest.source.name,
+        "environment": describe_environment(0),
+        "openvino": {},
+    }
     for precision in ("bf16", "f32") if "BF16" in able else ("f32",):
         found = time_calls(openvino_variants(bundle, precision), args.repeat, f"OpenVINO {precision}")
         report["openvino"][precision] = {name: asdict(timing) for name, timing in found.items()}
     if not args.no_onnxruntime:
-        inputs = step_inputs(bundle, OpenVinoEngine(bundle, precision="f32"), 1, guided=True)
+        inputs = step_inputs(bundle, OpenVinoEngine(bundle, precision=Precision.FP32), 1, guided=True)
         found = time_calls(onnxruntime_variants(bundle, inputs), args.repeat, "ONNX Runtime")
         report["onnxruntime"] = {name: asdict(timing) for name, timing in found.items()}
     target = args.output or HERE / f"{args.model}-ablations.json"

@@ -251,7 +251,7 @@ def compared(args: argparse.Namespace, work: Path) -> None:
     from dit_runtime import open_bundle
     from dit_runtime.bench.gemm import measure_gemm_rates, shapes_of
     from dit_runtime.bundle.macs import step_gmac
-    from dit_runtime.core.environment import environment
+    from dit_runtime.core.environment import describe_environment
     from dit_runtime.core.files import replace_file
 
     prepared(work, args.model)
@@ -262,7 +262,7 @@ def compared(args: argparse.Namespace, work: Path) -> None:
         "model": str(MODELS[args.model] if isinstance(MODELS[args.model], str) else "demo (Fashion-MNIST)"),
         "rounds": args.rounds,
         "steps": STEPS,
-        "environment": environment(args.threads),
+        "environment": describe_environment(args.threads),
         "guided_step_gflop": round(4 * step_gmac(model), 2),
     }
     shapes = shapes_of(model, 2)

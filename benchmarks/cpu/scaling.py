@@ -32,7 +32,8 @@ from dit_runtime.bench.gemm import measure_gemm_rates, shapes_of
 from dit_runtime.bench.timing import time_calls
 from dit_runtime.bundle.macs import step_gmac
 from dit_runtime.bundle.manifest import ModelSpec
-from dit_runtime.core.environment import environment
+from dit_runtime.bundle.precision import Precision
+from dit_runtime.core.environment import describe_environment
 from dit_runtime.core.files import replace_file
 from dit_runtime.samplers.guidance import guidance_weights
 
@@ -116,7 +117,7 @@ def cut_or_whole(spec: ModelSpec, repeat: int) -> dict[str, Any]:
     inputs = inputs_of(spec, 1)
     with tempfile.TemporaryDirectory() as folder:
         bundle: Any = traced(spec, Path(folder))
-        engine = OpenVinoEngine(bundle, precision="bf16")
+        engine = OpenVinoEngine(bundle, precision=Precision.BF16)
         for name, wide in {"cut_ms": 0, "whole_ms": sys.maxsize}.items():
             with patch.object(openvino_engine, "rearranged", partial(rearrange, wide=wide)):
                 request = engine.compiled("step", {name: value.shape for name, value in inputs.items()})
@@ -174,7 +175,7 @@ def main() -> None:
     streams = {name: side_by_side(MODELS[name], args.precision, 2 * args.repeat) for name in ("S/2", "B/2")}
     report: dict[str, Any] = {
         "precision": args.precision,
-        "environment": environment(0),
+        "environment": describe_environment(0),
         "batch": batch,
         "tokens": tokens,
         "model": model,
@@ -186,7 +187,10 @@ def main() -> None:
             "work, S/2 to XL/2": exponent(model, "gflop"),
         },
         "gemm": [
-            asdict(rate) for rate in measure_gemm_rates(shapes_of(XL, 2), "fp32" if args.precision == "f32" else "bf16")
+            asdict(rate)
+            for rate in measure_gemm_rates(
+                shapes_of(XL, 2), Precision.BF16 if args.precision == "bf16" else Precision.FP32
+            )
         ],
     }
     target = args.output or HERE / "scaling.json"

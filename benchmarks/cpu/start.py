@@ -111,11 +111,16 @@ def main() -> None:
     if args.way:
         child(args.way, work, args.started)
         return
-    from dit_runtime.core.environment import environment
+    from dit_runtime.core.environment import describe_environment
     from dit_runtime.core.files import replace_file
 
     target = HERE / "start.json"
-    report: dict[str, Any] = {"model": args.model, "environment": environment(0), "processes": {}, "installed": {}}
+    report: dict[str, Any] = {
+        "model": args.model,
+        "environment": describe_environment(0),
+        "processes": {},
+        "installed": {},
+    }
     if target.exists():
         report = json.loads(target.read_text(encoding="utf-8"))
     for way in () if args.installed else WAYS:

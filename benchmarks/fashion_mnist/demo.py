@@ -56,9 +56,9 @@ def pytorch_images(
                 [torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in seeds[first : first + batch]]
             )
             for t in scheduler.timesteps:
-                e, _ = reference.predicted(z, t.expand(len(z)), y, guidance)
+                e, _ = reference.predict(z, t.expand(len(z)), y, guidance)
                 z = scheduler.step(e, t, z).prev_sample
-            images.append(reference.images(reference.decoded(z)))
+            images.append(reference.images_from_decoded(reference.decode(z)))
     return np.concatenate(images)
 
 

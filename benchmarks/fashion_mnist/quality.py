@@ -25,14 +25,15 @@ from typing import Any
 import numpy as np
 import torch
 from demo import CHECKPOINT, command, pytorch_images
-from dit_export.bisect.trials import Trials
+from dit_export.bisect.precision_trials import PrecisionTrials
 from dit_export.checkpoints.sources import Source, load_checkpoint
 from evaluator import CLASS_NAMES, frechet_distance, judged, load_evaluator, reference_statistics, statistics
 
 from dit_runtime import Pipeline
-from dit_runtime.backends.open import Engine, open_engine
+from dit_runtime.backends.base import Engine
+from dit_runtime.backends.open import open_engine
 from dit_runtime.bundle.reader import Bundle, open_bundle
-from dit_runtime.core.environment import environment
+from dit_runtime.core.environment import describe_environment
 from dit_runtime.core.errors import BundleError, EngineError
 from dit_runtime.core.files import replace_file
 from dit_runtime.core.progress import Progress
@@ -105,7 +106,7 @@ def contenders(work: Path, steps: int, guidance: float, batch: int, threads: int
     engines: list[tuple[str, Bundle, Callable[[Bundle], Engine]]] = [
         ("ONNX Runtime FP32", fp32, lambda bundle: open_engine(bundle, "onnxruntime", threads)),
         ("ONNX Runtime FP16", fp16, lambda bundle: open_engine(bundle, "onnxruntime", threads)),
-        ("FP16 emulated", fp16, lambda bundle: Trials(bundle, {}, threads=threads).engine()),
+        ("FP16 emulated", fp16, lambda bundle: PrecisionTrials(bundle, {}, threads=threads).engine_for()),
     ]
     if importlib.util.find_spec("openvino") is not None:
         engines.append(("OpenVINO BF16", fp16, lambda bundle: open_engine(bundle, "openvino", threads, "bf16")))
@@ -119,7 +120,7 @@ def contenders(work: Path, steps: int, guidance: float, batch: int, threads: int
         def sampled(labels: list[int], seeds: list[int], pipe: Pipeline = pipe) -> Array:
             return pipe(labels, seeds, steps=steps, guidance=guidance, sampler="ddim")
 
-        yield Contender(name, f"{bundle.digest} {pipe.engine.name}", sampled)
+        yield Contender(name, f"{bundle.digest} {pipe.engine.info.name}", sampled)
 
 
 def bundle_at(path: Path, weights: str | None, *flags: str) -> Bundle:
@@ -240,7 +241,7 @@ def main() -> None:
         "steps": args.steps,
         "sampler": "ddim",
         "resamples": args.resamples,
-        "environment": environment(args.threads),
+        "environment": describe_environment(args.threads),
         "precisions": compared(judgements, labels, args.resamples),
     }
     with replace_file(args.output) as file:

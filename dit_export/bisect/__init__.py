@@ -1,1 +1,1 @@
-"""Which operations break FP16."""
+"""Finds which units and operations of an FP16 bundle break its error budget."""

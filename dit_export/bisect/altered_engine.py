@@ -1,4 +1,4 @@
-"""Altered graphs of a bundle in ONNX Runtime, behind the interface of ``dit_runtime``'s engines."""
+"""Runs altered graphs of a bundle on ONNX Runtime, behind the interface of ``dit_runtime``'s engines."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from dit_export.bisect.islands import Array, detach
-from dit_export.bisect.operations import Operation
+from dit_export.bisect.fp16_operations import Operation
+from dit_export.bisect.graph_edits import Array, detach_weights
+from dit_runtime.backends.base import EngineInfo, Session
+from dit_runtime.backends.conditioning import TableLimits
+from dit_runtime.backends.host_loop import HostLoop
 from dit_runtime.backends.onnxruntime.engine import import_onnxruntime
-from dit_runtime.backends.open import Session
+from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.core.errors import EngineError
 
 
 @dataclass
 class AlteredEngine:
-    """An engine of ``dit_runtime`` on altered graphs, each loaded when it is first used."""
+    """An engine of ``dit_runtime`` on altered graphs of a bundle; each graph is loaded when it is first used."""
 
-    name: str
+    info: EngineInfo
+    manifest: Manifest
     load: Callable[[str], Session]
-    max_batch: int | None = None
-    threads: int = 0
     loaded: dict[str, Session] = field(default_factory=dict)
 
     def session(self, graph: str) -> Session:
@@ -34,11 +36,19 @@ class AlteredEngine:
     def release(self, graph: str) -> None:
         """Nothing: the probe is the step too, and a trial is short."""
 
+    def open_loop(self, limits: TableLimits) -> HostLoop:
+        """As ``Engine.open_loop``."""
+        return HostLoop(self, self.manifest, limits)
+
+    def close(self) -> None:
+        """As ``Engine.close``: the sessions are gone with the engine."""
+
 
 class AlteredSession:
     """An altered graph in ONNX Runtime.
 
-    ``measured``: outputs with the max |x| of an operation's result; ``largest`` gets the largest of all runs.
+    ``measured``: names of outputs that hold the max |x| of an operation's result. After each run, ``largest`` has the
+    largest value of all runs for each operation.
     """
 
     def __init__(
@@ -51,7 +61,7 @@ class AlteredSession:
         runtime = import_onnxruntime()
         self._types = {value.name: value.dtype for value in model.graph.inputs}
         self._measured, self._largest = measured or {}, {} if largest is None else largest
-        serialized, arrays = detach(model)
+        serialized, arrays = detach_weights(model)
         options = runtime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads
@@ -74,6 +84,6 @@ class AlteredSession:
         }
         results = self._session.run([*outputs, *self._measured], feeds)
         for operation, value in zip(self._measured.values(), results[len(outputs) :], strict=True):
-            reached = float(np.nan_to_num(value, nan=np.inf))  # not a number: FP32 itself does not hold it
+            reached = float(np.nan_to_num(value, nan=np.inf))  # NaN: not even FP32 can hold the result
             self._largest[operation] = max(reached, self._largest.get(operation, 0.0))
         return [np.asarray(result) for result in results[: len(outputs)]]

@@ -1,7 +1,7 @@
 """Positional tables: sines and cosines of each token's row and column, in the conventions of the two references.
 
-Both give the first half of the channels to the column. They differ away from the trained size: diffusers squeezes any
-grid into the trained one's range, the official code counts on.
+Both references use the first half of the channels for the column. They differ at other sizes than the trained one:
+diffusers scales the positions of any grid into the trained grid's range, the official code keeps their spacing.
 """
 
 from __future__ import annotations
@@ -11,18 +11,69 @@ import torch
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from torch import Tensor
 
+from dit_export.checkpoints.source import Source
+from dit_export.checkpoints.weights import Weights
+from dit_runtime.core.errors import CheckpointError
+
+TABLE_LIMIT = 1e-4  # max |Δ| between a stored table and the formula's, below which the formula serves for other sizes
+
 
 def diffusers_table(width: int, grid: tuple[int, int], trained: int) -> Tensor:
-    """``[1, T, D]`` as diffusers' ``PatchEmbed`` computes it at a grid (rows, columns); ``trained``: its own side."""
+    """The table ``[1, T, D]`` as diffusers' ``PatchEmbed`` computes it.
+
+    ``grid``: rows and columns of tokens. ``trained``: the side of the trained grid, in tokens.
+    """
     table: Tensor = get_2d_sincos_pos_embed(width, grid, base_size=trained, interpolation_scale=1)
     return table.float()[None]
 
 
 def official_table(width: int, grid: tuple[int, int]) -> Tensor:
-    """``[1, T, D]`` as the official ``get_2d_sincos_pos_embed``, which knows square grids only, goes on to others."""
+    """The table ``[1, T, D]`` of the official ``get_2d_sincos_pos_embed``, extended to grids that are not square."""
     rows, columns = np.divmod(np.arange(grid[0] * grid[1], dtype=np.float64), grid[1])
     quarter = width // 4
     frequencies = 10000.0 ** -(np.arange(quarter) / quarter)
     angles = [np.outer(position, frequencies) for position in (columns, rows)]  # each (T, D/4)
     table = np.concatenate([part for angle in angles for part in (np.sin(angle), np.cos(angle))], axis=1)
     return torch.from_numpy(table.astype(np.float32))[None]
+
+
+def is_official_table(weights: Weights, grid: tuple[int, int]) -> bool:
+    """Whether the stored positional table is the official formula's at a grid, in the precision it is stored in."""
+    table, dtype = weights["pos_embed"], weights.stored["pos_embed"].read().dtype
+    _, tokens, width = table.shape
+    if width % 4 or grid[0] * grid[1] != tokens:
+        return False
+    return bool((table - official_table(width, grid).to(dtype).float()).abs().max() <= TABLE_LIMIT)
+
+
+def grid_of_table(source: Source, weights: Weights, patch: int, factor: int) -> tuple[int, int]:
+    """Rows and columns of an official positional table.
+
+    Of all grids with the table's number of tokens, the one whose formula gives the table's values. A learned table's
+    values tell nothing: it is taken to be square, or of the one requested size that has its number of tokens.
+
+    Args:
+        source: gives the requested image sizes.
+        weights: hold the table.
+        patch: the side of a patch in latent pixels.
+        factor: image pixels per latent pixel.
+
+    Raises:
+        CheckpointError: the table is learned, is not square, and no requested size fits it.
+    """
+    tokens = weights.shapes["pos_embed"][1]
+    requested = [(height // factor // patch, width // factor // patch) for height, width in source.image_sizes]
+    possible = [(rows, tokens // rows) for rows in range(1, tokens + 1) if tokens % rows == 0]
+    possible.sort(key=lambda grid: (grid[0] != grid[1], grid not in requested))
+    for grid in possible:
+        if is_official_table(weights, grid):
+            return grid
+    fitting = {grid for grid in requested if grid[0] * grid[1] == tokens}
+    if possible[0][0] == possible[0][1]:
+        return possible[0]
+    if len(fitting) != 1:
+        raise CheckpointError(
+            f"{source.name}: a positional table of {tokens} tokens is not square; say what it was trained at with "
+            "--size HEIGHTxWIDTH"
+        )
+    return fitting.pop()

@@ -1,4 +1,4 @@
-"""Seeded random weights under which every part of a model acts: gates and modulations are not zero."""
+"""Random weights from a seed. No part of the model is idle under them: gates and modulations are not zero."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from dit_export.checkpoints.weights import Stored
+from dit_export.checkpoints.weights import StoredTensor
 
 
 def randomize(module: nn.Module, seed: int) -> None:
-    """Weights scaled by fan-in. diffusers' copies of the embedders get the same ones, as converted checkpoints have."""
+    """Fill a module with random weights that are scaled by fan-in.
+
+    diffusers' copies of the embedders get equal weights, as they have in converted checkpoints.
+    """
     generator = torch.Generator().manual_seed(seed)
     copied: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():
@@ -28,10 +31,10 @@ def randomize(module: nn.Module, seed: int) -> None:
             copied[key] = parameter.data
 
 
-def random_tensors(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, Stored]:
-    """Tensors of these shapes, each made when it is read, from the seed and its own name."""
+def random_tensors(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, StoredTensor]:
+    """Random tensors of these shapes; each is made when it is read, from the seed and its own name."""
 
-    def stored(name: str, shape: tuple[int, ...]) -> Stored:
+    def tensor_from_name(name: str, shape: tuple[int, ...]) -> StoredTensor:
         def read() -> Tensor:
             digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
@@ -39,9 +42,9 @@ def random_tensors(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str
             _fill(name, tensor, generator)
             return tensor
 
-        return Stored(shape, read)
+        return StoredTensor(shape, read)
 
-    return {name: stored(name, shape) for name, shape in shapes.items()}
+    return {name: tensor_from_name(name, shape) for name, shape in shapes.items()}
 
 
 def _fill(name: str, tensor: Tensor, generator: torch.Generator) -> None:
@@ -54,7 +57,7 @@ def _fill(name: str, tensor: Tensor, generator: torch.Generator) -> None:
 
 
 class SkippedInitialization:
-    """Leave torch's own weight initialization out: the weights are overwritten at once."""
+    """Skip torch's own weight initialization inside this block, where weights are overwritten at once."""
 
     def __enter__(self) -> None:
         self._saved = {kind: kind.reset_parameters for kind in (nn.Linear, nn.Conv2d, nn.Embedding)}

@@ -1,4 +1,4 @@
-"""Weights files read tensor by tensor: nothing is in memory before it is asked for, and no code in a file is run."""
+"""Reads weights files tensor by tensor: a tensor is in memory only while it is used, and no code in a file is run."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ from dit_runtime.core.errors import CheckpointError
 from dit_runtime.core.files import sha256_of
 
 SAFE, PICKLES = ".safetensors", (".pt", ".pth", ".ckpt", ".bin")
-# What wrappers put before every name.
+# Prefixes that torch's wrappers put before every name.
 PREFIXES = ("module.", "_orig_mod.")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A tensor that can be read: its shape, and how."""
+class StoredTensor:
+    """A tensor that is not in memory yet: its shape, and a function that reads it."""
 
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
 
 
-def stored(tensor: Tensor) -> Stored:
-    """A tensor that is in memory, or mapped into it, already."""
-    return Stored(tuple(tensor.shape), lambda: tensor)
+def stored_from_tensor(tensor: Tensor) -> StoredTensor:
+    """A tensor that is already in memory, or mapped into it."""
+    return StoredTensor(tuple(tensor.shape), lambda: tensor)
 
 
 class Weights(Mapping[str, Tensor]):
-    """Tensors by name, read each time they are asked for: float32 and finite.
+    """Tensors by name, each read from its file whenever it is looked up: float32 and finite.
 
     Raises:
-        CheckpointError: on reading, NaN or infinity, or a file that ends early.
+        CheckpointError: on a look-up, if the tensor holds NaN or infinity, or the file ends early.
     """
 
-    def __init__(self, source: str, stored: Mapping[str, Stored]) -> None:
+    def __init__(self, source: str, stored: Mapping[str, StoredTensor]) -> None:
         self.source = source
         self.stored = stored
 
@@ -57,7 +57,7 @@ class Weights(Mapping[str, Tensor]):
         try:
             tensor = item.read()
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-            raise _unreadable(self.source, error) from error
+            raise _error_for_unreadable(self.source, error) from error
         if tensor.dtype not in DTYPES:
             kind = str(tensor.dtype).removeprefix("torch.")
             raise CheckpointError(
@@ -75,37 +75,37 @@ class Weights(Mapping[str, Tensor]):
         return len(self.stored)
 
 
-def weights_from_file(file: Path, *, ema: bool = False) -> dict[str, Stored]:
+def weights_from_file(file: Path, *, ema: bool = False) -> dict[str, StoredTensor]:
     """The tensors of a ``.safetensors`` file or a pickle, by name.
 
     ``ema`` takes the ``ema`` dict of a training checkpoint that has one, as the official ``find_model`` does.
 
     Raises:
-        CheckpointError: unreadable, truncated, or a pickle that needs more than tensors.
+        CheckpointError: the file is unreadable or truncated, or is a pickle that holds more than tensors.
     """
-    found = _safetensors(file) if file.suffix == SAFE else _pickle(file, ema)
+    found = _tensors_from_safetensors(file) if file.suffix == SAFE else _tensors_from_pickle(file, ema)
     while prefix := next((one for one in PREFIXES if found and all(name.startswith(one) for name in found)), None):
         found = {name.removeprefix(prefix): item for name, item in found.items()}
     return found
 
 
-def training_arguments(file: Path) -> dict[str, Any]:
-    """What a training checkpoint says of its own run (``args``), as far as it does."""
-    loaded: Any = loaded_pickle(file) if file.suffix != SAFE else None
+def read_training_arguments(file: Path) -> dict[str, Any]:
+    """The arguments of the training run (``args``) that a training checkpoint stores; empty if it stores none."""
+    loaded: Any = read_pickle(file) if file.suffix != SAFE else None
     arguments = loaded.get("args") if isinstance(loaded, dict) else None
     return vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
 
 
-def _safetensors(file: Path) -> dict[str, Stored]:
+def _tensors_from_safetensors(file: Path) -> dict[str, StoredTensor]:
     try:
         with safe_open(file, framework="pt") as opened:
             shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     except Exception as error:
-        raise _unreadable(str(file), error) from error
-    return {name: Stored(shape, _reader(file, name)) for name, shape in shapes.items()}
+        raise _error_for_unreadable(str(file), error) from error
+    return {name: StoredTensor(shape, _make_reader(file, name)) for name, shape in shapes.items()}
 
 
-def _reader(file: Path, name: str) -> Callable[[], Tensor]:
+def _make_reader(file: Path, name: str) -> Callable[[], Tensor]:
     def read() -> Tensor:
         # Opened anew for each tensor: its pages leave memory with it.
         with safe_open(file, framework="pt") as opened:
@@ -115,8 +115,8 @@ def _reader(file: Path, name: str) -> Callable[[], Tensor]:
     return read
 
 
-def _pickle(file: Path, ema: bool) -> dict[str, Stored]:
-    loaded: Any = loaded_pickle(file)
+def _tensors_from_pickle(file: Path, ema: bool) -> dict[str, StoredTensor]:
+    loaded: Any = read_pickle(file)
     if ema and isinstance(loaded, dict) and isinstance(loaded.get("ema"), dict):
         loaded = loaded["ema"]
     elif isinstance(loaded, dict):
@@ -126,33 +126,39 @@ def _pickle(file: Path, ema: bool) -> dict[str, Stored]:
                 break
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
         keys = ", ".join(sorted(map(str, loaded))[:10]) if isinstance(loaded, dict) else type(loaded).__name__
-        raise CheckpointError(f"{file}: holds no state dict ({keys}); expected parameters by name, or them as 'ema'")
-    return {str(name): stored(tensor) for name, tensor in loaded.items()}
+        raise CheckpointError(
+            f"{file}: holds no state dict ({keys}); expected parameters by name, or a dict of them under 'ema'"
+        )
+    return {str(name): stored_from_tensor(tensor) for name, tensor in loaded.items()}
 
 
-def loaded_pickle(file: Path) -> Any:
-    """What a ``torch.save`` file holds, mapped into memory; of code only an argparse Namespace's fields, as data.
+def read_pickle(file: Path) -> Any:
+    """The content of a ``torch.save`` file, mapped into memory.
+
+    Tensors, plain containers and the fields of an argparse Namespace are read; code is never run.
 
     Raises:
-        CheckpointError: it needs more, or is damaged.
+        CheckpointError: the file needs code to be read, or is damaged.
     """
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            warnings.simplefilter("ignore")  # of old pickle protocols
+            warnings.simplefilter("ignore")  # about old pickle protocols
             return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:
-        # torch's own message advises to switch the protection off.
+        # torch's own message advises the user to switch the protection off.
         raise CheckpointError(
             f"{file}: not a plain weights file: reading it could execute code, or it is damaged; "
-            "convert it to safetensors where you trust it"
+            "convert it to safetensors on a machine where you trust it"
         ) from error
 
 
 def files_of_module(folder: Path, variant: str | None) -> list[Path]:
-    """The weights files of a diffusers module's folder: one, or the shards of its index; safetensors before ``.bin``.
+    """The weights files of a diffusers module's folder: one file, or the shards that an index names.
+
+    Safetensors files come before ``.bin`` files.
 
     Raises:
-        CheckpointError: none, none of that variant, or a shard that is missing.
+        CheckpointError: there are no weights, none of that variant, or a shard is missing.
     """
     stem, infix = "diffusion_pytorch_model", f".{variant}" if variant else ""
     for suffix in (SAFE, ".bin"):
@@ -160,12 +166,12 @@ def files_of_module(folder: Path, variant: str | None) -> list[Path]:
         index = folder / f"{stem}{suffix}.index{infix}.json"
         if single.is_file() and index.is_file():
             raise CheckpointError(
-                f"{folder}: holds both {single.name} and {index.name}; remove the one that is not meant"
+                f"{folder}: holds both {single.name} and {index.name}; remove the one that you do not mean"
             )
         if single.is_file():
             return [single]
         if index.is_file():
-            return _shards(index)
+            return _files_of_shards(index)
     present = sorted(path.name for path in folder.glob(f"{stem}*") if path.is_file())
     if present:
         wanted = f"of variant {variant!r}" if variant else "without a variant"
@@ -175,7 +181,7 @@ def files_of_module(folder: Path, variant: str | None) -> list[Path]:
     raise CheckpointError(f"{folder}: no weights (*.safetensors or *.bin); expected {stem}.safetensors")
 
 
-def _shards(index: Path) -> list[Path]:
+def _files_of_shards(index: Path) -> list[Path]:
     try:
         names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -189,11 +195,11 @@ def _shards(index: Path) -> list[Path]:
     return files
 
 
-def checked_hash(files: list[Path], expected: str | None) -> str:
-    """The files' SHA-256, joined by ``+``.
+def check_sha256(files: list[Path], expected: str | None) -> str:
+    """The files' SHA-256, joined by ``+``, after a comparison with the pinned one (``--sha256``), if there is one.
 
     Raises:
-        CheckpointError: it is not the pinned one.
+        CheckpointError: the hash is another than ``expected``.
     """
     found = "+".join(sha256_of(file) for file in files)
     if expected is not None and found != expected.lower():
@@ -203,6 +209,6 @@ def checked_hash(files: list[Path], expected: str | None) -> str:
     return found
 
 
-def _unreadable(source: str, error: Exception) -> CheckpointError:
+def _error_for_unreadable(source: str, error: Exception) -> CheckpointError:
     reason = " ".join(str(error).split())[:300]
     return CheckpointError(f"{source}: cannot be read ({reason}); download or copy it again")

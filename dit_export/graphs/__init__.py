@@ -1,1 +1,1 @@
-"""The model as ONNX graphs: modules, tracing and precision."""
+"""The exported network as PyTorch modules, its precision policy, and the ONNX graphs made of it."""

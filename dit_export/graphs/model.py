@@ -1,33 +1,34 @@
-"""The DiT as it is exported: one function split along what depends on the latents and what does not.
+"""The DiT as it is exported: the network is split into a part that depends on the latents and a part that does not.
 
-``Conditioner`` holds everything that depends on (timestep, label) alone; ``Step`` is one sampling step: gather,
-guidance branches, network and sampler update. Both follow Peebles & Xie 2022 (arXiv 2212.09748) in its four
-conditionings; where implementations disagree the numbers come from the checkpoint's own reference (``Numerics``).
+``Conditioner`` holds everything that depends on timestep and label alone. ``Step`` is one sampling step: it gathers the
+conditions, runs the network for each guidance branch, and updates the sampler's state. Both follow Peebles & Xie 2022
+(arXiv 2212.09748) in its four conditionings. Where implementations disagree, the numbers come from the checkpoint's own
+reference (``Numerics``).
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dit_export.checkpoints.layouts import EMBEDDERS, Numerics
-from dit_export.graphs.precision import Precision
+from dit_export.checkpoints.layouts import Numerics
+from dit_export.graphs.precision import dtype_of
 from dit_runtime.bundle.macs import FREQUENCIES, MODULATIONS
-from dit_runtime.bundle.manifest import ModelSpec
+from dit_runtime.bundle.manifest import ModelSpec, PrecisionSpec
+from dit_runtime.samplers.schedule import A_Z, B_E, INPUT, LOG_SIGMA, LOG_SIGMA_V, MATRIX, NOISE
 
-# What one row of the conditioning table holds, by conditioning: its name, and its shape without the rows.
+# The conditioning table by its name, and what one of its rows holds:
 #   modulation    6 (adaLN-Zero) or 4 (adaLN) vectors per block, and the final layer's shift and scale
 #   keys_values   cross-attention's keys and values of the two conditioning tokens, in each block
-#   tokens        in-context's two conditioning tokens
+#   tokens        the two conditioning tokens of in-context conditioning
 
 
 def table_axes(spec: ModelSpec) -> tuple[str, tuple[int, ...]]:
-    """Name and row shape of the conditioning table."""
+    """The name of the conditioning table and the shape of one of its rows."""
     if spec.conditioning == "cross-attention":
         return "keys_values", (spec.depth, 2, 2, spec.width)  # block, key or value, token
     if spec.conditioning == "in-context":
@@ -51,15 +52,15 @@ class Embedder(nn.Module):
 class Conditioner(nn.Module):
     """``timesteps [R]`` f32, ``labels [R]`` i32 → the conditioning table ``[R, …]`` (``table_axes``).
 
-    With adaLN, rows of the table are a block's vectors in the order shift, scale (and gate) before attention, then the
-    same before the MLP; the last two are the final layer's shift and scale. FP32, but for cross-attention's keys and
-    values, which have their products' dtype.
+    With adaLN, a table row holds each block's vectors in the order shift, scale (and gate) for attention, then the same
+    for the MLP; its last two vectors are the final layer's shift and scale. The table is FP32, except that
+    cross-attention's keys and values have the dtype of their products.
     """
 
-    def __init__(self, spec: ModelSpec, numerics: Numerics, precision: Precision, embedders: int) -> None:
+    def __init__(self, spec: ModelSpec, numerics: Numerics, precision: PrecisionSpec, embedders: int) -> None:
         super().__init__()
         self.spec = spec
-        self.dtype = precision.dtype("conditioner")
+        self.dtype = dtype_of(precision, "conditioner")
         self.embedders = nn.ModuleList(Embedder(spec.width, spec.classes + 1) for _ in range(embedders))
         if spec.conditioning in MODULATIONS:
             rows = MODULATIONS[spec.conditioning] * spec.width
@@ -78,7 +79,7 @@ class Conditioner(nn.Module):
         features = torch.cat([torch.cos(angles), torch.sin(angles)], dim=1).to(self.dtype)  # (R, 256)
         embeddings = [embedder(features, labels) for embedder in self.embedders]
         if self.spec.conditioning in MODULATIONS:
-            conditions = [F.silu(time + label) for time, label in embeddings]  # one, or one per block
+            conditions = [F.silu(time + label) for time, label in embeddings]  # one for all blocks, or one per block
             vectors = [block(conditions[index % len(conditions)]) for index, block in enumerate(self.blocks)]
             table = torch.cat([*vectors, self.final(conditions[0])], dim=1).float()
             return table.reshape(-1, *table_axes(self.spec)[1])  # (R, 6·depth + 2, D)
@@ -99,15 +100,15 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        # The images stay outermost: with the three outermost TensorRT-RTX copies each in a kernel of its own, on
-        # streams that wait for each other, instead of all in one (benchmarks/kernels.py).
+        # The images stay outermost. If q, k and v were outermost, TensorRT-RTX would copy each of them in a kernel of
+        # its own, on streams that wait for each other, instead of all three in one (benchmarks/kernels.py).
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(0, 2, 3, 1, 4).unbind(1)  # (N, h, T, d)
         result: Tensor = self.proj(attend(q, k, v))
         return result
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention to the two conditioning tokens, whose keys and values ``[N, 2, 2, D]`` are given."""
+    """Multi-head attention to the two conditioning tokens; its input has their keys and values ``[N, 2, 2, D]``."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -143,9 +144,9 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A block with what it needs of the conditioning table given: its vectors, its keys and values, or nothing.
+    """A DiT block. Its condition comes from the conditioning table: vectors, keys and values, or nothing.
 
-    The residual stream, normalization and the adaLN arithmetic are FP32.
+    The residual stream, the normalization and the adaLN arithmetic are FP32.
     """
 
     def __init__(self, spec: ModelSpec, numerics: Numerics) -> None:
@@ -190,7 +191,7 @@ class Step(nn.Module):
 
     ``state [B, 3, C, H, W]``, ``noise [B, C, H, W]``, ``coefficients [B, 17]``, ``guidance [G, B, C]``,
     ``rows [G, B]`` i32, the conditioning table ``[R, …]`` → ``next_state``, ``denoised [B, C, H, W]`` and, for the
-    probe, each block's output ``[G·B, T, D]``. All FP32 at the border but the table of keys and values.
+    probe, each block's output ``[G·B, T, D]``. All inputs and outputs are FP32, except a table of keys and values.
     """
 
     def __init__(self, spec: ModelSpec, numerics: Numerics) -> None:
@@ -205,7 +206,7 @@ class Step(nn.Module):
         self.final = nn.Linear(spec.width, patch * patch * spec.output_channels)
 
     def at(self, spec: ModelSpec, position: Tensor) -> Step:
-        """The same network, on the same weights, at another size."""
+        """The same network with the same weights at another size; ``position`` is the positional table there."""
         step = copy.copy(self)
         step._parameters = {"position": nn.Parameter(position, requires_grad=False)}
         step.spec = spec
@@ -225,7 +226,7 @@ class Step(nn.Module):
             x = torch.cat([x, condition], dim=1)  # (G·B, T + 2, D)
         outputs = []
         for index, block in enumerate(self.blocks):
-            x = block(x, self.of_block(condition, index))
+            x = block(x, self.condition_for_block(condition, index))
             outputs.append(x)
         x = self.final_norm(x[:, : spec.tokens])
         if spec.conditioning in MODULATIONS:
@@ -237,8 +238,8 @@ class Step(nn.Module):
         next_state, denoised = sampler_update(state, noise, coefficients, e, v)
         return next_state, denoised, *outputs
 
-    def of_block(self, condition: Tensor, index: int) -> Tensor:
-        """What a block uses of its images' rows of the table."""
+    def condition_for_block(self, condition: Tensor, index: int) -> Tensor:
+        """The part of the images' table rows that a block uses."""
         if self.spec.conditioning in MODULATIONS:
             count = MODULATIONS[self.spec.conditioning]
             return condition[:, count * index : count * (index + 1)]  # (N, 6 or 4, D)
@@ -246,9 +247,9 @@ class Step(nn.Module):
 
 
 def guide(x: Tensor, guidance: Tensor) -> Tensor:
-    """The branches' outputs ``[G, B, C, H, W]``, each by its weight of ``[G, B, C]``, added: ``[B, C, H, W]``."""
+    """The sum ``[B, C, H, W]`` of the branches' outputs ``[G, B, C, H, W]`` times their weights ``[G, B, C]``."""
     weighted = guidance[..., None, None] * x
-    # A zero first: TensorRT-RTX gives the sum of a single branch a kernel of its own.
+    # A zero comes first because TensorRT-RTX runs the sum of a single branch in a kernel of its own.
     return torch.cat([torch.zeros_like(weighted[:1]), weighted]).sum(0)
 
 
@@ -262,82 +263,17 @@ def unpatchify(x: Tensor, spec: ModelSpec) -> Tensor:
 def sampler_update(
     state: Tensor, noise: Tensor, coefficients: Tensor, e: Tensor, v: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """One row of the sampler table per image, as multiply-adds: a matrix product could run in TF32.
+    """Next state and denoised latents, from one row of 17 numbers per image (``dit_runtime.samplers.schedule``).
+
+    The update is written as multiply-adds because a matrix product could run in TF32.
 
     denoised = a·s₀ + b·e;  s'ᵢ = Σⱼ Aᵢⱼ·sⱼ + Bᵢ·e;  s'₀ += exp(g + h·v)·k·noise.
     """
     c = coefficients[:, :, None, None, None]  # (B, 17, 1, 1, 1)
-    denoised = c[:, 0] * state[:, 0] + c[:, 1] * e
-    mixed = (c[:, 2:11].unflatten(1, (3, 3)) * state[:, None]).sum(2)  # (B, 3, C, H, W)
-    following = mixed + c[:, 11:14] * e[:, None]
-    g, h, k = c[:, 14], c[:, 15], c[:, 16]
+    denoised = c[:, A_Z] * state[:, 0] + c[:, B_E] * e
+    slots = (c[:, MATRIX:INPUT].unflatten(1, (3, 3)) * state[:, None]).sum(2)  # (B, 3, C, H, W)
+    slots = slots + c[:, INPUT:LOG_SIGMA] * e[:, None]
+    g, h, k = c[:, LOG_SIGMA], c[:, LOG_SIGMA_V], c[:, NOISE]
     exponent = g if v is None else g + h * v
-    kicked = following[:, :1] + (torch.exp(exponent) * k * noise)[:, None]
-    return torch.cat([kicked, following[:, 1:]], dim=1), denoised
-
-
-def conditioner_from_weights(
-    spec: ModelSpec, numerics: Numerics, precision: Precision, weights: Mapping[str, Tensor]
-) -> Conditioner:
-    """The conditioner with weights by official name (shared storage where the dtype allows it)."""
-    own = f"blocks.0.{EMBEDDERS[0]}" in weights  # embedder copies that differ
-    with torch.device("meta"):
-        module = Conditioner(spec, numerics, precision, embedders=spec.depth if own else 1)
-    names: dict[str, str] = {}
-    for index in range(len(module.embedders)):
-        prefix = f"blocks.{index}." if own else ""
-        for target, source in zip(
-            ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias", "labels.weight"), EMBEDDERS, strict=True
-        ):
-            names[f"embedders.{index}.{target}"] = prefix + source
-    for kind in ("weight", "bias"):
-        if spec.conditioning in MODULATIONS:
-            names |= {f"blocks.{i}.{kind}": f"blocks.{i}.adaLN_modulation.1.{kind}" for i in range(spec.depth)}
-            names[f"final.{kind}"] = f"final_layer.adaLN_modulation.1.{kind}"
-        elif spec.conditioning == "cross-attention":
-            names |= {f"blocks.{i}.{kind}": f"blocks.{i}.cross_attn.kv.{kind}" for i in range(spec.depth)}
-    dtype = precision.dtype("conditioner")
-    module.load_state_dict({name: weights[source].to(dtype) for name, source in names.items()}, assign=True)
-    return module.eval().requires_grad_(False)
-
-
-def step_from_weights(
-    spec: ModelSpec, numerics: Numerics, precision: Precision, weights: Mapping[str, Tensor], position: Tensor
-) -> Step:
-    """The step network with weights by official name, each unit in the dtype its policy gives it.
-
-    ``position``: the positional table ``[1, T, D]``. Output channels that the network has and the model does not use
-    are left out.
-    """
-    with torch.device("meta"):
-        module = Step(spec, numerics)
-    state = {"position": position}
-    for target, source, unit in _step_names(spec):
-        for kind in ("weight", "bias"):
-            state[f"{target}.{kind}"] = weights[f"{source}.{kind}"].to(
-                torch.float32 if unit is None else precision.dtype(unit)
-            )
-    for kind in ("weight", "bias"):
-        tensor = state[f"final.{kind}"].unflatten(0, (spec.patch_size**2, -1))  # (p·p, channels, …)
-        state[f"final.{kind}"] = tensor[:, : spec.output_channels].flatten(0, 1)
-    module.load_state_dict(state, assign=True)
-    return module.eval().requires_grad_(False)
-
-
-def _step_names(spec: ModelSpec) -> Iterator[tuple[str, str, str | None]]:
-    """Name in ``Step``, official name, and the unit of the precision policy; None is always FP32."""
-    yield "patch_embed", "x_embedder.proj", "patch_embed"
-    yield "final", "final_layer.linear", "final"
-    norms, affine = ["norm1", "norm2"], spec.conditioning not in MODULATIONS
-    parts = [("attn", "qkv"), ("attn", "proj"), ("mlp", "fc1"), ("mlp", "fc2")]
-    if spec.conditioning == "cross-attention":
-        norms.append("norm3")
-        parts += [("cross_attn", "q"), ("cross_attn", "proj")]
-    for index in range(spec.depth):
-        block = f"blocks.{index}"
-        for unit, name in parts:
-            yield f"{block}.{unit}.{name}", f"{block}.{unit}.{name}", f"{block}.{unit}"
-        for norm in norms if affine else ():
-            yield f"{block}.{norm}", f"{block}.{norm}", None
-    if affine:
-        yield "final_norm", "final_layer.norm_final", None
+    z = slots[:, :1] + (torch.exp(exponent) * k * noise)[:, None]
+    return torch.cat([z, slots[:, 1:]], dim=1), denoised

@@ -1,4 +1,4 @@
-"""ONNX graphs from modules: tracing, readable names, and files without a trace of the machine that made them."""
+"""Makes ONNX graphs from modules: traces them, names their nodes, and writes files that tell nothing of the machine."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from dit_runtime.bundle.manifest import (
     TensorSpec,
     sized,
 )
+from dit_runtime.samplers.schedule import COEFFICIENTS
 
 OPSET = 20  # the newest that TensorRT 10.3 (JetPack 6) reads; has a single Gelu node
 INLINE_BYTES = 1024  # smaller constants stay in the .onnx file
@@ -35,7 +36,7 @@ INLINE_BYTES = 1024  # smaller constants stay in the .onnx file
 
 @dataclass(frozen=True)
 class Axes:
-    """A graph's tensors as data: name → (dtype, axes); axes given by name are dynamic."""
+    """A graph's inputs and outputs: dtype and axes by name. An axis is a size, or the name of a dynamic dimension."""
 
     inputs: Mapping[str, tuple[torch.dtype, tuple[int | str, ...]]]
     outputs: Mapping[str, tuple[str, tuple[int | str, ...]]]
@@ -46,7 +47,7 @@ def conditioner_axes(spec: ModelSpec, table_dtype: torch.dtype) -> Axes:
     name, shape = table_axes(spec)
     return Axes(
         inputs={"timesteps": (torch.float32, ("rows",)), "labels": (torch.int32, ("rows",))},
-        outputs={name: (_name(table_dtype), ("rows", *shape))},
+        outputs={name: (_dtype_name(table_dtype), ("rows", *shape))},
     )
 
 
@@ -58,7 +59,7 @@ def step_axes(spec: ModelSpec, table_dtype: torch.dtype) -> Axes:
         inputs={
             "state": (torch.float32, ("batch", 3, *image)),
             "noise": (torch.float32, ("batch", *image)),
-            "coefficients": (torch.float32, ("batch", 17)),
+            "coefficients": (torch.float32, ("batch", COEFFICIENTS)),
             "guidance": (torch.float32, ("branches", "batch", spec.latent_channels)),
             "rows": (torch.int32, ("branches", "batch")),
             name: (table_dtype, ("rows", *shape)),
@@ -100,11 +101,11 @@ def write_conditioner(folder: Path, conditioner: Conditioner) -> GraphSpec:
 def write_steps(
     folder: Path, step: Step, table_dtype: torch.dtype, positions: Mapping[tuple[int, int], Tensor]
 ) -> Iterator[tuple[str, GraphSpec]]:
-    """Trace and write step and probe for each latent size; yields each name and description as it is done.
+    """Trace and write step and probe for each latent size; yield the name and description of each graph when written.
 
     ``positions``: the positional table of each size, the step's own first. ``probe`` is the step's graph with the
-    blocks' outputs added. All are on one weight file: what another size has of its own, its positional table above all,
-    is in its ``.onnx`` file.
+    blocks' outputs added. All graphs share one weights file. Tensors that differ at another size, above all its
+    positional table, are in that size's ``.onnx`` file.
     """
     shared: Shared = {}
     for size, position in positions.items():
@@ -131,19 +132,19 @@ def write_decoder(folder: Path, decoder: Decoder) -> GraphSpec:
 
 
 def write_encoder(folder: Path, encoder: Encoder) -> GraphSpec:
-    """Trace and write the encoder, for any size that the autoencoder divides."""
+    """Trace and write the encoder, for any image size that is a multiple of its factor."""
     axes = encoder_axes(encoder.channels, encoder.factor, encoder.has_deviation)
     return save_model(trace(encoder, axes, smallest=encoder.factor), folder, ENCODER, axes)
 
 
 def trace(module: nn.Module, axes: Axes, smallest: int = 1) -> ir.Model:
-    """The module as an ONNX model at opset 20, with names instead of the exporter's metadata.
+    """The module as an ONNX model at opset 20, with readable names instead of the exporter's metadata.
 
-    ``smallest``: of heights and widths.
+    ``smallest``: the least height and width that the graph takes.
     """
     examples, dynamic = [], []
-    # A dimension traced at 1 becomes a constant, and equal ones may become one: 2 everywhere, 4 rows for the gather to
-    # choose from, and images that are not square.
+    # A dimension that is 1 while tracing becomes a constant, and two equal dimensions may become one. So sizes are 2,
+    # the gather chooses from 4 rows, and images are not square.
     sizes = {"batch": 2, "branches": 2, "rows": 4}
     sides = {"height": 6, "width": 4, "image_height": 6 * smallest, "image_width": 4 * smallest}
     symbols = {name: torch.export.Dim(name, min=1, max=1 << 20) for name in sizes}
@@ -171,17 +172,17 @@ def trace(module: nn.Module, axes: Axes, smallest: int = 1) -> ir.Model:
     return model
 
 
-# Tensors that are in a weights file already, by dtype, shape and hash.
+# The tensors that a weights file already holds, by dtype, shape and hash.
 Shared = dict[tuple[str, tuple[int, ...], str], ir.TensorProtocol]
 
 
 def save_model(
     model: ir.Model, folder: Path, name: str, axes: Axes, weights: str | None = None, shared: Shared | None = None
 ) -> GraphSpec:
-    """Write ``graphs/NAME.onnx`` and its weights.
+    """Write ``graphs/NAME.onnx`` and its weights file.
 
-    ``weights`` and ``shared``: the name of a weights file of several graphs, and what is in it; the first writes it,
-    the others refer to it, and keep what it does not hold in their own file.
+    Several graphs may share a weights file: ``weights`` is its name, ``shared`` the tensors in it. The first graph
+    writes the file; the others refer to it, and keep tensors that it does not hold in their ``.onnx`` file.
     """
     model.graph.name = name
     for value, (_, shape) in zip(model.graph.outputs, axes.outputs.values(), strict=True):
@@ -191,40 +192,40 @@ def save_model(
     file = f"{weights or name}.weights"
     known = {} if shared is None else shared
     if not known:
-        tensors = {key: value.const_value for key, value in _weights(model)}
-        # Turns initializers into references to the file, as they stay for the graphs that share it.
+        tensors = {key: value.const_value for key, value in _find_weights(model)}
+        # This turns initializers into references to the file; the graphs that share it take over the references.
         ir.external_data.unload_from_model(model, target.parent, file, size_threshold_bytes=INLINE_BYTES)
         if shared is not None:
-            shared.update({_identity(tensors[key]): value.const_value for key, value in _weights(model)})
-    for _, value in _weights(model):
+            shared.update({_fingerprint(tensors[key]): value.const_value for key, value in _find_weights(model)})
+    for _, value in _find_weights(model):
         if not isinstance(value.const_value, ir.ExternalTensor):
-            value.const_value = known.get(_identity(value.const_value), value.const_value)
+            value.const_value = known.get(_fingerprint(value.const_value), value.const_value)
     ir.save(model, target)
     return GraphSpec(
         file=f"graphs/{name}.onnx",
         weights=f"graphs/{file}",
-        inputs=tuple(TensorSpec(key, _name(dtype), shape) for key, (dtype, shape) in axes.inputs.items()),
+        inputs=tuple(TensorSpec(key, _dtype_name(dtype), shape) for key, (dtype, shape) in axes.inputs.items()),
         outputs=tuple(TensorSpec(key, dtype, shape) for key, (dtype, shape) in axes.outputs.items()),
     )
 
 
-def _weights(model: ir.Model) -> list[tuple[str, Any]]:
-    """Initializers that do not stay in the ``.onnx`` file, by name."""
+def _find_weights(model: ir.Model) -> list[tuple[str, Any]]:
+    """The initializers that belong in a weights file, by name."""
     found = model.graph.initializers.items()
     return [(key, v) for key, v in found if v.const_value is not None and v.const_value.nbytes >= INLINE_BYTES]
 
 
-def _identity(tensor: ir.TensorProtocol) -> tuple[str, tuple[int, ...], str]:
+def _fingerprint(tensor: ir.TensorProtocol) -> tuple[str, tuple[int, ...], str]:
     array = np.ascontiguousarray(tensor.numpy())
     return str(array.dtype), array.shape, hashlib.sha256(array.data.cast("B")).hexdigest()
 
 
-def _name(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
 def name_nodes(model: ir.Model) -> None:
-    """Name nodes after the module they come from, ``blocks.17.attn.qkv/MatMul``, so that audits can name blocks."""
+    """Name each node after the module it comes from, ``blocks.17.attn.qkv/MatMul``, so that audits can name blocks."""
     counts: dict[str, int] = {}
     for node in model.graph.all_nodes():
         scopes: Sequence[str] = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
@@ -235,7 +236,7 @@ def name_nodes(model: ir.Model) -> None:
 
 
 def strip_metadata(model: ir.Model) -> None:
-    """Remove stack traces, paths and exporter notes: they differ between machines and tell of their folders."""
+    """Remove stack traces, paths and exporter notes: they differ between machines and reveal their folders."""
     model.metadata_props.clear()
     model.doc_string = None
     model.graph.metadata_props.clear()

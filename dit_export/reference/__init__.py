@@ -1,1 +1,1 @@
-"""PyTorch references, and what they record in a bundle."""
+"""The PyTorch references, and the golden records and measurements that they leave in a bundle."""

@@ -1,8 +1,8 @@
 """The references' sampling loops, step by step, for golden records.
 
-diffusers' schedulers as they are; for official checkpoints the respaced diffusion of facebookresearch/DiT
-(``respace.py``, ``gaussian_diffusion.py``), for SiT its fixed-step ODE and SDE (``transport/``), each written after its
-source. Nothing here knows of sampler tables.
+The diffusers family uses diffusers' schedulers as they are. For official checkpoints this module has the respaced
+diffusion of facebookresearch/DiT (``respace.py``, ``gaussian_diffusion.py``), for SiT its fixed-step ODE and SDE
+(``transport/``), each written after its source. Nothing here knows about sampler tables.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ Generators = list[torch.Generator]
 # (e, v, z) → the next z and the current estimate of the clean latents.
 Advance = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
-LAST_STEP = 0.04  # of SiT's SDE, its default
+LAST_STEP = 0.04  # SiT's default size of its SDE's last step
 
 
 @dataclass(frozen=True)
 class LoopStep:
-    """One network evaluation: the timestep it is asked about, and what follows from its output."""
+    """One network evaluation: its timestep, and the function that turns its output into the next latents."""
 
     t: float
     advance: Advance
@@ -39,9 +39,9 @@ class LoopStep:
 def diffusers_ddim(
     scheduler: Any, steps: int, generators: Generators, betas: Sequence[float] | None = None
 ) -> Iterator[LoopStep]:
-    """The checkpoint's own ``DDIMScheduler``; with ``betas`` its tables are made from them in float64."""
+    """The checkpoint's own ``DDIMScheduler``; with ``betas`` its arrays are made from them in float64."""
     if betas is not None:
-        scheduler = _in_float64(scheduler, betas)
+        scheduler = _copy_in_float64(scheduler, betas)
     scheduler.set_timesteps(steps)
     for t in scheduler.timesteps:
 
@@ -57,40 +57,43 @@ def diffusers_ddpm(
 ) -> Iterator[LoopStep]:
     """``DDPMScheduler`` with the official spacing as custom timesteps: it then agrees with the official code.
 
-    With ``betas`` its tables are made from them in float64.
+    With ``betas`` the scheduler's arrays are made from them in float64.
     """
     scheduler: Any = DDPMScheduler.from_config(
         config, variance_type="learned_range" if learned else "fixed_large", clip_sample=False
     )
     if betas is not None:
-        scheduler = _in_float64(scheduler, betas)
+        scheduler = _copy_in_float64(scheduler, betas)
     scheduler.set_timesteps(timesteps=official_timesteps(config.num_train_timesteps, steps)[::-1])
     for t in scheduler.timesteps:
 
         def advance(e: Tensor, v: Tensor, z: Tensor, t: Tensor = t) -> tuple[Tensor, Tensor]:
             output = torch.cat([e, v], dim=1) if learned else e
-            with _drawn_in_float32() if betas is not None else contextlib.nullcontext():
+            with _draw_in_float32() if betas is not None else contextlib.nullcontext():
                 result = scheduler.step(output, t, z, generator=generators)
             return result.prev_sample, result.pred_original_sample
 
         yield LoopStep(float(t), advance)
 
 
-def _in_float64(scheduler: Any, betas: Sequence[float]) -> Any:
-    """A copy of a scheduler of diffusers whose tables have float64's precision instead of float32's."""
+def _copy_in_float64(scheduler: Any, betas: Sequence[float]) -> Any:
+    """A copy of a diffusers scheduler whose arrays have float64's precision instead of float32's."""
     wide = copy.deepcopy(scheduler)
     wide.betas = torch.tensor(betas, dtype=torch.float64)
     wide.alphas = 1 - wide.betas
     wide.alphas_cumprod = torch.cumprod(wide.alphas, dim=0)
     wide.one = torch.tensor(1.0, dtype=torch.float64)
-    if not getattr(scheduler.config, "set_alpha_to_one", True):
+    if not scheduler.config.get("set_alpha_to_one", True):
         wide.final_alpha_cumprod = wide.alphas_cumprod[0]
     return wide
 
 
 @contextlib.contextmanager
-def _drawn_in_float32() -> Iterator[None]:
-    """``DDPMScheduler`` draws in its input's dtype, and PyTorch's stream has other numbers in float64."""
+def _draw_in_float32() -> Iterator[None]:
+    """Let ``DDPMScheduler`` draw in float32 inside this block.
+
+    It draws in its input's dtype, and a generator of PyTorch draws other numbers in float64.
+    """
     original = scheduling_ddpm.randn_tensor
 
     def draw(shape: Any, generator: Any = None, device: Any = None, dtype: Any = None, **_: Any) -> Tensor:
@@ -105,7 +108,7 @@ def _drawn_in_float32() -> Iterator[None]:
 
 
 def official_timesteps(total: int, steps: int) -> list[int]:
-    """``space_timesteps(total, str(steps))``, rising."""
+    """The official ``space_timesteps(total, str(steps))``, in rising order."""
     stride = (total - 1) / (steps - 1)
     taken, at = [], 0.0
     for _ in range(steps):
@@ -115,9 +118,9 @@ def official_timesteps(total: int, steps: int) -> list[int]:
 
 
 class OfficialDiffusion:
-    """``SpacedDiffusion`` with epsilon prediction and no clipping; arrays are float64, as there.
+    """The official ``SpacedDiffusion`` with epsilon prediction and no clipping; its arrays are float64, as there.
 
-    ``dtype``: to which a coefficient is rounded when it is used; float32 is the official code's.
+    ``dtype``: a coefficient is rounded to it when it is used; the official code rounds to float32.
     """
 
     def __init__(self, betas: Sequence[float], steps: int, dtype: torch.dtype = torch.float32) -> None:
@@ -127,49 +130,49 @@ class OfficialDiffusion:
         self.alpha_bar, self.alpha_bar_prev = kept, np.append(1.0, kept[:-1])
         self.betas = 1 - self.alpha_bar / self.alpha_bar_prev
         self.posterior_variance = self.betas * (1 - self.alpha_bar_prev) / (1 - self.alpha_bar)
-        # The first is zero and has no logarithm.
+        # The first variance is zero and has no logarithm.
         self.posterior_log_variance = np.log(np.append(self.posterior_variance[1], self.posterior_variance[1:]))
 
-    def x_start(self, e: Tensor, z: Tensor, i: int) -> Tensor:
-        return self._rounded(np.sqrt(1 / self.alpha_bar[i])) * z - self._rounded(np.sqrt(1 / self.alpha_bar[i] - 1)) * e
+    def x_0_from_eps(self, e: Tensor, z: Tensor, i: int) -> Tensor:
+        return self._round(np.sqrt(1 / self.alpha_bar[i])) * z - self._round(np.sqrt(1 / self.alpha_bar[i] - 1)) * e
 
     def ddim(self) -> Iterator[LoopStep]:
         """``ddim_sample`` at eta 0."""
         for i in reversed(range(len(self.timesteps))):
 
             def advance(e: Tensor, _: Tensor, z: Tensor, i: int = i) -> tuple[Tensor, Tensor]:
-                x_0 = self.x_start(e, z, i)
-                eps = (self._rounded(np.sqrt(1 / self.alpha_bar[i])) * z - x_0) / self._rounded(
+                x_0 = self.x_0_from_eps(e, z, i)
+                eps = (self._round(np.sqrt(1 / self.alpha_bar[i])) * z - x_0) / self._round(
                     np.sqrt(1 / self.alpha_bar[i] - 1)
                 )
-                before = self._rounded(self.alpha_bar_prev[i])
+                before = self._round(self.alpha_bar_prev[i])
                 return x_0 * before.sqrt() + (1 - before).sqrt() * eps, x_0
 
             yield LoopStep(self.timesteps[i], advance)
 
     def ddpm(self, learned: bool, generators: Generators) -> Iterator[LoopStep]:
-        """``p_sample`` with the learned range, or without it the fixed large variance."""
+        """``p_sample`` with the learned range of variances, or else with the fixed large variance."""
         large = np.log(np.append(self.posterior_variance[1], self.betas[1:]))
         for i in reversed(range(len(self.timesteps))):
 
             def advance(e: Tensor, v: Tensor, z: Tensor, i: int = i) -> tuple[Tensor, Tensor]:
-                x_0 = self.x_start(e, z, i)
+                x_0 = self.x_0_from_eps(e, z, i)
                 before, now, beta = self.alpha_bar_prev[i], self.alpha_bar[i], self.betas[i]
-                mean = self._rounded(beta * np.sqrt(before) / (1 - now)) * x_0
-                mean = mean + self._rounded((1 - before) * np.sqrt(1 - beta) / (1 - now)) * z
+                mean = self._round(beta * np.sqrt(before) / (1 - now)) * x_0
+                mean = mean + self._round((1 - before) * np.sqrt(1 - beta) / (1 - now)) * z
                 if i == 0:
                     return mean, x_0
-                log_variance = self._rounded(large[i])
+                log_variance = self._round(large[i])
                 if learned:
                     fraction = (v + 1) / 2
-                    low, high = self._rounded(self.posterior_log_variance[i]), self._rounded(np.log(beta))
+                    low, high = self._round(self.posterior_log_variance[i]), self._round(np.log(beta))
                     log_variance = fraction * high + (1 - fraction) * low
-                return mean + torch.exp(0.5 * log_variance) * drawn(z, generators), x_0
+                return mean + torch.exp(0.5 * log_variance) * draw_noise(z, generators), x_0
 
             yield LoopStep(self.timesteps[i], advance)
 
-    def _rounded(self, value: float) -> Tensor:
-        """As the official code's ``_extract_into_tensor`` rounds."""
+    def _round(self, value: float) -> Tensor:
+        """Round as the official code's ``_extract_into_tensor`` does."""
         return torch.tensor(value, dtype=self.dtype)
 
 
@@ -180,8 +183,8 @@ class SiTPath:
         self.path = path
         self.end = 1 - 1e-3 if path == "vp" else 1.0
 
-    def at(self, t: float) -> tuple[float, float, float, float]:
-        """(α, α', σ, σ')."""
+    def coefficients_at(self, t: float) -> tuple[float, float, float, float]:
+        """α, α', σ and σ' at time t."""
         if self.path == "linear":
             return t, 1.0, 1 - t, -1.0
         if self.path == "gvp":
@@ -193,15 +196,15 @@ class SiTPath:
         sigma = math.sqrt(1 - math.exp(2 * log_mean))
         return math.exp(log_mean), math.exp(log_mean) * slope, sigma, math.exp(2 * log_mean) * 2 * slope / (-2 * sigma)
 
-    def score(self, velocity: Tensor, z: Tensor, t: float) -> Tensor:
-        """``get_score_from_velocity``."""
-        alpha, d_alpha, sigma, d_sigma = self.at(t)
+    def score_from_velocity(self, velocity: Tensor, z: Tensor, t: float) -> Tensor:
+        """SiT's ``get_score_from_velocity``."""
+        alpha, d_alpha, sigma, d_sigma = self.coefficients_at(t)
         ratio = alpha / d_alpha
         return (ratio * velocity - z) / (sigma**2 - ratio * d_sigma * sigma)
 
-    def clean(self, velocity: Tensor, z: Tensor, t: float) -> Tensor:
+    def clean_from_velocity(self, velocity: Tensor, z: Tensor, t: float) -> Tensor:
         """x₁ of z = α·x₁ + σ·x₀ and velocity = α'·x₁ + σ'·x₀."""
-        alpha, d_alpha, sigma, d_sigma = self.at(t)
+        alpha, d_alpha, sigma, d_sigma = self.coefficients_at(t)
         return (d_sigma * z - sigma * velocity) / (alpha * d_sigma - d_alpha * sigma)
 
     def ode(self, steps: int) -> Iterator[LoopStep]:
@@ -210,7 +213,7 @@ class SiTPath:
         for i in range(steps):
 
             def advance(e: Tensor, _: Tensor, z: Tensor, t: float = i * h) -> tuple[Tensor, Tensor]:
-                return z + h * e, self.clean(e, z, t)
+                return z + h * e, self.clean_from_velocity(e, z, t)
 
             yield LoopStep(i * h, advance)
 
@@ -220,19 +223,21 @@ class SiTPath:
         h = last / (steps - 1)
 
         def drift(e: Tensor, z: Tensor, t: float) -> Tensor:
-            return e + self.at(t)[2] * self.score(e, z, t)
+            return e + self.coefficients_at(t)[2] * self.score_from_velocity(e, z, t)
 
         for i in range(steps - 1):
 
             def advance(e: Tensor, _: Tensor, z: Tensor, t: float = i * h) -> tuple[Tensor, Tensor]:
-                noise = drawn(z, generators) * math.sqrt(h)
-                return z + drift(e, z, t) * h + math.sqrt(2 * self.at(t)[2]) * noise, self.clean(e, z, t)
+                noise = draw_noise(z, generators) * math.sqrt(h)
+                return z + drift(e, z, t) * h + math.sqrt(
+                    2 * self.coefficients_at(t)[2]
+                ) * noise, self.clean_from_velocity(e, z, t)
 
             yield LoopStep(i * h, advance)
-        yield LoopStep(last, lambda e, _, z: (z + drift(e, z, last) * LAST_STEP, self.clean(e, z, last)))
+        yield LoopStep(last, lambda e, _, z: (z + drift(e, z, last) * LAST_STEP, self.clean_from_velocity(e, z, last)))
 
 
-def drawn(like: Tensor, generators: Generators) -> Tensor:
+def draw_noise(like: Tensor, generators: Generators) -> Tensor:
     """Noise for each image from its own generator."""
     noise: Tensor = randn_tensor(like.shape, generator=generators).to(like.dtype)
     return noise

@@ -1,8 +1,8 @@
-"""The DiT of the paper, plainly: the PyTorch reference of every checkpoint that diffusers has no model for.
+"""The DiT of the paper in plain PyTorch: the reference of every checkpoint that diffusers has no model for.
 
-Written after the official code (facebookresearch/DiT and willisma/SiT, ``models.py``) with its module names, and for
-the three conditionings that were never published after section 3.2 of the paper (Peebles & Xie 2022, arXiv 2212.09748).
-It shares nothing with the modules that are exported: golden records come from here.
+It is written after the official code (facebookresearch/DiT and willisma/SiT, ``models.py``) with its module names. The
+three conditionings that were never published follow section 3.2 of the paper (Peebles & Xie 2022, arXiv 2212.09748). It
+shares no code with the modules that are exported, because golden records come from here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dit_runtime.bundle.manifest import ModelSpec
 
-EPS = 1e-6  # of every LayerNorm
+EPS = 1e-6  # every LayerNorm's
 
 
 class TimestepEmbedder(nn.Module):
@@ -112,8 +112,8 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """A DiT block of any of the four conditionings.
 
-    ``condition`` is the sum of the two embeddings ``[N, D]`` for adaLN and adaLN-Zero, the two as tokens ``[N, 2, D]``
-    for cross-attention, and is not used in-context.
+    ``condition`` is the sum of the two embeddings ``[N, D]`` with adaLN and adaLN-Zero, and both embeddings as tokens
+    ``[N, 2, D]`` with cross-attention. In-context blocks do not use it.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -156,19 +156,19 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class FinalLayer(nn.Module):
-    """The last LayerNorm, adaptive with adaLN, and the projection of each token to its patch."""
+    """The last LayerNorm, which is adaptive with adaLN, and the projection of each token to its patch."""
 
     def __init__(self, spec: ModelSpec, channels: int) -> None:
         super().__init__()
-        adaptive = spec.conditioning in ("adaln", "adaln-zero")
-        self.norm_final = nn.LayerNorm(spec.width, EPS, elementwise_affine=not adaptive)
+        self.adaptive = spec.conditioning in ("adaln", "adaln-zero")
+        self.norm_final = nn.LayerNorm(spec.width, EPS, elementwise_affine=not self.adaptive)
         self.linear = nn.Linear(spec.width, spec.patch_size**2 * channels)
-        if adaptive:
+        if self.adaptive:
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(spec.width, 2 * spec.width))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         x = self.norm_final(x)
-        if hasattr(self, "adaLN_modulation"):
+        if self.adaptive:
             x = modulate(x, *self.adaLN_modulation(condition).chunk(2, dim=1))
         result: Tensor = self.linear(x)
         return result
@@ -179,10 +179,10 @@ class DiT(nn.Module):
 
     Args:
         spec: shape and conditioning.
-        channels: output channels of the network; None for those of ``spec``. SiT's ``learn_sigma`` models have twice as
-            many as they use.
+        channels: output channels of the network; None takes those of ``spec``. SiT's ``learn_sigma`` models have twice
+            as many as they use.
 
-    ``pos_embed`` is a parameter, as there: the table comes from the checkpoint.
+    ``pos_embed`` is a parameter, as in the official code: the table comes from the checkpoint.
     """
 
     def __init__(self, spec: ModelSpec, channels: int | None = None) -> None:
@@ -208,7 +208,7 @@ class DiT(nn.Module):
         for block in self.blocks:
             x = block(x, condition)
         if self.spec.conditioning == "in-context":
-            x = x[:, : self.spec.tokens]  # the conditioning tokens have done their work
+            x = x[:, : self.spec.tokens]  # the conditioning tokens make no part of the image
         return self.unpatchify(self.final_layer(x, condition))
 
     def unpatchify(self, x: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""A checkpoint's unpatched modules, run as its own code runs them: what golden records are made with.
+"""The PyTorch reference: a checkpoint's unpatched modules, run as the checkpoint's own code runs them.
 
-The reference is the checkpoint's own: diffusers' transformer and schedulers in ``DiTPipeline``'s loop with null label =
-number of classes (``DiTPipeline`` itself hard-codes 1000), or the plain DiT and loops of ``reference.py`` and
-``reference_loops.py`` for what diffusers has no model for; with diffusers' autoencoder. FP32, unless ``at_precision``.
+In the diffusers family they are diffusers' transformer and schedulers in ``DiTPipeline``'s loop, with the number of
+classes as the null label (``DiTPipeline`` itself hard-codes 1000). In the other families they are the plain DiT of
+``official_model.py`` and the loops of ``loops.py``. The autoencoder is always diffusers'. The reference computes in
+FP32 except inside ``at_precision``.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from dit_export.checkpoints.checkpoint import Checkpoint
 from dit_export.checkpoints.random_weights import SkippedInitialization
-from dit_export.checkpoints.sources import Checkpoint
 from dit_export.reference.loops import (
     LoopStep,
     OfficialDiffusion,
@@ -33,12 +34,12 @@ from dit_export.reference.official_model import DiT
 
 @dataclass
 class Observation:
-    """What went through one evaluation of the network, in order.
+    """The tensors of one evaluation of the network, in order.
 
     Attributes:
-        tokens: ``[N, T, D]`` into the first block, with in-context's two more.
-        conditions: what each block, and the final layer, makes of timestep and label.
-        blocks: ``[N, T, D]`` out of each block.
+        tokens: the input ``[N, T, D]`` of the first block; in-context conditioning has two tokens more.
+        conditions: what each block and the final layer compute from timestep and label.
+        blocks: the output ``[N, T, D]`` of each block.
     """
 
     tokens: list[Tensor] = field(default_factory=list)
@@ -49,18 +50,18 @@ class Observation:
 class Reference:
     """A checkpoint's unpatched modules, at the size of its ``model``.
 
-    ``dtype`` is what the modules compute in; guidance and sampler follow the dtype of the latents they are given.
+    ``dtype`` is the dtype that the modules compute in; guidance and sampler compute in the dtype of the latents.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint, self.spec = checkpoint, checkpoint.model
         self.dtype = torch.float32
         self.channels, self.classes = self.spec.latent_channels, self.spec.classes
-        self.blocks: Any  # a module list: attributes of modules have no types
+        self.blocks: Any  # a module list; the attributes of its modules have no types
         if checkpoint.transformer is not None:
             self.transformer: Any = checkpoint.transformer()
             self.blocks = self.transformer.transformer_blocks
-            self.evaluate = self._diffusers_square if self.spec.grid[0] == self.spec.grid[1] else self._diffusers_other
+            self.evaluate = self._run_diffusers if self.spec.grid[0] == self.spec.grid[1] else self._run_diffusers_parts
         else:
             with SkippedInitialization():
                 self.transformer = DiT(self.spec, checkpoint.channels)
@@ -75,14 +76,14 @@ class Reference:
             self.transformer.load_state_dict(state, assign=True)
             self.transformer.eval().requires_grad_(False)
             self.blocks = self.transformer.blocks
-            self.evaluate = self._official
+            self.evaluate = self._run_official
 
-    def _diffusers_square(self, z: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    def _run_diffusers(self, z: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         output: Tensor = self.transformer(z, timestep=t, class_labels=labels).sample
         return output
 
-    def _diffusers_other(self, z: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """diffusers' own modules in its own order; its ``forward`` only reshapes tokens to squares."""
+    def _run_diffusers_parts(self, z: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        """diffusers' own modules in its own order, for images that are not square; its ``forward`` makes squares."""
         model = self.transformer
         x = model.pos_embed(z)
         for block in model.transformer_blocks:
@@ -94,15 +95,15 @@ class Reference:
         x = torch.einsum("nhwpqc->nchpwq", x.reshape(-1, h, w, p, p, self.checkpoint.channels))
         return x.reshape(-1, self.checkpoint.channels, h * p, w * p)
 
-    def _official(self, z: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    def _run_official(self, z: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         output: Tensor = self.transformer(z, t, labels)
-        return output[:, : self.spec.output_channels]  # SiT drops a second half
+        return output[:, : self.spec.output_channels]  # SiT drops the second half
 
-    def predicted(self, z: Tensor, t: Tensor, labels: Tensor, guidance: float) -> tuple[Tensor, Tensor]:
+    def predict(self, z: Tensor, t: Tensor, labels: Tensor, guidance: float) -> tuple[Tensor, Tensor]:
         """Guided prediction ``[B, C, H, W]`` and the conditional branch's variance channels.
 
         Guidance acts on all channels as in ``DiTPipeline``, or on the first three as in the official
-        ``forward_with_cfg``: the others are the conditional branch's.
+        ``forward_with_cfg``; the other channels are the conditional branch's.
         """
         if guidance == 1:
             output = self.evaluate(z.to(self.dtype), t, labels).to(z.dtype)
@@ -118,8 +119,8 @@ class Reference:
     def loop(self, name: str, steps: int, generators: list[torch.Generator]) -> Iterator[LoopStep]:
         """The reference's own sampling loop.
 
-        At another precision than FP32 diffusers' tables are made in float64: that those of the FP32 reference are off
-        is part of every difference from it, an engine's too.
+        At another precision than FP32 diffusers' arrays are made in float64. The FP32 reference's own arrays are
+        slightly off, and this error is part of every difference from the reference, also of an engine's.
         """
         diffusion, learned = self.checkpoint.diffusion, self.spec.learned_variance
         if diffusion.path is not None:
@@ -135,28 +136,28 @@ class Reference:
 
     @property
     def table_dtype(self) -> torch.dtype:
-        """Of what is around the modules: float64 with them in FP64, else float32."""
+        """The dtype of guidance and sampler: float64 if the modules compute in FP64, else float32."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     @contextlib.contextmanager
     def observe(self) -> Iterator[Observation]:
-        """What goes through the network inside of this block."""
+        """Collect the tensors that go through the network inside this block."""
         seen = Observation()
         spec = self.spec
 
-        def entering(_: Any, inputs: Any) -> None:
+        def see_input(_: Any, inputs: Any) -> None:
             seen.tokens.append(inputs[0].clone())
             if spec.conditioning == "in-context":
                 seen.conditions.append(inputs[0][:, spec.tokens :].clone())
 
-        hooks = [self.blocks[0].register_forward_pre_hook(entering)]
+        hooks = [self.blocks[0].register_forward_pre_hook(see_input)]
         hooks += [
             block.register_forward_hook(lambda _, __, output: seen.blocks.append(output.clone()))
             for block in self.blocks
         ]
         hooks += [
             module.register_forward_hook(lambda _, __, output: seen.conditions.append(output.clone()))
-            for module in self._conditioning()
+            for module in self._find_conditioning_modules()
         ]
         try:
             yield seen
@@ -164,8 +165,8 @@ class Reference:
             for hook in hooks:
                 hook.remove()
 
-    def _conditioning(self) -> list[nn.Module]:
-        """The modules that make a block's condition of timestep and label."""
+    def _find_conditioning_modules(self) -> list[nn.Module]:
+        """The modules that compute conditions from timestep and label."""
         model = self.transformer
         if self.checkpoint.transformer is not None:
             return [*(block.norm1.linear for block in self.blocks), model.proj_out_1]
@@ -175,8 +176,8 @@ class Reference:
             return []
         return [*(block.adaLN_modulation for block in self.blocks), model.final_layer.adaLN_modulation]
 
-    def conditioning_table(self, seen: Observation) -> Tensor:
-        """The conditions of an evaluation of N rows ``[N, …]``, arranged as a bundle's conditioning table."""
+    def table_from_observation(self, seen: Observation) -> Tensor:
+        """The conditions of an evaluation of N rows, arranged as a bundle's conditioning table ``[N, …]``."""
         if self.spec.conditioning == "in-context":
             return seen.conditions[0]  # (N, 2, D)
         if self.spec.conditioning == "cross-attention":
@@ -187,12 +188,12 @@ class Reference:
 
     @contextlib.contextmanager
     def at_precision(self, dtype: torch.dtype) -> Iterator[None]:
-        """The same modules with weights and activations of another dtype; FP32 again afterwards, bit by bit."""
+        """Run the modules in another dtype inside this block; afterwards they are FP32 again, bit by bit."""
         modules = (self.transformer, self.checkpoint.autoencoder)
         tensors = [t for module in modules for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
-        # FP64 holds every FP32 number, so there the originals need no memory of their own.
+        # FP64 holds every FP32 number, so the originals need not be kept.
         originals = [None if dtype == torch.float64 else tensor.data for tensor in tensors]
-        # Tensors made in inference mode cannot take the place of others.
+        # Tensors made in inference mode cannot replace others.
         with torch.inference_mode(False), torch.no_grad():
             for tensor in tensors:
                 tensor.data = tensor.data.to(dtype)
@@ -206,8 +207,8 @@ class Reference:
                 for tensor, original in zip(tensors, originals, strict=True):
                     tensor.data = tensor.data.float() if original is None else original
 
-    def decoded(self, z: Tensor) -> Tensor:
-        """Latents → float images ``[B, 3, H, W]``, not clamped."""
+    def decode(self, z: Tensor) -> Tensor:
+        """Float images ``[B, 3, H, W]`` from latents, not clamped."""
         config = self.checkpoint.autoencoder.config
         latents = 1 / config.scaling_factor * z
         if config.shift_factor:
@@ -215,8 +216,8 @@ class Reference:
         images: Tensor = self.checkpoint.autoencoder.decode(latents.to(self.dtype)).sample
         return images.to(z.dtype)
 
-    def encoded(self, images: np.ndarray[Any, np.dtype[np.uint8]]) -> dict[str, Tensor]:
-        """uint8 images → mean and, of a posterior, standard deviation, as the sampler's latents."""
+    def encode(self, images: np.ndarray[Any, np.dtype[np.uint8]]) -> dict[str, Tensor]:
+        """Mean and, with a posterior, standard deviation of uint8 images ``[B, H, W, 3]``, as the sampler's latents."""
         autoencoder = self.checkpoint.autoencoder
         scale, shift = autoencoder.config.scaling_factor, autoencoder.config.shift_factor or 0.0
         outside = self.table_dtype
@@ -227,15 +228,15 @@ class Reference:
         return {"mean": (posterior.mean.to(outside) - shift) * scale, "std": posterior.std.to(outside) * scale}
 
     @staticmethod
-    def images(decoded: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """As ``DiTPipeline`` and ``numpy_to_pil`` make them: uint8 ``[B, H, W, 3]``."""
+    def images_from_decoded(decoded: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """Images ``[B, H, W, 3]`` in uint8, as ``DiTPipeline`` and ``numpy_to_pil`` make them."""
         scaled = (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().numpy()
         images: np.ndarray[Any, np.dtype[np.uint8]] = (scaled * 255).round().astype("uint8")
         return images
 
 
 def official_positions(width: int, grid: tuple[int, int]) -> Tensor:
-    """The official ``get_2d_sincos_pos_embed`` ``[1, T, D]``, with a grid that need not be square."""
+    """The official ``get_2d_sincos_pos_embed`` ``[1, T, D]``; the grid need not be square."""
     columns, rows = np.meshgrid(np.arange(grid[1], dtype=np.float64), np.arange(grid[0], dtype=np.float64))
     omega = 1.0 / 10000 ** (np.arange(width // 4, dtype=np.float64) / (width / 4.0))
     parts = []
@@ -246,9 +247,9 @@ def official_positions(width: int, grid: tuple[int, int]) -> Tensor:
 
 
 class _WideAccumulation(TorchFunctionMode):
-    """FP16 products as a GPU makes them: FP16 operands and results, FP32 in between.
+    """FP16 products as a GPU computes them: FP16 operands and results, FP32 sums.
 
-    PyTorch's own FP16 products on a CPU without FP16 instructions are up to a thousand times slower than FP32's.
+    On a CPU without FP16 instructions PyTorch's own FP16 products are up to a thousand times slower than FP32 products.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,13 +1,13 @@
-"""The limits a bundle carries for its own verification, per precision that an engine computes in.
+"""The limits that a bundle carries for its own verification, by the precision that an engine computes in.
 
-``TOLERANCES`` are absolute, the net below the error budget: max |Δ| over the largest reference magnitude unless the
-name says otherwise. Beside each limit stands the largest value measured on the committed Fashion-MNIST model (``make
-demo`` prints it) and, for FP16, on DiT-XL/2 with random weights (``dit-verify``), with ONNX Runtime on a CPU; for BF16
-with OpenVINO on the same Fashion-MNIST model.
+``TOLERANCES`` are absolute limits, the net below the error budget: max |Δ| over the largest reference magnitude, if the
+name does not say otherwise. Beside each limit stands the largest value measured with ONNX Runtime on a CPU: on the
+committed Fashion-MNIST model (``make demo`` prints it) and, for FP16, on DiT-XL/2 with random weights (``dit-verify``).
+The values for BF16 were measured with OpenVINO on the Fashion-MNIST model.
 
-``THRESHOLDS`` are the error budget's: how many times PyTorch's own error in the same precision an engine's may be. Each
-is twice the largest ratio over ten draws of seeds, timesteps, labels and guidance scales, on two models and three
-engines; ``benchmarks/budget.py`` prints the distribution, ``benchmarks/budget.json`` is what it printed.
+``THRESHOLDS`` are the limits of the error budget: how many times PyTorch's own error in the same precision an engine's
+error may be. Each is twice the largest ratio over ten draws of seeds, timesteps, labels and guidance scales, on two
+models and three engines. ``benchmarks/budget.py`` prints the distribution; ``benchmarks/budget.json`` is its output.
 """
 
 TOLERANCES: dict[str, dict[str, float]] = {

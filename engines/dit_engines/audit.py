@@ -14,9 +14,14 @@ from dit_engines.kernels import Kernel, by_profile
 from dit_engines.recipe import can_fuse_attention
 from dit_runtime.backends.tensorrt.memory import in_words
 from dit_runtime.bundle.manifest import ModelSpec, PrecisionSpec
+from dit_runtime.bundle.precision import TENSORRT_DATATYPES, Precision, is_kept
+from dit_runtime.core.decode import decode
 
-# Of the work outside the units that a policy keeps in FP32. Measured: 100 % in every graph of every variant.
-FP16_SHARE = 0.99
+# Of the work outside the units that a policy keeps in FP32, the least in the graph's own precision. Measured: 100 % in
+# every graph of every variant.
+LEAST_SHARE = 0.99
+# Precisions that this audit can judge.
+JUDGED = (Precision.FP32, Precision.FP16)
 # Where datatypes are not told: an engine's weights over the bundle's, which FP32 would double (RTX's are within
 # 10 %), and what a plan may have besides, in bytes, where its weights alone are not told either.
 WEIGHTS_MOST, CODE_BYTES = 1.5, 24_000_000
@@ -67,13 +72,16 @@ class ProfileAudit:
         """Share of all multiply-adds with a known datatype that are in FP16."""
         known = [*self.multiplied.items(), *self.kept.items()]
         total = sum(count for dtype, count in known if dtype)
-        return sum(count for dtype, count in known if dtype == "Half") / total if total else 0.0
+        half = TENSORRT_DATATYPES[Precision.FP16]
+        return sum(count for dtype, count in known if dtype == half) / total if total else 0.0
 
-    @property
-    def asked_share(self) -> float:
-        """As ``fp16_share``, of the units that should be FP16; 1 where no datatype is known."""
+    def share_in(self, precision: Precision) -> float:
+        """Share of the multiply-adds in a precision, outside the units that the policy keeps in FP32.
+
+        Of those with a known datatype; 1 where none is known.
+        """
         total = sum(count for dtype, count in self.multiplied.items() if dtype)
-        return self.multiplied.get("Half", 0) / total if total else 1.0
+        return self.multiplied.get(TENSORRT_DATATYPES[precision], 0) / total if total else 1.0
 
     @property
     def known_share(self) -> float:
@@ -92,12 +100,8 @@ class Audit:
 
 
 def audit_from_json(raw: Mapping[str, Any]) -> Audit:
-    """An audit as a sidecar holds it. Raises KeyError or TypeError for anything else."""
-    profiles = [
-        ProfileAudit(**{**profile, "largest": [LargeKernel(**item) for item in profile["largest"]]})
-        for profile in raw["profiles"]
-    ]
-    return Audit(raw["weights_bytes"], profiles)
+    """An audit as a sidecar holds it. Raises DecodeError for anything else."""
+    return decode(Audit, raw, "audit")
 
 
 def audit_of(
@@ -142,7 +146,7 @@ def _profile(kernels: Sequence[Kernel], macs: Mapping[str, int], size: int, keep
         own = 0
         for node in sorted(set(kernel.nodes) & macs.keys()):
             share = macs[node] // makers[node]  # of a node that several kernels do, each is taken to do as much
-            counts = found.kept if _is_kept(node, keep_fp32) else found.multiplied
+            counts = found.kept if is_kept(unit_of_node(node), keep_fp32) else found.multiplied
             counts[kernel.dtype] = counts.get(kernel.dtype, 0) + share
             own += share
         sizes.append((own, kernel))
@@ -157,8 +161,9 @@ def _profile(kernels: Sequence[Kernel], macs: Mapping[str, int], size: int, keep
     return found
 
 
-def _is_kept(node: str, keep_fp32: Sequence[str]) -> bool:
-    return any(node.startswith((f"{unit}.", f"{unit}/")) for unit in keep_fp32)
+def unit_of_node(node: str) -> str:
+    """``blocks.0.mlp.fc1/MatMul`` → ``blocks.0.mlp.fc1``: the unit of the precision policy that an ONNX node is in."""
+    return node.partition("/")[0]
 
 
 def find_problems(
@@ -168,21 +173,26 @@ def find_problems(
 
     Where the builder does not tell datatypes, the size of the weights does: ``bundle_bytes`` are the graph's own.
     """
-    if precision.name != "fp16":
-        return []
+    if precision.name not in JUDGED:
+        return [f"{graph}: precision {precision.name} is unknown to the audit, which knows {' and '.join(JUDGED)}"]
     found = []
-    told = all(profile.known_share >= (TOLD_SHARE if graph in CODERS else FP16_SHARE) for profile in audit.profiles)
-    if not told and bundle_bytes is not None and audit.weights_bytes > WEIGHTS_MOST * bundle_bytes + CODE_BYTES:
+    half, word = precision.name == Precision.FP16, precision.name.upper()
+    told = all(profile.known_share >= (TOLD_SHARE if graph in CODERS else LEAST_SHARE) for profile in audit.profiles)
+    if (
+        half
+        and not told
+        and bundle_bytes is not None
+        and audit.weights_bytes > WEIGHTS_MOST * bundle_bytes + CODE_BYTES
+    ):
         found.append(
             f"{graph}: its weights take {in_words(audit.weights_bytes)}, the bundle's {in_words(bundle_bytes)}, so "
             "that they are not FP16, and the builder does not tell"
         )
     for index, profile in enumerate(audit.profiles):
         where = f"{graph}, profile {index}"
-        if graph not in precision.keep_fp32 and profile.asked_share < FP16_SHARE:
-            found.append(
-                f"{where}: {profile.asked_share:.1%} of the multiply-adds are FP16 where {FP16_SHARE:.0%} should be"
-            )
+        share = profile.share_in(precision.name)
+        if share < LEAST_SHARE and not is_kept(graph, precision.keep_fp32):
+            found.append(f"{where}: {share:.1%} of the multiply-adds are {word} where {LEAST_SHARE:.0%} should be")
         expected = expected_attentions(model, precision)
         if graph == "step" and profile.fused_attention < expected:
             found.append(f"{where}: {profile.fused_attention} of {expected} attentions fused")
@@ -191,15 +201,18 @@ def find_problems(
 
 def expected_attentions(model: ModelSpec, precision: PrecisionSpec) -> int:
     """How many attentions of the step a FP16 builder should fuse: those of blocks that the policy does not keep."""
-    if precision.name != "fp16" or not can_fuse_attention(model):
+    if precision.name != Precision.FP16 or not can_fuse_attention(model):
         return 0
-    kept = [block for block in range(model.depth) if any(_in_block(unit, block) for unit in precision.keep_fp32)]
+    kept = [block for block in range(model.depth) if _keeps_attention(precision, block)]
     return model.attentions // model.depth * (model.depth - len(kept))
 
 
-def _in_block(unit: str, block: int) -> bool:
-    name = f"blocks.{block}"
-    return unit in ("blocks", name) or unit.startswith((f"{name}.attn", f"{name}.cross"))
+def _keeps_attention(precision: PrecisionSpec, block: int) -> bool:
+    """Whether the policy keeps an attention of a block in FP32, or a part of one."""
+    units = (f"blocks.{block}.attn", f"blocks.{block}.cross_attn")
+    return any(
+        is_kept(unit, precision.keep_fp32) or is_kept(kept, [unit]) for unit in units for kept in precision.keep_fp32
+    )
 
 
 def find_unknowns(audit: Audit, graph: str) -> list[str]:
@@ -207,5 +220,5 @@ def find_unknowns(audit: Audit, graph: str) -> list[str]:
     return [
         f"{graph}, profile {index}: the builder tells the datatype of {profile.known_share:.0%} of the multiply-adds"
         for index, profile in enumerate(audit.profiles)
-        if profile.known_share < FP16_SHARE
+        if profile.known_share < LEAST_SHARE
     ]

@@ -1,7 +1,8 @@
-"""Engines from a bundle: compiled, audited, and stored only when they pass."""
+"""An engine from a bundle: its graphs compiled and audited, and stored only when the audit passes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ from dit_engines.engine_store import (
     BuiltEngine,
     explain_rebuild,
     find_engine,
+    find_timing_cache,
     find_twin,
     folder_name,
     identity_of,
     link_plans,
     lock_store,
-    pinned_cache,
     sidecar_of,
     write_sidecar,
 )
@@ -36,35 +37,38 @@ def engine_from_bundle(
     bundle: Bundle,
     recipe: Recipe,
     store: Path | None = None,
-    place: BuildHost | None = None,
+    host: BuildHost | None = None,
     timing_cache: Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> BuiltEngine:
-    """Compile a bundle's graphs, or find them compiled.
+    """Compile a bundle's graphs, or find the engine in the store.
 
     A stored engine is used again when everything that decides what a build makes is the same (``identity_of``) and its
-    plans still have their hashes. Where another process is building the same engine, this one waits for it.
+    plans still have their hashes. When another process builds the same engine, this process waits for it.
 
     Args:
         bundle: at the size in use.
         recipe: shapes and limits.
         store: where engines are kept; None is the bundle's own ``engines`` folder.
-        place: where it is built; None looks for it.
-        timing_cache: of an earlier build, to choose the same kernels; None is that of the store's last build here.
+        host: where the engine is built; None finds it by the recipe's target.
+        timing_cache: of an earlier build, to choose the same kernels; None takes the cache of the store's last build on
+            this host.
+        say: told when this process has to wait for another.
 
     Raises:
-        BuildError: the library is missing, a graph cannot be built, or the audit found less than was asked for.
+        BuildError: the library is missing, a graph cannot be built, or the engine does not pass its audit.
         BundleError: a file of the bundle is missing or altered.
         OutputError: the store cannot be written, or is full.
     """
-    place = place or build_host_for(recipe.target, recipe.compute_capability)
+    host = host or build_host_for(recipe.target, recipe.compute_capability)
     store = store or bundle.engines
     graphs = graphs_of(bundle)
-    identity = identity_of(bundle, recipe, place, graphs, None if timing_cache is None else _digest(timing_cache))
+    identity = identity_of(bundle, recipe, host, graphs, None if timing_cache is None else _digest_of(timing_cache))
     folder = store / folder_name(bundle, recipe, identity)
     if (engine := find_engine(folder, recipe)) is not None:
         return engine
     check_writable(folder, STORE_OPTION)
-    with lock_store(folder) as waited:
+    with lock_store(folder, say) as waited:
         if waited and (engine := find_engine(folder, recipe)) is not None:
             return engine
         twin = find_twin(store, identity, recipe)
@@ -76,14 +80,14 @@ def engine_from_bundle(
                     check_audit(bundle, graph)  # the other bundle may have asked for less
                 why = (f"{twin.folder.name} has the same plans, made for another export of the same graphs",)
             else:
-                cache = timing_cache or pinned_cache(store, place)
-                built = compile_graphs(bundle, recipe, place, graphs, temporary, cache)
+                cache = timing_cache or find_timing_cache(store, host)
+                built = compile_graphs(bundle, recipe, host, graphs, temporary, cache)
             digest = sha256_of(temporary / TIMING_CACHE)
-            write_sidecar(temporary, sidecar_of(bundle, recipe, place, identity, built, digest))
+            write_sidecar(temporary, sidecar_of(bundle, recipe, host, identity, built, digest))
     return BuiltEngine(
         folder=folder,
         bundle=bundle.digest,
-        builder=f"{place.library} {place.version}",
+        builder=f"{host.library} {host.version}",
         recipe=recipe,
         graphs=built,
         reused=twin is not None,
@@ -93,12 +97,12 @@ def engine_from_bundle(
 
 
 def graphs_of(bundle: Bundle) -> tuple[str, ...]:
-    """The graphs of a bundle that are built."""
+    """The graphs of a bundle that an engine holds."""
     return tuple(graph for graph in BUILT_GRAPHS if graph in bundle.manifest.graphs)
 
 
 def as_json(engine: BuiltEngine) -> dict[str, Any]:
-    """An engine for ``--json``: the sidecar's figures, with what is derived from them."""
+    """An engine for ``--json``: the sidecar's figures, and the shares that follow from them."""
     graphs = []
     for built in engine.graphs:
         item = built.as_json()
@@ -118,11 +122,11 @@ def as_json(engine: BuiltEngine) -> dict[str, Any]:
     }
 
 
-def _digest(path: Path) -> str:
+def _digest_of(path: Path) -> str:
     try:
         return sha256_of(path)
     except OSError as error:
         raise BuildError(
             f"{path}: cannot be read as a timing cache ({error.strerror}); leave --timing-cache out, or name the "
-            f"{TIMING_CACHE} of an engine"
+            f"{TIMING_CACHE} in an engine's folder"
         ) from error

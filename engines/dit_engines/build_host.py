@@ -1,4 +1,4 @@
-"""Where an engine is built and will run: the library, its version, and the GPU."""
+"""Where an engine is built: the library, its version, and the GPU that the engine is for."""
 
 from __future__ import annotations
 
@@ -17,10 +17,15 @@ DEFAULT_RTX = "8.9"
 
 @dataclass(frozen=True)
 class BuildHost:
-    """``gpu`` and ``driver`` are None where engines are built ahead of time, for another machine, and ``memory_bytes``
-    where it is not known which.
+    """The library that builds, and the GPU that it builds for.
 
-    ``shared_memory`` is whether GPU and system share one; ``workspace_bytes`` the most that a kernel may use.
+    Attributes:
+        library, version: as ``tensorrt_api.TensorRT`` has them.
+        compute_capability: of the GPU that engines are for.
+        gpu, driver: of the GPU here; None when engines are built ahead of time, for another machine.
+        memory_bytes: the GPU's; None when nobody says which GPU it is.
+        shared_memory: whether GPU and system share one memory.
+        workspace_bytes: the most that a kernel may use besides its tensors.
     """
 
     library: str
@@ -46,42 +51,46 @@ def build_host_for(
     compute_capability: str | None = None,
     *,
     command: str = "",
-    present: Callable[[], DeviceFacts] = device,
-    imported: Callable[[str], tensorrt_api.TensorRT] = tensorrt_api.library,
+    find_gpu: Callable[[], DeviceFacts] = device,
+    import_library: Callable[[str], tensorrt_api.TensorRT] = tensorrt_api.library,
 ) -> BuildHost:
-    """Where a target is built, checked to be here.
+    """Where a target is built. The device of a target that is built on its device must be the one here.
 
     Args:
         target: a name of ``TARGETS``.
         compute_capability: of the GPU that ``rtx`` is built for.
-        command: to run on the device, for the message that says so.
-        present: asks for the GPU here.
-        imported: imports a library.
+        command: for the message that says to run it on the device.
+        find_gpu: gives the facts of the GPU here.
+        import_library: imports a library by its name.
 
     Raises:
         BuildError: the target's device is not the one here, or the library has no kernels for it.
-        EngineError: the library is missing; or for ``this``, the GPU or its driver.
+        EngineError: the library is missing; for target ``this``, the GPU or its driver is missing.
     """
     chosen = target_named(target)
     if chosen.library == "tensorrt_rtx":
-        return _ahead_of_time(chosen, compute_capability or chosen.compute_capability or DEFAULT_RTX, imported)
+        return _host_ahead_of_time(
+            chosen, compute_capability or chosen.compute_capability or DEFAULT_RTX, import_library
+        )
     try:
-        facts = present()
+        facts = find_gpu()
     except EngineError as error:
         if target == "this":
             raise EngineError(f"target this needs a GPU: {error}") from error
-        raise BuildError(f"{_elsewhere(chosen)} None is here ({error}). {_there(chosen, command)}") from error
-    if target != "this" and not _is(chosen, facts):
+        raise BuildError(
+            f"{_name_device(chosen)} This machine has no such GPU ({error}). {_tell_to_build_there(chosen, command)}"
+        ) from error
+    if target != "this" and not _is_device_of(chosen, facts):
         here = f"sm_{facts.compute_capability.replace('.', '')} ({facts.name})"
-        raise BuildError(f"{_elsewhere(chosen)} This is {here}. {_there(chosen, command)}")
+        raise BuildError(f"{_name_device(chosen)} This is {here}. {_tell_to_build_there(chosen, command)}")
     if target == "this":
-        chosen = next((item for item in TARGETS.values() if item.device and _is(item, facts)), chosen)
+        chosen = next((item for item in TARGETS.values() if item.device and _is_device_of(item, facts)), chosen)
     try:
-        library = imported("tensorrt")
+        library = import_library("tensorrt")
     except EngineError:
         if target != "this" or facts.compute_capability not in RTX_COMPUTE_CAPABILITIES:
             raise
-        return _ahead_of_time(TARGETS["rtx"], facts.compute_capability, imported)
+        return _host_ahead_of_time(TARGETS["rtx"], facts.compute_capability, import_library)
     check_kernels(library.name, library.numbers, facts.compute_capability, chosen.least)
     return BuildHost(
         library=library.name,
@@ -95,10 +104,10 @@ def build_host_for(
     )
 
 
-def _ahead_of_time(
-    target: Target, compute_capability: str, imported: Callable[[str], tensorrt_api.TensorRT]
+def _host_ahead_of_time(
+    target: Target, compute_capability: str, import_library: Callable[[str], tensorrt_api.TensorRT]
 ) -> BuildHost:
-    library = imported("tensorrt_rtx")
+    library = import_library("tensorrt_rtx")
     return BuildHost(
         library.name,
         library.version,
@@ -108,21 +117,21 @@ def _ahead_of_time(
     )
 
 
-def _is(target: Target, facts: DeviceFacts) -> bool:
-    """By compute capability and a word of the GPU's name; the Orins have the same and differ by their memory."""
+def _is_device_of(target: Target, facts: DeviceFacts) -> bool:
+    """Whether a GPU is the target's: by compute capability and a word of its name; the Orins differ by their memory."""
     if target.library != "tensorrt" or target.device is None or facts.compute_capability != target.compute_capability:
         return False
     if re.search(rf"\b{target.gpu}\b", facts.name) is None:
         return False
-    # CUDA reports somewhat less than the data sheet, and each name has a smaller model with half of the memory.
+    # CUDA reports somewhat less than the data sheet, and of each name there is a model with half of the memory.
     gigabytes = facts.memory_bytes / 1e9
     return not target.shared_memory or 0.35 * target.device.memory_gb < gigabytes < 1.15 * target.device.memory_gb
 
 
-def _elsewhere(target: Target) -> str:
+def _name_device(target: Target) -> str:
     capability = (target.compute_capability or "").replace(".", "")
     return f"target {target.name} (sm_{capability}): TensorRT compiles on the GPU itself."
 
 
-def _there(target: Target, command: str) -> str:
+def _tell_to_build_there(target: Target, command: str) -> str:
     return f"Copy the bundle to the device and run there: {command or f'dit-build BUNDLE --target {target.name}'}"

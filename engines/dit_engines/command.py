@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dit_runtime.commands.common import (
     Parser,
@@ -14,6 +16,11 @@ from dit_runtime.commands.common import (
     print_json,
     run,
 )
+
+if TYPE_CHECKING:  # imported after the arguments are parsed
+    from dit_engines.build_host import BuildHost
+    from dit_engines.recipe import Recipe
+    from dit_runtime.bundle.reader import Bundle
 
 EXAMPLES = (
     "dit-build my.bundle --target rtx",
@@ -24,12 +31,49 @@ EXAMPLES = (
 )
 
 
+@dataclass(frozen=True)
+class BuildRequest:
+    """The checked arguments of ``dit-build``.
+
+    ``command`` is the command line itself, for a message that says to run it on another device.
+    """
+
+    command: str
+    bundle: Path
+    target: str
+    compute_capability: str | None
+    batches: tuple[int, ...]
+    branches: tuple[int, ...]
+    rows: int
+    static: bool
+    size: tuple[int, int] | None
+    decode_tile: int | None
+    aux_streams: int | None
+    timing_cache: Path | None
+    store: Path | None
+    explain: bool
+    repeat: int | None
+    tensorrt_version: tuple[int, ...] | None
+    json: bool
+
+
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the command."""
-    run("dit-build", lambda: _main(sys.argv[1:] if argv is None else argv))
+    run("dit-build", lambda: _run_command(sys.argv[1:] if argv is None else argv))
 
 
-def _parser() -> Parser:
+def _run_command(argv: list[str]) -> int:
+    parser = _make_parser()
+    args = parser.parse_args(argv)
+    if args.list_targets:
+        return _print_targets(args.json)
+    request = _request_from_args(parser, args, shlex.join(["dit-build", *argv]))
+    if args.print_trtexec:
+        return _print_trtexec(request)
+    return _print_spread(request) if request.repeat else _print_engine(request)
+
+
+def _make_parser() -> Parser:
     parser = Parser(
         "dit-build",
         "Compile a bundle's graphs for a target and audit what the builder made. TensorRT-RTX builds ahead of time: no "
@@ -42,16 +86,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--compute-capability", help="of the GPU, for target rtx: 8.9 is Ada, 12.0 is Blackwell (default: 8.9)"
     )
-    parser.add_argument(
-        "--batch", type=_numbers, default="4", help="most images in one call; 1,4,8 are profiles of 1, 2-4 and 5-8"
-    )
-    parser.add_argument("--branches", type=_numbers, default="1,2", help="guidance branches, a profile for each")
-    parser.add_argument("--rows", type=positive, default=1024, help="most rows of the conditioning table")
-    parser.add_argument("--static", action="store_true", help="for the numbers of --batch and --branches only")
-    parser.add_argument("--size", type=image_size, metavar="HEIGHTxWIDTH", help="of images (default: the bundle's)")
-    parser.add_argument(
-        "--decode-tile", type=positive, metavar="N", help="a decoder for tiles of NxN latents, which needs less memory"
-    )
+    _add_shapes(parser)
     parser.add_argument(
         "--aux-streams", type=int, metavar="N", help="most streams beside the first (default: the library's choice)"
     )
@@ -73,71 +108,46 @@ def _parser() -> Parser:
     return parser
 
 
-def _main(argv: list[str]) -> int:
-    parser = _parser()
-    args = parser.parse_args(argv)
-    if args.list_targets:
-        return _list_targets(args.json)
+def _add_shapes(parser: Parser) -> None:
+    parser.add_argument(
+        "--batch", type=_numbers, default="4", help="most images in one call; 1,4,8 are profiles of 1, 2-4 and 5-8"
+    )
+    parser.add_argument("--branches", type=_numbers, default="1,2", help="guidance branches, a profile for each")
+    parser.add_argument("--rows", type=positive, default=1024, help="most rows of the conditioning table")
+    parser.add_argument("--static", action="store_true", help="for the numbers of --batch and --branches only")
+    parser.add_argument("--size", type=image_size, metavar="HEIGHTxWIDTH", help="of images (default: the bundle's)")
+    parser.add_argument(
+        "--decode-tile", type=positive, metavar="N", help="a decoder for tiles of NxN latents, which needs less memory"
+    )
+
+
+def _request_from_args(parser: Parser, args: argparse.Namespace, command: str) -> BuildRequest:
     if args.bundle is None:
         parser.error("expected a bundle, or --list-targets")
     if args.aux_streams is not None and args.aux_streams < 0:
         parser.error(f"--aux-streams {args.aux_streams}: expected a whole number from 0")
-
-    from dit_engines.build_host import build_host_for
-    from dit_runtime.bundle.reader import TILE, open_bundle
-
-    bundle = open_bundle(args.bundle).at(args.size)
-    if args.print_trtexec:
-        return _print_trtexec(args)
-    place = build_host_for(args.target, args.compute_capability, command=shlex.join(["dit-build", *argv]))
-
-    from dit_engines.build import as_json, engine_from_bundle, graphs_of
-    from dit_engines.listings import format_engine
-    from dit_engines.preflight import built_graphs, check_memory, need_at
-    from dit_engines.recipe import recipe_for
-    from dit_engines.repeat import format_spread, measure_on_gpu, repeat_builds
-
-    recipe = recipe_for(
-        args.target,
-        place.compute_capability,
-        args.batch,
-        args.branches,
-        args.rows,
-        args.decode_tile,
+    return BuildRequest(
+        command=command,
+        bundle=args.bundle,
+        target=args.target,
+        compute_capability=args.compute_capability,
+        batches=args.batch,
+        branches=args.branches,
+        rows=args.rows,
         static=args.static,
-        version=place.numbers,
-        library=place.library,
-        workspace_bytes=place.workspace_bytes,
-        auxiliary_streams=args.aux_streams,
+        size=args.size,
+        decode_tile=args.decode_tile,
+        aux_streams=args.aux_streams,
+        timing_cache=args.timing_cache,
+        store=args.store,
+        explain=args.explain,
+        repeat=args.repeat,
+        tensorrt_version=args.tensorrt_version,
+        json=args.json,
     )
-    check_memory(bundle, recipe, place, graphs_of(bundle))
-    tile = args.decode_tile
-    unknown = tile is not None and tile < max(bundle.manifest.model.latent_size)
-    unknown = unknown and not bundle.has_records(f"{TILE}{tile}")
-    if unknown:
-        print(
-            f"dit-build: {bundle.path} has no record of tiles of {tile}, so that dit-verify cannot judge this engine; "
-            f"dit-export --decode-tile {tile} makes one",
-            file=sys.stderr,
-        )
-    if args.repeat:
-        measured = None if unknown else measure_on_gpu(bundle, recipe, place)
-        spread = repeat_builds(bundle, recipe, place, args.repeat, args.timing_cache, measured)
-        if args.json:
-            print_json(spread.as_json())
-        else:
-            print(format_spread(spread))
-        return 0
-    engine = engine_from_bundle(bundle, recipe, args.store, place, args.timing_cache)
-    need = need_at(bundle, recipe, built_graphs(engine.graphs), recipe.batch, estimated=False)
-    if args.json:
-        print_json({**as_json(engine), "memory_bytes": need.total})
-    else:
-        print(format_engine(engine, bundle, need, args.explain))
-    return 0
 
 
-def _list_targets(json: bool) -> int:
+def _print_targets(json: bool) -> int:
     from dit_engines.targets import TARGETS, format_targets
 
     if json:
@@ -147,28 +157,101 @@ def _list_targets(json: bool) -> int:
     return 0
 
 
-def _print_trtexec(args: argparse.Namespace) -> int:
-    from dit_engines.recipe import recipe_for
+def _print_trtexec(request: BuildRequest) -> int:
     from dit_engines.trtexec import trtexec_commands
     from dit_runtime.bundle.reader import open_bundle
 
-    recipe = recipe_for(
-        args.target,
-        args.compute_capability,
-        args.batch,
-        args.branches,
-        args.rows,
-        args.decode_tile,
-        static=args.static,
-        version=args.tensorrt_version,
-        auxiliary_streams=args.aux_streams,
-    )
-    commands = trtexec_commands(open_bundle(args.bundle).at(args.size), recipe)
-    if args.json:
+    bundle = open_bundle(request.bundle).at(request.size)
+    commands = trtexec_commands(bundle, _recipe_for(request))
+    if request.json:
         print_json(commands)
     else:
         print("\n".join(commands))
     return 0
+
+
+def _print_spread(request: BuildRequest) -> int:
+    """Build several times, keep nothing, and print how much the builds differ."""
+    bundle, host, recipe = _prepare_build(request)
+
+    from dit_engines.repeat import format_spread, measure_on_gpu, repeat_builds
+
+    assert request.repeat is not None
+    measure = measure_on_gpu(bundle, recipe, host) if _can_be_verified(bundle, request) else None
+    spread = repeat_builds(bundle, recipe, host, request.repeat, request.timing_cache, measure)
+    if request.json:
+        print_json(spread.as_json())
+    else:
+        print(format_spread(spread))
+    return 0
+
+
+def _print_engine(request: BuildRequest) -> int:
+    """Build the engine, or find it in the store, and print what it is."""
+    bundle, host, recipe = _prepare_build(request)
+
+    from dit_engines.build import as_json, engine_from_bundle
+    from dit_engines.listings import format_engine
+    from dit_engines.preflight import built_graphs, need_at
+
+    engine = engine_from_bundle(bundle, recipe, request.store, host, request.timing_cache, _say)
+    need = need_at(bundle, recipe, built_graphs(engine.graphs), recipe.batch, estimated=False)
+    if request.json:
+        print_json({**as_json(engine), "memory_bytes": need.total})
+    else:
+        print(format_engine(engine, bundle, need, request.explain))
+    return 0
+
+
+def _prepare_build(request: BuildRequest) -> tuple[Bundle, BuildHost, Recipe]:
+    """Everything that can be refused before a build; says on stderr what does not stop it."""
+    from dit_engines.build import graphs_of
+    from dit_engines.build_host import build_host_for
+    from dit_engines.preflight import check_memory
+    from dit_runtime.bundle.reader import open_bundle
+
+    bundle = open_bundle(request.bundle).at(request.size)
+    host = build_host_for(request.target, request.compute_capability, command=request.command)
+    recipe = _recipe_for(request, host)
+    check_memory(bundle, recipe, host, graphs_of(bundle))
+    if not _can_be_verified(bundle, request):
+        _say(
+            f"{bundle.path} has no record of tiles of {request.decode_tile}, so dit-verify cannot judge this engine; "
+            f"dit-export --decode-tile {request.decode_tile} makes one"
+        )
+    return bundle, host, recipe
+
+
+def _recipe_for(request: BuildRequest, host: BuildHost | None = None) -> Recipe:
+    """The recipe of a build on ``host``, or without one as trtexec builds it."""
+    from dit_engines.recipe import recipe_for
+
+    return recipe_for(
+        request.target,
+        host.compute_capability if host else request.compute_capability,
+        request.batches,
+        request.branches,
+        request.rows,
+        request.decode_tile,
+        static=request.static,
+        version=host.numbers if host else request.tensorrt_version,
+        library=host.library if host else None,
+        workspace_bytes=host.workspace_bytes if host else None,
+        auxiliary_streams=request.aux_streams,
+    )
+
+
+def _can_be_verified(bundle: Bundle, request: BuildRequest) -> bool:
+    """Whether the bundle has records of what the engine will decode at once: an image, or a tile of that size."""
+    from dit_runtime.bundle.reader import TILE
+
+    tile = request.decode_tile
+    whole = tile is None or tile >= max(bundle.manifest.model.latent_size)
+    return whole or bundle.has_records(f"{TILE}{tile}")
+
+
+def _say(line: str) -> None:
+    print(f"dit-build: {line}", file=sys.stderr)
 
 
 def _version(text: str) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Each graph compiled in a process of its own, and what came of it."""
+"""Compile each graph in a process of its own, and check what the process made."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ STEPS = 100  # of the progress bar, for each graph
 def compile_graphs(
     bundle: Bundle,
     recipe: Recipe,
-    place: BuildHost,
+    host: BuildHost,
     graphs: Sequence[str],
     folder: Path,
     timing_cache: Path | None = None,
 ) -> tuple[BuiltGraph, ...]:
-    """Compile graphs one after the other into ``folder``, each with the timing cache that the one before left.
+    """Compile graphs one after the other into ``folder``, each with the timing cache of the graph before it.
 
     Args:
         bundle: whose graphs.
         recipe: shapes and limits.
-        place: library and GPU.
+        host: library and GPU.
         graphs: names in the manifest.
-        folder: gets ``GRAPH.plan`` and ``timing.cache``.
-        timing_cache: to begin with.
+        folder: where ``GRAPH.plan`` and ``timing.cache`` are written.
+        timing_cache: of the first graph.
 
     Raises:
-        BuildError: a graph cannot be built, does not pass its audit, or the builder kept TF32 on.
+        BuildError: a graph cannot be built or does not pass its audit, or the builder kept TF32 on.
         BundleError: a file of the bundle is missing or altered.
         OutputError: the folder cannot be written, or is full.
     """
@@ -54,14 +54,14 @@ def compile_graphs(
     with Progress("building", STEPS * len(graphs)) as bar:
         for graph in graphs:
             bar.describe(f"building {graph} for {recipe.target} {recipe.compute_capability}")
-            built.append(_compiled(bundle, recipe, place, graph, folder, timing_cache, bar))
+            built.append(_compile_graph(bundle, recipe, host, graph, folder, timing_cache, bar))
             check_audit(bundle, built[-1])
             timing_cache = folder / TIMING_CACHE
     return tuple(built)
 
 
 def check_audit(bundle: Bundle, built: BuiltGraph) -> None:
-    """Raises BuildError where the builder made less than the bundle's precision asks for."""
+    """Raises BuildError when a plan is not what the bundle's precision asks for."""
     manifest, precision = bundle.manifest, bundle.manifest.precision
     weights = manifest.files[manifest.graphs[built.graph].weights].bytes
     if found := find_problems(built.audit, built.graph, manifest.model, precision, weights):
@@ -71,10 +71,10 @@ def check_audit(bundle: Bundle, built: BuiltGraph) -> None:
         )
 
 
-def _compiled(
+def _compile_graph(
     bundle: Bundle,
     recipe: Recipe,
-    place: BuildHost,
+    host: BuildHost,
     graph: str,
     folder: Path,
     timing_cache: Path | None,
@@ -85,7 +85,7 @@ def _compiled(
     plan = folder / f"{graph}.plan"
     profiles = profiles_of(bundle.manifest.graphs[graph], recipe, bundle.manifest)
     request = {
-        "library": place.library,
+        "library": host.library,
         "onnx": os.fspath(onnx),
         "plan": os.fspath(plan),
         "profiles": profiles,
@@ -95,10 +95,10 @@ def _compiled(
         "auxiliary_streams": recipe.auxiliary_streams,
         "timing_cache": None if timing_cache is None else os.fspath(timing_cache),
         "timing_cache_out": os.fspath(folder / TIMING_CACHE),
-        "keep_fp32": bundle.manifest.precision.keep_fp32 if graph == "step" else (),  # units of the others are whole
+        "keep_fp32": bundle.manifest.precision.keep_fp32 if graph == "step" else (),  # other graphs are one unit each
     }
     start = time.monotonic()
-    result, code, last_words = _answered(request, bar)
+    result, code, last_words = _run_worker(request, bar)
     if "error" in result:
         if result["full"]:
             raise OutputError(
@@ -110,12 +110,12 @@ def _compiled(
         raise BuildError(f"{onnx}: the builder process failed ({last_words}); report it")
     if "result" not in result:
         raise BuildError(
-            f"{onnx}: the builder process ended with {code}, most likely for want of memory; build with a smaller "
-            "--batch, or with other programs ended"
+            f"{onnx}: the builder process ended with {code}, most likely for want of memory; end other programs, or "
+            "build with a smaller --batch"
         )
     answer = result["result"]
     if answer["tf32"]:
-        raise BuildError(f"{onnx}: the builder kept TF32 on, which FP32 parity does not allow; report it")
+        raise BuildError(f"{onnx}: the builder left TF32 on, which FP32 parity does not allow; report it")
     return BuiltGraph(
         graph=graph,
         plan=plan.name,
@@ -127,10 +127,10 @@ def _compiled(
     )
 
 
-def _answered(request: dict[str, Any], bar: Progress) -> tuple[dict[str, Any], int | None, str]:
-    """The worker's last message, its exit code, and the last line of its stderr.
+def _run_worker(request: dict[str, Any], bar: Progress) -> tuple[dict[str, Any], int | None, str]:
+    """Run the worker on a request: its last message, its exit code, and the last line of its stderr.
 
-    Ctrl-C cancels its build, and ends it where that takes too long.
+    Ctrl-C cancels the worker's build, and ends the worker when it does not stop within ``CANCEL_SECONDS``.
     """
     result: dict[str, Any] = {}
     advanced = 0
@@ -142,7 +142,7 @@ def _answered(request: dict[str, Any], bar: Progress) -> tuple[dict[str, Any], i
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            with contextlib.suppress(BrokenPipeError):  # it ended at once; its exit code is the answer
+            with contextlib.suppress(BrokenPipeError):  # the worker ended at once; its exit code says why
                 process.stdin.write(json.dumps(request) + "\n")
                 process.stdin.flush()
             for line in process.stdout:
@@ -154,9 +154,9 @@ def _answered(request: dict[str, Any], bar: Progress) -> tuple[dict[str, Any], i
                 else:
                     result = message
         except BaseException:
-            _end(process)
+            _end_worker(process)
             raise
-        with contextlib.suppress(BrokenPipeError):  # what it did not read is still in the buffer
+        with contextlib.suppress(BrokenPipeError):  # the buffer may hold what the worker did not read
             process.stdin.close()
         process.wait()
         errors.seek(0)
@@ -165,8 +165,8 @@ def _answered(request: dict[str, Any], bar: Progress) -> tuple[dict[str, Any], i
     return result, process.returncode, last_words
 
 
-def _end(process: subprocess.Popen[str]) -> None:
-    """Cancel through the end of stdin, which the builder sees at its next step; then end the process."""
+def _end_worker(process: subprocess.Popen[str]) -> None:
+    """Close stdin, which cancels the build at the builder's next step; end a worker that does not stop."""
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError):
         process.stdin.close()

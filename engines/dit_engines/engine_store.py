@@ -1,34 +1,28 @@
-"""The writing side of the engine store: what names an engine, who may write it, and what of the old can be used again.
+"""The engine store as ``dit-build`` writes it: an engine's name, its sidecar, the lock, and what can be used again.
 
-An engine's folder is named after everything that decides what is in it: the bytes of the ONNX and its weights, recipe
-and profiles, library and version, GPU and driver. ``dit_runtime.backends.tensorrt.store`` reads what is written here.
+The name of an engine's folder has a hash of everything that decides what is in it: the ONNX files and their weights,
+recipe and profiles, library and version, GPU and driver. ``dit_runtime.backends.tensorrt.store`` reads the store.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from dit_engines.audit import Audit, audit_from_json
 from dit_engines.build_host import BuildHost
 from dit_engines.recipe import Recipe, profiles_of
-from dit_runtime.backends.tensorrt.store import (
-    SCHEMA,
-    SIDECAR,
-    Profile,
-    StoredEngine,
-    engine_from_sidecar,
-    read_sidecar,
-)
+from dit_runtime.backends.profiles import Profile
+from dit_runtime.backends.tensorrt.store import SCHEMA, SIDECAR, StoredEngine, engine_from_sidecar, read_sidecar
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import EngineError, OutputError
 from dit_runtime.core.files import sha256_of
@@ -39,7 +33,7 @@ STORE_OPTION = "--store"
 
 @dataclass(frozen=True)
 class BuiltGraph:
-    """A compiled graph: its plan's size and hash, profiles, audit, and the seconds it took."""
+    """A compiled graph: its plan's size and hash, profiles, audit, and the seconds that the build took."""
 
     graph: str
     plan: str
@@ -50,7 +44,7 @@ class BuiltGraph:
     audit: Audit
 
     def as_json(self) -> dict[str, Any]:
-        """As the sidecar holds it."""
+        """The graph as the sidecar has it."""
         return {
             **asdict(self),
             "weights_bytes": self.audit.weights_bytes,
@@ -60,10 +54,17 @@ class BuiltGraph:
 
 @dataclass(frozen=True)
 class BuiltEngine:
-    """What a folder of the engine store holds, and how it came there.
+    """An engine in the store.
 
-    ``reused``: it was there. ``explanation``: what differs from the nearest engine that was there, a line a field.
-    ``timing_cache``: the SHA-256 of the cache after the build.
+    Attributes:
+        folder: of the engine, in the store.
+        bundle: the bundle's digest.
+        builder: library and version.
+        recipe: what was asked for.
+        graphs: the compiled graphs.
+        reused: whether the engine or its plans were in the store before.
+        explanation: why they were not: each field that differs from the nearest engine in the store.
+        timing_cache: the SHA-256 of the cache after the build.
     """
 
     folder: Path
@@ -77,23 +78,23 @@ class BuiltEngine:
 
 
 def identity_of(
-    bundle: Bundle, recipe: Recipe, place: BuildHost, graphs: Sequence[str], timing_cache: str | None
+    bundle: Bundle, recipe: Recipe, host: BuildHost, graphs: Sequence[str], timing_cache: str | None
 ) -> dict[str, Any]:
     """Everything that decides what a build makes, field by field.
 
     Args:
         bundle: at the size in use.
         recipe: of the build.
-        place: where.
-        graphs: that are built.
-        timing_cache: the digest of one that the user named.
+        host: where the engine is built.
+        graphs: names of the graphs.
+        timing_cache: the digest of the cache that the user named; None without one.
     """
     manifest = bundle.manifest
     fields: dict[str, Any] = {
-        "library": place.library,
-        "TensorRT": place.version,
-        "GPU": place.gpu,
-        "driver": place.driver,
+        "library": host.library,
+        "TensorRT": host.version,
+        "GPU": host.gpu,
+        "driver": host.driver,
         "image size": list(manifest.image_size),
         "timing cache": timing_cache,
         **{name.replace("_", " "): value for name, value in recipe.as_json().items()},
@@ -103,12 +104,12 @@ def identity_of(
         fields[f"{name} ONNX"] = manifest.files[graph.file].sha256
         fields[f"{name} weights"] = manifest.files[graph.weights].sha256
         fields[f"{name} profiles"] = profiles_of(graph, recipe, manifest)
-    normal: dict[str, Any] = json.loads(json.dumps(fields))  # tuples as JSON gives them back
+    normal: dict[str, Any] = json.loads(json.dumps(fields))  # JSON has lists for tuples
     return normal
 
 
 def folder_name(bundle: Bundle, recipe: Recipe, identity: Mapping[str, Any]) -> str:
-    """The engine's folder in the store: target, GPU and a hash of all that matters."""
+    """The name of an engine's folder: target, compute capability, and a hash of the bundle and the identity."""
     text = json.dumps([SCHEMA, bundle.digest, identity], sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     return f"{recipe.target}-sm{recipe.compute_capability.replace('.', '')}-{digest}"
@@ -117,22 +118,22 @@ def folder_name(bundle: Bundle, recipe: Recipe, identity: Mapping[str, Any]) -> 
 def sidecar_of(
     bundle: Bundle,
     recipe: Recipe,
-    place: BuildHost,
+    host: BuildHost,
     identity: Mapping[str, Any],
     graphs: Sequence[BuiltGraph],
     timing_cache: str,
 ) -> dict[str, Any]:
-    """The sidecar of an engine that has passed its audit; TF32 was off in each of its builds."""
+    """The sidecar of an engine that passed its audit; TF32 was off in every build."""
     return {
         "schema": SCHEMA,
         "bundle": bundle.digest,
         "image_size": list(bundle.manifest.image_size),
-        "library": place.library,
-        "version": place.version,
+        "library": host.library,
+        "version": host.version,
         "target": recipe.target,
-        "compute_capability": place.compute_capability,
-        "gpu": place.gpu,
-        "driver": place.driver,
+        "compute_capability": host.compute_capability,
+        "gpu": host.gpu,
+        "driver": host.driver,
         "recipe": recipe.as_json(),
         "identity": dict(identity),
         "timing_cache": {"file": TIMING_CACHE, "sha256": timing_cache},
@@ -142,23 +143,23 @@ def sidecar_of(
 
 
 def write_sidecar(folder: Path, sidecar: Mapping[str, Any]) -> None:
-    """Write the sidecar into a folder that is not yet in its place."""
+    """Write the sidecar of an engine into its folder."""
     (folder / SIDECAR).write_text(json.dumps(sidecar, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def find_engine(folder: Path, recipe: Recipe) -> BuiltEngine | None:
-    """The engine in ``folder`` when its sidecar is sound and its plans have their hashes."""
+    """The engine in ``folder``; None when its sidecar is damaged or a plan does not have its hash."""
     try:
         raw = read_sidecar(folder)
         stored = engine_from_sidecar(folder, raw)
         for graph in stored.graphs:
             stored.plan(graph)
-        return _built(stored, raw, recipe)
+        return _engine_from_sidecar(stored, raw, recipe)
     except (EngineError, KeyError, TypeError, ValueError):
         return None
 
 
-def _built(stored: StoredEngine, raw: Mapping[str, Any], recipe: Recipe) -> BuiltEngine:
+def _engine_from_sidecar(stored: StoredEngine, raw: Mapping[str, Any], recipe: Recipe) -> BuiltEngine:
     graphs = []
     for item in raw["graphs"]:
         own = stored.graphs[item["graph"]]
@@ -181,15 +182,15 @@ def _built(stored: StoredEngine, raw: Mapping[str, Any], recipe: Recipe) -> Buil
 
 
 def find_twin(store: Path, identity: Mapping[str, Any], recipe: Recipe) -> BuiltEngine | None:
-    """A whole engine of the same content, made for another bundle: one that differs in its golden records, say."""
-    for folder, found in _identities(store):
+    """An engine with the same plans, made for another bundle: one that differs in its golden records, say."""
+    for folder, found in _identities_in(store):
         if found == identity and (engine := find_engine(folder, recipe)) is not None:
             return engine
     return None
 
 
 def link_plans(engine: BuiltEngine, folder: Path) -> tuple[BuiltGraph, ...]:
-    """Give an engine's plans and timing cache to another folder, without a second copy where the file system can."""
+    """Put an engine's plans and timing cache into another folder too: as links, or as copies where links fail."""
     for name in (*(graph.plan for graph in engine.graphs), TIMING_CACHE):
         try:
             os.link(engine.folder / name, folder / name)
@@ -198,14 +199,14 @@ def link_plans(engine: BuiltEngine, folder: Path) -> tuple[BuiltGraph, ...]:
     return tuple(replace(graph, seconds=0.0) for graph in engine.graphs)
 
 
-def pinned_cache(store: Path, place: BuildHost) -> Path | None:
-    """The timing cache of the last build here, by the same version on the same GPU, when it has its digest.
+def find_timing_cache(store: Path, host: BuildHost) -> Path | None:
+    """The timing cache of the store's last build by the same library on the same GPU; None when there is none.
 
-    With it a build chooses the kernels that the last one chose.
+    A build with this cache chooses the kernels that the last build chose. A cache without its digest is left out.
     """
     found: list[tuple[float, Path]] = []
-    wanted = (place.library, place.version, place.compute_capability, place.gpu, place.driver)
-    for folder in _folders(store):
+    wanted = (host.library, host.version, host.compute_capability, host.gpu, host.driver)
+    for folder in _folders_of(store):
         try:
             raw = read_sidecar(folder)
             path, digest = folder / TIMING_CACHE, raw["timing_cache"]["sha256"]
@@ -218,62 +219,59 @@ def pinned_cache(store: Path, place: BuildHost) -> Path | None:
 
 
 def explain_rebuild(store: Path, identity: Mapping[str, Any]) -> tuple[str, ...]:
-    """Why nothing in the store is what is asked for: the fields that differ from the nearest engine, before → now."""
+    """Why no engine in the store can be used: the fields that differ from the nearest engine, as before → now."""
     nearest: list[str] | None = None
-    for folder, found in _identities(store):
+    for folder, found in _identities_in(store):
         fields = [
-            f"{name}: {_shown(found.get(name))} → {_shown(identity.get(name))}"
+            f"{name}: {_short_text(found.get(name))} → {_short_text(identity.get(name))}"
             for name in {**found, **identity}
             if found.get(name) != identity.get(name)
         ]
         if not fields:
-            fields = [f"{folder.name}: its plans or sidecar are damaged, or were made for another export"]
+            fields = [f"{folder.name}: its plans or its sidecar are damaged, or it is for another export"]
         if nearest is None or len(fields) < len(nearest):
             nearest = fields
     return ("no engine in the store",) if nearest is None else tuple(nearest)
 
 
-def _shown(value: Any) -> str:
+def _short_text(value: Any) -> str:
     if isinstance(value, str) and len(value) == 64:
         return f"{value[:12]}…"
     text = "none" if value is None else value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 60 else f"{hashlib.sha256(text.encode()).hexdigest()[:12]}…"
 
 
-def _identities(store: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    for folder in _folders(store):
+def _identities_in(store: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    for folder in _folders_of(store):
         with contextlib.suppress(EngineError):
             if isinstance(found := read_sidecar(folder).get("identity"), dict):
                 yield folder, found
 
 
-def _folders(store: Path) -> list[Path]:
+def _folders_of(store: Path) -> list[Path]:
     return sorted(path.parent for path in store.glob(f"*/{SIDECAR}") if not path.parent.name.startswith("."))
 
 
 @contextlib.contextmanager
-def lock_store(folder: Path) -> Iterator[bool]:
-    """Keep others from building what will be ``folder``; gives whether another one had to be waited for.
+def lock_store(folder: Path, say: Callable[[str], None]) -> Iterator[bool]:
+    """Keep other processes from building ``folder``; gives whether this one had to wait for another.
+
+    ``say`` is told once when it has to wait.
 
     Raises:
-        OutputError: the store cannot be written.
+        OutputError: the store cannot be written, or the lock's file is a link.
     """
     path = folder.parent / f".{folder.name}.lock"
+    lock = FileLock(path)
     waited = False
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        while True:
-            file = path.open("w")
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                waited = True
-                print(f"dit-build: another one builds {folder.name}; waiting for it", file=sys.stderr)
-                fcntl.flock(file, fcntl.LOCK_EX)
-            # The one before removed its file: a lock on that keeps nobody out.
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                break
-            file.close()
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            waited = True
+            say(f"another process builds {folder.name}; waiting for it")
+            lock.acquire()
     except OSError as error:
         raise OutputError(
             f"{folder.parent}: cannot be written ({error.strerror or error}); choose another {STORE_OPTION}"
@@ -281,5 +279,5 @@ def lock_store(folder: Path) -> Iterator[bool]:
     try:
         yield waited
     finally:
-        path.unlink(missing_ok=True)
-        file.close()
+        path.unlink(missing_ok=True)  # while the lock is held: filelock takes no lock on a file that is gone
+        lock.release()

@@ -1,4 +1,4 @@
-"""Our own check of an ONNX file's external data, before any library follows its paths."""
+"""A check of an ONNX file's external data, before any library follows the paths in it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ if TYPE_CHECKING:
 
 
 def check_external_data(onnx_path: Path) -> None:
-    """Every weight of the graph lies inside its folder, in a regular file, within that file's length.
+    """Check that every weight of the graph lies in a plain file beside the ONNX file, within the file's length.
 
     Raises:
-        BundleError: a location that is absolute, climbs out, is a link or has other names, or a range past the end.
+        BundleError: a weight's location is absolute, leads to another folder or is a link, or its range ends past the
+            end of the file.
     """
     import onnx
 
@@ -29,7 +30,7 @@ def check_external_data(onnx_path: Path) -> None:
         entries = {entry.key: entry.value for entry in tensor.external_data}
         location = entries.get("location", "")
         if location not in sizes:
-            sizes[location] = _checked_size(onnx_path, folder, location)
+            sizes[location] = _size_of_weights(onnx_path, folder, location)
         offset, length = int(entries.get("offset", 0)), int(entries.get("length", 0))
         if offset < 0 or length < 0 or offset + length > sizes[location]:
             raise BundleError(
@@ -48,11 +49,11 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
                 yield from _tensors(inner)
 
 
-def _checked_size(onnx_path: Path, folder: Path, location: str) -> int:
+def _size_of_weights(onnx_path: Path, folder: Path, location: str) -> int:
     parts = PurePosixPath(location).parts
     path = folder / location
     if len(parts) != 1 or location in ("", ".", "..") or "\\" in location:
-        raise BundleError(f"{onnx_path}: weights at {location!r}, expected a file beside it; this bundle is not ours")
-    if path.is_symlink() or not path.is_file() or path.stat().st_nlink != 1:
-        raise BundleError(f"{path}: not a plain file of its own; copy or export the bundle again")
+        raise BundleError(f"{onnx_path}: weights at {location!r}, expected a file beside it; export the bundle again")
+    if path.is_symlink() or not path.is_file():
+        raise BundleError(f"{path}: not a plain file; copy or export the bundle again")
     return path.stat().st_size

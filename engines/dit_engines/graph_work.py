@@ -1,6 +1,6 @@
-"""What an ONNX graph asks for, at given input shapes: multiply-adds of each node, and how much lives at once.
+"""The work of an ONNX graph at given input shapes: multiply-adds of each node, and the memory alive at once.
 
-Read from the file without its weights, by ONNX's own shape inference.
+The file is read without its weights; ONNX's own shape inference gives the shapes.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ VIEWS = ("Reshape", "Squeeze", "Unsqueeze")  # the same memory under another sha
 
 @dataclass(frozen=True)
 class GraphWork:
-    """Of one graph at one set of input shapes.
+    """The work of one graph at one set of input shapes.
 
     Attributes:
         macs: multiply-adds of each MatMul, Gemm and Conv, by node name.
-        live_bytes: the largest sum of tensors alive at once, from the node that makes one to the last that reads it,
-            inputs and outputs of the graph apart. A builder that fuses needs less, and workspace comes on top.
+        live_bytes: the largest sum of tensors alive at once, without the graph's inputs and outputs. A tensor is alive
+            from the node that makes it to the last node that reads it. A builder that fuses nodes needs less; its
+            workspace comes on top.
     """
 
     macs: dict[str, int]
@@ -37,7 +38,7 @@ class GraphWork:
 
 
 def graph_work(onnx_path: Path, shapes: Mapping[str, Shape]) -> GraphWork:
-    """The work of a graph for inputs of ``shapes``. A node whose shape cannot be inferred counts for nothing."""
+    """The work of a graph for inputs of ``shapes``. A node with an unknown shape counts for nothing."""
     import onnx
 
     model = onnx.load(onnx_path, load_external_data=False)
@@ -49,24 +50,24 @@ def graph_work(onnx_path: Path, shapes: Mapping[str, Shape]) -> GraphWork:
             axis.dim_value = size
     for value in graph.output:
         value.type.tensor_type.ClearField("shape")
-    known = _inferred(model)
-    while _folded(graph, {name: sizes for name, (sizes, _) in known.items()}):
-        known = _inferred(model)
+    known = _infer_shapes(model)
+    while _fold_constants(graph, {name: sizes for name, (sizes, _) in known.items()}):
+        known = _infer_shapes(model)
     weights = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
 
     def shape(name: str) -> Shape | None:
         return weights.get(name) or (known[name][0] if name in known else None)
 
-    macs = {node.name: count for node in graph.node if (count := _macs(node, shape)) is not None}
+    macs = {node.name: count for node in graph.node if (count := _macs_of(node, shape)) is not None}
     outside = {value.name for value in (*graph.input, *graph.output)} | weights.keys()
     for node in reversed(graph.node):
         if node.op_type in VIEWS and node.output[0] in outside:
             outside.add(node.input[0])
-    return GraphWork(macs, _live_bytes(graph, {name: sizes for name, sizes in known.items() if name not in outside}))
+    return GraphWork(macs, _live_bytes_of(graph, {name: sizes for name, sizes in known.items() if name not in outside}))
 
 
-def _inferred(model: onnx.ModelProto) -> dict[str, tuple[Shape, int]]:
-    """Shape and bytes of an element, of each tensor whose shape is known in all axes."""
+def _infer_shapes(model: onnx.ModelProto) -> dict[str, tuple[Shape, int]]:
+    """Shape and bytes of an element of each tensor whose axes are all known."""
     import onnx
 
     graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
@@ -79,8 +80,8 @@ def _inferred(model: onnx.ModelProto) -> dict[str, tuple[Shape, int]]:
     return known
 
 
-def _folded(graph: onnx.GraphProto, shapes: Mapping[str, Shape]) -> bool:
-    """Put constants in the place of arithmetic on known shapes, which inference does not follow to the end."""
+def _fold_constants(graph: onnx.GraphProto, shapes: Mapping[str, Shape]) -> bool:
+    """Replace arithmetic on known shapes with its result, which inference does not compute; whether any was left."""
     import onnx
     from onnx.reference import ReferenceEvaluator
 
@@ -109,7 +110,7 @@ def _folded(graph: onnx.GraphProto, shapes: Mapping[str, Shape]) -> bool:
     return changed
 
 
-def _macs(node: onnx.NodeProto, shape: Callable[[str], Shape | None]) -> int | None:
+def _macs_of(node: onnx.NodeProto, shape: Callable[[str], Shape | None]) -> int | None:
     if node.op_type not in ("MatMul", "Gemm", "Conv"):
         return None
     left, right, out = shape(node.input[0]), shape(node.input[1]), shape(node.output[0])
@@ -121,7 +122,7 @@ def _macs(node: onnx.NodeProto, shape: Callable[[str], Shape | None]) -> int | N
     return math.prod(out) * left[0 if transposed else -1]
 
 
-def _live_bytes(graph: onnx.GraphProto, tensors: Mapping[str, tuple[Shape, int]]) -> int:
+def _live_bytes_of(graph: onnx.GraphProto, tensors: Mapping[str, tuple[Shape, int]]) -> int:
     last = {name: index for index, node in enumerate(graph.node) for name in node.input}
     readers = Counter(name for node in graph.node for name in node.input)
     joined = {name for node in graph.node if node.op_type == "Concat" for name in node.input if readers[name] == 1}
@@ -130,7 +131,7 @@ def _live_bytes(graph: onnx.GraphProto, tensors: Mapping[str, tuple[Shape, int]]
         ending.setdefault(index, []).append(name)
 
     def size(name: str) -> int:
-        if name in joined:  # made in its place in the result
+        if name in joined:  # the builder writes it where the result lies
             return 0
         sizes, itemsize = tensors.get(name, ((0,), 0))
         return math.prod(sizes) * itemsize

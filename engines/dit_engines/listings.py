@@ -1,4 +1,4 @@
-"""What was built, as text for a terminal."""
+"""An engine as text for a terminal."""
 
 from __future__ import annotations
 
@@ -44,19 +44,19 @@ def format_engine(engine: BuiltEngine, bundle: Bundle, need: Need, explain: bool
 
 
 def profile_name(built: BuiltGraph, index: int, recipe: Recipe) -> str:
-    """``step B≤4 G=2``: a graph, and what its profile takes where there are several."""
+    """``step B=5-8 G=2``: a graph, and the batch and branches of its profile when the graph has several."""
     profile = built.profiles[index]
     words = [built.graph]
     (first, *_) = profile
     if built.graph == "step":
         branches, batch = (sorted({points[axis] for points in profile["rows"]}) for axis in (0, 1))
         if len(recipe.batches) > 1 or recipe.static:
-            words.append(f"B={_range(batch)}")
-        words.append(f"G={_range(branches)}")
+            words.append(f"B={_range_text(batch)}")
+        words.append(f"G={_range_text(branches)}")
     elif len(built.profiles) > 1:
-        words.append(f"B={_range(sorted({points[0] for points in profile[first]}))}")
+        words.append(f"B={_range_text(sorted({points[0] for points in profile[first]}))}")
     return " ".join(words)
 
 
-def _range(sizes: list[int]) -> str:
+def _range_text(sizes: list[int]) -> str:
     return str(sizes[0]) if sizes[0] == sizes[-1] else f"{sizes[0]}-{sizes[-1]}"

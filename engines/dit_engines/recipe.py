@@ -1,4 +1,4 @@
-"""What to build: a target's properties and the shapes an engine is specialized for."""
+"""What to build: a target's properties, and the shapes that an engine takes."""
 
 from __future__ import annotations
 
@@ -8,31 +8,30 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dit_engines.targets import RTX_COMPUTE_CAPABILITIES, target_named
-from dit_runtime.backends.host_loop import row_bytes
-from dit_runtime.backends.tensorrt.store import Profile, Shape
+from dit_runtime.backends.conditioning import TableLimits, row_bytes
+from dit_runtime.backends.profiles import Profile, Shape
 from dit_runtime.bundle.manifest import GraphSpec, Manifest, ModelSpec
 from dit_runtime.core.errors import BuildError
-from dit_runtime.sampling.batch import CONDITIONER_BYTES
 
 USUAL_STEPS = 50
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One engine per graph, for one compute capability.
+    """What an engine is built for: one plan of each graph, for one compute capability.
 
     Attributes:
         target: a name of ``TARGETS``.
         compute_capability: such as ``8.9``.
         batches: the largest numbers of images in a call, rising: 1, 4, 8 are the ranges 1, 2 to 4 and 5 to 8.
-        branches: the guidance branch counts G, rising.
-        rows: the largest conditioning table.
-        decode_tile: side of the latents that the decoder takes at once, None for all of an image's.
-        static: one profile for each of ``batches`` and ``branches`` exactly, and nothing between.
-        several_profiles: False where the library allows one profile: G is its dynamic axis, the batch is fixed.
+        branches: the counts G of guidance branches, rising.
+        rows: the most rows of the conditioning table.
+        decode_tile: side of the latents that the decoder takes at once; None is a whole image's.
+        static: whether there is a profile for each of ``batches`` and ``branches`` exactly, and for nothing between.
+        several_profiles: False when the library allows one profile: G is its dynamic axis, the batch is fixed.
         workspace_bytes: the most that a kernel may use besides its tensors.
-        optimization_level: the builder's, None for the library's own.
-        auxiliary_streams: the most of them, None for the library's choice.
+        optimization_level: the builder's; None is the library's own.
+        auxiliary_streams: the most streams beside the first; None is the library's choice.
     """
 
     target: str
@@ -75,14 +74,14 @@ def recipe_for(
     Args:
         target: a name of ``TARGETS``.
         compute_capability: of the GPU; None is the target's own.
-        batches: see ``Recipe``; a number is a range from 1.
+        batches: see ``Recipe``; one number is the range from 1 to it.
         branches: see ``Recipe``.
         rows: see ``Recipe``.
         decode_tile: see ``Recipe``.
         static: see ``Recipe``.
-        version: of the library that will build, which decides how many profiles there may be; None is the oldest that
-            has kernels for the target.
-        library: that will build, where it is not the target's.
+        version: of the library that will build, which decides how many profiles there may be; None is the oldest
+            version with kernels for the target.
+        library: that will build, when it is not the target's.
         workspace_bytes: see ``Recipe``; None is the target's.
         auxiliary_streams: see ``Recipe``.
 
@@ -91,7 +90,7 @@ def recipe_for(
     """
     chosen = target_named(target)
     library = library or chosen.library
-    capability = _capability(target, library, chosen.compute_capability, compute_capability)
+    capability = _capability_for(target, library, chosen.compute_capability, compute_capability)
     sizes = (batches,) if isinstance(batches, int) else tuple(sorted(batches))
     counts = tuple(sorted(branches))
     if not counts or counts[0] < 1 or len(set(counts)) != len(counts):
@@ -103,10 +102,10 @@ def recipe_for(
         )
     limit = chosen.profile_limit(version or chosen.least) if library == "tensorrt" else None
     if limit == 1 and len(sizes) * (len(counts) if static else 1) > 1:
-        what = f"batches {_text(sizes)}" + (f" and branches {_text(counts)}" if static else "")
+        what = f"batches {_join(sizes)}" + (f" and branches {_join(counts)}" if static else "")
         raise BuildError(
-            f"{what}: TensorRT {_text(version or chosen.least, '.')} builds right engines with one optimization "
-            "profile only (fixed in 10.8); build an engine for each, such as --batch 1"
+            f"{what}: TensorRT {_join(version or chosen.least, '.')} builds right engines with one optimization "
+            "profile only (fixed in 10.8); build an engine for each, for example with --batch 1"
             + (" --branches 2" if static else "")
         )
     return Recipe(
@@ -124,10 +123,10 @@ def recipe_for(
     )
 
 
-def _capability(target: str, library: str, own: str | None, given: str | None) -> str:
+def _capability_for(target: str, library: str, own: str | None, given: str | None) -> str:
     capability = given or own
     if capability is None:
-        raise BuildError(f"target {target}: say for which GPU, with --compute-capability; 8.9 is Ada, 12.0 Blackwell")
+        raise BuildError(f"target {target}: name the GPU with --compute-capability; 8.9 is Ada, 12.0 is Blackwell")
     if own is not None and given not in (None, own):
         raise BuildError(f"target {target} has compute capability {own}, got {given}; choose target rtx or this")
     if library == "tensorrt_rtx" and capability not in RTX_COMPUTE_CAPABILITIES:
@@ -138,7 +137,7 @@ def _capability(target: str, library: str, own: str | None, given: str | None) -
     return capability
 
 
-def _text(numbers: Sequence[int], separator: str = ",") -> str:
+def _join(numbers: Sequence[int], separator: str = ",") -> str:
     return separator.join(map(str, numbers))
 
 
@@ -151,23 +150,23 @@ def profiles_of(graph: GraphSpec, recipe: Recipe, manifest: Manifest) -> list[Pr
     axes = {axis for tensor in graph.inputs for axis in tensor.shape if isinstance(axis, str)}
     usual = 2 if 2 in recipe.branches else recipe.branches[-1]  # G=2 is classifier-free guidance
     counts = recipe.branches if "branches" in axes else (usual,)
-    ranges = _ranges(recipe) if "batch" in axes else [(1, 1, 1)]
+    ranges = _batch_ranges_of(recipe) if "batch" in axes else [(1, 1, 1)]
     if not recipe.several_profiles and not recipe.static and len(counts) > 1:
         spans = [(counts[0], usual, counts[-1])]
     else:
         spans = [(count, count, count) for count in counts]
-    return [_profile(graph, recipe, manifest, batch, span) for batch, span in itertools.product(ranges, spans)]
+    return [_profile_for(graph, recipe, manifest, batch, span) for batch, span in itertools.product(ranges, spans)]
 
 
-def _ranges(recipe: Recipe) -> list[tuple[int, int, int]]:
-    """Least, usual and largest batch of each profile. One image is the case to be fastest at."""
+def _batch_ranges_of(recipe: Recipe) -> list[tuple[int, int, int]]:
+    """Least, usual and largest batch of each profile. The first profile is tuned for one image."""
     if recipe.static or not recipe.several_profiles:
         return [(size, size, size) for size in recipe.batches]
     least = [1, *(size + 1 for size in recipe.batches[:-1])]
     return [(low, 1 if low == 1 else high, high) for low, high in zip(least, recipe.batches, strict=True)]
 
 
-def _profile(
+def _profile_for(
     graph: GraphSpec, recipe: Recipe, manifest: Manifest, batch: tuple[int, int, int], branches: tuple[int, int, int]
 ) -> Profile:
     height, width = manifest.model.latent_size
@@ -181,7 +180,7 @@ def _profile(
     most = recipe.rows
     if any(tensor.name == manifest.table.name for tensor in graph.outputs):
         # The conditioner computes no more rows in one call, and the block that all contexts share grows with them.
-        most = min(most, max(CONDITIONER_BYTES // row_bytes(manifest.table), 2))
+        most = min(most, max(TableLimits().conditioner_bytes // row_bytes(manifest.table), 2))
     # Of 50 steps, with the null class's rows where there is guidance.
     rows = (1, min(USUAL_STEPS * branches[1], most), most)
 

@@ -1,4 +1,4 @@
-"""The same build several times over: how much of what a builder makes is chance."""
+"""The same build several times: how much the plans differ when nothing else does."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from dit_engines.build import graphs_of
 from dit_engines.build_host import BuildHost
 from dit_engines.compile import compile_graphs
 from dit_engines.engine_store import (
-    STORE_OPTION,
     TIMING_CACHE,
     BuiltGraph,
     identity_of,
@@ -20,7 +19,6 @@ from dit_engines.engine_store import (
     write_sidecar,
 )
 from dit_engines.recipe import Recipe
-from dit_runtime.backends.open import Engine
 from dit_runtime.backends.tensorrt.api import library
 from dit_runtime.backends.tensorrt.cuda import CudaRuntime
 from dit_runtime.backends.tensorrt.engine import TensorRtEngine
@@ -34,15 +32,15 @@ from dit_runtime.bench.parts import (
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import OutputError
 from dit_runtime.core.files import sha256_of
-from dit_runtime.verify.verification import measure_rungs
+from dit_runtime.verify.verification import verification_of
 
 STEPS, CALLS = 20, 20  # of a timed loop, and of each part
 
 
 @dataclass(frozen=True)
 class OnDevice:
-    """What only the GPU can tell of a build: the largest parity error of its forwards, and median milliseconds of a
-    step (guided where there is guidance) and of the decoder, for one image.
+    """What a build does on its GPU: the largest parity error of its forwards, and median milliseconds for one image of
+    a step (with guidance when the engine has it) and of the decoder.
     """
 
     error: float
@@ -50,15 +48,15 @@ class OnDevice:
     decoder_ms: float
 
 
-Measured = Callable[[Path, Sequence[BuiltGraph]], OnDevice]  # of the plans in a folder
+Measure = Callable[[Path, Sequence[BuiltGraph]], OnDevice]  # runs the plans in a folder
 
 
 @dataclass(frozen=True)
 class GraphSpread:
-    """One graph over the builds: each build's figures, in their order.
+    """One graph in all builds: the figures of each build, in their order.
 
     ``kernels``, ``fused_attention`` and ``activation_bytes`` have a row for each build and a number for each profile;
-    ``distinct_plans`` counts different SHA-256.
+    ``distinct_plans`` counts the plans' different SHA-256.
     """
 
     graph: str
@@ -72,7 +70,7 @@ class GraphSpread:
 
 @dataclass(frozen=True)
 class Spread:
-    """All graphs over the builds, and what the GPU told of each build where there is one."""
+    """All graphs in all builds, and what each build does on the GPU when there is one."""
 
     builds: int
     builder: str
@@ -86,20 +84,20 @@ class Spread:
 def repeat_builds(
     bundle: Bundle,
     recipe: Recipe,
-    place: BuildHost,
+    host: BuildHost,
     builds: int,
     timing_cache: Path | None = None,
-    measured: Measured | None = None,
+    measure: Measure | None = None,
 ) -> Spread:
-    """Build ``builds`` times, beside the store: nothing is kept.
+    """Build ``builds`` times in temporary folders: nothing is kept.
 
     Args:
         bundle: at the size in use.
         recipe: shapes and limits.
-        place: library and GPU.
+        host: library and GPU.
         builds: how many.
-        timing_cache: each build begins with it; None begins with nothing, which shows the most spread.
-        measured: runs a build; None where no GPU can.
+        timing_cache: that each build begins with; None begins with nothing, which shows the most spread.
+        measure: runs a build's plans; None when no GPU here can.
 
     Raises:
         BuildError: a build fails, or does not pass its audit.
@@ -110,43 +108,39 @@ def repeat_builds(
     try:
         for _ in range(builds):
             with tempfile.TemporaryDirectory(prefix="dit-build-") as name:
-                run = compile_graphs(bundle, recipe, place, graphs_of(bundle), Path(name), timing_cache)
-                if measured is not None:
-                    on_device.append(measured(Path(name), run))
+                run = compile_graphs(bundle, recipe, host, graphs_of(bundle), Path(name), timing_cache)
+                if measure is not None:
+                    on_device.append(measure(Path(name), run))
                 runs.append(run)
     except OSError as error:
-        raise OutputError(f"no room for plans ({error}); set TMPDIR to another place than {STORE_OPTION}'s") from error
-    graphs = tuple(_spread(graphs) for graphs in zip(*runs, strict=True))
-    return Spread(builds, f"{place.library} {place.version}", graphs, tuple(on_device) if measured else None)
+        raise OutputError(f"no room for plans ({error}); set TMPDIR to a folder on another disk") from error
+    graphs = tuple(_spread_of(graphs) for graphs in zip(*runs, strict=True))
+    return Spread(builds, f"{host.library} {host.version}", graphs, tuple(on_device) if measure else None)
 
 
-def measure_on_gpu(bundle: Bundle, recipe: Recipe, place: BuildHost) -> Measured | None:
-    """How to run plans that this GPU built: against the reference, and against the clock.
-
-    None where engines are built ahead of time, for no GPU that is known to be here.
-    """
-    if place.gpu is None:
+def measure_on_gpu(bundle: Bundle, recipe: Recipe, host: BuildHost) -> Measure | None:
+    """A function that verifies and times plans that the GPU here built; None when engines are built ahead of time."""
+    if host.gpu is None:
         return None
-    identity = identity_of(bundle, recipe, place, graphs_of(bundle), None)
+    identity = identity_of(bundle, recipe, host, graphs_of(bundle), None)
 
-    def measured(folder: Path, graphs: Sequence[BuiltGraph]) -> OnDevice:
+    def measure(folder: Path, graphs: Sequence[BuiltGraph]) -> OnDevice:
         digest = sha256_of(folder / TIMING_CACHE)
-        write_sidecar(folder, sidecar_of(bundle, recipe, place, identity, graphs, digest))
-        opened = TensorRtEngine(bundle, stored_engine(folder), library(place.library), CudaRuntime())
-        engine = cast(Engine, opened)
+        write_sidecar(folder, sidecar_of(bundle, recipe, host, identity, graphs, digest))
+        engine = TensorRtEngine(bundle, stored_engine(folder), library(host.library), CudaRuntime())
         try:
-            rungs = measure_rungs(bundle, engine, quick=True)
+            rungs = verification_of(bundle, engine, quick=True).rungs
             parts = time_parts(bundle, engine, 1, STEPS, CALLS)
         finally:
-            opened.close()
+            engine.close()
         error = max(rung.value for rung in rungs if rung.name.startswith("forward"))
         step = parts[GUIDED if GUIDED in parts else PLAIN]
         return OnDevice(error, step.p50_ms, parts[DECODER].p50_ms)
 
-    return measured
+    return measure
 
 
-def _spread(graphs: Sequence[BuiltGraph]) -> GraphSpread:
+def _spread_of(graphs: Sequence[BuiltGraph]) -> GraphSpread:
     profiles = [built.audit.profiles for built in graphs]
     return GraphSpread(
         graph=graphs[0].graph,
@@ -160,26 +154,26 @@ def _spread(graphs: Sequence[BuiltGraph]) -> GraphSpread:
 
 
 def format_spread(spread: Spread) -> str:
-    """The spread as text for a terminal: one figure where all builds agree, least and most where they do not."""
+    """The spread as text for a terminal: one figure when all builds agree, else the least and the most."""
     lines = [
         f"{spread.builds} builds with {spread.builder}",
         f"{'graph':<14} {'seconds':>13} {'plan MB':>13} {'plans':>12} {'kernels':>15}",
     ]
     for graph in spread.graphs:
-        kernels = " ".join(_range(column, "d") for column in zip(*graph.kernels, strict=True))
+        kernels = " ".join(_range_text(column, "d") for column in zip(*graph.kernels, strict=True))
         plans = "identical" if graph.distinct_plans == 1 else f"{graph.distinct_plans} differ"
-        sizes = _range([size / 1e6 for size in graph.plan_bytes], ".2f")
-        lines.append(f"{graph.graph:<14} {_range(graph.seconds, '.1f'):>13} {sizes:>13} {plans:>12} {kernels:>15}")
+        sizes = _range_text([size / 1e6 for size in graph.plan_bytes], ".2f")
+        lines.append(f"{graph.graph:<14} {_range_text(graph.seconds, '.1f'):>13} {sizes:>13} {plans:>12} {kernels:>15}")
     if spread.on_device is None:
-        return "\n".join([*lines, "parity error and time: not measured, since they were built ahead of time"])
+        return "\n".join([*lines, "parity error and time: not measured, since the plans are for another machine"])
     columns = {
-        "parity error": _range([each.error for each in spread.on_device], ".2e"),
-        "step ms": _range([each.step_ms for each in spread.on_device], ".3f"),
-        "decoder ms": _range([each.decoder_ms for each in spread.on_device], ".3f"),
+        "parity error": _range_text([each.error for each in spread.on_device], ".2e"),
+        "step ms": _range_text([each.step_ms for each in spread.on_device], ".3f"),
+        "decoder ms": _range_text([each.decoder_ms for each in spread.on_device], ".3f"),
     }
     return "\n".join([*lines, *(f"{name}: {values}" for name, values in columns.items())])
 
 
-def _range(values: Sequence[float], form: str) -> str:
+def _range_text(values: Sequence[float], form: str) -> str:
     least, most = format(min(values), form), format(max(values), form)
     return least if least == most else f"{least} to {most}"

@@ -1,4 +1,4 @@
-"""Devices that bundles are meant for: what bounds their speed, and how engines are built for them."""
+"""The devices that engines are built for: what bounds their speed, and how to build for them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from dit_runtime.core.errors import BuildError
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU's peak figures: what no kernel exceeds, not what one reaches.
+    """A GPU's peak figures: no kernel exceeds them, and few come near.
 
-    ``memory_gb`` is what the data sheet calls it, shared with the system on a Jetson. ``bandwidth_gb_s`` counts 10⁹
-    bytes a second; ``fp16_tflops`` 10¹² operations a second on the tensor cores, dense, a multiply-add being two.
+    ``memory_gb`` is the data sheet's figure, shared with the system on a Jetson. ``bandwidth_gb_s`` is in 10⁹ bytes a
+    second; ``fp16_tflops`` in 10¹² operations a second on the tensor cores, dense, where a multiply-add is two.
     """
 
     name: str
@@ -51,17 +51,17 @@ RTX_4090 = Device("RTX 4090", "8.9", 24, 1008, 165.2)
 # RTX Blackwell white paper, table of the RTX 5090: 32 GB, 1792 GB/s, 209.5 TFLOPS with FP32 accumulation.
 RTX_5090 = Device("RTX 5090", "12.0", 32, 1792, 209.5)
 
-# Those that a plan of an export gives a roofline for.
+# The devices that dit-export --dry-run gives a roofline for.
 DEVICES = (ORIN_NANO, AGX_ORIN, THOR, L4, A100, H100, RTX_4090)
 
-# TensorRT-RTX 1.7 builds ahead of time for these, on any machine; for Turing (7.5) it has no FP32 matrix products, of
-# which the last layer is one.
+# TensorRT-RTX 1.7 builds ahead of time for these, on any machine. For Turing (7.5) it has no FP32 matrix products, and
+# the last layer is one.
 RTX_COMPUTE_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0", "12.1")
-# Optimization profiles beyond the first gave wrong results before this release (its notes list the fix).
+# Before this release, optimization profiles beyond the first gave wrong results (its notes list the fix).
 SEVERAL_PROFILES = (10, 8)
-# The only TensorRT this tool was written for and its bindings looked at.
+# The oldest TensorRT whose bindings the tests look into.
 LEAST = (10, 3)
-# Builds of TensorRT without kernels for a GPU that their version's other builds have: library, version, capability.
+# Builds of TensorRT without kernels for a GPU that other builds of the version have: library, version, capability.
 MISSING_KERNELS: dict[tuple[str, tuple[int, ...], str], str] = {
     ("tensorrt", (10, 13, 3), "8.7"): "this build of TensorRT is for Arm servers (SBSA) and has no kernels for Orin; "
     "install JetPack's own (10.3 with JetPack 6, 10.16 or later with JetPack 7.2)"
@@ -76,8 +76,8 @@ class Target:
     Attributes:
         name: as ``--target`` takes it.
         library: ``tensorrt``, which builds on the device itself, or ``tensorrt_rtx``, which builds anywhere.
-        compute_capability: None where it is the one of the GPU present, or the caller's to say.
-        device: the device's figures, of the largest model of its name; None where it may be any.
+        compute_capability: None when it is that of the GPU here, or when the caller names it.
+        device: the figures of the largest model of the device's name; None when the target is no certain device.
         gpu: a word of CUDA's name for the device.
         least: the first TensorRT that has kernels for it.
         releases: the TensorRT that comes with its platform, in words.
@@ -98,18 +98,18 @@ class Target:
     shared_memory: bool = False
 
     def profile_limit(self, version: tuple[int, ...]) -> int | None:
-        """The most optimization profiles that an engine of that library's version may have; None is any number."""
+        """The most optimization profiles that a version of the target's library allows; None is any number."""
         return 1 if self.library == "tensorrt" and version < SEVERAL_PROFILES else None
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "profiles": self.profiles_in_words()}
 
     def profiles_in_words(self) -> str:
-        """``any``, or how many on which version."""
+        """``any``, or the number before the version that allows any."""
         return "1 before 10.8" if self.profile_limit(self.least) else "any"
 
 
-# Workspace: an eighth of the device's memory, at most 8 GiB, which is more than any kernel of these graphs asks for.
+# Workspace: an eighth of the device's memory, at most 8 GiB: no kernel of these graphs asks for more.
 _JETPACK_ORIN = "10.3 (JetPack 6.1, 6.2), 10.16, 11.4.1+ (JetPack 7.2)"
 _DATACENTER = "10.3 to 11.x"
 TARGETS = {
@@ -145,7 +145,7 @@ def target_named(name: str) -> Target:
 
 
 def check_kernels(library: str, version: tuple[int, ...], compute_capability: str, least: tuple[int, ...]) -> None:
-    """Whether a build of TensorRT has kernels for a GPU, asked before it tries.
+    """Check before a build that this TensorRT has kernels for the GPU.
 
     Raises:
         BuildError: the version is too old for the GPU, or its build lacks the GPU's kernels.
@@ -153,12 +153,14 @@ def check_kernels(library: str, version: tuple[int, ...], compute_capability: st
     shown = ".".join(map(str, version))
     if version < least:
         needed = ".".join(map(str, least))
-        raise BuildError(f"TensorRT {shown} is too old for sm_{_digits(compute_capability)}; install {needed} or later")
+        raise BuildError(
+            f"TensorRT {shown} is too old for sm_{_digits_of(compute_capability)}; install {needed} or later"
+        )
     if (reason := MISSING_KERNELS.get((library, version[:3], compute_capability))) is not None:
-        raise BuildError(f"TensorRT {shown} on sm_{_digits(compute_capability)}: {reason}")
+        raise BuildError(f"TensorRT {shown} on sm_{_digits_of(compute_capability)}: {reason}")
 
 
-def _digits(compute_capability: str) -> str:
+def _digits_of(compute_capability: str) -> str:
     return compute_capability.replace(".", "")
 
 

@@ -1,9 +1,9 @@
-"""The process that builds one engine: ``python -m dit_engines.worker``.
+"""The process that builds one plan: ``python -m dit_engines.worker``.
 
-A process of its own: the builder's memory is returned when it ends, and a crash in the compiler is an exit code. The
-first line of stdin is the request, as JSON; the end of stdin cancels, so that a builder never outlives its parent.
-Prints one JSON object per line: ``{"progress": share}`` while it works, at the end ``{"result": {…}}`` or
-``{"error": "…", "full": whether the disk was}``.
+When a process of its own ends, the builder's memory is free again, and a crash of the compiler is only an exit code.
+The first line of stdin is the request, as JSON. The end of stdin cancels the build, so that a builder never outlives
+its parent. The process prints one JSON object per line: ``{"progress": share}`` while it works, and at the end
+``{"result": {…}}`` or ``{"error": "…", "full": whether the disk is full}``.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _MEMORY = re.compile(r"Total (Weights|Activation) Memory: (\d+)")
 
 
 def main() -> None:
-    """Build what stdin asks for."""
+    """Build the plan that stdin asks for."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
     request = json.loads(sys.stdin.readline())
     cancelled = threading.Event()
     threading.Thread(target=_wait_for_end, args=(cancelled,), daemon=True).start()
     try:
-        _say({"result": _built(request, cancelled)})
+        _say({"result": _build_plan(request, cancelled)})
     except DiTError as error:
         _fail(str(error), full=False)
     except OSError as error:
@@ -48,7 +48,7 @@ def _fail(reason: str, full: bool) -> None:
 
 
 def _wait_for_end(cancelled: threading.Event) -> None:
-    while os.read(0, 4096):  # not sys.stdin, whose lock a thread must not hold when the interpreter ends
+    while os.read(0, 4096):  # not sys.stdin: a thread must not hold its lock when the interpreter ends
         pass
     cancelled.set()
 
@@ -58,9 +58,9 @@ def _say(message: dict[str, Any]) -> None:
 
 
 class _Share:
-    """One rising share of the work from the builder's nested phases, which are not told how they nest.
+    """The share of the work that is done, from the builder's nested phases; the builder does not say how they nest.
 
-    ``Building engine`` is the outermost; in each of its steps, the phase that reports is a part of that step.
+    ``Building engine`` is the outermost phase. Any other phase is a part of the outermost phase's current step.
     """
 
     OUTERMOST = "building engine"
@@ -68,7 +68,7 @@ class _Share:
     def __init__(self) -> None:
         self._done, self._steps, self._told = 0, 6, 0.0  # RTX 1.7 has six
 
-    def reported(self, phase: str, done: int, steps: int) -> None:
+    def update(self, phase: str, done: int, steps: int) -> None:
         inside = 0.0
         if phase.lower() == self.OUTERMOST:
             self._done, self._steps = done, max(steps, 1)
@@ -80,7 +80,7 @@ class _Share:
             _say({"progress": round(share, 3)})
 
 
-def _built(request: dict[str, Any], cancelled: threading.Event) -> dict[str, Any]:
+def _build_plan(request: dict[str, Any], cancelled: threading.Event) -> dict[str, Any]:
     library = tensorrt_api.library(request["library"])
     layers: list[str] = []
     memory: dict[str, list[int]] = {"Weights": [], "Activation": []}
@@ -92,8 +92,8 @@ def _built(request: dict[str, Any], cancelled: threading.Event) -> dict[str, Any
         elif found := _MEMORY.search(message):
             memory[found[1]].append(int(found[2]))
 
-    def reported(phase: str, done: int, steps: int) -> bool:
-        share.reported(phase, done, steps)
+    def report(phase: str, done: int, steps: int) -> bool:
+        share.update(phase, done, steps)
         return not cancelled.is_set()
 
     cache = request["timing_cache"]
@@ -102,7 +102,7 @@ def _built(request: dict[str, Any], cancelled: threading.Event) -> dict[str, Any
         Path(request["onnx"]),
         request["profiles"],
         log=log,
-        reported=reported,
+        reported=report,
         workspace_bytes=request["workspace_bytes"],
         optimization_level=request["optimization_level"],
         compute_capability=request["compute_capability"] if library.name == "tensorrt_rtx" else None,
@@ -114,14 +114,14 @@ def _built(request: dict[str, Any], cancelled: threading.Event) -> dict[str, Any
     _write(Path(request["timing_cache_out"]), built.timing_cache)
     kernels = kernels_from_log("\n".join(layers))
     activations, weights = memory["Activation"], max(memory["Weights"], default=plan.nbytes)
-    if library.name == "tensorrt":  # built on its GPU, so it can be asked
-        kernels, activations = _inspected(library, plan.data)
-    audit = _audited(kernels, activations, weights, request)
+    if library.name == "tensorrt":  # it builds on its GPU, so the plan can be loaded here
+        kernels, activations = _inspect_plan(library, plan.data)
+    audit = _audit_plan(kernels, activations, weights, request)
     return {"plan_bytes": plan.nbytes, "tf32": built.tf32, "audit": asdict(audit)}
 
 
-def _inspected(library: tensorrt_api.TensorRT, plan: memoryview) -> tuple[list[Kernel], list[int]]:
-    """Kernels and activation memory of a plan that this process has just built."""
+def _inspect_plan(library: tensorrt_api.TensorRT, plan: memoryview) -> tuple[list[Kernel], list[int]]:
+    """Kernels and activation memory of a plan that this process built."""
     own_logger = tensorrt_api.logger(library, lambda *_: None)
     runtime = tensorrt_api.runtime_of(library, own_logger)
     engine = tensorrt_api.engine_from_plan(runtime, plan)
@@ -130,7 +130,7 @@ def _inspected(library: tensorrt_api.TensorRT, plan: memoryview) -> tuple[list[K
     return kernels, [tensorrt_api.activation_bytes(engine, index) for index in profiles]
 
 
-def _audited(kernels: Sequence[Kernel], activations: Sequence[int], weights: int, request: dict[str, Any]) -> Audit:
+def _audit_plan(kernels: Sequence[Kernel], activations: Sequence[int], weights: int, request: dict[str, Any]) -> Audit:
     usual = [{name: tuple(points[1]) for name, points in profile.items()} for profile in request["profiles"]]
     work = [graph_work(Path(request["onnx"]), shapes).macs for shapes in usual]
     sizes = [*activations, *([0] * len(usual))][: len(usual)]

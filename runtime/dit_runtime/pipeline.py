@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from dit_runtime.backends.open import Engine, engine_for
+from dit_runtime.backends.base import Engine
+from dit_runtime.backends.open import engine_for
 from dit_runtime.bundle.manifest import ENCODER, Manifest
 from dit_runtime.bundle.reader import Bundle, open_bundle
 from dit_runtime.core.errors import SamplingError
-from dit_runtime.samplers.by_name import schedule_for, steps_skipped
+from dit_runtime.samplers.by_name import count_skipped_steps, schedule_for
 from dit_runtime.samplers.guidance import Branches, Guidance, branches_from_labels
 from dit_runtime.samplers.noise import CudaNoise, Float32
 from dit_runtime.samplers.schedule import Schedule
-from dit_runtime.sampling.batch import Advance, Batch, ImageRequest
+from dit_runtime.sampling.batch import Advance, Batch
 from dit_runtime.sampling.image_to_image import (
     STRENGTH,
     Init,
@@ -28,9 +29,10 @@ from dit_runtime.sampling.image_to_image import (
     schedule_from_start,
 )
 from dit_runtime.sampling.labels import Label, label_number, label_weights
+from dit_runtime.sampling.requests import ImageRequest
 from dit_runtime.sampling.settings import Settings
 from dit_runtime.sampling.tiles import check_tile, decode_in_tiles, images_from_decoded
-from dit_runtime.verify.auto import check_choice, open_trusted_engine
+from dit_runtime.verify.auto import check_choice, choose_engine
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -79,7 +81,7 @@ class Pipeline:
             EngineError: no engine is installed.
             ParityError: none matches the reference.
         """
-        return open_trusted_engine(self.bundle, self._threads)
+        return choose_engine(self.bundle, self._threads).engine
 
     @property
     def manifest(self) -> Manifest:
@@ -196,7 +198,7 @@ class Pipeline:
             SamplingError: tile or batch too small, or pixels that are not finite.
         """
         check_tile(tile)
-        batch = min(len(latents), self.engine.max_batch or len(latents)) if batch is None else batch
+        batch = min(len(latents), self.engine.info.max_batch or len(latents)) if batch is None else batch
         if batch < 1:
             raise SamplingError(f"{batch} images per decoder call: expected at least 1")
         parts = [self._decode(latents[start : start + batch], tile) for start in range(0, len(latents), batch)]
@@ -211,7 +213,7 @@ class Pipeline:
         decoded = decode_in_tiles(lambda part: session.run({"latents": part}, ["decoded"])[0], latents, tile, factor)
         if not np.isfinite(decoded).all():
             raise SamplingError(
-                f"decoded pixels are not finite on {self.engine.name}; run dit-verify on this bundle and engine"
+                f"decoded pixels are not finite on {self.engine.info.name}; run dit-verify on this bundle and engine"
             )
         return images_from_decoded(decoded)
 
@@ -313,7 +315,7 @@ class Pipeline:
         skipped = 0
         if from_image:
             strength = STRENGTH if strength is None else strength
-            skipped = steps_skipped(steps, strength)
+            skipped = count_skipped_steps(steps, strength)
         model, diffusion = self.manifest.model, self.manifest.diffusion
         return schedule_for(given or defaults.sampler, model, diffusion, steps, eta, spacing, skipped), strength
 
@@ -347,8 +349,8 @@ class Pipeline:
         """Raises SamplingError for no images, or more than the engine takes in one call."""
         if batch < 1:
             raise SamplingError(f"a batch of {batch}: expected at least 1")
-        if self.engine.max_batch is not None and batch > self.engine.max_batch:
+        if self.engine.info.max_batch is not None and batch > self.engine.info.max_batch:
             raise SamplingError(
-                f"a batch of {batch}: {self.engine.name} takes at most {self.engine.max_batch}; "
-                f"use smaller batches (--batch-size {self.engine.max_batch}) or build an engine for more"
+                f"a batch of {batch}: {self.engine.info.name} takes at most {self.engine.info.max_batch}; "
+                f"use smaller batches (--batch-size {self.engine.info.max_batch}) or build an engine for more"
             )

@@ -16,6 +16,7 @@ import torch
 from dit_export.checkpoints.layouts import Numerics, official_shapes
 from dit_export.checkpoints.random_weights import random_tensors
 from dit_export.graphs import model
+from dit_export.graphs.from_weights import step_from_weights
 from dit_export.graphs.precision import FP32
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
@@ -60,7 +61,7 @@ def test_an_ablation_is_the_same_function(benchmark: ModuleType) -> None:
             for (owner, name), function in ablation.replaced.items():  # type: ignore[attr-defined]
                 stack.enter_context(patch.object(owner, name, function))
             position = benchmark.official_table(spec.width, spec.grid)
-            step = model.step_from_weights(spec, Numerics(), FP32, weights, position)
+            step = step_from_weights(spec, Numerics(), FP32, weights, position)
             found: torch.Tensor = step(state, noise, coefficients, guidance, rows, table)[0]
         return found
 

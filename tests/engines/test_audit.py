@@ -18,9 +18,11 @@ from dit_engines.graph_work import graph_work
 from dit_engines.kernels import Kernel, by_profile, kernel_from_layer, kernels_from_log
 from dit_runtime.bundle.macs import conditioner_gmac, step_gmac
 from dit_runtime.bundle.manifest import ModelSpec, PrecisionSpec
+from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import open_bundle
 
-FP16 = PrecisionSpec("fp16", ("patch_embed", "final"))
+FP16 = PrecisionSpec(Precision.FP16, ("patch_embed", "final"))
+FP32 = PrecisionSpec(Precision.FP32, ())
 MODEL = ModelSpec("adaln-zero", 4, (8, 8), 2, 64, 2, 2, 256, 10, True)
 # A line of TensorRT-RTX 1.7's log has these fields.
 TENSOR = "{{ Name: x, Dimensions: [{}], Strides: [1], StrideOrder: [0], Datatype: {}, Format: (Linear) Row major }}"
@@ -117,7 +119,7 @@ def test_kernels_are_counted_alike(source: str) -> None:
     assert (profile.kernels, profile.synchronizations, profile.fused_attention) == (5, 1, 1)
     assert (profile.reformats, profile.casts) == (1, 1)
     assert (profile.multiplied, profile.kept, profile.unread) == ({"Half": 100_000}, {"Float": 1_000}, 0)
-    assert (profile.asked_share, profile.known_share, round(profile.fp16_share, 4)) == (1.0, 1.0, 0.9901)
+    assert (profile.share_in(Precision.FP16), profile.known_share, round(profile.fp16_share, 4)) == (1.0, 1.0, 0.9901)
     assert [(item.name.split(" ")[0], item.share, item.dtype) for item in profile.largest] == [
         ("blocks.0.attn.qkv/MatMul", 0.5941, "Half"),
         ("blocks.0.attn/MatMul", 0.396, "Half"),
@@ -131,32 +133,43 @@ def audited(**counts: Any) -> Audit:
     return Audit(0, [ProfileAudit(**counts)])
 
 
+@pytest.mark.parametrize("precision", [Precision.BF16, Precision.INT8])
+def test_an_unknown_precision_fails(precision: Precision) -> None:
+    """What the audit cannot judge does not pass it."""
+    perfect = audited(multiplied={"Half": 1, "BFloat16": 1, "Int8": 1}, fused_attention=2)
+    (problem,) = find_problems(perfect, "step", MODEL, PrecisionSpec(precision, ()))
+    assert f"precision {precision} is unknown to the audit" in problem
+
+
 def test_fp32_work_is_found() -> None:
-    """FP32 where FP16 was asked for fails; in the units that the policy keeps, or in an FP32 bundle, it does not."""
+    """FP32 where FP16 was asked for fails, and FP16 in an FP32 bundle; FP32 in units that the policy keeps passes."""
     half_and_half = audited(multiplied={"Half": 97, "Float": 3}, fused_attention=2)
     assert find_problems(half_and_half, "step", MODEL, FP16) == [
         "step, profile 0: 97.0% of the multiply-adds are FP16 where 99% should be"
     ]
-    assert find_problems(half_and_half, "step", MODEL, PrecisionSpec("fp32", ())) == []
+    assert find_problems(half_and_half, "step", MODEL, FP32) == [
+        "step, profile 0: 3.0% of the multiply-adds are FP32 where 99% should be"
+    ]
+    assert find_problems(audited(multiplied={"Float": 5}), "step", MODEL, FP32) == []
     assert (
         find_problems(audited(multiplied={"Half": 97}, kept={"Float": 90}, fused_attention=2), "step", MODEL, FP16)
         == []
     )
     everything = audited(multiplied={"Float": 5})
     assert len(find_problems(everything, "decoder", MODEL, FP16)) == 1
-    assert find_problems(everything, "decoder", MODEL, PrecisionSpec("fp16", ("decoder",))) == []
+    assert find_problems(everything, "decoder", MODEL, PrecisionSpec(Precision.FP16, ("decoder",))) == []
 
 
 def test_kept_blocks_need_not_fuse() -> None:
     """A block whose attention the policy keeps in FP32 is not expected to be fused, and the others are."""
     one = audited(multiplied={"Half": 1}, fused_attention=1)
-    kept = PrecisionSpec("fp16", ("patch_embed", "final", "blocks.1.attn"))
+    kept = PrecisionSpec(Precision.FP16, ("patch_embed", "final", "blocks.1.attn"))
     assert find_problems(one, "step", MODEL, kept) == []
     assert find_problems(one, "step", MODEL, FP16) == ["step, profile 0: 1 of 2 attentions fused"]
     assert find_problems(audited(multiplied={"Half": 1}), "step", MODEL, kept) == [
         "step, profile 0: 0 of 1 attentions fused"
     ]
-    mlp = PrecisionSpec("fp16", ("blocks.0.mlp",))
+    mlp = PrecisionSpec(Precision.FP16, ("blocks.0.mlp",))
     assert find_problems(one, "step", MODEL, mlp) == ["step, profile 0: 1 of 2 attentions fused"]
 
 

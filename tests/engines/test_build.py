@@ -23,14 +23,15 @@ from support.commands import run_command, run_process
 
 from dit_engines.build import engine_from_bundle, graphs_of
 from dit_engines.build_host import BuildHost, build_host_for
-from dit_engines.compile import CANCEL_SECONDS, _answered
+from dit_engines.compile import CANCEL_SECONDS, _run_worker
 from dit_engines.engine_store import (
     TIMING_CACHE,
     BuiltEngine,
     explain_rebuild,
     find_engine,
+    find_timing_cache,
     identity_of,
-    pinned_cache,
+    lock_store,
 )
 from dit_engines.external_data import check_external_data
 from dit_engines.preflight import built_graphs, estimated_graphs
@@ -39,7 +40,7 @@ from dit_engines.repeat import OnDevice, measure_on_gpu
 from dit_runtime.backends.tensorrt.store import StoredEngine, read_sidecar, stored_engines
 from dit_runtime.bench.parts import DECODER, GUIDED, PLAIN
 from dit_runtime.bundle.reader import Bundle, open_bundle
-from dit_runtime.core.errors import BuildError, BundleError
+from dit_runtime.core.errors import BuildError, BundleError, OutputError
 from dit_runtime.core.progress import Progress
 
 pytest.importorskip("tensorrt_rtx")
@@ -138,7 +139,7 @@ def test_a_damaged_engine_is_built_again(bundle: Bundle, engine: BuiltEngine, tm
     done = run_command("dit-build", bundle.path, "--store", tmp_path, "--explain", "--json")
     found = json.loads(done.stdout)
     assert (found["reused"], found["folder"]) == (False, str(folder))
-    assert "plans or sidecar are damaged" in found["explanation"][0]
+    assert "its plans or its sidecar are damaged" in found["explanation"][0]
     assert find_engine(folder, engine.recipe) is not None
 
 
@@ -251,16 +252,16 @@ def test_on_a_device(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert explain_rebuild(tmp_path / "store", identity_of(bundle, recipe, later, graphs_of(bundle), None)) == (
         "driver: 580.1 → 590.2",
     )
-    assert pinned_cache(tmp_path / "store", place) == built.folder / TIMING_CACHE
-    assert pinned_cache(tmp_path / "store", later) is None
+    assert find_timing_cache(tmp_path / "store", place) == built.folder / TIMING_CACHE
+    assert find_timing_cache(tmp_path / "store", later) is None
 
 
 def test_the_timing_cache_is_pinned(bundle: Bundle, engine: BuiltEngine, place: BuildHost, tmp_path: Path) -> None:
     """The next build begins with the last one's cache while it has its digest; one that cannot be read is an error."""
     folder = copied(engine, tmp_path)
-    assert pinned_cache(tmp_path, place) == folder / TIMING_CACHE
+    assert find_timing_cache(tmp_path, place) == folder / TIMING_CACHE
     (folder / TIMING_CACHE).write_bytes(b"altered")
-    assert pinned_cache(tmp_path, place) is None
+    assert find_timing_cache(tmp_path, place) is None
     with pytest.raises(BuildError, match=r"cannot be read as a timing cache \(No such file or directory\)"):
         engine_from_bundle(bundle, engine.recipe, tmp_path, place, tmp_path / "none")
 
@@ -299,10 +300,10 @@ def test_repeated_builds_are_measured_on_a_gpu(
     ]
     monkeypatch.setattr("dit_engines.repeat.TensorRtEngine", Opened)
     monkeypatch.setattr("dit_engines.repeat.CudaRuntime", lambda: None)
-    monkeypatch.setattr("dit_engines.repeat.verified", lambda *_, **__: rungs)
+    monkeypatch.setattr("dit_engines.repeat.verification_of", lambda *_, **__: SimpleNamespace(rungs=rungs))
     times = {GUIDED: 2.5, PLAIN: 1.5, DECODER: 4.0}
     parts = {name: SimpleNamespace(p50_ms=value) for name, value in times.items()}
-    monkeypatch.setattr("dit_engines.repeat.parts_of", lambda *_: parts)
+    monkeypatch.setattr("dit_engines.repeat.time_parts", lambda *_: parts)
     assert measure_on_gpu(bundle, engine.recipe, place) is None
     measured = measure_on_gpu(bundle, engine.recipe, replace(place, gpu="NVIDIA L4", driver="580"))
     assert measured is not None
@@ -354,10 +355,54 @@ def test_two_builds_at_once(bundle: Bundle, tmp_path: Path) -> None:
     results = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], results
     (waiting,) = [errors for _, errors in results if errors]
-    assert waiting.startswith("dit-build: another one builds rtx-sm89-")
+    assert waiting.startswith("dit-build: another process builds rtx-sm89-")
     assert len(waiting.splitlines()) == 1
     assert sorted("already built" in output for output, _ in results) == [False, True]
     assert len(list(tmp_path.iterdir())) == 1  # one engine, no lock
+
+
+def test_the_lock(tmp_path: Path) -> None:
+    """One at a time, however often the lock's file comes and goes; an interrupt ends the waiting; nothing stays."""
+    code = """
+import sys, time
+from pathlib import Path
+from dit_engines.engine_store import lock_store
+
+folder, inside = Path(sys.argv[1]) / "engine", Path(sys.argv[1]) / "inside"
+for _ in range(20):
+    with lock_store(folder, lambda line: None):
+        inside.touch(exist_ok=False)
+        time.sleep(0.001)
+        inside.unlink()
+"""
+    words = [sys.executable, "-c", code, str(tmp_path)]
+    processes = [subprocess.Popen(words, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    results = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4, results
+    assert list(tmp_path.iterdir()) == []
+    said: list[str] = []
+    with lock_store(tmp_path / "engine", said.append):
+        waiting = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+        time.sleep(1)
+        waiting.send_signal(signal.SIGINT)
+        _, errors = waiting.communicate(timeout=10)
+        assert "KeyboardInterrupt" in errors
+        assert [path.name for path in tmp_path.iterdir()] == [".engine.lock"]
+    assert said == []
+
+
+def test_a_link_in_the_place_of_the_lock(tmp_path: Path) -> None:
+    """Who may write to the store cannot have the lock empty a file elsewhere."""
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / ".engine.lock").symlink_to(precious)
+    with (
+        pytest.raises(OutputError, match=r"store: cannot be written \(.*; choose another --store"),
+        lock_store(tmp_path / "store" / "engine", print),
+    ):
+        pass
+    assert precious.read_text() == "precious"
 
 
 def test_ctrl_c_leaves_nothing(bundle: Bundle, engine: BuiltEngine, tmp_path: Path) -> None:
@@ -408,7 +453,10 @@ def test_a_builder_that_dies(bundle: Bundle, tmp_path: Path) -> None:
     os.kill(builder_of(process), signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "the builder process ended with -9, most likely for want of memory; build with a smaller --batch" in errors
+    assert (
+        "the builder process ended with -9, most likely for want of memory; end other programs, or build with a"
+        in errors
+    )
     assert len(errors.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
@@ -416,7 +464,7 @@ def test_a_builder_that_dies(bundle: Bundle, tmp_path: Path) -> None:
 def test_a_builder_that_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that does not even read its request is an exit code, not a broken pipe."""
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    assert _answered({"more than a pipe holds": "x" * 200_000}, Progress("building", 1)) == ({}, 1, "")
+    assert _run_worker({"more than a pipe holds": "x" * 200_000}, Progress("building", 1)) == ({}, 1, "")
 
 
 def test_a_full_disk(bundle: Bundle, engine: BuiltEngine, tmp_path: Path) -> None:
@@ -498,22 +546,24 @@ def test_external_data_of_a_constant(bundles: dict[str, Path], tmp_path: Path) -
 
 
 def test_external_data_that_ends_early(bundles: dict[str, Path], tmp_path: Path) -> None:
-    """Weights shorter than the graph says, or linked, are refused."""
+    """Weights shorter than the graph says, or a symbolic link, are refused; a second name of the file is fine."""
     path = Path(shutil.copytree(bundles["fp16"], tmp_path / "b", ignore=shutil.ignore_patterns("engines")))
     weights = path / "graphs" / "step.weights"
+    os.link(weights, tmp_path / "second-name")
+    check_external_data(path / "graphs" / "step.onnx")
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(BundleError, match="ends at byte"):
         check_external_data(path / "graphs" / "step.onnx")
     weights.rename(tmp_path / "elsewhere")
     weights.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(BundleError, match="not a plain file of its own"):
+    with pytest.raises(BundleError, match="not a plain file;"):
         check_external_data(path / "graphs" / "step.onnx")
 
 
 def test_tf32_is_refused(bundle: Bundle, place: BuildHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A builder that kept TF32 on, against its orders, is not trusted with FP32."""
     answer = {"result": {"tf32": True, "plan_bytes": 1, "audit": {"weights_bytes": 1, "profiles": []}}}
-    monkeypatch.setattr("dit_engines.compile._answered", lambda *_: (answer, 0, ""))
-    with pytest.raises(BuildError, match="the builder kept TF32 on, which FP32 parity does not allow"):
+    monkeypatch.setattr("dit_engines.compile._run_worker", lambda *_: (answer, 0, ""))
+    with pytest.raises(BuildError, match="the builder left TF32 on, which FP32 parity does not allow"):
         engine_from_bundle(bundle, recipe_for("rtx", "8.9", 1, (1,), 64), tmp_path, place)
     assert list(tmp_path.iterdir()) == []

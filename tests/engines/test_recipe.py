@@ -11,7 +11,7 @@ from support.commands import run_command
 
 from dit_engines.recipe import profiles_of, recipe_for
 from dit_engines.trtexec import trtexec_commands
-from dit_runtime.backends.tensorrt.store import Profile
+from dit_runtime.backends.profiles import Profile
 from dit_runtime.bundle.reader import Bundle, open_bundle
 from dit_runtime.core.errors import BuildError
 
@@ -80,7 +80,7 @@ def test_static_engines(bundle: Bundle) -> None:
         (("orin", "8.7", 1, (1,), 2), "target 'orin' is not supported; choose one of orin-nano"),
         (("rtx", "9.0", 1, (1,), 2), "compute capability '9.0': these graphs build with TensorRT-RTX for 8.0"),
         (("rtx", "7.5", 1, (1,), 2), "compute capability '7.5': these graphs build with TensorRT-RTX for 8.0"),
-        (("rtx", None, 1, (1,), 2), "target rtx: say for which GPU"),
+        (("rtx", None, 1, (1,), 2), "target rtx: name the GPU with --compute-capability"),
         (("rtx-40", "8.6", 1, (1,), 2), "target rtx-40 has compute capability 8.9, got 8.6"),
         (("rtx", "8.9", 1, (0,), 2), "branches"),
         (("rtx", "8.9", 1, (1, 1), 2), "branches"),
@@ -126,7 +126,7 @@ def test_trtexec_builds_the_same(bundle: Bundle, tmp_path: Path) -> None:
 
 def test_trtexec_is_not_of_rtx(bundle: Bundle) -> None:
     """TensorRT-RTX's engines are another kind, so no command is printed that would build the wrong one."""
-    with pytest.raises(BuildError, match="target rtx-40: trtexec builds TensorRT's engines, not TensorRT-RTX's"):
+    with pytest.raises(BuildError, match="target rtx-40: trtexec builds engines of TensorRT, not of TensorRT-RTX;"):
         trtexec_commands(bundle, recipe_for("rtx-40", None, 1, (1,), 64))
 
 

@@ -28,17 +28,19 @@ L4 = gpu("NVIDIA L4", "8.9", 23_600_000_000)
 def place(
     target: str, facts: DeviceFacts | None, version: str = "10.3.0", libraries: tuple[str, ...] = ("tensorrt",)
 ) -> BuildHost:
-    def present() -> DeviceFacts:
+    def find_gpu() -> DeviceFacts:
         if facts is None:
             raise EngineError("no NVIDIA driver answers")
         return facts
 
-    def imported(name: str) -> TensorRT:
+    def import_library(name: str) -> TensorRT:
         if name not in libraries:
             raise EngineError(f"{name} is not installed")
         return TensorRT(None, name, version)
 
-    return build_host_for(target, command=f"dit-build b --target {target}", present=present, imported=imported)
+    return build_host_for(
+        target, command=f"dit-build b --target {target}", find_gpu=find_gpu, import_library=import_library
+    )
 
 
 def test_the_list_is_whole() -> None:
@@ -92,7 +94,7 @@ def test_the_device_is_here() -> None:
         (
             "l4",
             None,
-            "target l4 (sm_89): TensorRT compiles on the GPU itself. None is here (no NVIDIA driver answers).",
+            "target l4 (sm_89): TensorRT compiles on the GPU itself. This machine has no such GPU (no NVIDIA driver",
         ),
         ("l4", ORIN, "This is sm_87 (Orin)."),
         ("l4", gpu("NVIDIA L40S", "8.9", 48_000_000_000), "This is sm_89 (NVIDIA L40S)."),

@@ -12,16 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DiTTransformer2DModel
-from dit_export.checkpoints.layouts import PRESETS, Numerics, official_shapes
+from dit_export.checkpoints.autoencoders import STABLE_DIFFUSION_VAE
+from dit_export.checkpoints.layouts import Numerics, official_shapes
+from dit_export.checkpoints.presets import PRESETS
 from dit_export.checkpoints.random_weights import random_tensors
-from dit_export.checkpoints.sources import STABLE_DIFFUSION_VAE
 from dit_export.checkpoints.weights import Weights
-from dit_export.dry_run import DryRun, dry_run_of, format_dry_run
+from dit_export.dry_run import DryRun, dry_run_of
+from dit_export.dry_run_report import format_dry_run
+from dit_export.graphs.from_weights import conditioner_from_weights, step_from_weights
 from dit_export.graphs.model import (
     Conditioner,
     Step,
-    conditioner_from_weights,
-    step_from_weights,
     table_axes,
 )
 from dit_export.graphs.precision import FP16, FP32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import pytest
 from support.optional import diffusers, torch
 
 from dit_runtime import Pipeline
+from dit_runtime.backends.conditioning import TableLimits
 from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
 from dit_runtime.bundle.reader import Bundle, open_bundle
 from dit_runtime.core.errors import SamplingError
@@ -73,7 +75,7 @@ def test_the_table_in_pieces_changes_nothing(bundles: dict[str, Path], monkeypat
     whole = pipe([1, 2, 3], 5, steps=20, guidance=1.5, sampler="ddpm")
     row = 4 * 14 * 64
     for rows in (4, 5, 13):  # a step of three labels needs four
-        monkeypatch.setattr("dit_runtime.sampling.batch.TABLE_BYTES", row * rows)
+        monkeypatch.setattr("dit_runtime.sampling.batch.LIMITS", TableLimits(row * rows))
         assert np.array_equal(pipe([1, 2, 3], 5, steps=20, guidance=1.5, sampler="ddpm"), whole)
 
 
@@ -141,7 +143,9 @@ def test_memory_is_given_back_when_a_graph_is_done(bundles: dict[str, Path]) -> 
 
 
 class SmallEngine(OnnxRuntimeEngine):
-    max_batch = 2
+    def __init__(self, bundle, **options):
+        super().__init__(bundle, **options)
+        self.info = replace(self.info, max_batch=2)
 
 
 class BrokenEngine(OnnxRuntimeEngine):

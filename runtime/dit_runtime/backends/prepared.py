@@ -5,8 +5,7 @@
     STORE/ENGINE/.KEY.lock            held while they are made: a second process waits for them
 
 KEY covers all that ``prepared.json`` says. So what another machine or version made is never opened, and the folder may
-be deleted at any time. A file is given to an engine only when it has the size
-and hash that ``prepared.json`` says.
+be deleted at any time. A file is given to an engine only when it has the size and hash that ``prepared.json`` says.
 """
 
 from __future__ import annotations
@@ -14,21 +13,46 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import sys
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+from dit_runtime.bundle.manifest import FileSpec
 from dit_runtime.bundle.reader import Bundle
+from dit_runtime.core.decode import DecodeError, decode, read_json
 from dit_runtime.core.errors import OutputError
 from dit_runtime.core.files import replace_folder, sha256_of
-from dit_runtime.core.machine import processor
+from dit_runtime.core.machine import read_processor
+
+logger = logging.getLogger(__name__)
 
 SIDECAR = "prepared.json"
 SIDECAR_LIMIT = 1 << 20  # bytes: far above any, and little to read
-SOURCE = ("bundle", "file", "form")  # what was prepared; the other facts say with what and where
 
-Facts = dict[str, Any]
+
+@dataclass(frozen=True)
+class Facts:
+    """What a prepared graph depends on: the bundle's digest and the graph's file, how it is arranged, and for what."""
+
+    bundle: str
+    file: str
+    form: dict[str, str]
+    version: str
+    processor: str
+    flags: tuple[str, ...]
+
+    @property
+    def source(self) -> tuple[str, str, dict[str, str]]:
+        """What was prepared; the other facts say with what and where."""
+        return self.bundle, self.file, self.form
+
+
+@dataclass(frozen=True)
+class Prepared(Facts):
+    """``prepared.json``: the facts, and size and hash of each file."""
+
+    files: dict[str, FileSpec]
 
 
 def facts_of(bundle: Bundle, graph: str, version: str, form: Mapping[str, str]) -> Facts:
@@ -40,15 +64,8 @@ def facts_of(bundle: Bundle, graph: str, version: str, form: Mapping[str, str]) 
         version: the engine's.
         form: the engine's own settings that decide what is in the files.
     """
-    cpu = processor()
-    return {
-        "bundle": bundle.digest,
-        "file": bundle.manifest.graphs[graph].file,
-        "form": dict(form),
-        "version": version,
-        "processor": cpu.model,
-        "flags": list(cpu.flags),
-    }
+    cpu = read_processor()
+    return Facts(bundle.digest, bundle.manifest.graphs[graph].file, dict(form), version, cpu.model, cpu.flags)
 
 
 def prepare_graph(folder: Path, facts: Facts, make: Callable[[Path], None]) -> Path | None:
@@ -76,15 +93,14 @@ def prepare_graph(folder: Path, facts: Facts, make: Callable[[Path], None]) -> P
             with replace_folder(target) as temporary:
                 make(temporary)
                 files = {
-                    file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
-                    for file in sorted(temporary.iterdir())
+                    file.name: FileSpec(file.stat().st_size, sha256_of(file)) for file in sorted(temporary.iterdir())
                 }
-                sidecar = json.dumps({**facts, "files": files}, indent=1) + "\n"
+                sidecar = json.dumps(asdict(Prepared(**vars(facts), files=files)), indent=1) + "\n"
                 (temporary / SIDECAR).write_text(sidecar, encoding="utf-8")
     except (OSError, OutputError):
         return None
     if made_again:
-        print(made_again, file=sys.stderr)
+        logger.info(made_again)
     return target
 
 
@@ -95,48 +111,43 @@ def find_prepared(folder: Path, facts: Facts) -> Path | None:
 
 
 def _target(folder: Path, facts: Facts) -> Path:
-    return folder / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    return folder / hashlib.sha256(json.dumps(asdict(facts), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _whole(target: Path, facts: Facts) -> bool:
     """Whether a folder is what its name says, and every file in it the one that was written."""
-    sidecar = _sidecar(target)
-    if sidecar is None or {key: sidecar.get(key) for key in facts} != facts:
+    prepared = _sidecar(target)
+    if prepared is None or prepared != Prepared(**vars(facts), files=prepared.files):
         return False
     try:
-        files = {str(name): (int(file["bytes"]), str(file["sha256"])) for name, file in sidecar["files"].items()}
         present = {path.name for path in target.iterdir()} - {SIDECAR}
-        return present == set(files) and all(
-            not (path := target / name).is_symlink() and path.stat().st_size == size and sha256_of(path) == digest
-            for name, (size, digest) in files.items()
+        return present == set(prepared.files) and all(
+            not (path := target / name).is_symlink()
+            and path.stat().st_size == file.bytes
+            and sha256_of(path) == file.sha256
+            for name, file in prepared.files.items()
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except OSError:
         return False
 
 
-def _sidecar(target: Path) -> dict[str, Any] | None:
+def _sidecar(target: Path) -> Prepared | None:
     path = target / SIDECAR
-    try:
-        if target.is_symlink() or path.is_symlink() or path.stat().st_size > SIDECAR_LIMIT:
-            return None
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+    if target.is_symlink() or path.is_symlink():
         return None
-    return found if isinstance(found, dict) else None
+    try:
+        return decode(Prepared, read_json(path, SIDECAR_LIMIT))
+    except DecodeError:
+        return None
 
 
 def _other(folder: Path, facts: Facts) -> str | None:
     """A line about the same graph made by another version or for another processor, if there is one."""
-    for found in _sidecars(folder):
-        if all(found.get(key) == facts[key] for key in SOURCE):
-            there, here = (f"{item.get('version')} on {item.get('processor')}" for item in (found, facts))
+    for path in sorted(folder.glob(f"*/{SIDECAR}")):
+        found = _sidecar(path.parent)
+        if found is not None and found.source == facts.source:
+            there, here = (f"{each.version} on {each.processor}" for each in (found, facts))
             if there == here:
                 here = "a processor with other instructions"
-            return f"{folder}: {Path(facts['file']).stem} is there for {there}; made again for {here}"
+            return f"{folder}: {Path(facts.file).stem} is there for {there}; made again for {here}"
     return None
-
-
-def _sidecars(folder: Path) -> Iterator[dict[str, Any]]:
-    for path in sorted(folder.glob(f"*/{SIDECAR}")):
-        if (found := _sidecar(path.parent)) is not None:
-            yield found

@@ -1,4 +1,4 @@
-"""How fast this machine multiplies matrices of a model's own shapes: what a step's rate is measured against."""
+"""How fast this machine multiplies matrices of a model's shapes: the limit that a step's rate is compared with."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from typing import Any
 import numpy as np
 
 from dit_runtime.bundle.manifest import ModelSpec
+from dit_runtime.bundle.precision import Precision
 from dit_runtime.samplers.noise import Float32
 
-CALLS = 5  # of each shape; the fastest counts, since it is a limit that is looked for
+CALLS = 5  # of each shape; the fastest counts, since the rate is a limit
 
 
 @dataclass(frozen=True)
 class GemmRate:
-    """A product of ``[M, K]`` and ``[K, N]``, then back with ``[N, K]``, in one library and precision.
+    """The rate of two products, ``[M, K]`` by ``[K, N]`` and the result by ``[N, K]``, in one library and precision.
 
-    ``gflops``: 10⁹ operations a second, two for each multiply-accumulate.
+    ``gflops`` is 10⁹ operations a second, where a multiply-accumulate counts as two operations.
     """
 
     library: str
@@ -32,33 +33,33 @@ class GemmRate:
 
 
 def shapes_of(model: ModelSpec, rows: int) -> list[tuple[int, int, int]]:
-    """(M, K, N) of a block's products for ``rows`` images and branches: QKV, projection, MLP."""
+    """(M, K, N) of a block's products (QKV, projection, MLP) for ``rows`` images, each branch counted."""
     m, d = rows * model.tokens, model.width
     return [(m, d, 3 * d), (m, d, d), (m, d, model.mlp_width)]
 
 
 def measure_gemm_rates(
-    shapes: Sequence[tuple[int, int, int]], precision: str = "fp32", threads: int = 0
+    shapes: Sequence[tuple[int, int, int]], precision: Precision = Precision.FP32, threads: int = 0
 ) -> list[GemmRate]:
-    """Rates of each installed library: numpy's BLAS (FP32), OpenVINO (FP32 and BF16), interleaved.
+    """Measure the rates of numpy's BLAS (FP32) and of OpenVINO (FP32 and BF16) where they are installed, in turn.
 
     Args:
-        shapes: (M, K, N).
-        precision: ``fp32`` or ``bf16``; BF16 without OpenVINO gives no rates.
-        threads: of OpenVINO, 0 for its own choice; numpy's are the environment's.
+        shapes: (M, K, N) of each product.
+        precision: ``fp32`` or ``bf16``; numpy has no BF16, so without OpenVINO the list is empty.
+        threads: of OpenVINO; 0 lets it choose. The environment sets numpy's.
     """
     random = np.random.default_rng(0)
     work: list[tuple[str, tuple[int, int, int], Callable[[], Any]]] = []
     for m, k, n in shapes:
         left = random.standard_normal((m, k), np.float32)
-        there = random.standard_normal((k, n), np.float32) / np.float32(np.sqrt(k))
+        forth = random.standard_normal((k, n), np.float32) / np.float32(np.sqrt(k))
         back = random.standard_normal((n, k), np.float32) / np.float32(np.sqrt(n))
-        if precision == "fp32":
-            work.append(("numpy", (m, k, n), _numpy(left, there, back)))
+        if precision == Precision.FP32:
+            work.append(("numpy", (m, k, n), _product_by_numpy(left, forth, back)))
         if importlib.util.find_spec("openvino") is not None:
-            work.append(("openvino", (m, k, n), _openvino(left, there, back, precision, threads)))
+            work.append(("openvino", (m, k, n), _product_by_openvino(left, forth, back, precision, threads)))
     best = [float("inf")] * len(work)
-    for _ in range(1 + CALLS):  # the first is for caches and pages
+    for _ in range(1 + CALLS):  # the first call fills caches and pages
         for index, (_, _, call) in enumerate(work):
             start = time.perf_counter()
             call()
@@ -69,19 +70,21 @@ def measure_gemm_rates(
     ]
 
 
-def _numpy(left: Float32, there: Float32, back: Float32) -> Callable[[], Any]:
-    return lambda: (left @ there) @ back
+def _product_by_numpy(left: Float32, forth: Float32, back: Float32) -> Callable[[], Any]:
+    return lambda: (left @ forth) @ back
 
 
-def _openvino(left: Float32, there: Float32, back: Float32, precision: str, threads: int) -> Callable[[], Any]:
+def _product_by_openvino(
+    left: Float32, forth: Float32, back: Float32, precision: str, threads: int
+) -> Callable[[], Any]:
     import openvino
     from openvino import opset13
 
     parameter = opset13.parameter(list(left.shape), np.float32)
-    product = opset13.matmul(parameter, opset13.constant(there), False, False)
+    product = opset13.matmul(parameter, opset13.constant(forth), False, False)
     product = opset13.matmul(product, opset13.constant(back), False, False)
     model = openvino.Model([opset13.result(product)], [parameter])
-    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision]}
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "bf16" if precision == Precision.BF16 else "f32"}
     if threads:
         settings["INFERENCE_NUM_THREADS"] = threads
     request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()

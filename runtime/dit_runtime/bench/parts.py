@@ -1,4 +1,4 @@
-"""How long the parts of an engine take, and whole images with what is spent outside the engine."""
+"""How long the parts of an engine take, and how long whole images take, inside and outside the engine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from dit_runtime.backends.open import Engine
+from dit_runtime.backends.base import Engine
+from dit_runtime.backends.step import compute_table, state_from_latents, step_inputs
 from dit_runtime.bench.gemm import measure_gemm_rates, shapes_of
 from dit_runtime.bench.timing import ClockedEngine, time_calls, timing_of
 from dit_runtime.bundle.macs import step_gmac
@@ -19,50 +20,44 @@ from dit_runtime.core.progress import Progress
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.samplers.by_name import schedule_for
 from dit_runtime.samplers.guidance import branch_rows, guidance_weights
-from dit_runtime.verify.replay import compute_table, has_branches, tile_of
 from dit_runtime.verify.verification import trajectories_of
 
 GUIDED, PLAIN, DECODER = "step, guided (G=2)", "step, not guided (G=1)", "decoder"
 
 
 def time_parts(bundle: Bundle, engine: Engine, batch: int, steps: int, repeat: int) -> dict[str, Any]:
-    """A ``Timing`` of each part: conditioner of ``steps`` guided steps, step with and without guidance, decoder.
+    """A ``Timing`` of each part: the conditioner for ``steps`` guided steps, the step with and without guidance, and
+    the decoder.
 
-    Of an engine whose loop stays on its device, a step is a whole loop's time over its steps. One that was built
-    without guidance has no guided step, and no conditioner of such; one built for tiles decodes one tile.
+    For an engine that keeps its loop on the device, the time of a step is a whole loop's time divided by its steps.
+    An engine that was built without guidance has no guided step, and no conditioner for guided steps. An engine that
+    was built for tiles decodes one tile.
     """
     model, diffusion = bundle.manifest.model, bundle.manifest.diffusion
-    table = bundle.manifest.table.name
     schedule = schedule_for(trajectories_of(diffusion)[0], model, diffusion, steps)
     labels = (np.arange(batch) % model.classes).astype(np.int32)
     image = (batch, model.latent_channels, *model.latent_size)
-    state = np.zeros((batch, 3, *image[1:]), np.float32)
-    state[:, 0] = np.random.default_rng(0).standard_normal(image)
+    state = state_from_latents(np.random.default_rng(0).standard_normal(image).astype(np.float32))
     work: dict[str, Callable[[], Any]] = {}
     whole: dict[str, Callable[[], Any]] = {}
-    resident = hasattr(engine, "steps")
+    resident = engine.info.loop_on_device
     for scale, name in ((4.0, GUIDED), (1.0, PLAIN)):
-        if name == GUIDED and not has_branches(engine, 2):
+        if name == GUIDED and not engine.info.has_branches(2):
             continue
         weights = guidance_weights(scale, batch, model.latent_channels, diffusion.guidance_channels)
         conditions, rows = branch_rows(labels, model.null_class, len(weights))
         pairs = np.repeat(schedule.timesteps, len(conditions)), np.tile(conditions, len(schedule.timesteps))
         if scale != 1:
-            work[f"conditioner, {steps} steps"] = partial(compute_table, engine, table, *pairs)
-        if resident:  # a call of the session would upload the whole table, which the loop does not
+            work[f"conditioner, {steps} steps"] = partial(compute_table, engine, bundle.manifest, *pairs)
+        if resident:  # a session's call uploads the whole conditioning table, the loop does not
             pipe = Pipeline(bundle, engine)
             whole[name] = partial(pipe.sample_latents, pipe.prepare(labels.tolist(), steps=steps, guidance=scale))
             continue
-        inputs = {
-            "state": state,
-            "noise": np.zeros(image, np.float32),
-            "coefficients": np.repeat(schedule.coefficients[:1], batch, axis=0),
-            "guidance": weights,
-            "rows": rows,
-            table: compute_table(engine, table, *pairs),
-        }
+        coefficients = np.repeat(schedule.coefficients[:1], batch, axis=0)
+        table = compute_table(engine, bundle.manifest, *pairs)
+        inputs = step_inputs(bundle.manifest, state, coefficients, weights, rows, table)
         work[name] = partial(engine.session("step").run, inputs, ["next_state", "denoised"])
-    height, width = tile_of(getattr(engine, "stored", None), model.latent_size) or model.latent_size
+    height, width = engine.info.tile or model.latent_size
     latents = {"latents": state[:, 0, :, :height, :width].copy()}
     work[DECODER] = partial(engine.session("decoder").run, latents, ["images"])
     found = dict(time_calls(work, repeat, f"timing parts, batch {batch}"))
@@ -72,11 +67,12 @@ def time_parts(bundle: Bundle, engine: Engine, batch: int, steps: int, repeat: i
 
 
 def time_images(bundle: Bundle, engine: Engine, batch: int, steps: int, runs: int) -> dict[str, Any]:
-    """Whole images, after one run that is not counted: seconds of a run, and where they went."""
-    resident, clocked = hasattr(engine, "steps"), ClockedEngine(engine)
-    guidance = None if has_branches(engine, 2) else 1.0
-    tile = tile_of(getattr(engine, "stored", None), bundle.manifest.model.latent_size)
-    pipeline = Pipeline(bundle, engine if resident else clocked)
+    """Seconds of a run that makes ``batch`` whole images, and where they go; the first run is reported apart."""
+    resident, clocked = engine.info.loop_on_device, ClockedEngine(engine, bundle.manifest)
+    guidance = None if engine.info.has_branches(2) else 1.0
+    tile = engine.info.tile
+    timed: Engine = engine if resident else clocked
+    pipeline = Pipeline(bundle, timed)
     labels = [index % bundle.manifest.model.classes for index in range(batch)]
     seconds: list[float] = []
     spent: dict[str, list[float]] = {}
@@ -91,7 +87,7 @@ def time_images(bundle: Bundle, engine: Engine, batch: int, steps: int, runs: in
             pipeline.decode(latents, None if tile is None else max(tile))
             seconds.append(time.perf_counter() - start)
             bar.advance()
-            if resident:  # what is queued is not what is done: the loop's time is known when its latents are here
+            if resident:  # steps are only queued: the loop's time is known when its latents arrive
                 inside = {"loop on the device": looped - start, "decoder": start + seconds[-1] - looped}
                 calls = [(looped - start) / steps * 1e3]
             else:
@@ -115,14 +111,13 @@ def time_images(bundle: Bundle, engine: Engine, batch: int, steps: int, runs: in
 
 
 def compare_with_gemm(bundle: Bundle, engine: Engine, parts: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    """The fastest product of the model's own shapes here, and the guided step's rate as a share of it, by batch."""
-
-    if hasattr(engine, "steps"):
+    """The fastest matrix product of the model's shapes on this CPU, and for each batch the guided step's rate as a
+    share of it; empty for an engine on a GPU, or without a library for the engine's precision.
+    """
+    if engine.info.loop_on_device:
         return {}  # the rates are the CPU's
     model = bundle.manifest.model
-    precision = getattr(engine, "precision", None)
-    precision = "bf16" if precision == "bf16" else "fp32"
-    rates = measure_gemm_rates(shapes_of(model, 2 * max(parts)), precision, engine.threads)
+    rates = measure_gemm_rates(shapes_of(model, 2 * max(parts)), engine.info.precision, engine.info.threads)
     if not rates:
         return {}
     best = max(rates, key=lambda rate: rate.gflops)

@@ -1,4 +1,4 @@
-"""A benchmark's figures as text, Markdown and plots."""
+"""A benchmark's report as text, Markdown and plots."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PLOTS = (".png", ".svg", ".pdf")
 
 
 def tables_of(report: dict[str, Any]) -> dict[str, list[Sequence[str]]]:
-    """The report's tables by title: a header and rows of texts."""
+    """The report's tables by title, each a header and rows of text."""
     tables: dict[str, list[Sequence[str]]] = {}
     head = ("", "first", "p50", "p95", "p99")
     for batch, timings in report["parts"].items():
@@ -22,28 +22,13 @@ def tables_of(report: dict[str, Any]) -> dict[str, list[Sequence[str]]]:
             for name, row in timings.items()
         ]
         tables[f"parts, batch {batch}, ms"] = [head, *rows]
-    for key, unit, title in (
-        ("pictures", "batch", "whole images"),
-        ("step_counts", "steps", f"step counts, batch {next(iter(report['parts']))}"),
-    ):
-        if key in report:
-            tables[title] = [(unit, "s an image", "images a s", *_split_names(report[key]))]
-            tables[title] += [
-                (
-                    str(number),
-                    f"{found['seconds_a_picture']:.3f}",
-                    f"{found['pictures_a_second']:.3f}",
-                    *(f"{value:.3f} s" for value in found["split_s"].values()),
-                )
-                for number, found in report[key].items()
-            ]
+    if "pictures" in report:
+        tables["whole images"] = _table_of_images(report["pictures"], "batch")
+    if "step_counts" in report:
+        title = f"step counts, batch {next(iter(report['parts']))}"
+        tables[title] = _table_of_images(report["step_counts"], "steps")
     if "sizes" in report:
-        names = [name for name in next(iter(report["sizes"].values())) if name != "tokens"]
-        tables["sizes, p50 in ms"] = [("size", "tokens", *names)]
-        tables["sizes, p50 in ms"] += [
-            (size, str(found["tokens"]), *(f"{found[name]['p50_ms']:.2f}" for name in names))
-            for size, found in report["sizes"].items()
-        ]
+        tables["sizes, p50 in ms"] = _table_of_sizes(report["sizes"])
     if report.get("gemm"):
         best = report["gemm"]["best"]
         title = (
@@ -58,12 +43,35 @@ def tables_of(report: dict[str, Any]) -> dict[str, list[Sequence[str]]]:
     return tables
 
 
-def _split_names(found: dict[Any, dict[str, Any]]) -> list[str]:
-    return list(next(iter(found.values()))["split_s"])
+def _table_of_images(timings: dict[Any, dict[str, Any]], unit: str) -> list[Sequence[str]]:
+    """Whole images by batch or by step count (``unit``): seconds, rate, and where the seconds go."""
+    rows = [
+        (
+            str(number),
+            f"{found['seconds_a_picture']:.3f}",
+            f"{found['pictures_a_second']:.3f}",
+            *(f"{value:.3f} s" for value in found["split_s"].values()),
+        )
+        for number, found in timings.items()
+    ]
+    return [(unit, "s an image", "images a s", *_split_names(timings)), *rows]
+
+
+def _table_of_sizes(timings: dict[str, dict[str, Any]]) -> list[Sequence[str]]:
+    names = [name for name in next(iter(timings.values())) if name != "tokens"]
+    rows = [
+        (size, str(found["tokens"]), *(f"{found[name]['p50_ms']:.2f}" for name in names))
+        for size, found in timings.items()
+    ]
+    return [("size", "tokens", *names), *rows]
+
+
+def _split_names(timings: dict[Any, dict[str, Any]]) -> list[str]:
+    return list(next(iter(timings.values()))["split_s"])
 
 
 def heading_of(report: dict[str, Any]) -> list[str]:
-    """What the figures are of, and where they were measured."""
+    """Lines that say which model and engine were timed, and on which machine."""
     here = report["environment"]
     lines = [
         f"{report['model']}, {report['image_size'][0]}x{report['image_size'][1]}, {report['precision']} on "
@@ -82,8 +90,8 @@ def heading_of(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def as_text(report: dict[str, Any]) -> str:
-    """For a terminal."""
+def text_from_report(report: dict[str, Any]) -> str:
+    """The heading and the tables for a terminal."""
     lines = heading_of(report)
     for title, table in tables_of(report).items():
         widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
@@ -94,8 +102,8 @@ def as_text(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def as_markdown(report: dict[str, Any]) -> str:
-    """A page of its own."""
+def markdown_from_report(report: dict[str, Any]) -> str:
+    """The heading and the tables as a page."""
     lines = [f"# {report['model']} on {report['engine']}", "", *(f"- {line}" for line in heading_of(report))]
     for title, (head, *rows) in tables_of(report).items():
         lines += ["", f"## {title}", "", f"| {' | '.join(head)} |", "|---" + "|---:" * (len(head) - 1) + "|"]
@@ -104,23 +112,23 @@ def as_markdown(report: dict[str, Any]) -> str:
 
 
 def check_plot(path: Path) -> None:
-    """Say before the work that a plot cannot be drawn.
+    """Say before the timing that a plot cannot be drawn.
 
     Raises:
-        OutputError: an unknown kind of file, or matplotlib is not installed.
+        OutputError: matplotlib is not installed, or the file is of another kind than ``PLOTS``.
     """
     if path.suffix not in PLOTS:
         raise OutputError(f"{path}: plots are {', '.join(PLOTS)}; name such a file")
     try:
-        import matplotlib  # noqa: F401  # only whether it is there
+        import matplotlib  # noqa: F401  # only to know whether it is installed
     except ImportError as error:
         raise OutputError(
             f"{path}: plots need matplotlib; pip install 'dit-export[report]', or leave out --plot"
         ) from error
 
 
-def plot(report: dict[str, Any], path: Path) -> None:
-    """Throughput against batch with ideal scaling, and where an image's time goes."""
+def draw_plot(report: dict[str, Any], path: Path) -> None:
+    """Draw milliseconds of each part for one image against the batch, and where a whole image's seconds go."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dit_runtime.backends.open import Array, Engine, Session
+from dit_runtime.backends.base import Array, Engine, Session
+from dit_runtime.backends.conditioning import TableLimits
+from dit_runtime.backends.host_loop import HostLoop
+from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.core.progress import Progress
 
 STABLE = 0.1  # warm when a call took within this share of the one before
@@ -85,11 +88,14 @@ class _Clocked:
 
 
 class ClockedEngine:
-    """An engine that notes, by graph, how long each call of its sessions took. ``milliseconds`` may be cleared."""
+    """An engine that notes, by graph, how long each call of its sessions took. ``milliseconds`` may be cleared.
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self.name, self.max_batch, self.threads = engine.name, engine.max_batch, engine.threads
+    Its loop is the host's, which calls the sessions.
+    """
+
+    def __init__(self, engine: Engine, manifest: Manifest) -> None:
+        self._engine, self._manifest = engine, manifest
+        self.info = replace(engine.info, loop_on_device=False)
         self.milliseconds: dict[str, list[float]] = {}
 
     def session(self, graph: str) -> Session:
@@ -99,6 +105,14 @@ class ClockedEngine:
     def release(self, graph: str) -> None:
         """As ``Engine.release``."""
         self._engine.release(graph)
+
+    def open_loop(self, limits: TableLimits) -> HostLoop:
+        """As ``Engine.open_loop``."""
+        return HostLoop(self, self._manifest, limits)
+
+    def close(self) -> None:
+        """As ``Engine.close``."""
+        self._engine.close()
 
 
 def memory_use(status: Path = Path("/proc/self/status")) -> dict[str, int]:

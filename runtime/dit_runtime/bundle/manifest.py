@@ -6,11 +6,13 @@ A manifest comes from elsewhere: reading it raises for anything that does not ho
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
+
+from dit_runtime.bundle.precision import Precision, is_kept
+from dit_runtime.core.decode import Amount, Natural, Positive, decode
 
 SCHEMA = 5
 GRAPHS = ("conditioner", "step", "probe", "decoder")
@@ -18,8 +20,6 @@ ENCODER = "encoder"
 SIZED_GRAPHS = ("step", "probe")  # traced for one size each; the others take any
 CONDITIONINGS = ("adaln-zero", "adaln", "cross-attention", "in-context")
 PATHS = ("linear", "gvp", "vp")
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class ModelSpec:
     """
 
     conditioning: str
-    latent_channels: int
-    latent_size: tuple[int, int]
-    patch_size: int
-    width: int
-    depth: int
-    heads: int
-    mlp_width: int
-    classes: int
+    latent_channels: Positive
+    latent_size: tuple[Positive, Positive]
+    patch_size: Positive
+    width: Positive
+    depth: Positive
+    heads: Positive
+    mlp_width: Positive
+    classes: Natural
     learned_variance: bool
 
     @property
@@ -76,7 +76,7 @@ class DiffusionSpec:
 
     betas: tuple[float, ...]
     prediction_type: str
-    guidance_channels: int
+    guidance_channels: Natural
     timestep_spacing: str
     steps_offset: int
     set_alpha_to_one: bool
@@ -89,7 +89,7 @@ class TensorSpec:
 
     name: str
     dtype: str
-    shape: tuple[int | str, ...]
+    shape: tuple[Natural | str, ...]
 
 
 @dataclass(frozen=True)
@@ -109,20 +109,19 @@ class AutoencoderSpec:
     name: str
     scaling_factor: float
     shift_factor: float
-    factor: int
+    factor: Positive
 
 
 @dataclass(frozen=True)
 class PrecisionSpec:
-    """``fp32`` or ``fp16``, and the named units that stay FP32."""
+    """The precision of the graphs, and the named units that stay FP32."""
 
-    name: str
+    name: Precision
     keep_fp32: tuple[str, ...]
 
-    def in_fp16(self, unit: str) -> bool:
-        """Whether a named unit, such as ``blocks.17.mlp``, computes in FP16."""
-        kept = any(unit == prefix or unit.startswith(prefix + ".") for prefix in self.keep_fp32)
-        return self.name == "fp16" and not kept
+    def precision_of(self, unit: str) -> Precision:
+        """What a named unit, such as ``blocks.17.mlp``, is computed in."""
+        return Precision.FP32 if is_kept(unit, self.keep_fp32) else self.name
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ class DefaultsSpec:
     """What sampling uses where its caller says nothing."""
 
     sampler: str
-    steps: int
+    steps: Positive
     guidance: float
 
 
@@ -148,7 +147,7 @@ class DefaultsSpec:
 class FileSpec:
     """A file's size and SHA-256."""
 
-    bytes: int
+    bytes: Natural
     sha256: str
 
 
@@ -170,17 +169,17 @@ class Manifest:
     producer: dict[str, str]
     source: SourceSpec
     model: ModelSpec
-    sizes: tuple[tuple[int, int], ...]
+    sizes: tuple[tuple[Positive, Positive], ...]
     diffusion: DiffusionSpec
     autoencoder: AutoencoderSpec
     precision: PrecisionSpec
     defaults: DefaultsSpec
     class_names: tuple[str, ...]
     graphs: dict[str, GraphSpec]
-    tolerances: dict[str, dict[str, float]]
-    thresholds: dict[str, dict[str, float]]
-    floors: dict[str, dict[str, tuple[float, ...]]]
-    magnitudes: dict[str, float]
+    tolerances: dict[str, dict[str, Amount]]
+    thresholds: dict[str, dict[str, Amount]]
+    floors: dict[str, dict[str, tuple[Amount, ...]]]
+    magnitudes: dict[str, Amount]
     files: dict[str, FileSpec] = field(default_factory=dict)
 
     @property
@@ -209,61 +208,8 @@ def sized(name: str, size: tuple[int, int]) -> str:
 
 
 def manifest_from_json(raw: Mapping[str, Any]) -> Manifest:
-    """Raises ValueError, KeyError or TypeError for anything that is not a manifest of this schema."""
-    model = dict(raw["model"], latent_size=_pair(raw["model"]["latent_size"]))
-    diffusion = dict(raw["diffusion"], betas=tuple(float(beta) for beta in raw["diffusion"]["betas"]))
-    precision = dict(raw["precision"], keep_fp32=tuple(raw["precision"]["keep_fp32"]))
-    return Manifest(
-        schema=SCHEMA,
-        producer=dict(raw["producer"]),
-        source=_built(SourceSpec, raw["source"]),
-        model=_built(ModelSpec, model),
-        sizes=tuple(_pair(size) for size in raw["sizes"]),
-        diffusion=_built(DiffusionSpec, diffusion),
-        autoencoder=_built(AutoencoderSpec, raw["autoencoder"]),
-        precision=_built(PrecisionSpec, precision),
-        defaults=_built(DefaultsSpec, raw["defaults"]),
-        class_names=tuple(str(name) for name in raw["class_names"]),
-        graphs={name: _graph(graph) for name, graph in raw["graphs"].items()},
-        tolerances={name: _numbers(limits) for name, limits in raw["tolerances"].items()},
-        thresholds={name: _numbers(limits) for name, limits in raw["thresholds"].items()},
-        floors={name: _series(floors) for name, floors in raw["floors"].items()},
-        magnitudes=_numbers(raw["magnitudes"]),
-        files={name: _built(FileSpec, spec) for name, spec in raw["files"].items()},
-    )
-
-
-def _built(kind: type[T], values: Mapping[str, Any]) -> T:
-    names = {item.name for item in fields(kind)}  # type: ignore[arg-type]  # every kind here is a dataclass
-    if set(values) != names:
-        raise ValueError(f"{kind.__name__} has {sorted(values)}, expected {sorted(names)}")
-    return kind(**values)
-
-
-def _pair(values: Any) -> tuple[int, int]:
-    first, second = (int(value) for value in values)
-    return first, second
-
-
-def _numbers(raw: Mapping[str, Any]) -> dict[str, float]:
-    numbers = {str(name): float(value) for name, value in raw.items()}
-    if wrong := [name for name, value in numbers.items() if not 0 <= value < math.inf]:
-        raise ValueError(f"{wrong[0]} is {numbers[wrong[0]]}")
-    return numbers
-
-
-def _series(raw: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
-    series = {str(name): tuple(float(value) for value in values) for name, values in raw.items()}
-    if wrong := [name for name, values in series.items() if not all(0 <= value < math.inf for value in values)]:
-        raise ValueError(f"floor of {wrong[0]} is not finite")
-    return series
-
-
-def _graph(raw: Mapping[str, Any]) -> GraphSpec:
-    def tensors(items: Any) -> tuple[TensorSpec, ...]:
-        return tuple(TensorSpec(item["name"], item["dtype"], tuple(item["shape"])) for item in items)
-
-    return GraphSpec(str(raw["file"]), str(raw["weights"]), tensors(raw["inputs"]), tensors(raw["outputs"]))
+    """Raises DecodeError where a value is not what ``Manifest`` declares; ``check_consistency`` asks for the rest."""
+    return decode(Manifest, raw)
 
 
 def check_consistency(manifest: Manifest) -> None:
@@ -291,7 +237,7 @@ def check_consistency(manifest: Manifest) -> None:
                 raise ValueError(f"graph file {file!r} has no hash")
     for limits in (manifest.tolerances, manifest.thresholds):
         if manifest.precision.name not in limits:
-            raise ValueError(f"no limits for {manifest.precision.name}")
+            raise ValueError(f"no limits for {manifest.precision.name!r}")
     if (diffusion.prediction_type == "velocity") != (diffusion.path in PATHS):
         raise ValueError(f"prediction type {diffusion.prediction_type!r} with path {diffusion.path!r}")
     *betas, last = diffusion.betas or (0.5,)

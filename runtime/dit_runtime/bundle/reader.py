@@ -13,7 +13,6 @@ the manifest, and no path in it may lead outside.
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -41,6 +40,7 @@ from dit_runtime.bundle.manifest import (
     manifest_from_json,
     sized,
 )
+from dit_runtime.core.decode import DecodeError, json_from_bytes, read_bytes, schema_of
 from dit_runtime.core.errors import BundleError
 from dit_runtime.core.files import sha256_of
 
@@ -73,6 +73,7 @@ __all__ = [
 ]
 
 MANIFEST = "manifest.json"
+MANIFEST_LIMIT = 16 << 20  # bytes: far above any, and little to read
 ENGINES = "engines"
 GOLDEN = "golden"
 UNGUIDED = "unguided"  # the record of a trajectory without guidance, of the sampler that draws noise
@@ -187,24 +188,22 @@ def open_bundle(path: str | Path, store: Path | None = None) -> Bundle:
         raise BundleError(f"{folder}: no such bundle; make one with dit-export CHECKPOINT -o {folder}")
     if not manifest_path.is_file() or _leads_outside(folder, manifest_path):
         raise BundleError(f"{folder}: not a bundle (no {MANIFEST}); make one with dit-export CHECKPOINT -o {folder}")
-    text = manifest_path.read_bytes()
     try:
-        raw = json.loads(text)
-        schema = raw["schema"]
-    except (ValueError, KeyError, TypeError) as error:
+        text = read_bytes(manifest_path, MANIFEST_LIMIT)
+        raw = json_from_bytes(text)
+        schema = schema_of(raw)
+    except DecodeError as error:
         raise BundleError(f"{manifest_path}: not a manifest ({error}); copy or export the bundle again") from error
     if schema != SCHEMA:
         raise BundleError(
-            f"{manifest_path}: schema {schema!r}, this version reads {SCHEMA}; export the bundle again or install the "
+            f"{manifest_path}: schema {schema}, this version reads {SCHEMA}; export the bundle again or install the "
             "dit-export that wrote it"
         )
     try:
         manifest = manifest_from_json(raw)
         check_consistency(manifest)
-    except (ValueError, KeyError, TypeError) as error:
-        raise BundleError(
-            f"{manifest_path}: damaged manifest ({type(error).__name__}: {error}); copy or export the bundle again"
-        ) from error
+    except ValueError as error:
+        raise BundleError(f"{manifest_path}: damaged manifest ({error}); copy or export the bundle again") from error
     return Bundle(folder, manifest, hashlib.sha256(text).hexdigest(), store=store)
 
 

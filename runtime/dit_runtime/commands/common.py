@@ -1,12 +1,12 @@
-"""Manners that the five commands share: errors in one line, exit codes, ``--json``, ``--version``."""
+"""What the commands share: errors in one line, exit codes, ``--json``, ``--version``, and types of arguments."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import signal
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, NoReturn
@@ -15,16 +15,18 @@ from dit_runtime.core.errors import DiTError
 from dit_runtime.core.version import __version__
 
 INTERRUPTED = 130
-# Names of ``engines.ENGINES``, which commands show before they import anything heavy.
+# Its names are those of ``backends.open.ENGINES``; a command shows its help before it imports anything heavy.
 ENGINE_HELP = (
     "auto, tensorrt, tensorrt-rtx, openvino, onnxruntime, onnxruntime-cuda, onnxruntime-tensorrt or onnxruntime-rtx; "
-    "auto is TensorRT where an engine for the GPU here was built, else what takes the least time for a step"
+    "auto takes TensorRT if dit-build made an engine for this GPU, else the fastest of the others here"
 )
-STORE_HELP = "where engines, verdicts and prepared graphs are kept (default: the bundle's engines folder)"
+PRECISIONS = ("fp32", "bf16", "f32")  # f32 is another name of fp32
+PRECISION_HELP = "of OpenVINO (default: the bundle's or nearest)"
+STORE_HELP = "the folder of engines, verdicts and prepared graphs (default: BUNDLE/engines)"
 
 
 class Parser(argparse.ArgumentParser):
-    """Shows defaults and examples; a usage error is one line and exit code 1."""
+    """A parser whose help has defaults and examples, and whose errors are one line with exit code 1."""
 
     def __init__(self, name: str, description: str, examples: Sequence[str]) -> None:
         text = "examples:\n" + "\n".join(f"  {example}" for example in examples)
@@ -44,9 +46,14 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
 
 
 def run(name: str, work: Callable[[], int]) -> NoReturn:
-    """Run a command's work and exit: a ``DiTError`` is one line and 1, Ctrl-C (or SIGTERM) is 130."""
+    """Run a command's work and exit with the code that it returns.
+
+    A ``DiTError`` is one line on stderr and exit code 1; Ctrl-C or SIGTERM is one line and exit code 130.
+    """
     signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGALRM, _interrupt)
     sys.unraisablehook = _interrupt_again
+    _show_log()
     try:
         code = work()
     except DiTError as error:
@@ -59,7 +66,7 @@ def run(name: str, work: Callable[[], int]) -> NoReturn:
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on stdout."""
+    """Print one JSON document on stdout."""
     print(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
 
 
@@ -87,9 +94,22 @@ def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
 
 
 def _interrupt_again(unraisable: sys.UnraisableHookArgs) -> None:
-    """Python drops what is raised in a weak reference's callback or a ``__del__``: an interrupt there comes again."""
+    """Python drops an exception in a weak reference's callback or a ``__del__``: an interrupt there comes again."""
     if isinstance(unraisable.exc_value, KeyboardInterrupt):
-        again = (threading.main_thread().ident, signal.SIGTERM)
-        threading.Timer(0.01, signal.pthread_kill, again).start()  # when that callback is over
+        signal.setitimer(signal.ITIMER_REAL, 0.01)  # SIGALRM, when that callback is over
     else:
         sys.__unraisablehook__(unraisable)
+
+
+class _Lines(logging.Handler):
+    """What the library found out, a line each on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage(), file=sys.stderr)
+
+
+def _show_log() -> None:
+    logger = logging.getLogger("dit_runtime")
+    logger.setLevel(logging.INFO)
+    if not any(isinstance(handler, _Lines) for handler in logger.handlers):
+        logger.addHandler(_Lines())

@@ -1,47 +1,30 @@
-"""What a bundle is, and what there is of engines and verdicts for it."""
+"""``dit-verify --info``: what a bundle is, and which engines and verdicts there are for it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from dit_runtime.backends.tensorrt.store import described, stored_engines
 from dit_runtime.bundle.reader import GOLDEN, Bundle
-from dit_runtime.core.machine import machine
-from dit_runtime.verify.verdicts import stored_verdicts
+from dit_runtime.core.machine import describe_machine
+from dit_runtime.verify.verdicts import Verdict, stored_verdicts
+
+PARTS = ("conditioner", "step", "decoder", "encoder")
 
 
 def bundle_info(bundle: Bundle) -> dict[str, Any]:
-    """The facts of ``dit-verify --info``, as JSON has them."""
+    """The facts of ``dit-verify --info``, as its JSON has them."""
     manifest = bundle.manifest
-    damaged: list[str] = []
-    engines = [
-        {
-            "folder": str(engine.folder),
-            "image_size": list(engine.image_size),
-            "built_for": described(engine.library, engine.version, engine.compute_capability, engine.gpu),
-            "plans_bytes": {name: graph.plan_bytes for name, graph in engine.graphs.items()},
-        }
-        for size in manifest.image_sizes
-        for engine in stored_engines(bundle.at(size), None, damaged.append)
-    ]
-    golden = [spec.bytes for name, spec in manifest.files.items() if name.startswith(GOLDEN)]
-    model = manifest.model
+    engines, damaged = _engines_of(bundle)
     return {
         "bundle": bundle.digest,
         "source": manifest.source.name,
         "reference": manifest.source.reference,
         "precision": manifest.precision.name,
         "keep_fp32": list(manifest.precision.keep_fp32),
-        "model": {
-            "conditioning": model.conditioning,
-            "depth": model.depth,
-            "width": model.width,
-            "heads": model.heads,
-            "patch_size": model.patch_size,
-            "classes": model.classes,
-            "learned_variance": model.learned_variance,
-        },
+        "model": _model_of(bundle),
         "prediction": manifest.diffusion.prediction_type,
         "image_sizes": [list(size) for size in manifest.image_sizes],
         "defaults": {
@@ -50,52 +33,104 @@ def bundle_info(bundle: Bundle) -> dict[str, Any]:
             "guidance": manifest.defaults.guidance,
         },
         "weights_bytes": {name: manifest.files[graph.weights].bytes for name, graph in manifest.graphs.items()},
-        "golden_bytes": sum(golden),
+        "golden_bytes": sum(spec.bytes for name, spec in manifest.files.items() if name.startswith(GOLDEN)),
         "budgets": sorted(name for name, floors in manifest.floors.items() if floors),
         "largest": dict(sorted(manifest.magnitudes.items(), key=lambda item: -item[1])[:1]),
         "producer": manifest.producer,
         "engines": engines,
         "damaged": damaged,
-        "verdicts": [{**verdict, "here": verdict["machine"] == machine()} for verdict in stored_verdicts(bundle)],
+        "verdicts": [_verdict_facts(verdict) for verdict in stored_verdicts(bundle)],
     }
 
 
+def _verdict_facts(verdict: Verdict) -> dict[str, Any]:
+    return {
+        "engine": verdict.engine,
+        "image_size": list(verdict.image_size),
+        "machine": verdict.machine,
+        "time": verdict.time,
+        "quick": verdict.quick,
+        "passed": verdict.passed,
+        "failed": list(verdict.failed),
+        "here": verdict.machine == describe_machine(),
+    }
+
+
+def _model_of(bundle: Bundle) -> dict[str, Any]:
+    model = bundle.manifest.model
+    return {
+        "conditioning": model.conditioning,
+        "depth": model.depth,
+        "width": model.width,
+        "heads": model.heads,
+        "patch_size": model.patch_size,
+        "classes": model.classes,
+        "learned_variance": model.learned_variance,
+    }
+
+
+def _engines_of(bundle: Bundle) -> tuple[list[dict[str, Any]], list[str]]:
+    """The engines that were built for the bundle, and one line for each engine that is damaged."""
+    damaged: list[str] = []
+    engines = [
+        {
+            "folder": str(engine.folder),
+            "image_size": list(engine.image_size),
+            "built_for": described(engine.library, engine.version, engine.compute_capability, engine.gpu),
+            "plans_bytes": {name: graph.plan_bytes for name, graph in engine.graphs.items()},
+        }
+        for size in bundle.manifest.image_sizes
+        for engine in stored_engines(bundle.at(size), None, damaged.append)
+    ]
+    return engines, damaged
+
+
 def format_info(path: Path, info: dict[str, Any]) -> str:
-    """The same for people."""
+    """The facts of ``bundle_info`` for a terminal."""
+    return "\n".join([*_model_lines(path, info), *_engine_lines(info), *_verdict_lines(path, info)])
+
+
+def _model_lines(path: Path, info: dict[str, Any]) -> Iterator[str]:
     model, defaults = info["model"], info["defaults"]
-    sizes = ", ".join(f"{height}x{width}" for height, width in info["image_sizes"])
-    parts = ("conditioner", "step", "decoder", "encoder")
-    weights = [f"{name} {info['weights_bytes'][name] / 1e6:.1f} MB" for name in parts if name in info["weights_bytes"]]
     kept = f", {', '.join(info['keep_fp32'])} in FP32" if info["precision"] == "fp16" else ""
-    lines = [
-        f"{path}: {info['source']}, {info['precision']}{kept}",
-        f"digest      {info['bundle']}",
-        f"reference   {info['reference']}",
+    yield f"{path}: {info['source']}, {info['precision']}{kept}"
+    yield f"digest      {info['bundle']}"
+    yield f"reference   {info['reference']}"
+    yield (
         f"model       {model['conditioning']}, {model['depth']} blocks of width {model['width']}, "
         f"{model['heads']} heads, patch {model['patch_size']}, {model['classes']} classes, "
-        f"predicts {info['prediction']}{' and the variance' if model['learned_variance'] else ''}",
-        f"images    {sizes}; by default {defaults['sampler']}, {defaults['steps']} steps, guidance "
-        f"{defaults['guidance']:g}",
-        f"weights     {', '.join(weights)}",
-        f"records     {info['golden_bytes'] / 1e6:.1f} MB; PyTorch's own errors in "
-        f"{', '.join(info['budgets']) or 'no precision'}",
-    ]
-    lines += [f"largest |x| {value:.4g}, in {unit}" for unit, value in info["largest"].items()]
+        f"predicts {info['prediction']}{' and the variance' if model['learned_variance'] else ''}"
+    )
+    sizes = ", ".join(f"{height}x{width}" for height, width in info["image_sizes"])
+    yield (
+        f"images      {sizes}; by default {defaults['sampler']}, {defaults['steps']} steps, guidance "
+        f"{defaults['guidance']:g}"
+    )
+    weights = [f"{name} {info['weights_bytes'][name] / 1e6:.1f} MB" for name in PARTS if name in info["weights_bytes"]]
+    yield f"weights     {', '.join(weights)}"
+    budgets = ", ".join(info["budgets"]) or "no precision"
+    yield f"records     {info['golden_bytes'] / 1e6:.1f} MB; PyTorch's own errors in {budgets}"
+    for unit, value in info["largest"].items():
+        yield f"largest |x| {value:.4g}, in {unit}"
+
+
+def _engine_lines(info: dict[str, Any]) -> Iterator[str]:
     for engine in info["engines"]:
         size = sum(engine["plans_bytes"].values()) / 1e6
         height, width = engine["image_size"]
-        lines.append(f"engine      {engine['folder']}: {engine['built_for']}, {height}x{width}, plans {size:.1f} MB")
-    lines += [f"damaged     {text}" for text in info["damaged"]]
+        yield f"engine      {engine['folder']}: {engine['built_for']}, {height}x{width}, plans {size:.1f} MB"
+    for text in info["damaged"]:
+        yield f"damaged     {text}"
     if not info["engines"]:
-        lines.append("engine      none was built; dit-build makes TensorRT's")
+        yield "engine      none was built; dit-build builds TensorRT engines"
+
+
+def _verdict_lines(path: Path, info: dict[str, Any]) -> Iterator[str]:
     for verdict in info["verdicts"]:
         height, width = verdict["image_size"]
         outcome = "passed" if verdict["passed"] else f"FAILED {', '.join(verdict['failed'])}"
         where = "here" if verdict["here"] else f"on {verdict['machine'].get('processor', 'another machine')}"
         kind = "quick verify" if verdict["quick"] else "verify"
-        lines.append(
-            f"verdict     {verdict['engine']}, {height}x{width}: {outcome} ({kind} {where}, {verdict['time']})"
-        )
+        yield f"verdict     {verdict['engine']}, {height}x{width}: {outcome} ({kind} {where}, {verdict['time']})"
     if not info["verdicts"]:
-        lines.append(f"verdict     none yet; run dit-verify {path}")
-    return "\n".join(lines)
+        yield f"verdict     none yet; run dit-verify {path}"

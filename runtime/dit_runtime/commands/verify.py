@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dit_runtime.commands.common import (
     ENGINE_HELP,
+    PRECISION_HELP,
+    PRECISIONS,
     STORE_HELP,
     Parser,
     image_size,
@@ -15,16 +17,63 @@ from dit_runtime.commands.common import (
     run,
 )
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # imported when the arguments are parsed, so that --help is quick
     from dit_runtime.bundle.reader import Bundle
+    from dit_runtime.verify.results import Results
 
 EXAMPLES = (
     "dit-verify my.bundle",
-    "dit-verify my.bundle --engine onnxruntime --json",
-    "dit-verify my.bundle --report report.html",
+    "dit-verify my.bundle --engine onnxruntime --json > results.json",
+    "dit-verify --report page.html --from results.json",
+    "dit-verify my.bundle --report page.html",
     "dit-verify my.bundle --info",
     "dit-verify my.bundle --polygraphy records/",
 )
+
+
+@dataclass(frozen=True)
+class VerifyRequest:
+    """Verify a bundle on an engine; the fields are the command's arguments."""
+
+    bundle: Path
+    store: Path | None
+    engine: str
+    precision: str | None
+    size: tuple[int, int] | None
+    quick: bool
+    report: Path | None
+    as_json: bool
+
+
+@dataclass(frozen=True)
+class PageRequest:
+    """Make the HTML page ``report`` from the JSON file ``results`` of an earlier verification."""
+
+    results: Path
+    report: Path
+
+
+@dataclass(frozen=True)
+class RecordsRequest:
+    """Write a bundle's golden records into ``folder``, as Polygraphy's inputs and outputs."""
+
+    bundle: Path
+    store: Path | None
+    size: tuple[int, int] | None
+    folder: Path
+    as_json: bool
+
+
+@dataclass(frozen=True)
+class InfoRequest:
+    """Say what a bundle is, and which engines and verdicts there are for it."""
+
+    bundle: Path
+    store: Path | None
+    as_json: bool
+
+
+Request = VerifyRequest | PageRequest | RecordsRequest | InfoRequest
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -33,121 +82,160 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _main(argv: list[str] | None) -> int:
+    request = parse_request(argv)
+    if isinstance(request, PageRequest):
+        return _make_page(request)
+    if isinstance(request, InfoRequest):
+        return _show_info(request)
+    if isinstance(request, RecordsRequest):
+        return _write_records(request)
+    return _verify(request)
+
+
+def parse_request(argv: list[str] | None) -> Request:
+    """What the arguments ask for; exits with one line where they do not fit together."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.results is not None:
+        others = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+        if others != {"results", "report"}:
+            parser.error("--from takes --report FILE and nothing else: the page is made from the results alone")
+        return PageRequest(args.results, args.report)
+    if args.bundle is None:
+        parser.error("the following arguments are required: bundle")
+    if args.info:
+        return InfoRequest(args.bundle, args.store, args.json)
+    if args.polygraphy is not None:
+        return RecordsRequest(args.bundle, args.store, args.size, args.polygraphy, args.json)
+    return VerifyRequest(
+        args.bundle, args.store, args.engine, args.precision, args.size, args.quick, args.report, args.json
+    )
+
+
+def _parser() -> Parser:
     parser = Parser(
         "dit-verify",
         "Replay a bundle's golden records on an engine and compare with what PyTorch computed, from single blocks up "
-        "to images. Exits with 1 when anything fails. Torch is not needed.",
+        "to images. Exits with 1 when a rung fails. Torch is not needed.",
         EXAMPLES,
     )
-    parser.add_argument("bundle", type=Path, help="a bundle that dit-export wrote")
-    parser.add_argument("--engine", default="auto", help=ENGINE_HELP)
-    parser.add_argument("--precision", choices=("f32", "bf16"), help="of OpenVINO (default: the bundle's or nearest)")
-    parser.add_argument("--size", type=image_size, metavar="HEIGHTxWIDTH", help="of images (default: each there is)")
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="whether there is a fault, not where: without single steps and conditioner",
+    add = parser.add_argument
+    add("bundle", type=Path, nargs="?", help="a bundle that dit-export wrote")
+    add("--engine", default="auto", help=ENGINE_HELP)
+    add("--precision", choices=PRECISIONS, metavar="{fp32,bf16}", help=PRECISION_HELP)
+    add("--size", type=image_size, metavar="HEIGHTxWIDTH", help="of images (default: each size of the bundle)")
+    add(
+        "--quick", action="store_true", help="find whether there is a fault, not where: no single steps, no conditioner"
     )
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write an HTML page; of the first size there is")
-    parser.add_argument(
+    add("--report", type=Path, metavar="FILE", help="write an HTML page (extra: report); images are of the first size")
+    add("--from", dest="results", type=Path, metavar="FILE", help="make --report from what --json printed, anywhere")
+    add(
         "--polygraphy",
         type=Path,
         metavar="DIR",
-        help="write the records as Polygraphy's inputs and outputs instead of verifying",
+        help="write the records as Polygraphy's inputs and outputs instead of verifying (extra: polygraphy)",
     )
-    parser.add_argument(
-        "--info", action="store_true", help="say what the bundle is and what engines it has, without verifying"
-    )
-    parser.add_argument("--store", type=Path, metavar="DIR", help=STORE_HELP)
-    parser.add_argument("--json", action="store_true", help="print the results as JSON")
-    args = parser.parse_args(argv)
+    add("--info", action="store_true", help="say what the bundle is and which engines it has, without verifying")
+    add("--store", type=Path, metavar="DIR", help=STORE_HELP)
+    add("--json", action="store_true", help="print the results as JSON: all that the page shows")
+    return parser
 
+
+def _verify(request: VerifyRequest) -> int:
     from dit_runtime.bundle.reader import open_bundle
+    from dit_runtime.verify.results import verify_bundle
 
-    bundle = open_bundle(args.bundle, args.store)
-    if args.info:
-        return _info(bundle, args.json)
+    bundle = open_bundle(request.bundle, request.store)
+    if request.report is not None:
+        _check_page(request.report)
     bundle.check()
-    if args.polygraphy is not None:
-        return _polygraphy(bundle.at(args.size), args.polygraphy, args.json)
-    return _verify(bundle, args)
-
-
-def _verify(bundle: Bundle, args: argparse.Namespace) -> int:
-    from dit_runtime.backends.open import Engine, engine_for
-    from dit_runtime.core.environment import environment
-    from dit_runtime.core.files import check_writable, replace_file
-    from dit_runtime.core.machine import machine
-    from dit_runtime.verify.auto import check_choice, open_first_engine
-    from dit_runtime.verify.rung import format_table
-    from dit_runtime.verify.verdicts import join_rungs, verify_each_size
-
-    if args.report is not None:
-        check_writable(args.report)
-    sizes = bundle.manifest.image_sizes if args.size is None else (args.size,)
-    check_choice(args.engine, args.precision)
-
-    def opened(at: Bundle) -> Engine:
-        return open_first_engine(at) if args.engine == "auto" else engine_for(at, args.engine, 0, args.precision)
-
-    found = verify_each_size(bundle, sizes, opened, args.quick)
-    first, rungs = found[0], join_rungs(found)
-    failed = [rung.name for rung in rungs if not rung.passed]
-    if args.report is not None:
-        from dit_runtime.verify.report import page
-
-        hashes = {name: spec.sha256 for name, spec in bundle.manifest.files.items()}
-        with replace_file(args.report) as file:
-            file.write_text(page(first, environment(), hashes, found[1:]), encoding="utf-8")
-    if args.json:
-        print_json(
-            {
-                **first.as_json(),
-                "image_sizes": [list(each.image_size) for each in found],
-                "passed": not failed,
-                "machine": machine(),
-                "environment": environment(),
-                "rungs": [rung.as_json() for rung in rungs],
-            }
-        )
+    results = verify_bundle(bundle, request.engine, request.precision, request.size, request.quick)
+    if request.report is not None:
+        _write_page(results, request.report)
+    if request.as_json:
+        print_json(results.as_json())
     else:
-        print(f"{args.bundle}: {first.model}, {first.precision}, on {first.engine}")
-        print(f"reference: {first.reference}")
-        print(format_table(rungs))
-        print(
-            f"FAIL: {', '.join(failed)}"
-            if failed
-            else f"pass{', quick' if args.quick else ''}: this engine matches the reference here"
-        )
-    return 1 if failed else 0
+        print(format_results(request.bundle, results))
+    return 0 if results.verification.passed else 1
 
 
-def _info(bundle: Bundle, as_json: bool) -> int:
+def _make_page(request: PageRequest) -> int:
+    from dit_runtime.verify.results_reader import read_results
+
+    _check_page(request.report)
+    _write_page(read_results(request.results), request.report)
+    return 0
+
+
+def _show_info(request: InfoRequest) -> int:
+    from dit_runtime.bundle.reader import open_bundle
     from dit_runtime.commands.info import bundle_info, format_info
 
+    bundle = open_bundle(request.bundle, request.store)
     info = bundle_info(bundle)
-    if as_json:
+    if request.as_json:
         print_json(info)
     else:
         print(format_info(bundle.path, info))
     return 0
 
 
-def _polygraphy(bundle: Bundle, folder: Path, as_json: bool) -> int:
+def _write_records(request: RecordsRequest) -> int:
+    from dit_runtime.bundle.reader import open_bundle
     from dit_runtime.verify.polygraphy import write_run_results
 
-    written = write_run_results(bundle, folder)
-    if as_json:
+    bundle = open_bundle(request.bundle, request.store)
+    bundle.check()
+    bundle = bundle.at(request.size)
+    written = write_run_results(bundle, request.folder)
+    if request.as_json:
         print_json({"bundle": bundle.digest, "files": [str(path) for path in written]})
     else:
-        manifest = bundle.manifest
-        graph, limit = (
-            bundle.path / manifest.graphs["step"].file,
-            manifest.tolerances[manifest.precision.name]["forward"],
-        )
-        print(f"{folder}: {', '.join(path.name for path in written)}")
-        print(
-            f"polygraphy run {graph} --onnxrt --load-inputs {folder}/step-inputs.json "
-            f"--load-outputs {folder}/step-outputs.json --rtol {limit:g} --atol {limit:g}"
-        )
+        print(format_records(bundle, request.folder, written))
     return 0
+
+
+def _check_page(path: Path) -> None:
+    """Say before the work that the page cannot be made."""
+    from dit_runtime.core.extras import check_extra
+    from dit_runtime.core.files import check_writable
+
+    check_extra("--report", "report", "jinja2", "matplotlib")
+    check_writable(path, "--report")
+
+
+def _write_page(results: Results, path: Path) -> None:
+    from dit_runtime.core.files import replace_file
+    from dit_runtime.verify.report import page
+
+    with replace_file(path) as file:
+        # Results of another machine may hold characters that UTF-8 has no bytes for.
+        file.write_text(page(results), encoding="utf-8", errors="replace")
+
+
+def format_results(bundle: Path, results: Results) -> str:
+    """The results for a terminal: what was verified, a line for each rung, and the verdict."""
+    from dit_runtime.verify.rung import format_table
+
+    found = results.verification
+    failed = [rung.name for rung in found.rungs if not rung.passed]
+    passed = f"pass{', quick' if found.quick else ''}: this engine matches the reference here"
+    return "\n".join(
+        [
+            f"{bundle}: {found.model}, {found.precision}, on {found.engine}",
+            f"reference: {found.reference}",
+            format_table(found.rungs),
+            f"FAIL: {', '.join(failed)}" if failed else passed,
+        ]
+    )
+
+
+def format_records(bundle: Bundle, folder: Path, written: list[Path]) -> str:
+    """The files that were written, and the command that compares the step with them."""
+    limit = bundle.manifest.tolerances[bundle.manifest.precision.name]["forward"]
+    return (
+        f"{folder}: {', '.join(path.name for path in written)}\n"
+        f"polygraphy run {bundle.path / bundle.manifest.graphs['step'].file} --onnxrt "
+        f"--load-inputs {folder}/step-inputs.json --load-outputs {folder}/step-outputs.json "
+        f"--rtol {limit:g} --atol {limit:g}"
+    )

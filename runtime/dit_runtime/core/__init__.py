@@ -1,1 +1,1 @@
-"""What everything stands on: errors, files, progress, and the machine."""
+"""What all other folders use: errors, files, progress, and facts about the machine."""

@@ -1,4 +1,4 @@
-"""What a figure depends on besides the code: processor, libraries, and on a GPU its power mode and clocks."""
+"""What a measured figure depends on besides the code: processor, libraries, power mode and clocks."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from typing import Any
 import numpy as np
 
 LIBRARIES = ("onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx-cu12", "tensorrt-rtx-cu13")
-# Instructions that decide how fast products of matrices are.
+# Instructions that decide how fast matrix products are.
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "amx_bf16", "amx_int8", "asimd", "bf16")
 GPU_QUERY = "name,driver_version,power.limit,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem"
 
-Ran = Callable[[Sequence[str]], str]
+RunCommand = Callable[[Sequence[str]], str]
 
 
-def environment(threads: int = 0, root: Path = Path("/"), ran: Ran | None = None) -> dict[str, Any]:
-    """The machine, for the record beside every figure.
+def describe_environment(threads: int = 0, root: Path = Path("/"), run: RunCommand | None = None) -> dict[str, Any]:
+    """The machine and its libraries, to be recorded beside every figure.
 
     Args:
-        threads: of the engine, 0 where it chooses.
-        root: of the file system, where ``proc``, ``sys`` and ``etc`` are.
-        ran: runs a command and returns what it prints, or raises ``OSError``.
+        threads: of the engine; 0 where the engine chooses.
+        root: of the file system: it has ``proc``, ``sys`` and ``etc``.
+        run: runs a command and returns its stdout, or raises ``OSError``.
     """
-    ran = ran or _printed
+    run = run or _run_command
     found: dict[str, Any] = {
         "system": platform.platform(),
         "python": platform.python_version(),
         "processor": platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": threads,
-        "libraries": {"numpy": np.__version__, **_versions()},
+        "libraries": {"numpy": np.__version__, **_read_versions()},
     }
-    for line in _text(root / "proc" / "cpuinfo").splitlines():
+    for line in _read_text(root / "proc" / "cpuinfo").splitlines():
         key, _, value = line.partition(":")
         if key.strip() == "model name":
             found["processor"] = value.strip()
@@ -47,13 +47,13 @@ def environment(threads: int = 0, root: Path = Path("/"), ran: Ran | None = None
             present = set(value.split())
             found["cpu_flags"] = [flag for flag in CPU_FLAGS if flag in present]
             break
-    if model := _text(root / "proc" / "device-tree" / "model"):
+    if model := _read_text(root / "proc" / "device-tree" / "model"):
         found["board"] = model
-    if release := _text(root / "etc" / "nv_tegra_release"):
-        found["jetson"] = {"release": release.splitlines()[0].lstrip("# "), **_jetson(root, ran)}
+    if release := _read_text(root / "etc" / "nv_tegra_release"):
+        found["jetson"] = {"release": release.splitlines()[0].lstrip("# "), **_describe_jetson(root, run)}
     else:
         with contextlib.suppress(OSError, ValueError, IndexError):
-            lines = ran(["nvidia-smi", f"--query-gpu={GPU_QUERY}", "--format=csv,noheader"]).splitlines()
+            lines = run(["nvidia-smi", f"--query-gpu={GPU_QUERY}", "--format=csv,noheader"]).splitlines()
             names = GPU_QUERY.split(",")
             found["gpus"] = [
                 dict(zip(names, (value.strip() for value in line.split(",")), strict=True)) for line in lines
@@ -61,36 +61,38 @@ def environment(threads: int = 0, root: Path = Path("/"), ran: Ran | None = None
     return found
 
 
-def _jetson(root: Path, ran: Ran) -> dict[str, Any]:
-    """Power mode (``nvpmodel``) and clocks in MHz: now, least and most. A mode caps clocks; ``jetson_clocks`` pins them
-    to the most, so ``pinned`` says whether the least is the most.
+def _describe_jetson(root: Path, run: RunCommand) -> dict[str, Any]:
+    """Power mode (``nvpmodel``) and clocks in MHz: now, lowest and highest.
+
+    A power mode caps the clocks. ``jetson_clocks`` pins them at the highest, so ``pinned`` says whether lowest and
+    highest are the same.
     """
     found: dict[str, Any] = {}
     with contextlib.suppress(OSError):
-        if mode := re.search(r"NV Power Mode:\s*(\S.*)", ran(["nvpmodel", "-q"])):
+        if mode := re.search(r"NV Power Mode:\s*(\S.*)", run(["nvpmodel", "-q"])):
             found["power_mode"] = mode[1].strip()
-    if "power_mode" not in found and (status := _text(root / "var" / "lib" / "nvpmodel" / "status")):
+    if "power_mode" not in found and (status := _read_text(root / "var" / "lib" / "nvpmodel" / "status")):
         found["power_mode"] = status
     clocks: dict[str, dict[str, float | bool]] = {}
     for folder in sorted((root / "sys" / "class" / "devfreq").glob("*")):
-        values = [_text(folder / f"{name}_freq") for name in ("cur", "min", "max")]
+        values = [_read_text(folder / f"{name}_freq") for name in ("cur", "min", "max")]
         if "gpu" in folder.name and all(value.isdecimal() for value in values):
-            clocks[folder.name] = _clock([int(value) / 1e6 for value in values])  # from Hz
+            clocks[folder.name] = _describe_clock([int(value) / 1e6 for value in values])  # from Hz
     for folder in sorted((root / "sys" / "devices" / "system" / "cpu" / "cpufreq").glob("policy*")):
-        values = [_text(folder / f"scaling_{name}_freq") for name in ("cur", "min", "max")]
+        values = [_read_text(folder / f"scaling_{name}_freq") for name in ("cur", "min", "max")]
         if all(value.isdecimal() for value in values):
-            clocks[f"cpu {folder.name}"] = _clock([int(value) / 1e3 for value in values])  # from kHz
+            clocks[f"cpu {folder.name}"] = _describe_clock([int(value) / 1e3 for value in values])  # from kHz
     if clocks:
         found["clocks_mhz"] = clocks
     return found
 
 
-def _clock(values: list[float]) -> dict[str, float | bool]:
+def _describe_clock(values: list[float]) -> dict[str, float | bool]:
     current, least, most = values
     return {"now": current, "min": least, "max": most, "pinned": least == most}
 
 
-def _versions() -> dict[str, str]:
+def _read_versions() -> dict[str, str]:
     found = {}
     for name in LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -98,15 +100,15 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8", errors="replace").strip().strip("\0")
     except OSError:
         return ""
 
 
-def _printed(command: Sequence[str]) -> str:
-    """Raises OSError for a command that is not there, fails or does not answer."""
+def _run_command(command: Sequence[str]) -> str:
+    """The stdout of a command; raises OSError if it is not installed, fails or does not answer in 10 s."""
     try:
         done = subprocess.run(list(command), capture_output=True, text=True, timeout=10, check=True)
     except subprocess.SubprocessError as error:

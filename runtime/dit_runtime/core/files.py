@@ -1,4 +1,4 @@
-"""Atomic writes: after an interruption there is either the old file or the new one, never half of one."""
+"""Atomic writes: after an interruption a file is the old one or the new one, never a part of one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from dit_runtime.core.errors import OutputError
 
 @contextlib.contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
-    """A temporary sibling to write to; it becomes ``path`` when the block ends well, and is removed otherwise."""
+    """A temporary file beside ``path``: it replaces ``path`` when the block succeeds, and is removed otherwise.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -23,7 +27,7 @@ def replace_file(path: Path) -> Iterator[Path]:
         os.close(handle)
         temporary = Path(name)
         yield temporary
-        temporary.chmod(0o666 & ~_umask())
+        temporary.chmod(0o666 & ~_get_umask())
         temporary.replace(path)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror or error}); choose another --output") from error
@@ -34,18 +38,21 @@ def replace_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replace_folder(path: Path, option: str = "--output") -> Iterator[Path]:
-    """A temporary sibling folder that becomes ``path`` (replacing an older one) when the block ends well.
+    """A temporary folder beside ``path``: it replaces ``path`` when the block succeeds, and is removed otherwise.
 
-    ``option`` is the command's that names the place, for the message.
+    ``option`` is the command's option that names the folder, for the message.
+
+    Raises:
+        OutputError: the folder cannot be written.
     """
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        temporary.chmod(0o777 & ~_umask())
+        temporary.chmod(0o777 & ~_get_umask())
         yield temporary
         if path.exists():
-            # rename(2) does not replace a folder that has content: move the old one aside first, and back on failure.
+            # rename(2) does not replace a folder with content: the old one goes aside first, and back after a failure.
             aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
             path.replace(aside)
             try:
@@ -64,19 +71,19 @@ def replace_folder(path: Path, option: str = "--output") -> Iterator[Path]:
 
 
 def check_writable(path: Path, option: str = "--output") -> None:
-    """Say now, rather than after the work, that a file or folder cannot be written at ``path``.
+    """Say before the work that a file or folder cannot be written at ``path``.
 
-    ``option`` is the command's that names the place, for the message.
+    ``option`` is the command's option that names the path, for the message.
 
     Raises:
-        OutputError: the nearest existing folder above ``path`` is not a folder or not writable.
+        OutputError: the nearest path above that exists is not a folder, or cannot be written to.
     """
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise OutputError(f"{path}: {parent} cannot be written to; choose another {option}")
 
 
-def _umask() -> int:
+def _get_umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -1,8 +1,9 @@
-"""What a CPU engine depends on: the processor, its matrix instructions, and the memory that is free."""
+"""What an engine on a CPU depends on: the processor, its matrix instructions, and the available memory."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +14,14 @@ from dit_runtime.core.errors import EngineError
 
 @dataclass(frozen=True)
 class Processor:
-    """``model`` as the system names it; ``flags``: which of ``CPU_FLAGS`` it has."""
+    """A processor: its ``model`` as the system names it, and which of ``CPU_FLAGS`` it has (``flags``)."""
 
     model: str
     flags: tuple[str, ...]
 
 
-def processor(root: Path = Path("/")) -> Processor:
-    """The processor of this machine; ``root`` is where ``proc`` is."""
+def read_processor(root: Path = Path("/")) -> Processor:
+    """The processor of this machine; ``root`` is the folder that has ``proc``."""
     model = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         for line in (root / "proc" / "cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
@@ -32,10 +33,10 @@ def processor(root: Path = Path("/")) -> Processor:
     return Processor(model, ())
 
 
-def machine() -> dict[str, str]:
-    """What tells this machine from another, for records of what was measured on it."""
-    cpu = processor()
-    board = Path("/proc/device-tree/model")  # where a processor has no name of its own, as on a Jetson
+def describe_machine() -> dict[str, str]:
+    """The identity of this machine, for verdicts and timings that hold on it alone."""
+    cpu = read_processor()
+    board = Path("/proc/device-tree/model")  # on a Jetson the processor has no name of its own
     return {
         "system": platform.system(),
         "architecture": platform.machine(),
@@ -45,7 +46,7 @@ def machine() -> dict[str, str]:
     }
 
 
-def available_memory(root: Path = Path("/")) -> int | None:
+def read_available_memory(root: Path = Path("/")) -> int | None:
     """Bytes that can be allocated before the system swaps or a container's limit ends the process; None if unknown."""
     found: list[int] = []
     with contextlib.suppress(OSError, ValueError, IndexError):
@@ -55,21 +56,32 @@ def available_memory(root: Path = Path("/")) -> int | None:
     with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
         group = root / "sys" / "fs" / "cgroup"
         limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        # What the group has of the page cache counts as used, and is given back under pressure.
+        # The group's share of the page cache counts as used, but is given back when memory is short.
         reclaimable = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         found.append(limit - used + int(reclaimable.get("inactive_file", 0)))
     return min(found, default=None)
 
 
 def check_memory(need: int, what: str, root: Path = Path("/")) -> None:
-    """Say before loading, rather than by being killed, that ``need`` bytes are not there.
+    """Say before loading, rather than be killed, that ``need`` bytes are not available.
+
+    ``what`` needs them, for the message.
 
     Raises:
-        EngineError: less is available than needed.
+        EngineError: fewer bytes are available than needed.
     """
-    available = available_memory(root)
+    available = read_available_memory(root)
     if available is not None and need > available:
         raise EngineError(
             f"{what} needs at least {need / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB is available; "
             "end other programs or use a smaller model"
         )
+
+
+def has_nvidia_driver() -> bool:
+    """Whether NVIDIA's driver is installed: the providers of a wheel are listed without one too."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True

@@ -1,4 +1,4 @@
-"""A progress bar with the time left, on stderr, where stderr is a terminal."""
+"""A progress bar with the time left, on stderr if stderr is a terminal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ WIDTH = 24
 
 
 class Progress:
-    """``with Progress("sampling", 50) as bar: bar.advance()``; draws nothing when stderr is not a terminal."""
+    """A bar over ``total`` pieces of work: ``with Progress("sampling", 50) as bar: bar.advance()``.
+
+    Draws nothing if stderr is not a terminal.
+    """
 
     def __init__(self, label: str, total: int) -> None:
         self._label, self._total, self._done = label, max(total, 1), 0
@@ -27,6 +30,7 @@ class Progress:
             sys.stderr.flush()
 
     def advance(self, count: int = 1) -> None:
+        """So many more pieces are done."""
         self._done += count
         now = time.monotonic()
         if now - self._drawn > 0.1 or self._done >= self._total:
@@ -34,10 +38,11 @@ class Progress:
             self._draw()
 
     def skip(self, count: int) -> None:
-        """Work that need not be done: it counts neither as done nor as left."""
+        """So many pieces need not be done: they count neither as done nor as left."""
         self._total = max(self._total - count, 1)
 
     def describe(self, label: str) -> None:
+        """Say which work is being done now."""
         self._label = label
         self._draw()
 

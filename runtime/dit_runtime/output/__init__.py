@@ -1,1 +1,1 @@
-"""What sampling leaves behind: images with the record of what made them."""
+"""Images as files: a request becomes jobs, a writer makes their images, and each file says how it was made."""

@@ -1,4 +1,4 @@
-"""Images to files, atomically."""
+"""Image files: PNG written whole or not at all, and images of any format read."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Images = NDArray[np.uint8]
 
 
 def write_png(path: Path, image: Images, text: Mapping[str, str] | None = None) -> None:
-    """Write one image ``[H, W, 3]``, with text chunks.
+    """Write one image ``[H, W, 3]`` as PNG, with text chunks by their keys.
 
     Raises:
-        OutputError: the place cannot be written.
+        OutputError: the file cannot be written.
     """
     chunks = PngInfo()
     for key, value in (text or {}).items():
@@ -32,7 +32,7 @@ def write_png(path: Path, image: Images, text: Mapping[str, str] | None = None) 
 
 
 def read_png(path: Path) -> tuple[Images, dict[str, str]]:
-    """An image ``[H, W, 3]`` and its text chunks.
+    """A PNG file's image ``[H, W, 3]`` and its text chunks.
 
     Raises:
         OutputError: missing, or not a PNG file.
@@ -47,7 +47,7 @@ def read_png(path: Path) -> tuple[Images, dict[str, str]]:
 
 
 def read_image(path: Path) -> Images:
-    """An image ``[H, W, 3]`` to start from, of any format that Pillow reads, turned as its camera says.
+    """The image ``[H, W, 3]`` of a file to start from, in any format that Pillow reads, turned as its EXIF record says.
 
     Raises:
         SamplingError: missing, or not an image.
@@ -63,8 +63,11 @@ def read_image(path: Path) -> Images:
         ) from error
 
 
-def grid(images: Images, columns: int | None = None) -> Images:
-    """Images ``[N, H, W, 3]`` side by side, row by row; empty places are black. Near-square without ``columns``."""
+def grid_from_images(images: Images, columns: int | None = None) -> Images:
+    """One image of images ``[N, H, W, 3]`` side by side, row by row.
+
+    ``columns`` None makes it nearly square. Cells without an image are black.
+    """
     count, height, width, channels = images.shape
     columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)

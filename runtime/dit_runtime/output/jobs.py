@@ -1,199 +1,284 @@
-"""What ``dit-sample`` is asked to make: its images batch by batch, each with the record of how it is made."""
+"""From a request to jobs: batches of images to make, and for each image the entry that says how it was made."""
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
-import numpy as np
-
-from dit_runtime.core.errors import DiTError, SamplingError
-from dit_runtime.output.images import Images, read_image, read_png
+from dit_runtime.bundle.reader import open_bundle
+from dit_runtime.core.errors import OutputError, SamplingError
+from dit_runtime.core.files import check_writable
+from dit_runtime.output.inputs import (
+    InputFiles,
+    RecordedFile,
+    read_entry,
+    read_input_files,
+    read_recorded_file,
+)
 from dit_runtime.output.provenance import (
     BatchPosition,
-    DecodeSettings,
+    Entry,
     batch_around,
     batch_positions,
-    describe,
-    entries_from_text,
+    check_bundle,
+    entry_from_request,
     is_same,
     request_from_entry,
 )
+from dit_runtime.output.request import (
+    DecodeSettings,
+    LabelledImages,
+    OutputRequest,
+    RecordedImages,
+    SampleRequest,
+)
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.samplers.noise import Float32
-from dit_runtime.samplers.schedule import Schedule, read_table
-from dit_runtime.sampling.batch import ImageRequest
+from dit_runtime.sampling.image_to_image import Init
+from dit_runtime.sampling.requests import ImageRequest
 from dit_runtime.sampling.settings import Settings
 from dit_runtime.sampling.tiles import check_tile
 
 
 @dataclass(frozen=True)
-class InputFiles:
-    """What is in the files that the user named."""
+class KeptImage:
+    """An image of a batch that goes into a file.
 
-    noise: Float32 | None
-    table: Schedule | None
-    init: Images | Float32 | None
+    Attributes:
+        index: among all images of the request.
+        position: in the batch.
+        entry: how it is made, for its file.
+    """
+
+    index: int
+    position: BatchPosition
+    entry: Entry
 
 
 @dataclass(frozen=True)
 class Job:
-    """One batch: its images, and those to keep, as index among all, place in the batch and record."""
+    """One batch, and its images that are kept; the others only give the batch its recorded shape.
+
+    An empty batch means that the folder has all its images already.
+    """
 
     batch: list[ImageRequest]
-    keep: list[tuple[int, BatchPosition, dict[str, Any]]]
+    kept: list[KeptImage]
 
 
 @dataclass(frozen=True)
 class Jobs:
-    """Groups, each made when its turn comes; how many there are, how many steps each takes, how all are decoded."""
+    """The work of one request.
 
-    groups: Iterable[Job]
+    Attributes:
+        pipe: what makes the images.
+        each: the jobs, each prepared when its turn comes.
+        count: how many jobs there are.
+        steps: sampling steps of each job.
+        decoding: how the latents of every job are decoded.
+        original: the file whose images are made again, to compare with.
+        warnings: what the user should know before the work begins, a line each.
+    """
+
+    pipe: Pipeline
+    each: Iterable[Job]
     count: int
     steps: int
-    asked: DecodeSettings
+    decoding: DecodeSettings
+    original: RecordedFile | None = None
+    warnings: tuple[str, ...] = ()
 
 
-def read_input_files(args: argparse.Namespace) -> InputFiles:
-    """Read the files of ``--noise``, ``--sampler`` and ``--init``."""
-    table = read_table(Path(args.sampler)) if (args.sampler or "").endswith(".json") else None
-    noise = None if args.noise is None else _array(args.noise, "noise")
-    if args.init is None or args.init.suffix.lower() != ".npy":
-        return InputFiles(noise, table, None if args.init is None else read_image(args.init))
-    return InputFiles(noise, table, _array(args.init, "latents"))
+def jobs_from_request(request: SampleRequest) -> Jobs:
+    """Check the request, read its files, open its bundle with an engine, and prepare its jobs.
 
-
-def _with(settings: Settings, **changes: Any) -> Settings:
-    changed = settings.copy()
-    changed.update(changes)  # type: ignore[typeddict-item]  # keys of Settings
-    return changed
-
-
-def _settings(args: argparse.Namespace, table: Schedule | None) -> Settings:
-    scales = args.guidance
-    return {
-        "steps": args.steps,
-        "sampler": table or args.sampler,
-        "spacing": args.spacing,
-        "eta": args.eta,
-        "guidance": scales[0] if scales and len(scales) == 1 else scales,
-        "guidance_interval": tuple(args.guidance_interval),
-        "guidance_schedule": args.guidance_schedule,
-        "negative_label": args.negative_label,
-        "noise_device": args.noise_device,
-        "noise_dtype": args.noise_dtype,
-        "cuda_threads": args.cuda_threads,
-        "strength": args.strength,
-    }
-
-
-def jobs_from_arguments(pipe: Pipeline, args: argparse.Namespace, given: InputFiles, folder: Path | None) -> Jobs:
-    """The images of the arguments, batch by batch, without those that the folder has already.
-
-    Everything is checked before the first group is given.
+    Raises:
+        DiTError: the request does not fit the bundle, or a file of it cannot be read or written.
     """
-    settings, asked = _settings(args, given.table), DecodeSettings(args.eta, args.decode_tile, args.decode_batch)
-    check_tile(asked.decode_tile)
-    named = list(range(pipe.manifest.model.classes)) if args.labels == ["all"] else args.labels
-    labels = [label for label in named for _ in range(args.count)]
+    _check_output(request)
+    inputs, bundle = read_input_files(request.inputs), open_bundle(request.bundle, request.store)
+    images = request.images
+    if isinstance(images, LabelledImages):
+        pipe = Pipeline(bundle, request.engine, request.threads, images.size, request.precision)
+        return jobs_from_labels(pipe, images, inputs, request.output)
+    recorded = read_recorded_file(images.path)
+    first = recorded.entries[0]
+    check_bundle(bundle, first)
+    size = (first["size"][0], first["size"][1])
+    pipe = Pipeline(bundle, request.engine, request.threads or first["threads"], size, request.precision)
+    return jobs_from_record(pipe, recorded, inputs)
+
+
+def _check_output(request: SampleRequest) -> None:
+    """Raises OutputError, before the work, for a place that cannot be written to, or must not be."""
+    path, images = request.output.path, request.images
+    if request.output.is_grid and path.is_dir():
+        raise OutputError(f"{path}: is a folder, expected a file; choose another --output")
+    if isinstance(images, RecordedImages) and path.resolve() == images.path.resolve():
+        raise OutputError(f"{path}: is the image to be made again; choose another --output")
+    check_writable(path if request.output.is_grid else path / "image.png")
+
+
+def jobs_from_labels(pipe: Pipeline, asked: LabelledImages, inputs: InputFiles, output: OutputRequest) -> Jobs:
+    """The jobs of images of labels, without the images that the output folder has already.
+
+    Everything is checked before the first job is prepared.
+
+    Raises:
+        SamplingError: the request does not fit the bundle.
+    """
+    check_tile(asked.decoding.tile)
+    series = _series_from_labels(pipe, asked, inputs)
+    steps = _check_settings(pipe, series)
+    size = min(asked.batch_size, len(series.labels))
+    pipe.check_batch(size)
+    starts = range(0, len(series.labels), size)
+    each = (_job_from_labels(pipe, series, slice(start, start + size), asked.decoding, output) for start in starts)
+    return Jobs(pipe, each, len(starts), steps, asked.decoding)
+
+
+@dataclass(frozen=True)
+class _Series:
+    """All images of a request by their index: what each has of its own, and the settings that all share."""
+
+    labels: list[int | str]
+    seeds: Sequence[int]
+    guidance: list[float] | None
+    noise: Float32 | None
+    inits: list[Init] | None
+    settings: Settings
+
+    def settings_of(self, part: slice) -> Settings:
+        """The settings of the images in a part of the series."""
+        return {
+            **self.settings,
+            "guidance": None if self.guidance is None else self.guidance[part],
+            "noise": None if self.noise is None else self.noise[part],
+            "init": None if self.inits is None else self.inits[part],
+        }
+
+
+def _series_from_labels(pipe: Pipeline, asked: LabelledImages, inputs: InputFiles) -> _Series:
+    """Raises SamplingError for seeds, scales, noise or images to start from that are not one per image."""
+    named: Sequence[int | str] = range(pipe.manifest.model.classes) if asked.labels == ("all",) else asked.labels
+    labels = [label for label in named for _ in range(asked.count)]
     count = len(labels)
-    seeds = args.seeds or range(args.seed, args.seed + count)
+    seeds = range(asked.seeds, asked.seeds + count) if isinstance(asked.seeds, int) else asked.seeds
     if len(seeds) != count:
         raise SamplingError(
             f"{len(seeds)} seeds for {count} labels: expected one seed per image, or --seed for the first"
         )
-    if args.guidance and len(args.guidance) not in (1, count):
-        raise SamplingError(f"{len(args.guidance)} guidance scales for {count} images: expected one, or one per image")
-    pipe.check_noise(given.noise, count)
-    inits = None if given.init is None else pipe.inits(given.init, count)
-    settings["init"] = inits and inits[:1]
-    distinct = list(dict.fromkeys(labels))
-    for scale in dict.fromkeys(args.guidance or [None]):
-        schedule = pipe.prepare(distinct, 0, **_with(settings, guidance=scale))[0].schedule
-    size = min(args.batch_size, count)
-    pipe.check_batch(size)
-
-    def grouped(first: int) -> Job:
-        chunk = slice(first, first + size)
-        scales = args.guidance[chunk] if args.guidance and len(args.guidance) > 1 else settings["guidance"]
-        noise, init = given.noise if given.noise is None else given.noise[chunk], inits and inits[chunk]
-        own = _with(settings, guidance=scales, noise=noise, init=init)
-        images = pipe.prepare(labels[chunk], seeds[chunk], **own)
-        made = [
-            folder is not None
-            and (file := folder / file_name(first + offset, image)).exists()
-            and not args.overwrite
-            and (found := _recorded_entry(file)) is not None
-            and is_same(found, describe(pipe, image, None, asked))
-            for offset, image in enumerate(images)
-        ]
-        batch = [image for image, done in zip(images, made, strict=True) if not done]
-        missing = [first + offset for offset, done in enumerate(made) if not done]
-        kept = zip(missing, batch, batch_positions(batch), strict=True) if batch else ()
-        return Job(batch, [(index, place, describe(pipe, image, place, asked)) for index, image, place in kept])
-
-    starts = range(0, count, size)
-    return Jobs(map(grouped, starts), len(starts), schedule.steps, asked)
+    guidance = None if asked.guidance is None else list(asked.guidance)
+    if guidance is not None and len(guidance) not in (1, count):
+        raise SamplingError(f"{len(guidance)} guidance scales for {count} images: expected one, or one per image")
+    if guidance is not None and len(guidance) == 1:
+        guidance *= count
+    pipe.check_noise(inputs.noise, count)
+    inits = None if inputs.init is None else pipe.inits(inputs.init, count)
+    settings = asked.settings if inputs.table is None else {**asked.settings, "sampler": inputs.table}
+    return _Series(labels, seeds, guidance, inputs.noise, inits, settings)
 
 
-def jobs_from_record(pipe: Pipeline, path: Path, entries: Sequence[Mapping[str, Any]], given: InputFiles) -> Jobs:
-    """The images of a file's entries, in batches of the shape they were made in."""
-    noise, init = given.noise, given.init
-    if noise is not None and len(noise) != len(entries):
-        raise SamplingError(f"noise of {len(noise)} images, expected {len(entries)}, as in {path}")
-    inits = [] if init is None else pipe.inits(init, len(init) if init.ndim == 4 else 1)
-    then = entries[0]
-    asked = DecodeSettings(then["eta"], then["decode_tile"], then["decode_batch"])
-    check_tile(asked.decode_tile)
-    groups: list[Job] = []
-    for index, entry in enumerate(entries):
-        place = entry["place"]
-        image = request_from_entry(pipe, entry, None if noise is None else noise[index], given.table, inits)
-        pipe.check_batch(place.size)
-        around = batch_around(image, place)
-        if not groups or place.position <= groups[-1].keep[-1][1].position:
-            groups.append(Job(around, []))
-        if len(around) != len(groups[-1].batch):
-            raise SamplingError(f"{path}: its record is damaged: images of one batch disagree about its size")
-        groups[-1].batch[place.position] = around[place.position]
-        groups[-1].keep.append((index, place, describe(pipe, image, place, asked)))
-    now = groups[0].keep[0][2]
-    for what in ("engine", "threads", "cpus"):
-        if then[what] != now[what]:
-            print(
-                f"dit-sample: {path} was made with {what} {then[what]}, this is {now[what]}: the last bits may differ",
-                file=sys.stderr,
-            )
-    return Jobs(groups, len(groups), groups[0].batch[0].schedule.steps, asked)
+def _check_settings(pipe: Pipeline, series: _Series) -> int:
+    """Prepare each distinct label with each distinct scale once: wrong settings are said before the first job.
+
+    Returns:
+        The steps of an image.
+    """
+    distinct = list(dict.fromkeys(series.labels))
+    init = None if series.inits is None else series.inits[:1]
+    steps = 0
+    scales: Sequence[float | None] = series.guidance or [None]
+    for scale in dict.fromkeys(scales):
+        settings: Settings = {**series.settings, "guidance": scale, "init": init}
+        steps = pipe.prepare(distinct, 0, **settings)[0].schedule.steps
+    return steps
 
 
-def file_name(index: int, image: ImageRequest) -> str:
+def _job_from_labels(
+    pipe: Pipeline, series: _Series, part: slice, decoding: DecodeSettings, output: OutputRequest
+) -> Job:
+    """The job of a part of the series: one batch of its images that are not made yet."""
+    images = pipe.prepare(series.labels[part], series.seeds[part], **series.settings_of(part))
+    eta = series.settings.get("eta") or 0.0
+
+    def is_made(index: int, image: ImageRequest) -> bool:
+        if output.is_grid or output.overwrite:
+            return False
+        found = read_entry(output.path / file_name_for(index, image))
+        return found is not None and is_same(found, entry_from_request(pipe, image, eta, decoding))
+
+    missing = [(index, image) for index, image in enumerate(images, part.start) if not is_made(index, image)]
+    batch = [image for _, image in missing]
+    kept = [
+        KeptImage(index, position, entry_from_request(pipe, image, eta, decoding, position))
+        for (index, image), position in zip(missing, batch_positions(batch), strict=True)
+    ]
+    return Job(batch, kept)
+
+
+def file_name_for(index: int, image: ImageRequest) -> str:
     """The name of an image's file in a folder."""
     return f"{index:05d}_class{'+'.join(str(label) for label in image.labels)}_seed{image.seed}.png"
 
 
-def _recorded_entry(file: Path) -> dict[str, Any] | None:
-    """The record of an image that exists; None where it has none, or is not readable."""
-    try:
-        (entry,) = entries_from_text(file, read_png(file)[1])
-    except (DiTError, ValueError):
-        return None
-    return entry
+def jobs_from_record(pipe: Pipeline, recorded: RecordedFile, inputs: InputFiles) -> Jobs:
+    """The jobs that make a file's images again, in batches of the shape that they were made in.
+
+    Raises:
+        SamplingError: the record does not fit the bundle, or a file that the images were made from is missing.
+    """
+    entries, noise, init = recorded.entries, inputs.noise, inputs.init
+    if noise is not None and len(noise) != len(entries):
+        raise SamplingError(f"noise of {len(noise)} images, expected {len(entries)}, as in {recorded.path}")
+    inits = [] if init is None else pipe.inits(init, len(init) if init.ndim == 4 else 1)
+    decoding = DecodeSettings(entries[0]["decode_tile"], entries[0]["decode_batch"])
+    eta = entries[0]["eta"]
+    check_tile(decoding.tile)
+    positions = [BatchPosition.from_json(entry["batch"]) for entry in entries]
+
+    def job_of(indices: Sequence[int]) -> Job:
+        batch: list[ImageRequest] = []
+        kept = []
+        for index in indices:
+            position = positions[index]
+            image = request_from_entry(
+                pipe, entries[index], None if noise is None else noise[index], inputs.table, inits
+            )
+            pipe.check_batch(position.size)
+            filled = batch_around(image, position)
+            batch = batch or filled
+            if len(batch) != len(filled):
+                raise SamplingError(
+                    f"{recorded.path}: its record is damaged: images of one batch disagree about its size"
+                )
+            batch[position.index] = filled[position.index]
+            kept.append(KeptImage(index, position, entry_from_request(pipe, image, eta, decoding, position)))
+        return Job(batch, kept)
+
+    jobs = [job_of(indices) for indices in _split_into_batches(positions)]
+    warnings = _differences(recorded, jobs[0].kept[0].entry)
+    return Jobs(pipe, jobs, len(jobs), jobs[0].batch[0].schedule.steps, decoding, recorded, warnings)
 
 
-def _array(path: Path, what: str) -> Float32:
-    """An array of one image or several from a file, ``[N, C, h, w]``; what it holds is for the pipeline to check."""
-    try:
-        values: Float32 = np.load(path, allow_pickle=False)
-        if values.ndim not in (3, 4):
-            raise ValueError(f"it has {values.ndim} axes")
-        return values[None] if values.ndim == 3 else values
-    except (OSError, ValueError, AttributeError, EOFError, BadZipFile) as error:
-        raise SamplingError(
-            f"{path}: cannot be read as {what} ({error}); expected float32 [N,C,H,W] of numpy.save"
-        ) from error
+def _split_into_batches(positions: Sequence[BatchPosition]) -> Iterator[list[int]]:
+    """The indices of images, batch by batch: positions rise in a batch, and begin again with the next batch."""
+    batch: list[int] = []
+    for index, position in enumerate(positions):
+        if batch and position.index <= positions[batch[-1]].index:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def _differences(recorded: RecordedFile, now: Mapping[str, Any]) -> tuple[str, ...]:
+    """A warning for each circumstance, other than at the time of the record, that changes the last bits."""
+    then = recorded.entries[0]
+    return tuple(
+        f"{recorded.path} was made with {name} {then[name]}, this is {now[name]}: the last bits may differ"
+        for name in ("engine", "threads", "cpus")
+        if then[name] != now[name]
+    )

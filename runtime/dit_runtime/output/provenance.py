@@ -1,7 +1,8 @@
-"""What made an image: written into its file, and enough to make it again, bit for bit.
+"""How an image was made: a record in its file, with which it can be made again, bit for bit.
 
-Each entry is a PNG text chunk ``dit.KEY`` with a JSON value. In a file with one image they are its own; in a grid the
-entries of ``PER_IMAGE`` are lists, in the order of its places.
+An *entry* is a dictionary of everything that one image was made with. The record of a file is its images' entries as
+PNG text chunks: for each key of ``KEYS`` a chunk ``dit.KEY`` with a JSON value. In a file of several images, a grid,
+the values of ``PER_IMAGE`` are lists with a value for each image, row by row; the others are alike for all images.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ import numpy as np
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import SamplingError
 from dit_runtime.core.version import __version__
+from dit_runtime.output.request import DecodeSettings
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.samplers.by_name import SAMPLERS
 from dit_runtime.samplers.flow import UNIFORM
 from dit_runtime.samplers.noise import Float32, noise_hash
 from dit_runtime.samplers.schedule import Schedule
-from dit_runtime.sampling.batch import ImageRequest
 from dit_runtime.sampling.image_to_image import Init
+from dit_runtime.sampling.requests import ImageRequest
 
 PREFIX = "dit."
 KEYS = (
@@ -35,53 +37,65 @@ KEYS = (
     *("sampler", "spacing", "steps", "eta", "table", "guidance", "guidance_interval", "guidance_schedule"),
     *("init", "strength", "size", "decode_tile", "decode_batch", "batch"),
 )
+# A record with larger numbers is damaged: it would cost memory before anything else is found wrong with it.
 MOST_THREADS = 1024
-MOST = 100_000  # images, branches or rows that a record is believed
+MOST = 100_000  # images, pixels, branches, rows
 PER_IMAGE = ("label", "seed", "noise", "guidance", "init", "batch")
-# Where and with what it ran, not what it is: an image that exists already is not made again for these.
+# These say where an image was made and not what is in it: for them alone no image is made again.
 CIRCUMSTANCES = ("batch", "decode_batch", "threads", "cpus", "version")
+
+Entry = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class BatchPosition:
-    """The engine calls an image was in: batch size, its place there, and how many branches G each row ran with."""
+    """An image's position in the batch that it was sampled in: with it, the engine can be called again as it was.
+
+    Attributes:
+        size: images in the batch.
+        index: of the image among them, from 0.
+        branches: how many guidance branches G the engine ran in each row of the schedule.
+    """
 
     size: int
-    position: int
+    index: int
     branches: tuple[int, ...]
 
     def as_json(self) -> list[Any]:
-        """``[size, position, [[G, rows], …]]``, rows counted while G stays."""
-        return [self.size, self.position, [[value, len(list(run))] for value, run in groupby(self.branches)]]
+        """``[size, index, [[G, rows], …]]``, where ``rows`` counts consecutive rows with the same G."""
+        return [self.size, self.index, [[value, len(list(run))] for value, run in groupby(self.branches)]]
 
     @staticmethod
-    def from_json(value: Any, most: int) -> BatchPosition:
-        """Raises ValueError or TypeError for anything else, or more than ``most`` images or branches."""
-        size, position, runs = value
-        if not all(type(number) is int for number in (size, position, *(number for run in runs for number in run))):
+    def from_json(value: Any) -> BatchPosition:
+        """Raises ValueError or TypeError for a value that ``as_json`` does not give, or a number above ``MOST``."""
+        size, index, runs = value
+        if not all(type(number) is int for number in (size, index, *(number for run in runs for number in run))):
             raise TypeError(f"batch {value}")
-        if not 0 <= position < size <= most or not all(0 < g <= most and 0 < rows <= most for g, rows in runs):
+        if not 0 <= index < size <= MOST or not all(0 < g <= MOST and 0 < rows <= MOST for g, rows in runs):
             raise ValueError(f"batch {value}")
-        return BatchPosition(size, position, tuple(g for g, rows in runs for _ in range(rows)))
+        return BatchPosition(size, index, tuple(g for g, rows in runs for _ in range(rows)))
 
 
 def batch_positions(batch: Sequence[ImageRequest]) -> list[BatchPosition]:
-    """The place of each image of a batch whose schedules are one."""
+    """The position of each image of a batch, whose images share one schedule."""
+    if not batch:
+        return []
     needed = np.max([image.branches.needed for image in batch], axis=0).tolist()
-    return [BatchPosition(len(batch), position, tuple(needed)) for position in range(len(batch))]
+    return [BatchPosition(len(batch), index, tuple(needed)) for index in range(len(batch))]
 
 
-@dataclass(frozen=True)
-class DecodeSettings:
-    """What an image was asked for with, beyond what is in it: DDIM's eta, and how its latents are decoded."""
+def entry_from_request(
+    pipe: Pipeline,
+    image: ImageRequest,
+    eta: float,
+    decoding: DecodeSettings,
+    position: BatchPosition | None = None,
+) -> Entry:
+    """The entry of an image that ``pipe`` makes.
 
-    eta: float = 0.0
-    decode_tile: int | None = None
-    decode_batch: int | None = None
-
-
-def describe(pipe: Pipeline, image: ImageRequest, place: BatchPosition | None, asked: DecodeSettings) -> dict[str, Any]:
-    """An image's entries; ``place`` is None if it is not made yet."""
+    ``eta`` is DDIM's, which the image's schedule has in its numbers only. ``position`` is None for an image that is
+    not made yet; ``is_same`` does not ask for it.
+    """
     manifest, schedule, guidance = pipe.manifest, image.schedule, image.guidance
     first = image.draw_noise(image.stream(), pipe.latent_shape) if image.noise is None else image.noise
     return {
@@ -89,9 +103,9 @@ def describe(pipe: Pipeline, image: ImageRequest, place: BatchPosition | None, a
         "model": manifest.source.name,
         "bundle": pipe.bundle.digest,
         "precision": manifest.precision.name,
-        "engine": pipe.engine.name,
-        "threads": pipe.engine.threads,
-        "cpus": cpus(),
+        "engine": pipe.engine.info.name,
+        "threads": pipe.engine.info.threads,
+        "cpus": count_cpus(),
         "label": {str(label): weight for label, weight in image.labels.items()},
         "negative_label": image.negative_label,
         "seed": image.seed,
@@ -103,44 +117,44 @@ def describe(pipe: Pipeline, image: ImageRequest, place: BatchPosition | None, a
         "sampler": schedule.sampler,
         "spacing": schedule.spacing,
         "steps": schedule.skipped + schedule.steps,
-        "eta": asked.eta,
-        "table": table_hash(schedule),
+        "eta": eta,
+        "table": schedule_hash(schedule),
         "guidance": guidance.scale,
         "guidance_interval": list(guidance.interval),
         "guidance_schedule": guidance.shape,
         "init": image.init.source if image.init else None,
         "strength": image.strength,
         "size": list(manifest.image_size),
-        "decode_tile": asked.decode_tile,
-        "decode_batch": asked.decode_batch,
-        "batch": place.as_json() if place else None,
+        "decode_tile": decoding.tile,
+        "decode_batch": decoding.batch,
+        "batch": position.as_json() if position else None,
     }
 
 
-def cpus() -> int:
-    """CPUs that this process may use: what an engine that chooses its own threads chooses from."""
+def count_cpus() -> int:
+    """CPUs that this process may use: an engine that chooses its own threads takes at most as many."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def table_hash(schedule: Schedule) -> str:
-    """What identifies a schedule's numbers: 16 hexadecimal digits of SHA-256."""
+def schedule_hash(schedule: Schedule) -> str:
+    """The identity of a schedule's numbers: 16 hexadecimal digits of SHA-256."""
     scales = (schedule.initial, schedule.start)
     arrays = (schedule.timesteps, schedule.rows, schedule.coefficients, *scales, schedule.draws_noise)
     return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()[:16]
 
 
 def text_from_entries(entries: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Text chunks for a file with these images."""
+    """The text chunks of a file with these images: its record."""
     first, several = entries[0], len(entries) > 1
     values = {key: [entry[key] for entry in entries] if several and key in PER_IMAGE else first[key] for key in first}
     return {PREFIX + key: json.dumps(value, ensure_ascii=False) for key, value in values.items()}
 
 
-def entries_from_text(path: Path, text: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The images' entries of a file.
+def entries_from_text(path: Path, text: Mapping[str, str]) -> list[Entry]:
+    """The entries of a file's images, from its text chunks.
 
     Raises:
-        SamplingError: none there, or not such as this version writes.
+        SamplingError: the file has no record, or one that this version does not write.
     """
     try:
         values = {key.removeprefix(PREFIX): json.loads(text[key]) for key in text if key.startswith(PREFIX)}
@@ -161,7 +175,7 @@ def entries_from_text(path: Path, text: Mapping[str, str]) -> list[dict[str, Any
             for number in (height, width, entry["decode_tile"] or 1, entry["decode_batch"] or 1):
                 if type(number) is not int or not 0 < number <= MOST:
                     raise ValueError(f"size or decoding {number!r}")
-            entry["place"] = BatchPosition.from_json(entry["batch"], MOST)
+            BatchPosition.from_json(entry["batch"])
     except (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:
         raise SamplingError(
             f"{path}: its record is damaged ({type(error).__name__}: {error}); expected an image that dit-sample wrote"
@@ -170,7 +184,7 @@ def entries_from_text(path: Path, text: Mapping[str, str]) -> list[dict[str, Any
 
 
 def is_same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
-    """Whether two images' entries say the same, circumstances apart."""
+    """Whether an image that was found is the one expected, by their entries without ``CIRCUMSTANCES``."""
     return all(found.get(key) == value for key, value in expected.items() if key not in CIRCUMSTANCES)
 
 
@@ -181,23 +195,53 @@ def request_from_entry(
     table: Schedule | None,
     inits: Sequence[Init] = (),
 ) -> ImageRequest:
-    """The image that an entry describes, to be made again with ``pipe``; ``inits`` are what it may have started from.
+    """The image of an entry, to be made again with ``pipe``.
+
+    Args:
+        pipe: with the bundle that made the image.
+        entry: from ``entries_from_text``.
+        noise: float32 ``[C, H, W]``, for an image of noise from a file.
+        table: for an image of a sampler table from a file.
+        inits: images to start from; the entry's own is taken from among them.
 
     Raises:
-        SamplingError: another bundle, or noise, a table or an image to start from that is not the recorded one or is
-            missing.
+        SamplingError: the bundle, the noise, the table or the image to start from is missing, or is not the recorded
+            one.
     """
     check_bundle(pipe.bundle, entry)
     if table is None and entry["sampler"] not in SAMPLERS:
         raise SamplingError(f"the image was made with the table {entry['sampler']!r}; name its file with --sampler")
     if entry["noise_given"] and noise is None:
         raise SamplingError("the image was made from noise in a file; name it with --noise")
-    started = [init for init in inits if init.source == entry["init"]]
-    if entry["init"] is None and inits:
-        raise SamplingError("the image was made from noise alone, not from an image: leave --init out")
-    if entry["init"] is not None and not started:
-        given = f"this is {inits[0].source}" if inits else "and none is named"
-        raise SamplingError(f"the image was made from init {entry['init']}, {given}; name its file with --init")
+    image = _prepare_entry(pipe, entry, noise, table, _init_of(entry, inits))
+    if (found := schedule_hash(image.schedule)) != entry["table"]:
+        raise SamplingError(
+            f"the image's sampler table was {entry['table']}, this one is {found}: it was made by version "
+            f"{entry['version']} or from another table; use that"
+        )
+    first = image.draw_noise(image.stream(), pipe.latent_shape) if noise is None else noise
+    if (drawn := noise_hash(first)) != entry["noise"]:
+        raise SamplingError(f"the image's noise was {entry['noise']}, this is {drawn}; name its file with --noise")
+    return image
+
+
+def _init_of(entry: Mapping[str, Any], inits: Sequence[Init]) -> Init | None:
+    """The image that an entry's image started from, among ``inits``; None if it started from noise alone."""
+    if entry["init"] is None:
+        if inits:
+            raise SamplingError("the image was made from noise alone, not from an image: leave --init out")
+        return None
+    for init in inits:
+        if init.source == entry["init"]:
+            return init
+    given = f"this is {inits[0].source}" if inits else "and none is named"
+    raise SamplingError(f"the image was made from init {entry['init']}, {given}; name its file with --init")
+
+
+def _prepare_entry(
+    pipe: Pipeline, entry: Mapping[str, Any], noise: Float32 | None, table: Schedule | None, init: Init | None
+) -> ImageRequest:
+    """Raises SamplingError for values that no image is made with."""
     try:
         spacing = None if entry["spacing"] == UNIFORM else str(entry["spacing"])
         (image,) = pipe.prepare(
@@ -215,24 +259,16 @@ def request_from_entry(
             noise_device=entry["noise_device"],
             noise_dtype=entry["noise_dtype"],
             cuda_threads=entry["cuda_threads"],
-            init=started[:1] or None,
+            init=None if init is None else [init],
             strength=entry["strength"],
         )
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
         raise SamplingError(f"the image's record is damaged ({type(error).__name__}: {error})") from error
-    if (found := table_hash(image.schedule)) != entry["table"]:
-        raise SamplingError(
-            f"the image's sampler table was {entry['table']}, this one is {found}: it was made by version "
-            f"{entry['version']} or from another table; use that"
-        )
-    first = image.draw_noise(image.stream(), pipe.latent_shape) if noise is None else noise
-    if (drawn := noise_hash(first)) != entry["noise"]:
-        raise SamplingError(f"the image's noise was {entry['noise']}, this is {drawn}; name its file with --noise")
     return image
 
 
 def check_bundle(bundle: Bundle, entry: Mapping[str, Any]) -> None:
-    """Raises SamplingError for an entry of another bundle's image."""
+    """Raises SamplingError if another bundle made the image."""
     if entry["bundle"] != bundle.digest:
         raise SamplingError(
             f"the image was made with bundle {str(entry['bundle'])[:12]}… ({entry['model']}), this one is "
@@ -240,13 +276,16 @@ def check_bundle(bundle: Bundle, entry: Mapping[str, Any]) -> None:
         )
 
 
-def batch_around(image: ImageRequest, place: BatchPosition) -> list[ImageRequest]:
-    """A batch with the image in its place, and copies around it, whose step calls have the shapes they had.
+def batch_around(image: ImageRequest, position: BatchPosition) -> list[ImageRequest]:
+    """A batch of copies of an image, of the size and with the branches that its batch had.
+
+    The engine's calls then have the shapes that they had, and so the image gets the same bits; the copies beside it
+    are not kept.
 
     Raises:
-        SamplingError: a record that does not fit its image.
+        SamplingError: the position does not fit the image's sampler and guidance.
     """
-    needed = np.array(place.branches)
+    needed = np.array(position.branches)
     if needed.shape != image.branches.needed.shape or (needed < image.branches.needed).any():
         raise SamplingError("the image's record is damaged: its batch does not fit its sampler and guidance")
-    return [replace(image, branches=image.branches.among(needed))] * place.size
+    return [replace(image, branches=image.branches.pad_to(needed))] * position.size

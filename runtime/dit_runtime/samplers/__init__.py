@@ -1,1 +1,1 @@
-"""Samplers as schedules of numbers, with spacing, noise and guidance. Pure functions of numpy."""
+"""Samplers as schedules (tables of numbers), with their spacing, noise and guidance. Pure functions of numpy."""

@@ -1,33 +1,66 @@
-"""The samplers by name."""
+"""The samplers by name: one table, from a name to the function that makes its schedule.
+
+A new sampler is a function in ``diffusion.py`` or ``flow.py`` and a line in ``DIFFUSION`` or ``FLOW`` here.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from dit_runtime.bundle.manifest import DiffusionSpec, ModelSpec
 from dit_runtime.core.errors import SamplingError
-from dit_runtime.samplers import diffusion as solvers
-from dit_runtime.samplers import flow
+from dit_runtime.samplers.diffusion import ddim, ddpm, dpm_solver_pp, euler_ancestral, unipc
+from dit_runtime.samplers.flow import flow_ode, flow_sde
 from dit_runtime.samplers.schedule import Schedule, skip_steps
-from dit_runtime.samplers.spacing import spaced_timesteps
 
-__all__ = [
-    "DIFFUSION_SAMPLERS",
-    "FLOW_SAMPLERS",
-    "SAMPLERS",
-    "Schedule",
-    "schedule_for",
-    "spaced_timesteps",
-    "steps_skipped",
-]
 
-DIFFUSION_SAMPLERS = ("ddim", "ddpm", "dpmpp-2m", "dpmpp-2m-sde", "dpmpp-3m", "unipc", "euler-ancestral")
-FLOW_SAMPLERS = ("euler", "heun", "sde-euler", "sde-heun")
+@dataclass(frozen=True)
+class SamplerArguments:
+    """The arguments of ``schedule_for`` that a sampler's function can use."""
+
+    diffusion: DiffusionSpec
+    learned_variance: bool
+    steps: int
+    eta: float
+    spacing: str | None
+    skipped: int
+
+    @property
+    def path(self) -> str:
+        """The path of a velocity model."""
+        return self.diffusion.path or ""
+
+
+Make = Callable[[SamplerArguments], Schedule]
+
+# Samplers for ε and v prediction. Those with memory skip steps themselves, since their memory then begins empty.
+DIFFUSION: dict[str, Make] = {
+    "ddim": lambda a: skip_steps(ddim(a.diffusion, a.steps, a.eta, a.spacing), a.skipped),
+    "ddpm": lambda a: skip_steps(ddpm(a.diffusion, a.steps, a.learned_variance, a.spacing), a.skipped),
+    "dpmpp-2m": lambda a: dpm_solver_pp(a.diffusion, a.steps, 2, False, a.spacing, a.skipped),
+    "dpmpp-2m-sde": lambda a: dpm_solver_pp(a.diffusion, a.steps, 2, True, a.spacing, a.skipped),
+    "dpmpp-3m": lambda a: dpm_solver_pp(a.diffusion, a.steps, 3, False, a.spacing, a.skipped),
+    "unipc": lambda a: unipc(a.diffusion, a.steps, a.spacing, a.skipped),
+    "euler-ancestral": lambda a: skip_steps(euler_ancestral(a.diffusion, a.steps, a.spacing), a.skipped),
+}
+# Samplers for velocity models; their steps are uniform, without a spacing.
+FLOW: dict[str, Make] = {
+    "euler": lambda a: skip_steps(flow_ode(a.path, a.steps, "euler"), a.skipped),
+    "heun": lambda a: skip_steps(flow_ode(a.path, a.steps, "heun"), a.skipped),
+    "sde-euler": lambda a: flow_sde(a.path, a.steps, "euler", skipped=a.skipped),
+    "sde-heun": lambda a: flow_sde(a.path, a.steps, "heun", skipped=a.skipped),
+}
+TAKES_ETA = ("ddim",)
+
+DIFFUSION_SAMPLERS = tuple(DIFFUSION)
+FLOW_SAMPLERS = tuple(FLOW)
 SAMPLERS = DIFFUSION_SAMPLERS + FLOW_SAMPLERS
 
 MOST_STEPS = 10_000  # of a velocity model, whose time is continuous
 
-# torchdiffeq's solvers that choose their own steps: no table can hold those.
+# torchdiffeq's solvers that choose their own steps: no table can hold their steps.
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver")
 
 
@@ -43,51 +76,56 @@ def schedule_for(
     """The schedule of a named sampler.
 
     Args:
-        sampler: one of ``SAMPLERS``: the first seven for ε and v prediction, the others for velocity models.
-        model: whether the variance is learned matters to ``ddpm``.
+        sampler: one of ``SAMPLERS``: of ``DIFFUSION_SAMPLERS`` for ε and v prediction, of ``FLOW_SAMPLERS`` for
+            velocity models.
+        model: ``ddpm`` asks whether the model learned the variance.
         diffusion: the bundle's forward process.
         steps: sampling steps; ``heun`` and ``sde-heun`` evaluate the network twice in each.
         eta: DDIM's stochasticity, 0 to 1.
         spacing: ``leading``, ``trailing``, ``linspace``, ``karras``, ``official`` or ``official-ddim``, where the
             sampler's reference has it; None takes the bundle's own, and for ``ddpm`` the official respacing.
-        skipped: leave out so many of the first steps, for a start from an image (``steps_skipped``). The others stay
-            what they are, only that a sampler's memory begins empty.
+        skipped: leave out so many of the first steps, to start from an image (``count_skipped_steps``). The other
+            steps stay as they are, except that a sampler's memory begins empty.
 
     Raises:
-        SamplingError: an unknown sampler, or settings that it or its reference cannot run.
+        SamplingError: an unknown sampler, or settings that the sampler or its reference cannot run.
     """
+    _check_name(sampler, eta, diffusion)
+    arguments = SamplerArguments(diffusion, model.learned_variance, steps, eta, spacing, skipped)
+    if sampler in FLOW:
+        _check_uniform_steps(sampler, steps, spacing)
+        return FLOW[sampler](arguments)
+    total = len(diffusion.betas)
+    if not 1 <= steps <= total:
+        raise SamplingError(f"{steps} steps: expected 1 to {total}, the number of training timesteps")
+    return DIFFUSION[sampler](arguments)
+
+
+def _check_name(sampler: str, eta: float, diffusion: DiffusionSpec) -> None:
+    """Raises SamplingError for a sampler that does not exist, takes no eta, or is for other models."""
     if sampler in ADAPTIVE:
         raise SamplingError(f"sampler {sampler!r} is adaptive: it has no table of steps; use euler or heun")
     if sampler not in SAMPLERS:
         raise SamplingError(f"sampler {sampler!r} is unknown; choose one of {', '.join(SAMPLERS)}")
-    if sampler != "ddim" and eta != 0:
+    if sampler not in TAKES_ETA and eta != 0:
         raise SamplingError(f"eta {eta:g} with sampler {sampler}: eta is DDIM's; leave it out or use --sampler ddim")
-    flows = diffusion.prediction_type == "velocity"
-    fitting = FLOW_SAMPLERS if flows else DIFFUSION_SAMPLERS
+    fitting = FLOW_SAMPLERS if diffusion.prediction_type == "velocity" else DIFFUSION_SAMPLERS
     if sampler not in fitting:
         raise SamplingError(
             f"sampler {sampler} with a model of prediction type {diffusion.prediction_type!r}: "
             f"expected one of {', '.join(fitting)}"
         )
-    if flows:
-        return _flow_schedule(sampler, diffusion, steps, spacing, skipped)
-    total = len(diffusion.betas)
-    if not 1 <= steps <= total:
-        raise SamplingError(f"{steps} steps: expected 1 to {total}, the number of training timesteps")
-    if sampler == "ddim":
-        return skip_steps(solvers.ddim(diffusion, steps, eta, spacing), skipped)
-    if sampler == "ddpm":
-        return skip_steps(solvers.ddpm(diffusion, steps, model.learned_variance, spacing), skipped)
-    if sampler == "unipc":
-        return solvers.unipc(diffusion, steps, spacing, skipped)
-    if sampler == "euler-ancestral":
-        return skip_steps(solvers.euler_ancestral(diffusion, steps, spacing), skipped)
-    order = 3 if sampler == "dpmpp-3m" else 2
-    return solvers.dpm_solver_pp(diffusion, steps, order, sampler == "dpmpp-2m-sde", spacing, skipped)
 
 
-def steps_skipped(steps: int, strength: float) -> int:
-    """How many of the first steps image-to-image leaves out, as diffusers' pipelines count: of N steps int(N·s) run.
+def _check_uniform_steps(sampler: str, steps: int, spacing: str | None) -> None:
+    if spacing is not None:
+        raise SamplingError(f"timestep spacing {spacing!r} with sampler {sampler}: its steps are uniform; leave it out")
+    if not 1 <= steps <= MOST_STEPS:
+        raise SamplingError(f"{steps} steps: expected 1 to {MOST_STEPS}")
+
+
+def count_skipped_steps(steps: int, strength: float) -> int:
+    """How many of the first steps image-to-image leaves out: of N steps int(N·strength) run, as in diffusers.
 
     Raises:
         SamplingError: a strength outside (0, 1], or so small that no step would run.
@@ -106,14 +144,3 @@ def steps_skipped(steps: int, strength: float) -> int:
             f"strength {strength:g} of {steps} steps leaves none to run; the smallest that leaves one is {smallest:g}"
         )
     return steps - run
-
-
-def _flow_schedule(sampler: str, diffusion: DiffusionSpec, steps: int, spacing: str | None, skipped: int) -> Schedule:
-    if spacing is not None:
-        raise SamplingError(f"timestep spacing {spacing!r} with sampler {sampler}: its steps are uniform; leave it out")
-    if not 1 <= steps <= MOST_STEPS:
-        raise SamplingError(f"{steps} steps: expected 1 to {MOST_STEPS}")
-    path = diffusion.path or ""
-    if sampler in ("euler", "heun"):
-        return skip_steps(flow.flow_ode(path, steps, sampler), skipped)
-    return flow.flow_sde(path, steps, sampler.removeprefix("sde-"), skipped=skipped)

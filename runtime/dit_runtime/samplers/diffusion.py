@@ -1,7 +1,7 @@
-"""Samplers of diffusion models (ε and v prediction) as tables, in float64: one pure function each.
+"""Samplers of diffusion models (ε and v prediction): one pure function for each, from settings to a schedule.
 
-Each is written as in its paper, with x₀ and ε as combinations of the latents z and the network's output. α = √ᾱ and
-σ = √(1−ᾱ) below; where a paper's σ is noise over signal it is named ``level``.
+Each function follows its paper in float64, and writes x₀ and ε as combinations of the latents z and the network's
+output. Below, α = √ᾱ and σ = √(1−ᾱ); a paper's σ that is noise over signal is called ``level``.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from dit_runtime.samplers.schedule import (
 from dit_runtime.samplers.spacing import (
     NO_SIGNAL,
     OFFICIAL,
+    choose_solver_spacing,
     cumulative_alphas,
     euler_timesteps,
     multistep_timesteps,
     official_timesteps,
-    solver_spacing,
-    spaced_timesteps,
+    space_timesteps,
 )
 
-FEW_STEPS = 15  # below, diffusers' multistep solvers lower their order at the end
+FEW_STEPS = 15  # with fewer steps, diffusers' multistep solvers lower their order at the end
 
 
 def clean_and_noise(prediction_type: str, alpha: float, sigma: float) -> tuple[Float64, Float64]:
     """The clean latents x₀ and the noise ε as combinations of z and the network's output.
 
-    v prediction is Salimans & Ho 2022 (arXiv 2202.00512), v = α·ε − σ·x₀.
+    v prediction is from Salimans & Ho 2022 (arXiv 2202.00512): v = α·ε − σ·x₀.
     """
     if prediction_type == "epsilon":
         if alpha == 0:
@@ -55,14 +55,15 @@ def clean_and_noise(prediction_type: str, alpha: float, sigma: float) -> tuple[F
 def ddim(diffusion: DiffusionSpec, steps: int, eta: float = 0.0, spacing: str | None = None) -> Schedule:
     """DDIM (Song et al. 2020, arXiv 2010.02502, equations 12 and 16), as diffusers' ``DDIMScheduler`` without clipping.
 
-    ``eta`` in [0, 1]: 0 is deterministic; above 0 noise is drawn at every row, the last included. With an official
-    spacing it is the official code's ``ddim_sample``: each step leads to the next timestep of the list, the last to x₀.
+    ``eta`` is in [0, 1]: with 0 the sampler is deterministic, above 0 it draws noise at every row, the last included.
+    With an official spacing this is the official code's ``ddim_sample``: each step leads to the next timestep of the
+    list, and the last step to x₀.
     """
     if not 0 <= eta <= 1:
         raise SamplingError(f"eta {eta:g}: expected 0 to 1")
     spacing = diffusion.timestep_spacing if spacing is None else spacing
     alpha_bars = cumulative_alphas(diffusion)
-    timesteps = spaced_timesteps(diffusion, steps, spacing)
+    timesteps = space_timesteps(diffusion, steps, spacing)
     if spacing in OFFICIAL:
         after = np.append(timesteps[1:], -1)
         final = 1.0
@@ -76,14 +77,14 @@ def ddim(diffusion: DiffusionSpec, steps: int, eta: float = 0.0, spacing: str | 
         # Rounding could leave a variance of zero slightly negative.
         spread = eta * np.sqrt(max((1 - then) / (1 - now) * (1 - now / then), 0.0))
         rows.append(make_row(x_0, np.sqrt(then) * x_0 + np.sqrt(max(1 - then - spread**2, 0.0)) * noise, noise=spread))
-    return schedule_from_rows("ddim", spacing, timesteps, rows, _scales(alpha_bars[timesteps]), draws=eta > 0)
+    return schedule_from_rows("ddim", spacing, timesteps, rows, _signal_and_noise(alpha_bars[timesteps]), draws=eta > 0)
 
 
 def ddpm(diffusion: DiffusionSpec, steps: int, learned_variance: bool, spacing: str | None = None) -> Schedule:
-    """Ancestral sampling of a respaced DDPM, as the official code does it (``respace.py``, ``gaussian_diffusion.py``).
+    """Ancestral sampling of a respaced DDPM, as in the official code (``respace.py``, ``gaussian_diffusion.py``).
 
-    Learned variance interpolates log β̃ and log β (Nichol & Dhariwal 2021, arXiv 2102.09672, equation 15); without it
-    the variance is the official default, fixed large. Noise is drawn at every row but the last.
+    A learned variance interpolates log β̃ and log β (Nichol & Dhariwal 2021, arXiv 2102.09672, equation 15). Without a
+    learned variance it is the official default, "fixed large". Noise is drawn at every row but the last.
     """
     spacing = OFFICIAL[0] if spacing is None else spacing
     if spacing not in OFFICIAL:
@@ -105,7 +106,9 @@ def ddpm(diffusion: DiffusionSpec, steps: int, learned_variance: bool, spacing: 
         # Half of fraction·high + (1 − fraction)·low, with fraction = (v + 1)/2.
         log_sigma = ((low + high) / 4, (high - low) / 4) if learned_variance else (high / 2, 0.0)
         rows.append(make_row(x_0, mean, noise=1.0, log_sigma=log_sigma))
-    return schedule_from_rows("ddpm", spacing, timesteps, rows, _scales(kept), draws=np.arange(steps) < steps - 1)
+    return schedule_from_rows(
+        "ddpm", spacing, timesteps, rows, _signal_and_noise(kept), draws=np.arange(steps) < steps - 1
+    )
 
 
 def dpm_solver_pp(
@@ -118,12 +121,12 @@ def dpm_solver_pp(
 ) -> Schedule:
     """DPM-Solver++ multistep (Lu et al. 2022, arXiv 2211.01095), as diffusers' ``DPMSolverMultistepScheduler``.
 
-    ``order`` 2 or 3; ``stochastic`` is SDE-DPM-Solver++ 2M, which draws noise at every row, the last included. The
-    midpoint variant, ending at x₀; below 15 steps the order falls towards the end. The memory holds the last two x₀.
-    Where steps are ``skipped`` the order rises from 1 again, as after diffusers' ``set_begin_index``.
+    This is the midpoint variant, which ends at x₀. ``order`` is 2 or 3. ``stochastic`` is SDE-DPM-Solver++ 2M, which
+    draws noise at every row, the last included. With fewer than 15 steps the order falls towards the end. The memory
+    holds the last two x₀. After ``skipped`` steps the order rises from 1, as after diffusers' ``set_begin_index``.
     """
     check_skipped(skipped, steps)
-    spacing = solver_spacing(diffusion, spacing)
+    spacing = choose_solver_spacing(diffusion, spacing)
     timesteps, levels = multistep_timesteps(diffusion, steps, spacing)
     alphas, sigmas, log_snr = _half_log_snr(np.append(levels, 0.0))
     rows = []
@@ -163,12 +166,13 @@ def dpm_solver_pp(
 def unipc(diffusion: DiffusionSpec, steps: int, spacing: str | None = None, skipped: int = 0) -> Schedule:
     """UniPC of order 2 with corrector and B(h) = e^h − 1 (Zhao et al. 2023, arXiv 2302.04867; diffusers' ``bh2``).
 
-    A step's network output first corrects the latents it was computed at, then predicts the next ones. The part of the
-    correction that is known a step earlier travels in the memory (s₁), beside the last x₀ (s₂). After ``skipped`` steps
-    nothing is corrected at first and the order rises from 1 again, as after diffusers' ``set_begin_index``.
+    The network's output of a step first corrects the latents that it was computed at, then predicts the next latents.
+    The part of the correction that is known a step earlier is kept in the memory (s₁), beside the last x₀ (s₂). After
+    ``skipped`` steps the first step corrects nothing and the order rises from 1, as after diffusers'
+    ``set_begin_index``.
     """
     check_skipped(skipped, steps)
-    spacing = solver_spacing(diffusion, spacing)
+    spacing = choose_solver_spacing(diffusion, spacing)
     timesteps, levels = multistep_timesteps(diffusion, steps, spacing)
     alphas, sigmas, log_snr = _half_log_snr(np.append(levels, 0.0))
     rows, correction = [], 0.0  # weight of the newest x₀ in the correction of this step's latents
@@ -186,7 +190,7 @@ def unipc(diffusion: DiffusionSpec, steps: int, spacing: str | None = None, skip
         if order == 2:
             r = (log_snr[i - 1] - log_snr[i]) / h
             slope = (S2 - x_0) / r
-        earlier, correction = _corrector(h, r, order)
+        earlier, correction = _corrector_weights(h, r, order)
         correction *= gain
         z = base + gain / 2 * slope
         rows.append(make_row(x_0, z, base + gain * earlier * slope - correction * x_0, x_0))
@@ -194,7 +198,7 @@ def unipc(diffusion: DiffusionSpec, steps: int, spacing: str | None = None, skip
     return schedule_from_rows("unipc", spacing, timesteps[skipped:], rows, initial, skipped=skipped)
 
 
-def _corrector(h: float, r: float, order: int) -> tuple[float, float]:
+def _corrector_weights(h: float, r: float, order: int) -> tuple[float, float]:
     """Weights of the earlier and the newest difference in UniC (equation 9 of the paper; data prediction, so −h)."""
     if order == 1:
         return 0.0, 0.5
@@ -208,10 +212,10 @@ def _corrector(h: float, r: float, order: int) -> tuple[float, float]:
 def euler_ancestral(diffusion: DiffusionSpec, steps: int, spacing: str | None = None) -> Schedule:
     """Euler's method with ancestral noise, as k-diffusion and diffusers' ``EulerAncestralDiscreteScheduler``.
 
-    The reference keeps z/α and scales it for the network; here the latents are z throughout, so that image-to-image
-    and previews see the scale of every other sampler. Noise is drawn at every row, the last included.
+    The reference keeps z/α and scales it for the network. Here the latents are z, as in every other sampler, so that
+    image-to-image and previews need not know which sampler runs. Noise is drawn at every row, the last included.
     """
-    spacing = solver_spacing(diffusion, spacing)
+    spacing = choose_solver_spacing(diffusion, spacing)
     timesteps, levels = euler_timesteps(diffusion, steps, spacing)
     alphas, sigmas, _ = _half_log_snr(np.append(levels, 0.0))
     rows = []
@@ -234,5 +238,6 @@ def _half_log_snr(levels: Float64) -> tuple[Float64, Float64, Float64]:
         return alphas, levels * alphas, -np.log(levels)
 
 
-def _scales(alpha_bar: Float64) -> Float64:
+def _signal_and_noise(alpha_bar: Float64) -> Float64:
+    """The scales of signal and noise ``[T, 2]`` at ᾱ ``[T]``."""
     return np.stack([np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)], axis=1)

@@ -1,7 +1,7 @@
-"""Samplers of velocity models as tables, in float64: SiT's fixed-step ODE and SDE solvers (Ma et al. 2024, 2401.08740).
+"""Samplers of velocity models: SiT's fixed-step ODE and SDE solvers (Ma et al. 2024, arXiv 2401.08740), in float64.
 
-Time runs from 0, noise, to 1, the image: x_t = α_t·x₁ + σ_t·x₀ with x₀ the noise, and the network predicts the
-velocity dx/dt = α'_t·x₁ + σ'_t·x₀ at t itself, not scaled.
+Time t runs from 0, noise, to 1, the image: x_t = α_t·x₁ + σ_t·x₀ where x₀ is the noise. The network gets t itself, not
+scaled, and predicts the velocity dx/dt = α'_t·x₁ + σ'_t·x₀.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ METHODS = ("euler", "heun")
 LAST_STEPS = ("mean", "euler", "tweedie", "none")
 UNIFORM = "uniform"
 
-# SiT's VP path, and where its sampling ends: beyond, the velocity grows without bound.
+# SiT's VP path. Sampling ends at VP_END, since the velocity grows without bound after it.
 BETA_MIN, BETA_MAX, VP_END = 0.1, 20.0, 1 - 1e-3
 
 
@@ -44,8 +44,8 @@ class Point(NamedTuple):
     d_sigma: float
 
 
-def point(path: str, t: float) -> Point:
-    """SiT's interpolants (``transport/path.py``): ``ICPlan``, ``GVPCPlan``, ``VPCPlan``."""
+def path_at(path: str, t: float) -> Point:
+    """A path at time t, as SiT's interpolants (``transport/path.py``): ``ICPlan``, ``GVPCPlan``, ``VPCPlan``."""
     if path == "linear":
         return Point(t, 1.0, 1 - t, -1.0)
     if path == "gvp":
@@ -60,20 +60,20 @@ def point(path: str, t: float) -> Point:
     raise SamplingError(f"path {path!r} is unknown; expected one of {', '.join(PATHS)}")
 
 
-def clean(at: Point) -> Float64:
+def clean_at(at: Point) -> Float64:
     """The image x₁ as a combination of x and the velocity."""
     return (at.d_sigma * S0 - at.sigma * E) / (at.alpha * at.d_sigma - at.d_alpha * at.sigma)
 
 
-def score(at: Point) -> Float64:
+def score_at(at: Point) -> Float64:
     """∇ log p_t(x) as a combination of x and the velocity (SiT, equation 9)."""
     ratio = at.alpha / at.d_alpha
     return (ratio * E - S0) / (at.sigma**2 - ratio * at.d_sigma * at.sigma)
 
 
 def diffusion_coefficient(path: str, t: float, form: str, norm: float) -> float:
-    """w_t/2 of the SDE dx = (v + w/2·score)·dt + √w·dW, as SiT's ``compute_diffusion`` names its forms."""
-    at = point(path, t)
+    """w_t/2 of the SDE dx = (v + w/2·score)·dt + √w·dW; its forms have the names of SiT's ``compute_diffusion``."""
+    at = path_at(path, t)
     if form == "SBDM" and at.alpha == 0:
         raise SamplingError(
             f"diffusion form SBDM on the {path} path is infinite at t = 0, where sampling starts; use another form"
@@ -94,7 +94,8 @@ def diffusion_coefficient(path: str, t: float, form: str, norm: float) -> float:
 def flow_ode(path: str, steps: int, method: str) -> Schedule:
     """The probability-flow ODE by ``euler`` or ``heun`` over uniform steps, as SiT's ``sample_ode`` with torchdiffeq.
 
-    ``steps`` counts steps; SiT's ``num_steps`` counts grid points, one more. Heun evaluates both ends of each step.
+    ``steps`` counts steps; SiT's ``num_steps`` counts grid points, which are one more. Heun's method evaluates the
+    network at both ends of each step.
     """
     if method not in METHODS:
         raise SamplingError(f"method {method!r} is unknown; expected one of {', '.join(METHODS)}")
@@ -104,13 +105,13 @@ def flow_ode(path: str, steps: int, method: str) -> Schedule:
         h = after - t
         times.append(t)
         if method == "euler":
-            rows.append(make_row(clean(point(path, t)), S0 + h * E))
+            rows.append(make_row(clean_at(path_at(path, t)), S0 + h * E))
             continue
-        rows.append(make_row(clean(point(path, t)), S0 + h * E, memory=S0, memory_2=E))
+        rows.append(make_row(clean_at(path_at(path, t)), S0 + h * E, memory=S0, memory_2=E))
         times.append(after)
-        rows.append(make_row(clean(point(path, after)), S1 + h / 2 * (S2 + E)))
+        rows.append(make_row(clean_at(path_at(path, after)), S1 + h / 2 * (S2 + E)))
     completes = True if method == "euler" else np.arange(2 * steps) % 2 == 1
-    return schedule_from_rows(method, UNIFORM, times, rows, _scales(path, times), completes=completes)
+    return schedule_from_rows(method, UNIFORM, times, rows, _signal_and_noise(path, times), completes=completes)
 
 
 def flow_sde(
@@ -125,38 +126,21 @@ def flow_sde(
 ) -> Schedule:
     """The SDE by ``euler`` (Euler–Maruyama) or ``heun``, as SiT's ``sample_sde`` with its defaults for sampling.
 
-    ``steps`` is SiT's ``num_steps``: all but one are steps of the SDE, and the last goes from 1 − ``last_step_size`` to
-    the image, by the drift (``mean``), the velocity (``euler``), the posterior mean (``tweedie``) or not (``none``).
-    Heun's noise comes before a step's first evaluation: here at the end of the row before it, or in ``start``, also
-    where the first steps are ``skipped``.
+    ``steps`` is SiT's ``num_steps``: all but one are steps of the SDE. The last step goes from 1 − ``last_step_size``
+    to the image by the drift (``mean``), the velocity (``euler``) or the posterior mean (``tweedie``); ``none`` leaves
+    it out. SiT's Heun adds noise before a step's first evaluation: here the row before adds it, or ``start`` where no
+    row is before, as after ``skipped`` steps.
+
+    Raises:
+        SamplingError: fewer than 2 steps, an unknown method, form or last step, or a size out of range.
     """
-    if steps < 2:
-        raise SamplingError(f"{steps} steps with sampler sde-{method}: expected at least 2, one of them the last")
-    if method not in METHODS:
-        raise SamplingError(f"method {method!r} is unknown; expected one of {', '.join(METHODS)}")
-    if last_step not in LAST_STEPS:
-        raise SamplingError(f"last step {last_step!r} is unknown; expected one of {', '.join(LAST_STEPS)}")
-    if not 0 <= last_step_size < 1:
-        raise SamplingError(f"last step size {last_step_size:g}: expected 0 to below 1, a share of the path")
+    _check_sde(steps, method, last_step, last_step_size)
     size = 0.0 if last_step == "none" else last_step_size
     end = 1 - size if size else VP_END if path == "vp" else 1.0
     grid = np.linspace(0, end, steps).tolist()
-    h = grid[1] - grid[0]
-    rows: list[Float64] = []
-    times: list[float] = []
     with np.errstate(divide="ignore", invalid="ignore"):
-        noise = [_noise_scale(path, t, form, norm, h) for t in grid[:-1]]
-        for index, (t, after) in enumerate(pairwise(grid)):
-            drift = _drift(path, t, form, norm)
-            times.append(t)
-            if method == "euler":
-                rows.append(make_row(clean(point(path, t)), S0 + h * drift, noise=noise[index]))
-                continue
-            rows.append(make_row(clean(point(path, t)), S0 + h * drift, memory=S0, memory_2=drift))
-            times.append(after)
-            following = noise[index + 1] if index + 1 < len(noise) else 0.0
-            z = S1 + h / 2 * (S2 + _drift(path, after, form, norm))
-            rows.append(make_row(clean(point(path, after)), z, noise=following))
+        noise = [_noise_scale(path, t, form, norm, grid[1] - grid[0]) for t in grid[:-1]]
+        times, rows = _sde_rows(path, method, form, norm, grid, noise)
         if last_step != "none":
             times.append(end)
             rows.append(_last_row(path, end, form, norm, last_step, size))
@@ -174,7 +158,7 @@ def flow_sde(
         UNIFORM,
         times[first:],
         rows[first:],
-        _scales(path, times[first:]),
+        _signal_and_noise(path, times[first:]),
         draws[first:],
         completes[first:],
         start,
@@ -182,8 +166,40 @@ def flow_sde(
     )
 
 
-def _drift(path: str, t: float, form: str, norm: float) -> Float64:
-    return E + diffusion_coefficient(path, t, form, norm) * score(point(path, t))
+def _check_sde(steps: int, method: str, last_step: str, last_step_size: float) -> None:
+    if steps < 2:
+        raise SamplingError(f"{steps} steps with sampler sde-{method}: expected at least 2, one of them the last")
+    if method not in METHODS:
+        raise SamplingError(f"method {method!r} is unknown; expected one of {', '.join(METHODS)}")
+    if last_step not in LAST_STEPS:
+        raise SamplingError(f"last step {last_step!r} is unknown; expected one of {', '.join(LAST_STEPS)}")
+    if not 0 <= last_step_size < 1:
+        raise SamplingError(f"last step size {last_step_size:g}: expected 0 to below 1, a share of the path")
+
+
+def _sde_rows(
+    path: str, method: str, form: str, norm: float, grid: list[float], noise: list[float]
+) -> tuple[list[float], list[Float64]]:
+    """Times and rows of the SDE's own steps; ``noise`` is the scale of each step's noise."""
+    times: list[float] = []
+    rows: list[Float64] = []
+    h = grid[1] - grid[0]
+    for index, (t, after) in enumerate(pairwise(grid)):
+        drift = _drift_at(path, t, form, norm)
+        times.append(t)
+        if method == "euler":
+            rows.append(make_row(clean_at(path_at(path, t)), S0 + h * drift, noise=noise[index]))
+            continue
+        rows.append(make_row(clean_at(path_at(path, t)), S0 + h * drift, memory=S0, memory_2=drift))
+        times.append(after)
+        following = noise[index + 1] if index + 1 < len(noise) else 0.0
+        z = S1 + h / 2 * (S2 + _drift_at(path, after, form, norm))
+        rows.append(make_row(clean_at(path_at(path, after)), z, noise=following))
+    return times, rows
+
+
+def _drift_at(path: str, t: float, form: str, norm: float) -> Float64:
+    return E + diffusion_coefficient(path, t, form, norm) * score_at(path_at(path, t))
 
 
 def _noise_scale(path: str, t: float, form: str, norm: float, h: float) -> float:
@@ -191,13 +207,13 @@ def _noise_scale(path: str, t: float, form: str, norm: float, h: float) -> float
 
 
 def _last_row(path: str, t: float, form: str, norm: float, last_step: str, size: float) -> Float64:
-    at = point(path, t)
+    at = path_at(path, t)
     if last_step == "mean":
-        return make_row(clean(at), S0 + size * _drift(path, t, form, norm))
+        return make_row(clean_at(at), S0 + size * _drift_at(path, t, form, norm))
     if last_step == "euler":
-        return make_row(clean(at), S0 + size * E)
-    return make_row(clean(at), (S0 + at.sigma**2 * score(at)) / at.alpha)
+        return make_row(clean_at(at), S0 + size * E)
+    return make_row(clean_at(at), (S0 + at.sigma**2 * score_at(at)) / at.alpha)
 
 
-def _scales(path: str, times: list[float]) -> Float64:
-    return np.array([(at.alpha, at.sigma) for at in (point(path, t) for t in times)])
+def _signal_and_noise(path: str, times: list[float]) -> Float64:
+    return np.array([(at.alpha, at.sigma) for at in (path_at(path, t) for t in times)])

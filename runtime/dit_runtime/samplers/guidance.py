@@ -1,12 +1,12 @@
-"""Classifier-free guidance as data: for each row of a schedule the weight of each branch.
+"""Classifier-free guidance as numbers: the weight of each branch in each row of a schedule.
 
-With the null prediction ε_∅ and conditional ones ε_i of weights w_i, guidance of scale s is
+With the null prediction ε_∅ and the conditional predictions ε_i of weight w_i, guidance of scale s is
 
     e = ε_∅ + s·Σᵢ wᵢ·(ε_i − ε_∅)
 
-(Ho & Salimans 2022, arXiv 2207.12598, for one label; Liu et al. 2022, arXiv 2206.01714, equation 11, for several). The
-step graph sums branches with these weights; branch 0 is the first label's, and gives the variance and the channels that
-are not guided.
+(Ho & Salimans 2022, arXiv 2207.12598, for one label; Liu et al. 2022, arXiv 2206.01714, equation 11, for several
+labels). The step graph sums the branches with these weights. Branch 0 is the first label's; the variance and the
+channels that are not guided come from it.
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ SHAPES = ("constant", "linear", "cosine")
 
 @dataclass(frozen=True)
 class Guidance:
-    """How strongly, where and how evenly an image is guided.
+    """How strongly an image is guided, at which noise times, and how the scale changes over them.
+
+    The noise time τ is 1 at pure noise and 0 at the image: t/(T−1) with T training timesteps, 1 − t in a flow model.
 
     Attributes:
-        scale: s. 1 is no guidance and half the cost; below 1 follows the formula too, a constant 0 is unconditional.
-        interval: guided where the noise time is in [LO, HI], else s = 1 (Kynkäänniemi et al. 2024, arXiv 2404.07724).
-            Noise time is 1 at pure noise and 0 at the image: t/(T−1) of T training timesteps, 1 − t of a flow model.
-        shape: s over the noise time τ: ``constant``, or 1 + (s−1)·2(1−τ) (``linear``), or 1 + (s−1)·(1+cos πτ)
-            (``cosine``): more towards the image, the same on average (Wang et al. 2024, arXiv 2404.13040).
+        scale: s. With 1 there is no guidance, at half the cost. A scale below 1 follows the formula too, and a constant
+            0 is unconditional.
+        interval: noise times [LO, HI] with guidance; elsewhere s is 1 (Kynkäänniemi et al. 2024, arXiv 2404.07724).
+        shape: s over τ is ``constant``, or 1 + (s−1)·2(1−τ) (``linear``), or 1 + (s−1)·(1+cos πτ) (``cosine``). The
+            last two rise towards the image and have the same average (Wang et al. 2024, arXiv 2404.13040).
     """
 
     scale: float = 1.0
@@ -73,22 +75,23 @@ class Branches:
     Attributes:
         labels: int32 ``[G]``, the condition of each branch.
         weights: float32 ``[T, G, C]``.
-        needed: int ``[T]``, how many branches, from the first, have a weight: the others need not run.
+        needed: int ``[T]``, how many branches, counted from the first, have a weight in the row; the engine need not
+            run the others.
     """
 
     labels: Int32
     weights: Float32
     needed: NDArray[np.int64]
 
-    def among(self, needed: NDArray[np.int64]) -> Branches:
-        """The same branches where the engine runs ``needed [T]``, at least as many: the others have no weight."""
+    def pad_to(self, needed: NDArray[np.int64]) -> Branches:
+        """The same branches, with others of no weight so that the engine runs ``needed [T]``, at least as many."""
         more = int(needed.max()) - len(self.labels)
         return Branches(
             np.pad(self.labels, (0, more), mode="edge"), np.pad(self.weights, ((0, 0), (0, more), (0, 0))), needed
         )
 
 
-def noise_times(schedule: Schedule, diffusion: DiffusionSpec) -> Float64:
+def noise_times_of(schedule: Schedule, diffusion: DiffusionSpec) -> Float64:
     """The noise time of each row ``[T]``: 1 at pure noise, 0 at the image."""
     times = schedule.timesteps[schedule.rows].astype(np.float64)
     return 1 - times if diffusion.path else times / max(len(diffusion.betas) - 1, 1)
@@ -105,19 +108,19 @@ def branches_from_labels(
     """The branches of one image.
 
     Args:
-        labels: weight of each class number; the first one's branch gives variance and unguided channels.
+        labels: weight of each class number; the variance and the channels without guidance are the first class's.
         guidance: scale, interval and shape.
-        schedule: the image's sampler.
-        model: for the null class.
-        diffusion: for the channels that guidance acts on.
-        negative: a class to guide away from in place of the null class.
+        schedule: of the image's sampler.
+        model: its null class and latent channels are used.
+        diffusion: says which channels are guided.
+        negative: a class to guide away from, in place of the null class.
 
     Raises:
-        SamplingError: scale 0 where the null branch cannot give everything that is used.
+        SamplingError: scale 0, where the sampler needs the variance, or not all channels are guided.
     """
     null = model.null_class if negative is None else negative
     guided = diffusion.guidance_channels
-    scales = guidance.scales(noise_times(schedule, diffusion))
+    scales = guidance.scales(noise_times_of(schedule, diffusion))
     count, channels = len(labels), model.latent_channels
     if guidance.scale == 0:
         if schedule.uses_variance or guided < channels:
@@ -133,7 +136,7 @@ def branches_from_labels(
     for index, weight in enumerate(labels.values()):
         weights[:, index, :guided] = (scales * weight)[:, None]
     weights[:, count, :guided] = (1 - scales * sum(labels.values()))[:, None]
-    # Rounding of weights such as 0.7 + 0.3 must not cost a branch.
+    # Weights such as 0.7 + 0.3 sum to 1 up to rounding, which must not cost a branch.
     weights[np.abs(weights) < 1e-12] = 0
     used = (weights != 0).any(axis=2)
     needed = np.where(used[:, count], count + 1, count)
@@ -142,7 +145,7 @@ def branches_from_labels(
 
 
 def guidance_weights(scale: float, batch: int, channels: int, guided_channels: int) -> Float32:
-    """Weights ``[G, B, C]`` of a batch guided alike with one label each: branch 0 conditional, branch 1 null."""
+    """Weights ``[G, B, C]`` of a batch with one scale, and one label per image: branch 0 conditional, branch 1 null."""
     if scale == 1:
         return np.ones((1, batch, channels), np.float32)
     weights = np.zeros((2, batch, channels), np.float32)
@@ -153,7 +156,7 @@ def guidance_weights(scale: float, batch: int, channels: int, guided_channels: i
 
 
 def branch_rows(labels: Int32, null_class: int, branches: int) -> tuple[Int32, Int32]:
-    """The distinct conditions ``[K]`` of labels ``[B]``, and which of them each branch uses ``[G, B]``."""
+    """The distinct conditions ``[K]`` of labels ``[B]``, and the index in them for each branch and image ``[G, B]``."""
     wanted = labels[None] if branches == 1 else np.stack([labels, np.full_like(labels, null_class)])
     conditions, rows = np.unique(wanted, return_inverse=True)
     return conditions.astype(np.int32), rows.reshape(wanted.shape).astype(np.int32)

@@ -1,13 +1,14 @@
-"""A sampler's work as a table of numbers, and the file format of custom ones.
+"""A sampler's work as a schedule, a table of numbers, and the JSON file that holds one.
 
-With the state's slots s₀ (the latents z_t as the network sees them), s₁ and s₂ (the sampler's memory), e the guided
-network output and v the learned-variance channels, one row of 17 numbers (a, b, A row by row, B, g, h, k) means
+The state has three slots: s₀, the latents z_t as the network gets them, and s₁ and s₂, the sampler's memory. With the
+guided network output e and the learned-variance channels v, one row of 17 numbers (a, b, A row by row, B, g, h, k)
+means
 
     denoised = a·s₀ + b·e
     s'ᵢ      = Σⱼ Aᵢⱼ·sⱼ + Bᵢ·e          i = 0, 1, 2
     s'₀     += exp(g + h·v)·k·noise
 
-The step graph evaluates one row per image; there is nothing else a sampler does at run time.
+The step graph evaluates one row for each image. At run time a sampler does nothing else.
 """
 
 from __future__ import annotations
@@ -16,17 +17,23 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from dit_runtime.core.decode import Range, decode, read_json
 from dit_runtime.core.errors import SamplingError
 from dit_runtime.core.files import replace_file
 
 COEFFICIENTS = 17
 
-# DPM-Solver++ at diffusers' stand-in for zero terminal SNR needs 4096; 1/float32's resolution would be 8e6.
+# Of numbers in a schedule. DPM-Solver++ at LEAST_ALPHA_BAR needs 4096; above 8e6, 1/float32's resolution, terms of a
+# row would cancel to nothing.
 LARGEST = 1e6
+
+TABLE_LIMIT = 64 << 20  # bytes of a table's file: far above any, and little to read
+OPTIONAL = ("sampler", "spacing", "rows", "initial", "start", "draws_noise", "completes_step", "skipped")
 
 # Columns of a row.
 A_Z, B_E = 0, 1  # denoised = a·s₀ + b·e
@@ -36,7 +43,7 @@ LOG_SIGMA, LOG_SIGMA_V, NOISE = 14, 15, 16  # g, h, k
 
 Float64 = NDArray[np.float64]
 
-# What a row computes from: a combination is four numbers, its weights of s₀, s₁, s₂ and e.
+# A combination of s₀, s₁, s₂ and e is four numbers, its weights.
 S0, S1, S2, E = np.eye(4)
 NOTHING = np.zeros(4)
 
@@ -46,17 +53,17 @@ class Schedule:
     """A sampler's work for one image: T network evaluations at U distinct times.
 
     Attributes:
-        sampler: its name, for the record.
-        spacing: how its timesteps were chosen, for the record.
-        timesteps: float32 ``[U]``, the distinct timesteps that the network is asked about.
-        rows: int32 ``[T]``, which of them each evaluation uses.
-        coefficients: float32 ``[T, 17]``.
-        initial: float32 ``[T, 2]``, scale of signal and of noise in z before each row: where image-to-image starts.
-        start: float32 ``[S]``, z before the first row is Σᵢ startᵢ · the i-th draw of noise; in image-to-image
-            ``initial[0]``, of the image and of the first draw, takes the place of its first number.
-        draws_noise: bool ``[T]``, whether the reference draws noise at this row (so that seeds agree).
-        completes_step: bool ``[T]``, False for inner evaluations, which a viewer does not see.
-        skipped: completed steps that were left out before the first row: above 0 it needs an image to start from.
+        sampler: the sampler's name, for the record.
+        spacing: how the timesteps were chosen, for the record.
+        timesteps: float32 ``[U]``, the distinct timesteps that the network gets.
+        rows: int32 ``[T]``, the index in ``timesteps`` of each evaluation.
+        coefficients: float32 ``[T, 17]``, a row for each evaluation.
+        initial: float32 ``[T, 2]``, scales of signal and noise in z before each row, where image-to-image can start.
+        start: float32 ``[S]``: z before the first row is Σᵢ startᵢ · the i-th draw of noise. In image-to-image
+            ``initial[0]``, with the image and the first draw, replaces the first term.
+        draws_noise: bool ``[T]``, whether the reference draws noise at this row, so that seeds agree with it.
+        completes_step: bool ``[T]``, False for an inner evaluation, which is not a step of its own.
+        skipped: steps that were left out before the first row; above 0 the schedule needs an image to start from.
     """
 
     sampler: str
@@ -72,12 +79,12 @@ class Schedule:
 
     @property
     def uses_variance(self) -> bool:
-        """Whether any row depends on v."""
+        """Whether any row depends on v, the learned variance."""
         return bool(np.any(self.coefficients[:, LOG_SIGMA_V] != 0))
 
     @property
     def steps(self) -> int:
-        """Completed steps, as a viewer counts them; without those that were left out."""
+        """Completed steps, without the skipped ones."""
         return int(self.completes_step.sum())
 
     def __len__(self) -> int:
@@ -92,9 +99,9 @@ def make_row(
     noise: float = 0.0,
     log_sigma: tuple[float, float] = (0.0, 0.0),
 ) -> Float64:
-    """One row from combinations of (s₀, s₁, s₂, e): the denoised estimate and the three slots of the next state.
+    """One row ``[17]`` from combinations ``[4]`` of (s₀, s₁, s₂, e): the denoised estimate and the next state's slots.
 
-    ``noise`` is k, the scale of the row's noise; ``log_sigma`` is (g, h), for noise whose scale depends on v.
+    ``noise`` is k, the scale of the row's noise. ``log_sigma`` is (g, h), for noise with a scale that depends on v.
     """
     matrix = np.stack([z, memory, memory_2])
     return np.concatenate([denoised[[0, 3]], matrix[:, :3].reshape(-1), matrix[:, 3], log_sigma, [noise]])
@@ -111,10 +118,10 @@ def schedule_from_rows(
     start: Sequence[float] = (1.0,),
     skipped: int = 0,
 ) -> Schedule:
-    """A schedule from one timestep, row and scale of (signal, noise) per evaluation, computed in float64.
+    """A schedule from one time, row and pair of scales (signal, noise) for each evaluation, all in float64.
 
     Raises:
-        SamplingError: a number that is not finite, or so large that in float32 its terms would cancel to nothing.
+        SamplingError: a number that is not finite, or above ``LARGEST``.
     """
     evaluated = np.asarray(times, np.float64).astype(np.float32)
     distinct, first, inverse = np.unique(evaluated, return_index=True, return_inverse=True)
@@ -144,13 +151,13 @@ def schedule_from_rows(
 
 
 def skip_steps(schedule: Schedule, skipped: int) -> Schedule:
-    """The rows of a schedule after its first ``skipped`` steps, for a start from an image.
+    """The schedule without its first ``skipped`` steps, to start from an image.
 
-    This is right for samplers without memory; a multistep sampler starts anew at order 1 instead (``schedule_for``).
+    This suits samplers without memory; a multistep sampler begins again at order 1 instead (``schedule_for``).
 
     Raises:
-        SamplingError: no step would be left, a row would read memory that only rows left out wrote, or nothing says
-            which draws the latents hold there.
+        SamplingError: no step would be left, a row would read a slot that only skipped rows wrote, or the schedule
+            starts from several draws of noise and does not say which of them the latents have there.
     """
     if not skipped:
         return schedule
@@ -161,7 +168,7 @@ def skip_steps(schedule: Schedule, skipped: int) -> Schedule:
             f"after step {skipped}: nothing in it says which draws belong there; use strength 1 or a named sampler"
         )
     first = int(np.flatnonzero(schedule.completes_step)[skipped - 1]) + 1
-    if unwritten := _read_unwritten(schedule.coefficients[first:]):
+    if unwritten := _find_unwritten_read(schedule.coefficients[first:]):
         raise SamplingError(
             f"table {schedule.sampler}: after step {skipped}, row {first + unwritten[0]} reads slot {unwritten[1]}, "
             "which only rows before wrote; expected rows that read what is written after the start: use strength 1, or "
@@ -181,13 +188,13 @@ def skip_steps(schedule: Schedule, skipped: int) -> Schedule:
 
 
 def check_skipped(skipped: int, steps: int) -> None:
-    """Raises SamplingError for a number of steps to leave out that is none, or leaves no step."""
+    """Raises SamplingError for a number of skipped steps that is negative, or leaves no step to run."""
     if not 0 <= skipped < steps:
         raise SamplingError(f"{skipped} of {steps} steps skipped: expected 0 to {steps - 1}, so that one is left")
 
 
 def write_table(schedule: Schedule, path: Path) -> None:
-    """Write a schedule as JSON: every field by its name, arrays as lists. ``read_table`` gives it back exactly."""
+    """Write a schedule as a sampler table: JSON with every field by its name. ``read_table`` gives it back exactly."""
     values = {item.name: getattr(schedule, item.name) for item in fields(Schedule)}
     plain = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in values.items()}
     with replace_file(path) as file:
@@ -195,48 +202,66 @@ def write_table(schedule: Schedule, path: Path) -> None:
 
 
 def read_table(path: Path) -> Schedule:
-    """A custom sampler's table (a searched solver, say) from a JSON file.
+    """The schedule of a sampler table: a JSON file that ``write_table`` or the user wrote.
 
-    Required: ``timesteps [U]`` and ``coefficients [T, 17]``. The rest has defaults: ``rows`` 0 … T−1, ``start`` [1],
-    ``draws_noise`` where k is not 0, ``completes_step`` everywhere, ``initial`` [0, 1] (no image-to-image),
-    ``skipped`` 0.
+    ``timesteps [U]`` and ``coefficients [T, 17]`` are required. The other fields have defaults: ``rows`` is 0 … T−1,
+    ``start`` [1], ``draws_noise`` true where k is not 0, ``completes_step`` true, ``initial`` [0, 1] in every row (no
+    image-to-image), ``skipped`` 0.
 
     Raises:
-        SamplingError: unreadable, or a table that the step graph cannot run.
+        SamplingError: the file cannot be read, or the step graph cannot run its rows.
     """
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        with np.errstate(over="ignore"):
-            coefficients = np.asarray(raw["coefficients"], np.float32)
-            timesteps = np.asarray(raw["timesteps"], np.float32)
-        count = len(coefficients)
-        for name, kind in (("rows", int), ("draws_noise", bool), ("completes_step", bool)):
-            if not all(type(value) is kind for value in raw.get(name, ())):
-                raise TypeError(f"{name} must be a list of {'whole numbers' if kind is int else 'true and false'}")
-        skipped = raw.get("skipped", 0)
-        if type(skipped) is not int or not 0 <= skipped <= LARGEST:
-            raise TypeError(f"skipped {skipped!r} must be a number of steps")
-        schedule = Schedule(
-            sampler=str(raw.get("sampler", path.stem)),
-            spacing=str(raw.get("spacing", "custom")),
-            timesteps=timesteps,
-            rows=np.asarray(raw.get("rows", range(count)), np.int32),
-            coefficients=coefficients,
-            initial=np.asarray(raw.get("initial", [[0, 1]] * count), np.float32),
-            start=np.asarray(raw.get("start", [1.0]), np.float32),
-            draws_noise=np.asarray(raw.get("draws_noise", coefficients[:, NOISE] != 0), np.bool_),
-            completes_step=np.asarray(raw.get("completes_step", [True] * count), np.bool_),
-            skipped=skipped,
-        )
+        raw = read_json(path, TABLE_LIMIT)
+        if type(raw) is dict:
+            raw = {**{name: None for name in OPTIONAL if name not in raw}, **raw}
+        with np.errstate(over="ignore"):  # what float32 cannot hold is refused by its name
+            schedule = _schedule_from_record(decode(_TableRecord, raw), path.stem)
         _check(schedule)
-    except OSError as error:
-        raise SamplingError(f"{path}: cannot read this table ({error.strerror}); expected a JSON file") from error
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
+    except (ValueError, OverflowError) as error:
         raise SamplingError(
-            f"{path}: not a sampler's table ({type(error).__name__}: {error}); expected JSON with timesteps [U] and "
-            "coefficients [T, 17], as dit-sample --write-table writes it"
+            f"{path}: not a sampler's table ({error}); expected JSON with timesteps [U] and coefficients [T, 17], as "
+            "dit-sample --write-table writes it"
         ) from error
     return schedule
+
+
+@dataclass(frozen=True)
+class _TableRecord:
+    """A table's file; None is a field that it leaves out."""
+
+    timesteps: tuple[float, ...]
+    coefficients: tuple[tuple[float, ...], ...]
+    sampler: str | None
+    spacing: str | None
+    rows: tuple[int, ...] | None
+    initial: tuple[tuple[float, ...], ...] | None
+    start: tuple[float, ...] | None
+    draws_noise: tuple[bool, ...] | None
+    completes_step: tuple[bool, ...] | None
+    skipped: Annotated[int, Range(0, LARGEST)] | None
+
+
+def _schedule_from_record(record: _TableRecord, name: str) -> Schedule:
+    """Raises ValueError or OverflowError for numbers that make no array."""
+    coefficients = np.asarray(record.coefficients, np.float32)
+    count = len(coefficients)
+    if coefficients.shape[1:] != (COEFFICIENTS,):
+        raise ValueError(f"coefficients has shape {list(coefficients.shape)}, expected [{count}, {COEFFICIENTS}]")
+    draws = coefficients[:, NOISE] != 0 if record.draws_noise is None else record.draws_noise
+    completes = [True] * count if record.completes_step is None else record.completes_step
+    return Schedule(
+        sampler=name if record.sampler is None else record.sampler,
+        spacing="custom" if record.spacing is None else record.spacing,
+        timesteps=np.asarray(record.timesteps, np.float32),
+        rows=np.asarray(range(count) if record.rows is None else record.rows, np.int32),
+        coefficients=coefficients,
+        initial=np.asarray([[0, 1]] * count if record.initial is None else record.initial, np.float32),
+        start=np.asarray([1.0] if record.start is None else record.start, np.float32),
+        draws_noise=np.asarray(draws, np.bool_),
+        completes_step=np.asarray(completes, np.bool_),
+        skipped=record.skipped or 0,
+    )
 
 
 def _check(schedule: Schedule) -> None:
@@ -266,12 +291,12 @@ def _check(schedule: Schedule) -> None:
         raise ValueError("g and h must be 0 where k is 0: 0·exp(g + h·v) could be no number")
     if (k[~schedule.draws_noise] != 0).any():
         raise ValueError("a row with k other than 0 must draw noise")
-    if unwritten := _read_unwritten(schedule.coefficients):
+    if unwritten := _find_unwritten_read(schedule.coefficients):
         raise ValueError(f"row {unwritten[0]} reads slot {unwritten[1]} before any row wrote it")
 
 
-def _read_unwritten(rows: NDArray[np.float32]) -> tuple[int, int] | None:
-    """The first of rows ``[T, 17]`` that reads a slot which none before it wrote, and that slot."""
+def _find_unwritten_read(rows: NDArray[np.float32]) -> tuple[int, int] | None:
+    """The first row of ``[T, 17]`` that reads a slot before a row wrote it, and the slot; None where there is none."""
     written = {0}
     for index, coefficients in enumerate(rows):
         matrix = coefficients[MATRIX:INPUT].reshape(3, 3)

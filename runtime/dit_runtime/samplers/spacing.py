@@ -1,4 +1,4 @@
-"""Which training timesteps a sampler visits, and the noise levels there. All descending: from noise to image."""
+"""Which training timesteps a sampler visits, and the noise levels there: in falling order, from noise to image."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KARRAS = "karras"
 
 Int64 = NDArray[np.int64]
 
-# diffusers' multistep and Euler schedulers replace a terminal signal of zero, which has no logarithm, by this.
+# A terminal signal of zero has no logarithm: diffusers' multistep and Euler schedulers put this ᾱ in its place.
 LEAST_ALPHA_BAR = 2.0**-24
 NO_SIGNAL = (
     "epsilon prediction at a terminal signal-to-noise ratio of zero: the noise says nothing about the image there; "
@@ -31,7 +31,11 @@ def cumulative_alphas(diffusion: DiffusionSpec) -> Float64:
 
 
 def noise_levels(diffusion: DiffusionSpec) -> Float64:
-    """σ = √((1−ᾱ)/ᾱ), noise over signal, for every training timestep; finite also at zero terminal SNR."""
+    """σ = √((1−ᾱ)/ᾱ), noise over signal, for every training timestep; finite even where the last ᾱ is 0.
+
+    Raises:
+        SamplingError: the last ᾱ is 0, and the model predicts ε.
+    """
     alpha_bar = cumulative_alphas(diffusion)
     if alpha_bar[-1] == 0 and diffusion.prediction_type == "epsilon":
         raise SamplingError(NO_SIGNAL)
@@ -39,19 +43,24 @@ def noise_levels(diffusion: DiffusionSpec) -> Float64:
     return np.sqrt((1 - alpha_bar) / alpha_bar)
 
 
-def solver_spacing(diffusion: DiffusionSpec, spacing: str | None) -> str:
-    """What a multistep or Euler solver is spaced by: as asked, else the bundle's own.
+def choose_solver_spacing(diffusion: DiffusionSpec, spacing: str | None) -> str:
+    """The spacing of a multistep or Euler solver: the given one, or the bundle's own.
 
-    The official code has no such solver, so its bundles' spacing does not suit one: there it is linspace, as diffusers'
-    solvers have it by default.
+    The official code has no such solver, and its spacings suit none: a bundle with an official spacing gets
+    ``linspace``, the default of diffusers' solvers.
     """
     if spacing is not None:
         return spacing
     return "linspace" if diffusion.timestep_spacing in OFFICIAL else diffusion.timestep_spacing
 
 
-def spaced_timesteps(diffusion: DiffusionSpec, steps: int, spacing: str | None = None) -> Int64:
-    """As diffusers' ``DDIMScheduler.set_timesteps`` spaces them, or for the official spacings the official code."""
+def space_timesteps(diffusion: DiffusionSpec, steps: int, spacing: str | None = None) -> Int64:
+    """The timesteps ``[steps]`` of DDIM: of diffusers' ``DDIMScheduler.set_timesteps``, or of the official code for an
+    official spacing; None is the bundle's own spacing.
+
+    Raises:
+        SamplingError: an unknown spacing, or a number of steps that its reference cannot run.
+    """
     spacing = diffusion.timestep_spacing if spacing is None else spacing
     total = len(diffusion.betas)
     if spacing in OFFICIAL:
@@ -59,49 +68,62 @@ def spaced_timesteps(diffusion: DiffusionSpec, steps: int, spacing: str | None =
     if spacing == "leading":
         timesteps = np.arange(steps, dtype=np.float64)[::-1] * (total // steps) + diffusion.steps_offset
     elif spacing == "trailing":
-        timesteps = _trailing(total, steps)
+        timesteps = _trailing_timesteps(total, steps)
     elif spacing == "linspace":
         timesteps = np.linspace(0, total - 1, steps).round()[::-1]
     else:
-        raise _unsupported(spacing, (*DIFFUSERS, *OFFICIAL))
-    return _checked(timesteps, steps, total, spacing, diffusion.steps_offset)
+        raise _unsupported_spacing(spacing, (*DIFFUSERS, *OFFICIAL))
+    return _check_timesteps(timesteps, steps, total, spacing, diffusion.steps_offset)
 
 
 def multistep_timesteps(diffusion: DiffusionSpec, steps: int, spacing: str | None = None) -> tuple[Float64, Float64]:
-    """Timesteps and σ ``[steps]`` of diffusers' multistep schedulers: one point more than steps, the last left out."""
-    spacing = solver_spacing(diffusion, spacing)
+    """Timesteps and σ ``[steps]`` of diffusers' multistep schedulers, which space one point more and drop the last.
+
+    Raises:
+        SamplingError: as ``space_timesteps``, or σ does not fall with every step.
+    """
+    spacing = choose_solver_spacing(diffusion, spacing)
     total, sigmas = len(diffusion.betas), noise_levels(diffusion)
     if spacing == KARRAS:
-        return _karras(sigmas, steps)
+        return _karras_levels(sigmas, steps)
     if spacing == "leading":
         points = np.arange(1, steps + 1, dtype=np.float64)[::-1] * (total // (steps + 1)) + diffusion.steps_offset
     elif spacing == "trailing":
-        points = _trailing(total, steps)
+        points = _trailing_timesteps(total, steps)
     elif spacing == "linspace":
         points = np.linspace(0, total - 1, steps + 1).round()[::-1][:-1]
     else:
-        raise _unsupported(spacing, (*DIFFUSERS, KARRAS))
-    timesteps = _checked(points, steps, total, spacing, diffusion.steps_offset)
-    return timesteps.astype(np.float64), _falling(sigmas[timesteps], steps, spacing)
+        raise _unsupported_spacing(spacing, (*DIFFUSERS, KARRAS))
+    timesteps = _check_timesteps(points, steps, total, spacing, diffusion.steps_offset)
+    return timesteps.astype(np.float64), _check_falling(sigmas[timesteps], steps, spacing)
 
 
 def euler_timesteps(diffusion: DiffusionSpec, steps: int, spacing: str | None = None) -> tuple[Float64, Float64]:
-    """Timesteps and σ ``[steps]`` of diffusers' Euler schedulers: linspace is not rounded, σ is interpolated."""
-    spacing = solver_spacing(diffusion, spacing)
+    """Timesteps and σ ``[steps]`` of diffusers' Euler schedulers, which do not round linspace and interpolate σ.
+
+    Raises:
+        SamplingError: as ``space_timesteps``, or σ does not fall with every step.
+    """
+    spacing = choose_solver_spacing(diffusion, spacing)
     if spacing not in DIFFUSERS:
-        raise _unsupported(spacing, DIFFUSERS)
+        raise _unsupported_spacing(spacing, DIFFUSERS)
     if spacing == "linspace":
         timesteps = np.linspace(0, len(diffusion.betas) - 1, steps)[::-1]
     else:
-        timesteps = spaced_timesteps(diffusion, steps, spacing).astype(np.float64)
-    # diffusers keeps its timesteps in float32, and the network is asked about those.
+        timesteps = space_timesteps(diffusion, steps, spacing).astype(np.float64)
+    # diffusers keeps timesteps in float32, and gives the network these float32 values.
     timesteps = timesteps.astype(np.float32).astype(np.float64)
     levels = np.interp(timesteps, np.arange(len(diffusion.betas)), noise_levels(diffusion))
-    return timesteps, _falling(levels, steps, spacing)
+    return timesteps, _check_falling(levels, steps, spacing)
 
 
 def official_timesteps(total: int, steps: int, spacing: str) -> Int64:
-    """The official code's ``space_timesteps``: one section, or with ``official-ddim`` its "ddimN" integer stride."""
+    """Timesteps ``[steps]`` of the official code's ``space_timesteps``: one section, or for ``official-ddim`` an
+    integer stride ("ddimN").
+
+    Raises:
+        SamplingError: a number of steps that the official code refuses, or fewer than 2.
+    """
     if steps < 2:
         raise SamplingError(
             f"{steps} step with {spacing} spacing: the official respacing needs at least 2; use another spacing"
@@ -116,7 +138,7 @@ def official_timesteps(total: int, steps: int, spacing: str) -> Int64:
             f"{steps} steps with {spacing} spacing: no integer stride of {total} training timesteps gives as many, and "
             f"the official code refuses 'ddim{steps}' too; the nearest that exist are {min(nearest)} and {max(nearest)}"
         )
-    # Evenly spaced with both ends, rounded half to even, accumulating as the official code does.
+    # Evenly spaced from end to end, rounded half to even. Positions are summed up, as in the official code.
     stride, position, taken = (total - 1) / (steps - 1), 0.0, []
     for _ in range(steps):
         taken.append(round(position))
@@ -124,20 +146,20 @@ def official_timesteps(total: int, steps: int, spacing: str) -> Int64:
     return np.array(taken[::-1], np.int64)
 
 
-def _trailing(total: int, steps: int) -> Float64:
+def _trailing_timesteps(total: int, steps: int) -> Float64:
     return np.arange(total, 0, -total / steps).round() - 1.0
 
 
-def _karras(sigmas: Float64, steps: int) -> tuple[Float64, Float64]:
-    """Karras et al. 2022 (arXiv 2206.00364), equation 5 with ρ = 7, over the whole range of σ.
+def _karras_levels(sigmas: Float64, steps: int) -> tuple[Float64, Float64]:
+    """Timesteps and σ of Karras et al. 2022 (arXiv 2206.00364), equation 5 with ρ = 7, over the whole range of σ.
 
-    The network is asked about the nearest training timestep, as in diffusers; the sampler uses σ itself.
+    The network gets the nearest training timestep, as in diffusers; the sampler uses σ itself.
     """
     inverse_rho = 1 / 7
     ramp = np.linspace(0, 1, steps)
     low, high = sigmas[0] ** inverse_rho, sigmas[-1] ** inverse_rho
     levels = (high + ramp * (low - high)) ** 7
-    # With the stand-in for zero terminal SNR, σ does not rise everywhere: as in diffusers, the last one below counts.
+    # With LEAST_ALPHA_BAR, σ does not rise everywhere: as in diffusers, the last σ below the level counts.
     below = [np.flatnonzero(sigmas < level * (1 - 1e-12)) for level in levels]
     first = np.array([min(found[-1], len(sigmas) - 2) if len(found) else 0 for found in below])
     share = np.log(levels / sigmas[first]) / np.log(sigmas[first + 1] / sigmas[first])
@@ -149,7 +171,8 @@ def _karras(sigmas: Float64, steps: int) -> tuple[Float64, Float64]:
     return timesteps, levels
 
 
-def _falling(levels: Float64, steps: int, spacing: str) -> Float64:
+def _check_falling(levels: Float64, steps: int, spacing: str) -> Float64:
+    """The levels; raises SamplingError where a level is not below the one before."""
     if (np.diff(levels) >= 0).any():
         raise SamplingError(
             f"{steps} steps with {spacing} spacing: the noise level does not fall with every step, in diffusers too; "
@@ -158,8 +181,8 @@ def _falling(levels: Float64, steps: int, spacing: str) -> Float64:
     return levels
 
 
-def _checked(timesteps: Float64, steps: int, total: int, spacing: str, offset: int) -> Int64:
-    """Integers, or a refusal where diffusers' own arithmetic gives timesteps that its schedulers cannot use."""
+def _check_timesteps(timesteps: Float64, steps: int, total: int, spacing: str, offset: int) -> Int64:
+    """The timesteps as integers; raises SamplingError where diffusers' arithmetic gives some that it cannot use."""
     found: Int64 = timesteps.astype(np.int64)
     # Trailing spacing accumulates in floating point: for 61, 103, 121, … steps it has one timestep too many.
     if len(found) != steps or found.min() < 0 or found.max() >= total:
@@ -175,5 +198,5 @@ def _checked(timesteps: Float64, steps: int, total: int, spacing: str, offset: i
     return found
 
 
-def _unsupported(spacing: str, supported: tuple[str, ...]) -> SamplingError:
+def _unsupported_spacing(spacing: str, supported: tuple[str, ...]) -> SamplingError:
     return SamplingError(f"timestep spacing {spacing!r} is not supported here; expected one of {', '.join(supported)}")

@@ -3,95 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from dit_runtime.backends.host_loop import (
-    Condition,
-    ConditioningTable,
-    HostLoop,
-    Loop,
-    RunInputs,
-    StepResult,
-)
-from dit_runtime.backends.open import Engine
+from dit_runtime.backends.base import Engine, Loop, RunInputs, StepResult
+from dit_runtime.backends.conditioning import Condition, ConditioningTable, TableLimits
 from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.core.errors import SamplingError
-from dit_runtime.samplers.guidance import Branches, Guidance
-from dit_runtime.samplers.noise import (
-    CudaNoise,
-    Float32,
-    Noise,
-    TorchNoise,
-    draw_normals,
-)
-from dit_runtime.samplers.schedule import COEFFICIENTS, Schedule
-from dit_runtime.sampling.image_to_image import Init
+from dit_runtime.samplers.noise import Float32, Noise, draw_normals
+from dit_runtime.samplers.schedule import COEFFICIENTS
+from dit_runtime.sampling.requests import ImageRequest
 
-# The conditioning table of DiT-XL/2 takes 783 KB a row: long schedules and large batches compute it in pieces.
-TABLE_BYTES = 256 << 20
-# Rows that the conditioner computes in one call: its activations are several times its output.
-CONDITIONER_BYTES = 32 << 20
-
-
-@dataclass(frozen=True, eq=False)
-class ImageRequest:
-    """One image to be made, checked.
-
-    Attributes:
-        labels: weight of each class number.
-        seed: of its own stream of noise.
-        schedule: its sampler; with ``init`` only the steps that run.
-        guidance: scale, interval and shape.
-        negative_label: class number in place of the null class.
-        branches: what labels and guidance come to, row by row.
-        noise: float32 ``[C, H, W]`` in place of the stream's first draw.
-        noise_device: ``cpu`` or ``cuda``: whose PyTorch generator the seed stands for.
-        noise_dtype: ``float32`` or ``float16``: the dtype PyTorch draws in.
-        cuda_threads: resident threads of the CUDA device, for draws that depend on it (``CudaNoise``).
-        init: what it starts from, in image-to-image.
-        strength: the share of the steps that it was asked to run, for the record.
-    """
-
-    labels: dict[int, float]
-    seed: int
-    schedule: Schedule
-    guidance: Guidance
-    negative_label: int | None
-    branches: Branches
-    noise: Float32 | None = None
-    noise_device: str = "cpu"
-    noise_dtype: str = "float32"
-    cuda_threads: int | None = None
-    init: Init | None = None
-    strength: float | None = None
-
-    def stream(self) -> Noise:
-        """The image's noise from its beginning."""
-        return TorchNoise(self.seed) if self.noise_device == "cpu" else CudaNoise(self.seed, self.cuda_threads)
-
-    def initial_latents(self, shape: tuple[int, ...]) -> tuple[Float32, Noise]:
-        """z before the first row ``[C, H, W]``, and the stream for the rows.
-
-        In image-to-image the noise on the image is the stream's first draw, as in diffusers' pipelines once the
-        image is encoded.
-        """
-        stream, (first, *others) = self.stream(), self.schedule.start
-        noise = self.draw_noise(stream, shape) if self.noise is None else self.noise
-        if self.init is None:
-            latents: Float32 = first * noise
-        else:
-            signal, spread = self.schedule.initial[0]
-            latents = signal * self.init.latents + spread * noise
-        for scale in others:
-            latents = latents + scale * self.draw_noise(stream, shape)
-        return latents, stream
-
-    def draw_noise(self, stream: Noise, shape: tuple[int, ...]) -> Float32:
-        """The next noise of the image's stream, float32 ``[C, H, W]``."""
-        return stream.normal(shape, self.noise_dtype).astype(np.float32)
+LIMITS = TableLimits()  # of every batch
 
 
 class _Slot:
@@ -151,15 +75,15 @@ class Advance(NamedTuple):
     keys: list[int]
     completed: list[bool]
     finished: list[bool]
-    outcome: StepResult
+    result: StepResult
 
     @property
     def latents(self) -> Float32:
-        return self.outcome.state[:, 0]
+        return self.result.state[:, 0]
 
     @property
     def denoised(self) -> Float32:
-        return self.outcome.denoised
+        return self.result.denoised
 
 
 class Batch:
@@ -170,16 +94,11 @@ class Batch:
 
     def __init__(self, engine: Engine, manifest: Manifest) -> None:
         self._engine, model = engine, manifest.model
-        resident = getattr(engine, "steps", None)
-        self._steps: Loop = (
-            HostLoop(engine, manifest, TABLE_BYTES, CONDITIONER_BYTES)
-            if resident is None
-            else resident(TABLE_BYTES, CONDITIONER_BYTES)
-        )
-        self._table = self._steps.table
+        self._loop: Loop = engine.open_loop(LIMITS)
+        self._table = self._loop.table
         self._shape = (model.latent_channels, *model.latent_size)
         self._slots: list[_Slot] = []
-        self._plan: RunInputs | None = None
+        self._inputs: RunInputs | None = None
         self._changed = True  # who is in the batch
         self.failure: SamplingError | None = None
 
@@ -190,7 +109,7 @@ class Batch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._steps.close()
+        self._loop.close()
 
     def add(self, images: Sequence[tuple[int, ImageRequest]]) -> None:
         """Let images in, each with a key that its results carry."""
@@ -200,7 +119,7 @@ class Batch:
         for index, (key, image) in enumerate(images):
             latents[index], stream = image.initial_latents(self._shape)
             self._slots.append(_Slot(key, image, stream))
-        self._steps.join(latents)
+        self._loop.add(latents)
         self._changed = True
 
     def advance(self, read: bool = False) -> Advance:
@@ -215,10 +134,10 @@ class Batch:
         if self.failure is not None:
             raise self.failure
         slots = self._slots
-        outcome = self._advanced()
+        result = self._run_step()
         completed = [slot.completes[slot.row] for slot in slots]
         finished = [slot.row + 1 == len(slot) for slot in slots]
-        if (read or outcome.at_hand or any(finished)) and not np.isfinite(state := outcome.state).all():
+        if (read or result.at_hand or any(finished)) and not np.isfinite(state := result.state).all():
             sound = [bool(np.isfinite(values).all()) for values in state]
             self.failure = self._not_finite(slots[sound.index(False)])
             finished = [done and fine for done, fine in zip(finished, sound, strict=True)]
@@ -229,21 +148,21 @@ class Batch:
         if any(finished):
             kept = [index for index, done in enumerate(finished) if not done]
             self._slots = [slots[index] for index in kept]
-            self._steps.leave(kept)
+            self._loop.keep(kept)
             self._changed = True
-        return Advance([slot.key for slot in slots], completed, finished, outcome)
+        return Advance([slot.key for slot in slots], completed, finished, result)
 
-    def _advanced(self) -> StepResult:
+    def _run_step(self) -> StepResult:
         """The step's call, for each image's own row."""
-        slots, plan = self._slots, None if self._changed else self._plan
-        if plan is not None:
+        slots, inputs = self._slots, None if self._changed else self._inputs
+        if inputs is not None:
             row = slots[0].row
-            return self._steps.run_planned(plan, row, self._drawn(slots) if plan.draws[row] else None)
+            return self._loop.run_row(inputs, row, self._draw(slots) if inputs.draws[row] else None)
         conditions = [slot.conditions() for slot in slots]
         needed = [condition for each in conditions for condition in each]
-        self._table.prepare(needed, self._upcoming, self._changed and self._steps.looks_ahead)
+        self._table.prepare(needed, self._upcoming, self._changed and self._loop.looks_ahead)
         if self._changed:
-            self._plan, self._changed = _run_inputs(slots, self._table), False
+            self._inputs, self._changed = _run_inputs(slots, self._table), False
         branches = max(slot.needed[slot.row] for slot in slots)
         coefficients = np.empty((len(slots), COEFFICIENTS), np.float32)
         weights = np.zeros((branches, len(slots), self._shape[0]), np.float32)
@@ -255,10 +174,10 @@ class Batch:
             weights[:count, index] = image.branches.weights[row, :count]
             rows[:count, index] = [self._table[condition] for condition in conditions[index]]
         drawing = [index for index, slot in enumerate(slots) if slot.draws[slot.row]]
-        noise = self._drawn([slots[index] for index in drawing]) if drawing else None
-        return self._steps.once(coefficients, weights, rows, noise, drawing)
+        noise = self._draw([slots[index] for index in drawing]) if drawing else None
+        return self._loop.run_step(coefficients, weights, rows, noise, drawing)
 
-    def _drawn(self, slots: Sequence[_Slot]) -> Float32:
+    def _draw(self, slots: Sequence[_Slot]) -> Float32:
         if all(slot.image.noise_dtype == "float32" for slot in slots):
             return draw_normals([slot.stream for slot in slots], self._shape)
         return np.stack([slot.image.draw_noise(slot.stream, self._shape) for slot in slots])
@@ -273,6 +192,6 @@ class Batch:
     def _not_finite(self, slot: _Slot) -> SamplingError:
         step = sum(slot.completes[: slot.row]) + 1
         return SamplingError(
-            f"latents are not finite after step {step} of {slot.image.schedule.steps} on {self._engine.name} (seed "
-            f"{slot.image.seed}); run dit-verify on this bundle and engine"
+            f"latents are not finite after step {step} of {slot.image.schedule.steps} on {self._engine.info.name} "
+            f"(seed {slot.image.seed}); run dit-verify on this bundle and engine"
         )

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.core.errors import SamplingError
-from dit_runtime.samplers.by_name import steps_skipped
+from dit_runtime.samplers.by_name import count_skipped_steps
 from dit_runtime.samplers.noise import Float32, noise_hash
 from dit_runtime.samplers.schedule import Schedule, skip_steps
 
@@ -77,10 +76,10 @@ def encode_inits(start: Start, count: int, manifest: Manifest, encode: Callable[
     if not np.isfinite(given).all():
         raise SamplingError("init: latents that are not finite; expected finite float32")
     if of_pixels:
-        images = cast(Images, given)
+        images = np.asarray(given, np.uint8)
         latents, sources = encode(images), [hashlib.sha256(one.tobytes()).hexdigest()[:16] for one in images]
     else:
-        latents = cast(Float32, given)
+        latents = np.asarray(given, np.float32)
         sources = [noise_hash(one) for one in latents]
     made = [Init(one, source) for one, source in zip(latents, sources, strict=True)]
     return made * count if len(made) == 1 else made
@@ -105,7 +104,7 @@ def schedule_from_start(table: Schedule, from_image: bool, strength: float | Non
         )
     if not table.skipped:
         strength = STRENGTH if strength is None else strength
-        return skip_steps(table, steps_skipped(table.steps, strength)), strength
+        return skip_steps(table, count_skipped_steps(table.steps, strength)), strength
     if strength is not None:
         raise SamplingError(
             f"table {table.sampler}: it starts after step {table.skipped}, and strength {strength:g} is for whole "

@@ -1,4 +1,4 @@
-"""Labels as people give them: class numbers, names and mixtures."""
+"""Labels as users write them: class numbers, class names and mixtures."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Label = int | str | Mapping[int | str, float]
 
 
 def label_weights(label: Label, manifest: Manifest) -> dict[int, float]:
-    """The classes of a label and their weights; text such as ``3:0.7+5:0.3`` or ``Bag+Coat`` names several.
+    """The weight of each class number in a label; text such as ``3:0.7+5:0.3`` or ``Bag+Coat`` has several classes.
 
     Raises:
-        SamplingError: no such classes, or no such weights.
+        SamplingError: an unknown class, a class twice, or a weight that is not a finite number.
     """
-    if isinstance(label, str) and "+" in label and not _named(label, manifest):
+    if isinstance(label, str) and "+" in label and not _classes_named(label, manifest):
         parts = [part.strip() for part in label.split("+")]
         split = [part.rsplit(":", 1) for part in parts]
         if all(":" not in part for part in parts):
@@ -39,10 +39,14 @@ def label_weights(label: Label, manifest: Manifest) -> dict[int, float]:
 
 
 def label_number(label: int | str, manifest: Manifest) -> int:
-    """The class number of a label given as number, numeral or name (upper and lower case are the same)."""
+    """The class number of a label that is a number, a numeral or a name, in upper or lower case.
+
+    Raises:
+        SamplingError: no class, or several, have that number or name.
+    """
     classes = manifest.model.classes
     if isinstance(label, str) and not (label.isascii() and label.removeprefix("-").isdigit() and len(label) < 9):
-        matches, names = _named(label, manifest), manifest.class_names
+        matches, names = _classes_named(label, manifest), manifest.class_names
         if len(matches) != 1:
             known = "; ".join(names[:10]) if names else "none in this bundle"
             raise SamplingError(
@@ -58,8 +62,8 @@ def label_number(label: int | str, manifest: Manifest) -> int:
     return number
 
 
-def _named(label: str, manifest: Manifest) -> list[int]:
-    """The classes of that name. ImageNet's names are synonyms with commas: "tench, Tinca tinca"."""
+def _classes_named(label: str, manifest: Manifest) -> list[int]:
+    """The classes with that name. ImageNet's names are synonyms with commas between them: "tench, Tinca tinca"."""
     wanted = label.strip().casefold()
     return [
         index

@@ -30,7 +30,7 @@ class Settings(TypedDict, total=False):
         init: images to start from, one for all or one each: uint8 ``[H, W, 3]`` or ``[N, H, W, 3]`` (``encode``),
             float32 latents ``[C, h, w]`` or ``[N, C, h, w]``, or what ``Pipeline.inits`` made of either.
         strength: the share of the steps that run on ``init``, above 0 to 1, 0.6 by default: the rest are left out, and
-            as much noise is added as they would have left. Counted as in diffusers, see ``steps_skipped``.
+            as much noise is added as they would have left. Counted as in diffusers, see ``count_skipped_steps``.
     """
 
     steps: int | None

@@ -1,63 +1,89 @@
-"""What ``auto`` is: the fastest engine here that matches the reference, and why it was chosen."""
+"""What ``auto`` is: the fastest engine here that matches the reference, and why it was chosen.
+
+Engines that ``dit-build`` made for the GPU here come first, then the others by the time of a step (``speed.py``). An
+engine without a verdict is verified quickly before it is used; one that does not match the reference is passed over.
+"""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
-from dit_runtime.backends.open import TENSORRT, Engine, engine_for
-from dit_runtime.backends.tensorrt.store import stored_engines
+from dit_runtime.backends.base import Engine, EngineOptions
+from dit_runtime.backends.open import backend_named, candidates, engine_for
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import EngineError, ParityError
 from dit_runtime.verify.rung import format_table
 from dit_runtime.verify.speed import Speed, rank_by_speed
 from dit_runtime.verify.verdicts import store_verdict, stored_verdict
-from dit_runtime.verify.verification import measure_rungs
+from dit_runtime.verify.verification import verification_of
+
+AUTO = "auto"
+logger = logging.getLogger(__name__)
 
 
-def open_trusted_engine(bundle: Bundle, threads: int = 0, name: str = "auto", precision: str | None = None) -> Engine:
+@dataclass(frozen=True)
+class Choice:
+    """An engine with a passing verdict, and how it was found.
+
+    Attributes:
+        engine: opened.
+        why: what ``auto`` chose it for, or that it was named.
+        found_out: what was measured, verified and passed over on the way, a line each; empty where all was on record.
+    """
+
+    engine: Engine
+    why: str
+    found_out: tuple[str, ...] = ()
+
+
+@dataclass
+class _Report:
+    """Lines of what is found out, logged as they come."""
+
+    lines: list[str] = field(default_factory=list)
+
+    def add(self, line: str) -> None:
+        self.lines.append(line)
+        logger.info(line)
+
+
+def choose_engine(bundle: Bundle, threads: int = 0, name: str = AUTO, precision: str | None = None) -> Choice:
     """An engine with a passing verdict here; without a verdict the quick verify runs first.
 
-    ``auto`` is TensorRT where ``dit-build`` made an engine that runs on the GPU here, else the fastest of the others
-    (``dit_runtime.verify.speed``); one that does not match the reference is passed over. Which, and why, is said on
-    stderr when it is found out, and not again.
+    Args:
+        bundle: at the size in use.
+        threads: of the CPU; 0 lets the engine choose.
+        name: ``auto``, or one of ``open.BACKENDS``.
+        precision: of an engine that is named and has a choice.
 
     Raises:
         ParityError: no engine, or not the one that was named, matches the reference.
         EngineError: no engine is installed.
     """
     check_choice(name, precision)
-    failed = []
-    if name != "auto":
+    report, failed = _Report(), list[str]()
+    if name != AUTO:
         engine = engine_for(bundle, name, threads, precision)
-        if stored_verdict(bundle, engine) is None:
-            _say(f"{engine.name}: first use of this bundle here, verifying it")
-        if _passed(bundle, engine):
-            return engine
-        failed.append(engine.name)
+        if _passes(bundle, engine, report):
+            return Choice(engine, "named", tuple(report.lines))
+        failed.append(engine.info.name)
     else:
         unable: list[EngineError] = []
-        said: list[str] = []
-
-        def say(line: str) -> None:
-            said.append(line)
-            _say(line)
-
-        for engine, why in _in_order(bundle, threads, say):
-            if stored_verdict(bundle, engine) is None:
-                say(f"{engine.name}: first use of this bundle here, verifying it")
+        for engine, why in _in_order(bundle, threads, report):
             try:
-                passed = _passed(bundle, engine)
+                passed = _passes(bundle, engine, report)
             except EngineError as error:  # such as no profile for a recorded shape, or too little memory
-                say(f"{engine.name} is not used: {error}")
+                report.add(f"{engine.info.name} is not used: {error}")
                 unable.append(error)
                 continue
             if passed:
-                if said:
-                    _say(f"engine: {engine.name}{why}")
-                return engine
-            say(f"{engine.name} does not match the PyTorch reference here and is passed over")
-            failed.append(engine.name)
+                if report.lines:
+                    report.add(f"engine: {engine.info.name}, {why}")
+                return Choice(engine, why, tuple(report.lines))
+            report.add(f"{engine.info.name} does not match the PyTorch reference here and is passed over")
+            failed.append(engine.info.name)
         if not failed and unable:
             raise unable[0]
     raise ParityError(
@@ -68,21 +94,26 @@ def open_trusted_engine(bundle: Bundle, threads: int = 0, name: str = "auto", pr
 
 def check_choice(name: str, precision: str | None) -> None:
     """Raises EngineError for a precision without the engine that is to have it."""
-    if name == "auto" and precision is not None:
+    if name == AUTO and precision is not None:
         raise EngineError(f"precision {precision} with engine auto: name the engine too (--engine openvino)")
 
 
 def open_first_engine(bundle: Bundle, threads: int = 0) -> Engine:
     """The engine that ``auto`` tries first, whatever its verdict."""
-    engine, _ = next(_in_order(bundle, threads, _say))
+    engine, _ = next(_in_order(bundle, threads, _Report()))
     return engine
 
 
-def _in_order(bundle: Bundle, threads: int, say: Callable[[str], None]) -> Iterator[tuple[Engine, str]]:
+def _in_order(bundle: Bundle, threads: int, report: _Report) -> Iterator[tuple[Engine, str]]:
     """The engines that ``auto`` may be, each opened when its turn comes, and why it has its place."""
-    for engine in _built_engines(bundle, threads, say):
-        yield engine, ", built for this GPU"
-    found = rank_by_speed(bundle, threads, say)
+    for candidate in candidates(bundle):
+        if candidate.built:
+            options = EngineOptions(threads, candidate.precision, whole=True)
+            try:
+                yield backend_named(candidate.name).open(bundle, candidate.name, options), "built for this GPU"
+            except EngineError as error:
+                report.add(f"{candidate.name} is not used: {error}")
+    found = rank_by_speed(bundle, threads, report.add)
     for index, speed in enumerate(found):
         engine = engine_for(bundle, speed.name, threads, speed.precision)
         yield engine, _why(speed, found[:index] + found[index + 1 :])
@@ -90,33 +121,17 @@ def _in_order(bundle: Bundle, threads: int, say: Callable[[str], None]) -> Itera
 
 def _why(speed: Speed, others: Sequence[Speed]) -> str:
     compared = "".join(f"; {other.engine} {other.step_ms:.3g} ms" for other in others)
-    return f", {speed.step_ms:.3g} ms a guided step{compared}" if compared else ", the only one here"
+    return f"{speed.step_ms:.3g} ms a guided step{compared}" if compared else "the only one here"
 
 
-def _passed(bundle: Bundle, engine: Engine) -> bool:
+def _passes(bundle: Bundle, engine: Engine, report: _Report) -> bool:
     """By the stored verdict, or by the quick verify, which is then stored."""
     passed = stored_verdict(bundle, engine)
     if passed is None:
-        rungs = measure_rungs(bundle, engine, quick=True)
+        report.add(f"{engine.info.name}: first use of this bundle here, verifying it")
+        rungs = list(verification_of(bundle, engine, quick=True).rungs)
         store_verdict(bundle, engine, rungs, quick=True)
         passed = all(rung.passed for rung in rungs)
         if not passed:
-            _say(format_table(rungs))
+            logger.info(format_table(rungs))
     return passed
-
-
-def _built_engines(bundle: Bundle, threads: int, say: Callable[[str], None]) -> Iterator[Engine]:
-    """The TensorRT engines of this bundle that can run here, and do all that may be asked."""
-    from dit_runtime.backends.tensorrt.open import engine_from_store  # which is for a GPU
-
-    built = {stored.library for stored in stored_engines(bundle)}
-    for name, library in TENSORRT.items():
-        if library in built:
-            try:
-                yield engine_from_store(bundle, name, threads, whole=True)
-            except EngineError as error:
-                say(f"{name} is not used: {error}")
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)

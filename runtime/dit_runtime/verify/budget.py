@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dit_runtime.backends.open import Array, Engine
+from dit_runtime.backends.base import Array, EngineInfo
 from dit_runtime.bundle.manifest import sized
+from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import BundleError
 from dit_runtime.verify.metrics import measures, relative_error, relative_l2
@@ -30,7 +31,7 @@ FP16_MAX = 65504.0
 class Budget:
     """What a bundle at one of its sizes allows an engine of one precision. ``floors`` are by record."""
 
-    precision: str
+    precision: Precision
     tolerances: Mapping[str, float]
     thresholds: Mapping[str, float]
     floors: Mapping[str, Sequence[float]]
@@ -68,13 +69,16 @@ def worst_case(guidance: float) -> float:
     return abs(guidance) + abs(guidance - 1)
 
 
-def precision_of(bundle: Bundle, engine: Engine) -> str:
-    """What the engine computes in: ``bf16`` where it says so itself, else as the graphs are written."""
-    own = getattr(engine, "precision", None)
-    return "bf16" if own == "bf16" else bundle.manifest.precision.name
+def judged_precision(bundle: Bundle, info: EngineInfo) -> Precision:
+    """The precision whose limits an engine is held to.
+
+    BF16 where the engine multiplies in it, else as the graphs are written: an engine that multiplies more exactly still
+    has their rounded weights.
+    """
+    return Precision.BF16 if info.precision == Precision.BF16 else bundle.manifest.precision.name
 
 
-def budget_for(bundle: Bundle, precision: str) -> Budget:
+def budget_for(bundle: Bundle, precision: Precision) -> Budget:
     """The budget of a bundle at its size in use.
 
     Raises:

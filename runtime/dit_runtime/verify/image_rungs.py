@@ -1,4 +1,4 @@
-"""The upper rungs: the sampler's noise, steps and trajectory, the autoencoder, and the images."""
+"""The upper rungs: the sampler's noise, steps and trajectories, the autoencoder, and the images."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from dit_runtime.backends.open import Array
+from dit_runtime.backends.base import Array
 from dit_runtime.bundle.manifest import ENCODER
 from dit_runtime.bundle.reader import UNGUIDED
 from dit_runtime.samplers.guidance import Guidance, branches_from_labels
 from dit_runtime.samplers.noise import TorchNoise
 from dit_runtime.samplers.schedule import A_Z, Schedule
-from dit_runtime.sampling.batch import Batch, ImageRequest
+from dit_runtime.sampling.batch import Batch
+from dit_runtime.sampling.requests import ImageRequest
 from dit_runtime.verify.budget import Series, compare_series
 from dit_runtime.verify.metrics import (
     LEVELS,
@@ -22,19 +23,14 @@ from dit_runtime.verify.metrics import (
     relative_error,
     ssim,
 )
-from dit_runtime.verify.replay import (
-    RecordedInputs,
-    Replay,
-    cover_with_batches,
-    shapes_to_verify,
-)
+from dit_runtime.verify.replay import RecordedInputs, Replay, cover_with_batches, shapes_to_verify
 from dit_runtime.verify.rung import Rung
 
 Record = Mapping[str, Array]
 
 
 def noise(replay: Replay, sampler: str, record: Record, schedule: Schedule) -> Rung:
-    """Our noise from the recorded seeds against what PyTorch drew."""
+    """The runtime's noise from the recorded seeds, against the noise that PyTorch drew."""
     image = record["latents"].shape[2:]
     streams = [TorchNoise(int(seed)) for seed in record["seeds"]]
     drawn = [np.stack([stream.normal(image) for stream in streams])]
@@ -45,13 +41,13 @@ def noise(replay: Replay, sampler: str, record: Record, schedule: Schedule) -> R
 
 
 def teacher_forced(replay: Replay, sampler: str, record: Record, schedule: Schedule) -> Rung:
-    """Every step from the reference's own latents: errors do not add up, so a bad step shows by its number."""
+    """Every step, each from the reference's own latents: errors do not add up, so the rung names the wrong step."""
     guidance, steps = float(record["guidance"]), range(len(schedule))
-    advanced = [_advanced(replay, record, schedule, index, record["latents"][index]) for index in steps]
+    advanced = [_run_step(replay, record, schedule, index, record["latents"][index]) for index in steps]
     labels = [f"step {index + 1}" for index in steps]
     rungs = []
     for position, (part, expected) in enumerate((("step", record["latents"][1:]), ("denoised", record["denoised"]))):
-        # Near pure noise, a·z and b·e are hundreds and cancel to a few: rounding is relative to the terms.
+        # Near pure noise, a·z and b·e are hundreds and their sum is small: rounding is relative to the terms.
         terms = np.abs(schedule.coefficients[:, A_Z]) * np.abs(record["latents"][:-1]).max(axis=(1, 2, 3, 4))
         scales = [float(term) for term in terms] if part == "denoised" else [0.0] * len(steps)
         found = [pair[position] for pair in advanced]
@@ -66,14 +62,14 @@ def teacher_forced(replay: Replay, sampler: str, record: Record, schedule: Sched
 
 
 def free_running(replay: Replay, sampler: str, record: Record, schedule: Schedule) -> tuple[Array, Rung]:
-    """The last latents of a trajectory of the engine's own, and how far it goes from the reference's on its way."""
+    """A whole trajectory from the recorded noise: its last latents, and how far it is from the reference's."""
     guidance, steps = float(record["guidance"]), len(schedule)
     found = [record["latents"][0]]
-    if hasattr(replay.engine, "steps"):  # a loop of its own, on its device, which is what sampling uses
-        found += _looped(replay, record, schedule)
+    if replay.engine.info.loop_on_device:  # the loop on the device, which sampling uses
+        found += _run_loop(replay, record, schedule)
     else:
         for index in range(steps):
-            found.append(_advanced(replay, record, schedule, index, found[-1])[0])
+            found.append(_run_step(replay, record, schedule, index, found[-1])[0])
     labels = [f"step {index + 1}" for index in range(steps)]
     series = Series("step", labels, found[1:], list(record["latents"][1:]))
     name, floors = f"{sampler} free-running", sampler
@@ -83,15 +79,15 @@ def free_running(replay: Replay, sampler: str, record: Record, schedule: Schedul
     return found[-1], compare_series(replay.budget, name, "free_running", floors, series, guidance, detail)
 
 
-def _looped(replay: Replay, record: Record, schedule: Schedule) -> list[Array]:
-    """The latents after each row of the engine's own loop, its noise from the recorded seeds."""
+def _run_loop(replay: Replay, record: Record, schedule: Schedule) -> list[Array]:
+    """The latents after each row of the engine's own loop, with the noise of the recorded seeds."""
     manifest, guidance = replay.bundle.manifest, Guidance(float(record["guidance"]))
     images = []
     for label, seed in zip(record["labels"], record["seeds"], strict=True):
         weights = {int(label): 1.0}
         own = branches_from_labels(weights, guidance, schedule, manifest.model, manifest.diffusion)
         images.append(ImageRequest(weights, int(seed), schedule, guidance, None, own))
-    most = replay.engine.max_batch or len(images)
+    most = replay.engine.info.batch_of(len(images))
     parts = []
     for first in range(0, len(images), most):
         with Batch(replay.engine, manifest) as batch:
@@ -100,8 +96,8 @@ def _looped(replay: Replay, record: Record, schedule: Schedule) -> list[Array]:
     return [np.concatenate(each) for each in zip(*parts, strict=True)]
 
 
-def _advanced(replay: Replay, record: Record, schedule: Schedule, index: int, latents: Array) -> tuple[Array, Array]:
-    """The next latents and the denoised estimate of a step from given latents."""
+def _run_step(replay: Replay, record: Record, schedule: Schedule, index: int, latents: Array) -> tuple[Array, Array]:
+    """The next latents and the denoised estimate of one step from the given latents."""
     batch = len(latents)
     timesteps = np.repeat(schedule.timesteps[schedule.rows[index]], batch)
     images = RecordedInputs(latents, timesteps, record["labels"], float(record["guidance"]))
@@ -111,18 +107,18 @@ def _advanced(replay: Replay, record: Record, schedule: Schedule, index: int, la
 
 
 def decoder(replay: Replay) -> Rung:
-    """The reference's latents decoded to float images, at each batch that the engine must be right at."""
+    """The reference's latents decoded to float images, at each batch size that is verified."""
     record = replay.decoder_record()
     count = len(record["latents"])
     found: list[Array] = []
     asked: list[int] = []
-    sizes = [batch for batch, _ in shapes_to_verify(replay.engine, "decoder", count)]
+    sizes = [batch for batch, _ in shapes_to_verify(replay.engine.info, "decoder", count)]
     for batch in sizes:
         for index in cover_with_batches(count, batch):
             found += list(replay.decoder(record["latents"][index], "decoded"))
             asked += [int(item) for item in index]
     budget = replay.budget
-    # Every evaluation of an image has that image's floor.
+    # Every evaluation of an image has the floor of that image.
     floors = budget.floors.get(replay.floors_of("decoder"), ())
     budget = replace(budget, floors={"decoder": [floors[index] for index in asked] if floors else []})
     expected = [record["decoded"][index] for index in asked]
@@ -134,8 +130,8 @@ def decoder(replay: Replay) -> Rung:
 
 
 def quantized(replay: Replay) -> Rung:
-    """uint8 images of the reference's latents: the mean signed difference tells truncation from rounding, and each
-    channel's tells their order."""
+    """uint8 images of the reference's latents: the mean signed difference tells truncation from rounding, and the
+    difference of each channel shows a wrong order of channels."""
     record = replay.decoder_record()
     images = replay.decoder(record["latents"], "images")
     bias = (images.astype(np.float64) - record["images"]).mean(axis=(0, 1, 2))
@@ -145,7 +141,7 @@ def quantized(replay: Replay) -> Rung:
 
 
 def images(replay: Replay, final: Array, sampler: str) -> tuple[tuple[Array, Array], list[Rung]]:
-    """The images of the engine's own trajectory beside the reference's."""
+    """The images of the engine's own trajectory, against the reference's images."""
     record, budget, final = replay.decoder_record(), replay.budget, replay.crop_to_tile(final)
     found, expected = replay.decoder(final, "images"), record["images"]
     series = Series(
@@ -155,7 +151,7 @@ def images(replay: Replay, final: Array, sampler: str) -> tuple[tuple[Array, Arr
         list(record["decoded"]),
         [float(np.abs(record["decoded"]).max())] * len(found),
     )
-    # In levels the errors of FP32 are none: the budget is that of the images before rounding.
+    # FP32's errors are below one level of uint8, so the budget is measured on the images before rounding.
     unlimited = replace(budget, tolerances={**budget.tolerances, "image": np.inf})
     floats = compare_series(unlimited, "", "image", replay.floors_of("image"), series)
     detail = f"{sampler}, free-running"
@@ -166,7 +162,8 @@ def images(replay: Replay, final: Array, sampler: str) -> tuple[tuple[Array, Arr
         "ssim": similarity,
     }
     within = float(np.mean(np.abs(found.astype(int) - expected.astype(int)) <= 1))
-    varied = [image for image, wanted in zip(found, expected, strict=True) if wanted.std()]  # not a flat corner
+    # A tile may be flat in the reference too.
+    varied = [image for image, wanted in zip(found, expected, strict=True) if wanted.std()]
     spread = min((float(image.std()) for image in varied), default=math.inf)
     return (found, expected), [
         replace(
@@ -191,10 +188,10 @@ def images(replay: Replay, final: Array, sampler: str) -> tuple[tuple[Array, Arr
 
 
 def encoder(replay: Replay) -> Rung:
-    """Images → latents, and of a posterior its deviation."""
+    """Images → latents; for an encoder with a posterior also its deviation."""
     record = replay.bundle.records(ENCODER)
     names = [tensor.name for tensor in replay.bundle.manifest.graphs[ENCODER].outputs]
-    session = replay.engine.session(ENCODER)  # which the pipeline gives one image at a time
+    session = replay.engine.session(ENCODER)  # the pipeline encodes one image at a time
     each = [session.run({"images": image[None]}, names) for image in record["images"]]
     found = [np.concatenate(parts) for parts in zip(*each, strict=True)]
     series = Series("output", names, found, [record[name] for name in names])

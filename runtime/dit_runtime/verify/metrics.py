@@ -1,4 +1,4 @@
-"""How far two arrays, or two images, are apart."""
+"""How far two arrays or two images are apart."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ K1, K2 = 0.01, 0.03
 
 
 def relative_error(found: Array, expected: Array, scale: float = 0.0) -> float:
-    """max |Δ| over the largest expected magnitude, or ``scale`` if larger; infinite where a side is not finite."""
+    """max |Δ| over the largest expected magnitude, or over ``scale`` where that is larger.
+
+    Infinite where the shapes differ or an array is not finite.
+    """
     if not comparable(found, expected):
         return float("inf")
     difference = np.abs(found.astype(np.float64) - expected.astype(np.float64)).max()
@@ -23,7 +26,7 @@ def relative_error(found: Array, expected: Array, scale: float = 0.0) -> float:
 
 
 def relative_l2(found: Array, expected: Array) -> float:
-    """‖Δ‖₂ over ‖expected‖₂; infinite where a side is not finite."""
+    """‖Δ‖₂ over ‖expected‖₂; infinite where the shapes differ or an array is not finite."""
     if not comparable(found, expected):
         return float("inf")
     wanted = expected.astype(np.float64)
@@ -31,7 +34,7 @@ def relative_l2(found: Array, expected: Array) -> float:
 
 
 def cosine(found: Array, expected: Array) -> float:
-    """The cosine of the angle between both as vectors; not a number where a side is not finite."""
+    """The cosine of the angle between the arrays as vectors; NaN where the shapes differ or an array is not finite."""
     if not comparable(found, expected):
         return float("nan")
     a, b = found.astype(np.float64).ravel(), expected.astype(np.float64).ravel()
@@ -39,7 +42,7 @@ def cosine(found: Array, expected: Array) -> float:
 
 
 def measures(found: Array, expected: Array) -> dict[str, float]:
-    """What a record keeps of a comparison: max |Δ|, and both relative to the expected magnitudes, and the cosine."""
+    """The metrics of a rung: ``max_abs`` = max |Δ|, ``relative_l2`` and ``cosine``."""
     if not comparable(found, expected):
         return {"max_abs": float("inf"), "relative_l2": float("inf"), "cosine": float("nan")}
     return {
@@ -50,12 +53,12 @@ def measures(found: Array, expected: Array) -> dict[str, float]:
 
 
 def comparable(found: Array, expected: Array) -> bool:
-    """Whether both have one shape and are finite."""
+    """Whether the arrays have the same shape and are finite."""
     return found.shape == expected.shape and bool(np.isfinite(found).all() and np.isfinite(expected).all())
 
 
 def psnr(found: NDArray[np.uint8], expected: NDArray[np.uint8]) -> float:
-    """Peak signal-to-noise ratio of uint8 images in dB; infinite for identical ones."""
+    """Peak signal-to-noise ratio of uint8 images in dB; infinite for identical images, -infinite for other shapes."""
     if found.shape != expected.shape:
         return float("-inf")
     error = float(np.mean((found.astype(np.float64) - expected.astype(np.float64)) ** 2))
@@ -63,10 +66,11 @@ def psnr(found: NDArray[np.uint8], expected: NDArray[np.uint8]) -> float:
 
 
 def ssim(found: NDArray[np.uint8], expected: NDArray[np.uint8]) -> float:
-    """Structural similarity of uint8 images ``[N, H, W, C]``, the mean over images, channels and positions.
+    """Structural similarity of uint8 images ``[N, H, W, C]``: the mean over images, channels and positions.
 
-    Wang, Bovik, Sheikh & Simoncelli 2004, "Image quality assessment", with its constants and 11×11 Gaussian of σ = 1.5,
-    where the window lies inside the image; an image smaller than that has the largest odd window that fits.
+    Wang, Bovik, Sheikh & Simoncelli 2004, "Image quality assessment", with the paper's constants and its 11×11 Gaussian
+    window of σ = 1.5, at the positions where the window lies inside the image. A smaller image has the largest odd
+    window that fits. 0 for other shapes.
     """
     if found.shape != expected.shape:
         return 0.0
@@ -89,7 +93,7 @@ def _gaussian(side: int) -> NDArray[np.float64]:
 
 
 def _filtered(images: NDArray[np.float64], window: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Images ``[N, H, W, C]`` under the window's outer product with itself, where it fits."""
+    """Images ``[N, H, W, C]`` filtered with the window's outer product with itself, at the positions where it fits."""
     view = np.lib.stride_tricks.sliding_window_view
     rows = view(images, len(window), axis=1) @ window
     return np.asarray(view(rows, len(window), axis=2) @ window, np.float64)

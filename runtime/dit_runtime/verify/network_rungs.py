@@ -1,4 +1,4 @@
-"""The lower rungs: what a block is given, what it makes of it, and the network's output."""
+"""The lower rungs: a block's inputs, a block's output, and the network's output."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from dit_runtime.backends.open import Array
+from dit_runtime.backends.base import Array
+from dit_runtime.bundle.precision import Precision
 from dit_runtime.samplers.schedule import (
     A_Z,
     B_E,
@@ -20,15 +21,10 @@ from dit_runtime.samplers.schedule import (
 )
 from dit_runtime.verify.budget import FP16_MAX, Series, compare_series
 from dit_runtime.verify.metrics import relative_error, relative_l2
-from dit_runtime.verify.replay import (
-    RecordedInputs,
-    Replay,
-    cover_with_batches,
-    shapes_to_verify,
-)
+from dit_runtime.verify.replay import RecordedInputs, Replay, cover_with_batches, shapes_to_verify
 from dit_runtime.verify.rung import Rung
 
-# What adaLN's vectors in the conditioning table are: a block's, then the final layer's.
+# The vectors that adaLN has in the conditioning table for each block, in their order.
 VECTORS = {
     "adaln-zero": ("attention shift", "attention scale", "attention gate", "MLP shift", "MLP scale", "MLP gate"),
     "adaln": ("attention shift", "attention scale", "MLP shift", "MLP scale"),
@@ -36,10 +32,11 @@ VECTORS = {
 
 
 def fp16_range(replay: Replay) -> Rung:
-    """How far the reference's own numbers stay below FP16's largest, in the units that compute in FP16."""
+    """How far the reference's own numbers stay below FP16's largest number, in the units that compute in FP16."""
     manifest = replay.bundle.manifest
-    units = {unit: value for unit, value in manifest.magnitudes.items() if manifest.precision.in_fp16(unit)}
-    # The residual stream after a block is FP32 whatever the policy.
+    policy = manifest.precision
+    units = {unit: value for unit, value in manifest.magnitudes.items() if policy.precision_of(unit) == Precision.FP16}
+    # The residual stream after a block is FP32 in every precision.
     units = {unit: value for unit, value in units.items() if not unit.rpartition(".")[2].isdecimal()}
     worst = max(units, key=lambda unit: units[unit], default="nothing")
     largest = units.get(worst, 0.0)
@@ -55,10 +52,10 @@ def fp16_range(replay: Replay) -> Rung:
 
 
 def conditioner(replay: Replay) -> Rung:
-    """Timesteps and labels → the conditioning table, entry by entry, at each number of rows it must be right at."""
+    """Timesteps and labels → the conditioning table, entry by entry, at each number of rows that is verified."""
     record = replay.bundle.records("conditioner")
     count = len(record["table"])
-    sizes = sorted({count, *(rows for rows, _ in shapes_to_verify(replay.engine, "conditioner", count))})
+    sizes = sorted({count, *(rows for rows, _ in shapes_to_verify(replay.engine.info, "conditioner", count))})
     asked = [np.arange(rows) % count for rows in sizes]
     found = np.concatenate([replay.table(record["timesteps"][index], record["labels"][index]) for index in asked])
     expected = record["table"][np.concatenate(asked)]
@@ -75,7 +72,7 @@ def conditioner(replay: Replay) -> Rung:
 
 
 def _entries(replay: Replay, count: int) -> list[str]:
-    """What each entry of a row of the conditioning table is."""
+    """The name of each entry of a row of the conditioning table."""
     if replay.model.conditioning == "in-context":
         return ["timestep's token", "label's token"]
     if replay.model.conditioning == "cross-attention":
@@ -86,7 +83,7 @@ def _entries(replay: Replay, count: int) -> list[str]:
 
 
 def embedding(replay: Replay) -> Rung:
-    """Patches and positions, as they enter the first block: with its gates closed, a block gives what it is given."""
+    """Patches and positions as they enter the first block: a block whose gates are closed returns its input."""
     record = replay.bundle.records("blocks")
     first, *_ = replay.blocks(RecordedInputs.of(record), np.zeros_like(record["table"]))
     found = first[:1, :: int(record["token_stride"])]
@@ -95,7 +92,7 @@ def embedding(replay: Replay) -> Rung:
 
 
 def blocks(replay: Replay) -> Rung:
-    """Every block's output, from one image with guidance and the reference's own conditioning table."""
+    """Every block's output, for one guided image and the reference's own conditioning table."""
     record = replay.bundle.records("blocks")
     stride = int(record["token_stride"])
     found = [output[:, ::stride] for output in replay.blocks(RecordedInputs.of(record), record["table"])]
@@ -105,11 +102,11 @@ def blocks(replay: Replay) -> Rung:
 
 
 def forward(replay: Replay, branches: int) -> Iterator[Rung]:
-    """The guided prediction, and the variance, at each shape that the engine must be right at."""
+    """The guided prediction, and the variance, at each shape that is verified."""
     record = replay.bundle.records(f"forward_{branches}")
     images = RecordedInputs.of(record)
-    shapes = shapes_to_verify(replay.engine, "step", len(images.latents), (1, 2))
-    # An engine without the unguided shape computes it with a second branch that shares the first's weight.
+    shapes = shapes_to_verify(replay.engine.info, "step", len(images.latents), (1, 2))
+    # An engine without a shape of one branch computes it with a second branch, which shares the first branch's weight.
     shapes = [shape for shape in shapes if (shape[1] == 1) == (branches == 1)] or shapes[:1]
     sizes = " ".join(str(batch) if most <= 2 else f"{batch}·G{most}" for batch, most in shapes)
     evaluated = _evaluated(replay, images, record, shapes)
@@ -118,7 +115,7 @@ def forward(replay: Replay, branches: int) -> Iterator[Rung]:
         parts[" variance"] = ("variance", "v", 1.0)  # guidance does not act on it
     for part, (kind, key, guidance) in parts.items():
         expected = record[key]
-        worst: dict[int, tuple[Array, int]] = {}  # of each image the worst evaluation, and its batch
+        worst: dict[int, tuple[Array, int]] = {}  # by image: its worst evaluation, and the batch size
         for image, batch, outputs in evaluated:
             error = relative_l2(outputs[key], expected[image])
             if image not in worst or error > relative_l2(worst[image][0], expected[image]):
@@ -131,7 +128,7 @@ def forward(replay: Replay, branches: int) -> Iterator[Rung]:
             ],
             [worst[image][0] for image in sorted(worst)],
             [expected[image] for image in sorted(worst)],
-            # Rounding is relative to the largest of all images.
+            # Rounding is relative to the largest value of all images.
             [float(np.abs(expected).max())] * len(worst),
         )
         name, floors = f"forward G={branches}{part}", f"forward_{branches}{part}"
@@ -140,14 +137,14 @@ def forward(replay: Replay, branches: int) -> Iterator[Rung]:
 
 
 def update(replay: Replay) -> Rung:
-    """The sampler's update, from a state whose three slots all differ and a row in which no number is zero.
+    """The sampler's update, from a state whose three slots differ and a row of the schedule in which no number is 0.
 
-    What it should give follows from the engine's own e and v in float64 (``samplers/schedule.py``), so no sampler's
-    memory goes unseen because the recorded samplers do not use it.
+    The expected result is computed in float64 from the engine's own e and v (``samplers/schedule.py``). So every slot
+    and every coefficient is verified, also those that the recorded samplers do not use.
     """
     record = replay.bundle.records("forward_1")
     every = RecordedInputs.of(record)
-    shape = shapes_to_verify(replay.engine, "step", len(every.latents), (1, 2))[0]
+    shape = shapes_to_verify(replay.engine.info, "step", len(every.latents), (1, 2))[0]
     images = every.at(cover_with_batches(len(every.latents), shape[0])[0])
     evaluated = _evaluated(replay, images, record, [shape])
     e, v = (np.stack([outputs[part] for _, _, outputs in evaluated]).astype(np.float64) for part in ("e", "v"))
@@ -176,9 +173,9 @@ def update(replay: Replay) -> Rung:
 def _evaluated(
     replay: Replay, images: RecordedInputs, record: Mapping[str, Array], shapes: Sequence[tuple[int, int]]
 ) -> list[tuple[int, int, dict[str, Array]]]:
-    """Of each evaluation of an image, at ``(batch, branches)``: the image, the batch, ``e`` and ``v``."""
-    # v is read from the noise's scale exp(h·v). exp and logarithm round by a unit of 1, whatever v is, so h is large:
-    # up to exp(40), far from float32's end.
+    """Evaluations of the images at shapes ``(batch, branches)``: the image's index, the batch size, ``e`` and ``v``."""
+    # v is read from the noise's scale exp(h·v). exp and log round relative to 1, however small v is, so h is large:
+    # h·v is at most 40, and exp(40) is far below float32's largest number.
     largest = float(np.abs(record["v"]).max(initial=0))
     factor = np.float32(2.0 ** np.clip(np.floor(np.log2(40 / max(largest, 1e-3))), -6, 6))
     found = []
@@ -196,7 +193,7 @@ def _evaluated(
 
 
 def _with_channels(rung: Rung, series: Series) -> Rung:
-    """The rung with the channels that are wrong, where not all are: guidance may act on too few."""
+    """The rung with its wrong channels, where not all channels are wrong: guidance may act on too few channels."""
     errors = np.abs(np.stack(series.found) - np.stack(series.expected)).max(axis=(0, 2, 3))
     wrong = [str(channel) for channel, error in enumerate(errors) if not error <= errors.max() / 10]
     if not np.isfinite(errors).all() or len(wrong) == len(errors):

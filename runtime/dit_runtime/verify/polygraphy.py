@@ -1,26 +1,20 @@
-"""Golden records as Polygraphy's files, for those who compare engines with it.
+"""Golden records as Polygraphy's files, for those who compare engines with it. Polygraphy is the extra ``polygraphy``.
 
-    polygraphy run BUNDLE/graphs/step.onnx --onnxrt --load-inputs step-inputs.json --load-outputs step-outputs.json
-
-The format is that of ``polygraphy.json`` and ``polygraphy.comparator.RunResults`` (0.53): a list of inputs by name, and
-a runner's outputs by name, one of each an iteration; arrays are ``.npy`` files in base64.
+polygraphy run BUNDLE/graphs/step.onnx --onnxrt --load-inputs step-inputs.json --load-outputs step-outputs.json
 """
 
 from __future__ import annotations
 
-import base64
-import io
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from dit_runtime.backends.open import Array
+from dit_runtime.backends.base import Array
 from dit_runtime.bundle.manifest import ENCODER
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import OutputError
+from dit_runtime.core.extras import check_extra
 from dit_runtime.core.files import replace_file
 from dit_runtime.samplers.guidance import guidance_weights
 from dit_runtime.samplers.schedule import (
@@ -30,37 +24,53 @@ from dit_runtime.samplers.schedule import (
     NOISE,
 )
 
-RUNNER = "dit-export reference"  # polygraphy names what it compares
+RUNNER = "dit-export reference"  # Polygraphy prints the names of the two sides that it compares
 
-Call = tuple[dict[str, Array], dict[str, Array]]  # inputs and outputs of a graph, by name
+Call = tuple[dict[str, Array], dict[str, Array]]  # a graph's inputs and outputs, by name
 
 
 def write_run_results(bundle: Bundle, folder: Path) -> list[Path]:
     """Write ``GRAPH-inputs.json`` and ``GRAPH-outputs.json`` for each graph that TensorRT builds.
 
-    Outputs are the reference's. Iterations of the step are the forward without and with guidance.
+    The outputs are the reference's. The step has two iterations: the forward without guidance and with guidance.
+
+    Returns:
+        The files, in the order in which they were written.
 
     Raises:
         BundleError: a record is missing or altered.
-        OutputError: the folder cannot be written to.
+        OutputError: Polygraphy is not installed, or the folder cannot be written to.
     """
+    check_extra("--polygraphy", "polygraphy", "polygraphy")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{folder}: cannot be made ({error.strerror}); choose another folder") from error
     written = []
     for graph, calls in _calls(bundle).items():
-        results = {"lst": [[RUNNER, [_iteration(outputs) for _, outputs in calls]]], "polygraphy_class": "RunResults"}
-        inputs = [{name: _array(value) for name, value in call.items()} for call, _ in calls]
-        for kind, content in (("inputs", inputs), ("outputs", results)):
-            path = folder / f"{graph}-{kind}.json"
-            with replace_file(path) as file:
-                file.write_text(json.dumps(content), encoding="ascii")
-            written.append(path)
+        paths = [folder / f"{graph}-{kind}.json" for kind in ("inputs", "outputs")]
+        _write_calls(calls, *paths)
+        written += paths
     return written
 
 
+def _write_calls(calls: list[Call], inputs: Path, outputs: Path) -> None:
+    """Write the calls' inputs and outputs, one iteration for each call."""
+    from polygraphy.comparator import IterationResult, RunResults
+    from polygraphy.json import save_json
+    from polygraphy.logger import G_LOGGER
+
+    iterations = [IterationResult(found, runtime=0.0, runner_name=RUNNER) for _, found in calls]
+    # Polygraphy prints on stdout what it writes; stdout belongs to the command.
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+        with replace_file(inputs) as file:
+            save_json([asked for asked, _ in calls], str(file))
+        with replace_file(outputs) as file:
+            RunResults([(RUNNER, iterations)]).save(str(file))
+
+
 def _calls(bundle: Bundle) -> dict[str, list[Call]]:
+    """The recorded calls of each graph."""
     name = bundle.manifest.table.name
     conditions, images = bundle.records("conditioner"), bundle.records("images")
     asked = {
@@ -70,7 +80,7 @@ def _calls(bundle: Bundle) -> dict[str, list[Call]]:
     table = conditions["table"].astype(bundle.manifest.table.dtype)
     calls = {
         "conditioner": [(asked, {name: table})],
-        "step": list(_steps(bundle, table)),
+        "step": list(_step_calls(bundle, table)),
         "decoder": [({"latents": images["latents"]}, {key: images[key] for key in ("images", "decoded")})],
     }
     if ENCODER in bundle.manifest.graphs:
@@ -79,8 +89,8 @@ def _calls(bundle: Bundle) -> dict[str, list[Call]]:
     return calls
 
 
-def _steps(bundle: Bundle, table: Array) -> Iterator[Call]:
-    """The forwards: denoised = e, and the next state's first slot exp(v) with unit noise."""
+def _step_calls(bundle: Bundle, table: Array) -> Iterator[Call]:
+    """The forwards as calls of the step: denoised = e, and with unit noise the next state's first slot is exp(v)."""
     model, guided = bundle.manifest.model, bundle.manifest.diffusion.guidance_channels
     for branches in (1, 2):
         record = bundle.records(f"forward_{branches}")
@@ -98,20 +108,9 @@ def _steps(bundle: Bundle, table: Array) -> Iterator[Call]:
                 "noise": np.ones_like(latents),
                 "coefficients": coefficients,
                 "guidance": guidance_weights(float(record["guidance"]), batch, model.latent_channels, guided),
-                # The table's rows are those of the guided forward: its images, then the same with the null class.
+                # The rows of the table are the guided forward's: its images, then its images with the null class.
                 "rows": np.arange(branches * batch, dtype=np.int32).reshape(branches, batch),
                 bundle.manifest.table.name: table,
             },
             {"next_state": following, "denoised": record["e"]},
         )
-
-
-def _iteration(outputs: Mapping[str, Array]) -> dict[str, Any]:
-    values = {name: {"values": _array(value), "polygraphy_class": "LazyArray"} for name, value in outputs.items()}
-    return {"outputs": values, "runtime": 0.0, "runner_name": RUNNER, "polygraphy_class": "IterationResult"}
-
-
-def _array(array: Array) -> dict[str, str]:
-    file = io.BytesIO()
-    np.save(file, np.ascontiguousarray(array), allow_pickle=False)
-    return {"array": base64.b64encode(file.getvalue()).decode("ascii"), "polygraphy_class": "ndarray"}

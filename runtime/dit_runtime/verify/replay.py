@@ -1,9 +1,4 @@
-"""A bundle's graphs on an engine, evaluated on recorded inputs at the batch sizes that the engine must be right at.
-
-An engine with optimization profiles tells of them by a method ``profiles(graph)``: for each profile the least, usual
-and largest ``(batch, branches)``; ``rows`` take the batch's place for the conditioner, and branches are 1 where a graph
-has none. An engine without that method takes any shape up to ``max_batch``.
-"""
+"""A bundle's graphs on an engine, evaluated on recorded inputs at the batch sizes that the engine must be right at."""
 
 from __future__ import annotations
 
@@ -13,59 +8,25 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dit_runtime.backends.open import Array, Engine
-from dit_runtime.backends.tensorrt.store import StoredEngine
+from dit_runtime.backends.base import Array, Engine, EngineInfo
+from dit_runtime.backends.profiles import BatchShape
+from dit_runtime.backends.step import compute_table, state_from_latents, step_inputs
 from dit_runtime.bundle.reader import TILE, Bundle
 from dit_runtime.core.errors import EngineError
 from dit_runtime.samplers.guidance import branch_rows, guidance_weights
 from dit_runtime.samplers.schedule import COEFFICIENTS
-from dit_runtime.verify.budget import budget_for, precision_of
-
-Shape = tuple[int, int]  # (batch, branches)
+from dit_runtime.verify.budget import budget_for, judged_precision
 
 
-def shapes_to_verify(engine: Engine, graph: str, usual: int, branches: Sequence[int] = (1,)) -> list[Shape]:
+def shapes_to_verify(info: EngineInfo, graph: str, usual: int, branches: Sequence[int] = (1,)) -> list[BatchShape]:
     """The ``(batch, branches)`` at which a graph must be right.
 
     Least, usual, largest and an interior one of every optimization profile; without profiles a single image and the
     ``usual`` batch, for each number of ``branches``.
     """
-    profiles = getattr(engine, "profiles", None)
-    if profiles is None:
-        most = engine.max_batch or usual
-        return [(batch, count) for count in branches for batch in sorted({1, min(usual, most)})]
-    shapes: list[Shape] = []
-    for least, typical, largest in profiles(graph):
-        interior = ((least[0] + largest[0]) // 2, (least[1] + largest[1]) // 2)
-        shapes += [tuple(shape) for shape in (least, typical, interior, largest)]
-    return list(dict.fromkeys(shapes))
-
-
-def compute_table(engine: Engine, name: str, timesteps: Array, labels: Array) -> Array:
-    """Rows of the conditioning table ``name``, in calls of as many as the engine takes at once."""
-    profiles = getattr(engine, "profiles", None)
-    most = len(timesteps) if profiles is None else max(largest for _, _, (largest, _) in profiles("conditioner"))
-    session = engine.session("conditioner")
-    parts = []
-    for first in range(0, len(timesteps), most):
-        part = slice(first, first + most)
-        inputs = {"timesteps": timesteps[part].astype(np.float32), "labels": labels[part].astype(np.int32)}
-        parts += session.run(inputs, [name])
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def has_branches(engine: Engine, branches: int) -> bool:
-    """Whether an engine runs steps of so many guidance branches."""
-    profiles = getattr(engine, "profiles", None)
-    return profiles is None or any(largest >= branches for _, _, (_, largest) in profiles("step"))
-
-
-def tile_of(stored: StoredEngine | None, latent_size: Shape) -> Shape | None:
-    """Height and width of the tiles that a built engine's decoder is for; None where it decodes whole images."""
-    if stored is None or "decoder" not in stored.graphs:
-        return None
-    (height, width), *others = {tuple(each["latents"][2][2:]) for each in stored.graphs["decoder"].profiles}
-    return None if (height, width) == latent_size or others else (height, width)
+    if graph in info.profiles:
+        return info.shapes(graph)
+    return [(batch, count) for count in branches for batch in sorted({1, info.batch_of(usual)})]
 
 
 def cover_with_batches(count: int, batch: int) -> list[NDArray[np.int64]]:
@@ -105,16 +66,16 @@ class Replay:
 
     def __init__(self, bundle: Bundle, engine: Engine) -> None:
         self.bundle, self.engine, self.model = bundle, engine, bundle.manifest.model
-        self.budget = budget_for(bundle, precision_of(bundle, engine))
-        self.tile = tile_of(getattr(engine, "stored", None), self.model.latent_size)
+        self.budget = budget_for(bundle, judged_precision(bundle, engine.info))
+        self.tile = engine.info.tile
         self._images = "images"
         if self.tile is not None:
             side = max(self.tile)
             self._images = f"{TILE}{side}"
             if not bundle.has_records(self._images):
                 raise EngineError(
-                    f"{engine.name}: its decoder is for tiles of {side}, of which the bundle has no record; export "
-                    f"with dit-export --decode-tile {side}, or name the engine (--engine) to use it unverified"
+                    f"{engine.info.name}: its decoder is for tiles of {side}, of which the bundle has no record; "
+                    f"export with dit-export --decode-tile {side}, or name the engine (--engine) to use it unverified"
                 )
 
     def decoder_record(self) -> dict[str, Array]:
@@ -134,7 +95,7 @@ class Replay:
 
     def table(self, timesteps: Array, labels: Array) -> Array:
         """The conditioning table of pairs: timesteps ``[R]`` and labels ``[R]``."""
-        return compute_table(self.engine, self.bundle.manifest.table.name, timesteps, labels)
+        return compute_table(self.engine, self.bundle.manifest, timesteps, labels)
 
     def step(
         self, images: RecordedInputs, coefficients: Array, noise: Array | None = None, branches: int = 0
@@ -144,7 +105,7 @@ class Replay:
         ``branches``: at least so many.
         """
         batch = len(images.latents)
-        most = self.engine.max_batch or batch
+        most = self.engine.info.batch_of(batch)
         noise = np.zeros_like(images.latents) if noise is None else noise
         found = []
         for first in range(0, batch, most):
@@ -181,19 +142,12 @@ class Replay:
             rows = np.pad(rows, ((0, more), (0, 0)), mode="edge")
         # A row per (image's timestep, condition): simple, and the records are small.
         table = self.table(np.repeat(images.timesteps, len(conditions)), np.tile(conditions, batch))
-        state = np.zeros((batch, 3, *images.latents.shape[1:]), np.float32)
-        state[:, 0] = images.latents
-        return {
-            "state": state,
-            "noise": np.zeros_like(images.latents) if noise is None else noise,
-            "coefficients": coefficients,
-            "guidance": weights,
-            "rows": (rows + np.arange(batch) * len(conditions)).astype(np.int32),
-            self.bundle.manifest.table.name: table,
-        }
+        numbers = (rows + np.arange(batch) * len(conditions)).astype(np.int32)
+        state = state_from_latents(images.latents)
+        return step_inputs(self.bundle.manifest, state, coefficients, weights, numbers, table, noise)
 
     def decoder(self, latents: Array, output: str) -> Array:
         """Latents → ``decoded`` or ``images``."""
-        most = self.engine.max_batch or len(latents)
+        most = self.engine.info.batch_of(len(latents))
         parts = [latents[first : first + most] for first in range(0, len(latents), most)]
         return np.concatenate([self.engine.session("decoder").run({"latents": part}, [output])[0] for part in parts])

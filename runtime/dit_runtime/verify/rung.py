@@ -1,6 +1,6 @@
-"""The record of a verification: rungs from the bottom up, each one comparison with the reference.
+"""A verification and its rungs, from the bottom up: each rung is one comparison with the reference.
 
-A rung passes when it keeps an absolute limit and, where PyTorch's own error is known, the error budget too.
+A rung passes when it keeps its absolute limit and, where PyTorch's own error is known, its error budget too.
 """
 
 from __future__ import annotations
@@ -13,22 +13,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-AT_LEAST = ("dB", "share", "SSIM", "times")  # units of which more is better
+AT_LEAST = ("dB", "share", "SSIM", "times")  # the units in which a larger value is better
 
 
 @dataclass(frozen=True)
 class Rung:
-    """One comparison. It passes at or below ``limit``, or with a unit of ``AT_LEAST`` at or above it.
+    """One comparison. It passes at or below ``limit``; with a unit of ``AT_LEAST`` it passes at or above ``limit``.
 
     Attributes:
-        name, detail: what was compared, and where it is worst or first wrong.
+        name, detail: what was compared, and where the error is largest or first too large.
         value, limit, unit: the absolute gate.
-        ratio, threshold: the error budget: the engine's error over PyTorch's own in the same precision, the largest of
-            the series, and the most it may be; None where PyTorch's own error is not known.
-        first_over: the first of the series beyond the budget, as a person says it: ``block 17``.
-        metrics: ``max_abs``, ``relative_l2``, ``cosine``; of images ``psnr`` and ``ssim``.
-        axis: what the series run along: ``block``, ``step``, ``image``, or another word for their members.
-        series: along that axis ``error`` (relative L2), ``floor`` (PyTorch's own), ``ratio``, ``magnitude`` (max |x|).
+        ratio, threshold: the error budget. ``ratio`` is the engine's error over PyTorch's own error in the same
+            precision, the largest ratio of the series; ``threshold`` is the largest ratio that passes. None where
+            PyTorch's own error is not known.
+        first_over: the first member of the series that is beyond the budget, as a person says it: ``block 17``.
+        metrics: ``max_abs``, ``relative_l2`` and ``cosine``; images also have ``psnr`` and ``ssim``.
+        axis: what one member of the series is: ``block``, ``step``, ``image`` or another word.
+        series: one number for each member: ``error`` (relative L2), ``floor`` (PyTorch's own error), ``ratio`` and
+            ``magnitude`` (max |x|).
     """
 
     name: str
@@ -59,9 +61,10 @@ class Rung:
 
     @property
     def used(self) -> float:
-        """How much of its limit or its budget a rung uses, the larger of the two; above 1 it fails."""
+        """The share of its limit or of its budget that a rung uses, the larger of the two; above 1 the rung fails."""
         if self.unit == "dB":
-            absolute = 10 ** ((self.limit - self.value) / 20)
+            decades = (self.limit - self.value) / 20
+            absolute = 10**decades if decades < 300 else math.inf
         elif self.unit in ("share", "SSIM"):
             absolute = (1 - self.value) / (1 - self.limit) if self.limit < 1 else float(self.value < 1) * 2
         else:
@@ -71,31 +74,32 @@ class Rung:
         return math.inf if math.isnan(absolute + budget) else max(absolute, budget)
 
     def text(self, value: float) -> str:
-        """A value or limit of this rung with its unit."""
+        """A value or a limit of this rung as text, with its unit."""
         return {"dB": f"{value:.1f} dB", "share": f"{value:.2%}", "SSIM": f"{value:.5f}", "times": f"{value:.3g}×"}.get(
             self.unit, f"{value:.2e}"
         )
 
     def as_json(self) -> dict[str, Any]:
-        """All of it and the verdict; numbers that are not finite as words, since JSON has none."""
+        """All fields and the verdict. Numbers that are not finite become words, since JSON has no such numbers."""
         values: dict[str, Any] = _plain({**asdict(self), "used": self.used})
         return {**values, "passed": self.passed}
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What a bundle on an engine came to.
+    """What the verification of one bundle on one engine, at one image size, found.
 
     Attributes:
         bundle: the bundle's digest.
-        model, precision, reference: what was exported, the precision that the engine computes in, and what it was
-            compared with.
-        engine: its name.
-        image_size: height and width of images.
-        quick: whether rungs were left out that say where a fault is rather than whether there is one.
-        rungs: from the bottom up.
-        images: the engine's own and the reference's, uint8 ``[N, H, W, 3]`` each; None where it did not come to them.
-        magnitudes: max |x| of the reference's units on its trajectory, as in the manifest.
+        model, reference: what was exported, and what the engine was compared with.
+        precision: the precision that the engine computes in.
+        engine: the engine's name.
+        image_size: height and width of the images in pixels.
+        quick: whether the verification left out the rungs that say where a fault is rather than whether there is one.
+        rungs: the comparisons, from the bottom up.
+        images: the engine's images and the reference's, uint8 ``[N, H, W, 3]`` each; None where the engine makes none
+            of the recorded images.
+        magnitudes: max |x| of each of the reference's units on its trajectory, as in the manifest.
     """
 
     bundle: str
@@ -114,7 +118,7 @@ class Verification:
         return all(rung.passed for rung in self.rungs)
 
     def as_json(self) -> dict[str, Any]:
-        """Everything but the images."""
+        """All fields but the images, and the verdict."""
         return {
             "bundle": self.bundle,
             "model": self.model,
@@ -130,7 +134,7 @@ class Verification:
 
 
 def format_table(rungs: Sequence[Rung]) -> str:
-    """The rungs as a table for people: the absolute gate, the error budget, and where."""
+    """The rungs as a table for a terminal: the absolute gate, the error budget, the verdict, and where the error is."""
     width = max([24, *(len(rung.name) for rung in rungs)])
     lines = [f"{'rung':<{width}}  {'measured':>10}  {'limit':>10}  {'× PyTorch':>9}  {'limit':>5}  verdict"]
     for rung in rungs:

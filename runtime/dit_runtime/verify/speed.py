@@ -17,22 +17,26 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from dit_runtime.backends.onnxruntime.engine import import_onnxruntime
-from dit_runtime.backends.onnxruntime.gpu import has_driver
-from dit_runtime.backends.open import Candidate, candidates, engine_for
+from dit_runtime.backends.base import Array, Candidate
+from dit_runtime.backends.open import BACKENDS, backend_named, candidates, engine_for
+from dit_runtime.backends.step import state_from_latents, step_inputs
+from dit_runtime.bundle.manifest import Manifest
+from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle
+from dit_runtime.core.decode import Amount, DecodeError, decode, read_json
 from dit_runtime.core.errors import EngineError, OutputError
 from dit_runtime.core.files import replace_file
-from dit_runtime.core.machine import machine
+from dit_runtime.core.machine import describe_machine, has_nvidia_driver
 from dit_runtime.core.progress import Progress
 from dit_runtime.samplers.guidance import guidance_weights
+from dit_runtime.samplers.schedule import COEFFICIENTS
 
 SPEEDS = "speeds"
-LIBRARIES = ("onnxruntime", "onnxruntime-gpu", "openvino")
+LEAST_ENGINE = "onnxruntime"  # what a machine without an engine should install
+RECORD_LIMIT = 1 << 20  # bytes: far above any, and little to read
 CALLS = 3  # timed, after one that is not
 SLOW = 2.0  # times the fastest so far: no further call is needed
 NEAR = 1.1  # within this factor two are equally fast, and the one expected to be faster is taken
@@ -43,9 +47,9 @@ class Speed:
     """How long an engine's guided step takes for one image. ``engine``: its full name."""
 
     name: str
-    precision: str | None
+    precision: Precision | None
     engine: str
-    step_ms: float
+    step_ms: Amount
 
 
 def rank_by_speed(bundle: Bundle, threads: int = 0, say: Callable[[str], None] = lambda line: None) -> list[Speed]:
@@ -62,7 +66,7 @@ def rank_by_speed(bundle: Bundle, threads: int = 0, say: Callable[[str], None] =
     path = _path(bundle, threads)
     speeds = _read(path)
     if speeds is None:
-        speeds = _measured(bundle, threads, say)
+        speeds = _measure(bundle, threads, say)
         text = json.dumps([asdict(speed) for speed in speeds], indent=1) + "\n"
         with contextlib.suppress(OutputError), replace_file(path) as file:
             file.write_text(text, encoding="utf-8")
@@ -79,17 +83,17 @@ def sort_by_speed(speeds: list[Speed]) -> list[Speed]:
     return found
 
 
-def _measured(bundle: Bundle, threads: int, say: Callable[[str], None]) -> list[Speed]:
+def _measure(bundle: Bundle, threads: int, say: Callable[[str], None]) -> list[Speed]:
     found: list[Speed] = []
     reasons = []
-    able = candidates(bundle)
+    able = [candidate for candidate in candidates(bundle) if not candidate.built]
     if not able:
-        import_onnxruntime()  # says how to install it, or what is wrong with it
+        engine_for(bundle, LEAST_ENGINE, threads)  # says how to install it, or what is wrong with it
     say(f"{bundle.path}: first use here, timing a guided step of each engine")
     with Progress("timing a step of each engine", len(able)) as bar:
         for candidate in able:
             try:
-                speed = _speed(bundle, candidate, threads, min((speed.step_ms for speed in found), default=None))
+                speed = _time_step(bundle, candidate, threads, min((speed.step_ms for speed in found), default=None))
                 found.append(speed)
             except EngineError as error:
                 reasons.append(str(error))
@@ -100,9 +104,9 @@ def _measured(bundle: Bundle, threads: int, say: Callable[[str], None]) -> list[
     return sort_by_speed(found)
 
 
-def _speed(bundle: Bundle, candidate: Candidate, threads: int, best: float | None) -> Speed:
+def _time_step(bundle: Bundle, candidate: Candidate, threads: int, best: float | None) -> Speed:
     engine = engine_for(bundle, candidate.name, threads, candidate.precision)
-    session, inputs = engine.session("step"), step_inputs(bundle)
+    session, inputs = engine.session("step"), sample_step_inputs(bundle.manifest)
     session.run(inputs, ["next_state"])
     taken: list[float] = []
     for _ in range(CALLS):
@@ -112,28 +116,28 @@ def _speed(bundle: Bundle, candidate: Candidate, threads: int, best: float | Non
         if best is not None and taken[-1] > SLOW * best:
             break
     engine.release("step")
-    return Speed(candidate.name, candidate.precision, engine.name, round(statistics.median(taken), 3))
+    return Speed(candidate.name, candidate.precision, engine.info.name, round(statistics.median(taken), 3))
 
 
-def step_inputs(bundle: Bundle) -> dict[str, Any]:
+def sample_step_inputs(manifest: Manifest) -> dict[str, Array]:
     """Inputs of the step graph for one image with guidance; what the numbers are does not change the time."""
-    model, table = bundle.manifest.model, bundle.manifest.table
-    image = (1, model.latent_channels, *model.latent_size)
-    state = np.zeros((1, 3, *image[1:]), np.float32)
-    state[:, 0] = np.random.default_rng(0).standard_normal(image)
-    return {
-        "state": state,
-        "noise": np.zeros(image, np.float32),
-        "coefficients": np.zeros((1, 17), np.float32),
-        "guidance": guidance_weights(4.0, 1, model.latent_channels, bundle.manifest.diffusion.guidance_channels),
-        "rows": np.array([[0], [1]], np.int32),
-        table.name: np.zeros((2, *(int(axis) for axis in table.shape[1:])), np.dtype(table.dtype)),
-    }
+    model, table = manifest.model, manifest.table
+    latents = np.random.default_rng(0).standard_normal((1, model.latent_channels, *model.latent_size))
+    return step_inputs(
+        manifest,
+        state_from_latents(latents.astype(np.float32)),
+        np.zeros((1, COEFFICIENTS), np.float32),
+        guidance_weights(4.0, 1, model.latent_channels, manifest.diffusion.guidance_channels),
+        np.array([[0], [1]], np.int32),
+        np.zeros((2, *(int(axis) for axis in table.shape[1:])), np.dtype(table.dtype)),
+    )
 
 
 def _path(bundle: Bundle, threads: int) -> Path:
-    versions = {name: version for name in LIBRARIES for version in _versions(name)}
-    facts = [bundle.digest, bundle.manifest.model.latent_size, machine(), versions, threads, has_driver()]
+    libraries = sorted({library for name in BACKENDS for library in backend_named(name).libraries})
+    versions = {name: version for name in libraries for version in _versions(name)}
+    size, machine = bundle.manifest.model.latent_size, describe_machine()
+    facts = [bundle.digest, size, machine, versions, threads, has_nvidia_driver()]
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     return bundle.engines / SPEEDS / f"{key}.json"
 
@@ -145,10 +149,6 @@ def _versions(distribution: str) -> Iterator[str]:
 
 def _read(path: Path) -> list[Speed] | None:
     try:
-        found = [
-            Speed(str(each["name"]), each["precision"], str(each["engine"]), float(each["step_ms"]))
-            for each in json.loads(path.read_text(encoding="utf-8"))
-        ]
-    except (OSError, ValueError, KeyError, TypeError):
+        return list(decode(tuple[Speed, ...], read_json(path, RECORD_LIMIT))) or None
+    except DecodeError:
         return None
-    return found or None

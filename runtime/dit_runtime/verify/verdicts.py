@@ -10,21 +10,63 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-from dit_runtime.backends.open import Engine
+from dit_runtime.backends.base import Engine
 from dit_runtime.bundle.reader import Bundle
+from dit_runtime.core.decode import DecodeError, Positive, decode, read_json
 from dit_runtime.core.errors import OutputError
 from dit_runtime.core.files import replace_file
-from dit_runtime.core.machine import machine
+from dit_runtime.core.machine import describe_machine
 from dit_runtime.core.version import __version__
 from dit_runtime.verify.rung import Rung, Verification
 from dit_runtime.verify.verification import verification_of
 
 VERDICTS = "verdicts"
+VERDICT_LIMIT = 16 << 20  # bytes: far above any, and little to read
+
+Number = float | Literal["nan", "inf", "-inf"]  # JSON has no numbers that are not finite
+
+
+@dataclass(frozen=True)
+class RungRecord:
+    """A rung as ``Rung.as_json`` gives it."""
+
+    name: str
+    value: Number
+    limit: Number
+    unit: str
+    detail: str
+    ratio: Number | None
+    threshold: Number | None
+    first_over: str | None
+    metrics: dict[str, Number]
+    axis: str
+    series: dict[str, tuple[Number, ...]]
+    used: Number
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A verdict as its file has it: on which bundle at which size, of which engine, where, when, and rung by rung."""
+
+    bundle: str
+    image_size: tuple[Positive, Positive]
+    engine: str
+    machine: dict[str, str]
+    time: str
+    quick: bool
+    passed: bool
+    rungs: tuple[RungRecord, ...]
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """The names of the rungs that did not pass."""
+        return tuple(rung.name for rung in self.rungs if not rung.passed)
 
 
 def verdict_path(bundle: Bundle, engine: Engine) -> Path:
@@ -32,8 +74,13 @@ def verdict_path(bundle: Bundle, engine: Engine) -> Path:
 
     An engine's ``identity`` says what its name does not: the very plans, the driver, how a graph was rearranged.
     """
-    own = getattr(engine, "identity", engine.name)
-    facts = [bundle.digest, bundle.manifest.model.latent_size, own, __version__, machine()]
+    facts = [
+        bundle.digest,
+        bundle.manifest.model.latent_size,
+        engine.info.identity,
+        __version__,
+        describe_machine(),
+    ]
     identity = json.dumps(facts, sort_keys=True)
     return bundle.engines / VERDICTS / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
 
@@ -46,18 +93,18 @@ def store_verdict(bundle: Bundle, engine: Engine, rungs: list[Rung], quick: bool
     passed = all(rung.passed for rung in rungs)
     if quick and passed and stored_verdict(bundle, engine, full=True) is not None:
         return
-    verdict: dict[str, Any] = {
-        "bundle": bundle.digest,
-        "image_size": bundle.manifest.image_size,
-        "engine": engine.name,
-        "machine": machine(),
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "quick": quick,
-        "passed": passed,
-        "rungs": [rung.as_json() for rung in rungs],
-    }
+    verdict = Verdict(
+        bundle=bundle.digest,
+        image_size=bundle.manifest.image_size,
+        engine=engine.info.name,
+        machine=describe_machine(),
+        time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        quick=quick,
+        passed=passed,
+        rungs=tuple(RungRecord(**rung.as_json()) for rung in rungs),
+    )
     with contextlib.suppress(OutputError), replace_file(verdict_path(bundle, engine)) as file:
-        file.write_text(json.dumps(verdict, indent=1) + "\n")
+        file.write_text(json.dumps(asdict(verdict), indent=1, allow_nan=False) + "\n")
 
 
 def verify_each_size(
@@ -95,23 +142,21 @@ def verify_sizes(
 
 def stored_verdict(bundle: Bundle, engine: Engine, full: bool = False) -> bool | None:
     """Whether the engine passed here before; None when it was never tried, or with ``full`` never by all rungs."""
-    try:
-        verdict = json.loads(verdict_path(bundle, engine).read_text())
-        if verdict["bundle"] != bundle.digest or verdict["engine"] != engine.name:
-            return None
-        return None if full and verdict["quick"] else bool(verdict["passed"])
-    except (OSError, ValueError, KeyError, TypeError):
+    verdict = _read(verdict_path(bundle, engine))
+    if verdict is None or (verdict.bundle, verdict.engine) != (bundle.digest, engine.info.name):
         return None
+    return None if full and verdict.quick else verdict.passed
 
 
-def stored_verdicts(bundle: Bundle) -> list[dict[str, Any]]:
+def stored_verdicts(bundle: Bundle) -> list[Verdict]:
     """The verdicts on this bundle of this machine and others, the last first."""
-    found = []
-    for path in sorted((bundle.engines / VERDICTS).glob("*.json")):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            verdict = json.loads(path.read_text())
-            if verdict["bundle"] == bundle.digest:
-                failed = [rung["name"] for rung in verdict["rungs"] if not rung["passed"]]
-                keys = ("engine", "image_size", "machine", "time", "quick", "passed")
-                found.append({**{key: verdict[key] for key in keys}, "failed": failed})
-    return sorted(found, key=lambda verdict: str(verdict["time"]), reverse=True)
+    read = [_read(path) for path in sorted((bundle.engines / VERDICTS).glob("*.json"))]
+    found = [verdict for verdict in read if verdict is not None and verdict.bundle == bundle.digest]
+    return sorted(found, key=lambda verdict: verdict.time, reverse=True)
+
+
+def _read(path: Path) -> Verdict | None:
+    try:
+        return decode(Verdict, read_json(path, VERDICT_LIMIT))
+    except DecodeError:
+        return None

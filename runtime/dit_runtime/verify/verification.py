@@ -1,37 +1,39 @@
-"""Replay a bundle's golden records on an engine and compare, from the bottom up: the first rung that fails says where.
+"""Replay a bundle's golden records on an engine and compare the results, from the bottom up.
 
-    FP16 range                              whether the reference's own numbers fit
-    conditioner, embedding, blocks          what a block is given, and what it makes of it
-    forward                                 the network, with and without guidance, at every batch of the engine's
-    sampler update                          all that a row of the sampler's table can ask for
-    noise, teacher-forced, free-running     the sampler: what it draws, its single steps, trajectories of its own
-    decoder, uint8 images, image …        the autoencoder, and the result
-    encoder                                 the way back
+The first rung that fails says where the fault is:
 
-The records hold what the unpatched PyTorch reference computed in FP32; limits and PyTorch's own errors come with the
-bundle (``dit_runtime.verify.budget``). Nothing here needs torch.
+    FP16 range                              the reference's own numbers fit into FP16
+    conditioner, embedding, blocks          a block's inputs, and its output
+    forward                                 the network with and without guidance, at every batch size of the engine
+    sampler update                          every coefficient that a schedule's row can hold
+    noise, teacher-forced, free-running     the sampler: its noise, its single steps, whole trajectories
+    decoder, uint8 images, image …          the autoencoder's decoder, and the images
+    encoder                                 the autoencoder's encoder
+
+The records hold what the unpatched PyTorch reference computed in FP32. The limits and PyTorch's own errors come with
+the bundle (``dit_runtime.verify.budget``). Nothing here needs torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dit_runtime.backends.open import Array, Engine
-from dit_runtime.bundle.manifest import ENCODER, GRAPHS, DiffusionSpec
+from dit_runtime.backends.base import Array, Engine
+from dit_runtime.bundle.manifest import ENCODER, DiffusionSpec
+from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import UNGUIDED, Bundle
 from dit_runtime.core.progress import Progress
 from dit_runtime.samplers.by_name import schedule_for
 from dit_runtime.samplers.schedule import Schedule
 from dit_runtime.verify import image_rungs, network_rungs
 from dit_runtime.verify.metrics import psnr, relative_error
-from dit_runtime.verify.replay import Replay, has_branches
+from dit_runtime.verify.replay import Replay
 from dit_runtime.verify.rung import Rung, Verification, format_table
 
 __all__ = [
     "Rung",
     "Verification",
     "format_table",
-    "measure_rungs",
     "psnr",
     "relative_error",
     "trajectories_of",
@@ -41,17 +43,17 @@ __all__ = [
 
 
 def trajectories_of(diffusion: DiffusionSpec) -> tuple[str, str]:
-    """The samplers whose trajectories are recorded: a deterministic one, and one that draws noise."""
+    """The samplers whose trajectories are recorded: a deterministic sampler, and a sampler that draws noise."""
     return ("euler", "sde-euler") if diffusion.path else ("ddim", "ddpm")
 
 
 def verify(bundle: Bundle, engine: Engine, quick: bool = False) -> Iterator[Rung]:
-    """The rungs from the bottom up, each yielded when it is measured.
+    """The rungs from the bottom up; each rung is yielded when it is measured.
 
-    ``quick`` leaves out the conditioner alone and teacher-forced steps, which say where a fault is rather than whether
-    there is one, and the trajectory without guidance. Embedding and blocks need the probe, which TensorRT's engines do
-    not have. An engine built without guidance has that trajectory alone, and no images; one built for tiles decodes a
-    recorded tile.
+    ``quick`` leaves out the conditioner's rung and the teacher-forced steps, which say where a fault is rather than
+    whether there is one, and the trajectory without guidance. Embedding and blocks need the probe graph, which TensorRT
+    engines do not have. An engine built without guidance has only the trajectory without guidance, and no images. An
+    engine built for tiles decodes a recorded tile.
 
     Raises:
         BundleError: a record is missing or altered, or the bundle has no limits for the engine's precision.
@@ -60,17 +62,12 @@ def verify(bundle: Bundle, engine: Engine, quick: bool = False) -> Iterator[Rung
     return _rungs(Replay(bundle, engine), quick, [])
 
 
-def measure_rungs(bundle: Bundle, engine: Engine, quick: bool = False) -> list[Rung]:
-    """All rungs of ``verify``, with a progress bar."""
-    return list(verification_of(bundle, engine, quick).rungs)
-
-
 def verification_of(bundle: Bundle, engine: Engine, quick: bool = False) -> Verification:
-    """All rungs of ``verify`` and what a report shows beside them, with a progress bar."""
+    """All rungs of ``verify``, the images and the reference's largest values, with a progress bar."""
     replay = Replay(bundle, engine)
     images: list[tuple[Array, Array]] = []
     rungs = []
-    with Progress(f"verifying on {engine.name}", _rung_count(replay, quick)) as bar:
+    with Progress(f"verifying on {engine.info.name}", _rung_count(replay, quick)) as bar:
         for rung in _rungs(replay, quick, images):
             rungs.append(rung)
             bar.advance()
@@ -80,7 +77,7 @@ def verification_of(bundle: Bundle, engine: Engine, quick: bool = False) -> Veri
         model=manifest.source.name,
         precision=replay.budget.precision,
         reference=manifest.source.reference,
-        engine=engine.name,
+        engine=engine.info.name,
         image_size=manifest.image_size,
         quick=quick,
         rungs=tuple(rungs),
@@ -90,14 +87,14 @@ def verification_of(bundle: Bundle, engine: Engine, quick: bool = False) -> Veri
 
 
 def _rungs(replay: Replay, quick: bool, images: list[tuple[Array, Array]]) -> Iterator[Rung]:
-    """The rungs in their order; the engine's and the reference's images are appended to ``images``."""
-    manifest, guided = replay.bundle.manifest, has_branches(replay.engine, 2)
+    """The rungs in their order. Appends the engine's images and the reference's images to ``images``."""
+    manifest, guided = replay.bundle.manifest, replay.engine.info.has_branches(2)
     if _has_range(replay):
         yield network_rungs.fp16_range(replay)
     if not quick:
         yield network_rungs.conditioner(replay)
     if _has_probe(replay):
-        if manifest.model.conditioning == "adaln-zero":  # the others' blocks have no gates to close
+        if manifest.model.conditioning == "adaln-zero":  # the blocks of other conditionings have no gates to close
             yield network_rungs.embedding(replay)
         yield network_rungs.blocks(replay)
         replay.engine.release("probe")
@@ -109,7 +106,7 @@ def _rungs(replay: Replay, quick: bool, images: list[tuple[Array, Array]]) -> It
         record, schedule = _trajectory(replay, sampler, sampler)
         yield image_rungs.noise(replay, sampler, record, schedule)
         if not guided:
-            continue  # these trajectories are
+            continue  # these trajectories are guided
         if not quick:
             yield image_rungs.teacher_forced(replay, sampler, record, schedule)
         latents, rung = image_rungs.free_running(replay, sampler, record, schedule)
@@ -130,24 +127,25 @@ def _rungs(replay: Replay, quick: bool, images: list[tuple[Array, Array]]) -> It
 
 
 def _trajectory(replay: Replay, sampler: str, name: str) -> tuple[image_rungs.Record, Schedule]:
-    """A recorded trajectory of a sampler, and that sampler's table."""
+    """A recorded trajectory of a sampler, and the sampler's schedule."""
     record, manifest = replay.bundle.records(name), replay.bundle.manifest
     return record, schedule_for(sampler, manifest.model, manifest.diffusion, int(record["steps"]))
 
 
 def _has_range(replay: Replay) -> bool:
-    return replay.budget.precision == "fp16" and bool(replay.bundle.manifest.magnitudes)
+    return replay.budget.precision == Precision.FP16 and bool(replay.bundle.manifest.magnitudes)
 
 
 def _has_probe(replay: Replay) -> bool:
-    return "probe" in getattr(replay.engine, "graphs", GRAPHS)
+    return "probe" in replay.engine.info.graphs
 
 
 def _rung_count(replay: Replay, quick: bool) -> int:
-    """How many rungs there will be: for progress bars."""
-    manifest, guided = replay.bundle.manifest, has_branches(replay.engine, 2)
+    """The number of rungs, for the progress bar."""
+    manifest, guided = replay.bundle.manifest, replay.engine.info.has_branches(2)
     probed = _has_probe(replay) * (1 + (manifest.model.conditioning == "adaln-zero"))
-    # Forward with its variance; update, two kinds of noise, decoder, uint8; guided, trajectories and their images.
+    # The forward and its variance; update, two samplers' noise, decoder and uint8 images; with guidance the two
+    # trajectories and the four rungs of their images.
     always = _has_range(replay) + probed + (1 + guided) * (1 + manifest.model.learned_variance) + 5 + 6 * guided
     unguided = not (quick and guided)
     return always + unguided + (ENCODER in manifest.graphs) + (1 + 2 * guided) * (not quick)

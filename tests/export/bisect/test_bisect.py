@@ -12,16 +12,18 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from dit_export.bisect.altered_engine import AlteredSession
-from dit_export.bisect.islands import make_emulated, make_fp32
-from dit_export.bisect.operations import unit_of
-from dit_export.bisect.search import bisection_of, find_shortest, format_bisection
-from dit_export.bisect.trials import Trials, fp32_weights
+from dit_export.bisect.bisection import bisection_of, find_shortest
+from dit_export.bisect.fp16_operations import unit_of
+from dit_export.bisect.fp32_weights import weights_from_checkpoint
+from dit_export.bisect.graph_edits import emulate_fp16, move_to_fp32
+from dit_export.bisect.precision_trials import PrecisionTrials
+from dit_export.bisect.report import format_bisection
 from dit_export.checkpoints.sources import Source, load_checkpoint
 from dit_export.graphs.precision import (
     FP16,
     check_units,
-    fp16_keeping,
-    keep_list,
+    make_fp16_policy,
+    read_keep_list,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -124,7 +126,7 @@ def test_it_names_block_and_operation_and_the_list_mends_the_bundle(
         before, after = found["cost"]["fused_attention"]
         assert (before, after) == (2, 1)  # FP32 queries, keys and values are never fused
         assert found["cost"]["weights_bytes"][1] > found["cost"]["weights_bytes"][0]
-    assert keep_list([str(keep)]) == ("blocks.0.attn", "blocks.1.mlp")
+    assert read_keep_list([str(keep)]) == ("blocks.0.attn", "blocks.1.mlp")
     mended = exported(checkpoint, tmp_path / "mended.bundle", "--keep-fp32", keep)  # verifies
     assert mended.manifest.precision.keep_fp32 == (*FP16.keep_fp32, "blocks.0.attn", "blocks.1.mlp")
     assert bisection_of(mended).findings == ()
@@ -136,7 +138,7 @@ def test_one_fault_one_name(fault: Callable[[Weights], None], tmp_path: Path) ->
     """Each fault alone is found alone, at its operation."""
     checkpoint = faulty(tmp_path / "checkpoint", fault)
     bundle = exported(checkpoint, tmp_path / "fp16.bundle", "--no-verify")
-    weights = fp32_weights(load_checkpoint(Source(str(checkpoint))), bundle)
+    weights = weights_from_checkpoint(load_checkpoint(Source(str(checkpoint))), bundle)
     (finding,) = bisection_of(bundle, weights).findings
     assert (finding.unit, finding.reasons[0].operation) == FOUND[fault]
 
@@ -151,7 +153,7 @@ def test_without_the_checkpoint_the_bundles_weights_do(overflowing: tuple[Path, 
 def test_another_checkpoint_is_refused(overflowing: tuple[Path, Bundle], checkpoint: Path) -> None:
     """FP32 weights of another model would make islands of nonsense."""
     with pytest.raises(CheckpointError, match="its weights are not those of"):
-        fp32_weights(load_checkpoint(Source(str(checkpoint))), overflowing[1])
+        weights_from_checkpoint(load_checkpoint(Source(str(checkpoint))), overflowing[1])
 
 
 def with_limits(bundle: Bundle, **limits: float) -> Bundle:
@@ -167,9 +169,9 @@ def test_rounding_that_adds_up(bundles: dict[str, Path]) -> None:
     found = bisection_of(bundle)
     assert all(rung.passed for rung in found.kept)
     assert found.findings
-    trials = Trials(bundle, {})
+    trials = PrecisionTrials(bundle, {})
     for spared in found.keep_fp32:
-        rungs = trials.network([unit for unit in found.keep_fp32 if unit != spared])
+        rungs = trials.verify_network([unit for unit in found.keep_fp32 if unit != spared])
         assert not all(rung.passed for rung in rungs)
     assert all("rounds" in finding.reasons[0].detail for finding in found.findings)
 
@@ -185,8 +187,8 @@ def test_a_fault_that_is_none_of_precision(bundles: dict[str, Path]) -> None:
 
 def test_a_unit_alone_in_fp16_is_near_fp32_and_not_it(bundles: dict[str, Path]) -> None:
     """The order of the search measures something: every unit's rounding shows in its own block."""
-    trials = Trials(open_bundle(bundles["fp16"]), {})
-    errors = {unit: trials.error_alone(unit) for unit in trials.units if unit != "decoder"}
+    trials = PrecisionTrials(open_bundle(bundles["fp16"]), {})
+    errors = {unit: trials.measure_error(unit) for unit in trials.units if unit != "decoder"}
     print(errors)
     assert len(errors) == 5
     assert all(1e-5 < error < 2e-3 for error in errors.values())  # 7.0e-5 to 6.0e-4
@@ -234,7 +236,7 @@ def test_fp16_is_rounded_after_every_operation() -> None:
     assert np.isinf(expected[0])
     for kept, wanted in ((False, expected), (True, x * np.float32(3) - np.float32(0.5))):
         model = small_graph()
-        make_emulated("step", model, lambda node, kept=kept: kept or unit_of("step", node) is None, upcast)
+        emulate_fp16("step", model, lambda node, kept=kept: kept or unit_of("step", node) is None, upcast)
         (found,) = AlteredSession(model).run({"x": x}, ["blocks.0 Cast.1"])
         np.testing.assert_array_equal(found, wanted)
 
@@ -245,7 +247,7 @@ def test_an_island_takes_its_numbers_before_the_cast() -> None:
     On ONNX's own evaluator: ONNX Runtime leaves out roundings.
     """
     model = small_graph()
-    make_fp32(model, lambda node: unit_of("step", node) == "blocks.0.attn", upcast)
+    move_to_fp32(model, lambda node: unit_of("step", node) == "blocks.0.attn", upcast)
     session = ReferenceEvaluator(ir.to_proto(model))
     x = np.array([30000.123, 1.1754386], np.float32)
     np.testing.assert_array_equal(session.run(None, {"x": x})[0], x * np.float32(3) - np.float32(0.5))
@@ -257,7 +259,7 @@ def test_an_island_takes_its_numbers_before_the_cast() -> None:
         }
         for operation, expected in wanted.items():  # an island of one operation
             model = small_graph()
-            make_fp32(model, lambda node, name=f"blocks.0.attn/{operation}": node.name == name, upcast)
+            move_to_fp32(model, lambda node, name=f"blocks.0.attn/{operation}": node.name == name, upcast)
             (found,) = ReferenceEvaluator(ir.to_proto(model)).run(None, {"x": x})
             np.testing.assert_array_equal(found, expected)
 
@@ -266,25 +268,25 @@ def test_the_list_is_read_as_it_is_written(tmp_path: Path) -> None:
     """Comments and empty lines are for people; names and files mix; anything else is refused by name."""
     file = tmp_path / "keep.txt"
     file.write_text("# why\n\nblocks.1.attn  # overflows\nblocks.0.mlp\n")
-    assert keep_list([str(file), "decoder", "blocks.0.mlp"]) == ("blocks.1.attn", "blocks.0.mlp", "decoder")
+    assert read_keep_list([str(file), "decoder", "blocks.0.mlp"]) == ("blocks.1.attn", "blocks.0.mlp", "decoder")
     file.write_text("blocks.1.attn blocks.0.mlp\n")
     with pytest.raises(CheckpointError, match="one name a line"):
-        keep_list([str(file)])
+        read_keep_list([str(file)])
     file.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(CheckpointError, match="not a list"):
-        keep_list([str(file)])
+        read_keep_list([str(file)])
     with pytest.raises(CheckpointError, match="no such file"):
-        keep_list([str(tmp_path / "gone.txt")])
+        read_keep_list([str(tmp_path / "gone.txt")])
 
 
 def test_a_name_of_nothing_is_refused(bundles: dict[str, Path], checkpoint: Path, tmp_path: Path) -> None:
     """A unit that the model does not have would keep nothing, silently."""
     model = open_bundle(bundles["fp16"]).manifest.model
     for unit in ("blocks", "blocks.1", "blocks.1.attn", "conditioner", "decoder"):
-        check_units(fp16_keeping([unit]), model)
+        check_units(make_fp16_policy([unit]), model)
     for unit in ("blocks.2.attn", "blocks.1.atn", "block.1", "blocks.1.cross_attn"):
         with pytest.raises(CheckpointError, match="no such unit"):
-            check_units(fp16_keeping([unit]), model)
+            check_units(make_fp16_policy([unit]), model)
     done = run_command("dit-export", checkpoint, "--fp16", "--keep-fp32", "blocks.7", "-o", tmp_path / "b")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "no such unit" in done.stderr

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DPMSolverMultistepScheduler
-from dit_export.checkpoints.diffusers_folder import official_from_diffusers
+from dit_export.checkpoints.diffusers_folder.transformer import official_from_diffusers
 from dit_export.checkpoints.random_weights import randomize
 from dit_export.checkpoints.sources import Checkpoint, Source, load_checkpoint
-from dit_export.checkpoints.weights import stored
+from dit_export.checkpoints.weights import stored_from_tensor
 from safetensors.torch import load_file, save_file
 from support.commands import run_command
 from support.oracle import CONDITIONINGS, random_weights, sincos_positions
@@ -212,7 +212,7 @@ def test_presets(vae: str) -> None:
     assert (model.depth, model.width, model.heads, model.patch_size, model.classes) == (12, 384, 6, 8, 12)
     assert (model.latent_size, model.learned_variance, found.family) == ((64, 64), True, "diffusers")  # this VAE has 4
     assert found.transformer is not None
-    state = {name: stored(value) for name, value in found.transformer().state_dict().items()}
+    state = {name: stored_from_tensor(value) for name, value in found.transformer().state_dict().items()}
     again = official_from_diffusers("module", state, 12)
     assert set(again) == set(found.weights) - {"pos_embed"}
     assert all(torch.equal(again[name], found.weights[name]) for name in again)
@@ -552,7 +552,7 @@ AUTOENCODERS = {
 @pytest.mark.parametrize("kind", AUTOENCODERS)
 def test_any_autoencoder(tmp_path: Path, kind: str, precision: str) -> None:
     """Decoder and encoder of each kind are diffusers' own, with its factors, at any size from one graph."""
-    from dit_export.checkpoints.diffusers_folder import load_autoencoder
+    from dit_export.checkpoints.autoencoders import load_autoencoder
     from dit_export.graphs.autoencoder import Decoder, Encoder
     from dit_export.graphs.precision import FP16, FP32
     from dit_export.graphs.tracing import write_decoder, write_encoder

@@ -207,7 +207,7 @@ def test_the_decoder_casts_after_its_activations(bundles: dict[str, Path]) -> No
 
 def test_different_embedder_copies_stay_different(checkpoint: Path, tmp_path: Path) -> None:
     """A fine-tune may change diffusers' per-block embedder copies: then the conditioner keeps each, and stays exact."""
-    from dit_export.graphs.model import conditioner_from_weights, step_from_weights
+    from dit_export.graphs.from_weights import conditioner_from_weights, step_from_weights
     from dit_export.graphs.precision import FP32
 
     path = Path(shutil.copytree(checkpoint, tmp_path / "tuned"))

@@ -13,10 +13,10 @@ import onnx
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
+from dit_export.bundle import bundle_from_checkpoint
 from dit_export.checkpoints.sources import Source
-from dit_export.export import bundle_from_checkpoint
 from dit_export.graphs.precision import FP16, FP32
-from dit_export.reference.golden import Measured
+from dit_export.reference.record_settings import Measurements
 from safetensors.torch import save_file
 from support.bundles import step_inputs
 from support.commands import run_command, run_process
@@ -72,7 +72,7 @@ def exported(
     file = folder / "weights.safetensors"
     save_file(weights, file)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dit_export.export.records_in_process", lambda *_: Measured())
+        patch.setattr("dit_export.bundle.records_in_process", lambda *_: Measurements())
         return bundle_from_checkpoint(
             Source(str(file), heads=HEADS, autoencoder=str(checkpoint / "vae"), **source),  # type: ignore[arg-type]
             folder / "out.bundle",

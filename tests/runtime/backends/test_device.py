@@ -26,12 +26,11 @@ from support.cuda_double import Machine, stored_on
 
 from dit_engines.recipe import Recipe, recipe_for
 from dit_runtime import Pipeline, open_bundle
+from dit_runtime.backends.conditioning import TableLimits
 from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
 from dit_runtime.backends.tensorrt import (
     cuda,
-)
-from dit_runtime.backends.tensorrt import (
-    engine as device,
+    device,
 )
 from dit_runtime.backends.tensorrt import (
     graphs as device_graphs,
@@ -49,10 +48,10 @@ from dit_runtime.bench.parts import (
 )
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import EngineError, SamplingError
-from dit_runtime.verify import verdicts
+from dit_runtime.verify.auto import choose_engine
 from dit_runtime.verify.replay import Replay
 from dit_runtime.verify.verdicts import verdict_path
-from dit_runtime.verify.verification import _rung_count, measure_rungs
+from dit_runtime.verify.verification import _rung_count, verification_of
 
 RECIPES = {
     # Batches 1 and 2 to 4, with and without guidance: four profiles of the step.
@@ -192,9 +191,10 @@ def test_sessions(bench: Bench) -> None:
 def test_the_bundles_own_records(bundle_path: Path, tmp_path: Path) -> None:
     """The acceptance test of a device, dit-verify, passes at every profile's shapes."""
     bench = Bench(bundle_path, tmp_path, RECIPES["ranges"])
-    assert bench.engine.profiles("conditioner") == [((1, 1), (64, 1), (64, 1))]
-    assert bench.engine.profiles("step")[3] == ((2, 2), (4, 2), (4, 2))
-    rungs = measure_rungs(bench.bundle, bench.engine)
+    profiles = bench.engine.info.profiles
+    assert profiles["conditioner"].ranges() == [((1, 1), (64, 1), (64, 1))]
+    assert profiles["step"].ranges()[3] == ((2, 2), (4, 2), (4, 2))
+    rungs = verification_of(bench.bundle, bench.engine).rungs
     assert [rung.name for rung in rungs if not rung.passed] == []
     names = {rung.name for rung in rungs}
     assert {"conditioner", "ddim teacher-forced"} <= names
@@ -208,7 +208,7 @@ def test_the_bundles_own_records(bundle_path: Path, tmp_path: Path) -> None:
 def test_a_fault_of_the_loop_alone_is_seen(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Noise that the device's loop forgets fails the trajectory that draws it; single calls, which are right, pass."""
     monkeypatch.setattr("dit_runtime.backends.tensorrt.loop.DeviceLoop._upload_noise", lambda *arguments: None)
-    rungs = measure_rungs(bench.bundle, bench.engine)
+    rungs = verification_of(bench.bundle, bench.engine).rungs
     failed = [rung.name for rung in rungs if not rung.passed]
     assert failed == ["ddpm free-running", "ddpm free-running, unguided"]
 
@@ -216,7 +216,7 @@ def test_a_fault_of_the_loop_alone_is_seen(bench: Bench, monkeypatch: pytest.Mon
 def test_an_engine_without_guidance_is_verified(bundles: dict[str, Path], tmp_path: Path) -> None:
     """By what needs none: the network, the sampler's update and noise, a trajectory, the decoder."""
     bench = Bench(bundles["fp32"], tmp_path, recipe_for("rtx", "8.9", 2, (1,), 64))
-    rungs = measure_rungs(bench.bundle, bench.engine)
+    rungs = verification_of(bench.bundle, bench.engine).rungs
     assert [rung.name for rung in rungs] == [
         "conditioner",
         "forward G=1",
@@ -234,7 +234,9 @@ def test_an_engine_without_guidance_is_verified(bundles: dict[str, Path], tmp_pa
     assert bench.machine.calls["launch"] > 0  # the loop's own
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dit_runtime.backends.tensorrt.loop.DeviceLoop._upload_noise", lambda *arguments: None)
-        failed = [rung.name for rung in measure_rungs(bench.bundle, bench.engine, quick=True) if not rung.passed]
+        failed = [
+            rung.name for rung in verification_of(bench.bundle, bench.engine, quick=True).rungs if not rung.passed
+        ]
     assert failed == ["ddpm free-running, unguided"]
     bench.engine.close()
     bench.machine.check_closed()
@@ -247,7 +249,7 @@ def test_an_engine_for_tiles_is_verified(checkpoint: Path, tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     for tile in (4, 6):
         bench = Bench(path, tmp_path / str(tile), recipe_for("rtx", "8.9", 2, (1, 2), 64, decode_tile=tile))
-        rungs = {rung.name: rung for rung in measure_rungs(bench.bundle, bench.engine)}
+        rungs = {rung.name: rung for rung in verification_of(bench.bundle, bench.engine).rungs}
         assert [name for name, rung in rungs.items() if not rung.passed] == []
         assert f"tiles of {tile}x{tile}, batches 1 2" in rungs["decoder"].detail
         assert None not in (rungs["decoder"].ratio, rungs["image PSNR"].ratio)  # PyTorch's own errors are known
@@ -258,29 +260,30 @@ def test_an_engine_for_tiles_is_verified(checkpoint: Path, tmp_path: Path) -> No
         session = bench.engine.session("decoder")
         run = session.run
         session.run = lambda inputs, outputs, run=run: run({"latents": inputs["latents"][..., ::-1]}, outputs)
-        failed = [rung.name for rung in measure_rungs(bench.bundle, bench.engine) if not rung.passed]
+        failed = [rung.name for rung in verification_of(bench.bundle, bench.engine).rungs if not rung.passed]
         assert failed[0] == "decoder"
         bench.engine.close()
         bench.machine.check_closed()
     bench = Bench(path, tmp_path / "other", recipe_for("rtx", "8.9", 2, (1, 2), 64, decode_tile=5))
     with pytest.raises(EngineError, match=r"tiles of 5, of which the bundle has no record; export with .* 5,"):
-        measure_rungs(bench.bundle, bench.engine)
+        verification_of(bench.bundle, bench.engine)
     bench.engine.close()
 
 
 def test_auto_leaves_engines_that_lack_something(
-    bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One without guidance, or for tiles, is for whoever names it; ``auto`` says so and takes another."""
     for recipe, words in (
-        (recipe_for("rtx", "8.9", 2, (1,), 64), "was built without guidance; name it (--engine tensorrt)"),
-        (recipe_for("rtx", "8.9", 2, (1, 2), 64, decode_tile=4), "was built for tiles (--decode-tile 4); name it"),
+        (recipe_for("rtx", "8.9", 2, (1,), 64), "was built without guidance; choose it with --engine tensorrt"),
+        (recipe_for("rtx", "8.9", 2, (1, 2), 64, decode_tile=4), "was built for tiles (--decode-tile 4); choose it"),
     ):
         bench = Bench(bundles["fp32"], tmp_path / str(recipe.decode_tile), recipe)
         with monkeypatch.context() as patch:
             offer(bench, patch)
-            assert not verdicts.open_trusted_engine(bench.bundle).name.startswith("tensorrt")
-        assert words in capsys.readouterr().err
+            choice = choose_engine(bench.bundle)
+            assert not choice.engine.info.name.startswith("tensorrt")
+        assert words in " ".join(choice.found_out)
         bench.engine.close()
         bench.machine.check_closed()
 
@@ -289,8 +292,7 @@ def offer(bench: Bench, patch: pytest.MonkeyPatch) -> None:
     """Let ``auto`` find the double's engine."""
     machine = bench.machine
     (bench.stored.folder / SIDECAR).write_text("{}")
-    for module in (verdicts, tensorrt_engine):
-        patch.setattr(module, "stored_engines", lambda *_: [bench.stored])
+    patch.setattr(tensorrt_engine, "stored_engines", lambda *_: [bench.stored])
     opened = functools.partial(
         tensorrt_engine.engine_from_store, cuda=machine.cuda, imported=lambda name: machine.library
     )
@@ -308,7 +310,9 @@ def test_timing_an_engine_without_guidance(bundles: dict[str, Path], tmp_path: P
 def test_every_branch_has_a_weight_when_it_is_verified(bundles: dict[str, Path], tmp_path: Path) -> None:
     """A third branch that is wrong is seen, though the records have two."""
     bench = Bench(bundles["fp32"], tmp_path, RECIPES["branches"])
-    assert [rung.name for rung in measure_rungs(bench.bundle, bench.engine, quick=True) if not rung.passed] == []
+    assert [
+        rung.name for rung in verification_of(bench.bundle, bench.engine, quick=True).rungs if not rung.passed
+    ] == []
     session = bench.engine.session("step")
     run = session.run
 
@@ -318,7 +322,7 @@ def test_every_branch_has_a_weight_when_it_is_verified(bundles: dict[str, Path],
         return run({**inputs, "rows": rows}, outputs)
 
     session.run = wrong
-    failed = [rung.name for rung in measure_rungs(bench.bundle, bench.engine, quick=True) if not rung.passed]
+    failed = [rung.name for rung in verification_of(bench.bundle, bench.engine, quick=True).rungs if not rung.passed]
     assert failed[:1] == ["forward G=2"]
     bench.engine.close()
     bench.machine.check_closed()
@@ -330,7 +334,7 @@ def test_a_verdict_is_on_the_very_plans(bench: Bench) -> None:
     step = replace(bench.stored.graphs["step"], plan_sha256="0" * 64)
     bench.stored = replace(bench.stored, graphs={**bench.stored.graphs, "step": step})
     again = bench.made()
-    assert again.name == bench.engine.name
+    assert again.info.name == bench.engine.info.name
     assert verdict_path(bench.bundle, again) != before
     again.close()
 
@@ -375,8 +379,7 @@ def test_the_conditioner_is_gone_before_the_loop(bench: Bench, monkeypatch: pyte
 @pytest.mark.parametrize("rows", [5, 9, 40])
 def test_a_table_that_is_too_small(bench: Bench, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     """A table that must be dropped and filled again within a run, or that grows, changes nothing."""
-    monkeypatch.setattr("dit_runtime.sampling.batch.TABLE_BYTES", ROW * rows)
-    monkeypatch.setattr("dit_runtime.sampling.batch.CONDITIONER_BYTES", ROW * 4)
+    monkeypatch.setattr("dit_runtime.sampling.batch.LIMITS", TableLimits(ROW * rows, ROW * 4))
     for count in (1, 3):
         for settings in ({"steps": 4, "guidance": 1.0}, {"steps": 12, "guidance": 2.0}):
             bench.same([1, 2, 3][:count], 7, CHUNKS_LIMIT, sampler="ddpm", **settings)
@@ -388,13 +391,12 @@ def test_a_table_that_is_too_small(bench: Bench, monkeypatch: pytest.MonkeyPatch
 def test_rows_that_do_not_end_at_an_aligned_address(bundles: dict[str, Path], tmp_path: Path) -> None:
     """The conditioner writes at aligned addresses only, whatever the size of a row."""
     bench = Bench(bundles["fp32"], tmp_path)
-    steps = bench.engine.steps(ROW * 40, ROW * 4)
+    steps = bench.engine.open_loop(TableLimits(ROW * 40, ROW * 4))
     assert steps._memory.granule == 1  # 3584 bytes are 14 times 256
     steps._memory.granule = 4
-    bench.engine.give_back(steps)
+    steps.close()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dit_runtime.sampling.batch.TABLE_BYTES", ROW * 40)
-        patch.setattr("dit_runtime.sampling.batch.CONDITIONER_BYTES", ROW * 4)
+        patch.setattr("dit_runtime.sampling.batch.LIMITS", TableLimits(ROW * 40, ROW * 4))
         # Three steps' nine rows; from 12 on what five steps need besides; then all again, from the beginning.
         for asked, places in ((3, [*range(9)]), (5, [*range(9), *range(12, 24)]), (7, [*range(21)])):
             bench.same([1, 2], 7, CHUNKS_LIMIT, sampler="ddim", steps=asked, guidance=2.0)
@@ -418,11 +420,11 @@ def test_activations_share_one_block(bench: Bench) -> None:
     """There is one block for all contexts, as large as the largest profile in use: here the decoder's."""
     bench.pipe([1, 2, 3], steps=4, sampler="ddim", guidance=1.5)
     sizes = bench.stored.graphs["decoder"].activation_bytes
-    assert bench.engine.activations.size == sizes[1]
-    assert bench.engine.activations.moves <= 2  # the conditioner's, then the largest of the loop
-    before = bench.engine.activations.moves
+    assert bench.engine.device.activations.size == sizes[1]
+    assert bench.engine.device.activations.moves <= 2  # the conditioner's, then the largest of the loop
+    before = bench.engine.device.activations.moves
     bench.pipe([1, 2], steps=4, sampler="ddim", guidance=1.5)
-    assert bench.engine.activations.moves == before
+    assert bench.engine.device.activations.moves == before
 
 
 def test_few_graphs_are_kept(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -656,7 +658,7 @@ def test_weights_make_room_for_each_other(bench: Bench, monkeypatch: pytest.Monk
 def test_room_is_made_within_a_batch(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Images of other labels that join a running batch evict the step, whose latents stay where they are."""
     monkeypatch.setattr(device, "SMALL_BYTES", 30_000)
-    monkeypatch.setattr("dit_runtime.sampling.batch.TABLE_BYTES", ROW * 40)
+    monkeypatch.setattr("dit_runtime.sampling.batch.LIMITS", TableLimits(ROW * 40))
     labels = [[3], [1, 2, 4], [5], [6, 7]]
     settings = ({"steps": 3 + index, "guidance": 1.5, "sampler": "ddpm"} for index in range(len(labels)))
     images = [each for own, how in zip(labels, settings, strict=True) for each in bench.host.prepare(own, 3, **how)]
@@ -793,8 +795,8 @@ GENERATIONS = ["cuda-bindings-12.8", "cuda-bindings-12.9", "cuda-bindings-13.5"]
 LOOKED_UP = """
 import json, sys
 import numpy as np
-from dit_runtime import cuda
-from dit_runtime.errors import EngineError
+from dit_runtime.backends.tensorrt import cuda
+from dit_runtime.core.errors import EngineError
 names, calls = json.load(sys.stdin)
 result = {"missing": [], "refused": {}}
 runtime = cuda._imported()

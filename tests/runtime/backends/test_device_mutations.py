@@ -21,7 +21,9 @@ from support.cuda_double import Machine, Misuse, stored_on
 
 from dit_engines.recipe import Recipe
 from dit_runtime import Pipeline, open_bundle
-from dit_runtime.backends.host_loop import HostLoop, RunInputs
+from dit_runtime.backends.base import RunInputs
+from dit_runtime.backends.conditioning import TableLimits
+from dit_runtime.backends.host_loop import HostLoop
 from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
 from dit_runtime.core.errors import DiTError, EngineError
 
@@ -357,8 +359,7 @@ def used(engine: Any, machine: Machine, pipe: Pipeline, expected: dict[str, Any]
     assert (machine.used, len(machine.pinned), len(machine.graphs), len(machine.events)) == before, "memory grew"
     read_late(pipe)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dit_runtime.sampling.batch.TABLE_BYTES", ROW * 12)
-        patch.setattr("dit_runtime.sampling.batch.CONDITIONER_BYTES", ROW * 4)
+        patch.setattr("dit_runtime.sampling.batch.LIMITS", TableLimits(ROW * 12, ROW * 4))
         small = pipe([1, 2], 3, sampler="ddim", steps=6, guidance=1.5)
     # Rows computed in other chunks are rounded differently.
     assert np.abs(small.astype(int) - expected["ddim"].astype(int)).max() <= 1, "a small table differs"

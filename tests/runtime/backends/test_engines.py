@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import queue
 import shutil
@@ -20,22 +21,19 @@ import numpy as np
 import pytest
 
 from dit_runtime.backends import prepared
+from dit_runtime.backends.base import Candidate
 from dit_runtime.backends.onnxruntime import engine as onnxruntime_engine
 from dit_runtime.backends.onnxruntime import gpu as onnxruntime_gpu
 from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
-from dit_runtime.backends.open import (
-    ENGINES,
-    Candidate,
-    candidates,
-    open_engine,
-)
+from dit_runtime.backends.open import BACKENDS, candidates, open_engine
 from dit_runtime.backends.openvino import engine as openvino_engine
 from dit_runtime.backends.openvino.engine import OpenVinoEngine
+from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle, open_bundle
 from dit_runtime.core import machine as cpu
 from dit_runtime.core.errors import BundleError, EngineError
 from dit_runtime.verify.metrics import relative_error
-from dit_runtime.verify.verification import measure_rungs
+from dit_runtime.verify.verification import verification_of
 
 openvino = pytest.importorskip("openvino")
 
@@ -60,7 +58,7 @@ def fp32(bundles: dict[str, Path]) -> Bundle:
 @pytest.fixture
 def bf16(fp16: Bundle) -> None:
     """Skips on a CPU without BF16."""
-    if Candidate("openvino", "bf16") not in candidates(fp16):
+    if Candidate("openvino", Precision.BF16) not in candidates(fp16):
         pytest.skip("this CPU has no BF16")
 
 
@@ -85,25 +83,28 @@ def stepped(engine: Any, inputs: dict[str, Any]) -> np.ndarray:
 
 def test_openvino_in_fp32_matches_the_reference(bundle: Bundle) -> None:
     """Parity: FP32 arithmetic on an FP32 and on an FP16 bundle passes the bundle's own limits, on every rung."""
-    engine = OpenVinoEngine(bundle, precision="f32")
-    assert engine.name.startswith("openvino 20")
-    assert engine.name.endswith(" CPU f32")
+    engine = OpenVinoEngine(bundle, precision=Precision.FP32)
+    assert engine.info.name.startswith("openvino 20")
+    assert engine.info.name.endswith(" CPU fp32")
     # Measured: forward with guidance 1.5e-6 (FP32) and 2.8e-4 (FP16), image 89 and 64 dB.
-    assert [rung.name for rung in measure_rungs(bundle, engine) if not rung.passed] == []
+    assert [rung.name for rung in verification_of(bundle, engine).rungs if not rung.passed] == []
 
 
 @pytest.mark.usefixtures("bf16")
 def test_openvino_in_bf16_follows_the_bundles_policy(fp16: Bundle, fp32: Bundle) -> None:
     """BF16 is what an FP16 bundle runs in, and what it keeps in FP32 stays so: closer than OpenVINO's own BF16."""
     engine = open_engine(fp16, "openvino")
-    assert engine.name.endswith(" CPU bf16")
+    assert engine.info.name.endswith(" CPU bf16")
     inputs = step_inputs(fp16)
     exact = stepped(OnnxRuntimeEngine(fp32, threads=1), inputs)
 
     def error(found: np.ndarray) -> float:
         return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
 
-    ours, switch = error(stepped(engine, inputs)), error(stepped(OpenVinoEngine(fp32, precision="bf16"), inputs))
+    ours, switch = (
+        error(stepped(engine, inputs)),
+        error(stepped(OpenVinoEngine(fp32, precision=Precision.BF16), inputs)),
+    )
     print(f"BF16 by the bundle's policy {ours:.2e}, by OpenVINO's switch {switch:.2e}")
     assert 1e-4 < ours < 5e-3  # it is BF16; measured: 1.7e-3
     assert ours < 0.9 * switch  # measured: 0.70 of it
@@ -114,7 +115,7 @@ def test_bf16_of_an_fp32_bundle_keeps_the_timesteps(fp32: Bundle) -> None:
     """Sines of timesteps rounded to BF16 are wrong by tens of percent: the conditioner of an FP32 bundle stays FP32."""
     inputs = {"timesteps": np.array([999, 501, 3], np.float32), "labels": np.array([1, 2, 3], np.int32)}
     name = fp32.manifest.table.name
-    (table,) = OpenVinoEngine(fp32, precision="bf16").session("conditioner").run(inputs, [name])
+    (table,) = OpenVinoEngine(fp32, precision=Precision.BF16).session("conditioner").run(inputs, [name])
     (expected,) = OnnxRuntimeEngine(fp32, threads=1).session("conditioner").run(inputs, [name])
     assert relative_error(table, expected) < 1e-5  # measured: 3.3e-7
 
@@ -122,7 +123,7 @@ def test_bf16_of_an_fp32_bundle_keeps_the_timesteps(fp32: Bundle) -> None:
 def test_weights_are_not_multiplied_by_one(bundle: Bundle) -> None:
     """ONNX's Gemm has two factors, here 1. OpenVINO would fold them into the weights: a second copy in memory."""
     for graph in ("conditioner", "step"):
-        model = OpenVinoEngine(bundle, precision="f32")._read(bundle.graph(graph))
+        model = OpenVinoEngine(bundle, precision=Precision.FP32)._read(bundle.graph(graph))
         products = [node for node in model.get_ops() if node.get_type_name() == "Multiply"]
         sources = [value.get_node() for node in products for value in node.input_values()]
         constants = [node.get_data() for node in sources if node.get_type_name() == "Constant"]
@@ -144,14 +145,14 @@ def test_weights_become_the_nearest_bf16() -> None:
 def test_openvino_keeps_few_compiled_shapes(fp32: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sweep of shapes does not eat memory, and going back and forth between two does not compile again."""
     compiled: list[tuple[int, ...]] = []
-    original = OpenVinoEngine.compiled
+    original = OpenVinoEngine.compile
 
     def counted(self: OpenVinoEngine, graph: str, shapes: Any) -> Any:
         compiled.append(shapes["rows"])
         return original(self, graph, shapes)
 
-    monkeypatch.setattr(OpenVinoEngine, "compiled", counted)
-    engine, reference = OpenVinoEngine(fp32, precision="f32"), OnnxRuntimeEngine(fp32, threads=1)
+    monkeypatch.setattr(OpenVinoEngine, "compile", counted)
+    engine, reference = OpenVinoEngine(fp32, precision=Precision.FP32), OnnxRuntimeEngine(fp32, threads=1)
     for branches, batch in ((2, 1), (1, 1), (2, 1), (2, 3), (2, 1), (1, 1)):
         inputs = step_inputs(fp32, batch, branches)
         assert relative_error(stepped(engine, inputs), stepped(reference, inputs)) < 1e-5  # measured: 6.2e-7
@@ -161,7 +162,7 @@ def test_openvino_keeps_few_compiled_shapes(fp32: Bundle, monkeypatch: pytest.Mo
 
 def test_the_tables_length_does_not_compile_again(fp32: Bundle) -> None:
     """Each schedule has a table of its own length, and continuous batching one that grows."""
-    engine = OpenVinoEngine(fp32, precision="f32")
+    engine = OpenVinoEngine(fp32, precision=Precision.FP32)
     for rows in (2, 7, 100):
         stepped(engine, step_inputs(fp32, rows=rows))
     assert len(engine.session("step")._requests) == 1
@@ -169,7 +170,7 @@ def test_the_tables_length_does_not_compile_again(fp32: Bundle) -> None:
 
 def test_openvino_results_are_not_overwritten(fp32: Bundle) -> None:
     """A caller may keep what a call returned."""
-    engine = OpenVinoEngine(fp32, precision="f32")
+    engine = OpenVinoEngine(fp32, precision=Precision.FP32)
     first = stepped(engine, step_inputs(fp32, seed=1))
     kept = first.copy()
     stepped(engine, step_inputs(fp32, seed=2))
@@ -178,7 +179,7 @@ def test_openvino_results_are_not_overwritten(fp32: Bundle) -> None:
 
 def test_openvino_streams_run_side_by_side(fp32: Bundle) -> None:
     """Threads share a session: as many calls at once as streams, more wait, and each gets its own result."""
-    engine = OpenVinoEngine(fp32, precision="f32", threads=2, streams=2, pinning=False)
+    engine = OpenVinoEngine(fp32, precision=Precision.FP32, threads=2, streams=2, pinning=False)
     inputs = [step_inputs(fp32, seed=seed) for seed in range(8)]
     expected = [stepped(engine, values) for values in inputs]
     found: queue.SimpleQueue[tuple[int, np.ndarray]] = queue.SimpleQueue()
@@ -204,19 +205,19 @@ def test_bf16_on_a_cpu_without_it(fp16: Bundle, monkeypatch: pytest.MonkeyPatch)
             found = super().get_property(*arguments)
             return [item for item in found if item != "BF16"] if arguments[-1] == "OPTIMIZATION_CAPABILITIES" else found
 
-    monkeypatch.setattr(openvino_engine, "imported_openvino", lambda: Double(real, Core=Core))
-    monkeypatch.setattr("dit_runtime.backends.open.imported_openvino", lambda: Double(real, Core=Core))
-    assert Candidate("openvino", "bf16") not in candidates(fp16)
-    assert open_engine(fp16, "openvino").name.endswith(" CPU f32")
-    with pytest.raises(EngineError, match=r"no BF16 instructions .* use --precision f32"):
+    monkeypatch.setattr(openvino_engine, "import_openvino", lambda: Double(real, Core=Core))
+    monkeypatch.setattr("dit_runtime.backends.openvino.open.import_openvino", lambda: Double(real, Core=Core))
+    assert Candidate("openvino", Precision.BF16) not in candidates(fp16)
+    assert open_engine(fp16, "openvino").info.name.endswith(" CPU fp32")
+    with pytest.raises(EngineError, match=r"no BF16 instructions .* use --precision fp32"):
         open_engine(fp16, "openvino", precision="bf16")
 
 
 def test_too_little_memory_is_said_before_loading(fp32: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process is not killed half-way: need and available memory are compared first."""
-    monkeypatch.setattr(cpu, "available_memory", lambda root=None: 1000)
+    monkeypatch.setattr(cpu, "read_available_memory", lambda root=None: 1000)
     with pytest.raises(EngineError, match=r"the step on openvino .* needs at least 0.0 GB of memory, 0.0 GB"):
-        stepped(OpenVinoEngine(fp32, precision="f32"), step_inputs(fp32))
+        stepped(OpenVinoEngine(fp32, precision=Precision.FP32), step_inputs(fp32))
 
 
 @pytest.mark.parametrize(
@@ -231,19 +232,19 @@ def test_a_wrong_shape_is_refused(name: str, shape: tuple[int, ...], expected: s
     """OpenVINO would reshape the graph to whatever it is given, and compute something."""
     inputs = {**step_inputs(fp32), name: np.zeros(shape, np.float32)}
     with pytest.raises(EngineError) as refused:
-        stepped(OpenVinoEngine(fp32, precision="f32"), inputs)
+        stepped(OpenVinoEngine(fp32, precision=Precision.FP32), inputs)
     assert str(refused.value) == expected
 
 
 def test_openvinos_message_becomes_one_line(fp32: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """What OpenVINO raises names places in its source, line after line: the last says what is wrong."""
-    engine = OpenVinoEngine(fp32, precision="f32")
+    engine = OpenVinoEngine(fp32, precision=Precision.FP32)
 
     def failing(*arguments: object) -> None:
         raise RuntimeError("Exception from src/core.cpp:217:\nException from src/plugin.cpp:74:\nNo room left\n\n")
 
     monkeypatch.setattr(engine._core, "compile_model", failing, raising=False)
-    with pytest.raises(EngineError, match=r"openvino .* CPU f32 cannot load the step \(No room left\); install"):
+    with pytest.raises(EngineError, match=r"openvino .* CPU fp32 cannot load the step \(No room left\); install"):
         stepped(engine, step_inputs(fp32))
 
 
@@ -269,7 +270,7 @@ def test_a_released_graph_is_loaded_again(name: str, fp32: Bundle) -> None:
 
 
 def openvino_f32(bundle: Bundle, store: Path | None) -> Any:
-    return OpenVinoEngine(bundle, precision="f32", store=store)
+    return OpenVinoEngine(bundle, precision=Precision.FP32, store=store)
 
 
 def onnxruntime_cpu(bundle: Bundle, store: Path | None) -> Any:
@@ -324,9 +325,10 @@ def test_files_that_change_after_the_check(fp16: Bundle, fp32: Bundle, tmp_path:
 @opened
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "sidecar", "link", "extra"])
 def test_a_damaged_prepared_graph_is_made_again(
-    damage: str, opened: Opened, fp16: Bundle, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    damage: str, opened: Opened, fp16: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Nothing is given to an engine that the sidecar does not vouch for; it is said, and the result is right."""
+    caplog.set_level(logging.INFO, "dit_runtime")
     inputs = step_inputs(fp16)
     expected = stepped(opened(fp16, tmp_path), inputs)
     (sidecar,) = tmp_path.rglob(prepared.SIDECAR)
@@ -344,26 +346,26 @@ def test_a_damaged_prepared_graph_is_made_again(
     else:
         (sidecar.parent / "more.bin").write_bytes(b"")
     assert np.array_equal(stepped(opened(fp16, tmp_path), inputs), expected)
-    line = capfd.readouterr().err
-    assert line == f"{sidecar.parent}: damaged, made again\n"
+    assert caplog.messages == [f"{sidecar.parent}: damaged, made again"]
+    caplog.clear()
     assert np.array_equal(stepped(opened(fp16, tmp_path), inputs), expected)
-    assert capfd.readouterr().err == ""
+    assert caplog.messages == []
 
 
 @opened
 def test_a_graph_prepared_elsewhere_is_not_used(
-    opened: Opened, fp16: Bundle, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    opened: Opened, fp16: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was made for another processor is left alone, and one line says why the work is done again."""
+    caplog.set_level(logging.INFO, "dit_runtime")
     inputs = step_inputs(fp16)
-    here = prepared.processor()
+    here = prepared.read_processor()
     monkeypatch.setattr(prepared, "processor", lambda: cpu.Processor("Other 9000", ("avx2",)))
     expected = stepped(opened(fp16, tmp_path), inputs)
     written = files(tmp_path)
     monkeypatch.setattr(prepared, "processor", lambda: here)
     assert np.array_equal(stepped(opened(fp16, tmp_path), inputs), expected)
-    line = capfd.readouterr().err
-    assert line.count("\n") == 1
+    (line,) = caplog.messages
     assert "step is there for" in line
     assert "on Other 9000; made again for" in line
     assert files(tmp_path).items() > written.items()
@@ -393,21 +395,21 @@ def test_a_full_disk_leaves_no_prepared_graph(
         weights = path.with_suffix(".bin")
         os.truncate(weights, weights.stat().st_size // 2)
 
-    monkeypatch.setattr(openvino_engine, "imported_openvino", lambda: Double(real, save_model=cut))
+    monkeypatch.setattr(openvino_engine, "import_openvino", lambda: Double(real, save_model=cut))
     inputs = step_inputs(fp16)
-    found = stepped(OpenVinoEngine(fp16, precision="f32", store=tmp_path), inputs)
-    assert np.array_equal(found, stepped(OpenVinoEngine(fp16, precision="f32"), inputs))
+    found = stepped(OpenVinoEngine(fp16, precision=Precision.FP32, store=tmp_path), inputs)
+    assert np.array_equal(found, stepped(OpenVinoEngine(fp16, precision=Precision.FP32), inputs))
     assert files(tmp_path) == {}
     assert capfd.readouterr() == ("", "")
 
 
 def test_a_second_process_waits_for_the_first(tmp_path: Path) -> None:
     """Weights of gigabytes are written once, and never by two at the same place."""
-    facts = {"bundle": "b", "file": "graphs/step.onnx", "form": {}, "version": "1", "processor": "p", "flags": []}
+    facts = prepared.Facts("b", "graphs/step.onnx", {}, "1", "p", ())
     code = f"""if True:
         import sys
         from pathlib import Path
-        from dit_runtime.prepared import prepared
+        from dit_runtime.backends.prepared import Facts, prepare_graph
 
         def make(folder):
             print("making", flush=True)
@@ -415,7 +417,7 @@ def test_a_second_process_waits_for_the_first(tmp_path: Path) -> None:
             (folder / "weights").write_bytes(bytes(1 << 20))
 
         print("started", flush=True)
-        print(prepared(Path({os.fspath(tmp_path)!r}), {facts!r}, make) is not None)
+        print(prepare_graph(Path({os.fspath(tmp_path)!r}), {facts!r}, make) is not None)
     """
 
     def process() -> subprocess.Popen[str]:
@@ -545,8 +547,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
             add_provider_for_devices=lambda chosen, options: devices.append(tuple(chosen)),
         ),
     )
-    monkeypatch.setattr(onnxruntime_engine, "imported_onnxruntime", lambda: runtime)
-    monkeypatch.setattr(onnxruntime_gpu, "has_driver", lambda: True)
+    monkeypatch.setattr(onnxruntime_engine, "import_onnxruntime", lambda: runtime)
+    monkeypatch.setattr(onnxruntime_gpu, "has_nvidia_driver", lambda: True)
     monkeypatch.setattr(onnxruntime_gpu, "environment", lambda: {"gpus": [{"name": "H100"}]})
     monkeypatch.setattr(GpuSession, "opened", ())
     return runtime
@@ -563,7 +565,7 @@ def test_a_provider_that_is_not_there_is_refused(provider: str, fp32: Bundle) ->
 
 def test_a_wheel_without_a_driver_is_refused(fp32: Bundle, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The GPU wheel lists its providers on a machine without a GPU too, and would then run on the CPU."""
-    monkeypatch.setattr(onnxruntime_gpu, "has_driver", lambda: False)
+    monkeypatch.setattr(onnxruntime_gpu, "has_nvidia_driver", lambda: False)
     with pytest.raises(EngineError, match=r"there is no NVIDIA driver"):
         open_engine(fp32, "onnxruntime-cuda")
 
@@ -590,7 +592,7 @@ def test_work_left_to_the_cpu_is_an_error(fp32: Bundle, monkeypatch: pytest.Monk
 def test_the_gpu_session_binds_and_computes_the_same(fp32: Bundle, capfd: pytest.CaptureFixture[str]) -> None:
     """Every input is bound, outputs stay there, only the rows in use are copied, the result is the CPU's."""
     engine = open_engine(fp32, "onnxruntime-cuda")
-    assert engine.name.endswith(" CUDA H100")
+    assert engine.info.name.endswith(" CUDA H100")
     inputs = step_inputs(fp32, batch=3, branches=2, rows=50)
     found = engine.session("step").run(inputs, ["next_state", "denoised"])
     session = GpuSession.opened[0].real
@@ -613,7 +615,7 @@ def test_the_plugin_is_registered_once(fp32: Bundle, tmp_path: Path, monkeypatch
     monkeypatch.setattr(GpuSession, "providers", (onnxruntime_gpu.PROVIDERS["rtx"], "CPUExecutionProvider"))
     for _ in range(2):
         engine = open_engine(fp32, "onnxruntime-rtx")
-        assert engine.name.endswith(" NvTensorRTRTX H100")
+        assert engine.info.name.endswith(" NvTensorRTRTX H100")
         assert len(engine._provider.devices) == 1
     inputs = step_inputs(fp32)
     assert np.array_equal(stepped(engine, inputs), GpuSession.opened[0].real.run(["denoised"], inputs)[0])
@@ -627,39 +629,40 @@ def test_an_unknown_engine_names_all(fp32: Bundle) -> None:
     """A wrong name is answered with every right one."""
     with pytest.raises(EngineError) as refused:
         open_engine(fp32, "tensorflow")
-    assert all(name in str(refused.value) for name in ("auto", *ENGINES))
+    assert all(name in str(refused.value) for name in ("auto", *BACKENDS))
 
 
 def test_onnxruntime_has_no_bf16(fp32: Bundle) -> None:
     """A precision that an engine does not have is refused, and never quietly another."""
-    assert open_engine(fp32, "onnxruntime", precision="f32").name.endswith(" CPU")
-    with pytest.raises(EngineError, match=r"precision 'bf16' with .* use --engine openvino"):
+    assert open_engine(fp32, "onnxruntime", precision="f32").info.name.endswith(" CPU")
+    with pytest.raises(EngineError, match=r"precision bf16 with .* use --engine openvino"):
         open_engine(fp32, "onnxruntime", precision="bf16")
-    with pytest.raises(EngineError, match=r"precision 'int3' with OpenVINO: choose one of f32, bf16"):
-        open_engine(fp32, "openvino", precision="int3")
+    with pytest.raises(EngineError, match=r"precision int8 with OpenVINO: choose one of fp32, bf16"):
+        open_engine(fp32, "openvino", precision="int8")
 
 
 def test_candidates_are_ordered_and_can_be_opened(fp32: Bundle, fp16: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fastest expected comes first, BF16 only for a bundle that allows it; what is missing is left out."""
-    assert candidates(fp32) == [Candidate("openvino", "f32"), Candidate("onnxruntime")]
-    own = "bf16" if "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "f32"
+    assert candidates(fp32) == [Candidate("openvino", Precision.FP32), Candidate("onnxruntime")]
+    able = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    own = Precision.BF16 if able else Precision.FP32
     assert candidates(fp16) == [Candidate("openvino", own), Candidate("onnxruntime")]
     for candidate in candidates(fp16):
-        assert open_engine(fp16, candidate.name, precision=candidate.precision).name
+        assert open_engine(fp16, candidate.name, precision=candidate.precision).info.name
 
     def missing() -> None:
         raise EngineError("not installed")
 
-    monkeypatch.setattr("dit_runtime.backends.open.imported_openvino", missing)
+    monkeypatch.setattr("dit_runtime.backends.openvino.open.import_openvino", missing)
     assert candidates(fp16) == [Candidate("onnxruntime")]
-    monkeypatch.setattr("dit_runtime.backends.open.imported_onnxruntime", missing)
+    monkeypatch.setattr("dit_runtime.backends.onnxruntime.open.import_onnxruntime", missing)
     assert candidates(fp16) == []
 
 
 def test_a_gpu_comes_first(fp32: Bundle, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a driver and the GPU wheel, CUDA's provider is tried before any CPU engine."""
-    monkeypatch.setattr("dit_runtime.backends.open.imported_onnxruntime", lambda: gpu)
-    monkeypatch.setattr("dit_runtime.backends.open.has_driver", lambda: True)
+    monkeypatch.setattr("dit_runtime.backends.onnxruntime.open.import_onnxruntime", lambda: gpu)
+    monkeypatch.setattr("dit_runtime.backends.onnxruntime.open.has_nvidia_driver", lambda: True)
     assert candidates(fp32)[0] == Candidate("onnxruntime-cuda")
 
 
@@ -671,24 +674,24 @@ def test_the_processor_is_read(tmp_path: Path) -> None:
     (tmp_path / "proc").mkdir()
     file = tmp_path / "proc" / "cpuinfo"
     file.write_text("processor : 0\nmodel name\t: Xeon 6\nflags\t\t: fpu avx2 avx512f amx_bf16\n\nmodel name : no\n")
-    assert cpu.processor(tmp_path) == cpu.Processor("Xeon 6", ("avx2", "avx512f", "amx_bf16"))
+    assert cpu.read_processor(tmp_path) == cpu.Processor("Xeon 6", ("avx2", "avx512f", "amx_bf16"))
     file.write_text("processor : 0\nFeatures : fp asimd bf16\n")
-    assert cpu.processor(tmp_path).flags == ("asimd", "bf16")
+    assert cpu.read_processor(tmp_path).flags == ("asimd", "bf16")
     file.unlink()
-    assert cpu.processor(tmp_path).flags == ()
+    assert cpu.read_processor(tmp_path).flags == ()
 
 
 def test_available_memory_heeds_a_containers_limit(tmp_path: Path) -> None:
     """The least of what the system and the control group have left; page cache can be given back."""
-    assert cpu.available_memory(tmp_path) is None
+    assert cpu.read_available_memory(tmp_path) is None
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc" / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 5000 kB\n")
-    assert cpu.available_memory(tmp_path) == 5000 << 10
+    assert cpu.read_available_memory(tmp_path) == 5000 << 10
     group = tmp_path / "sys" / "fs" / "cgroup"
     group.mkdir(parents=True)
     (group / "memory.stat").write_text("anon 1\ninactive_file 100\n")
     (group / "memory.current").write_text("3000\n")
     (group / "memory.max").write_text("max\n")
-    assert cpu.available_memory(tmp_path) == 5000 << 10
+    assert cpu.read_available_memory(tmp_path) == 5000 << 10
     (group / "memory.max").write_text("4000\n")
-    assert cpu.available_memory(tmp_path) == 1100
+    assert cpu.read_available_memory(tmp_path) == 1100

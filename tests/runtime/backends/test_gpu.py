@@ -21,16 +21,18 @@ import pytest
 from support.commands import run_command
 
 from dit_runtime import Pipeline, open_bundle
-from dit_runtime.backends.open import Session
+from dit_runtime.backends.base import Session
+from dit_runtime.backends.conditioning import TableLimits
+from dit_runtime.backends.host_loop import HostLoop
 from dit_runtime.backends.tensorrt import api as tensorrt_api
 from dit_runtime.backends.tensorrt import cuda
 from dit_runtime.backends.tensorrt.engine import TensorRtEngine
 from dit_runtime.backends.tensorrt.store import StoredEngine, stored_engines
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import EngineError
-from dit_runtime.sampling.batch import ImageRequest
+from dit_runtime.sampling.requests import ImageRequest
 from dit_runtime.verify.rung import format_table
-from dit_runtime.verify.verification import measure_rungs
+from dit_runtime.verify.verification import verification_of
 
 pytestmark = pytest.mark.gpu
 
@@ -59,10 +61,19 @@ class SessionsOnly:
     """An engine without its resident loop: each step goes to the device and back."""
 
     def __init__(self, engine: TensorRtEngine) -> None:
-        self.name, self.max_batch, self.threads, self._engine = engine.name, engine.max_batch, 0, engine
+        self.info, self._engine = replace(engine.info, loop_on_device=False), engine
 
     def session(self, graph: str) -> Session:
         return self._engine.session(graph)
+
+    def release(self, graph: str) -> None:
+        self._engine.release(graph)
+
+    def open_loop(self, limits: TableLimits) -> HostLoop:
+        return HostLoop(self, self._engine.bundle.manifest, limits)
+
+    def close(self) -> None:
+        self._engine.close()
 
 
 def present_library() -> tensorrt_api.TensorRT:
@@ -118,7 +129,7 @@ def latents_of(pipe: Pipeline, labels: list[Any], **settings: Any) -> list[np.nd
 
 def test_the_bundles_own_records(device: Device, engine: TensorRtEngine) -> None:
     """The engine matches the PyTorch reference at every shape of its profiles."""
-    rungs = measure_rungs(device.bundle, engine)
+    rungs = verification_of(device.bundle, engine).rungs
     print(format_table(rungs))
     assert [rung.name for rung in rungs if not rung.passed] == []
 

@@ -10,12 +10,8 @@ from typing import Any
 
 import pytest
 
-from dit_runtime.backends.tensorrt.store import (
-    SIDECAR,
-    StoredEngine,
-    stored_engine,
-    stored_engines,
-)
+from dit_runtime.backends.tensorrt.store import SIDECAR, StoredEngine, stored_engine, stored_engines
+from dit_runtime.bundle.manifest import GraphSpec, TensorSpec
 from dit_runtime.core.errors import EngineError
 
 DIGEST = "d" * 64
@@ -28,6 +24,7 @@ def sidecar(**changes: Any) -> dict[str, Any]:
         "plan": "step.plan",
         "plan_bytes": len(PLAN),
         "plan_sha256": hashlib.sha256(PLAN).hexdigest(),
+        "seconds": 1.5,
         "profiles": [
             {"rows": [[1, 1], [1, 1], [1, 4]]},
             {"rows": [[2, 1], [2, 1], [2, 4]]},
@@ -48,6 +45,9 @@ def sidecar(**changes: Any) -> dict[str, Any]:
         "gpu": "Orin",
         "driver": "540.4.0",
         "recipe": {"batches": [4]},
+        "identity": {},
+        "timing_cache": {"file": "timing.cache", "sha256": "c" * 64},
+        "tf32": False,
         "graphs": [graph],
         **changes,
     }
@@ -85,10 +85,11 @@ def test_a_sound_engine_is_read(tmp_path: Path, engine: StoredEngine) -> None:
 def test_the_profile_with_the_least_memory(engine: StoredEngine) -> None:
     """Of the profiles that take a shape the one that needs least; none outside of all."""
     step = engine.graphs["step"]
-    assert [step.profile_for({"rows": shape}) for shape in [(1, 3), (2, 1), (2, 2), (3, 1), (2, 5), (2,)]] == [
-        *(0, 2, 1),
-        *(None, None, None),
-    ]
+    rows = TensorSpec("rows", "int32", ("branches", "batch"))
+    profiles = step.profiles_of(GraphSpec("step.onnx", "step.weights", (rows,), ()))
+    shapes = [(1, 3), (2, 1), (2, 2), (3, 1), (2, 5), (2,)]
+    fits = [profiles.fit({"rows": shape}, step.activation_bytes, padded=()) for shape in shapes]
+    assert [fit and fit.profile for fit in fits] == [0, 2, 1, None, None, None]
 
 
 def test_only_this_bundle_at_this_size(tmp_path: Path) -> None:
@@ -114,19 +115,24 @@ def changed_graph(**changes: Any) -> dict[str, Any]:
         ("[]", "not a sidecar"),
         ("[" * 100_000, "not a sidecar"),
         (sidecar(schema=2), "schema 2, this version reads 1"),
-        (sidecar(graphs=[]), "0 graphs"),
-        (sidecar(library="onnx"), "library 'onnx'"),
-        (sidecar(version=10.3), "10.3 is not text"),
-        (sidecar(image_size=[32]), "damaged"),
-        ({key: value for key, value in sidecar().items() if key != "gpu"}, "KeyError: 'gpu'"),
+        (sidecar(graphs=[]), "graphs: got none"),
+        (sidecar(library="onnx"), "library: got 'onnx', expected one of 'tensorrt', 'tensorrt_rtx'"),
+        (sidecar(version=10.3), "version: got 10.3, expected text"),
+        (sidecar(image_size=[32]), "image_size: got [32], expected a list of 2"),
+        (sidecar(image_size=[32, 0]), "image_size[1]: got 0, expected a whole number from 1"),
+        (sidecar(more=1), "more: unknown, expected only schema, bundle"),
+        ('{"schema": 1, "schema": 1}', "key 'schema' is there twice"),
+        ('{"schema": NaN}', "it holds NaN"),
+        ({key: value for key, value in sidecar().items() if key != "gpu"}, "gpu: missing, expected text or null"),
         (changed_graph(plan="../step.plan"), "leads out of its folder"),
         (changed_graph(plan="/etc/passwd"), "leads out of its folder"),
         (changed_graph(plan=".."), "leads out of its folder"),
-        (changed_graph(plan_bytes=-1), "not a whole number"),
-        (changed_graph(plan_bytes=True), "not a whole number"),
+        (changed_graph(plan_bytes=-1), "graphs[0].plan_bytes: got -1, expected a whole number from 0"),
+        (changed_graph(plan_bytes=True), "graphs[0].plan_bytes: got True, expected a whole number"),
         (changed_graph(activation_bytes=[1]), "1 activation sizes for 3 profiles"),
         (changed_graph(profiles=[{"rows": [[2], [1], [3]]}], activation_bytes=[1]), "does not rise"),
-        (changed_graph(profiles=[{"rows": [[1], [1]]}], activation_bytes=[1]), "damaged"),
+        (changed_graph(profiles=[{"rows": [[1], [1]]}], activation_bytes=[1]), "profiles[0].rows: got [[...], [...]]"),
+        (changed_graph(profiles=[{"rows": [[1], [1], [1, 1]]}], activation_bytes=[1]), "does not rise"),
     ],
 )
 def test_a_damaged_sidecar_is_skipped_with_its_reason(tmp_path: Path, content: Any, reason: str) -> None:

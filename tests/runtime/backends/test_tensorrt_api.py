@@ -36,22 +36,6 @@ FUNCTIONS = [
     "getPluginRegistry",
     "initLibNvInferPlugins",
 ]
-# Variables of tensorrt_api and what they hold.
-HOLDS = {
-    "builder": "Builder",
-    "config": "IBuilderConfig",
-    "network": "INetworkDefinition",
-    "parser": "OnnxParser",
-    "profile": "IOptimizationProfile",
-    "runtime": "Runtime",
-    "engine": "ICudaEngine",
-    "context": "IExecutionContext",
-    "inspector": "EngineInspector",
-    "cache": "ITimingCache",
-    "problem": "ParserError",
-    "tensor": "ITensor",
-    "runtime_config": "IRuntimeConfig",
-}
 # Ahead of time for other devices, and when kernels are compiled: RTX alone, and tensorrt_api asks for it there alone.
 RTX_ALONE = {
     "DynamicShapesKernelSpecializationStrategy",
@@ -77,46 +61,113 @@ print(json.dumps({"version": module.__version__, "missing": missing}))
 """
 
 
-class _Touched(ast.NodeVisitor):
-    """Dotted names below the library's module, with the keywords they are called with."""
+# What an expression of tensorrt_api is, besides an object of one of the library's classes.
+MODULE, LIBRARY, PLAIN = "the library's module", "an object of the library without a declared class", "nothing of it"
+CONVERSIONS = ("bool", "bytes", "int", "len", "range", "str", "tuple")  # their results are Python's own
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.GeneratorExp, ast.DictComp)
 
-    def __init__(self) -> None:
+
+class Touched(ast.NodeVisitor):
+    """Dotted names below the library's module, with the keywords they are called with.
+
+    Which class an object is of is read from its annotation, or from the call that makes it. An attribute of an object
+    of the library without either is an error: the collection would miss it.
+    """
+
+    def __init__(self, tree: ast.Module) -> None:
         self.names: dict[str, set[str]] = {}
+        aliases = [node for node in tree.body if isinstance(node, ast.AnnAssign)]
+        self._classes = {ast.unparse(node.target) for node in aliases if ast.unparse(node.annotation) == "TypeAlias"}
+        functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+        self._returns = {node.name: self._declared(node.returns) for node in functions}
+        self._scope: dict[str, str] = {}
+        self.visit(tree)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        outer, arguments = self._scope, (*node.args.args, *node.args.kwonlyargs)
+        self._scope = {**outer, **{each.arg: self._declared(each.annotation) for each in arguments}}
+        for statement in node.body:
+            self.visit(statement)
+        self._scope = outer
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        outer, self._scope = self._scope, dict(self._scope)
+        self.generic_visit(node)
+        self._scope = outer
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        self._scope[ast.unparse(node.target)] = self._declared(node.annotation)
+        if node.value is not None:
+            self.visit(node.value)
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        self.generic_visit(node)
+        for target in node.targets:
+            self._bind(target, self._kind(node.value))
+
+    def visit_For(self, node: ast.For) -> None:
+        self._bind(node.target, self._kind(node.iter).removesuffix("[]"))
+        self.generic_visit(node)
+
+    def generic_visit(self, node: ast.AST) -> None:
+        if isinstance(node, COMPREHENSIONS):
+            for each in node.generators:
+                self._bind(each.target, self._kind(each.iter).removesuffix("[]"))
+        super().generic_visit(node)
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
-        if (name := self._dotted(node)) is not None:
+        if (name := self._name(node)) is not None:
             self.names.setdefault(name, set())
         self.generic_visit(node)
 
     def visit_Call(self, node: ast.Call) -> None:
-        if isinstance(node.func, ast.Attribute) and (name := self._dotted(node.func)) is not None:
+        if isinstance(node.func, ast.Attribute) and (name := self._name(node.func)) is not None:
             self.names.setdefault(name, set()).update(item.arg for item in node.keywords if item.arg)
-        if isinstance(node.func, ast.Name) and node.func.id == "getattr" and isinstance(node.args[0], ast.Attribute):
-            self.visit(node.args[0])
         self.generic_visit(node)
 
-    @staticmethod
-    def _dotted(node: ast.expr) -> str | None:
-        parts: list[str] = []
-        while isinstance(node, ast.Attribute):
-            parts.insert(0, node.attr)
-            node = node.value
-        if not isinstance(node, ast.Name):
-            return None
-        if node.id == "library" and parts[:1] == ["module"]:
-            return ".".join(parts[1:]) or None
-        if node.id == "trt":
-            return ".".join(parts)
-        return ".".join([HOLDS[node.id], parts[0]]) if node.id in HOLDS else None
+    def _name(self, node: ast.Attribute) -> str | None:
+        """An attribute as the bindings have it; None for what is not the library's."""
+        owner = self._kind(node.value)
+        assert owner != LIBRARY, f"line {node.lineno}: declare what {ast.unparse(node.value)} is"
+        return None if owner == PLAIN else node.attr if owner == MODULE else f"{owner}.{node.attr}"
+
+    def _kind(self, node: ast.expr) -> str:
+        """A class of the library (``[]`` for a list of its objects), or one of the constants."""
+        if isinstance(node, ast.Name):
+            return self._scope.get(node.id, PLAIN)
+        if isinstance(node, ast.Attribute):
+            if node.attr == "module" and self._kind(node.value) == PLAIN:
+                return MODULE
+            owner = self._kind(node.value)
+            if owner == MODULE or owner.split(".")[0] not in {*self._classes, LIBRARY, PLAIN}:
+                return node.attr if owner == MODULE else f"{owner}.{node.attr}"  # a class or a value of an enum
+            return PLAIN if owner == PLAIN else LIBRARY
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            if not isinstance(node.func, ast.Name):
+                made = self._kind(node.func)
+                return made if made in {*self._classes, PLAIN} else LIBRARY
+            if name in self._returns or name in CONVERSIONS:
+                return self._returns.get(name, PLAIN)
+        parts = [self._kind(each) for each in ast.iter_child_nodes(node) if isinstance(each, ast.expr)]
+        return LIBRARY if set(parts) & {*self._classes, LIBRARY} else PLAIN
+
+    def _declared(self, annotation: ast.expr | None) -> str:
+        text = "" if annotation is None else ast.unparse(annotation)
+        if text.startswith("list[") and text[5:-1] in self._classes:
+            return f"{text[5:-1]}[]"
+        return text if text in self._classes else LIBRARY if text == "Any" else PLAIN
+
+    def _bind(self, target: ast.expr, kind: str) -> None:
+        names = target.elts if isinstance(target, ast.Tuple) else [target]
+        for each in names:
+            if isinstance(each, ast.Name) and self._scope.get(each.id) not in self._classes:
+                self._scope[each.id] = kind
 
 
-def touched() -> dict[str, set[str]]:
-    """Every attribute of the library in tensorrt_api."""
-    visitor = _Touched()
-    visitor.visit(ast.parse(SOURCE.read_text(encoding="utf-8")))
-    # A tensor of the product's own (``Tensor``) has fields that a network's has not.
-    own = {f"ITensor.{field}" for field in tensorrt_api.Tensor._fields if field not in ("name", "shape")}
-    return {name: keywords for name, keywords in visitor.names.items() if name not in own}
+def touched(more: str = "") -> dict[str, set[str]]:
+    """Every attribute of the library in tensorrt_api, and in ``more`` code at its end."""
+    return Touched(ast.parse(SOURCE.read_text(encoding="utf-8") + more)).names
 
 
 def missing_in(generation: str, names: dict[str, set[str]], tmp_path: Path) -> dict[str, object]:
@@ -169,9 +220,40 @@ def test_the_collection_is_whole_and_a_gap_is_seen(tmp_path: Path) -> None:
         "ILogger",
     } <= names.keys()
     assert names["IBuilderConfig.set_timing_cache"] == {"ignore_mismatch"}
-    dropped = {"BuilderFlag.FP16": set(), "ICudaEngine.device_memory_size": set(), "IBuilderConfig.reset": {"nothing"}}
-    found = missing_in("tensorrt-11.4", dropped, tmp_path)
-    assert [name for name, _ in found["missing"]] == list(dropped)
+    more = """
+def use_what_is_gone(library: TensorRT, engine: ICudaEngine, made: Builder) -> None:
+    engine.device_memory_size
+    settings: IBuilderConfig = made.create_builder_config()
+    settings.reset(nothing=library.module.BuilderFlag.FP16)
+    parsers: list[OnnxParser] = []
+    [parser.gone for parser in parsers]
+"""
+    added = {name: keywords for name, keywords in touched(more).items() if names.get(name) != keywords}
+    assert added == {
+        "ICudaEngine.device_memory_size": set(),
+        "IBuilderConfig.reset": {"nothing"},
+        "BuilderFlag.FP16": set(),
+        "OnnxParser.gone": set(),
+    }
+    found = missing_in("tensorrt-11.4", touched(more), tmp_path)
+    assert {name for name, _ in found["missing"]} - RTX_ALONE == added.keys()
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ("made = builder.create_builder_config(); made.reset()", "made"),
+        ("builder.create_builder_config().reset()", r"builder.create_builder_config\(\)"),
+        ("[each.name for each in builder.parts()]", "each"),
+        ("for index, each in enumerate([builder.part]): each.name", "each"),
+        ("first, second = builder.parts(); second.name", "second"),
+        ("unknown.name", "unknown"),
+    ],
+)
+def test_an_object_without_a_class_is_seen(line: str, what: str) -> None:
+    """An attribute of an object of the library that nothing says the class of would escape the collection."""
+    with pytest.raises(AssertionError, match=f"declare what {what} is"):
+        touched(f"\ndef use(builder: Builder, unknown: Any) -> None:\n    {line}\n")
 
 
 def test_nothing_else_touches_the_libraries() -> None:

@@ -11,14 +11,14 @@ import pytest
 from support.cuda_double import FACTS, Machine, stored_on
 
 from dit_engines.recipe import Recipe
-from dit_runtime.backends.open import ENGINES, open_engine
+from dit_runtime.backends.open import BACKENDS, open_engine
 from dit_runtime.backends.tensorrt import open as tensorrt_engine
 from dit_runtime.backends.tensorrt.open import engine_from_store
 from dit_runtime.backends.tensorrt.store import SIDECAR, StoredEngine
 from dit_runtime.bundle.reader import Bundle, open_bundle
 from dit_runtime.commands.common import ENGINE_HELP
 from dit_runtime.core.errors import EngineError
-from dit_runtime.verify import verdicts
+from dit_runtime.verify.auto import choose_engine
 
 RECIPE = Recipe("this", "8.7", (1, 4), (1, 2), 64)
 
@@ -57,8 +57,8 @@ def test_a_whole_engine_is_found_behind_a_partial_one(
     whole = stored(machine, bundle, tmp_path / "whole", 20, monkeypatch)
     opened = partial(engine_from_store, bundle, "tensorrt", cuda=machine.cuda, imported=lambda name: machine.library)
     for name, recipe, words in (
-        ("unguided", replace(RECIPE, branches=(1,)), "was built without guidance; name it"),
-        ("tiles", replace(RECIPE, decode_tile=4), r"was built for tiles \(--decode-tile 4\); name it"),
+        ("unguided", replace(RECIPE, branches=(1,)), "was built without guidance; choose it"),
+        ("tiles", replace(RECIPE, decode_tile=4), r"was built for tiles \(--decode-tile 4\); choose it"),
     ):
         part = stored_on(machine, bundle, tmp_path / name, recipe)
         (part.folder / SIDECAR).write_text("{}")
@@ -109,17 +109,15 @@ def test_too_little_memory_is_said_before_loading(
 
 def test_the_help_names_every_engine() -> None:
     """What commands show without importing an engine is what there is."""
-    assert {name.strip(",;") for name in ENGINE_HELP.split()} >= {"auto", *ENGINES}
+    assert {name.strip(",;") for name in ENGINE_HELP.split()} >= {"auto", *BACKENDS}
 
 
-def test_auto_says_why_an_engine_is_not_used(
-    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_auto_says_why_an_engine_is_not_used(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine that was built but cannot run here is named with its reason; one on the CPU takes its place."""
     engine = stored(Machine(), bundle, tmp_path, 0, monkeypatch)
-    monkeypatch.setattr(verdicts, "stored_engines", lambda bundle: [engine])
-    found = verdicts.open_trusted_engine(bundle)
-    assert found.name.startswith(("onnxruntime", "openvino"))
-    assert "tensorrt is not used: tensorrt is not installed" in capsys.readouterr().err
+    monkeypatch.setattr(tensorrt_engine, "stored_engines", lambda *_: [engine])
+    found = choose_engine(bundle)
+    assert found.engine.info.name.startswith(("onnxruntime", "openvino"))
+    assert "tensorrt is not used: tensorrt is not installed" in " ".join(found.found_out)
     with pytest.raises(EngineError, match="tensorrt is not installed"):
         open_engine(bundle, "tensorrt")

@@ -75,13 +75,18 @@ def test_a_link_out_of_the_bundle(copied: Path, tmp_path: Path) -> None:
     ("change", "message"),
     [
         (lambda m: m.update(schema=99), "schema 99, this version reads 5"),
-        (lambda m: m.pop("model"), "damaged manifest"),
+        (
+            lambda m: m.pop("model"),
+            "damaged manifest .model: missing, expected an object.; copy or export the bundle again",
+        ),
+        (lambda m: m["model"].update(depth=0), "model.depth: got 0, expected a whole number from 1"),
+        (lambda m: m.pop("schema"), "not a manifest .schema: missing"),
         (lambda m: m["files"].update({"../../etc/passwd": {"bytes": 1, "sha256": "0"}}), "passwd. leads outside"),
         (lambda m: m["files"].update({"/etc/passwd": {"bytes": 1, "sha256": "0"}}), "leads outside the bundle"),
         (lambda m: m["graphs"].pop("step"), "no graph 'step'"),
         (lambda m: m["graphs"]["step"].update(file="graphs/other.onnx"), "has no hash"),
         (lambda m: m["diffusion"].update(betas=[0.1, 2.0]), "betas must lie between 0 and 1"),
-        (lambda m: m["model"].update(extra=1), "ModelSpec has"),
+        (lambda m: m["model"].update(extra=1), "model.extra: unknown, expected only conditioning"),
     ],
 )
 def test_a_manifest_that_does_not_hold_together(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from dit_runtime.core.environment import environment
+from dit_runtime.core.environment import describe_environment
 
 
 def files(root: Path, contents: dict[str, str]) -> Path:
@@ -35,7 +35,7 @@ def test_a_jetson_records_power_mode_and_clocks(tmp_path: Path) -> None:
             "sys/class/devfreq/15340000.vic/cur_freq": "115200000",
         },
     )
-    found = environment(root=root, ran=lambda command: "NV Power Mode: MAXN_SUPER\n2\n")
+    found = describe_environment(root=root, run=lambda command: "NV Power Mode: MAXN_SUPER\n2\n")
     assert found["board"] == "NVIDIA Jetson Orin Nano Developer Kit"
     assert found["cpu_flags"] == ["asimd", "bf16"]
     assert found["jetson"] == {
@@ -47,23 +47,23 @@ def test_a_jetson_records_power_mode_and_clocks(tmp_path: Path) -> None:
         },
     }
     files(root, {"var/lib/nvpmodel/status": "pmode:0002"})
-    assert environment(root=root, ran=nothing)["jetson"]["power_mode"] == "pmode:0002"
+    assert describe_environment(root=root, run=nothing)["jetson"]["power_mode"] == "pmode:0002"
 
 
 def test_a_datacenter_box_records_its_gpus(tmp_path: Path) -> None:
     """Name, driver, power limit and clocks of each GPU; without a driver there is no entry."""
     line = "NVIDIA L4, 580.95.05, 72.00 W, 210 MHz, 405 MHz, 2040 MHz, 6251 MHz\n"
-    (gpu,) = environment(root=tmp_path, ran=lambda command: line)["gpus"]
+    (gpu,) = describe_environment(root=tmp_path, run=lambda command: line)["gpus"]
     assert gpu["name"] == "NVIDIA L4"
     assert gpu["power.limit"] == "72.00 W"
     assert gpu["clocks.max.mem"] == "6251 MHz"
-    assert "gpus" not in environment(root=tmp_path, ran=nothing)
-    assert "gpus" not in environment(root=tmp_path, ran=lambda command: "no devices were found\n")
+    assert "gpus" not in describe_environment(root=tmp_path, run=nothing)
+    assert "gpus" not in describe_environment(root=tmp_path, run=lambda command: "no devices were found\n")
 
 
 def test_here() -> None:
     """This machine's record names its processor, numpy, and the threads that were asked for."""
-    found = environment(threads=3)
+    found = describe_environment(threads=3)
     assert found["threads"] == 3
     assert found["libraries"]["numpy"]
     assert found["processor"]

@@ -33,7 +33,7 @@ from support.schedules import (
 from dit_runtime.bundle.manifest import ModelSpec
 from dit_runtime.core.errors import SamplingError
 from dit_runtime.samplers.by_name import schedule_for
-from dit_runtime.samplers.spacing import spaced_timesteps
+from dit_runtime.samplers.spacing import space_timesteps
 
 # All relative to max|reference| of the step.
 FLOAT64_LIMIT = 5e-7  # measured: 3.4e-7 (DDIM), 3.2e-7 (DDPM); the table is float32 of float64
@@ -145,7 +145,7 @@ def test_ddim_spacing_of_every_count(spacing: str, offset: int) -> None:
     for steps in range(1, 1001):
         scheduler.set_timesteps(steps)
         if diffusers_can_run(scheduler, steps):
-            assert np.array_equal(spaced_timesteps(spec, steps), scheduler.timesteps.numpy()), f"{steps} steps"
+            assert np.array_equal(space_timesteps(spec, steps), scheduler.timesteps.numpy()), f"{steps} steps"
 
 
 @pytest.mark.slow  # a sweep

@@ -37,7 +37,7 @@ from support.sit import (
 
 from dit_runtime import SAMPLERS, schedule_for
 from dit_runtime.core.errors import SamplingError
-from dit_runtime.samplers.by_name import steps_skipped
+from dit_runtime.samplers.by_name import count_skipped_steps
 
 # Relative to the largest value of the reference.
 
@@ -139,7 +139,7 @@ def test_too_many_steps_left_out(sampler: str) -> None:
 def test_strength_is_counted_as_in_diffusers() -> None:
     """Fails if strength leaves out other steps than ``int(steps · strength)`` keeps, down to float's rounding."""
     cases = [(50, 0.6, 20), (10, 1.0, 0), (10, 0.99, 1), (10, 0.1, 9), (100, 0.29, 72), (1, 1.0, 0), (3, 0.34, 2)]
-    assert [steps_skipped(steps, strength) for steps, strength, _ in cases] == [skipped for *_, skipped in cases]
+    assert [count_skipped_steps(steps, strength) for steps, strength, _ in cases] == [skipped for *_, skipped in cases]
 
 
 @pytest.mark.slow  # a sweep
@@ -147,9 +147,9 @@ def test_the_smallest_strength() -> None:
     """Fails if a strength that leaves no step is not refused, or the one that is named instead leaves none either."""
     for steps in range(1, 1001):
         with pytest.raises(SamplingError, match=rf"of {steps} steps leaves none to run; the smallest") as refusal:
-            steps_skipped(steps, 0.999 / steps)
+            count_skipped_steps(steps, 0.999 / steps)
         smallest = float(str(refusal.value).rsplit(" ", 1)[1])
-        assert steps_skipped(steps, smallest) == steps - 1
+        assert count_skipped_steps(steps, smallest) == steps - 1
         assert smallest <= 1 / steps + 1e-6
 
 
@@ -157,4 +157,4 @@ def test_the_smallest_strength() -> None:
 def test_a_strength_that_is_none(strength: float) -> None:
     """Fails if a strength outside (0, 1] is taken for one."""
     with pytest.raises(SamplingError, match="expected above 0 to 1"):
-        steps_skipped(10, strength)
+        count_skipped_steps(10, strength)

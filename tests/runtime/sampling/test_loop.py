@@ -16,16 +16,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.batches import ROW, marked, mixed
+from support.engines import info_of
 from support.guidance import Wanted, constant, recorded, reference_latents, relative, within
 from support.optional import torch
 from support.schedules import LEARNED
 
 from dit_runtime import Bundle, Pipeline, Schedule, open_bundle
+from dit_runtime.backends.base import Array
+from dit_runtime.backends.conditioning import TableLimits
+from dit_runtime.backends.host_loop import HostLoop
 from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
-from dit_runtime.backends.open import Array
-from dit_runtime.bundle.manifest import ModelSpec
+from dit_runtime.bundle.manifest import Manifest, ModelSpec
 from dit_runtime.core.errors import SamplingError
-from dit_runtime.sampling.batch import TABLE_BYTES, ImageRequest
+from dit_runtime.sampling.batch import LIMITS
+from dit_runtime.sampling.requests import ImageRequest
 
 # Relative to the largest latent. Measured: 0 on ONNX Runtime with one thread, where no product depends on the batch.
 ALONE_LIMIT = 1e-5
@@ -129,7 +133,7 @@ def test_a_generator_of_images_is_not_drained(pipe: Pipeline) -> None:
 
 def test_a_batch_larger_than_the_engines(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a stream asks an engine for more images than it takes."""
-    monkeypatch.setattr(pipe.engine, "max_batch", 2)
+    monkeypatch.setattr(pipe.engine, "info", replace(pipe.engine.info, max_batch=2))
     images = pipe.prepare([1, 2, 3], steps=2, sampler="ddim", guidance=1.0)
     with pytest.raises(SamplingError, match=r"a batch of 3: .* takes at most 2"):
         next(pipe.stream(images, 3))
@@ -141,7 +145,7 @@ def test_a_small_table_changes_nothing(pipe: Pipeline, monkeypatch: pytest.Monke
     """Fails if a table that has to be dropped and filled again gives another row, or grows beyond its bound."""
     images = mixed(pipe)
     whole = {index: latents.tobytes() for index, latents in pipe.stream(images, 3)}
-    monkeypatch.setattr("dit_runtime.sampling.batch.TABLE_BYTES", ROW * rows)
+    monkeypatch.setattr("dit_runtime.sampling.batch.LIMITS", TableLimits(ROW * rows))
     step, sizes = pipe.engine.session("step"), []
     original = step.run
     step.run = lambda inputs, outputs: sizes.append(inputs["modulation"].nbytes) or original(inputs, outputs)
@@ -155,7 +159,7 @@ def test_a_small_table_changes_nothing(pipe: Pipeline, monkeypatch: pytest.Monke
 
 def test_a_batch_that_needs_more_rows_than_fit(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a batch whose one call needs more rows than the bound allows is not refused with both numbers."""
-    monkeypatch.setattr("dit_runtime.sampling.batch.TABLE_BYTES", 3 * ROW + ROW // 2)
+    monkeypatch.setattr("dit_runtime.sampling.batch.LIMITS", TableLimits(3 * ROW + ROW // 2))
     with pytest.raises(SamplingError, match=r"needs 4 rows .* and 3 fit in .*; use a smaller batch"):
         next(pipe.trajectory([1, 2, 3], steps=3, guidance=2.0, sampler="ddim"))
     assert len(list(pipe.trajectory([1, 2], steps=3, guidance=2.0, sampler="ddim"))) == 3
@@ -184,9 +188,10 @@ class FakeEngine:
     ``seen`` holds, for each image of each call, its coefficients a and b, and the conditions of its branches.
     """
 
-    name, max_batch, threads = "fake", None, 0
+    info = info_of("fake")
 
-    def __init__(self, model: ModelSpec) -> None:
+    def __init__(self, manifest: Manifest) -> None:
+        model, self.manifest = manifest.model, manifest
         self.shape = (6 * model.depth + 2, model.width)
         self.seen: list[tuple[float, float, list[tuple[float, int]]]] = []
         self.most_rows, self.most_bytes = 0, 0
@@ -195,6 +200,12 @@ class FakeEngine:
         return SimpleNamespace(run=self.condition if graph == "conditioner" else self.step)
 
     def release(self, graph: str) -> None:
+        pass
+
+    def open_loop(self, limits: TableLimits) -> HostLoop:
+        return HostLoop(self, self.manifest, limits)
+
+    def close(self) -> None:
         pass
 
     def condition(self, inputs: dict[str, Array], outputs: Sequence[str]) -> list[Array]:
@@ -214,10 +225,11 @@ class FakeEngine:
 
 
 def faked(bundles: dict[str, Path], model: ModelSpec) -> tuple[Pipeline, FakeEngine]:
-    bundle, engine = open_bundle(bundles["fp32"]), FakeEngine(model)
+    bundle = open_bundle(bundles["fp32"])
     graphs, table = bundle.manifest.graphs, bundle.manifest.table
-    wide = replace(graphs["conditioner"], outputs=(replace(table, shape=("rows", *engine.shape)),))
+    wide = replace(graphs["conditioner"], outputs=(replace(table, shape=("rows", 6 * model.depth + 2, model.width)),))
     manifest = replace(bundle.manifest, model=model, graphs={**graphs, "conditioner": wide})
+    engine = FakeEngine(manifest)
     return Pipeline(Bundle(bundle.path, manifest, bundle.digest), engine), engine
 
 
@@ -252,8 +264,7 @@ def test_the_table_always_has_what_is_needed(
         used = [*labels, NULL] if guidance != 1 else labels
         expected += [(t, number, [(t, label) for label in used]) for t in times]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dit_runtime.sampling.batch.CONDITIONER_BYTES", chunk * ROW)
-        patch.setattr("dit_runtime.sampling.batch.TABLE_BYTES", (3 * batch_size + spare) * ROW)
+        patch.setattr("dit_runtime.sampling.batch.LIMITS", TableLimits((3 * batch_size + spare) * ROW, chunk * ROW))
         assert len(list(pipe.stream(images, batch_size))) == len(images)
     # Images overlap: each one's own calls are in order.
     assert sorted(engine.seen, key=lambda seen: seen[1]) == expected
@@ -317,9 +328,9 @@ def test_a_thousand_steps_of_xl_stay_within_the_bound(bundles: dict[str, Path]) 
         tracemalloc.stop()
     expected = [(t, 0, [(t, label), (t, 1000)]) for t in times[:12] for label in range(64)]
     assert engine.seen == expected
-    assert 0.9 * TABLE_BYTES <= engine.most_bytes <= TABLE_BYTES  # the bound is also used
+    assert 0.9 * LIMITS.table_bytes <= engine.most_bytes <= LIMITS.table_bytes  # the bound is also used
     assert engine.most_rows * XL_ROW <= 32 << 20
-    assert peak <= 1.1 * TABLE_BYTES  # measured: 1.03
+    assert peak <= 1.1 * LIMITS.table_bytes  # measured: 1.03
 
 
 class SpoilingEngine(OnnxRuntimeEngine):

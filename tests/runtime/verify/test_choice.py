@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from support.commands import run_command
 
+from dit_runtime.backends.base import Candidate
 from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
-from dit_runtime.backends.open import Candidate, engine_for
+from dit_runtime.backends.open import engine_for
 from dit_runtime.backends.openvino.engine import OpenVinoEngine
 from dit_runtime.bundle.reader import Bundle, open_bundle
 from dit_runtime.core.errors import EngineError, ParityError
+from dit_runtime.verify import auto
 from dit_runtime.verify import speed as choice
-from dit_runtime.verify import verdicts
-from dit_runtime.verify.auto import check_choice, open_first_engine, open_trusted_engine
+from dit_runtime.verify.auto import check_choice, choose_engine, open_first_engine
 from dit_runtime.verify.rung import Rung
 from dit_runtime.verify.speed import Speed, rank_by_speed, sort_by_speed
 from dit_runtime.verify.verdicts import store_verdict
@@ -42,9 +45,9 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, float]], li
             if candidate.name not in milliseconds:
                 raise EngineError("out of order")
             kind: Any = {"openvino": OpenVinoEngine, "onnxruntime": OnnxRuntimeEngine}[candidate.name]
-            return Speed(candidate.name, candidate.precision, kind(bundle).name, milliseconds[candidate.name])
+            return Speed(candidate.name, candidate.precision, kind(bundle).info.name, milliseconds[candidate.name])
 
-        monkeypatch.setattr(choice, "_speed", speed)
+        monkeypatch.setattr(choice, "_time_step", speed)
         return timed
 
     return taking
@@ -68,7 +71,7 @@ def test_a_real_measurement(bundle: Bundle) -> None:
     assert all(0 < speed.step_ms < 10_000 for speed in found)
     assert rank_by_speed(bundle) == found
     for speed in found:
-        assert engine_for(bundle, speed.name, 0, speed.precision).name == speed.engine
+        assert engine_for(bundle, speed.name, 0, speed.precision).info.name == speed.engine
 
 
 @pytest.mark.parametrize(("openvino", "onnxruntime"), [(1.0, 2.0), (2.0, 1.0)])
@@ -76,53 +79,60 @@ def test_the_fastest_is_taken_and_said(
     bundle: Bundle,
     measured: Callable[[dict[str, float]], list[str]],
     capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
     openvino: float,
     onnxruntime: float,
 ) -> None:
     """Timed once, verified once, then known; the line says the engine, its time and the others'."""
+    caplog.set_level(logging.INFO, "dit_runtime")
     times = {"openvino": openvino, "onnxruntime": onnxruntime}
     fastest = min(times, key=lambda name: times[name])
     timed = measured(times)
-    assert open_trusted_engine(bundle).name.startswith(fastest)
-    said = capsys.readouterr().err.splitlines()
+    choice = choose_engine(bundle)
+    assert choice.engine.info.name.startswith(fastest)
+    said = choice.found_out
+    assert list(caplog.messages) == list(said)
+    assert capsys.readouterr() == ("", "")  # the library prints nothing
     assert any("first use of this bundle here, verifying it" in line for line in said)
     assert said[-1].startswith(f"engine: {fastest} ")
     assert said[-1].endswith(" 2 ms")
     assert ", 1 ms a guided step; " in said[-1]
-    assert open_trusted_engine(bundle).name.startswith(fastest)
-    assert capsys.readouterr().err == ""
+    assert choice.why in said[-1]
+    again = choose_engine(bundle)
+    assert again.engine.info.name.startswith(fastest)
+    assert (again.why, again.found_out) == (choice.why, ())
     assert sorted(timed) == ["onnxruntime", "openvino"]
-    assert open_first_engine(bundle).name.startswith(fastest)
+    assert open_first_engine(bundle).info.name.startswith(fastest)
 
 
 def test_an_engine_that_failed_is_passed_over(
-    bundle: Bundle, measured: Callable[[dict[str, float]], list[str]], capsys: pytest.CaptureFixture[str]
+    bundle: Bundle, measured: Callable[[dict[str, float]], list[str]]
 ) -> None:
     """The fastest that does not match the reference is named and not used; when none matches, there is none."""
     measured({"openvino": 1.0, "onnxruntime": 2.0})
     store_verdict(bundle, OpenVinoEngine(bundle), [BAD], quick=True)
-    assert open_trusted_engine(bundle).name.startswith("onnxruntime")
-    assert "does not match the PyTorch reference here and is passed over" in capsys.readouterr().err
-    assert open_first_engine(bundle).name.startswith("openvino")
+    found = choose_engine(bundle)
+    assert found.engine.info.name.startswith("onnxruntime")
+    assert "does not match the PyTorch reference here and is passed over" in " ".join(found.found_out)
+    assert open_first_engine(bundle).info.name.startswith("openvino")
     store_verdict(bundle, OnnxRuntimeEngine(bundle), [BAD], quick=True)
     with pytest.raises(ParityError, match=r"openvino .*, onnxruntime .* does not match"):
-        open_trusted_engine(bundle)
+        choose_engine(bundle)
 
 
-def test_an_engine_that_cannot_run_is_named(
-    bundle: Bundle, measured: Callable[[dict[str, float]], list[str]], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_engine_that_cannot_run_is_named(bundle: Bundle, measured: Callable[[dict[str, float]], list[str]]) -> None:
     """One that is installed but fails is said once and left out; when all fail, the reasons are the error."""
     measured({"onnxruntime": 2.0})
     store_verdict(bundle, OnnxRuntimeEngine(bundle), [GOOD], quick=True)
-    assert open_trusted_engine(bundle).name.startswith("onnxruntime")
-    said = capsys.readouterr().err
+    found = choose_engine(bundle)
+    assert found.engine.info.name.startswith("onnxruntime")
+    said = " ".join(found.found_out)
     assert "openvino is not used: out of order" in said
     assert ", the only one here" in said
     shutil.rmtree(bundle.path / "engines")
     measured({})
     with pytest.raises(EngineError, match="out of order; out of order"):
-        open_trusted_engine(bundle)
+        choose_engine(bundle)
 
 
 def test_an_engine_that_cannot_be_verified_is_passed_over(
@@ -134,14 +144,15 @@ def test_an_engine_that_cannot_be_verified_is_passed_over(
     """One that fails in the middle (no memory for a graph, no profile) is named; the next takes its place."""
     measured({"openvino": 1.0, "onnxruntime": 2.0})
 
-    def verified(bundle: Bundle, engine: Any, quick: bool) -> list[Rung]:
-        if engine.name.startswith("openvino"):
+    def verification(bundle: Bundle, engine: Any, quick: bool) -> SimpleNamespace:
+        if engine.info.name.startswith("openvino"):
             raise EngineError("no memory for the decoder")
-        return [GOOD]
+        return SimpleNamespace(rungs=(GOOD,))
 
-    monkeypatch.setattr(verdicts, "verified", verified)
-    assert open_trusted_engine(bundle).name.startswith("onnxruntime")
-    assert " is not used: no memory for the decoder" in capsys.readouterr().err
+    monkeypatch.setattr(auto, "verification_of", verification)
+    found = choose_engine(bundle)
+    assert found.engine.info.name.startswith("onnxruntime")
+    assert " is not used: no memory for the decoder" in " ".join(found.found_out)
 
 
 def test_a_store_elsewhere(bundles: dict[str, Path], tmp_path: Path) -> None:
@@ -182,9 +193,9 @@ def test_a_read_only_bundle(
     """Where nothing can be stored the choice is the same, measured each time."""
     timed = measured({"openvino": 2.0, "onnxruntime": 1.0})
     (bundle.path / "engines").write_text("in the way of the folder")
-    monkeypatch.setattr(verdicts, "verified", lambda bundle, engine, quick: [GOOD])
+    monkeypatch.setattr(auto, "verification_of", lambda bundle, engine, quick: SimpleNamespace(rungs=(GOOD,)))
     for _ in range(2):
-        assert open_trusted_engine(bundle).name.startswith("onnxruntime")
+        assert choose_engine(bundle).engine.info.name.startswith("onnxruntime")
     assert len(timed) == 4
 
 

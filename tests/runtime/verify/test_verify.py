@@ -20,12 +20,15 @@ from support.bundles import edit_graph, signed
 from support.commands import run_command, run_process
 from support.optional import onnx
 
+from dit_runtime.backends.base import Array
 from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
-from dit_runtime.backends.open import Array
+from dit_runtime.backends.profiles import Profiles, tensor_shapes
+from dit_runtime.bundle.manifest import GRAPHS, GraphSpec
+from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle, open_bundle
 from dit_runtime.core.errors import BundleError, ParityError
 from dit_runtime.verify import network_rungs
-from dit_runtime.verify.auto import open_trusted_engine
+from dit_runtime.verify.auto import choose_engine
 from dit_runtime.verify.budget import (
     Budget,
     Series,
@@ -43,7 +46,7 @@ from dit_runtime.verify.metrics import (
 from dit_runtime.verify.replay import Replay, shapes_to_verify
 from dit_runtime.verify.rung import Rung
 from dit_runtime.verify.verdicts import store_verdict, stored_verdict
-from dit_runtime.verify.verification import measure_rungs, verification_of, verify
+from dit_runtime.verify.verification import verification_of, verify
 
 
 def failed(bundle: Bundle) -> list[str]:
@@ -140,14 +143,14 @@ def test_the_command_says_so_and_exits_with_1(tampered: Path) -> None:
 def test_auto_trusts_only_what_passed_here(tampered: Path, bundles: dict[str, Path]) -> None:
     """``auto`` verifies an engine without a verdict, keeps the verdict, and refuses an engine that failed."""
     bundle = open_bundle(bundles["fp32"])
-    assert stored_verdict(bundle, open_trusted_engine(bundle)) is True
+    assert stored_verdict(bundle, choose_engine(bundle).engine) is True
     manifest = json.loads((tampered / "manifest.json").read_text())
     manifest["diffusion"]["steps_offset"] = 1
     (tampered / "manifest.json").write_text(json.dumps(manifest))
     bad = open_bundle(tampered)
     for _ in range(2):  # the second time from the stored verdict
         with pytest.raises(ParityError, match="does not match the PyTorch reference"):
-            open_trusted_engine(bad)
+            choose_engine(bad)
 
 
 def test_a_quick_pass_does_not_replace_a_full_failure(tampered: Path) -> None:
@@ -271,10 +274,10 @@ def test_a_bundle_says_what_each_precision_may_be_off(bundles: dict[str, Path]) 
         assert max(fp32) < max(fp16) < max(bf16)
     engine = OnnxRuntimeEngine(bundle, threads=1)
     assert Replay(bundle, engine).budget.precision == "fp16"
-    engine.precision = "bf16"
-    assert Replay(bundle, engine).budget == budget_for(bundle, "bf16")
+    engine.info = replace(engine.info, precision=Precision.BF16)
+    assert Replay(bundle, engine).budget == budget_for(bundle, Precision.BF16)
     with pytest.raises(BundleError, match="has no limits for int8, only for"):
-        budget_for(bundle, "int8")
+        budget_for(bundle, Precision.INT8)
 
 
 def test_thresholds_are_the_measured_ones() -> None:
@@ -283,14 +286,28 @@ def test_thresholds_are_the_measured_ones() -> None:
     assert run["thresholds"] == THRESHOLDS
 
 
+def profiles_of(graph: GraphSpec) -> Profiles:
+    """1 to 6 images or rows; the step unguided, and with two to four branches."""
+    spans = ((1, 1), (2, 4)) if any("branches" in tensor.shape for tensor in graph.inputs) else ((1, 1),)
+    found = []
+    for least, most in spans:
+        points = [
+            tensor_shapes(graph.inputs, {"batch": batch, "rows": batch, "branches": count, "height": 8, "width": 8})
+            for batch, count in ((1, least), (2, least), (6, most))
+        ]
+        found.append({tensor.name: tuple(point[tensor.name] for point in points) for tensor in graph.inputs})
+    return Profiles(graph.inputs, tuple(found))
+
+
 class Profiled(OnnxRuntimeEngine):
     """ONNX Runtime with the optimization profiles of a TensorRT engine, wrong at some shapes of the step."""
 
     wrong: tuple[tuple[int, int], ...] = ()
 
-    def profiles(self, graph: str) -> list[tuple[tuple[int, int], tuple[int, int], tuple[int, int]]]:
-        branches = ((1, 1), (2, 4)) if graph == "step" else ((1, 1),)
-        return [((1, least), (2, least), (6, most)) for least, most in branches]
+    def __init__(self, bundle: Bundle, threads: int = 0) -> None:
+        super().__init__(bundle, threads)
+        graphs = bundle.manifest.graphs
+        self.info = replace(self.info, profiles={name: profiles_of(graphs[name]) for name in GRAPHS})
 
     def session(self, graph: str) -> object:  # type: ignore[override]
         session = super().session(graph)
@@ -313,9 +330,9 @@ def test_shapes_of_every_profile(bundles: dict[str, Path]) -> None:
     bundle = open_bundle(bundles["fp32"])
     engine = Profiled(bundle, threads=1)
     unguided, guided = [(1, 1), (2, 1), (3, 1), (6, 1)], [(1, 2), (2, 2), (3, 3), (6, 4)]
-    assert shapes_to_verify(engine, "step", 4, (1, 2)) == [*unguided, *guided]
+    assert shapes_to_verify(engine.info, "step", 4, (1, 2)) == [*unguided, *guided]
     plain = OnnxRuntimeEngine(bundle, threads=1)
-    assert shapes_to_verify(plain, "step", 4, (1, 2)) == [(1, 1), (4, 1), (1, 2), (4, 2)]
+    assert shapes_to_verify(plain.info, "step", 4, (1, 2)) == [(1, 1), (4, 1), (1, 2), (4, 2)]
     assert all(rung.passed for rung in verify(bundle, engine))
     for shape in (*unguided, *guided):
         engine.wrong = (shape,)
@@ -324,8 +341,8 @@ def test_shapes_of_every_profile(bundles: dict[str, Path]) -> None:
         failing = [branches for branches, rung in first.items() if not rung.passed]
         assert failing == [min(shape[1], 2)], shape
         assert f"at batch {shape[0]};" in first[failing[0]].detail
-    plain.max_batch = 1
-    assert shapes_to_verify(plain, "step", 4, (1, 2)) == [(1, 1), (1, 2)]
+    plain.info = replace(plain.info, max_batch=1)
+    assert shapes_to_verify(plain.info, "step", 4, (1, 2)) == [(1, 1), (1, 2)]
     assert all(rung.passed for rung in verify(bundle, plain))
 
 
@@ -366,7 +383,7 @@ def test_the_record_of_a_verification(bundles: dict[str, Path]) -> None:
     raw = json.loads(json.dumps(found.as_json(), allow_nan=False))
     assert raw["passed"] is True
     assert raw["rungs"][0]["used"] < 1
-    assert [rung.name for rung in measure_rungs(bundle, OnnxRuntimeEngine(bundle, threads=1), quick=True)] == [
+    assert [rung.name for rung in verification_of(bundle, OnnxRuntimeEngine(bundle, threads=1), quick=True).rungs] == [
         name for name in rungs if name != "conditioner" and "teacher" not in name and "unguided" not in name
     ]
 

@@ -7,10 +7,13 @@ import importlib.metadata
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from dit_runtime.backends.base import Array, EngineInfo
+from dit_runtime.backends.conditioning import TableLimits
+from dit_runtime.backends.host_loop import HostLoop
 from dit_runtime.backends.onnxruntime.gpu import (
     open_gpu_session,
     open_provider,
@@ -19,13 +22,11 @@ from dit_runtime.backends.onnxruntime.gpu import (
 )
 from dit_runtime.backends.prepared import facts_of, prepare_graph
 from dit_runtime.bundle.manifest import SIZED_GRAPHS
+from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import EngineError
 
-if TYPE_CHECKING:
-    from dit_runtime.backends.open import Array
-
-    Call = Callable[[Mapping[str, Array], Sequence[str]], list[Array]]
+Call = Callable[[Mapping[str, Array], Sequence[str]], list[Array]]
 
 CPU = "CPUExecutionProvider"
 # Run once, or for a few rows: packing weights costs more time than it saves, and a copy of them.
@@ -46,21 +47,29 @@ class OnnxRuntimeEngine:
         EngineError: ONNX Runtime is not installed, or does not have the provider.
     """
 
-    max_batch: int | None = None
-
     def __init__(self, bundle: Bundle, threads: int = 0, provider: str = "cpu", store: Path | None = None) -> None:
         self._runtime = import_onnxruntime()
-        self._bundle, self.threads = bundle, threads
+        self._bundle = bundle
         self._provider = None if provider == "cpu" else open_provider(self._runtime, provider)
         self._folder = None if store is None else store / "onnxruntime"
         self._sessions: dict[str, _OnnxRuntimeSession] = {}
         device = "CPU" if self._provider is None else self._provider.device
-        self.name = f"onnxruntime {self._runtime.__version__} {device}"
+        name = f"onnxruntime {self._runtime.__version__} {device}"
+        self.info = EngineInfo(
+            name=name,
+            identity=name,
+            library="onnxruntime",
+            version=self._runtime.__version__,
+            device=device,
+            precision=Precision.FP32 if self._provider is None else bundle.manifest.precision.name,
+            graphs=tuple(bundle.manifest.graphs),
+            threads=threads,
+        )
 
     def session(self, graph: str) -> _OnnxRuntimeSession:
         if graph not in self._sessions:
             self._sessions[graph] = _OnnxRuntimeSession(
-                functools.partial(self._loaded, graph), f"{self.name}, graph {graph}"
+                functools.partial(self._load, graph), f"{self.info.name}, graph {graph}"
             )
         return self._sessions[graph]
 
@@ -69,7 +78,16 @@ class OnnxRuntimeEngine:
         if graph in self._sessions:
             self._sessions[graph].release()
 
-    def _loaded(self, graph: str) -> Call:
+    def open_loop(self, limits: TableLimits) -> HostLoop:
+        """As ``Engine.open_loop``."""
+        return HostLoop(self, self._bundle.manifest, limits)
+
+    def close(self) -> None:
+        """As ``Engine.close``."""
+        for session in self._sessions.values():
+            session.release()
+
+    def _load(self, graph: str) -> Call:
         path = self._bundle.graph(graph)
         try:
             return self._on_cpu(graph, path) if self._provider is None else self._on_gpu(graph, path)
@@ -77,7 +95,7 @@ class OnnxRuntimeEngine:
             raise
         except Exception as error:  # its exception types are not public
             raise EngineError(
-                f"{path}: {self.name} cannot load it ({reason(error)}); "
+                f"{path}: {self.info.name} cannot load it ({reason(error)}); "
                 "install the onnxruntime of the constraints file or another engine"
             ) from error
 
@@ -92,7 +110,7 @@ class OnnxRuntimeEngine:
     def _on_cpu(self, graph: str, path: Path) -> Call:
         options = self._options()
         if graph in UNPACKED:
-            if self._bundle.manifest.precision.name == "fp32":
+            if self._bundle.manifest.precision.name == Precision.FP32:
                 options.add_session_config_entry("session.disable_prepacking", "1")
         elif self._folder is not None:
             facts = facts_of(self._bundle, graph, f"onnxruntime {self._runtime.__version__}", {"weights": "packed"})
@@ -100,7 +118,7 @@ class OnnxRuntimeEngine:
             if folder is not None:
                 path = folder / "model.onnx"
                 options.graph_optimization_level = self._runtime.GraphOptimizationLevel.ORT_DISABLE_ALL  # it is done
-        session = self._opened(path, options)
+        session = self._open(path, options)
         return lambda inputs, outputs: session.run(list(outputs), dict(inputs))
 
     def _write(self, path: Path, folder: Path) -> None:
@@ -112,27 +130,27 @@ class OnnxRuntimeEngine:
             ("save_external_prepacked_constant_initializers", "1"),
         ):
             options.add_session_config_entry(f"session.{key}", value)
-        self._opened(path, options)
+        self._open(path, options)
 
     def _options(self) -> Any:
         options = self._runtime.SessionOptions()
-        options.intra_op_num_threads = self.threads
+        options.intra_op_num_threads = self.info.threads
         options.log_severity_level = 3
         return options
 
-    def _opened(self, path: Path, options: Any) -> Any:
+    def _open(self, path: Path, options: Any) -> Any:
         return self._runtime.InferenceSession(os.fspath(path), options, providers=[CPU])
 
 
 class _OnnxRuntimeSession:
     """A graph, loaded at once; after ``release`` when it is run again."""
 
-    def __init__(self, loaded: Callable[[], Call], name: str) -> None:
-        self._loaded, self._name = loaded, name
-        self._call: Call | None = loaded()
+    def __init__(self, load: Callable[[], Call], name: str) -> None:
+        self._load, self._name = load, name
+        self._call: Call | None = load()
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
-        call = self._call = self._call or self._loaded()
+        call = self._call = self._call or self._load()
         try:
             results = call({name: np.ascontiguousarray(value) for name, value in inputs.items()}, outputs)
         except Exception as error:  # its exception types are not public

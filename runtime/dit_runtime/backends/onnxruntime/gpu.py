@@ -10,15 +10,15 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from dit_runtime.core.environment import environment
+from dit_runtime.backends.base import Array
+from dit_runtime.bundle.precision import Precision
+from dit_runtime.core.environment import describe_environment
 from dit_runtime.core.errors import EngineError
-
-if TYPE_CHECKING:
-    from dit_runtime.backends.open import Array
+from dit_runtime.core.machine import has_nvidia_driver
 
 PROVIDERS = {
     "cuda": "CUDAExecutionProvider",
@@ -48,15 +48,6 @@ class Provider:
     devices: tuple[Any, ...] = field(default=(), repr=False)
 
 
-def has_driver() -> bool:
-    """Whether NVIDIA's driver is installed: the providers of a wheel are listed without one too."""
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    return True
-
-
 def open_provider(runtime: Any, name: str) -> Provider:
     """What a provider needs before a session is opened: libraries loaded, and for the plugin its devices.
 
@@ -68,9 +59,9 @@ def open_provider(runtime: Any, name: str) -> Provider:
     library = _rtx_library(runtime) if name == "rtx" else None
     if library is None and PROVIDERS[name] not in runtime.get_available_providers():
         raise _refused(runtime, name, "this ONNX Runtime was built without it")
-    if not has_driver():
+    if not has_nvidia_driver():
         raise _refused(runtime, name, "there is no NVIDIA driver")
-    gpus = environment().get("gpus") or [{"name": "GPU"}]
+    gpus = describe_environment().get("gpus") or [{"name": "GPU"}]
     device = f"{PROVIDERS[name].removesuffix('ExecutionProvider')} {gpus[0]['name']}"
     if library is not None:
         return Provider(name, device, _rtx_devices(runtime, library))
@@ -105,7 +96,7 @@ def _rtx_devices(runtime: Any, library: str) -> tuple[Any, ...]:
     return devices
 
 
-def open_gpu_session(runtime: Any, provider: Provider, path: Path, options: Any, precision: str) -> Any:
+def open_gpu_session(runtime: Any, provider: Provider, path: Path, options: Any, precision: Precision) -> Any:
     """A session whose work is on the GPU.
 
     The entry ``session.disable_cpu_fallback`` is no help: where the provider's libraries are missing, ONNX Runtime 1.31
@@ -168,20 +159,21 @@ def run_bound(
     return [np.asarray(result) for result in binding.copy_outputs_to_cpu()]
 
 
-def _with_options(name: str, precision: str) -> list[Any]:
+def _with_options(name: str, precision: Precision) -> list[Any]:
     # The device's memory is shared with others: take what is needed. TF32 is not FP32.
     cuda = (PROVIDERS["cuda"], {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"})
     if name == "cuda":
         return [cuda]
-    return [(PROVIDERS["tensorrt"], {"trt_fp16_enable": str(precision == "fp16")}), cuda]
+    return [(PROVIDERS["tensorrt"], {"trt_fp16_enable": str(precision == Precision.FP16)}), cuda]
 
 
 def _work_elsewhere(session: Any, provider: str) -> list[str]:
     """Kinds of heavy operators that are not on the provider. Empty where ONNX Runtime does not tell (before 1.24)."""
-    assigned = getattr(session, "get_provider_graph_assignment_info", None)
-    if assigned is None:
+    try:
+        assigned = session.get_provider_graph_assignment_info()
+    except AttributeError:
         return []
-    kinds = {node.op_type for part in assigned() if part.ep_name != provider for node in part.get_nodes()}
+    kinds = {node.op_type for part in assigned if part.ep_name != provider for node in part.get_nodes()}
     return sorted(kinds & HEAVY)
 
 

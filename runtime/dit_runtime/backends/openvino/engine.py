@@ -17,21 +17,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from dit_runtime.backends.base import Array, EngineInfo
+from dit_runtime.backends.conditioning import TableLimits
+from dit_runtime.backends.host_loop import HostLoop
 from dit_runtime.backends.openvino.passes import ARRANGEMENT, rearrange
-from dit_runtime.backends.prepared import facts_of, find_prepared, prepare_graph
+from dit_runtime.backends.prepared import Facts, facts_of, find_prepared, prepare_graph
 from dit_runtime.bundle.manifest import ENCODER, GraphSpec
+from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import EngineError
-from dit_runtime.core.machine import check_memory, processor
+from dit_runtime.core.machine import check_memory, read_processor
 
-if TYPE_CHECKING:
-    from dit_runtime.backends.open import Array
-
-PRECISIONS = ("f32", "bf16")
+PRECISIONS = (Precision.FP32, Precision.BF16)
 SHAPES = 2  # compiled models that a graph keeps: with and without guidance
 MODEL = "model.xml"  # of a prepared graph
 ROWS = "rows"  # of the conditioning table: as many as there are, and only looked up, so that its size costs nothing
@@ -46,7 +47,7 @@ class OpenVinoEngine:
     Args:
         bundle: whose graphs.
         threads: of the CPU, in all streams together; 0 lets OpenVINO choose.
-        precision: ``f32`` or ``bf16``; None is ``bf16`` for an FP16 bundle on a CPU that has it, else ``f32``.
+        precision: FP32 or BF16; None is BF16 for an FP16 bundle on a CPU that has it, else FP32.
         streams: calls of one session that run side by side, each from its own thread, for throughput.
         shapes: how many sets of input shapes a graph stays compiled for; the one least recently used makes room. Each
             holds the packed weights.
@@ -58,13 +59,11 @@ class OpenVinoEngine:
         EngineError: OpenVINO is not installed, or the CPU does not have the precision.
     """
 
-    max_batch: int | None = None
-
     def __init__(
         self,
         bundle: Bundle,
         threads: int = 0,
-        precision: str | None = None,
+        precision: Precision | None = None,
         *,
         streams: int = 1,
         shapes: int = SHAPES,
@@ -72,12 +71,21 @@ class OpenVinoEngine:
         store: Path | None = None,
     ) -> None:
         self._openvino = import_openvino()
-        self.bundle, self.threads, self.streams, self.shapes = bundle, threads, streams, shapes
+        self.bundle, self.streams, self.shapes = bundle, streams, shapes
         self._core = self._openvino.Core()
-        self.precision = self._precision(precision)
-        self.version = self._openvino.__version__.partition("-")[0]
-        self.name = f"openvino {self.version} CPU {self.precision}"
-        self.identity = f"{self.name}, arrangement {ARRANGEMENT}"
+        chosen, version = self._choose(precision), self._openvino.__version__.partition("-")[0]
+        name = f"openvino {version} CPU {chosen}"
+        self.info = EngineInfo(
+            name=name,
+            identity=f"{name}, arrangement {ARRANGEMENT}",
+            library="openvino",
+            version=version,
+            device="CPU",
+            precision=chosen,
+            graphs=tuple(bundle.manifest.graphs),
+            threads=threads,
+        )
+        self._bf16 = chosen == Precision.BF16
         self._folder = None if store is None else store / "openvino"
         self._properties: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY" if streams == 1 else "THROUGHPUT",
@@ -90,16 +98,17 @@ class OpenVinoEngine:
         self._sessions: dict[str, _OpenVinoSession] = {}
         self._sources: dict[str, Future[Path | None]] = {}
 
-    def _precision(self, asked: str | None) -> str:
+    def _choose(self, asked: Precision | None) -> Precision:
         if asked not in (None, *PRECISIONS):
-            raise EngineError(f"precision {asked!r} with OpenVINO: choose one of {', '.join(PRECISIONS)}")
+            raise EngineError(f"precision {asked} with OpenVINO: choose one of {', '.join(PRECISIONS)}")
         able = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        if asked == "bf16" and not able:
+        if asked == Precision.BF16 and not able:
             raise EngineError(
-                f"precision bf16: this CPU ({processor().model}) has no BF16 instructions (avx512_bf16 or amx_bf16); "
-                "use --precision f32"
+                f"precision bf16: this CPU ({read_processor().model}) has no BF16 instructions (avx512_bf16 or "
+                "amx_bf16); use --precision fp32"
             )
-        return asked or ("bf16" if able and self.bundle.manifest.precision.name == "fp16" else "f32")
+        lowered = able and self.bundle.manifest.precision.name == Precision.FP16
+        return asked or (Precision.BF16 if lowered else Precision.FP32)
 
     def session(self, graph: str) -> _OpenVinoSession:
         if graph not in self._sessions:
@@ -112,39 +121,48 @@ class OpenVinoEngine:
         if graph in self._sessions:
             self._sessions[graph].release()
 
-    def compiled(self, graph: str, shapes: Mapping[str, Sequence[int]]) -> Any:
+    def open_loop(self, limits: TableLimits) -> HostLoop:
+        """As ``Engine.open_loop``."""
+        return HostLoop(self, self.bundle.manifest, limits)
+
+    def close(self) -> None:
+        """As ``Engine.close``."""
+        for session in self._sessions.values():
+            session.release()
+
+    def compile(self, graph: str, shapes: Mapping[str, Sequence[int]]) -> Any:
         """A graph compiled for input shapes; -1 is a size that is left open.
 
         Raises:
             EngineError: too little memory, or OpenVINO cannot read or compile it.
         """
         spec = self.bundle.manifest.graphs[graph]
-        fp16 = self.bundle.manifest.precision.name == "fp16"
+        fp16 = self.bundle.manifest.precision.name == Precision.FP16
         values = self.bundle.manifest.files[spec.weights].bytes // (2 if fp16 else 4)
-        check_memory(values * (2 if self.precision == "bf16" else 4), f"the {graph} on {self.name}")
+        check_memory(values * (2 if self._bf16 else 4), f"the {graph} on {self.info.name}")
         # A graph of an FP16 bundle says itself what is BF16; the autoencoder gains nothing from its FP32 islands. With
         # OpenVINO's own switch all is BF16, and the conditioner's timesteps must not be.
-        lowered = self.precision == "bf16" and (graph in AUTOENCODER or (not fp16 and graph != "conditioner"))
+        lowered = self._bf16 and (graph in AUTOENCODER or (not fp16 and graph != "conditioner"))
         properties = {
             **self._properties,
             "INFERENCE_PRECISION_HINT": "bf16" if lowered else "dynamic" if fp16 else "f32",
             "EXECUTION_MODE_HINT": "PERFORMANCE" if lowered else "ACCURACY",
         }
-        with self._explained(f"{self.bundle.path}: {self.name} cannot load the {graph}"):
+        with self._explained(f"{self.bundle.path}: {self.info.name} cannot load the {graph}"):
             model = self._model(graph, fp16)
             model.reshape({name: list(shape) for name, shape in shapes.items()})
             return self._core.compile_model(model, "CPU", properties)
 
     def _source(self, graph: str) -> Path | None:
         """The checked file to read a graph from: the prepared one or an FP32 bundle's own; None where there is none."""
-        if self.bundle.manifest.precision.name != "fp16":
+        if self.bundle.manifest.precision.name != Precision.FP16:
             return self.bundle.graph(graph)  # weights are mapped, as they are
         folder = None if self._folder is None else find_prepared(self._folder, self._facts(graph))
         return None if folder is None else folder / MODEL
 
-    def _facts(self, graph: str) -> dict[str, Any]:
-        form = {"precision": self.precision, "arrangement": ARRANGEMENT}
-        return facts_of(self.bundle, graph, f"openvino {self.version}", form)
+    def _facts(self, graph: str) -> Facts:
+        form = {"precision": str(self.info.precision), "arrangement": ARRANGEMENT}
+        return facts_of(self.bundle, graph, f"openvino {self.info.version}", form)
 
     def _model(self, graph: str, fp16: bool) -> Any:
         """The graph as OpenVINO reads it, without FP16."""
@@ -168,7 +186,7 @@ class OpenVinoEngine:
                     if source.get_type_name() == "Constant" and np.array_equal(source.get_data(), np.float32(1)):
                         node.output(0).replace(node.input_value(other))
                         break
-        if self.precision == "bf16":  # FP32 gains 1 to 2 %, and its weights would be copied
+        if self._bf16:  # FP32 gains 1 to 2 %, and its weights would be copied
             rearrange(model)
         return model
 
@@ -185,14 +203,14 @@ class OpenVinoEngine:
         openvino = self._openvino
         from openvino import opset13
 
-        own = {"bf16": openvino.Type.bf16, "f32": openvino.Type.f32}[self.precision]
+        own = openvino.Type.bf16 if self._bf16 else openvino.Type.f32
         model = self._read(self.bundle.graph(graph))
         for node in model.get_ordered_ops():
             if node.get_output_size() == 0 or node.get_output_element_type(0) != openvino.Type.f16:
                 continue
             if node.get_type_name() == "Constant":
                 values = np.asarray(node.get_data(), np.float32)
-                if self.precision == "bf16":
+                if self._bf16:
                     tensor = openvino.Tensor(_bfloat16(values), openvino.Shape(list(values.shape)), own)
                 else:
                     tensor = openvino.Tensor(values)
@@ -239,7 +257,8 @@ class _OpenVinoSession:
         except RuntimeError as error:
             shapes = ", ".join(f"{name} {value.dtype}{list(value.shape)}" for name, value in inputs.items())
             raise EngineError(
-                f"{self._engine.name}, graph {self._graph} failed on {shapes}: {_reason(error)}; try a smaller batch"
+                f"{self._engine.info.name}, graph {self._graph} failed on {shapes}: {_reason(error)}; try a smaller "
+                "batch"
             ) from error
         finally:
             waiting.put(request)
@@ -255,7 +274,7 @@ class _OpenVinoSession:
             if key not in self._requests:
                 while len(self._requests) >= max(self._engine.shapes, 1):
                     self._requests.popitem(last=False)
-                compiled = self._engine.compiled(self._graph, shapes)
+                compiled = self._engine.compile(self._graph, shapes)
                 self._requests[key] = queue.SimpleQueue()
                 for _ in range(self._engine.streams):
                     self._requests[key].put(compiled.create_infer_request())

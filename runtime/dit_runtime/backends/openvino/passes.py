@@ -9,13 +9,11 @@ models as wide as L and XL only (``WIDE``): at S's and B's widths it gains nothi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from dit_runtime.backends.open import Array
-
+from dit_runtime.backends.base import Array
 
 ARRANGEMENT = "2"  # of prepared graphs: those of another are not used
 WIDE = 1024

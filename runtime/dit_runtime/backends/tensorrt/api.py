@@ -1,10 +1,7 @@
 """TensorRT 10.3 to 11 and TensorRT-RTX: every attribute of theirs that is used is used here, and nowhere else.
 
 What differs between the libraries and their versions is decided here. A test collects each attribute from this file and
-looks it up in the real bindings of 10.3, 10.16, 11.4 and RTX; so that it can, a variable named ``builder``, ``config``,
-``network``, ``parser``, ``profile``, ``runtime``, ``engine``, ``context``, ``inspector``, ``cache``, ``tensor``,
-``problem``, ``runtime_config`` or ``host_memory`` holds an object of that kind of the library, and ``trt`` the library
-itself.
+looks it up in the real bindings of 10.3, 10.16, 11.4 and RTX.
 """
 
 from __future__ import annotations
@@ -15,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +25,23 @@ LIBRARIES = {
     "pip install 'dit-export[tensorrt]'",
     "tensorrt_rtx": "pip install 'dit-export[rtx]'",
 }
+
+# Objects of the libraries, under their classes' own names: the libraries have no types of their own to import.
+Builder: TypeAlias = Any
+EngineInspector: TypeAlias = Any
+IBuilderConfig: TypeAlias = Any
+ICudaEngine: TypeAlias = Any
+IExecutionContext: TypeAlias = Any
+IHostMemory: TypeAlias = Any
+ILogger: TypeAlias = Any
+INetworkDefinition: TypeAlias = Any
+IOptimizationProfile: TypeAlias = Any
+IRuntimeConfig: TypeAlias = Any
+ITensor: TypeAlias = Any
+ITimingCache: TypeAlias = Any
+OnnxParser: TypeAlias = Any
+ParserError: TypeAlias = Any
+Runtime: TypeAlias = Any
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Sequence[Shape]]  # of each input, the least, usual and largest
@@ -67,7 +81,7 @@ class Layer(NamedTuple):
 class Built(NamedTuple):
     """A plan, the timing cache after it, and whether TF32 was on."""
 
-    plan: Any  # the library's buffer; bytes() would hold a second copy
+    plan: IHostMemory  # bytes() would hold a second copy
     timing_cache: bytes
     tf32: bool
 
@@ -94,7 +108,7 @@ def library(name: str) -> TensorRT:
     return TensorRT(module, name, str(module.__version__))
 
 
-def logger(library: TensorRT, log: Log) -> Any:
+def logger(library: TensorRT, log: Log) -> ILogger:
     """The library's logger, which tells ``log``. It must outlive what is made with it."""
     trt = library.module
     names = {
@@ -171,15 +185,15 @@ def plan_from_onnx(
             return None
 
     own_logger = logger(library, noted)
-    builder = trt.Builder(own_logger)
+    builder: Builder = trt.Builder(own_logger)
     # Required on 10, the only kind and ignored on 11.
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, own_logger)
+    network: INetworkDefinition = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser: OnnxParser = trt.OnnxParser(network, own_logger)
     if not parser.parse_from_file(str(onnx)):
-        problems = [parser.get_error(index) for index in range(parser.num_errors)]
+        problems: list[ParserError] = [parser.get_error(index) for index in range(parser.num_errors)]
         reasons = [problem.desc() for problem in problems]
         raise BuildError(f"{onnx}: cannot be parsed ({'; '.join(reasons or errors) or 'no reason given'})")
-    config = builder.create_builder_config()
+    config: IBuilderConfig = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes)
     config.clear_flag(trt.BuilderFlag.TF32)  # on by default: FP32 products would lose 13 bits
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # for the audit
@@ -191,14 +205,14 @@ def plan_from_onnx(
         config.max_aux_streams = auxiliary_streams
     if compute_capability is not None:
         _set_compute_capability(library, config, compute_capability)
-    cache = config.create_timing_cache(timing_cache or b"")
+    cache: ITimingCache = config.create_timing_cache(timing_cache or b"")
     if not config.set_timing_cache(cache, ignore_mismatch=False):  # of another device or version
         log("warning", "the timing cache is for another device or version and is not used")
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, ignore_mismatch=False)
     _pin(network, profiles)
     for shapes in profiles:
-        profile = builder.create_optimization_profile()
+        profile: IOptimizationProfile = builder.create_optimization_profile()
         for name, (least, usual, largest) in shapes.items():
             profile.set_shape(name, least, usual, largest)
         if config.add_optimization_profile(profile) < 0:
@@ -207,11 +221,10 @@ def plan_from_onnx(
     if plan is None:
         reason = "cancelled" if cancelled else "; ".join(errors) or "no reason given"
         raise BuildError(f"{onnx}: cannot be built ({reason})")
-    host_memory = cache.serialize()
-    return Built(plan, bytes(host_memory), bool(config.get_flag(trt.BuilderFlag.TF32)))
+    return Built(plan, bytes(cache.serialize()), bool(config.get_flag(trt.BuilderFlag.TF32)))
 
 
-def _set_compute_capability(library: TensorRT, config: Any, capability: str) -> None:
+def _set_compute_capability(library: TensorRT, config: IBuilderConfig, capability: str) -> None:
     if library.name != "tensorrt_rtx":
         raise BuildError(f"{library.name} compiles for the GPU present alone, not for {capability}; build there")
     config.num_compute_capabilities = 1
@@ -221,34 +234,34 @@ def _set_compute_capability(library: TensorRT, config: Any, capability: str) -> 
     config.set_compute_capability(value, 0)
 
 
-def _pin(network: Any, profiles: Sequence[Shapes]) -> None:
-    """Make axes static that have one size in all profiles: the builder plans static shapes better."""
+def _pin(network: INetworkDefinition, profiles: Sequence[Shapes]) -> None:
+    """Make axes static that have one size in all profiles: the builder has faster kernels for static shapes."""
     for index in range(network.num_inputs):
-        tensor = network.get_input(index)
+        tensor: ITensor = network.get_input(index)
         shapes = [shape for profile in profiles for shape in profile[tensor.name]]
         tensor.shape = tuple(sizes[0] if len(set(sizes)) == 1 else -1 for sizes in zip(*shapes, strict=True))
 
 
-def runtime_of(library: TensorRT, own_logger: Any) -> Any:
+def runtime_of(library: TensorRT, own_logger: ILogger) -> Runtime:
     """The library's runtime. It must outlive its engines. Code inside a plan is not allowed to run on the host."""
-    runtime = library.module.Runtime(own_logger)
+    runtime: Runtime = library.module.Runtime(own_logger)
     runtime.engine_host_code_allowed = False
     return runtime
 
 
-def engine_from_plan(runtime: Any, plan: bytes | memoryview) -> Any:
+def engine_from_plan(runtime: Runtime, plan: bytes | memoryview) -> ICudaEngine:
     """Deserialize a plan: native code, so only one that a sidecar vouches for.
 
     Raises:
         EngineError: the library refuses it; its logger says why.
     """
-    engine = runtime.deserialize_cuda_engine(plan)
+    engine: ICudaEngine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise EngineError("the plan cannot be loaded here")
     return engine
 
 
-def tensors_of(library: TensorRT, engine: Any) -> dict[str, Tensor]:
+def tensors_of(library: TensorRT, engine: ICudaEngine) -> dict[str, Tensor]:
     """The engine's inputs and outputs by name."""
     trt = library.module
     found = {}
@@ -263,7 +276,7 @@ def tensors_of(library: TensorRT, engine: Any) -> dict[str, Tensor]:
     return found
 
 
-def profiles_of(library: TensorRT, engine: Any) -> list[dict[str, tuple[Shape, Shape, Shape]]]:
+def profiles_of(library: TensorRT, engine: ICudaEngine) -> list[dict[str, tuple[Shape, Shape, Shape]]]:
     """Least, usual and largest shape of each input in each optimization profile."""
     inputs = [tensor.name for tensor in tensors_of(library, engine).values() if tensor.is_input]
     profiles = []
@@ -276,12 +289,12 @@ def profiles_of(library: TensorRT, engine: Any) -> list[dict[str, tuple[Shape, S
     return profiles
 
 
-def activation_bytes(engine: Any, profile_index: int) -> int:
+def activation_bytes(engine: ICudaEngine, profile_index: int) -> int:
     """Device memory that a context needs at the largest shapes of a profile."""
     return int(engine.get_device_memory_size_for_profile_v2(profile_index))
 
 
-def context_of(library: TensorRT, engine: Any, profile_index: int, stream: int) -> Any:
+def context_of(library: TensorRT, engine: ICudaEngine, profile_index: int, stream: int) -> IExecutionContext:
     """An execution context without memory of its own, switched to a profile; synchronize ``stream`` before its use.
 
     Raises:
@@ -292,12 +305,12 @@ def context_of(library: TensorRT, engine: Any, profile_index: int, stream: int) 
     if library.name == "tensorrt_rtx":
         # Its own way is to start with kernels for any shape while it compiles those for the shape at hand: a CUDA graph
         # that is captured meanwhile would keep the slower ones.
-        runtime_config = engine.create_runtime_config()
+        runtime_config: IRuntimeConfig = engine.create_runtime_config()
         runtime_config.set_execution_context_allocation_strategy(strategy)
         runtime_config.dynamic_shapes_kernel_specialization_strategy = (
             trt.DynamicShapesKernelSpecializationStrategy.EAGER
         )
-        context = engine.create_execution_context(runtime_config)
+        context: IExecutionContext = engine.create_execution_context(runtime_config)
     else:
         context = engine.create_execution_context(strategy)
     if context is None or not context.set_optimization_profile_async(profile_index, stream):
@@ -305,12 +318,12 @@ def context_of(library: TensorRT, engine: Any, profile_index: int, stream: int) 
     return context
 
 
-def give_memory(context: Any, address: int, size: int) -> None:
+def give_memory(context: IExecutionContext, address: int, size: int) -> None:
     """Device memory for the context's activations, aligned to 256 bytes; another context may use it in between."""
     context.set_device_memory(address, size)
 
 
-def bind(context: Any, name: str, address: int, shape: Shape | None = None) -> None:
+def bind(context: IExecutionContext, name: str, address: int, shape: Shape | None = None) -> None:
     """Where a tensor lies on the device, and an input's shape.
 
     Raises:
@@ -322,12 +335,12 @@ def bind(context: Any, name: str, address: int, shape: Shape | None = None) -> N
         raise EngineError(f"tensor {name}: cannot be bound")
 
 
-def output_shape(context: Any, name: str) -> Shape:
+def output_shape(context: IExecutionContext, name: str) -> Shape:
     """An output's shape, once all inputs have theirs."""
     return tuple(context.get_tensor_shape(name))
 
 
-def enqueue(context: Any, stream: int) -> None:
+def enqueue(context: IExecutionContext, stream: int) -> None:
     """Start the network on a CUDA stream; returns before it is done.
 
     Raises:
@@ -337,10 +350,10 @@ def enqueue(context: Any, stream: int) -> None:
         raise EngineError("the engine could not be started")
 
 
-def layers_of(library: TensorRT, engine: Any) -> list[Layer]:
+def layers_of(library: TensorRT, engine: ICudaEngine) -> list[Layer]:
     """All kernels of all profiles, from the engine's inspector (which needs the engine loaded, so its GPU)."""
     trt = library.module
-    inspector = engine.create_engine_inspector()
+    inspector: EngineInspector = engine.create_engine_inspector()
     text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
     return layers_from_json(text)
 
@@ -358,6 +371,6 @@ def layers_from_json(text: str) -> list[Layer]:
         raise EngineError("the inspector does not describe the engine's layers; build it with dit-build") from error
 
 
-def as_bytes(plan: Any) -> NDArray[np.uint8]:
+def as_bytes(plan: IHostMemory) -> NDArray[np.uint8]:
     """A plan's bytes, without a copy."""
     return np.frombuffer(plan, np.uint8)

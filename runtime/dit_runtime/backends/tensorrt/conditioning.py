@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from dit_runtime.backends.host_loop import Condition, conditioner_inputs, row_bytes
+from dit_runtime.backends.conditioning import Condition, TableLimits, conditioner_inputs, row_bytes
 from dit_runtime.backends.tensorrt import api as tensorrt_api
 from dit_runtime.backends.tensorrt.buffers import (
     DeviceBuffer,
@@ -15,9 +14,7 @@ from dit_runtime.backends.tensorrt.buffers import (
     put,
 )
 from dit_runtime.backends.tensorrt.cuda import ALIGNMENT
-
-if TYPE_CHECKING:
-    from dit_runtime.backends.tensorrt.engine import TensorRtEngine
+from dit_runtime.backends.tensorrt.device import Device
 
 
 class DeviceTable:
@@ -26,19 +23,19 @@ class DeviceTable:
     The conditioner's weights are freed before the next step. One that has to come back stays, while there is room.
     """
 
-    def __init__(self, engine: TensorRtEngine, table_bytes: int, conditioner_bytes: int) -> None:
-        spec = engine.bundle.manifest.table
-        self._engine, self._name, self._row = engine, spec.name, row_bytes(spec)
+    def __init__(self, device: Device, limits: TableLimits) -> None:
+        spec = device.manifest.table
+        self._device, self._name, self._row = device, spec.name, row_bytes(spec)
         self.granule = ALIGNMENT // math.gcd(ALIGNMENT, self._row)
-        stored = engine.stored.graphs
+        stored = device.stored.graphs
         largest = min(profile[spec.name][2][0] for profile in stored["step"].profiles)
         at_once = max(profile["timesteps"][2][0] for profile in stored["conditioner"].profiles)
-        self.capacity = max(1, min(table_bytes // self._row, largest))
-        chunk = max(1, min(conditioner_bytes // self._row, at_once))
+        self.capacity = max(1, min(limits.table_bytes // self._row, largest))
+        chunk = max(1, min(limits.conditioner_bytes // self._row, at_once))
         self._chunk = max(chunk // self.granule, 1) * self.granule
-        self._memory = DeviceBuffer(engine.cuda, engine.stream, engine.room)
-        self._inputs = DeviceBuffer(engine.cuda, engine.stream, engine.room)
-        self._host = PinnedBuffer(engine.cuda, engine.stream)
+        self._memory = DeviceBuffer(device.cuda, device.stream, device.make_room)
+        self._inputs = DeviceBuffer(device.cuda, device.stream, device.make_room)
+        self._host = PinnedBuffer(device.cuda, device.stream)
 
     @property
     def address(self) -> int:
@@ -52,15 +49,15 @@ class DeviceTable:
     @property
     def shape(self) -> tuple[int, ...]:
         """All that there is room for: as the step reads only rows that it is told to, those without values are left."""
-        _, *rest = self._engine.bundle.manifest.table.shape
+        _, *rest = self._device.manifest.table.shape
         return (self._memory.size // self._row, *(int(axis) for axis in rest))
 
     def fill(self, conditions: Sequence[Condition], first: int) -> None:
         """Compute rows into their places, from ``first``, a multiple of ``granule``."""
-        engine = self._engine
-        with engine.lock:
+        device = self._device
+        with device.lock:
             end, room = first + len(conditions), self._memory.size // self._row
-            engine.running = "conditioner"
+            device.running = "conditioner"
             if end > room:
                 size = min(self.capacity, max(end, 2 * room)) * self._row
                 self._memory.reserve(size, keep=min(first, room) * self._row)
@@ -68,13 +65,13 @@ class DeviceTable:
                 self._compute(conditions[start : start + self._chunk], first + start)
 
     def _compute(self, conditions: Sequence[Condition], first: int) -> None:
-        engine, cuda, stream = self._engine, self._engine.cuda, self._engine.stream
+        device, cuda, stream = self._device, self._device.cuda, self._device.stream
         cuda.synchronize(stream)  # rows before these use the same context, inputs and pinned memory
         values = conditioner_inputs(conditions)
-        fit = engine.fit("conditioner", {name: value.shape for name, value in values.items()})
-        loaded = engine.load("conditioner")
+        fit = device.fit("conditioner", {name: value.shape for name, value in values.items()})
+        loaded = device.load("conditioner")
         context = loaded.context(fit.profile, cuda, stream)
-        engine.give_activations(context, loaded, fit.profile)
+        device.give_activations(context, loaded, fit.profile)
         layout = Layout({name: (value.shape, value.dtype) for name, value in values.items()})
         self._inputs.reserve(layout.size)
         host = self._host.reserve(layout.size)
@@ -84,12 +81,12 @@ class DeviceTable:
             cuda.upload(self._inputs.address + place.offset, place.view(host), stream)
             tensorrt_api.bind(context, name, self._inputs.address + place.offset, place.shape)
         tensorrt_api.bind(context, self._name, self.address + first * self._row)
-        engine.start(context)
+        device.start(context)
 
     def settle(self) -> None:
         """The loop goes on: free the conditioner's weights, unless they had to come back before."""
-        if self._engine.loads("conditioner") == 1:
-            self._engine.release("conditioner")
+        if self._device.loads("conditioner") == 1:
+            self._device.unload("conditioner")
 
     def free(self) -> None:
         """Give the memory back."""

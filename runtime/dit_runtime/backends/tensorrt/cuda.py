@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_runtime.core.errors import EngineError
-from dit_runtime.core.machine import available_memory
+from dit_runtime.core.machine import read_available_memory
 
 ALIGNMENT = 256  # bytes: what TensorRT asks of every address, and no more than what an allocation has
 
@@ -160,7 +160,7 @@ class CudaRuntime:
             # All Orins have one name and compute capability, and plans are for their number of multiprocessors.
             name = f"{name}, {properties.multiProcessorCount} SMs"
             # In memory shared with the system the driver counts what files are cached in as taken.
-            free = max(int(free), available_memory() or 0)
+            free = max(int(free), read_available_memory() or 0)
         return DeviceFacts(
             name=name,
             compute_capability=f"{properties.major}.{properties.minor}",

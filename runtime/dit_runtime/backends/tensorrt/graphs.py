@@ -10,17 +10,15 @@ import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from dit_runtime.backends.profiles import BatchShape, Fit
 from dit_runtime.backends.tensorrt import api as tensorrt_api
 from dit_runtime.backends.tensorrt.buffers import Layout
-
-if TYPE_CHECKING:
-    from dit_runtime.backends.tensorrt.conditioning import DeviceTable
-    from dit_runtime.backends.tensorrt.engine import TensorRtEngine
-    from dit_runtime.backends.tensorrt.session import Fit
+from dit_runtime.backends.tensorrt.conditioning import DeviceTable
+from dit_runtime.backends.tensorrt.device import Device
 
 MOST_GRAPHS = 16  # batches of 1 to 8 with and without guidance; each holds a few hundred nodes and a context
 
@@ -36,27 +34,27 @@ class _Step:
 class StepGraphs:
     """What launches the step. ``addresses`` are those of its tensors; ``inputs`` is where the small ones lie together.
 
-    The engine's lock is held by whoever calls.
+    Whoever calls a method holds the device's lock. ``captured``: whether the steps are CUDA graphs.
     """
 
-    def __init__(self, engine: TensorRtEngine, table: DeviceTable, addresses: Mapping[str, int]) -> None:
-        self._engine, self._table, self._at = engine, table, addresses
-        self._steps: OrderedDict[tuple[int, int], _Step] = OrderedDict()
-        self._valid_for: tuple[int, int] | None = None
+    def __init__(self, device: Device, table: DeviceTable, addresses: Mapping[str, int], captured: bool) -> None:
+        self._device, self._table, self._at, self._captures = device, table, addresses, captured
+        self._steps: OrderedDict[BatchShape, _Step] = OrderedDict()
+        self._valid_for: tuple[int, int] | None = None  # how often activations and table had moved
 
     @property
-    def ready(self) -> list[tuple[int, int]]:
+    def ready(self) -> list[BatchShape]:
         """(batch, branches) of the steps that are ready, the last used last."""
         return list(self._steps)
 
     def launch(self, fit: Fit, layout: Layout) -> None:
         """Queue the step at these shapes, with its small inputs laid out so; it is made ready where it is not."""
-        engine = self._engine
+        device = self._device
         step = self._step(fit, layout)
         if step.graph is None:
             self._queue(step.context, fit)
         else:
-            engine.cuda.launch(step.graph, engine.stream)
+            device.cuda.launch(step.graph, device.stream)
 
     def free(self) -> None:
         """Give graphs and contexts back."""
@@ -65,73 +63,73 @@ class StepGraphs:
 
     def _queue(self, context: Any, fit: Fit) -> None:
         """The step's work: the network and the sampler, then the new state in the place of the old."""
-        engine = self._engine
-        engine.start(context)
+        device = self._device
+        device.start(context)
         size = np.dtype(np.float32).itemsize * math.prod(fit.shapes["state"])
-        engine.cuda.copy(self._at["state"], self._at["next_state"], size, engine.stream)
+        device.cuda.copy(self._at["state"], self._at["next_state"], size, device.stream)
 
     def _step(self, fit: Fit, layout: Layout) -> _Step:
-        engine, cuda, stream = self._engine, self._engine.cuda, self._engine.stream
+        device, cuda, stream = self._device, self._device.cuda, self._device.stream
         branches, batch = fit.shapes["rows"]
-        engine.running = "step"
+        device.running = "step"
         self._drop_stale()
         if (batch, branches) in self._steps:
             self._steps.move_to_end((batch, branches))
             return self._steps[batch, branches]
         while len(self._steps) >= MOST_GRAPHS:
             self._forget(next(iter(self._steps)))
-        loaded = engine.load("step")
-        engine.activations.reserve(self._activation_bytes(batch))
+        loaded = device.load("step")
+        device.activations.reserve(self._activation_bytes(batch))
         self._drop_stale()
         context = loaded.new_context(fit.profile, cuda, stream)
-        engine.give_activations(context, loaded, fit.profile)
+        device.give_activations(context, loaded, fit.profile)
         addresses = {
             **self._at,
             **{name: self._at["inputs"] + place.offset for name, place in layout.regions.items()},
-            engine.bundle.manifest.table.name: self._table.address,
+            device.manifest.table.name: self._table.address,
         }
         for name, tensor in loaded.tensors.items():
             tensorrt_api.bind(context, name, addresses[name], fit.shapes[name] if tensor.is_input else None)
         graph = None
-        if engine.captured:
+        if self._captures:
             # What the library does only once, such as loading kernels, must not be captured.
-            engine.start(context)
+            device.start(context)
             cuda.synchronize(stream)
-            graph = self._captured(context, fit)
+            graph = self._capture(context, fit)
         self._steps[batch, branches] = _Step(context, graph)
         return self._steps[batch, branches]
 
-    def _captured(self, context: Any, fit: Fit) -> int:
-        engine = self._engine
-        engine.cuda.begin_capture(engine.stream)
+    def _capture(self, context: Any, fit: Fit) -> int:
+        device = self._device
+        device.cuda.begin_capture(device.stream)
         try:
             self._queue(context, fit)
-            return engine.cuda.end_capture(engine.stream)
+            return device.cuda.end_capture(device.stream)
         except BaseException:
-            engine.cuda.abandon_capture(engine.stream)
+            device.cuda.abandon_capture(device.stream)
             raise
 
     def _activation_bytes(self, batch: int) -> int:
         """Those of all that this batch will run, so that their memory does not move in between."""
-        engine = self._engine
+        device = self._device
         needs = [1]
         for graph in ("step", "decoder"):
-            sizes = engine.stored.graphs[graph].activation_bytes
+            sizes = device.stored.graphs[graph].activation_bytes
             needs += [
                 size
-                for size, (least, _, largest) in zip(sizes, engine.profiles(graph), strict=True)
-                if least[0] <= batch <= largest[0]
+                for size, shapes in zip(sizes, device.profiles_of(graph).ranges(), strict=True)
+                if shapes.takes(batch)
             ]
         return max(needs)
 
     def _drop_stale(self) -> None:
         """Forget the steps when memory moved whose address they hold."""
-        if (valid := (self._engine.activations.moves, self._table.moves)) != self._valid_for:
+        if (valid := (self._device.activations.moves, self._table.moves)) != self._valid_for:
             self.free()
             self._valid_for = valid
 
-    def _forget(self, key: tuple[int, int]) -> None:
+    def _forget(self, key: BatchShape) -> None:
         step = self._steps.pop(key)
-        self._engine.cuda.synchronize(self._engine.stream)  # its last launch
+        self._device.cuda.synchronize(self._device.stream)  # its last launch
         if step.graph is not None:
-            self._engine.cuda.destroy_graph(step.graph)
+            self._device.cuda.destroy_graph(step.graph)

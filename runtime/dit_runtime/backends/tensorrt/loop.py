@@ -2,18 +2,22 @@
 
 The device is never left without work until an image is finished or its latents are read. The host queues at most two
 steps ahead of it, so that progress is what it seems and an interrupt ends soon. The small inputs of a step are copied
-to the address that its graph reads: on the device, from a plan that was uploaded once, or else from pinned memory.
+to the address that its graph reads: on the device, from a whole run's inputs that were uploaded once, or else from
+pinned memory.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from dit_runtime.backends.host_loop import ConditioningTable, Int32, RunInputs
+from dit_runtime.backends.base import Int32, RunInputs
+from dit_runtime.backends.conditioning import ConditioningTable, TableLimits
+from dit_runtime.backends.profiles import Fit, tensor_shapes
+from dit_runtime.backends.step import STATE_SLOTS
 from dit_runtime.backends.tensorrt.buffers import (
     DeviceBuffer,
     Layout,
@@ -22,16 +26,13 @@ from dit_runtime.backends.tensorrt.buffers import (
     put,
 )
 from dit_runtime.backends.tensorrt.conditioning import DeviceTable
+from dit_runtime.backends.tensorrt.device import Device
 from dit_runtime.backends.tensorrt.graphs import StepGraphs
 from dit_runtime.core.errors import EngineError, SamplingError
 from dit_runtime.samplers.noise import Float32
-from dit_runtime.samplers.schedule import COEFFICIENTS
 
-if TYPE_CHECKING:
-    from dit_runtime.backends.tensorrt.engine import TensorRtEngine
-    from dit_runtime.backends.tensorrt.session import Fit
-
-FLOAT32, INT32 = np.dtype(np.float32), np.dtype(np.int32)
+FLOAT32 = np.dtype(np.float32)
+SMALL = ("coefficients", "guidance", "rows")  # inputs of the step that change in every call and lie together
 
 
 class DeviceStepResult:
@@ -62,32 +63,34 @@ class DeviceLoop:
 
     looks_ahead = True
 
-    def __init__(self, engine: TensorRtEngine, table_bytes: int, conditioner_bytes: int) -> None:
-        self._engine, self.bounds = engine, (table_bytes, conditioner_bytes)
-        model = engine.bundle.manifest.model
+    def __init__(
+        self, device: Device, limits: TableLimits, closed: Callable[[DeviceLoop], None], captured: bool = True
+    ) -> None:
+        self._device, self.limits, self._closed = device, limits, closed
+        model = device.manifest.model
         self._image = (model.latent_channels, *model.latent_size)
-        largest = [shape for _, _, shape in engine.profiles("step")]
-        self._most = max(batch for batch, _ in largest)
+        ranges = device.profiles_of("step").ranges()
+        self._most = max(each.largest[0] for each in ranges)
         self._image_bytes = size = FLOAT32.itemsize * math.prod(self._image)
-        self._widest = self._block(self._most, max(branches for _, branches in largest))
-        cuda, stream = engine.cuda, engine.stream
+        self._widest = self._block(self._most, max(each.largest[1] for each in ranges))
+        cuda, stream = device.cuda, device.stream
         buffers = Layout(
             {
-                "state": ((self._most, 3, *self._image), FLOAT32),
+                "state": ((self._most, STATE_SLOTS, *self._image), FLOAT32),
                 "noise": ((self._most, *self._image), FLOAT32),
-                "next_state": ((self._most, 3, *self._image), FLOAT32),
+                "next_state": ((self._most, STATE_SLOTS, *self._image), FLOAT32),
                 "denoised": ((self._most, *self._image), FLOAT32),
                 "inputs": ((self._widest.size,), np.dtype(np.uint8)),
             }
         )
-        self._buffers, self._staging = DeviceBuffer(cuda, stream, engine.room), Staging(cuda, stream)
+        self._buffers, self._staging = DeviceBuffer(cuda, stream, device.make_room), Staging(cuda, stream)
         self._results = PinnedBuffer(cuda, stream)
-        self._plan: RunInputs | None = None
-        self._planned, self._plan_host = DeviceBuffer(cuda, stream, engine.room), PinnedBuffer(cuda, stream)
-        self._memory = DeviceTable(engine, table_bytes, conditioner_bytes)
-        self.table = ConditioningTable(self._memory, table_bytes)
+        self._inputs: RunInputs | None = None
+        self._rows, self._rows_host = DeviceBuffer(cuda, stream, device.make_room), PinnedBuffer(cuda, stream)
+        self._memory = DeviceTable(device, limits)
+        self.table = ConditioningTable(self._memory, limits.table_bytes)
         self._at: dict[str, int] = {}
-        self._graphs = StepGraphs(engine, self._memory, self._at)
+        self._graphs = StepGraphs(device, self._memory, self._at, captured)
         self._fits: dict[tuple[int, int, int], tuple[Fit, Layout]] = {}
         self._count = self._number = 0
         try:
@@ -105,61 +108,61 @@ class DeviceLoop:
         """(batch, branches) of the steps that are ready."""
         return self._graphs.ready
 
-    def join(self, latents: Float32) -> None:
+    def add(self, latents: Float32) -> None:
         """As ``Steps.join``."""
-        engine, cuda, stream = self._engine, self._engine.cuda, self._engine.stream
-        with engine.lock:
-            engine.running = None
-            engine.check_memory(self._count + len(latents))
+        device, cuda, stream = self._device, self._device.cuda, self._device.stream
+        with device.lock:
+            device.running = None
+            device.check_memory(self._count + len(latents))
             count, size = len(latents), self._image_bytes
             assert self._count + count <= self._most  # the pipeline has checked
-            first = self._at["state"] + self._count * 3 * size
-            cuda.clear(first, count * 3 * size, stream)
+            first = self._at["state"] + self._count * STATE_SLOTS * size
+            cuda.clear(first, count * STATE_SLOTS * size, stream)
             cuda.clear(self._at["noise"], self._most * size, stream)
             memory = self._staging.take()
             views = memory[: count * size].view(np.float32).reshape(latents.shape)
             views[...] = latents
             for index, view in enumerate(views):
-                cuda.upload(first + index * 3 * size, view, stream)
+                cuda.upload(first + index * STATE_SLOTS * size, view, stream)
             self._staging.sent()
             self._count += count
 
-    def leave(self, kept: Sequence[int]) -> None:
+    def keep(self, positions: Sequence[int]) -> None:
         """As ``Steps.leave``."""
-        engine, size = self._engine, self._image_bytes
-        with engine.lock:
-            for place, index in enumerate(kept):
+        device, size = self._device, self._image_bytes
+        with device.lock:
+            for place, index in enumerate(positions):
                 if place != index:
-                    for name, each in (("state", 3 * size), ("noise", size)):
+                    for name, each in (("state", STATE_SLOTS * size), ("noise", size)):
                         target, source = self._at[name] + place * each, self._at[name] + index * each
-                        engine.cuda.copy(target, source, each, engine.stream)
-            self._count = len(kept)
+                        device.cuda.copy(target, source, each, device.stream)
+            self._count = len(positions)
 
-    def run_planned(self, plan: RunInputs, row: int, noise: Float32 | None) -> DeviceStepResult:
-        """As ``Steps.planned``: the plan's rows are uploaded once, and copied on the device from then on."""
-        engine, cuda, stream = self._engine, self._engine.cuda, self._engine.stream
-        with engine.lock:
-            if plan is not self._plan:
-                self._upload(plan)
-            fit, layout = self._fit(self._count, plan.needed[row])
+    def run_row(self, inputs: RunInputs, row: int, noise: Float32 | None) -> DeviceStepResult:
+        """As ``Steps.planned``: the inputs of all rows are uploaded once, and copied on the device from then on."""
+        device, cuda, stream = self._device, self._device.cuda, self._device.stream
+        with device.lock:
+            if inputs is not self._inputs:
+                self._upload(inputs)
+            fit, layout = self._fit(self._count, inputs.needed[row])
             memory = self._staging.take()
-            cuda.copy(self._at["inputs"], self._planned.address + row * self._widest.size, layout.size, stream)
+            cuda.copy(self._at["inputs"], self._rows.address + row * self._widest.size, layout.size, stream)
             if noise is not None:
                 self._upload_noise(memory, noise, range(self._count))
             return self._advance(fit, layout)
 
-    def once(
-        self, coefficients: Float32, weights: Float32, rows: Int32, noise: Float32 | None, drawing: Sequence[int]
+    def run_step(
+        self, coefficients: Float32, guidance: Float32, rows: Int32, noise: Float32 | None, drawing: Sequence[int]
     ) -> DeviceStepResult:
-        """As ``Steps.once``."""
-        engine = self._engine
-        with engine.lock:
-            fit, layout = self._fit(self._count, len(weights))
+        """As ``Loop.run_step``."""
+        device = self._device
+        with device.lock:
+            fit, layout = self._fit(self._count, len(guidance))
             memory = self._staging.take()
-            values = {"coefficients": coefficients, "guidance": weights, "rows": rows}
+            values = {"coefficients": coefficients, "guidance": guidance, "rows": rows}
             for name, value in values.items():
                 put(layout[name].view(memory), value)
-            engine.cuda.upload(self._at["inputs"], memory[: layout.size], engine.stream)
+            device.cuda.upload(self._at["inputs"], memory[: layout.size], device.stream)
             if noise is not None:
                 self._upload_noise(memory, noise, drawing)
             return self._advance(fit, layout)
@@ -170,13 +173,13 @@ class DeviceLoop:
         Raises:
             SamplingError: another call came after it.
         """
-        engine, cuda, stream = self._engine, self._engine.cuda, self._engine.stream
-        with engine.lock:
+        device, cuda, stream = self._device, self._device.cuda, self._device.stream
+        with device.lock:
             if number != self._number:
                 raise SamplingError("latents of a step before the last are no longer on the device; read them in time")
             layout = Layout(
                 {
-                    "next_state": ((count, 3, *self._image), FLOAT32),
+                    "next_state": ((count, STATE_SLOTS, *self._image), FLOAT32),
                     "denoised": ((count, *self._image), FLOAT32),
                 }
             )
@@ -189,12 +192,12 @@ class DeviceLoop:
 
     def close(self) -> None:
         """As ``Steps.close``: what is on the device is for the next batch."""
-        with self._engine.lock:
+        with self._device.lock:
             try:
-                self._engine.cuda.synchronize(self._engine.stream)  # a step that was interrupted may have left copies
+                self._device.cuda.synchronize(self._device.stream)  # a step that was interrupted may have left copies
             finally:
-                self._count, self._plan, self._number = 0, None, self._number + 1
-                self._engine.give_back(self)
+                self._count, self._inputs, self._number = 0, None, self._number + 1
+                self._closed(self)
 
     def drop_graphs(self) -> None:
         """Give back what holds the step's weights. It is made again when the batch goes on."""
@@ -203,64 +206,53 @@ class DeviceLoop:
     def free(self) -> None:
         """Give everything on the device back."""
         self._graphs.free()
-        for memory in (self._buffers, self._staging, self._results, self._planned, self._plan_host, self._memory):
+        for memory in (self._buffers, self._staging, self._results, self._rows, self._rows_host, self._memory):
             memory.free()
 
     def _block(self, batch: int, branches: int) -> Layout:
         """How a step's small inputs lie together, to be copied at once."""
-        return Layout(
-            {
-                "coefficients": ((batch, COEFFICIENTS), FLOAT32),
-                "guidance": ((branches, batch, self._image[0]), FLOAT32),
-                "rows": ((branches, batch), INT32),
-            }
-        )
+        inputs = {tensor.name: tensor for tensor in self._device.manifest.graphs["step"].inputs}
+        shapes = tensor_shapes((inputs[name] for name in SMALL), {"batch": batch, "branches": branches})
+        return Layout({name: (shape, np.dtype(inputs[name].dtype)) for name, shape in shapes.items()})
 
     def _fit(self, batch: int, branches: int) -> tuple[Fit, Layout]:
         """The profile for so many images and branches, and how the small inputs lie in it."""
         key = (batch, branches, self._memory.moves)
         if key not in self._fits:
-            shapes = {
-                "state": (batch, 3, *self._image),
-                "noise": (batch, *self._image),
-                "coefficients": (batch, COEFFICIENTS),
-                "guidance": (branches, batch, self._image[0]),
-                "rows": (branches, batch),
-                self._engine.bundle.manifest.table.name: self._memory.shape,
-            }
-            fit = self._engine.fit("step", shapes)
+            sizes = {"batch": batch, "branches": branches, "rows": self._memory.shape[0]}
+            fit = self._device.fit("step", tensor_shapes(self._device.manifest.graphs["step"].inputs, sizes))
             self._fits[key] = fit, self._block(fit.shapes["rows"][1], fit.shapes["rows"][0])
         return self._fits[key]
 
-    def _upload(self, plan: RunInputs) -> None:
-        """All rows of a plan to the device, each laid out as its step reads it."""
-        engine, stride, count = self._engine, self._widest.size, len(plan.coefficients)
+    def _upload(self, inputs: RunInputs) -> None:
+        """The inputs of all rows to the device, each laid out as its step reads it."""
+        device, stride, count = self._device, self._widest.size, len(inputs.coefficients)
         size = stride * count
-        engine.cuda.synchronize(engine.stream)  # the plan before
-        memory = self._plan_host.reserve(size)[:size].reshape(count, stride)
-        self._planned.reserve(size)
-        for row, branches in enumerate(plan.needed):
+        device.cuda.synchronize(device.stream)  # the inputs before
+        memory = self._rows_host.reserve(size)[:size].reshape(count, stride)
+        self._rows.reserve(size)
+        for row, branches in enumerate(inputs.needed):
             _, layout = self._fit(self._count, branches)
             values: Mapping[str, Any] = {
-                "coefficients": plan.coefficients[row],
-                "guidance": plan.weights[row, :branches],
-                "rows": plan.rows[row, :branches],
+                "coefficients": inputs.coefficients[row],
+                "guidance": inputs.guidance[row, :branches],
+                "rows": inputs.rows[row, :branches],
             }
             for name, value in values.items():
                 put(layout[name].view(memory[row]), value)
-        engine.cuda.upload(self._planned.address, memory.reshape(-1), engine.stream)
-        self._plan = plan
+        device.cuda.upload(self._rows.address, memory.reshape(-1), device.stream)
+        self._inputs = inputs
 
     def _upload_noise(self, memory: Any, noise: Float32, places: Sequence[int]) -> None:
         """Noise ``[N, C, H, W]`` of these places, through staged memory."""
-        engine, size, first = self._engine, self._image_bytes, self._widest.size
+        device, size, first = self._device, self._image_bytes, self._widest.size
         views = memory[first : first + noise.nbytes].view(np.float32).reshape(noise.shape)
         views[...] = noise
         if len(places) == self._count:
-            engine.cuda.upload(self._at["noise"], views, engine.stream)
+            device.cuda.upload(self._at["noise"], views, device.stream)
             return
         for place, view in zip(places, views, strict=True):
-            engine.cuda.upload(self._at["noise"] + place * size, view, engine.stream)
+            device.cuda.upload(self._at["noise"] + place * size, view, device.stream)
 
     def _advance(self, fit: Fit, layout: Layout) -> DeviceStepResult:
         """Queue the step. What it reads is queued already, of it what is staged since the last ``take``."""

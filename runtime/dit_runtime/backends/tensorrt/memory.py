@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dit_runtime.backends.profiles import Shape, tensor_shapes
 from dit_runtime.backends.tensorrt.cuda import DeviceFacts
-from dit_runtime.backends.tensorrt.store import Shape, StoredEngine, StoredGraph
+from dit_runtime.backends.tensorrt.store import StoredEngine, StoredGraph
 from dit_runtime.bundle.manifest import GraphSpec, Manifest
 from dit_runtime.core.errors import EngineError
 
@@ -78,16 +79,17 @@ def need_of(
     sizes = {"batch": batch, "branches": branches, "rows": rows}
     step = manifest.graphs["step"]
     shapes = _shapes(step, sizes, manifest)
-    inputs = [tensor.name for tensor in step.inputs if tensor.name != manifest.table.name]
-    profile = graphs["step"].profile_for({name: shapes[name] for name in inputs})
-    if profile is None:
+    del shapes[manifest.table.name]
+    memory = graphs["step"].activation_bytes
+    fits = graphs["step"].profiles_of(step).fits(shapes)
+    if not fits:
         raise EngineError(f"no optimization profile of the step takes batch {batch} with {branches} branches")
-    decoder = max(_fitting(graphs["decoder"], batch, manifest))
+    decoder = max(_activations_at(graphs["decoder"], batch, manifest))
     table = _bytes(manifest.graphs["conditioner"], sizes, manifest, manifest.table.name)
     weights = [graphs["step"].weights_bytes, graphs["decoder"].weights_bytes]
     loop = Need(
         weights=max(weights) if in_turns else sum(weights),
-        activations=max(graphs["step"].activation_bytes[profile], decoder),
+        activations=max(min(memory[fit.profile] for fit in fits), decoder),
         table=table,
         buffers=_bytes(step, sizes, manifest) - table + _bytes(manifest.graphs["decoder"], sizes, manifest),
         estimated=estimated,
@@ -102,14 +104,10 @@ def need_of(
     return max(loop, before, key=lambda need: need.total)
 
 
-def _fitting(decoder: StoredGraph, batch: int, manifest: Manifest) -> list[int]:
+def _activations_at(decoder: StoredGraph, batch: int, manifest: Manifest) -> list[int]:
     """Activations of the decoder's profiles that take the batch; those of all of them where it is decoded in parts."""
-    (tensor,) = manifest.graphs["decoder"].inputs
-    taken = [
-        size
-        for profile, size in zip(decoder.profiles, decoder.activation_bytes, strict=True)
-        if profile[tensor.name][0][0] <= batch <= profile[tensor.name][2][0]
-    ]
+    ranges = decoder.profiles_of(manifest.graphs["decoder"]).ranges()
+    taken = [size for each, size in zip(ranges, decoder.activation_bytes, strict=True) if each.takes(batch)]
     return taken or list(decoder.activation_bytes)
 
 
@@ -178,16 +176,16 @@ def check_engine(manifest: Manifest, stored: StoredEngine, available: int, batch
     """
     if not {"conditioner", "step", "decoder"} <= stored.graphs.keys():
         return  # a missing plan is told where it is asked for
-    profiles = stored.graphs["step"].profiles
+    ranges = stored.graphs["step"].profiles_of(manifest.graphs["step"]).ranges()
     taking = [
-        (max(batch or 1, least[1]), least[0])  # filled up to the profile's least
-        for least, _, largest in (profile["rows"] for profile in profiles)
-        if (batch or 1) <= largest[1]
+        (max(batch or 1, each.least[0]), each.least[1])  # filled up to the profile's least
+        for each in ranges
+        if (batch or 1) <= each.largest[0]
     ]
     if not taking:
         return  # so is a batch that no profile takes
     size, branches = min(taking)
-    most = min(profile[manifest.table.name][2][0] for profile in profiles)
+    most = min(profile[manifest.table.name][2][0] for profile in stored.graphs["step"].profiles)
     steps = manifest.defaults.steps if batch is None else 1
 
     def need_at(size: int) -> Need:
@@ -215,16 +213,5 @@ def _bytes(graph: GraphSpec, sizes: Mapping[str, int], manifest: Manifest, only:
 def _shapes(graph: GraphSpec, sizes: Mapping[str, int], manifest: Manifest) -> dict[str, Shape]:
     height, width = manifest.model.latent_size
     image_height, image_width = manifest.image_size
-    known = {
-        **sizes,
-        "height": height,
-        "width": width,
-        "image_height": image_height,
-        "image_width": image_width,
-    }
-
-    def size(axis: int | str) -> int:  # such as 8*height
-        parts = str(axis).split("*")
-        return math.prod(int(part) if part.isdecimal() else known[part] for part in parts)
-
-    return {tensor.name: tuple(map(size, tensor.shape)) for tensor in (*graph.inputs, *graph.outputs)}
+    axes = {"height": height, "width": width, "image_height": image_height, "image_width": image_width}
+    return tensor_shapes((*graph.inputs, *graph.outputs), {**sizes, **axes})

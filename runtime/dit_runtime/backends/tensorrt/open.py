@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from dit_runtime.backends.open import TENSORRT
+from dit_runtime.backends.base import Backend, Candidate, EngineOptions
 from dit_runtime.backends.tensorrt import api as tensorrt_api
 from dit_runtime.backends.tensorrt.cuda import Cuda, CudaRuntime
 from dit_runtime.backends.tensorrt.engine import TensorRtEngine
 from dit_runtime.backends.tensorrt.memory import check_engine, device_bytes
-from dit_runtime.backends.tensorrt.store import (
-    PRODUCTS,
-    SIDECAR,
-    StoredEngine,
-    stored_engines,
-)
+from dit_runtime.backends.tensorrt.store import PRODUCTS, SIDECAR, StoredEngine, stored_engines
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import EngineError
-from dit_runtime.verify.replay import tile_of
+
+# The names of these engines, and the library of each.
+TENSORRT = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
 
 def engine_from_store(
@@ -34,7 +31,7 @@ def engine_from_store(
 
     Args:
         bundle: whose engines.
-        name: a key of ``engines.TENSORRT``.
+        name: a key of ``TENSORRT``.
         threads: for the record.
         store: where engines are kept; None is the bundle's own ``engines`` folder.
         cuda: the GPU; None is the first that the process sees.
@@ -72,9 +69,29 @@ def engine_from_store(
 
 def _check_whole(bundle: Bundle, stored: StoredEngine, name: str) -> None:
     """Raises EngineError for an engine that was built for less than may be asked of it."""
-    tile = tile_of(stored, bundle.manifest.model.latent_size)
+    manifest = bundle.manifest
+    tile = stored.tile(manifest.model.latent_size)
     lacking = None if tile is None else f"for tiles (--decode-tile {max(tile)})"
-    if "step" in stored.graphs and all(profile["rows"][2][0] < 2 for profile in stored.graphs["step"].profiles):
+    if "step" in stored.graphs and not stored.graphs["step"].profiles_of(manifest.graphs["step"]).has_branches(2):
         lacking = "without guidance"
     if lacking is not None:
-        raise EngineError(f"{stored.folder}: was built {lacking}; name it (--engine {name}) to have it")
+        raise EngineError(f"{stored.folder}: was built {lacking}; choose it with --engine {name}")
+
+
+def open_tensorrt(bundle: Bundle, name: str, options: EngineOptions) -> TensorRtEngine:
+    """As ``Backend.open``."""
+    if options.precision is not None:
+        raise EngineError(
+            f"precision {options.precision} with {name}: a built engine computes as the bundle says; leave it out, or "
+            "use --engine openvino"
+        )
+    return engine_from_store(bundle, name, options.threads, options.store, whole=options.whole)
+
+
+def _candidate(bundle: Bundle, name: str) -> Candidate | None:
+    """An engine that was built for this bundle; whether it runs here is known when it is opened."""
+    built = {stored.library for stored in stored_engines(bundle)}
+    return Candidate(name, built=True) if TENSORRT[name] in built else None
+
+
+BACKEND = Backend(open_tensorrt, _candidate, libraries=())

@@ -9,14 +9,16 @@ the size and hash that the sidecar says, and neither is of use until ``StoredEng
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from dit_runtime.backends.profiles import Profile, Profiles
+from dit_runtime.bundle.manifest import GraphSpec
 from dit_runtime.bundle.reader import ENGINES, MANIFEST, Bundle
+from dit_runtime.core.decode import Amount, DecodeError, Natural, Positive, decode, read_json, schema_of
 from dit_runtime.core.errors import EngineError
 from dit_runtime.core.files import sha256_of
 
@@ -25,8 +27,7 @@ SIDECAR = "engine.json"
 SIDECAR_LIMIT = 16 << 20  # bytes: far above any, and little to read
 PRODUCTS = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 
-Shape = tuple[int, ...]
-Profile = dict[str, tuple[Shape, Shape, Shape]]  # of each input, the least, usual and largest
+Sizes = tuple[Natural, ...]  # a shape in a file
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,9 @@ class StoredGraph:
     weights_bytes: int
     activation_bytes: tuple[int, ...]
 
-    def profile_for(self, shapes: Mapping[str, Shape]) -> int | None:
-        """The optimization profile that takes inputs of these shapes with the least memory; None where none does."""
-        fitting = [
-            index
-            for index, profile in enumerate(self.profiles)
-            if all(_within(shape, *profile[name][::2]) for name, shape in shapes.items())
-        ]
-        return min(fitting, key=lambda index: self.activation_bytes[index], default=None)
+    def profiles_of(self, spec: GraphSpec) -> Profiles:
+        """The optimization profiles, with the axes as the manifest names them."""
+        return Profiles(spec.inputs, self.profiles)
 
 
 @dataclass(frozen=True)
@@ -74,6 +70,13 @@ class StoredEngine:
     driver: str | None
     recipe: dict[str, Any]
     graphs: dict[str, StoredGraph]
+
+    def tile(self, latent_size: tuple[int, int]) -> tuple[int, int] | None:
+        """Height and width of the tiles that the decoder is for; None for whole images, or without a decoder."""
+        if "decoder" not in self.graphs:
+            return None
+        (height, width), *others = {tuple(each["latents"][2][2:]) for each in self.graphs["decoder"].profiles}
+        return None if (height, width) == latent_size or others else (height, width)
 
     def plan(self, graph: str) -> Path:
         """The path of a graph's plan, checked against the sidecar: a plain file of its size, and its SHA-256.
@@ -200,85 +203,96 @@ def read_sidecar(folder: Path) -> dict[str, Any]:
     """
     path = folder / SIDECAR
     try:
-        if folder.is_symlink() or path.is_symlink() or not path.is_file() or path.stat().st_size > SIDECAR_LIMIT:
-            raise ValueError("not a plain file of its size")
-        raw = json.loads(path.read_bytes())
-        schema = raw["schema"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        if folder.is_symlink() or path.is_symlink():
+            raise DecodeError("a link")
+        raw: dict[str, Any] = read_json(path, SIDECAR_LIMIT)
+        schema = schema_of(raw)
+    except DecodeError as error:
         raise EngineError(f"{path}: not a sidecar ({error}); remove {folder} and run dit-build again") from error
-    if schema != SCHEMA or not isinstance(raw, dict):
-        raise EngineError(f"{path}: schema {schema!r}, this version reads {SCHEMA}; run dit-build again")
+    if schema != SCHEMA:
+        raise EngineError(f"{path}: schema {schema}, this version reads {SCHEMA}; run dit-build again")
     return raw
+
+
+@dataclass(frozen=True)
+class GraphRecord:
+    """A graph as the sidecar's file has it. ``seconds`` and ``audit`` are for ``dit-build``."""
+
+    graph: str
+    plan: str
+    plan_bytes: Natural
+    plan_sha256: str
+    seconds: Amount
+    profiles: tuple[dict[str, tuple[Sizes, Sizes, Sizes]], ...]
+    audit: dict[str, Any]
+    weights_bytes: Natural
+    activation_bytes: tuple[Natural, ...]
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """The sidecar's file. ``identity``, ``timing_cache`` and ``tf32`` are for ``dit-build``."""
+
+    schema: int
+    bundle: str
+    image_size: tuple[Positive, Positive]
+    library: Literal["tensorrt", "tensorrt_rtx"]
+    version: str
+    target: str
+    compute_capability: str
+    gpu: str | None
+    driver: str | None
+    recipe: dict[str, Any]
+    identity: dict[str, Any]
+    timing_cache: dict[str, str]
+    tf32: bool
+    graphs: tuple[GraphRecord, ...]
 
 
 def engine_from_sidecar(folder: Path, raw: Mapping[str, Any]) -> StoredEngine:
     """Raises EngineError for a sidecar that does not hold together."""
     try:
-        graphs = {graph.graph: graph for graph in map(_graph, raw["graphs"])}
-        height, width = (_number(side) for side in raw["image_size"])
-        if raw["library"] not in PRODUCTS or not graphs:
-            raise ValueError(f"library {raw['library']!r} with {len(graphs)} graphs")
+        record = decode(EngineRecord, raw)
+        if not record.graphs:
+            raise ValueError("graphs: got none, expected at least one")
         return StoredEngine(
             folder=folder,
-            bundle=_text(raw["bundle"]),
-            image_size=(height, width),
-            library=_text(raw["library"]),
-            version=_text(raw["version"]),
-            target=_text(raw["target"]),
-            compute_capability=_text(raw["compute_capability"]),
-            gpu=None if raw["gpu"] is None else _text(raw["gpu"]),
-            driver=None if raw["driver"] is None else _text(raw["driver"]),
-            recipe=dict(raw["recipe"]),
-            graphs=graphs,
+            bundle=record.bundle,
+            image_size=record.image_size,
+            library=record.library,
+            version=record.version,
+            target=record.target,
+            compute_capability=record.compute_capability,
+            gpu=record.gpu,
+            driver=record.driver,
+            recipe=record.recipe,
+            graphs={graph.graph: _stored_graph(graph) for graph in record.graphs},
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise EngineError(
-            f"{folder / SIDECAR}: damaged ({type(error).__name__}: {error}); remove {folder} and run dit-build again"
-        ) from error
+    except ValueError as error:
+        raise EngineError(f"{folder / SIDECAR}: damaged ({error}); remove {folder} and run dit-build again") from error
 
 
-def _graph(raw: Mapping[str, Any]) -> StoredGraph:
-    plan = _text(raw["plan"])
+def _stored_graph(record: GraphRecord) -> StoredGraph:
+    """Raises ValueError for a plan outside the engine's folder, and profiles that no plan has."""
+    plan = record.plan
     if plan in ("", ".", "..") or "\\" in plan or Path(plan).name != plan:
         raise ValueError(f"plan {plan!r} leads out of its folder")
-    profiles = tuple(
-        {str(name): _shapes(least, usual, largest) for name, (least, usual, largest) in profile.items()}
-        for profile in raw["profiles"]
-    )
-    activations = tuple(_number(size) for size in raw["activation_bytes"])
-    if not profiles or len(activations) != len(profiles):
-        raise ValueError(f"{len(activations)} activation sizes for {len(profiles)} profiles")
+    if not record.profiles or len(record.activation_bytes) != len(record.profiles):
+        raise ValueError(f"{len(record.activation_bytes)} activation sizes for {len(record.profiles)} profiles")
+    for profile in record.profiles:
+        for name, (least, usual, largest) in profile.items():
+            if not len(least) == len(usual) == len(largest) or not all(map(_rises, least, usual, largest)):
+                raise ValueError(f"profile of {name!r}: {least}, {usual}, {largest} does not rise")
     return StoredGraph(
-        graph=_text(raw["graph"]),
+        graph=record.graph,
         plan=plan,
-        plan_bytes=_number(raw["plan_bytes"]),
-        plan_sha256=_text(raw["plan_sha256"]),
-        profiles=profiles,
-        weights_bytes=_number(raw["weights_bytes"]),
-        activation_bytes=activations,
+        plan_bytes=record.plan_bytes,
+        plan_sha256=record.plan_sha256,
+        profiles=record.profiles,
+        weights_bytes=record.weights_bytes,
+        activation_bytes=record.activation_bytes,
     )
 
 
-def _shapes(*shapes: Any) -> tuple[Shape, Shape, Shape]:
-    least, usual, largest = (tuple(_number(size) for size in shape) for shape in shapes)
-    if any(not low <= middle <= high for low, middle, high in zip(least, usual, largest, strict=True)):
-        raise ValueError(f"profile {shapes} does not rise")
-    return least, usual, largest
-
-
-def _within(shape: Shape, least: Shape, largest: Shape) -> bool:
-    return len(shape) == len(least) and all(
-        low <= size <= high for low, size, high in zip(least, shape, largest, strict=True)
-    )
-
-
-def _number(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{value!r} is not a whole number from 0")
-    return value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is not text")
-    return value
+def _rises(least: int, usual: int, largest: int) -> bool:
+    return least <= usual <= largest

@@ -1,6 +1,6 @@
-"""What the nodes of a bundle's graphs are: units of the precision policy, and operations that people have words for.
+"""Finds the operations that a bundle's graphs compute in FP16, and names them in words.
 
-Nodes are named after modules, ``blocks.17.attn.qkv/MatMul``.
+Nodes are named after modules, ``blocks.17.attn.qkv/MatMul``: the name tells a node's unit of the precision policy.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dit_runtime.bundle.manifest import SIZED_GRAPHS
 
 _UNIT = re.compile(r"blocks\.\d+\.[a-z_]+|patch_embed|final(?![a-z_])")
 _BLOCK = re.compile(r"blocks\.(\d+)(?:\.|$)(.*)")
-# A unit's operations by the rest of their scope and their type, in words; several nodes may make one operation.
+# The operations of a unit in words, by the rest of their scope or by their type; several nodes may be one operation.
 _WORDS = {
     "qkv": "query, key and value product",
     "q": "query product",
@@ -30,7 +30,7 @@ _MOVES = ("Reshape", "Transpose", "Slice", "Squeeze", "Unsqueeze", "Concat", "Sp
 
 @dataclass(frozen=True)
 class Operation:
-    """One arithmetic operation on FP16 numbers: its node's and result's names, its unit, and its name in words."""
+    """One arithmetic operation on FP16 numbers: the names of its node and result, its unit, and its name in words."""
 
     node: str
     tensor: str
@@ -39,13 +39,13 @@ class Operation:
 
 
 def scope_of(node: ir.Node) -> str:
-    """The module that a node came from: ``blocks.17.attn.qkv``; empty for the network's own."""
+    """The module that a node comes from, such as ``blocks.17.attn.qkv``; empty for the network itself."""
     scope, slash, _ = (node.name or "").rpartition("/")
     return scope if slash else ""
 
 
 def unit_of(graph: str, node: ir.Node) -> str | None:
-    """The unit of the precision policy that a node of a bundle's graph belongs to; None for what is always FP32."""
+    """The unit of the precision policy that a node of a bundle's graph belongs to; None if it is always FP32."""
     if graph not in SIZED_GRAPHS:
         return graph  # conditioner, decoder and encoder are units themselves
     if match := _UNIT.match(scope_of(node)):
@@ -57,8 +57,8 @@ def unit_of(graph: str, node: ir.Node) -> str | None:
     return "conditioner" if node.outputs[0].dtype == ir.DataType.FLOAT16 else None
 
 
-def fp16_operations(graph: str, model: ir.Model) -> list[Operation]:
-    """What a graph computes in FP16, in its order; what only moves numbers is left out."""
+def find_fp16_operations(graph: str, model: ir.Model) -> list[Operation]:
+    """The operations that a graph computes in FP16, in the graph's order, without those that only move numbers."""
     found = []
     for node in model.graph:
         unit = unit_of(graph, node)
@@ -67,41 +67,41 @@ def fp16_operations(graph: str, model: ir.Model) -> list[Operation]:
         result = node.outputs[0].name
         assert node.name is not None
         assert result is not None
-        found.append(Operation(node.name, result, unit, operation_name(unit, node)))
+        found.append(Operation(node.name, result, unit, describe_operation(unit, node)))
     return found
 
 
-def unit_name(unit: str) -> str:
-    """A unit as a person would call it: ``block 17, attention``."""
+def describe_unit(unit: str) -> str:
+    """A unit in words: ``block 17, attention``."""
     if (match := _BLOCK.match(unit)) and match[2]:
         return f"block {match[1]}, {_PARTS.get(match[2], match[2].replace('_', ' '))}"
     return {"patch_embed": "patch embedding", "final": "final layer"}.get(unit, unit)
 
 
-def operation_name(unit: str, node: ir.Node) -> str:
-    """An operation as a person would call it: ``block 17, attention scores``, ``block 3, MLP first product``."""
+def describe_operation(unit: str, node: ir.Node) -> str:
+    """An operation in words: ``block 17, attention scores``, ``block 3, MLP first product``."""
     scope = scope_of(node)
     if not scope.startswith(unit):  # a border, or in the scopes of a graph that is one unit
         if node.op_type == "Cast" and _BLOCK.match(unit):
-            return f"{unit_name(unit)} input"
-        where = f"block {match[1]}'s rows" if (match := _BLOCK.match(scope)) else _in_words(scope)
+            return f"{describe_unit(unit)} input"
+        where = f"block {match[1]}'s rows" if (match := _BLOCK.match(scope)) else _words_from_scope(scope)
         return f"{unit}, {where} {node.op_type}" if where else f"{unit}, {node.op_type}"
     rest = scope[len(unit) :].strip(".")
     if rest in _WORDS:
-        return f"{unit_name(unit)} {_WORDS[rest]}"
+        return f"{describe_unit(unit)} {_WORDS[rest]}"
     if rest:
-        return f"{unit}, {_in_words(rest)} {node.op_type}"
+        return f"{unit}, {_words_from_scope(rest)} {node.op_type}"
     if unit.endswith("attn"):
-        return f"{unit_name(unit)} {_attention_operation(node)}"
-    return f"{unit_name(unit)} {_WORDS[node.op_type]}" if node.op_type in _WORDS else unit_name(unit)
+        return f"{describe_unit(unit)} {_describe_attention_operation(node)}"
+    return f"{describe_unit(unit)} {_WORDS[node.op_type]}" if node.op_type in _WORDS else describe_unit(unit)
 
 
-def _in_words(scope: str) -> str:
+def _words_from_scope(scope: str) -> str:
     return scope.replace(".", " ").replace("_", " ")
 
 
-def _attention_operation(node: ir.Node) -> str:
-    """Around the softmax: what is before it makes scores, what is after it mixes values."""
+def _describe_attention_operation(node: ir.Node) -> str:
+    """The part of an attention that a node belongs to: scores come before the softmax, the mix of values after it."""
     seen: set[ir.Node] = set()
     waiting = [node]
     while waiting:
@@ -115,7 +115,7 @@ def _attention_operation(node: ir.Node) -> str:
 
 
 def is_fp16_operation(graph: str, node: ir.Node) -> bool:
-    """Whether a node computes a result that FP16 must hold; a product before its bias need not be held."""
+    """Whether FP16 must hold the result of a node; a product to which only a bias is added need not be held."""
     result = node.outputs[0]
     if result.dtype != ir.DataType.FLOAT16 or node.op_type in _MOVES or unit_of(graph, node) is None:
         return False

@@ -1,4 +1,4 @@
-"""From a checkpoint to a bundle: convert, trace, record, describe, and only then put it in place."""
+"""From a checkpoint to a bundle: golden records, graphs and a manifest in a new folder, which then moves into place."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from pathlib import Path
 
 from dit_export.checkpoints.sources import Checkpoint, Source, load_checkpoint
 from dit_export.graphs.autoencoder import Decoder, Encoder
-from dit_export.graphs.model import conditioner_from_weights, step_from_weights
-from dit_export.graphs.precision import Precision, check_units
+from dit_export.graphs.from_weights import conditioner_from_weights, step_from_weights
+from dit_export.graphs.precision import check_units
 from dit_export.graphs.tracing import (
     write_conditioner,
     write_decoder,
     write_encoder,
     write_steps,
 )
-from dit_export.reference.golden import Measured, records_in_process
+from dit_export.reference.process import records_in_process
+from dit_export.reference.record_settings import Measurements
 from dit_export.reference.tolerances import THRESHOLDS, TOLERANCES
 from dit_runtime.bundle.manifest import (
     ENCODER,
@@ -36,11 +37,17 @@ from dit_runtime.core.files import check_writable, replace_folder, sha256_of
 from dit_runtime.core.progress import Progress
 
 
-def bundle_from_checkpoint(source: Source, output: Path, precision: Precision, encoder: bool = False) -> Bundle:
-    """Export ``source`` to the folder ``output``, replacing a bundle that is there.
+def bundle_from_checkpoint(source: Source, output: Path, precision: PrecisionSpec, encoder: bool = False) -> Bundle:
+    """Export a checkpoint to a bundle.
 
     Golden records come first, from a process of their own, so that its memory is free again for tracing. Then one graph
-    is in memory at a time. ``encoder`` adds the autoencoder's other half, for image-to-image.
+    is in memory at a time. The bundle appears when it is complete; an error or an interrupt leaves nothing behind.
+
+    Args:
+        source: the checkpoint.
+        output: the bundle's folder; a bundle that is there is replaced.
+        precision: the precision policy of the graphs.
+        encoder: whether the autoencoder's encoder is exported too, for image-to-image.
 
     Raises:
         CheckpointError: the source cannot be read or is not supported.
@@ -50,29 +57,31 @@ def bundle_from_checkpoint(source: Source, output: Path, precision: Precision, e
     if output.exists() and not (output / MANIFEST).is_file():
         raise OutputError(f"{output}: exists and is not a bundle, so it is not replaced; choose another --output")
     check_writable(output)
-    checkpoint = load_checkpoint(source)  # a mistake is told before the work
+    checkpoint = load_checkpoint(source)  # a mistake is reported before the work
     check_units(precision, checkpoint.model)
     with replace_folder(output) as folder:
-        measured = records_in_process(source, folder, encoder, precision.name)
+        measurements = records_in_process(source, folder, encoder, precision.name)
         with Progress("tracing", 2 + encoder + len(SIZED_GRAPHS) * len(checkpoint.sizes)) as bar:
             graphs = {}
             for name, graph in write_graphs(checkpoint, precision, folder, encoder):
                 graphs[name] = graph
                 bar.advance()
-        manifest = replace(_manifest(checkpoint, precision, measured), graphs=graphs, files=_files(folder))
+        manifest = replace(
+            _make_manifest(checkpoint, precision, measurements), graphs=graphs, files=_hash_files(folder)
+        )
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return open_bundle(output)
 
 
 def write_graphs(
-    checkpoint: Checkpoint, precision: Precision, folder: Path, encoder: bool
+    checkpoint: Checkpoint, precision: PrecisionSpec, folder: Path, encoder: bool
 ) -> Iterator[tuple[str, GraphSpec]]:
-    """Convert, trace and write the graphs one by one; yields each name and description as it is done."""
+    """Trace and write the graphs one by one; yield the name and description of each graph when it is written."""
     spec, numerics, weights = checkpoint.model, checkpoint.numerics, checkpoint.weights
     conditioner = conditioner_from_weights(spec, numerics, precision, weights)
     table_dtype = conditioner.table_dtype
     yield "conditioner", write_conditioner(folder, conditioner)
-    del conditioner  # a third of the weights: not beside the step's
+    del conditioner  # a third of the weights: they must not be in memory beside the step's
     positions = {size: checkpoint.position(size) for size in checkpoint.sizes}
     step = step_from_weights(spec, numerics, precision, weights, positions[spec.latent_size])
     yield from write_steps(folder, step, table_dtype, positions)
@@ -83,7 +92,7 @@ def write_graphs(
         yield ENCODER, write_encoder(folder, Encoder(autoencoder, precision).eval().requires_grad_(False))
 
 
-def _manifest(checkpoint: Checkpoint, precision: Precision, measured: Measured) -> Manifest:
+def _make_manifest(checkpoint: Checkpoint, precision: PrecisionSpec, measurements: Measurements) -> Manifest:
     packages = ("dit-export", "torch", "diffusers", "onnx-ir")
     return Manifest(
         schema=SCHEMA,
@@ -93,7 +102,7 @@ def _manifest(checkpoint: Checkpoint, precision: Precision, measured: Measured) 
         sizes=checkpoint.sizes,
         diffusion=checkpoint.diffusion,
         autoencoder=checkpoint.autoencoder_spec,
-        precision=PrecisionSpec(precision.name, precision.keep_fp32),
+        precision=precision,
         defaults=checkpoint.defaults,
         class_names=checkpoint.class_names,
         graphs={},
@@ -101,13 +110,13 @@ def _manifest(checkpoint: Checkpoint, precision: Precision, measured: Measured) 
         thresholds=THRESHOLDS,
         floors={
             name: {record: tuple(values) for record, values in series.items()}
-            for name, series in measured.floors.items()
+            for name, series in measurements.floors.items()
         },
-        magnitudes=measured.magnitudes,
+        magnitudes=measurements.magnitudes,
     )
 
 
-def _files(folder: Path) -> dict[str, FileSpec]:
-    """Size and hash of every file written so far, in a stable order."""
+def _hash_files(folder: Path) -> dict[str, FileSpec]:
+    """Size and hash of every file in a folder, by relative path, in alphabetical order."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): FileSpec(path.stat().st_size, sha256_of(path)) for path in paths}

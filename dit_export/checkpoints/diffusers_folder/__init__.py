@@ -1,0 +1,1 @@
+"""Reads diffusers ``DiTPipeline`` folders: a transformer, an autoencoder, and a scheduler as a forward process."""

@@ -1,0 +1,98 @@
+"""Reads a whole ``DiTPipeline`` folder."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from diffusers import DDIMScheduler, DiTTransformer2DModel
+
+from dit_export.checkpoints.autoencoders import Autoencoder, autoencoder_for, load_autoencoder
+from dit_export.checkpoints.checkpoint import Checkpoint
+from dit_export.checkpoints.diffusers_folder.scheduler import diffusion_from_config, load_scheduler
+from dit_export.checkpoints.diffusers_folder.transformer import (
+    official_from_diffusers,
+    read_transformer_config,
+    read_transformer_weights,
+    spec_from_config,
+)
+from dit_export.checkpoints.diffusers_modules import load_module, read_json_object
+from dit_export.checkpoints.families import FAMILIES
+from dit_export.checkpoints.formats import CheckpointFormat, Location
+from dit_export.checkpoints.key_errors import SUPPORTED
+from dit_export.checkpoints.layouts import Numerics
+from dit_export.checkpoints.source import Source
+from dit_export.checkpoints.weights import Weights, check_sha256, files_of_module
+from dit_runtime.core.errors import CheckpointError
+
+
+def _is_folder(location: Location) -> bool:
+    return location.path is not None and location.path.is_dir()
+
+
+def _load(source: Source, location: Location) -> Checkpoint:
+    folder = location.path
+    assert folder is not None
+    if source.family not in (None, "diffusers"):
+        raise CheckpointError(f"{folder}: is a folder, which --family {source.family} does not have; give the file")
+    index = read_json_object(folder / "model_index.json")
+    if (kind := index.get("_class_name")) != "DiTPipeline":
+        raise CheckpointError(f"{folder}: is a {kind}; {SUPPORTED}")
+    config = read_transformer_config(folder / "transformer")
+    scheduler = load_scheduler(folder / "scheduler" / "scheduler_config.json")
+    sha256 = check_sha256(files_of_module(folder / "transformer", source.variant), source.sha256)
+    tensors = read_transformer_weights(folder / "transformer", config, source.variant)
+    own = load_autoencoder(folder / "vae", source.variant) if source.autoencoder is None else None
+    names = index.get("id2label") or {}
+    if not isinstance(names, dict):
+        raise CheckpointError(f"{folder}/model_index.json: id2label is no object; expected class names by number")
+    classes = tuple(str(names.get(str(number), number)) for number in range(config.num_embeds_ada_norm))
+    return checkpoint_from_parts(
+        config,
+        official_from_diffusers(str(folder / "transformer"), tensors, config.num_layers),
+        own or autoencoder_for(source),
+        scheduler,
+        functools.partial(load_module, folder / "transformer", DiTTransformer2DModel, source.variant),
+        name=location.name,
+        revision=location.revision,
+        weights_sha256=sha256,
+        class_names=classes if names else (),
+    )
+
+
+def checkpoint_from_parts(
+    config: Any,
+    weights: Weights,
+    autoencoder: Autoencoder,
+    scheduler: DDIMScheduler,
+    transformer: Callable[[], DiTTransformer2DModel],
+    *,
+    name: str,
+    revision: str | None = None,
+    weights_sha256: str | None = None,
+    class_names: tuple[str, ...] = (),
+) -> Checkpoint:
+    """A checkpoint of the diffusers family; ``config`` is the transformer's, ``transformer`` loads its module."""
+    spec = spec_from_config(config)
+    return Checkpoint(
+        name=name,
+        revision=revision,
+        weights_sha256=weights_sha256,
+        family="diffusers",
+        model=spec,
+        trained_size=spec.latent_size,
+        sizes=(spec.latent_size,),
+        channels=spec.output_channels,
+        numerics=Numerics(frequency_shift=1.0, mlp_eps=config.norm_eps),
+        diffusion=diffusion_from_config(scheduler.config, spec.latent_channels),
+        defaults=FAMILIES["diffusers"].defaults,
+        weights=weights,
+        autoencoder=autoencoder,
+        class_names=class_names,
+        scheduler=scheduler,
+        transformer=transformer,
+    )
+
+
+FORMAT = CheckpointFormat(options=frozenset({"variant", "sha256"}), recognizes=_is_folder, load=_load)

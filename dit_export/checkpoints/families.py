@@ -1,0 +1,72 @@
+"""The families of models: whose conventions a model was trained with and is sampled with.
+
+A family says what the weights mean; a format says how they are stored. Files of one format may hold several families.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dit_runtime.bundle.manifest import DefaultsSpec, DiffusionSpec, ModelSpec
+
+
+@dataclass(frozen=True)
+class Family:
+    """The conventions of a family.
+
+    Attributes:
+        defaults: sampler, steps and guidance scale where the caller names none.
+        model: the implementation whose model is the reference, of checkpoints with adaLN-Zero.
+        reference: what the golden records are made with, where ``{model}`` and ``{path}`` are filled in.
+        guidance_channels: how many latent channels the reference's guidance acts on; None is all of them.
+        copies_embedders: whether the source stores a copy of the timestep and label embedders in each block.
+        stores_positions: whether the source stores its positional table; otherwise the reference computes it.
+    """
+
+    defaults: DefaultsSpec
+    model: str
+    reference: str
+    guidance_channels: int | None
+    copies_embedders: bool
+    stores_positions: bool
+
+    def describe_reference(self, model: ModelSpec, diffusion: DiffusionSpec) -> str:
+        """What the golden records of a model are made with, in words, for the manifest."""
+        published = model.conditioning == "adaln-zero"
+        own = self.model if published else f"the paper's {model.conditioning} DiT with the official numerics"
+        text = self.reference.format(model=own, path=diffusion.path)
+        guided = diffusion.guidance_channels
+        if guided == (self.guidance_channels or model.latent_channels):
+            return text
+        return f"{text}, guidance on {guided} of {model.latent_channels} channels"
+
+
+FAMILIES = {
+    "diffusers": Family(
+        # DiTPipeline's default guidance scale, with the 50 DDIM steps that its scheduler is used with.
+        defaults=DefaultsSpec(sampler="ddim", steps=50, guidance=4.0),
+        model="diffusers DiTTransformer2DModel",
+        reference="{model}, autoencoder and scheduler in DiTPipeline's loop, FP32, null = classes",
+        guidance_channels=None,
+        copies_embedders=True,
+        stores_positions=False,
+    ),
+    "official": Family(
+        # The official sample.py.
+        defaults=DefaultsSpec(sampler="ddpm", steps=250, guidance=4.0),
+        model="facebookresearch/DiT's model",
+        reference="{model} and respaced diffusion, diffusers autoencoder, FP32",
+        guidance_channels=3,
+        copies_embedders=False,
+        stores_positions=True,
+    ),
+    "sit": Family(
+        # SiT's sample.py has an adaptive solver, which no sampler table can hold; the paper also uses Heun's.
+        defaults=DefaultsSpec(sampler="heun", steps=50, guidance=4.0),
+        model="willisma/SiT's model",
+        reference="{model} and fixed-step samplers, {path} path, diffusers autoencoder, FP32",
+        guidance_channels=3,
+        copies_embedders=False,
+        stores_positions=True,
+    ),
+}

@@ -1,0 +1,111 @@
+"""Makes a model of the paper with random weights, for measurements that need no trained weights."""
+
+from __future__ import annotations
+
+from diffusers import DDIMScheduler, DiTTransformer2DModel
+from torch import device
+
+from dit_export.checkpoints.autoencoders import Autoencoder, autoencoder_for, random_autoencoder, spec_of_autoencoder
+from dit_export.checkpoints.checkpoint import Checkpoint
+from dit_export.checkpoints.diffusers_folder.load import checkpoint_from_parts
+from dit_export.checkpoints.diffusers_folder.scheduler import LINEAR_BETAS
+from dit_export.checkpoints.diffusers_folder.transformer import diffusers_from_official
+from dit_export.checkpoints.diffusers_modules import freeze
+from dit_export.checkpoints.formats import CheckpointFormat, Location
+from dit_export.checkpoints.layouts import official_shapes
+from dit_export.checkpoints.official_file import official_checkpoint
+from dit_export.checkpoints.positions import official_table
+from dit_export.checkpoints.presets import PRESETS, Preset, preset_from_name
+from dit_export.checkpoints.random_weights import SkippedInitialization, random_tensors
+from dit_export.checkpoints.source import Source, refuse_options
+from dit_export.checkpoints.weights import StoredTensor, Weights
+from dit_runtime.bundle.manifest import ModelSpec
+from dit_runtime.core.errors import CheckpointError
+
+
+def _has_no_path(location: Location) -> bool:
+    return location.path is None
+
+
+def _load(source: Source, location: Location) -> Checkpoint:
+    preset = preset_from_name(source.name)
+    if preset is None:
+        raise CheckpointError(
+            f"{source.name}: not a preset; with --random-weights expected one of {', '.join(PRESETS)}, "
+            "with patch size and image size, such as DiT-XL/2-256"
+        )
+    assert source.random_seed is not None
+    conditioning = source.conditioning or "adaln-zero"
+    family = _family_of(source, preset, conditioning)
+    autoencoder: Autoencoder = (
+        random_autoencoder(source.random_seed + 1) if source.autoencoder is None else autoencoder_for(source)
+    )
+    learned = source.learned_variance is not False
+    latent = preset.image_side // spec_of_autoencoder(autoencoder).factor
+    spec = ModelSpec(
+        conditioning=conditioning,
+        latent_channels=4,
+        latent_size=(latent, latent),
+        patch_size=preset.patch_size,
+        width=preset.width,
+        depth=preset.depth,
+        heads=preset.heads,
+        mlp_width=4 * preset.width,
+        classes=source.classes or 1000,
+        learned_variance=learned and not preset.is_sit,
+    )
+    channels = 2 * spec.latent_channels if preset.is_sit and learned else spec.output_channels
+    tensors = random_tensors(official_shapes(spec, channels), source.random_seed)
+    tensors["pos_embed"] = StoredTensor(tensors["pos_embed"].shape, lambda: official_table(spec.width, spec.grid))
+    weights = Weights(source.name, tensors)
+    name = f"{source.name} ({conditioning}, random weights, seed {source.random_seed})"
+    if family == "diffusers":
+        return _diffusers_checkpoint(spec, weights, autoencoder, name)
+    return official_checkpoint(source, family, spec, channels, weights, autoencoder, name, None)
+
+
+def _family_of(source: Source, preset: Preset, conditioning: str) -> str:
+    """The family that is asked for, or that the preset's name and conditioning say.
+
+    Raises:
+        CheckpointError: the family does not have this preset or conditioning.
+    """
+    by_conditioning = "diffusers" if conditioning == "adaln-zero" else "official"
+    family = source.family or ("sit" if preset.is_sit else by_conditioning)
+    if family == "diffusers" and conditioning != "adaln-zero":
+        raise CheckpointError(f"conditioning {conditioning}: diffusers has none such; use --family official")
+    if preset.is_sit != (family == "sit"):
+        raise CheckpointError(f"{source.name} with --family {family}: expected a preset of the same family")
+    if not preset.is_sit:
+        refuse_options(source, {"path"})
+    return family
+
+
+def _diffusers_checkpoint(spec: ModelSpec, weights: Weights, autoencoder: Autoencoder, name: str) -> Checkpoint:
+    config = {
+        "num_attention_heads": spec.heads,
+        "attention_head_dim": spec.width // spec.heads,
+        "in_channels": spec.latent_channels,
+        "out_channels": spec.output_channels,
+        "num_layers": spec.depth,
+        "sample_size": spec.latent_size[0],
+        "patch_size": spec.patch_size,
+        "num_embeds_ada_norm": spec.classes,
+    }
+
+    def load_transformer() -> DiTTransformer2DModel:
+        with SkippedInitialization():
+            module = DiTTransformer2DModel(**config)
+        module.load_state_dict(diffusers_from_official(weights, spec.depth), assign=True)  # no second copy in memory
+        loaded: DiTTransformer2DModel = freeze(module)
+        return loaded
+
+    with device("meta"):
+        with_defaults = DiTTransformer2DModel(**config).config
+    scheduler = DDIMScheduler(**LINEAR_BETAS)
+    return checkpoint_from_parts(with_defaults, weights, autoencoder, scheduler, load_transformer, name=name)
+
+
+FORMAT = CheckpointFormat(
+    options=frozenset({"path", "conditioning", "classes", "learned_variance"}), recognizes=_has_no_path, load=_load
+)

@@ -1,0 +1,81 @@
+"""What to export: the name of a checkpoint, and the facts that the checkpoint does not tell about itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+
+from dit_runtime.core.errors import CheckpointError
+
+# Options that only some formats of checkpoint take, and what they are for. ``learned_variance`` is --fixed-variance.
+OPTION_PURPOSES = {
+    "heads": "describe a file with the official names",
+    "path": "describe a SiT",
+    "variant": "choose among a diffusers folder's files",
+    "sha256": "pin a file that holds weights",
+    "conditioning": "describe a preset",
+    "classes": "describe a preset",
+    "learned_variance": "describe a preset",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """The name of a checkpoint and the options that describe it.
+
+    Attributes:
+        name: a diffusers folder, a ``.pt`` or ``.safetensors`` file, a hub id (``owner/name[@revision]``) or a preset.
+        random_seed: the seed of a preset's random weights; None for checkpoints that have weights.
+        family: ``diffusers``, ``official`` or ``sit``; None means official for files, sit for presets of SiT, and
+            diffusers otherwise.
+        heads: the number of attention heads, for shapes that the paper does not list.
+        autoencoder: a folder or hub id with the VAE; None means the pipeline's own VAE or the official default.
+        variant: the variant of a diffusers folder's weights files, such as ``fp16``.
+        sha256: the hash that the transformer's weights file must have.
+        path: the path of a SiT: ``linear``, ``gvp`` or ``vp``; None means linear.
+        guidance_channels: how many latent channels guidance acts on, 0 for all; None means as the reference does.
+        image_sizes: heights and widths of images in pixels; an empty tuple means the trained size.
+        conditioning: the conditioning of a preset; None means ``adaln-zero``.
+        classes: the number of classes of a preset; None means 1000.
+        learned_variance: whether a preset learns its variance; None means that it does.
+        tiles: sides of decoder tiles in latent pixels. The export records how each tile is decoded, so that engines
+            built for tiles can be verified.
+    """
+
+    name: str
+    random_seed: int | None = None
+    family: str | None = None
+    heads: int | None = None
+    autoencoder: str | None = None
+    variant: str | None = None
+    sha256: str | None = None
+    path: str | None = None
+    guidance_channels: int | None = None
+    image_sizes: tuple[tuple[int, int], ...] = ()
+    conditioning: str | None = None
+    classes: int | None = None
+    learned_variance: bool | None = None
+    tiles: tuple[int, ...] = (32,)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> Source:
+        values = json.loads(text)
+        sizes = tuple((int(h), int(w)) for h, w in values["image_sizes"])
+        return Source(**{**values, "image_sizes": sizes, "tiles": tuple(values["tiles"])})
+
+
+def refuse_options(source: Source, options: Collection[str]) -> None:
+    """Check that none of these options is given: an option that has no effect would mislead.
+
+    Raises:
+        CheckpointError: one of them is given.
+    """
+    values = asdict(source)
+    for option in OPTION_PURPOSES:
+        if option in options and values[option] is not None:
+            name = "fixed-variance" if option == "learned_variance" else option
+            raise CheckpointError(f"{source.name}: --{name} is there to {OPTION_PURPOSES[option]}; leave it out")

@@ -1,0 +1,80 @@
+"""The exported modules with a checkpoint's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from dit_export.checkpoints.layouts import EMBEDDERS, Numerics
+from dit_export.graphs.model import Conditioner, Step
+from dit_export.graphs.precision import dtype_of
+from dit_runtime.bundle.macs import MODULATIONS
+from dit_runtime.bundle.manifest import ModelSpec, PrecisionSpec
+
+
+def conditioner_from_weights(
+    spec: ModelSpec, numerics: Numerics, precision: PrecisionSpec, weights: Mapping[str, Tensor]
+) -> Conditioner:
+    """The conditioner with weights by official name; it shares their storage where the dtype allows it."""
+    own = f"blocks.0.{EMBEDDERS[0]}" in weights  # each block has embedders of its own
+    with torch.device("meta"):
+        module = Conditioner(spec, numerics, precision, embedders=spec.depth if own else 1)
+    names: dict[str, str] = {}
+    for index in range(len(module.embedders)):
+        prefix = f"blocks.{index}." if own else ""
+        for target, source in zip(
+            ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias", "labels.weight"), EMBEDDERS, strict=True
+        ):
+            names[f"embedders.{index}.{target}"] = prefix + source
+    for kind in ("weight", "bias"):
+        if spec.conditioning in MODULATIONS:
+            names |= {f"blocks.{i}.{kind}": f"blocks.{i}.adaLN_modulation.1.{kind}" for i in range(spec.depth)}
+            names[f"final.{kind}"] = f"final_layer.adaLN_modulation.1.{kind}"
+        elif spec.conditioning == "cross-attention":
+            names |= {f"blocks.{i}.{kind}": f"blocks.{i}.cross_attn.kv.{kind}" for i in range(spec.depth)}
+    dtype = dtype_of(precision, "conditioner")
+    module.load_state_dict({name: weights[source].to(dtype) for name, source in names.items()}, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def step_from_weights(
+    spec: ModelSpec, numerics: Numerics, precision: PrecisionSpec, weights: Mapping[str, Tensor], position: Tensor
+) -> Step:
+    """The step with weights by official name, each unit in the dtype that the precision policy gives it.
+
+    ``position``: the positional table ``[1, T, D]``. Output channels that the model does not use are left out.
+    """
+    with torch.device("meta"):
+        module = Step(spec, numerics)
+    state = {"position": position}
+    for target, source, unit in _step_names(spec):
+        for kind in ("weight", "bias"):
+            state[f"{target}.{kind}"] = weights[f"{source}.{kind}"].to(
+                torch.float32 if unit is None else dtype_of(precision, unit)
+            )
+    for kind in ("weight", "bias"):
+        tensor = state[f"final.{kind}"].unflatten(0, (spec.patch_size**2, -1))  # (p·p, channels, …)
+        state[f"final.{kind}"] = tensor[:, : spec.output_channels].flatten(0, 1)
+    module.load_state_dict(state, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def _step_names(spec: ModelSpec) -> Iterator[tuple[str, str, str | None]]:
+    """The name in ``Step``, the official name, and the unit of the precision policy; None is always FP32."""
+    yield "patch_embed", "x_embedder.proj", "patch_embed"
+    yield "final", "final_layer.linear", "final"
+    norms, affine = ["norm1", "norm2"], spec.conditioning not in MODULATIONS
+    parts = [("attn", "qkv"), ("attn", "proj"), ("mlp", "fc1"), ("mlp", "fc2")]
+    if spec.conditioning == "cross-attention":
+        norms.append("norm3")
+        parts += [("cross_attn", "q"), ("cross_attn", "proj")]
+    for index in range(spec.depth):
+        block = f"blocks.{index}"
+        for unit, name in parts:
+            yield f"{block}.{unit}.{name}", f"{block}.{unit}.{name}", f"{block}.{unit}"
+        for norm in norms if affine else ():
+            yield f"{block}.{norm}", f"{block}.{norm}", None
+    if affine:
+        yield "final_norm", "final_layer.norm_final", None

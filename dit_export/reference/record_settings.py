@@ -1,0 +1,88 @@
+"""How much is recorded of a model, and the measurements that go beside the records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from dit_export.checkpoints.checkpoint import Checkpoint
+from dit_export.reference.floors import PRECISIONS, count_measurements
+from dit_runtime.bundle.macs import step_gmac
+from dit_runtime.bundle.manifest import sized
+
+GUIDANCE = 1.5  # the trajectories'
+FORWARD_GUIDANCE = 4.0
+LARGE_MODEL = 100_000_000  # parameters; the records of larger models are smaller
+CHEAP_GMAC = 1.0  # of one image's evaluation; models that need more have shorter trajectories
+TOKENS_KEPT = 32  # tokens recorded of each block's output, evenly spaced
+TILES_KEPT = 2  # images of which a tile is recorded
+
+
+@dataclass(frozen=True)
+class RecordSettings:
+    """How much is recorded.
+
+    Attributes:
+        images, steps: images and steps of a trajectory; the trajectory without guidance has one image.
+        forward_images: images of a forward.
+        measured: the number of trajectories of which PyTorch's own error is measured for each single step. PyTorch's
+            own error along a free-running trajectory is measured for all of them.
+        measured_steps: the number of steps that are measured. The first free-running trajectory is measured in whole.
+        precisions: the precisions in which PyTorch's own errors are measured.
+        seed: the seed of all noise. With 0, timesteps and labels are spread evenly; otherwise they are drawn as well.
+        guidance: the guidance scale of trajectories.
+        forward_guidance: the guidance scale of the guided forward.
+    """
+
+    images: int
+    steps: int
+    forward_images: int
+    measured: int
+    measured_steps: int
+    precisions: tuple[str, ...] = tuple(PRECISIONS)
+    seed: int = 0
+    guidance: float = GUIDANCE
+    forward_guidance: float = FORWARD_GUIDANCE
+
+    @staticmethod
+    def for_checkpoint(checkpoint: Checkpoint, precision: str) -> RecordSettings:
+        """The settings for an export in this precision.
+
+        Of a large model only those errors are measured that its engines are compared with: FP64 would take twice the
+        model's memory.
+        """
+        elements = sum(int(np.prod(shape)) for shape in checkpoint.weights.shapes.values())
+        most = len(checkpoint.diffusion.betas) or 50
+        # A further size has the weights of the first, and the sampler does not depend on the size: smaller records do.
+        first = checkpoint.model.latent_size == checkpoint.sizes[0]
+        cheap = step_gmac(checkpoint.model) <= CHEAP_GMAC
+        if elements > LARGE_MODEL:
+            precisions = tuple(dict.fromkeys((precision, "bf16")))
+            return RecordSettings(1, min(4, most), 2, measured=1, measured_steps=min(2, most), precisions=precisions)
+        images, steps = ((4, min(50, most)) if cheap else (2, min(20, most))) if first else (2, min(10, most))
+        forwards = max(images, 4) if first else images
+        return RecordSettings(images, steps, forwards, measured=1 + (first or cheap), measured_steps=steps)
+
+    @property
+    def work(self) -> int:
+        """How many times ``write_records`` advances, for the progress bar."""
+        return 4 + 3 * self.steps + count_measurements(self.steps, self.measured_steps, self.measured, self.precisions)
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What is measured on the reference beside the records: see ``Manifest.floors`` and ``Manifest.magnitudes``."""
+
+    floors: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    magnitudes: dict[str, float] = field(default_factory=dict)
+
+    def add_size(self, other: Measurements, size: tuple[int, int]) -> Measurements:
+        """These measurements and the other ones, which were made at a further size."""
+        floors = {
+            name: {**series, **{sized(key, size): values for key, values in other.floors[name].items()}}
+            for name, series in self.floors.items()
+        }
+        units = self.magnitudes | other.magnitudes
+        largest = {unit: max(self.magnitudes.get(unit, 0), other.magnitudes.get(unit, 0)) for unit in units}
+        return Measurements(floors, largest)

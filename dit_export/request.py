@@ -1,0 +1,129 @@
+"""The checked arguments of an export. This module imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from dit_export.checkpoints.source import Source
+from dit_runtime.bundle.manifest import PrecisionSpec
+from dit_runtime.core.errors import CheckpointError
+from dit_runtime.sampling.tiles import check_tile
+
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """The arguments of an export, as ``dit-export`` takes them.
+
+    Attributes:
+        source: a diffusers ``DiTPipeline`` folder or hub id (``owner/name`` or ``owner/name@revision``); a ``.pt`` or
+            ``.safetensors`` file with the official names; or with ``random_weights`` a preset, such as
+            ``DiT-XL/2-256``.
+        output: the bundle's folder; None means ``NAME-PRECISION.bundle`` in the working directory.
+        precision: ``fp32``, or ``fp16`` for strongly typed FP16 graphs.
+        keep_fp32: with ``fp16``, units that stay FP32, such as ``blocks.17.attn``, and files that list such units, as
+            ``dit-export --bisect`` writes them.
+        family: ``diffusers``, ``official`` or ``sit``; None means official for files, as the name says for presets, and
+            diffusers otherwise.
+        heads: the number of attention heads of a file whose shapes are not the paper's.
+        vae: the autoencoder's folder or hub id; None means the pipeline's own, or for files and SiT the official one.
+        variant: the variant of a diffusers folder's weights files, such as ``fp16``.
+        sha256: the SHA-256 that the transformer's weights must have, in hexadecimal digits.
+        path: the path of a SiT: ``linear``, ``gvp`` or ``vp``; None means linear.
+        guidance_channels: how many latent channels guidance acts on, or ``all``; None means as the reference does.
+        random_weights: the seed of a preset's random weights.
+        conditioning: a preset's ``adaln-zero``, ``adaln``, ``cross-attention`` or ``in-context``; None means
+            adaln-zero.
+        classes: a preset's number of classes; None means 1000.
+        fixed_variance: whether a preset has no learned variance.
+        sizes: heights and widths of images in pixels; an empty tuple means the trained size.
+        decode_tiles: sides in latent pixels of decoder tiles to record, for engines that are built for tiles.
+        encoder: whether the autoencoder's encoder is exported too, for image-to-image.
+        verify: whether the bundle is compared with PyTorch on ONNX Runtime at the end.
+
+    Raises:
+        CheckpointError: an argument is out of its range, or does not fit the others.
+        SamplingError: a tile is too small.
+    """
+
+    source: str
+    output: Path | None = None
+    precision: str = "fp32"
+    keep_fp32: tuple[str, ...] = ()
+    family: str | None = None
+    heads: int | None = None
+    vae: str | None = None
+    variant: str | None = None
+    sha256: str | None = None
+    path: str | None = None
+    guidance_channels: int | Literal["all"] | None = None
+    random_weights: int | None = None
+    conditioning: str | None = None
+    classes: int | None = None
+    fixed_variance: bool = False
+    sizes: tuple[tuple[int, int], ...] = ()
+    decode_tiles: tuple[int, ...] = (32,)
+    encoder: bool = False
+    verify: bool = True
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("fp32", "fp16"):
+            raise CheckpointError(f"precision {self.precision!r} is not supported; expected fp32 or fp16")
+        if self.keep_fp32 and self.precision == "fp32":
+            raise CheckpointError(
+                f"units to keep in FP32 ({self.keep_fp32[0]}): all units of FP32 graphs are FP32; choose fp16, or "
+                "name no units"
+            )
+        for name, value in (("heads", self.heads), ("classes", self.classes)):
+            if value is not None and value < 1:
+                raise CheckpointError(f"{name} {value}: expected a whole number from 1")
+        channels = self.guidance_channels
+        if (isinstance(channels, str) and channels != ALL) or (isinstance(channels, int) and channels < 1):
+            raise CheckpointError(f"guidance channels {channels!r}: expected a number from 1, such as 3, or {ALL!r}")
+        for tile in self.decode_tiles:
+            check_tile(tile)
+
+    @property
+    def bundle_path(self) -> Path:
+        """Where the bundle is written."""
+        if self.output is not None:
+            return self.output
+        path = Path(self.source)
+        name = self.source.replace("@", "-").replace("/", "-")
+        if path.exists():
+            name = path.resolve().stem if path.is_file() else path.resolve().name
+        return Path(f"{name or 'checkpoint'}-{self.precision}.bundle")
+
+    @property
+    def checkpoint(self) -> Source:
+        """The part of the request that names and describes the checkpoint."""
+        channels = self.guidance_channels
+        return Source(
+            name=self.source,
+            random_seed=self.random_weights,
+            family=self.family,
+            heads=self.heads,
+            autoencoder=self.vae,
+            variant=self.variant,
+            sha256=self.sha256,
+            path=self.path,
+            guidance_channels=0 if isinstance(channels, str) else channels,
+            image_sizes=self.sizes,
+            conditioning=self.conditioning,
+            classes=self.classes,
+            learned_variance=False if self.fixed_variance else None,
+            tiles=self.decode_tiles,
+        )
+
+    def read_precision(self) -> PrecisionSpec:
+        """The precision policy of the graphs; it reads the files that ``keep_fp32`` names.
+
+        Raises:
+            CheckpointError: such a file is missing or is no list of units.
+        """
+        from dit_export.graphs.precision import FP32, make_fp16_policy, read_keep_list
+
+        return FP32 if self.precision == FP32.name else make_fp16_policy(read_keep_list(self.keep_fp32))

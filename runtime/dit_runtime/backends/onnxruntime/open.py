@@ -1,0 +1,37 @@
+"""ONNX Runtime by its engines' names: ``onnxruntime`` on the CPU, ``onnxruntime-PROVIDER`` on a GPU."""
+
+from __future__ import annotations
+
+from dit_runtime.backends.base import Backend, Candidate, EngineOptions
+from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine, import_onnxruntime
+from dit_runtime.backends.onnxruntime.gpu import PROVIDERS
+from dit_runtime.bundle.precision import Precision
+from dit_runtime.bundle.reader import Bundle
+from dit_runtime.core.errors import EngineError
+from dit_runtime.core.machine import has_nvidia_driver
+
+CPU = "onnxruntime"
+
+
+def open_onnxruntime(bundle: Bundle, name: str, options: EngineOptions) -> OnnxRuntimeEngine:
+    """As ``Backend.open``."""
+    provider = "cpu" if name == CPU else name.removeprefix(f"{CPU}-")
+    if options.precision not in (None, Precision.FP32) or (options.precision and provider != "cpu"):
+        raise EngineError(
+            f"precision {options.precision} with {name}: ONNX Runtime computes in FP32 on a CPU, and on a GPU as the "
+            "bundle says; leave it out, or use --engine openvino"
+        )
+    return OnnxRuntimeEngine(bundle, options.threads, provider, options.store)
+
+
+def _candidate(bundle: Bundle, name: str) -> Candidate | None:
+    """The CPU's, and CUDA's where there is a driver. TensorRT's and RTX's providers build for minutes."""
+    try:
+        available = import_onnxruntime().get_available_providers()
+    except EngineError:
+        return None
+    cuda = name == f"{CPU}-cuda" and PROVIDERS["cuda"] in available and has_nvidia_driver()
+    return Candidate(name) if name == CPU or cuda else None
+
+
+BACKEND = Backend(open_onnxruntime, _candidate, ("onnxruntime", "onnxruntime-gpu"))

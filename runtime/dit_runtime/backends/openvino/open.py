@@ -1,0 +1,31 @@
+"""OpenVINO by its engine's name."""
+
+from __future__ import annotations
+
+from dit_runtime.backends.base import Backend, Candidate, EngineOptions
+from dit_runtime.backends.openvino.engine import OpenVinoEngine, import_openvino
+from dit_runtime.bundle.precision import Precision
+from dit_runtime.bundle.reader import Bundle
+from dit_runtime.core.errors import EngineError
+
+
+def open_openvino(bundle: Bundle, name: str, options: EngineOptions) -> OpenVinoEngine:
+    """As ``Backend.open``."""
+    return OpenVinoEngine(bundle, options.threads, options.precision, store=options.store)
+
+
+def _candidate(bundle: Bundle, name: str) -> Candidate | None:
+    """BF16 for a bundle that was exported in FP16, where the CPU has BF16; else FP32.
+
+    BF16 for a bundle that was exported in FP32 is left to the user to name, and so is FP32 where there is BF16: it
+    would keep twice the weights on disk to lose.
+    """
+    try:
+        capabilities = import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    except EngineError:
+        return None
+    bf16 = bundle.manifest.precision.name == Precision.FP16 and "BF16" in capabilities
+    return Candidate(name, Precision.BF16 if bf16 else Precision.FP32)
+
+
+BACKEND = Backend(open_openvino, _candidate, ("openvino",), keeps_graphs=True)

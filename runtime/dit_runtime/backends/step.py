@@ -1,0 +1,65 @@
+"""The step graph's inputs, put together in one place."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dit_runtime.backends.base import Array, Engine
+from dit_runtime.bundle.manifest import Manifest
+from dit_runtime.samplers.noise import Float32
+
+STATE_SLOTS = 3  # z_t, and the sampler's memory
+
+
+def state_from_latents(latents: Float32) -> Float32:
+    """Latents ``[B, C, H, W]`` → the state ``[B, 3, C, H, W]`` before the first step: nothing in the memory."""
+    state = np.zeros((len(latents), STATE_SLOTS, *latents.shape[1:]), np.float32)
+    state[:, 0] = latents
+    return state
+
+
+def step_inputs(
+    manifest: Manifest,
+    state: Float32,
+    coefficients: Float32,
+    guidance: Float32,
+    rows: Array,
+    table: Array,
+    noise: Float32 | None = None,
+) -> dict[str, Array]:
+    """The inputs of the graphs ``step`` and ``probe`` by name.
+
+    Args:
+        manifest: of the bundle, which names the conditioning table.
+        state: ``[B, 3, C, H, W]`` float32.
+        coefficients: ``[B, 17]`` float32, the sampler's row of each image.
+        guidance: ``[G, B, C]`` float32, the weight of each branch.
+        rows: ``[G, B]`` int32, the row of the conditioning table that each branch of each image reads.
+        table: the conditioning table ``[R, …]``, in the manifest's dtype.
+        noise: ``[B, C, H, W]`` float32; None is none.
+    """
+    return {
+        "state": state,
+        "noise": np.zeros_like(state[:, 0]) if noise is None else noise,
+        "coefficients": coefficients,
+        "guidance": guidance,
+        "rows": rows,
+        manifest.table.name: table,
+    }
+
+
+def compute_table(engine: Engine, manifest: Manifest, timesteps: Array, labels: Array) -> Array:
+    """Rows of the conditioning table for pairs of timestep ``[R]`` and label ``[R]``.
+
+    The conditioner is called with as many rows as the engine takes at once.
+    """
+    info = engine.info
+    profiles = info.profiles.get("conditioner")
+    most = len(timesteps) if profiles is None else profiles.largest_batch
+    session = engine.session("conditioner")
+    parts: list[Array] = []
+    for first in range(0, len(timesteps), most):
+        part = slice(first, first + most)
+        inputs = {"timesteps": timesteps[part].astype(np.float32), "labels": labels[part].astype(np.int32)}
+        parts += session.run(inputs, [manifest.table.name])
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)

@@ -1,0 +1,256 @@
+"""What all work of one TensorRT engine shares on the GPU: stream, lock, activations, and the plans that are loaded.
+
+All work is queued on one stream, so one block of memory serves the activations of all graphs, which never run together.
+A lock makes each call whole: threads may share an engine, and take turns. Engines share nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from dit_runtime.backends.profiles import Fit, Profiles, Shape
+from dit_runtime.backends.tensorrt import api as tensorrt_api
+from dit_runtime.backends.tensorrt.api import TensorRT
+from dit_runtime.backends.tensorrt.buffers import DeviceBuffer
+from dit_runtime.backends.tensorrt.cuda import Cuda
+from dit_runtime.backends.tensorrt.memory import check_engine, device_bytes, in_words
+from dit_runtime.backends.tensorrt.store import StoredEngine, StoredGraph
+from dit_runtime.bundle.manifest import Manifest
+from dit_runtime.core.errors import EngineError
+
+# What contexts, CUDA graphs and the library's kernels may take besides. Assumed, not measured.
+SMALL_BYTES = 32 << 20
+
+
+class LoadedPlan:
+    """A plan on the device: ``engine`` is the library's, ``tensors`` its inputs and outputs."""
+
+    def __init__(self, library: TensorRT, runtime: Any, plan: memoryview) -> None:
+        self._library = library
+        self.engine = tensorrt_api.engine_from_plan(runtime, plan)
+        self.tensors = tensorrt_api.tensors_of(library, self.engine)
+        self._contexts: dict[int, Any] = {}
+
+    def new_context(self, profile: int, cuda: Cuda, stream: int) -> Any:
+        """An execution context of its own for a captured graph."""
+        context = tensorrt_api.context_of(self._library, self.engine, profile, stream)
+        cuda.synchronize(stream)  # the switch to the profile
+        return context
+
+    def context(self, profile: int, cuda: Cuda, stream: int) -> Any:
+        """The context of a profile for calls that are not captured."""
+        if profile not in self._contexts:
+            self._contexts[profile] = self.new_context(profile, cuda, stream)
+        return self._contexts[profile]
+
+    def activation_bytes(self, profile: int) -> int:
+        return tensorrt_api.activation_bytes(self.engine, profile)
+
+
+class Device:
+    """The GPU as one engine uses it. Whoever calls a method holds ``lock``.
+
+    Args:
+        manifest: of the bundle at the size in use.
+        stored: the plans.
+        library: TensorRT or TensorRT-RTX, imported.
+        cuda: the GPU.
+        name: the engine's, for messages.
+        drop: gives back what holds a graph's weights, before they are unloaded.
+        free_idle: frees what nobody uses at the moment; False where there is no such thing.
+
+    Attributes:
+        stream: on which all work is queued; 0 once the device is closed.
+        activations: the block that all contexts share.
+        running: the graph whose work is being made ready or queued, and whose weights make room for nothing.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        stored: StoredEngine,
+        library: TensorRT,
+        cuda: Cuda,
+        name: str,
+        drop: Callable[[str], None],
+        free_idle: Callable[[], bool],
+    ) -> None:
+        self.stream = 0  # until there is one, for whoever closes a device that could not be opened
+        self.manifest, self.stored, self.library, self.cuda, self.name = manifest, stored, library, cuda, name
+        self._drop, self._free_idle = drop, free_idle
+        self.lock = threading.RLock()
+        self.profiles = {graph: plan.profiles_of(manifest.graphs[graph]) for graph, plan in stored.graphs.items()}
+        self._said: list[str] = []
+        self._logger = tensorrt_api.logger(library, self._note)  # must outlive the runtime, and the runtime its engines
+        self._runtime = tensorrt_api.runtime_of(library, self._logger)
+        self.stream = cuda.stream()
+        self.activations = DeviceBuffer(cuda, self.stream, self.make_room)
+        self.running: str | None = None
+        self._loaded: dict[str, LoadedPlan] = {}
+        self._loads: dict[str, int] = {}
+
+    def stored_graph(self, graph: str) -> StoredGraph:
+        """The plan of a graph as it is stored.
+
+        Raises:
+            EngineError: there is none.
+        """
+        if graph not in self.stored.graphs:
+            known = ", ".join(self.stored.graphs)
+            raise EngineError(f"{self.name}: has no plan of the {graph}, only of {known}; choose another engine for it")
+        return self.stored.graphs[graph]
+
+    def profiles_of(self, graph: str) -> Profiles:
+        """The optimization profiles of a graph. Raises EngineError where there is no plan of it."""
+        self.stored_graph(graph)
+        return self.profiles[graph]
+
+    def load(self, graph: str) -> LoadedPlan:
+        """A graph's plan on the device, to be run next; checked and deserialized where it is not there.
+
+        Raises:
+            EngineError: the plan is not what was built, or the library refuses it; or too little memory for it.
+        """
+        self.running = graph
+        if graph not in self._loaded:
+            self.check_open()
+            self.make_room(self.stored_graph(graph).weights_bytes)
+            self._loaded[graph] = self._deserialize(graph)
+            self._loads[graph] = self._loads.get(graph, 0) + 1
+        return self._loaded[graph]
+
+    def _deserialize(self, graph: str) -> LoadedPlan:
+        plan = self.stored.plan_file(graph)
+        self._said.clear()
+        try:
+            # Mapped: on a Jetson a copy would take of the memory that the weights are about to need.
+            with (
+                plan.open("rb") as file,
+                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+                memoryview(mapped) as content,
+            ):
+                self.stored.check_plan(graph, hashlib.sha256(content).hexdigest())  # of what is deserialized
+                try:
+                    loaded = LoadedPlan(self.library, self._runtime, content)
+                except EngineError as error:
+                    advice = "run dit-build again, or free memory"
+                    raise EngineError(f"{plan}: {error} ({self._why()}); {advice}") from error
+        except (OSError, ValueError) as error:
+            raise EngineError(f"{plan}: cannot be read ({error}); run dit-build again") from error
+        spec = self.manifest.graphs[graph]
+        expected = {tensor.name: np.dtype(tensor.dtype) for tensor in (*spec.inputs, *spec.outputs)}
+        for name, tensor in loaded.tensors.items():
+            if tensor.dtype != expected.get(name):
+                raise EngineError(
+                    f"{plan}: has a tensor {name!r} of {tensor.dtype}, the bundle's {graph} has "
+                    f"{expected.get(name, 'none')}; run dit-build again"
+                )
+        return loaded
+
+    def loads(self, graph: str) -> int:
+        """How often a graph that is on the device has been loaded; 0 where it is not there."""
+        return self._loads[graph] if graph in self._loaded else 0
+
+    def unload(self, graph: str) -> None:
+        """Free a graph's weights and what is made from them; a loop that is under way keeps its latents and table."""
+        self.cuda.synchronize(self.stream)  # its last call
+        self._drop(graph)
+        self._loaded.pop(graph, None)
+
+    def check_memory(self, batch: int) -> None:
+        """Say before the step is first loaded that a batch does not fit.
+
+        Raises:
+            EngineError: what it needs, what the device has, and the batch that would fit.
+        """
+        if not self._loads.get("step"):
+            held = sum(self.stored.graphs[graph].weights_bytes for graph in self._loaded) + self.activations.size
+            check_engine(self.manifest, self.stored, device_bytes(self.cuda.device()) + held, batch)
+
+    def make_room(self, size: int) -> None:
+        """Free other weights, the smallest first, then what is idle, while ``size`` bytes and a little more do not fit.
+
+        Weights are loaded again when they are needed: slow, where another batch's labels bring the conditioner back
+        beside the step, but right. The weights of ``running`` stay.
+
+        Raises:
+            EngineError: nothing is left to be freed.
+        """
+        others = (graph for graph in self._loaded if graph != self.running)
+        held = sorted(others, key=lambda graph: self.stored_graph(graph).weights_bytes)
+        while (free := device_bytes(self.cuda.device())) < size + SMALL_BYTES:
+            if held:
+                self.unload(held.pop(0))
+            elif self._free_idle():
+                continue
+            elif free >= size:
+                return
+            else:
+                raise EngineError(
+                    f"{self.name}: {in_words(size)} of the GPU's memory are needed, {in_words(free)} are free; end "
+                    "other programs, or use a smaller batch"
+                )
+
+    def fit(self, graph: str, shapes: Mapping[str, Shape]) -> Fit:
+        """The profile that takes inputs of these shapes.
+
+        Raises:
+            EngineError: there is none: the shapes, what there is, and how to have it built.
+        """
+        profiles = self.profiles_of(graph)
+        if (found := profiles.fit(shapes, self.stored_graph(graph).activation_bytes)) is not None:
+            return found
+        has = "; ".join(
+            profiles.describe({name: (least, most) for name, (least, _, most) in each.items()})
+            for each in profiles.shapes
+        )
+        raise EngineError(
+            f"{self.name}: no optimization profile of the {graph} takes "
+            f"{profiles.describe({name: (shape, shape) for name, shape in shapes.items()})}, only {has}; build for it "
+            "with dit-build (--batch, --branches, --rows, --decode-tile)"
+        )
+
+    def start(self, context: Any) -> None:
+        """Queue a context's work.
+
+        Raises:
+            EngineError: the library refuses, with what it said.
+        """
+        self._said.clear()
+        try:
+            tensorrt_api.enqueue(context, self.stream)
+        except EngineError as error:
+            raise EngineError(f"{self.name}: {error} ({self._why()}); run dit-verify on this engine") from error
+
+    def give_activations(self, context: Any, loaded: LoadedPlan, profile: int) -> None:
+        """The block that all contexts share, as large as this one needs."""
+        self.activations.reserve(max(loaded.activation_bytes(profile), 1))
+        tensorrt_api.give_memory(context, self.activations.address, self.activations.size)
+
+    def check_open(self) -> None:
+        """Raises EngineError once the device is closed."""
+        if not self.stream:
+            raise EngineError(f"{self.name}: is closed; open it again")
+
+    def close(self) -> None:
+        """Give back plans, activations and stream."""
+        if not self.stream:
+            return
+        for graph in list(self._loaded):
+            self.unload(graph)
+        self.activations.free()
+        self.cuda.destroy_stream(self.stream)
+        self.stream = 0
+
+    def _why(self) -> str:
+        return "; ".join(" ".join(message.split()) for message in self._said) or "no reason given"
+
+    def _note(self, severity: str, message: str) -> None:
+        if severity == "error":
+            self._said.append(message)

@@ -1,0 +1,111 @@
+"""A whole benchmark: from a request to the report that the command prints, writes and draws."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dit_runtime.backends.base import Engine
+from dit_runtime.bench.parts import compare_with_gemm, time_images, time_parts
+from dit_runtime.bench.timing import Timing, memory_use
+from dit_runtime.bundle.reader import Bundle, open_bundle
+from dit_runtime.core.environment import describe_environment
+from dit_runtime.verify.auto import choose_engine
+
+SWEEP_STEPS = (10, 25, 50)
+
+
+@dataclass(frozen=True)
+class BenchmarkRequest:
+    """What to time.
+
+    Attributes:
+        bundle: its folder.
+        engine: ``auto`` or an engine's name; it is verified before it is timed.
+        precision: of an engine that has a choice; None is its default.
+        store: where engines and verdicts are kept; None is the bundle's own folder.
+        threads: of the CPU; 0 lets the engine choose.
+        batches: images in a call, each timed by itself, in rising order.
+        steps: of a whole image.
+        repeat: timed calls of each part.
+        image_runs: timed runs of whole images; 0 leaves them out.
+        sweep: also time other step counts and image sizes, with the smallest batch.
+        gemm: also measure how fast matrix products are here.
+    """
+
+    bundle: Path
+    engine: str = "auto"
+    precision: str | None = None
+    store: Path | None = None
+    threads: int = 0
+    batches: tuple[int, ...] = (1,)
+    steps: int = 50
+    repeat: int = 20
+    image_runs: int = 3
+    sweep: bool = False
+    gemm: bool = True
+
+
+def benchmark(request: BenchmarkRequest) -> dict[str, Any]:
+    """Time the engine of a request.
+
+    Returns:
+        The report, as ``dit-bench --json`` prints it; ``bench.report`` makes text, Markdown and plots of it.
+
+    Raises:
+        BundleError: the bundle is missing, incomplete or altered.
+        EngineError: no such engine, or it is not installed.
+        ParityError: the engine does not match the reference.
+    """
+    bundle = open_bundle(request.bundle, request.store)
+    engine = _open_engine(request, bundle)
+    parts = {batch: time_parts(bundle, engine, batch, request.steps, request.repeat) for batch in request.batches}
+    report: dict[str, Any] = {
+        "bundle": bundle.digest,
+        "model": bundle.manifest.source.name,
+        "image_size": bundle.manifest.image_size,
+        "precision": bundle.manifest.precision.name,
+        "engine": engine.info.name,
+        "verified": True,
+        "steps": request.steps,
+        "environment": describe_environment(request.threads),
+        "parts": {batch: _json_from_timings(timings) for batch, timings in parts.items()},
+    }
+    if request.image_runs > 0:
+        report["pictures"] = {
+            batch: time_images(bundle, engine, batch, request.steps, request.image_runs) for batch in request.batches
+        }
+    if request.sweep:
+        report["step_counts"] = _time_step_counts(request, bundle, engine)
+        report["sizes"] = _time_sizes(request, bundle, engine)
+    if request.gemm:
+        report["gemm"] = compare_with_gemm(bundle, engine, parts)
+    report["memory_bytes"] = memory_use()
+    return report
+
+
+def _open_engine(request: BenchmarkRequest, bundle: Bundle) -> Engine:
+    return choose_engine(bundle, request.threads, request.engine, request.precision).engine
+
+
+def _time_step_counts(request: BenchmarkRequest, bundle: Bundle, engine: Engine) -> dict[int, Any]:
+    """Whole images of other step counts."""
+    runs = max(request.image_runs, 1)
+    return {steps: time_images(bundle, engine, request.batches[0], steps, runs) for steps in SWEEP_STEPS}
+
+
+def _time_sizes(request: BenchmarkRequest, bundle: Bundle, engine: Engine) -> dict[str, Any]:
+    """The parts at each image size of the bundle; ``engine`` is the one of the size in use."""
+    found = {}
+    for size in bundle.manifest.image_sizes:
+        at = bundle.at(size)
+        own = engine if size == bundle.manifest.image_size else _open_engine(request, at)
+        timings = time_parts(at, own, request.batches[0], request.steps, request.repeat)
+        found[f"{size[0]}x{size[1]}"] = {"tokens": at.manifest.model.tokens, **_json_from_timings(timings)}
+    return found
+
+
+def _json_from_timings(timings: Mapping[str, Timing]) -> dict[str, Any]:
+    return {name: asdict(timing) for name, timing in timings.items()}

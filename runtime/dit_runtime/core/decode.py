@@ -1,0 +1,220 @@
+"""JSON files read strictly: the text within bounds, then frozen dataclasses with every value of its declared type.
+
+A file may come from elsewhere or be damaged. ``read_json`` gives its values or one ``DecodeError``; ``decode`` makes a
+dataclass of them, or says in one line where the first wrong value is, what it is and what was expected there:
+``graphs.step.inputs[2].dtype: got 3, expected text``. Every field must be there, and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import reprlib
+import stat
+import sys
+import types
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+
+NoneType = type(None)
+WORDS = {
+    **{int: "a whole number", float: "a finite number", str: "text", bool: "true or false"},
+    **{NoneType: "null", Any: "a value"},
+}
+
+_short = reprlib.Repr()  # of a value in a message: one line of at most some hundred characters
+_short.maxlevel, _short.maxlist, _short.maxdict = 1, 3, 3
+_short.maxstring = _short.maxlong = _short.maxother = 60
+
+
+class DecodeError(ValueError):
+    """A file or its JSON is not what was declared. The message is one line, without the file's name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The numbers that a field may hold, both ends included: ``Annotated[int, Range(1)]``."""
+
+    least: float = -math.inf
+    most: float = math.inf
+
+
+Positive = Annotated[int, Range(1)]
+Natural = Annotated[int, Range(0)]
+Amount = Annotated[float, Range(0)]
+
+
+def read_bytes(path: Path, limit_bytes: int) -> bytes:
+    """The content of a regular file of at most ``limit_bytes``; links are followed.
+
+    Raises:
+        DecodeError: the file cannot be read, is not a regular file, or is larger.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its other end
+            raise DecodeError("not a regular file")
+        with path.open("rb") as file:
+            content = file.read(limit_bytes + 1)
+    except OSError as error:
+        raise DecodeError(f"cannot be read ({error.strerror or error})") from error
+    if len(content) > limit_bytes:
+        raise DecodeError(f"larger than {limit_bytes} bytes")
+    return content
+
+
+def json_from_bytes(content: bytes) -> Any:
+    """The values of a JSON text in UTF-8.
+
+    Raises:
+        DecodeError: not JSON, NaN or an infinity in it, a key twice in one object, or nested too deeply to read.
+    """
+    try:
+        return json.loads(content.decode(), parse_constant=_refuse_constant, object_pairs_hook=_object_from_pairs)
+    except DecodeError:
+        raise
+    except ValueError as error:
+        raise DecodeError(f"not JSON: {error}") from error
+    except RecursionError as error:
+        raise DecodeError("not JSON: nested too deeply") from error
+
+
+def read_json(path: Path, limit_bytes: int) -> Any:
+    """The values of a JSON file. Raises DecodeError as ``read_bytes`` and ``json_from_bytes`` do."""
+    return json_from_bytes(read_bytes(path, limit_bytes))
+
+
+def schema_of(raw: object) -> int:
+    """The number that says how to read the rest of a file. Raises DecodeError where there is none."""
+    if type(raw) is not dict or "schema" not in raw:
+        raise DecodeError(f"schema: missing, expected {_expected(int)}")
+    return decode(int, raw["schema"], "schema")
+
+
+def decode(kind: type[T], raw: object, where: str = "") -> T:
+    """A value of ``kind`` from the values that JSON has.
+
+    Args:
+        kind: a dataclass. Its fields are ``int``, ``float`` (a whole number becomes one), ``str``, ``bool``, ``None``,
+            a ``Literal``, an enum by its values, ``tuple``, ``list``, ``dict`` with keys of text, another dataclass, a
+            union of these, one of these ``Annotated`` with a ``Range``, or ``Any``. ``kind`` may be one of these too.
+        raw: what ``read_json`` gave.
+        where: the place of ``raw`` in its file, with which the message begins.
+
+    Raises:
+        DecodeError: a field is missing or unknown, a value has another type or is out of its range.
+    """
+    value: T = _value(kind, raw, where)
+    return value
+
+
+def _value(kind: Any, raw: Any, where: str) -> Any:
+    origin, inner = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return raw
+    if origin in (Union, types.UnionType):
+        return _value_of_union(kind, raw, where)
+    if origin is Annotated:
+        with contextlib.suppress(DecodeError):  # so that the message says the range too
+            value = _value(inner[0], raw, where)
+            if all(bound.least <= value <= bound.most for bound in kind.__metadata__):
+                return value
+    elif dataclasses.is_dataclass(kind) and type(raw) is dict:
+        return _dataclass_from_object(kind, raw, where)
+    elif origin is dict and type(raw) is dict:
+        return {key: _value(inner[1], item, _inside(where, key)) for key, item in raw.items()}
+    elif origin in (tuple, list) and type(raw) is list:
+        kinds = inner[:1] * len(raw) if _any_length(kind) else inner
+        if len(kinds) == len(raw):
+            return origin(_value(kinds[index], item, f"{where}[{index}]") for index, item in enumerate(raw))
+    elif (choices := _choices(kind)) is not None:
+        for plain, choice in choices:
+            if type(raw) is type(plain) and raw == plain:
+                return choice
+    elif kind is float:
+        if type(raw) in (int, float) and abs(raw) <= sys.float_info.max:
+            return float(raw)
+    elif type(raw) is kind:
+        return raw
+    raise _wrong(kind, raw, where)
+
+
+def _dataclass_from_object(kind: Any, raw: dict[str, Any], where: str) -> Any:
+    hints = _fields(kind)
+    if unknown := [name for name in raw if name not in hints]:
+        raise DecodeError(f"{_inside(where, unknown[0])}: unknown, expected only {', '.join(hints)}")
+    if missing := [name for name in hints if name not in raw]:
+        raise DecodeError(f"{_inside(where, missing[0])}: missing, expected {_expected(hints[missing[0]])}")
+    return kind(**{name: _value(hint, raw[name], _inside(where, name)) for name, hint in hints.items()})
+
+
+def _value_of_union(kind: Any, raw: Any, where: str) -> Any:
+    kinds = [each for each in get_args(kind) if each is not NoneType or raw is None]
+    for each in kinds:
+        try:
+            return _value(each, raw, where)
+        except DecodeError:
+            if len(kinds) == 1 and type(raw) in (dict, list):  # the place inside says more
+                raise
+    raise _wrong(kind, raw, where)
+
+
+@functools.cache
+def _fields(kind: Any) -> dict[str, Any]:
+    hints = get_type_hints(kind, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def _any_length(kind: Any) -> bool:
+    return get_origin(kind) is list or get_args(kind)[-1] is Ellipsis
+
+
+def _choices(kind: Any) -> list[tuple[Any, Any]] | None:
+    """Of a literal or an enum: each value as JSON has it, and what it becomes."""
+    if get_origin(kind) is Literal:
+        return [(choice, choice) for choice in get_args(kind)]
+    return [(choice.value, choice) for choice in kind] if isinstance(kind, type) and issubclass(kind, Enum) else None
+
+
+def _wrong(kind: Any, raw: Any, where: str) -> DecodeError:
+    return DecodeError(f"{where}: got {_short.repr(raw)}, expected {_expected(kind)}".removeprefix(": "))
+
+
+def _expected(kind: Any) -> str:
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_expected(each) for each in inner)
+    if origin is Annotated:
+        (bound,) = kind.__metadata__
+        least = f" from {bound.least:g}" if math.isfinite(bound.least) else ""
+        return _expected(inner[0]) + least + (f" to {bound.most:g}" if math.isfinite(bound.most) else "")
+    if origin in (tuple, list):
+        return "a list" if _any_length(kind) else f"a list of {len(inner)}"
+    if (choices := _choices(kind)) is not None:
+        return f"one of {', '.join(repr(plain) for plain, _ in choices)}"
+    return "an object" if origin is dict or dataclasses.is_dataclass(kind) else WORDS[kind]
+
+
+def _inside(where: str, name: str) -> str:
+    """The place of a field or key: ``model.depth``, ``files['a.onnx']``."""
+    if not (name.isascii() and name.isidentifier() and len(name) < 60):
+        return f"{where}[{_short.repr(name)}]"
+    return f"{where}.{name}" if where else name
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise DecodeError(f"not JSON: it holds {name}, which is not a finite number")
+
+
+def _object_from_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise DecodeError(f"not JSON: key {_short.repr(key)} is there twice")
+        found[key] = value
+    return found

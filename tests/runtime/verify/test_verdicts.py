@@ -1,0 +1,79 @@
+"""Verdicts and speeds as files: what is written is read back, and a damaged record counts as none."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dit_runtime.core.machine import describe_machine
+from dit_runtime.verify import speed
+from dit_runtime.verify.rung import Rung
+from dit_runtime.verify.verdicts import store_verdict, stored_verdict, stored_verdicts, verdict_path
+
+ENGINE: Any = SimpleNamespace(name="an engine", identity="this very one")
+RUNGS = [
+    Rung("blocks", 0.5, 1.0, "relative", "block 1", 1.5, 2.0, None, {"max_abs": 0.25}, "block", {"error": [0.5, 0.25]}),
+    Rung("image", math.inf, 30.0, "dB", metrics={"ssim": 1.0}),
+    Rung("overflow", math.nan, 1.0, "relative"),
+]
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Any:
+    manifest = SimpleNamespace(model=SimpleNamespace(latent_size=(8, 8)), image_size=(32, 32))
+    return SimpleNamespace(digest="d" * 64, manifest=manifest, engines=tmp_path)
+
+
+def test_a_verdict_is_read_as_it_was_written(bundle: Any) -> None:
+    """Numbers that are not finite are words in the file; the failed rungs are named."""
+    store_verdict(bundle, ENGINE, RUNGS, quick=False)
+    raw = json.loads(verdict_path(bundle, ENGINE).read_text())
+    assert list(raw) == ["bundle", "image_size", "engine", "machine", "time", "quick", "passed", "rungs"]
+    assert raw["rungs"] == [json.loads(json.dumps(rung.as_json())) for rung in RUNGS]
+    assert [list(rung) for rung in raw["rungs"]] == [list(rung.as_json()) for rung in RUNGS]
+    (verdict,) = stored_verdicts(bundle)
+    assert (verdict.engine, verdict.image_size, verdict.machine) == ("an engine", (32, 32), describe_machine())
+    assert verdict.failed == ("overflow",)
+    assert stored_verdict(bundle, ENGINE) is False
+    store_verdict(bundle, ENGINE, RUNGS[:2], quick=False)
+    assert stored_verdict(bundle, ENGINE, full=True) is True
+
+
+@pytest.mark.parametrize("change", ["cut", "missing", "unknown", "type", "other bundle", "other engine", "nesting"])
+def test_a_damaged_verdict_is_none(bundle: Any, change: str) -> None:
+    """An engine whose verdict cannot be read whole was never judged."""
+    store_verdict(bundle, ENGINE, RUNGS[:2], quick=False)
+    path = verdict_path(bundle, ENGINE)
+    raw = json.loads(path.read_text())
+    changed: dict[str, Any] = {
+        "cut": path.read_text()[:-10],
+        "missing": {name: value for name, value in raw.items() if name != "rungs"},
+        "unknown": {**raw, "more": 1},
+        "type": {**raw, "passed": "yes"},
+        "other bundle": {**raw, "bundle": "e" * 64},
+        "other engine": {**raw, "engine": "another"},
+        "nesting": "[" * 100_000,
+    }
+    path.write_text(changed[change] if isinstance(changed[change], str) else json.dumps(changed[change]))
+    assert stored_verdict(bundle, ENGINE) is None
+    assert len(stored_verdicts(bundle)) == (change == "other engine")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "{}", "[1]", '[{"name": "a"}]', "[" * 100_000]
+    + [json.dumps([{"name": "a", "precision": None, "engine": "a b", "step_ms": wrong}]) for wrong in (-1, "1", 1e999)],
+)
+def test_a_damaged_record_of_speeds_is_none(tmp_path: Path, content: str) -> None:
+    """Times that cannot be read whole are measured anew."""
+    path = tmp_path / "speeds.json"
+    assert speed._read(path) is None
+    path.write_text('[{"name": "a", "precision": null, "engine": "a b", "step_ms": 2}]')
+    assert speed._read(path) == [speed.Speed("a", None, "a b", 2.0)]
+    path.write_text(content)
+    assert speed._read(path) is None
