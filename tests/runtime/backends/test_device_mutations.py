@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -537,7 +537,7 @@ def used(engine: TensorRtEngine, machine: Machine, pipe: Pipeline, expected: dic
 
     own = engine.open_loop(limits := TableLimits(ROW * 64, ROW * 64))
     assert own.limits == limits, "a loop with other limits"
-    assert all(map(np.array_equal, run_alone(own), expected["alone"])), "steps alone differ"
+    assert are_same(run_alone(own), expected["alone"]), "steps alone differ"
 
 
 def moved(engine: TensorRtEngine, machine: Machine, pipe: Pipeline, expected: dict[str, Any]) -> None:
@@ -572,7 +572,7 @@ def padded(engine: TensorRtEngine, machine: Machine, pipe: Pipeline, expected: d
     """A batch that is fixed takes a single image too, and a step that is guided one without guidance."""
     found = pipe([3], 4, sampler="ddpm", steps=9, guidance=2.0, guidance_interval=(0.4, 1.0))
     assert np.array_equal(found, expected["ddpm"]), "in a fixed batch: differs"
-    assert all(map(np.array_equal, call_step(pipe, 1), expected["unguided"])), "a call with padding differs"
+    assert are_same(call_step(pipe, 1), expected["unguided"]), "a call with padding differs"
 
 
 def lent(engine: TensorRtEngine, machine: Machine, pipe: Pipeline, expected: dict[str, Any]) -> None:
@@ -580,12 +580,12 @@ def lent(engine: TensorRtEngine, machine: Machine, pipe: Pipeline, expected: dic
     own = engine.open_loop(TableLimits())
     own.close()
     own.close()
-    assert all(map(np.array_equal, in_turns(pipe), expected["turns"])), "in turns: differs"
+    assert are_same(in_turns(pipe), expected["turns"]), "in turns: differs"
     found = in_turns(pipe)
     results = [next(found)]
     engine.release("step")
     results += found
-    assert all(map(np.array_equal, results, expected["turns"])), "in turns, the step released: differs"
+    assert are_same(results, expected["turns"]), "in turns, the step released: differs"
     for graph in engine.info.graphs:
         engine.release(graph)
     assert machine.used == engine.device.activations.size, "graphs that were released hold memory"
@@ -620,16 +620,16 @@ def run_alone(steps: HostLoop | DeviceLoop) -> list[Any]:
     return results
 
 
+def are_same(found: Iterable[Any], expected: Iterable[Any]) -> bool:
+    return all(np.array_equal(one, same) for one, same in zip(found, expected, strict=True))
+
+
 def compare(found: dict[str, Any], expected: dict[str, Any]) -> None:
     for name, value in found.items():
         other = expected[name]
-        pairs = (
-            [(value[index], other[index]) for index in other]
-            if isinstance(other, dict)
-            else zip(value, other, strict=True)
-        )
-        for one, same in pairs:
-            assert np.array_equal(one, same), f"{name} differs"
+        if isinstance(other, dict):
+            value, other = [value[index] for index in other], other.values()
+        assert are_same(value, other), f"{name} differs"
 
 
 def read_late(pipe: Pipeline) -> None:
