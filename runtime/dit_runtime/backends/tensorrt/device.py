@@ -81,11 +81,10 @@ class Device:
         drop: Callable[[str], None],
         free_idle: Callable[[], bool],
     ) -> None:
-        self.stream = 0  # until there is one, for whoever closes a device that could not be opened
         self.manifest, self.stored, self.library, self.cuda, self.name = manifest, stored, library, cuda, name
         self._drop, self._free_idle = drop, free_idle
         self.lock = threading.RLock()
-        self.profiles = {graph: plan.profiles_of(manifest.graphs[graph]) for graph, plan in stored.graphs.items()}
+        self._profiles = stored.profiles(manifest)
         self._said: list[str] = []
         self._logger = tensorrt_api.logger(library, self._note)  # must outlive the runtime, and the runtime its engines
         self._runtime = tensorrt_api.runtime_of(library, self._logger)
@@ -109,7 +108,7 @@ class Device:
     def profiles_of(self, graph: str) -> Profiles:
         """The optimization profiles of a graph. Raises EngineError where there is no plan of it."""
         self.stored_graph(graph)
-        return self.profiles[graph]
+        return self._profiles[graph]
 
     def load(self, graph: str) -> LoadedPlan:
         """A graph's plan on the device, to be run next; checked and deserialized where it is not there.
