@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dit_engines.kernels import Kernel, by_profile
+from dit_engines.kernels import Kernel, split_by_profile
 from dit_engines.recipe import can_fuse_attention
-from dit_runtime.backends.tensorrt.memory import in_words
+from dit_runtime.backends.tensorrt.memory import describe_bytes
 from dit_runtime.bundle.manifest import ModelSpec, PrecisionSpec
 from dit_runtime.bundle.precision import TENSORRT_DATATYPES, Precision, is_kept
 from dit_runtime.core.decode import decode
@@ -115,18 +115,20 @@ def audit_of(
 
     Args:
         kernels: of all profiles.
-        work: for each profile the multiply-adds of each ONNX node at its usual shapes (``graph_work``).
+        work: for each profile the multiply-adds of each ONNX node at its usual shapes (``work_of_graph``).
         weights_bytes: of the engine.
         activation_bytes: of each profile.
         keep_fp32: units of the graph, by their names' prefixes, that stay FP32.
     """
     profiles = []
-    for own, macs, size in zip(by_profile(kernels, len(work)), work, activation_bytes, strict=True):
-        profiles.append(_profile(own, macs, size, keep_fp32))
+    for own, macs, size in zip(split_by_profile(kernels, len(work)), work, activation_bytes, strict=True):
+        profiles.append(_audit_profile(own, macs, size, keep_fp32))
     return Audit(weights_bytes, profiles)
 
 
-def _profile(kernels: Sequence[Kernel], macs: Mapping[str, int], size: int, keep_fp32: Sequence[str]) -> ProfileAudit:
+def _audit_profile(
+    kernels: Sequence[Kernel], macs: Mapping[str, int], size: int, keep_fp32: Sequence[str]
+) -> ProfileAudit:
     found = ProfileAudit(activation_bytes=size)
     sizes: list[tuple[int, Kernel]] = []
     makers: dict[str, int] = {}
@@ -185,7 +187,7 @@ def find_problems(
         and audit.weights_bytes > WEIGHTS_MOST * bundle_bytes + CODE_BYTES
     ):
         found.append(
-            f"{graph}: its weights take {in_words(audit.weights_bytes)}, the bundle's {in_words(bundle_bytes)}, so "
+            f"{graph}: its weights take {describe_bytes(audit.weights_bytes)}, the bundle's {describe_bytes(bundle_bytes)}, so "
             "that they are not FP16, and the builder does not tell"
         )
     for index, profile in enumerate(audit.profiles):
@@ -193,13 +195,13 @@ def find_problems(
         share = profile.share_in(precision.name)
         if share < LEAST_SHARE and not is_kept(graph, precision.keep_fp32):
             found.append(f"{where}: {share:.1%} of the multiply-adds are {word} where {LEAST_SHARE:.0%} should be")
-        expected = expected_attentions(model, precision)
+        expected = count_expected_attentions(model, precision)
         if graph == "step" and profile.fused_attention < expected:
             found.append(f"{where}: {profile.fused_attention} of {expected} attentions fused")
     return found
 
 
-def expected_attentions(model: ModelSpec, precision: PrecisionSpec) -> int:
+def count_expected_attentions(model: ModelSpec, precision: PrecisionSpec) -> int:
     """How many attentions of the step a FP16 builder should fuse: those of blocks that the policy does not keep."""
     if precision.name != Precision.FP16 or not can_fuse_attention(model):
         return 0

@@ -89,7 +89,7 @@ def kernels_from_log(message: str) -> list[Kernel]:
         layer: dict[str, Any] = match.groupdict()
         for field in ("Inputs", "Constants", "Outputs"):
             layer[field] = [
-                {"Dimensions": _numbers(tensor["Dimensions"]), "Datatype": tensor["Datatype"]}
+                {"Dimensions": _numbers_from_text(tensor["Dimensions"]), "Datatype": tensor["Datatype"]}
                 for tensor in _TENSOR.finditer(layer[field])
             ]
         found.append(kernel_from_layer(layer))
@@ -99,17 +99,25 @@ def kernels_from_log(message: str) -> list[Kernel]:
 def kernel_from_layer(layer: Mapping[str, Any]) -> Kernel:
     """A kernel from a layer of the inspector's JSON. What is not in it is taken as not told."""
     name, metadata = str(layer.get("Name", "")), str(layer.get("Metadata") or "")
-    constants = [_tensor(item) for item in _items(layer.get("Constants"))]
+    constants = [_sizes_and_datatype_of(item) for item in _mappings_in(layer.get("Constants"))]
     matrices = [(sizes, dtype) for sizes, dtype in constants if sum(size > 1 for size in sizes) >= 2]
     weights, dtype = sum(math.prod(sizes) for sizes, _ in matrices), ""
     own = layer.get("Weights")
     if matrices:
         dtype = max(matrices, key=lambda item: math.prod(item[0]))[1]
     elif isinstance(own, Mapping):
-        weights, dtype = int(own.get("Count", 0)), _datatype(str(own.get("Type", "")))
+        weights, dtype = int(own.get("Count", 0)), _datatype_from_text(str(own.get("Type", "")))
     if not dtype:
-        inputs = {found for _, found in map(_tensor, _items(layer.get("Inputs"))) if found in _WORDS}
-        dtype = "Float" if "Float" in inputs else "Half" if inputs else _datatype(str(layer.get("TacticName") or ""))
+        inputs = {
+            found for _, found in map(_sizes_and_datatype_of, _mappings_in(layer.get("Inputs"))) if found in _WORDS
+        }
+        dtype = (
+            "Float"
+            if "Float" in inputs
+            else "Half"
+            if inputs
+            else _datatype_from_text(str(layer.get("TacticName") or ""))
+        )
     subgraph, profile = _SUBGRAPH.search(name), _PROFILE.search(name)
     return Kernel(
         name=name,
@@ -122,7 +130,7 @@ def kernel_from_layer(layer: Mapping[str, Any]) -> Kernel:
     )
 
 
-def by_profile(kernels: Sequence[Kernel], count: int) -> list[list[Kernel]]:
+def split_by_profile(kernels: Sequence[Kernel], count: int) -> list[list[Kernel]]:
     """Kernels of each of ``count`` optimization profiles, by their names.
 
     Compiled subgraphs are numbered through all profiles, each of which has as many of them.
@@ -138,21 +146,21 @@ def by_profile(kernels: Sequence[Kernel], count: int) -> list[list[Kernel]]:
     return found
 
 
-def _items(value: Any) -> list[Mapping[str, Any]]:
+def _mappings_in(value: Any) -> list[Mapping[str, Any]]:
     return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list) else []
 
 
-def _tensor(item: Mapping[str, Any]) -> tuple[list[int], str]:
+def _sizes_and_datatype_of(item: Mapping[str, Any]) -> tuple[list[int], str]:
     told = item.get("Datatype") or item.get("DataType") or item.get("Format/Datatype") or ""
-    return [size for size in item.get("Dimensions") or [] if isinstance(size, int)], _datatype(str(told))
+    return [size for size in item.get("Dimensions") or [] if isinstance(size, int)], _datatype_from_text(str(told))
 
 
-def _datatype(text: str) -> str:
+def _datatype_from_text(text: str) -> str:
     for dtype, words in _WORDS.items():
         if any(word in text for word in words):
             return dtype
     return "" if not text or text.startswith("N/A") else text.split()[0] if text[0].isupper() else ""
 
 
-def _numbers(text: str) -> list[int]:
+def _numbers_from_text(text: str) -> list[int]:
     return [int(number) for number in text.split(",") if number]

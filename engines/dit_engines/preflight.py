@@ -8,12 +8,12 @@ from dataclasses import replace
 
 from dit_engines.build_host import BuildHost
 from dit_engines.engine_store import BuiltGraph
-from dit_engines.graph_work import graph_work
+from dit_engines.graph_work import work_of_graph
 from dit_engines.recipe import USUAL_STEPS, Recipe, profiles_of
 from dit_runtime.backends.tensorrt.memory import (
     Need,
-    available_bytes,
     check_fits,
+    estimate_available_bytes,
     need_of,
 )
 from dit_runtime.backends.tensorrt.store import StoredGraph
@@ -23,12 +23,12 @@ from dit_runtime.bundle.reader import Bundle
 BUILDER_BYTES = 8 << 20
 
 
-def usual_rows(recipe: Recipe, batch: int) -> int:
+def count_usual_rows(recipe: Recipe, batch: int) -> int:
     """Rows of the conditioning table of 50 steps, each image of another class; the null class's are shared."""
     return min(USUAL_STEPS * (batch + recipe.branches[-1] - 1), recipe.rows)
 
 
-def estimated_graphs(bundle: Bundle, recipe: Recipe, graphs: tuple[str, ...]) -> dict[str, StoredGraph]:
+def estimate_graphs(bundle: Bundle, recipe: Recipe, graphs: tuple[str, ...]) -> dict[str, StoredGraph]:
     """Weights as the bundle holds them, and activations by what lives at once in the ONNX, at each profile's largest.
 
     An estimate: a builder fuses, so that it holds less, and gives its convolutions workspace, which comes on top.
@@ -39,7 +39,7 @@ def estimated_graphs(bundle: Bundle, recipe: Recipe, graphs: tuple[str, ...]) ->
         profiles = profiles_of(graph, recipe, bundle.manifest)
         path = bundle.path / graph.file
         live = [
-            graph_work(path, {tensor: points[2] for tensor, points in profile.items()}).live_bytes
+            work_of_graph(path, {tensor: points[2] for tensor, points in profile.items()}).live_bytes
             for profile in profiles
         ]
         weights = bundle.manifest.files[graph.weights].bytes
@@ -48,7 +48,7 @@ def estimated_graphs(bundle: Bundle, recipe: Recipe, graphs: tuple[str, ...]) ->
     return found
 
 
-def built_graphs(graphs: tuple[BuiltGraph, ...]) -> dict[str, StoredGraph]:
+def stored_graphs_from_built(graphs: tuple[BuiltGraph, ...]) -> dict[str, StoredGraph]:
     """The builder's own figures in the store's terms."""
     return {
         built.graph: StoredGraph(
@@ -78,7 +78,7 @@ def need_at(bundle: Bundle, recipe: Recipe, graphs: Mapping[str, StoredGraph], b
         for name, graph in graphs.items()
     }
     need = need_of(
-        bundle.manifest, scaled, recipe.batch, recipe.branches[-1], usual_rows(recipe, batch), estimated=estimated
+        bundle.manifest, scaled, recipe.batch, recipe.branches[-1], count_usual_rows(recipe, batch), estimated=estimated
     )
     return replace(need, buffers=math.ceil(need.buffers * batch / recipe.batch))
 
@@ -91,6 +91,6 @@ def check_memory(bundle: Bundle, recipe: Recipe, place: BuildHost, graphs: tuple
     """
     if place.memory_bytes is None:
         return None
-    estimate = estimated_graphs(bundle, recipe, graphs)
-    available = available_bytes(place.memory_bytes, place.shared_memory)
+    estimate = estimate_graphs(bundle, recipe, graphs)
+    available = estimate_available_bytes(place.memory_bytes, place.shared_memory)
     return check_fits(lambda batch: need_at(bundle, recipe, estimate, batch, True), recipe.batch, available)

@@ -28,7 +28,7 @@ from dit_runtime.sampling.image_to_image import (
     encode_inits,
     schedule_from_start,
 )
-from dit_runtime.sampling.labels import Label, label_number, label_weights
+from dit_runtime.sampling.labels import Label, number_from_label, weights_from_label
 from dit_runtime.sampling.requests import ImageRequest
 from dit_runtime.sampling.settings import Settings
 from dit_runtime.sampling.tiles import check_tile, decode_in_tiles, images_from_decoded
@@ -261,7 +261,7 @@ class Pipeline:
         start = settings.get("init")
         inits = [None] * count if start is None else self.inits(start, count)
         negative = settings.get("negative_label")
-        against = None if negative is None else label_number(negative, self.manifest)
+        against = None if negative is None else number_from_label(negative, self.manifest)
         noise = self.check_noise(settings.get("noise"), count)
         device, dtype = settings.get("noise_device") or "cpu", settings.get("noise_dtype") or "float32"
         if device not in ("cpu", "cuda") or dtype not in ("float32", "float16"):
@@ -274,7 +274,7 @@ class Pipeline:
         conditioned: dict[object, Branches] = {}
         made = []
         for index, (label, seed, value) in enumerate(zip(labels, seeds, scales, strict=True)):
-            weights = label_weights(label, self.manifest)
+            weights = weights_from_label(label, self.manifest)
             key = (tuple(weights.items()), value)
             if key not in conditioned:
                 conditioned[key] = branches_from_labels(weights, guidances[value], schedule, model, diffusion, against)

@@ -107,12 +107,12 @@ class ConditioningTable:
         self._end = first + len(wanted)
 
 
-def row_bytes(spec: TensorSpec) -> int:
+def bytes_of_row(spec: TensorSpec) -> int:
     """Bytes of a row of the conditioning table."""
     return np.dtype(spec.dtype).itemsize * math.prod(int(axis) for axis in spec.shape[1:])
 
 
-def conditioner_inputs(conditions: Sequence[Condition]) -> dict[str, NDArray[Any]]:
+def inputs_from_conditions(conditions: Sequence[Condition]) -> dict[str, NDArray[Any]]:
     """Timesteps ``[R]`` and labels ``[R]``."""
     return {
         "timesteps": np.array([time for time, _ in conditions], np.float32),

@@ -12,8 +12,8 @@ from dit_runtime.backends.conditioning import (
     Condition,
     ConditioningTable,
     TableLimits,
-    conditioner_inputs,
-    row_bytes,
+    bytes_of_row,
+    inputs_from_conditions,
 )
 from dit_runtime.backends.step import STATE_SLOTS, state_from_latents, step_inputs
 from dit_runtime.bundle.manifest import Manifest, TensorSpec
@@ -27,8 +27,8 @@ class HostTable:
 
     def __init__(self, engine: Engine, spec: TensorSpec, limits: TableLimits) -> None:
         self._conditioner, self._name = engine.session("conditioner"), spec.name
-        self.capacity = max(1, limits.table_bytes // row_bytes(spec))
-        self._chunk = max(1, limits.conditioner_bytes // row_bytes(spec))
+        self.capacity = max(1, limits.table_bytes // bytes_of_row(spec))
+        self._chunk = max(1, limits.conditioner_bytes // bytes_of_row(spec))
         self.array: Array = np.empty((0, *(int(axis) for axis in spec.shape[1:])), np.dtype(spec.dtype))
 
     def fill(self, conditions: Sequence[Condition], first: int) -> None:
@@ -46,7 +46,7 @@ class HostTable:
             self.array[first + start : first + start + len(chunk)] = self._compute(chunk)
 
     def _compute(self, conditions: Sequence[Condition]) -> Array:
-        (rows,) = self._conditioner.run(conditioner_inputs(conditions), [self._name])
+        (rows,) = self._conditioner.run(inputs_from_conditions(conditions), [self._name])
         return rows
 
 

@@ -63,7 +63,7 @@ def engine_for(bundle: Bundle, name: str, threads: int = 0, precision: str | Non
     return open_engine(bundle, name, threads, precision, bundle.engines if backend_named(name).keeps_graphs else None)
 
 
-def candidates(bundle: Bundle) -> list[Candidate]:
+def find_candidates(bundle: Bundle) -> list[Candidate]:
     """What ``auto`` may try here without being asked, the fastest expected first."""
     found = (backend_named(name).candidate(bundle, name) for name in BACKENDS)
     return [candidate for candidate in found if candidate is not None]

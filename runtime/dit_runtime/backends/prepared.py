@@ -80,16 +80,16 @@ def prepare_graph(folder: Path, facts: Facts, make: Callable[[Path], None]) -> P
         None where it can be neither found nor written (a read-only bundle, a full disk): nothing is said, since the
         engine works without it.
     """
-    target = _target(folder, facts)
-    if _whole(target, facts):
+    target = _folder_of(folder, facts)
+    if _is_whole(target, facts):
         return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / f".{target.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed, by the end of the process if need be
-            if _whole(target, facts):  # another process was first
+            if _is_whole(target, facts):  # another process was first
                 return target
-            made_again = f"{target}: damaged, made again" if target.exists() else _other(folder, facts)
+            made_again = f"{target}: damaged, made again" if target.exists() else _describe_other(folder, facts)
             with replace_folder(target) as temporary:
                 make(temporary)
                 files = {
@@ -106,17 +106,17 @@ def prepare_graph(folder: Path, facts: Facts, make: Callable[[Path], None]) -> P
 
 def find_prepared(folder: Path, facts: Facts) -> Path | None:
     """As ``prepare_graph``, of a graph that is there and whole; None for any other."""
-    target = _target(folder, facts)
-    return target if _whole(target, facts) else None
+    target = _folder_of(folder, facts)
+    return target if _is_whole(target, facts) else None
 
 
-def _target(folder: Path, facts: Facts) -> Path:
+def _folder_of(folder: Path, facts: Facts) -> Path:
     return folder / hashlib.sha256(json.dumps(asdict(facts), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _whole(target: Path, facts: Facts) -> bool:
+def _is_whole(target: Path, facts: Facts) -> bool:
     """Whether a folder is what its name says, and every file in it the one that was written."""
-    prepared = _sidecar(target)
+    prepared = _read_sidecar(target)
     if prepared is None or prepared != Prepared(**vars(facts), files=prepared.files):
         return False
     try:
@@ -131,7 +131,7 @@ def _whole(target: Path, facts: Facts) -> bool:
         return False
 
 
-def _sidecar(target: Path) -> Prepared | None:
+def _read_sidecar(target: Path) -> Prepared | None:
     path = target / SIDECAR
     if target.is_symlink() or path.is_symlink():
         return None
@@ -141,10 +141,10 @@ def _sidecar(target: Path) -> Prepared | None:
         return None
 
 
-def _other(folder: Path, facts: Facts) -> str | None:
+def _describe_other(folder: Path, facts: Facts) -> str | None:
     """A line about the same graph made by another version or for another processor, if there is one."""
     for path in sorted(folder.glob(f"*/{SIDECAR}")):
-        found = _sidecar(path.parent)
+        found = _read_sidecar(path.parent)
         if found is not None and found.source == facts.source:
             there, here = (f"{each.version} on {each.processor}" for each in (found, facts))
             if there == here:

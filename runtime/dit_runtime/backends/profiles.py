@@ -134,7 +134,7 @@ def _is_within(shape: Shape, points: tuple[Shape, Shape, Shape]) -> bool:
     )
 
 
-def tensor_shapes(tensors: Iterable[TensorSpec], sizes: Mapping[str, int]) -> dict[str, Shape]:
+def shapes_of_tensors(tensors: Iterable[TensorSpec], sizes: Mapping[str, int]) -> dict[str, Shape]:
     """The shapes of tensors whose axes have these sizes; an axis may be a product, such as ``8*height``."""
 
     def size(axis: int | str) -> int:

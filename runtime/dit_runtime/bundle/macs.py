@@ -9,17 +9,17 @@ MODULATIONS = {"adaln-zero": 6, "adaln": 4}  # vectors per block: shift, scale (
 CONDITION_TOKENS = 2  # timestep and label, in-context and in cross-attention
 
 
-def gmac(model: ModelSpec) -> float:
+def count_gmac(model: ModelSpec) -> float:
     """GMAC of one forward of one image without guidance, conditioner included: the paper's count.
 
     The paper's figures are 118.64 for XL/2 at 256², 80.71 for L/2, 23.01 for B/2, 6.06 for S/2 and 524.60 for XL/2 at
     512²; of XL/2's conditionings 119.37 in-context, 137.62 cross-attention and 118.56 adaLN. Here they come
     out 0.01 to 0.07 % lower.
     """
-    return conditioner_gmac(model) + step_gmac(model)
+    return count_conditioner_gmac(model) + count_step_gmac(model)
 
 
-def conditioner_gmac(model: ModelSpec, embedders: int = 1) -> float:
+def count_conditioner_gmac(model: ModelSpec, embedders: int = 1) -> float:
     """GMAC of one row of the conditioning table: what leaves the sampling loop.
 
     The timestep MLP (``embedders`` of them, where a checkpoint's copies differ), and adaLN's modulations or
@@ -34,7 +34,7 @@ def conditioner_gmac(model: ModelSpec, embedders: int = 1) -> float:
     return count / 1e9
 
 
-def step_gmac(model: ModelSpec) -> float:
+def count_step_gmac(model: ModelSpec) -> float:
     """GMAC of one branch of one image in the step graph: what every sampling step repeats."""
     d, patch = model.width, model.patch_size**2
     tokens = model.tokens + (CONDITION_TOKENS if model.conditioning == "in-context" else 0)

@@ -202,7 +202,7 @@ class Manifest:
         return json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def sized(name: str, size: tuple[int, int]) -> str:
+def name_for_size(name: str, size: tuple[int, int]) -> str:
     """The name of a graph or folder of a size that is not the bundle's first."""
     return f"{name}-{size[0]}x{size[1]}"
 
@@ -223,7 +223,7 @@ def check_consistency(manifest: Manifest) -> None:
         raise ValueError(f"conditioning {model.conditioning!r}")
     if not manifest.sizes or manifest.sizes[0] != model.latent_size:
         raise ValueError(f"sizes {manifest.sizes} do not begin with {model.latent_size}")
-    expected = [*GRAPHS, *(sized(name, size) for size in manifest.sizes[1:] for name in SIZED_GRAPHS)]
+    expected = [*GRAPHS, *(name_for_size(name, size) for size in manifest.sizes[1:] for name in SIZED_GRAPHS)]
     if missing := [name for name in expected if name not in manifest.graphs]:
         raise ValueError(f"no graph {missing[0]!r}")
     table = [tensor.name for tensor in manifest.graphs["conditioner"].outputs]

@@ -38,7 +38,7 @@ from dit_runtime.bundle.manifest import (
     TensorSpec,
     check_consistency,
     manifest_from_json,
-    sized,
+    name_for_size,
 )
 from dit_runtime.core.decode import DecodeError, json_from_bytes, read_bytes, schema_of
 from dit_runtime.core.errors import BundleError
@@ -68,8 +68,8 @@ __all__ = [
     "SourceSpec",
     "TensorSpec",
     "manifest_from_json",
+    "name_for_size",
     "open_bundle",
-    "sized",
 ]
 
 MANIFEST = "manifest.json"
@@ -121,7 +121,7 @@ class Bundle:
                 f"with --size {image_size[0]}x{image_size[1]}"
             )
         size = manifest.sizes[manifest.image_sizes.index(image_size)]
-        graphs = {**manifest.graphs, **{name: manifest.graphs[sized(name, size)] for name in SIZED_GRAPHS}}
+        graphs = {**manifest.graphs, **{name: manifest.graphs[name_for_size(name, size)] for name in SIZED_GRAPHS}}
         return replace(
             self,
             manifest=replace(manifest, model=replace(manifest.model, latent_size=size), graphs=graphs),
@@ -163,7 +163,7 @@ class Bundle:
         return self._record(name) in self.manifest.files
 
     def _record(self, name: str) -> str:
-        folder = GOLDEN if self.default_size else sized(GOLDEN, self.manifest.model.latent_size)
+        folder = GOLDEN if self.default_size else name_for_size(GOLDEN, self.manifest.model.latent_size)
         return f"{folder}/{name}.npz"
 
     def check(self) -> None:

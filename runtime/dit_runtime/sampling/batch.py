@@ -40,7 +40,7 @@ class _Slot:
         return [(time, label) for label in self.labels[: self.needed[row]]]
 
 
-def _run_inputs(slots: Sequence[_Slot], table: ConditioningTable) -> RunInputs | None:
+def _inputs_for_run(slots: Sequence[_Slot], table: ConditioningTable) -> RunInputs | None:
     """None where the images are not in one row of one schedule, or the table has no room for all they will use."""
     first, count = slots[0], len(slots)
     schedule, steps = first.image.schedule, len(first)
@@ -162,7 +162,7 @@ class Batch:
         needed = [condition for each in conditions for condition in each]
         self._table.prepare(needed, self._upcoming, self._changed and self._loop.looks_ahead)
         if self._changed:
-            self._inputs, self._changed = _run_inputs(slots, self._table), False
+            self._inputs, self._changed = _inputs_for_run(slots, self._table), False
         branches = max(slot.needed[slot.row] for slot in slots)
         coefficients = np.empty((len(slots), COEFFICIENTS), np.float32)
         weights = np.zeros((branches, len(slots), self._shape[0]), np.float32)

@@ -13,7 +13,7 @@ from dit_runtime.core.errors import SamplingError
 Label = int | str | Mapping[int | str, float]
 
 
-def label_weights(label: Label, manifest: Manifest) -> dict[int, float]:
+def weights_from_label(label: Label, manifest: Manifest) -> dict[int, float]:
     """The weight of each class number in a label; text such as ``3:0.7+5:0.3`` or ``Bag+Coat`` has several classes.
 
     Raises:
@@ -31,14 +31,14 @@ def label_weights(label: Label, manifest: Manifest) -> dict[int, float]:
         if len(label) != len(parts):
             raise SamplingError(f"label {'+'.join(parts)!r}: names a class twice; expected each once, weighted")
     if not isinstance(label, Mapping):
-        return {label_number(label, manifest): 1.0}
-    weights = {label_number(name, manifest): float(weight) for name, weight in label.items()}
+        return {number_from_label(label, manifest): 1.0}
+    weights = {number_from_label(name, manifest): float(weight) for name, weight in label.items()}
     if not weights or len(weights) != len(label) or not all(np.isfinite(weight) for weight in weights.values()):
         raise SamplingError(f"label {dict(label)!r}: expected distinct classes with finite weights")
     return weights
 
 
-def label_number(label: int | str, manifest: Manifest) -> int:
+def number_from_label(label: int | str, manifest: Manifest) -> int:
     """The class number of a label that is a number, a numeral or a name, in upper or lower case.
 
     Raises:

@@ -28,7 +28,7 @@ def check_tile(tile: int | None) -> None:
         raise SamplingError(f"decode tile {tile}: expected at least {SMALLEST_TILE} latent pixels; 64 is a good size")
 
 
-def tile_starts(size: int, tile: int) -> list[int]:
+def starts_of_tiles(size: int, tile: int) -> list[int]:
     """Where tiles of one length begin along a side: evenly, the last at its end, a quarter or more of each shared."""
     if tile >= size:
         return [0]
@@ -36,13 +36,13 @@ def tile_starts(size: int, tile: int) -> list[int]:
     return [(size - tile) * index // gaps for index in range(gaps + 1)]
 
 
-def tile_weights(size: int, tile: int, factor: int) -> Float32:
+def weights_of_tiles(size: int, tile: int, factor: int) -> Float32:
     """The weight of each tile at each image pixel along a side ``[tiles, size·factor]``: they sum to 1.
 
     Before that each falls linearly from the tile's middle to its edges, so that between two tiles one fades into the
     other over all that they share.
     """
-    starts, length = tile_starts(size, tile), min(tile, size) * factor
+    starts, length = starts_of_tiles(size, tile), min(tile, size) * factor
     weights = np.zeros((len(starts), size * factor))
     distance = np.arange(length) + 0.5
     for index, start in enumerate(starts):
@@ -65,10 +65,10 @@ def decode_in_tiles(decode: Decode, latents: Float32, tile: int, factor: int) ->
     """
     count, _, height, width = latents.shape
     tall, wide = min(tile, height), min(tile, width)
-    down, across = tile_weights(height, tall, factor), tile_weights(width, wide, factor)
+    down, across = weights_of_tiles(height, tall, factor), weights_of_tiles(width, wide, factor)
     images: Float32 = np.zeros((count, 3, height * factor, width * factor), np.float32)
-    for top, rows in zip(tile_starts(height, tall), down, strict=True):
-        for left, columns in zip(tile_starts(width, wide), across, strict=True):
+    for top, rows in zip(starts_of_tiles(height, tall), down, strict=True):
+        for left, columns in zip(starts_of_tiles(width, wide), across, strict=True):
             part = decode(latents[:, :, top : top + tall, left : left + wide])
             y = slice(top * factor, (top + tall) * factor)
             x = slice(left * factor, (left + wide) * factor)

@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from dit_runtime.backends.base import Engine, EngineOptions
-from dit_runtime.backends.open import backend_named, candidates, engine_for
+from dit_runtime.backends.open import backend_named, engine_for, find_candidates
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import EngineError, ParityError
 from dit_runtime.verify.rung import format_table
 from dit_runtime.verify.speed import Speed, rank_by_speed
-from dit_runtime.verify.verdicts import store_verdict, stored_verdict
+from dit_runtime.verify.verdicts import has_passed, store_verdict
 from dit_runtime.verify.verification import verification_of
 
 AUTO = "auto"
@@ -71,7 +71,7 @@ def choose_engine(bundle: Bundle, threads: int = 0, name: str = AUTO, precision:
         failed.append(engine.info.name)
     else:
         unable: list[EngineError] = []
-        for engine, why in _in_order(bundle, threads, report):
+        for engine, why in _open_in_order(bundle, threads, report):
             try:
                 passed = _passes(bundle, engine, report)
             except EngineError as error:  # such as no profile for a recorded shape, or too little memory
@@ -100,13 +100,13 @@ def check_choice(name: str, precision: str | None) -> None:
 
 def open_first_engine(bundle: Bundle, threads: int = 0) -> Engine:
     """The engine that ``auto`` tries first, whatever its verdict."""
-    engine, _ = next(_in_order(bundle, threads, _Report()))
+    engine, _ = next(_open_in_order(bundle, threads, _Report()))
     return engine
 
 
-def _in_order(bundle: Bundle, threads: int, report: _Report) -> Iterator[tuple[Engine, str]]:
+def _open_in_order(bundle: Bundle, threads: int, report: _Report) -> Iterator[tuple[Engine, str]]:
     """The engines that ``auto`` may be, each opened when its turn comes, and why it has its place."""
-    for candidate in candidates(bundle):
+    for candidate in find_candidates(bundle):
         if candidate.built:
             options = EngineOptions(threads, candidate.precision, whole=True)
             try:
@@ -116,17 +116,17 @@ def _in_order(bundle: Bundle, threads: int, report: _Report) -> Iterator[tuple[E
     found = rank_by_speed(bundle, threads, report.add)
     for index, speed in enumerate(found):
         engine = engine_for(bundle, speed.name, threads, speed.precision)
-        yield engine, _why(speed, found[:index] + found[index + 1 :])
+        yield engine, _explain_speed(speed, found[:index] + found[index + 1 :])
 
 
-def _why(speed: Speed, others: Sequence[Speed]) -> str:
+def _explain_speed(speed: Speed, others: Sequence[Speed]) -> str:
     compared = "".join(f"; {other.engine} {other.step_ms:.3g} ms" for other in others)
     return f"{speed.step_ms:.3g} ms a guided step{compared}" if compared else "the only one here"
 
 
 def _passes(bundle: Bundle, engine: Engine, report: _Report) -> bool:
     """By the stored verdict, or by the quick verify, which is then stored."""
-    passed = stored_verdict(bundle, engine)
+    passed = has_passed(bundle, engine)
     if passed is None:
         report.add(f"{engine.info.name}: first use of this bundle here, verifying it")
         rungs = list(verification_of(bundle, engine, quick=True).rungs)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dit_runtime.backends.base import Array, EngineInfo
-from dit_runtime.bundle.manifest import sized
+from dit_runtime.bundle.manifest import name_for_size
 from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import BundleError
@@ -56,7 +56,7 @@ class Budget:
         least = self.thresholds.get(kind)
         if least is None:
             return None
-        return least * worst_case(guidance) / math.hypot(guidance, guidance - 1)
+        return least * worst_gain_of(guidance) / math.hypot(guidance, guidance - 1)
 
     def ratios(self, record: str, errors: Sequence[float]) -> list[float]:
         """Each error over PyTorch's own, for as many as are known: none, all, or the first steps of a trajectory."""
@@ -64,12 +64,12 @@ class Budget:
         return [error / max(floor, LEAST_FLOOR) for error, floor in zip(errors, floors, strict=False)]
 
 
-def worst_case(guidance: float) -> float:
+def worst_gain_of(guidance: float) -> float:
     """Most that guidance of scale s multiplies an error of both branches with: |s| + |s−1|, from 1 on 2s−1."""
     return abs(guidance) + abs(guidance - 1)
 
 
-def judged_precision(bundle: Bundle, info: EngineInfo) -> Precision:
+def precision_for_limits(bundle: Bundle, info: EngineInfo) -> Precision:
     """The precision whose limits an engine is held to.
 
     BF16 where the engine multiplies in it, else as the graphs are written: an engine that multiplies more exactly still
@@ -92,7 +92,7 @@ def budget_for(bundle: Bundle, precision: Precision) -> Budget:
         )
     floors = manifest.floors.get(precision, {})
     if not bundle.default_size:
-        suffix = sized("", manifest.model.latent_size)
+        suffix = name_for_size("", manifest.model.latent_size)
         floors = {name[: -len(suffix)]: values for name, values in floors.items() if name.endswith(suffix)}
     return Budget(precision, manifest.tolerances[precision], manifest.thresholds.get(precision, {}), floors)
 

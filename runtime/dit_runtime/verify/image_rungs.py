@@ -23,7 +23,7 @@ from dit_runtime.verify.metrics import (
     relative_error,
     ssim,
 )
-from dit_runtime.verify.replay import RecordedInputs, Replay, cover_with_batches, shapes_to_verify
+from dit_runtime.verify.replay import RecordedInputs, Replay, choose_shapes, cover_with_batches
 from dit_runtime.verify.rung import Rung
 
 Record = Mapping[str, Array]
@@ -112,7 +112,7 @@ def decoder(replay: Replay) -> Rung:
     count = len(record["latents"])
     found: list[Array] = []
     asked: list[int] = []
-    sizes = [batch for batch, _ in shapes_to_verify(replay.engine.info, "decoder", count)]
+    sizes = [batch for batch, _ in choose_shapes(replay.engine.info, "decoder", count)]
     for batch in sizes:
         for index in cover_with_batches(count, batch):
             found += list(replay.decoder(record["latents"][index], "decoded"))

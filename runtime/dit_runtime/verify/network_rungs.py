@@ -21,7 +21,7 @@ from dit_runtime.samplers.schedule import (
 )
 from dit_runtime.verify.budget import FP16_MAX, Series, compare_series
 from dit_runtime.verify.metrics import relative_error, relative_l2
-from dit_runtime.verify.replay import RecordedInputs, Replay, cover_with_batches, shapes_to_verify
+from dit_runtime.verify.replay import RecordedInputs, Replay, choose_shapes, cover_with_batches
 from dit_runtime.verify.rung import Rung
 
 # The vectors that adaLN has in the conditioning table for each block, in their order.
@@ -55,7 +55,7 @@ def conditioner(replay: Replay) -> Rung:
     """Timesteps and labels → the conditioning table, entry by entry, at each number of rows that is verified."""
     record = replay.bundle.records("conditioner")
     count = len(record["table"])
-    sizes = sorted({count, *(rows for rows, _ in shapes_to_verify(replay.engine.info, "conditioner", count))})
+    sizes = sorted({count, *(rows for rows, _ in choose_shapes(replay.engine.info, "conditioner", count))})
     asked = [np.arange(rows) % count for rows in sizes]
     found = np.concatenate([replay.table(record["timesteps"][index], record["labels"][index]) for index in asked])
     expected = record["table"][np.concatenate(asked)]
@@ -105,11 +105,11 @@ def forward(replay: Replay, branches: int) -> Iterator[Rung]:
     """The guided prediction, and the variance, at each shape that is verified."""
     record = replay.bundle.records(f"forward_{branches}")
     images = RecordedInputs.of(record)
-    shapes = shapes_to_verify(replay.engine.info, "step", len(images.latents), (1, 2))
+    shapes = choose_shapes(replay.engine.info, "step", len(images.latents), (1, 2))
     # An engine without a shape of one branch computes it with a second branch, which shares the first branch's weight.
     shapes = [shape for shape in shapes if (shape[1] == 1) == (branches == 1)] or shapes[:1]
     sizes = " ".join(str(batch) if most <= 2 else f"{batch}·G{most}" for batch, most in shapes)
-    evaluated = _evaluated(replay, images, record, shapes)
+    evaluated = _evaluate(replay, images, record, shapes)
     parts = {"": ("forward", "e", images.guidance)}
     if replay.model.learned_variance:
         parts[" variance"] = ("variance", "v", 1.0)  # guidance does not act on it
@@ -144,9 +144,9 @@ def update(replay: Replay) -> Rung:
     """
     record = replay.bundle.records("forward_1")
     every = RecordedInputs.of(record)
-    shape = shapes_to_verify(replay.engine.info, "step", len(every.latents), (1, 2))[0]
+    shape = choose_shapes(replay.engine.info, "step", len(every.latents), (1, 2))[0]
     images = every.at(cover_with_batches(len(every.latents), shape[0])[0])
-    evaluated = _evaluated(replay, images, record, [shape])
+    evaluated = _evaluate(replay, images, record, [shape])
     e, v = (np.stack([outputs[part] for _, _, outputs in evaluated]).astype(np.float64) for part in ("e", "v"))
     random = np.random.default_rng(0)
     row = random.uniform(0.5, 1.5, COEFFICIENTS) * np.where(np.arange(COEFFICIENTS) % 2, 1, -1)
@@ -170,7 +170,7 @@ def update(replay: Replay) -> Rung:
     return Rung("sampler update", errors[worst], limit, "relative", f"worst: {worst}; all 17 coefficients")
 
 
-def _evaluated(
+def _evaluate(
     replay: Replay, images: RecordedInputs, record: Mapping[str, Array], shapes: Sequence[tuple[int, int]]
 ) -> list[tuple[int, int, dict[str, Array]]]:
     """Evaluations of the images at shapes ``(batch, branches)``: the image's index, the batch size, ``e`` and ``v``."""

@@ -15,10 +15,10 @@ from dit_runtime.bundle.reader import TILE, Bundle
 from dit_runtime.core.errors import EngineError
 from dit_runtime.samplers.guidance import branch_rows, guidance_weights
 from dit_runtime.samplers.schedule import COEFFICIENTS
-from dit_runtime.verify.budget import budget_for, judged_precision
+from dit_runtime.verify.budget import budget_for, precision_for_limits
 
 
-def shapes_to_verify(info: EngineInfo, graph: str, usual: int, branches: Sequence[int] = (1,)) -> list[BatchShape]:
+def choose_shapes(info: EngineInfo, graph: str, usual: int, branches: Sequence[int] = (1,)) -> list[BatchShape]:
     """The ``(batch, branches)`` at which a graph must be right.
 
     Least, usual, largest and an interior one of every optimization profile; without profiles a single image and the
@@ -66,7 +66,7 @@ class Replay:
 
     def __init__(self, bundle: Bundle, engine: Engine) -> None:
         self.bundle, self.engine, self.model = bundle, engine, bundle.manifest.model
-        self.budget = budget_for(bundle, judged_precision(bundle, engine.info))
+        self.budget = budget_for(bundle, precision_for_limits(bundle, engine.info))
         self.tile = engine.info.tile
         self._images = "images"
         if self.tile is not None:

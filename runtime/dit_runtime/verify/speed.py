@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from dit_runtime.backends.base import Array, Candidate
-from dit_runtime.backends.open import BACKENDS, backend_named, candidates, engine_for
+from dit_runtime.backends.open import BACKENDS, backend_named, engine_for, find_candidates
 from dit_runtime.backends.step import state_from_latents, step_inputs
 from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.bundle.precision import Precision
@@ -63,7 +63,7 @@ def rank_by_speed(bundle: Bundle, threads: int = 0, say: Callable[[str], None] =
     Raises:
         EngineError: none is installed or able to run the step.
     """
-    path = _path(bundle, threads)
+    path = _path_of_record(bundle, threads)
     speeds = _read(path)
     if speeds is None:
         speeds = _measure(bundle, threads, say)
@@ -86,7 +86,7 @@ def sort_by_speed(speeds: list[Speed]) -> list[Speed]:
 def _measure(bundle: Bundle, threads: int, say: Callable[[str], None]) -> list[Speed]:
     found: list[Speed] = []
     reasons = []
-    able = [candidate for candidate in candidates(bundle) if not candidate.built]
+    able = [candidate for candidate in find_candidates(bundle) if not candidate.built]
     if not able:
         engine_for(bundle, LEAST_ENGINE, threads)  # says how to install it, or what is wrong with it
     say(f"{bundle.path}: first use here, timing a guided step of each engine")
@@ -106,7 +106,7 @@ def _measure(bundle: Bundle, threads: int, say: Callable[[str], None]) -> list[S
 
 def _time_step(bundle: Bundle, candidate: Candidate, threads: int, best: float | None) -> Speed:
     engine = engine_for(bundle, candidate.name, threads, candidate.precision)
-    session, inputs = engine.session("step"), sample_step_inputs(bundle.manifest)
+    session, inputs = engine.session("step"), make_step_inputs(bundle.manifest)
     session.run(inputs, ["next_state"])
     taken: list[float] = []
     for _ in range(CALLS):
@@ -119,7 +119,7 @@ def _time_step(bundle: Bundle, candidate: Candidate, threads: int, best: float |
     return Speed(candidate.name, candidate.precision, engine.info.name, round(statistics.median(taken), 3))
 
 
-def sample_step_inputs(manifest: Manifest) -> dict[str, Array]:
+def make_step_inputs(manifest: Manifest) -> dict[str, Array]:
     """Inputs of the step graph for one image with guidance; what the numbers are does not change the time."""
     model, table = manifest.model, manifest.table
     latents = np.random.default_rng(0).standard_normal((1, model.latent_channels, *model.latent_size))
@@ -133,16 +133,16 @@ def sample_step_inputs(manifest: Manifest) -> dict[str, Array]:
     )
 
 
-def _path(bundle: Bundle, threads: int) -> Path:
+def _path_of_record(bundle: Bundle, threads: int) -> Path:
     libraries = sorted({library for name in BACKENDS for library in backend_named(name).libraries})
-    versions = {name: version for name in libraries for version in _versions(name)}
+    versions = {name: version for name in libraries for version in _versions_of(name)}
     size, machine = bundle.manifest.model.latent_size, describe_machine()
     facts = [bundle.digest, size, machine, versions, threads, has_nvidia_driver()]
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     return bundle.engines / SPEEDS / f"{key}.json"
 
 
-def _versions(distribution: str) -> Iterator[str]:
+def _versions_of(distribution: str) -> Iterator[str]:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         yield importlib.metadata.version(distribution)
 

@@ -69,7 +69,7 @@ class Verdict:
         return tuple(rung.name for rung in self.rungs if not rung.passed)
 
 
-def verdict_path(bundle: Bundle, engine: Engine) -> Path:
+def path_of_verdict(bundle: Bundle, engine: Engine) -> Path:
     """Where the verdict on this bundle at its size, engine and machine is kept.
 
     An engine's ``identity`` says what its name does not: the very plans, the driver, how a graph was rearranged.
@@ -91,7 +91,7 @@ def store_verdict(bundle: Bundle, engine: Engine, rungs: list[Rung], quick: bool
     A quick verdict that passes does not take the place of a full one, which knows more.
     """
     passed = all(rung.passed for rung in rungs)
-    if quick and passed and stored_verdict(bundle, engine, full=True) is not None:
+    if quick and passed and has_passed(bundle, engine, full=True) is not None:
         return
     verdict = Verdict(
         bundle=bundle.digest,
@@ -103,7 +103,7 @@ def store_verdict(bundle: Bundle, engine: Engine, rungs: list[Rung], quick: bool
         passed=passed,
         rungs=tuple(RungRecord(**rung.as_json()) for rung in rungs),
     )
-    with contextlib.suppress(OutputError), replace_file(verdict_path(bundle, engine)) as file:
+    with contextlib.suppress(OutputError), replace_file(path_of_verdict(bundle, engine)) as file:
         file.write_text(json.dumps(asdict(verdict), indent=1, allow_nan=False) + "\n")
 
 
@@ -140,15 +140,15 @@ def verify_sizes(
     return found[-1].engine, join_rungs(found)
 
 
-def stored_verdict(bundle: Bundle, engine: Engine, full: bool = False) -> bool | None:
+def has_passed(bundle: Bundle, engine: Engine, full: bool = False) -> bool | None:
     """Whether the engine passed here before; None when it was never tried, or with ``full`` never by all rungs."""
-    verdict = _read(verdict_path(bundle, engine))
+    verdict = _read(path_of_verdict(bundle, engine))
     if verdict is None or (verdict.bundle, verdict.engine) != (bundle.digest, engine.info.name):
         return None
     return None if full and verdict.quick else verdict.passed
 
 
-def stored_verdicts(bundle: Bundle) -> list[Verdict]:
+def read_verdicts(bundle: Bundle) -> list[Verdict]:
     """The verdicts on this bundle of this machine and others, the last first."""
     read = [_read(path) for path in sorted((bundle.engines / VERDICTS).glob("*.json"))]
     found = [verdict for verdict in read if verdict is not None and verdict.bundle == bundle.digest]

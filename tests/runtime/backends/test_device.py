@@ -50,7 +50,7 @@ from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import EngineError, SamplingError
 from dit_runtime.verify.auto import choose_engine
 from dit_runtime.verify.replay import Replay
-from dit_runtime.verify.verdicts import verdict_path
+from dit_runtime.verify.verdicts import path_of_verdict
 from dit_runtime.verify.verification import _rung_count, verification_of
 
 RECIPES = {
@@ -292,7 +292,7 @@ def offer(bench: Bench, patch: pytest.MonkeyPatch) -> None:
     """Let ``auto`` find the double's engine."""
     machine = bench.machine
     (bench.stored.folder / SIDECAR).write_text("{}")
-    patch.setattr(tensorrt_engine, "stored_engines", lambda *_: [bench.stored])
+    patch.setattr(tensorrt_engine, "read_engines", lambda *_: [bench.stored])
     opened = functools.partial(
         tensorrt_engine.engine_from_store, cuda=machine.cuda, imported=lambda name: machine.library
     )
@@ -330,12 +330,12 @@ def test_every_branch_has_a_weight_when_it_is_verified(bundles: dict[str, Path],
 
 def test_a_verdict_is_on_the_very_plans(bench: Bench) -> None:
     """Plans that were built again in the same folder, with other kernels perhaps, have no verdict yet."""
-    before = verdict_path(bench.bundle, bench.engine)
+    before = path_of_verdict(bench.bundle, bench.engine)
     step = replace(bench.stored.graphs["step"], plan_sha256="0" * 64)
     bench.stored = replace(bench.stored, graphs={**bench.stored.graphs, "step": step})
     again = bench.made()
     assert again.info.name == bench.engine.info.name
-    assert verdict_path(bench.bundle, again) != before
+    assert path_of_verdict(bench.bundle, again) != before
     again.close()
 
 
@@ -799,7 +799,7 @@ from dit_runtime.backends.tensorrt import cuda
 from dit_runtime.core.errors import EngineError
 names, calls = json.load(sys.stdin)
 result = {"missing": [], "refused": {}}
-runtime = cuda._imported()
+runtime = cuda._import_runtime()
 for name in names:
     value = runtime
     for part in name.split("."):
@@ -886,7 +886,7 @@ def test_without_cuda_bindings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without cuda-bindings the error says what to install on which device."""
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
     with pytest.raises(EngineError, match=r"cuda-bindings is not installed .*\[jetson6\].*\[jetson7\].*\[tensorrt\]"):
-        cuda.device()
+        cuda.read_device()
 
 
 class Failing:

@@ -14,7 +14,7 @@ from dit_runtime.backends.openvino.engine import OpenVinoEngine
 from dit_runtime.backends.openvino.passes import rearrange
 from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle, open_bundle
-from dit_runtime.verify.speed import sample_step_inputs
+from dit_runtime.verify.speed import make_step_inputs
 
 
 def operations(model: Any) -> Counter[str]:
@@ -29,7 +29,7 @@ def computed(model: Any, inputs: dict[str, Any]) -> list[Any]:
 
 def inputs_of(bundle: Bundle) -> dict[str, Any]:
     """A step that updates its state, under a table that opens the gates."""
-    inputs, table = sample_step_inputs(bundle.manifest), bundle.manifest.table.name
+    inputs, table = make_step_inputs(bundle.manifest), bundle.manifest.table.name
     inputs["coefficients"][:] = np.linspace(0.1, 1, 17, dtype=np.float32)
     inputs[table] = np.random.default_rng(1).standard_normal(inputs[table].shape).astype(inputs[table].dtype)
     return inputs

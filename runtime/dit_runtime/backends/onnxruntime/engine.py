@@ -17,7 +17,7 @@ from dit_runtime.backends.host_loop import HostLoop
 from dit_runtime.backends.onnxruntime.gpu import (
     open_gpu_session,
     open_provider,
-    reason,
+    reason_of,
     run_bound,
 )
 from dit_runtime.backends.prepared import facts_of, prepare_graph
@@ -95,7 +95,7 @@ class OnnxRuntimeEngine:
             raise
         except Exception as error:  # its exception types are not public
             raise EngineError(
-                f"{path}: {self.info.name} cannot load it ({reason(error)}); "
+                f"{path}: {self.info.name} cannot load it ({reason_of(error)}); "
                 "install the onnxruntime of the constraints file or another engine"
             ) from error
 
@@ -155,7 +155,7 @@ class _OnnxRuntimeSession:
             results = call({name: np.ascontiguousarray(value) for name, value in inputs.items()}, outputs)
         except Exception as error:  # its exception types are not public
             shapes = ", ".join(f"{key} {value.dtype}{list(value.shape)}" for key, value in inputs.items())
-            raise EngineError(f"{self._name} failed on {shapes}: {reason(error)}; try a smaller batch") from error
+            raise EngineError(f"{self._name} failed on {shapes}: {reason_of(error)}; try a smaller batch") from error
         return [np.asarray(result) for result in results]
 
     def release(self) -> None:
@@ -164,7 +164,7 @@ class _OnnxRuntimeSession:
 
 def import_onnxruntime() -> Any:
     """Raises EngineError where ONNX Runtime is not installed, or installed twice."""
-    variants = [name for name in ("onnxruntime", "onnxruntime-gpu") if _installed(name)]
+    variants = [name for name in ("onnxruntime", "onnxruntime-gpu") if _is_installed(name)]
     if len(variants) == 2:
         raise EngineError(
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files; keep one: "
@@ -179,7 +179,7 @@ def import_onnxruntime() -> Any:
     return onnxruntime
 
 
-def _installed(distribution: str) -> bool:
+def _is_installed(distribution: str) -> bool:
     try:
         importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

@@ -56,29 +56,29 @@ def open_provider(runtime: Any, name: str) -> Provider:
     """
     if name not in PROVIDERS:
         raise EngineError(f"provider {name!r} of ONNX Runtime is unknown; choose cpu or one of {', '.join(PROVIDERS)}")
-    library = _rtx_library(runtime) if name == "rtx" else None
+    library = _find_rtx_library(runtime) if name == "rtx" else None
     if library is None and PROVIDERS[name] not in runtime.get_available_providers():
-        raise _refused(runtime, name, "this ONNX Runtime was built without it")
+        raise _error_for(runtime, name, "this ONNX Runtime was built without it")
     if not has_nvidia_driver():
-        raise _refused(runtime, name, "there is no NVIDIA driver")
+        raise _error_for(runtime, name, "there is no NVIDIA driver")
     gpus = describe_environment().get("gpus") or [{"name": "GPU"}]
     device = f"{PROVIDERS[name].removesuffix('ExecutionProvider')} {gpus[0]['name']}"
     if library is not None:
-        return Provider(name, device, _rtx_devices(runtime, library))
+        return Provider(name, device, _find_rtx_devices(runtime, library))
     with contextlib.redirect_stdout(io.StringIO()):  # it prints what is missing; opening a session says it too
         runtime.preload_dlls()
     return Provider(name, device)
 
 
-def _rtx_library(runtime: Any) -> str:
+def _find_rtx_library(runtime: Any) -> str:
     try:
         library: str = importlib.import_module(RTX_PACKAGE).get_library_path()
     except (ImportError, OSError) as error:
-        raise _refused(runtime, "rtx", "its package is not installed") from error
+        raise _error_for(runtime, "rtx", "its package is not installed") from error
     return library
 
 
-def _rtx_devices(runtime: Any, library: str) -> tuple[Any, ...]:
+def _find_rtx_devices(runtime: Any, library: str) -> tuple[Any, ...]:
     """The GPUs of the plugin (onnxruntime.ai, Using a Plugin Execution Provider Library)."""
     name = PROVIDERS["rtx"]
     for cudart in sorted(Path(library).parent.glob("libcudart.so.*")):
@@ -89,10 +89,10 @@ def _rtx_devices(runtime: Any, library: str) -> tuple[Any, ...]:
         if not any(device.ep_name == name for device in runtime.get_ep_devices()):
             runtime.register_execution_provider_library(name, library)
     except Exception as error:  # its exception types are not public
-        raise _refused(runtime, "rtx", reason(error)) from error
+        raise _error_for(runtime, "rtx", reason_of(error)) from error
     devices = tuple(device for device in runtime.get_ep_devices() if device.ep_name == name)
     if not devices:
-        raise _refused(runtime, "rtx", "it finds no GPU that it supports")
+        raise _error_for(runtime, "rtx", "it finds no GPU that it supports")
     return devices
 
 
@@ -119,16 +119,16 @@ def open_gpu_session(runtime: Any, provider: Provider, path: Path, options: Any,
     if provider.devices:
         options.add_provider_for_devices(list(provider.devices[:1]), {})
     else:
-        arguments["providers"] = _with_options(provider.name, precision)
+        arguments["providers"] = _providers_for(provider.name, precision)
     try:
         session = runtime.InferenceSession(os.fspath(path), options, **arguments)
     except (RuntimeError, ValueError) as error:
-        raise _refused(runtime, provider.name, reason(error)) from error
+        raise _error_for(runtime, provider.name, reason_of(error)) from error
     session.disable_fallback()
     first = session.get_providers()[0]
     if first != wanted:
-        raise _refused(runtime, provider.name, f"fell back to {first}: its libraries do not load")
-    if elsewhere := _work_elsewhere(session, wanted):
+        raise _error_for(runtime, provider.name, f"fell back to {first}: its libraries do not load")
+    if elsewhere := _find_work_elsewhere(session, wanted):
         raise EngineError(
             f"{path}: {wanted} leaves work to another provider ({', '.join(elsewhere)}); use --engine "
             "onnxruntime-cuda or onnxruntime"
@@ -159,7 +159,7 @@ def run_bound(
     return [np.asarray(result) for result in binding.copy_outputs_to_cpu()]
 
 
-def _with_options(name: str, precision: Precision) -> list[Any]:
+def _providers_for(name: str, precision: Precision) -> list[Any]:
     # The device's memory is shared with others: take what is needed. TF32 is not FP32.
     cuda = (PROVIDERS["cuda"], {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"})
     if name == "cuda":
@@ -167,7 +167,7 @@ def _with_options(name: str, precision: Precision) -> list[Any]:
     return [(PROVIDERS["tensorrt"], {"trt_fp16_enable": str(precision == Precision.FP16)}), cuda]
 
 
-def _work_elsewhere(session: Any, provider: str) -> list[str]:
+def _find_work_elsewhere(session: Any, provider: str) -> list[str]:
     """Kinds of heavy operators that are not on the provider. Empty where ONNX Runtime does not tell (before 1.24)."""
     try:
         assigned = session.get_provider_graph_assignment_info()
@@ -177,7 +177,7 @@ def _work_elsewhere(session: Any, provider: str) -> list[str]:
     return sorted(kinds & HEAVY)
 
 
-def _refused(runtime: Any, name: str, why: str) -> EngineError:
+def _error_for(runtime: Any, name: str, why: str) -> EngineError:
     there = [provider for provider in runtime.get_available_providers() if provider != "AzureExecutionProvider"]
     return EngineError(
         f"onnxruntime-{name}: {PROVIDERS[name]} cannot be used ({why}); ONNX Runtime {runtime.__version__} here has "
@@ -185,6 +185,6 @@ def _refused(runtime: Any, name: str, why: str) -> EngineError:
     )
 
 
-def reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """The first line of an error of ONNX Runtime."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -24,7 +24,7 @@ def open_onnxruntime(bundle: Bundle, name: str, options: EngineOptions) -> OnnxR
     return OnnxRuntimeEngine(bundle, options.threads, provider, options.store)
 
 
-def _candidate(bundle: Bundle, name: str) -> Candidate | None:
+def _find_candidate(bundle: Bundle, name: str) -> Candidate | None:
     """The CPU's, and CUDA's where there is a driver. TensorRT's and RTX's providers build for minutes."""
     try:
         available = import_onnxruntime().get_available_providers()
@@ -34,4 +34,4 @@ def _candidate(bundle: Bundle, name: str) -> Candidate | None:
     return Candidate(name) if name == CPU or cuda else None
 
 
-BACKEND = Backend(open_onnxruntime, _candidate, ("onnxruntime", "onnxruntime-gpu"))
+BACKEND = Backend(open_onnxruntime, _find_candidate, ("onnxruntime", "onnxruntime-gpu"))

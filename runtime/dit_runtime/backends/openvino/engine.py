@@ -112,7 +112,7 @@ class OpenVinoEngine:
 
     def session(self, graph: str) -> _OpenVinoSession:
         if graph not in self._sessions:
-            self._sources[graph] = _begun(partial(self._source, graph))
+            self._sources[graph] = _start_check(partial(self._source, graph))
             self._sessions[graph] = _OpenVinoSession(self, graph)
         return self._sessions[graph]
 
@@ -211,7 +211,7 @@ class OpenVinoEngine:
             if node.get_type_name() == "Constant":
                 values = np.asarray(node.get_data(), np.float32)
                 if self._bf16:
-                    tensor = openvino.Tensor(_bfloat16(values), openvino.Shape(list(values.shape)), own)
+                    tensor = openvino.Tensor(_bfloat16_from_float32(values), openvino.Shape(list(values.shape)), own)
                 else:
                     tensor = openvino.Tensor(values)
                 replacement = openvino.op.Constant(tensor, shared_memory=False)  # the array does not live on
@@ -231,7 +231,7 @@ class OpenVinoEngine:
             yield
         except RuntimeError as error:  # what all of OpenVINO's are
             raise EngineError(
-                f"{what} ({_reason(error)}); install the openvino of the constraints file or use another engine"
+                f"{what} ({_reason_of(error)}); install the openvino of the constraints file or use another engine"
             ) from error
 
 
@@ -245,7 +245,7 @@ class _OpenVinoSession:
         self._lock = threading.Lock()
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
-        waiting = self._waiting(_static_shapes(self._spec, inputs))
+        waiting = self._waiting(_static_shapes_of(self._spec, inputs))
         request = waiting.get()
         try:
             found = request.infer(
@@ -257,7 +257,7 @@ class _OpenVinoSession:
         except RuntimeError as error:
             shapes = ", ".join(f"{name} {value.dtype}{list(value.shape)}" for name, value in inputs.items())
             raise EngineError(
-                f"{self._engine.info.name}, graph {self._graph} failed on {shapes}: {_reason(error)}; try a smaller "
+                f"{self._engine.info.name}, graph {self._graph} failed on {shapes}: {_reason_of(error)}; try a smaller "
                 "batch"
             ) from error
         finally:
@@ -282,7 +282,7 @@ class _OpenVinoSession:
             return self._requests[key]
 
 
-def _begun(check: Callable[[], Path | None]) -> Future[Path | None]:
+def _start_check(check: Callable[[], Path | None]) -> Future[Path | None]:
     """A check in a thread of its own, which an exit does not wait for.
 
     Hashing a step's gigabytes takes as long as compiling a conditioner, and is done meanwhile.
@@ -299,7 +299,7 @@ def _begun(check: Callable[[], Path | None]) -> Future[Path | None]:
     return result
 
 
-def _static_shapes(spec: GraphSpec, inputs: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
+def _static_shapes_of(spec: GraphSpec, inputs: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
     """The inputs' shapes, with -1 for the rows of the conditioning table.
 
     Raises:
@@ -321,13 +321,13 @@ def _static_shapes(spec: GraphSpec, inputs: Mapping[str, Array]) -> dict[str, tu
     return shapes
 
 
-def _bfloat16(values: Array) -> Array:
+def _bfloat16_from_float32(values: Array) -> Array:
     """Finite float32 → BF16 as uint16 of the same shape, rounded to nearest, ties to even."""
     bits = np.ascontiguousarray(values).view(np.uint32)
     return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
 
 
-def _reason(error: RuntimeError) -> str:
+def _reason_of(error: RuntimeError) -> str:
     """The last line of OpenVINO's message: the ones before say where in its source."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

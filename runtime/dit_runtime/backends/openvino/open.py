@@ -14,7 +14,7 @@ def open_openvino(bundle: Bundle, name: str, options: EngineOptions) -> OpenVino
     return OpenVinoEngine(bundle, options.threads, options.precision, store=options.store)
 
 
-def _candidate(bundle: Bundle, name: str) -> Candidate | None:
+def _find_candidate(bundle: Bundle, name: str) -> Candidate | None:
     """BF16 for a bundle that was exported in FP16, where the CPU has BF16; else FP32.
 
     BF16 for a bundle that was exported in FP32 is left to the user to name, and so is FP32 where there is BF16: it
@@ -28,4 +28,4 @@ def _candidate(bundle: Bundle, name: str) -> Candidate | None:
     return Candidate(name, Precision.BF16 if bf16 else Precision.FP32)
 
 
-BACKEND = Backend(open_openvino, _candidate, ("openvino",), keeps_graphs=True)
+BACKEND = Backend(open_openvino, _find_candidate, ("openvino",), keeps_graphs=True)

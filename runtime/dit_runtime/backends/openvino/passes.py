@@ -36,7 +36,7 @@ def rearrange(model: Any, wide: int = WIDE) -> None:
 def _cut_mlp(gelu: Any, wide: int) -> None:
     from openvino import opset13
 
-    first, second = _linear_before(gelu.input_value(0)), _linear_after(gelu)
+    first, second = _find_linear_before(gelu.input_value(0)), _find_linear_after(gelu)
     if first is None or second is None:
         return
     x, weight, bias, _ = first
@@ -48,8 +48,8 @@ def _cut_mlp(gelu: Any, wide: int) -> None:
     total = None
     for start in range(0, hidden, width):
         part = slice(start, start + width)
-        active = opset13.gelu(_linear(x, weight[:, part], bias[part]), mode)
-        piece = _linear(active, following[part], end_bias if total is None else None)
+        active = opset13.gelu(_make_linear(x, weight[:, part], bias[part]), mode)
+        piece = _make_linear(active, following[part], end_bias if total is None else None)
         total = piece if total is None else opset13.add(total, piece)
     _replace(end, total)
 
@@ -61,9 +61,9 @@ def _cut_attention(transpose: Any, wide: int) -> None:
     order, reshape = transpose.input_value(1).get_node(), transpose.input_value(0).get_node()
     if not (_is(order, "Constant") and list(order.get_data()) == [0, 2, 3, 1, 4] and _is(reshape, "Reshape")):
         return
-    linear, shape = _linear_before(reshape.input_value(0)), reshape.input_value(1).get_node()
+    linear, shape = _find_linear_before(reshape.input_value(0)), reshape.input_value(1).get_node()
     cuts = [reader.get_node() for reader in transpose.output(0).get_target_inputs()]
-    squeezed = {_start(cut): _only_reader(cut, "Squeeze") for cut in cuts}
+    squeezed = {_start_of(cut): _find_only_reader(cut, "Squeeze") for cut in cuts}
     if linear is None or not _is(shape, "Constant") or set(squeezed) != {0, 1, 2} or None in squeezed.values():
         return
     x, weight, bias, _ = linear
@@ -71,14 +71,14 @@ def _cut_attention(transpose: Any, wide: int) -> None:
     width = heads * size
     if width < wide or three != 3 or weight.shape[1] != 3 * width:
         return
-    keys = _only_reader(squeezed[1], "Transpose")
-    scores = None if keys is None else _only_reader(keys, "MatMul")
+    keys = _find_only_reader(squeezed[1], "Transpose")
+    scores = None if keys is None else _find_only_reader(keys, "MatMul")
     if scores is None or list(keys.input_value(1).get_node().get_data()) != [0, 1, 3, 2]:
         return
     found = []
     for index in range(3):
         part = slice(index * width, (index + 1) * width)
-        piece = opset13.reshape(_linear(x, weight[:, part], bias[part]), [images, tokens, heads, size], False)
+        piece = opset13.reshape(_make_linear(x, weight[:, part], bias[part]), [images, tokens, heads, size], False)
         found.append(opset13.transpose(piece, [0, 2, 1, 3]))
     _replace(squeezed[0], found[0])
     _replace(squeezed[2], found[2])
@@ -89,20 +89,20 @@ def _join_softmax(softmax: Any) -> None:
     """Without the casts of half-precision scores to FP32 and back: the attention kernel, which takes the softmax in
     FP32 in any case, then takes it with its products.
     """
-    before, after = softmax.input_value(0).get_node(), _only_reader(softmax, "Convert")
-    if _is(before, "Convert") and after is not None and _only_reader(before, "Softmax") is not None:
+    before, after = softmax.input_value(0).get_node(), _find_only_reader(softmax, "Convert")
+    if _is(before, "Convert") and after is not None and _find_only_reader(before, "Softmax") is not None:
         softmax.input(0).replace_source_output(before.input_value(0))
         after.output(0).replace(softmax.output(0))
 
 
-def _linear(x: Any, weight: Array, bias: Array | None) -> Any:
+def _make_linear(x: Any, weight: Array, bias: Array | None) -> Any:
     from openvino import opset13
 
     product = opset13.matmul(x, opset13.constant(np.ascontiguousarray(weight)), False, False)
     return product if bias is None else opset13.add(product, opset13.constant(np.ascontiguousarray(bias)))
 
 
-def _linear_before(value: Any) -> tuple[Any, Array, Array, Any] | None:
+def _find_linear_before(value: Any) -> tuple[Any, Array, Array, Any] | None:
     """x, weight ``[in, out]``, bias ``[out]`` and the last node of a linear layer that ends in ``value``."""
     add = value.get_node()
     if not _is(add, "Add"):
@@ -119,20 +119,20 @@ def _linear_before(value: Any) -> tuple[Any, Array, Array, Any] | None:
     return product.input_value(0), values.T if attributes["transpose_b"] else values, bias.get_data(), add
 
 
-def _linear_after(node: Any) -> tuple[Any, Array, Array, Any] | None:
-    """As ``_linear_before``, of the only layer that reads ``node``."""
-    product = _only_reader(node, "MatMul")
-    add = None if product is None else _only_reader(product, "Add")
-    return None if add is None else _linear_before(add.output(0))
+def _find_linear_after(node: Any) -> tuple[Any, Array, Array, Any] | None:
+    """As ``_find_linear_before``, of the only layer that reads ``node``."""
+    product = _find_only_reader(node, "MatMul")
+    add = None if product is None else _find_only_reader(product, "Add")
+    return None if add is None else _find_linear_before(add.output(0))
 
 
-def _only_reader(node: Any, kind: str) -> Any:
+def _find_only_reader(node: Any, kind: str) -> Any:
     """The one node of a kind that reads the first output, or None."""
     readers = list(node.output(0).get_target_inputs())
     return readers[0].get_node() if len(readers) == 1 and _is(readers[0].get_node(), kind) else None
 
 
-def _start(cut: Any) -> int | None:
+def _start_of(cut: Any) -> int | None:
     """Where a ``Slice`` begins."""
     begin = cut.input_value(1).get_node() if _is(cut, "Slice") else None
     return int(begin.get_data()[0]) if begin is not None and _is(begin, "Constant") else None

@@ -87,10 +87,10 @@ class Built(NamedTuple):
 
 
 Log = Callable[[str, str], None]  # severity (``error``, ``warning``, ``info``, ``verbose``) and message
-Reported = Callable[[str, int, int], bool]  # phase, steps done and steps in all; False cancels the build
+Report = Callable[[str, int, int], bool]  # phase, steps done and steps in all; False cancels the build
 
 
-def library(name: str) -> TensorRT:
+def import_library(name: str) -> TensorRT:
     """Import a library.
 
     Raises:
@@ -108,7 +108,7 @@ def library(name: str) -> TensorRT:
     return TensorRT(module, name, str(module.__version__))
 
 
-def logger(library: TensorRT, log: Log) -> ILogger:
+def make_logger(library: TensorRT, log: Log) -> ILogger:
     """The library's logger, which tells ``log``. It must outlive what is made with it."""
     trt = library.module
     names = {
@@ -135,7 +135,7 @@ def plan_from_onnx(
     profiles: Sequence[Shapes],
     *,
     log: Log,
-    reported: Reported,
+    reported: Report,
     workspace_bytes: int,
     optimization_level: int | None = None,
     compute_capability: str | None = None,
@@ -184,7 +184,7 @@ def plan_from_onnx(
         def phase_finish(self, phase: str) -> None:
             return None
 
-    own_logger = logger(library, noted)
+    own_logger = make_logger(library, noted)
     builder: Builder = trt.Builder(own_logger)
     # Required on 10, the only kind and ignored on 11.
     network: INetworkDefinition = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -242,7 +242,7 @@ def _pin(network: INetworkDefinition, profiles: Sequence[Shapes]) -> None:
         tensor.shape = tuple(sizes[0] if len(set(sizes)) == 1 else -1 for sizes in zip(*shapes, strict=True))
 
 
-def runtime_of(library: TensorRT, own_logger: ILogger) -> Runtime:
+def make_runtime(library: TensorRT, own_logger: ILogger) -> Runtime:
     """The library's runtime. It must outlive its engines. Code inside a plan is not allowed to run on the host."""
     runtime: Runtime = library.module.Runtime(own_logger)
     runtime.engine_host_code_allowed = False
@@ -289,12 +289,12 @@ def profiles_of(library: TensorRT, engine: ICudaEngine) -> list[dict[str, tuple[
     return profiles
 
 
-def activation_bytes(engine: ICudaEngine, profile_index: int) -> int:
+def activation_bytes_of(engine: ICudaEngine, profile_index: int) -> int:
     """Device memory that a context needs at the largest shapes of a profile."""
     return int(engine.get_device_memory_size_for_profile_v2(profile_index))
 
 
-def context_of(library: TensorRT, engine: ICudaEngine, profile_index: int, stream: int) -> IExecutionContext:
+def make_context(library: TensorRT, engine: ICudaEngine, profile_index: int, stream: int) -> IExecutionContext:
     """An execution context without memory of its own, switched to a profile; synchronize ``stream`` before its use.
 
     Raises:
@@ -335,7 +335,7 @@ def bind(context: IExecutionContext, name: str, address: int, shape: Shape | Non
         raise EngineError(f"tensor {name}: cannot be bound")
 
 
-def output_shape(context: IExecutionContext, name: str) -> Shape:
+def output_shape_of(context: IExecutionContext, name: str) -> Shape:
     """An output's shape, once all inputs have theirs."""
     return tuple(context.get_tensor_shape(name))
 
@@ -371,6 +371,6 @@ def layers_from_json(text: str) -> list[Layer]:
         raise EngineError("the inspector does not describe the engine's layers; build it with dit-build") from error
 
 
-def as_bytes(plan: IHostMemory) -> NDArray[np.uint8]:
+def bytes_of_plan(plan: IHostMemory) -> NDArray[np.uint8]:
     """A plan's bytes, without a copy."""
     return np.frombuffer(plan, np.uint8)

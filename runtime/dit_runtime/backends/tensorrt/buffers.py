@@ -12,7 +12,7 @@ from dit_runtime.backends.tensorrt.cuda import ALIGNMENT, Bytes, Cuda
 from dit_runtime.core.errors import EngineError
 
 
-def aligned(size: int) -> int:
+def align(size: int) -> int:
     """The next multiple of ``ALIGNMENT`` bytes."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
@@ -41,7 +41,7 @@ class Layout:
         self.size, self.regions = 0, {}
         for name, (shape, dtype) in tensors.items():
             place = self.regions[name] = Region(self.size, tuple(shape), np.dtype(dtype))
-            self.size += aligned(place.size)
+            self.size += align(place.size)
 
     def __getitem__(self, name: str) -> Region:
         return self.regions[name]

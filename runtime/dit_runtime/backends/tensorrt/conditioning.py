@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from dit_runtime.backends.conditioning import Condition, TableLimits, conditioner_inputs, row_bytes
+from dit_runtime.backends.conditioning import Condition, TableLimits, bytes_of_row, inputs_from_conditions
 from dit_runtime.backends.tensorrt import api as tensorrt_api
 from dit_runtime.backends.tensorrt.buffers import (
     DeviceBuffer,
@@ -25,7 +25,7 @@ class DeviceTable:
 
     def __init__(self, device: Device, limits: TableLimits) -> None:
         spec = device.manifest.table
-        self._device, self._name, self._row = device, spec.name, row_bytes(spec)
+        self._device, self._name, self._row = device, spec.name, bytes_of_row(spec)
         self.granule = ALIGNMENT // math.gcd(ALIGNMENT, self._row)
         stored = device.stored.graphs
         largest = min(profile[spec.name][2][0] for profile in stored["step"].profiles)
@@ -67,7 +67,7 @@ class DeviceTable:
     def _compute(self, conditions: Sequence[Condition], first: int) -> None:
         device, cuda, stream = self._device, self._device.cuda, self._device.stream
         cuda.synchronize(stream)  # rows before these use the same context, inputs and pinned memory
-        values = conditioner_inputs(conditions)
+        values = inputs_from_conditions(conditions)
         fit = device.fit("conditioner", {name: value.shape for name, value in values.items()})
         loaded = device.load("conditioner")
         context = loaded.context(fit.profile, cuda, stream)

@@ -130,7 +130,7 @@ class Cuda(Protocol):
     def destroy_graph(self, graph: int) -> None: ...
 
 
-def device() -> DeviceFacts:
+def read_device() -> DeviceFacts:
     """The first GPU that this process sees (``CUDA_VISIBLE_DEVICES``).
 
     Raises:
@@ -147,7 +147,7 @@ class CudaRuntime:
     """
 
     def __init__(self) -> None:
-        self._rt = _imported()
+        self._rt = _import_runtime()
         count = self._call("looking for a GPU", "cudaGetDeviceCount")
         if not count:
             raise EngineError("no NVIDIA GPU is visible here; see CUDA_VISIBLE_DEVICES, or choose another engine")
@@ -259,10 +259,10 @@ class CudaRuntime:
         try:
             status, *values = getattr(self._rt, function)(*arguments)
         except RuntimeError as error:  # cuda-bindings 12.8 and before, where libcuda cannot be loaded
-            raise _no_driver(str(error)) from error
+            raise _error_without_driver(str(error)) from error
         if status != self._rt.cudaError_t.cudaSuccess:
             if status.name in ("cudaErrorInsufficientDriver", "cudaErrorNoDevice"):
-                raise _no_driver(status.name)
+                raise _error_without_driver(status.name)
             (_, text) = self._rt.cudaGetErrorString(status)
             advice = "use a smaller batch" if status.name == "cudaErrorMemoryAllocation" else "run dit-verify"
             raise EngineError(f"CUDA, {doing}: {status.name} ({text.decode('utf-8', 'replace')}); {advice}")
@@ -274,14 +274,14 @@ def _address_of(memory: NDArray[Any]) -> int:
     return memory.ctypes.data
 
 
-def _no_driver(reason: str) -> EngineError:
+def _error_without_driver(reason: str) -> EngineError:
     return EngineError(
         f"no NVIDIA driver that works here ({reason}); install one (on a Jetson it comes with JetPack), or choose "
         "another engine"
     )
 
 
-def _imported() -> Any:
+def _import_runtime() -> Any:
     try:
         return importlib.import_module("cuda.bindings.runtime")
     except ImportError as error:

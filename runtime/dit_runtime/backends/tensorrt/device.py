@@ -19,7 +19,7 @@ from dit_runtime.backends.tensorrt import api as tensorrt_api
 from dit_runtime.backends.tensorrt.api import TensorRT
 from dit_runtime.backends.tensorrt.buffers import DeviceBuffer
 from dit_runtime.backends.tensorrt.cuda import Cuda
-from dit_runtime.backends.tensorrt.memory import check_engine, device_bytes, in_words
+from dit_runtime.backends.tensorrt.memory import available_bytes_of, check_engine, describe_bytes
 from dit_runtime.backends.tensorrt.store import StoredEngine, StoredGraph
 from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.core.errors import EngineError
@@ -39,7 +39,7 @@ class LoadedPlan:
 
     def new_context(self, profile: int, cuda: Cuda, stream: int) -> Any:
         """An execution context of its own for a captured graph."""
-        context = tensorrt_api.context_of(self._library, self.engine, profile, stream)
+        context = tensorrt_api.make_context(self._library, self.engine, profile, stream)
         cuda.synchronize(stream)  # the switch to the profile
         return context
 
@@ -50,7 +50,7 @@ class LoadedPlan:
         return self._contexts[profile]
 
     def activation_bytes(self, profile: int) -> int:
-        return tensorrt_api.activation_bytes(self.engine, profile)
+        return tensorrt_api.activation_bytes_of(self.engine, profile)
 
 
 class Device:
@@ -87,8 +87,10 @@ class Device:
         self.lock = threading.RLock()
         self.profiles = {graph: plan.profiles_of(manifest.graphs[graph]) for graph, plan in stored.graphs.items()}
         self._said: list[str] = []
-        self._logger = tensorrt_api.logger(library, self._note)  # must outlive the runtime, and the runtime its engines
-        self._runtime = tensorrt_api.runtime_of(library, self._logger)
+        self._logger = tensorrt_api.make_logger(
+            library, self._note
+        )  # must outlive the runtime, and the runtime its engines
+        self._runtime = tensorrt_api.make_runtime(library, self._logger)
         self.stream = cuda.stream()
         self.activations = DeviceBuffer(cuda, self.stream, self.make_room)
         self.running: str | None = None
@@ -171,7 +173,7 @@ class Device:
         """
         if not self._loads.get("step"):
             held = sum(self.stored.graphs[graph].weights_bytes for graph in self._loaded) + self.activations.size
-            check_engine(self.manifest, self.stored, device_bytes(self.cuda.device()) + held, batch)
+            check_engine(self.manifest, self.stored, available_bytes_of(self.cuda.device()) + held, batch)
 
     def make_room(self, size: int) -> None:
         """Free other weights, the smallest first, then what is idle, while ``size`` bytes and a little more do not fit.
@@ -184,7 +186,7 @@ class Device:
         """
         others = (graph for graph in self._loaded if graph != self.running)
         held = sorted(others, key=lambda graph: self.stored_graph(graph).weights_bytes)
-        while (free := device_bytes(self.cuda.device())) < size + SMALL_BYTES:
+        while (free := available_bytes_of(self.cuda.device())) < size + SMALL_BYTES:
             if held:
                 self.unload(held.pop(0))
             elif self._free_idle():
@@ -193,7 +195,7 @@ class Device:
                 return
             else:
                 raise EngineError(
-                    f"{self.name}: {in_words(size)} of the GPU's memory are needed, {in_words(free)} are free; end "
+                    f"{self.name}: {describe_bytes(size)} of the GPU's memory are needed, {describe_bytes(free)} are free; end "
                     "other programs, or use a smaller batch"
                 )
 

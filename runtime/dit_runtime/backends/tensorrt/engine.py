@@ -46,8 +46,8 @@ class TensorRtEngine:
         facts = cuda.device()
         if (stored.bundle, stored.image_size) != (bundle.digest, bundle.manifest.image_size):
             raise EngineError(
-                f"{stored.folder}: built from bundle {stored.bundle[:12]} for {_by(stored.image_size)} images, this "
-                f"is {bundle.digest[:12]} for {_by(bundle.manifest.image_size)}; run dit-build on this bundle"
+                f"{stored.folder}: built from bundle {stored.bundle[:12]} for {_size_in_words(stored.image_size)} images, this "
+                f"is {bundle.digest[:12]} for {_size_in_words(bundle.manifest.image_size)}; run dit-build on this bundle"
             )
         stored.check_device(library.name, library.version, facts.compute_capability, facts.name)
         self.bundle, self.stored, self._captured = bundle, stored, captured
@@ -149,5 +149,5 @@ class TensorRtEngine:
                 loop.drop_graphs()
 
 
-def _by(size: tuple[int, int]) -> str:
+def _size_in_words(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"

@@ -16,7 +16,7 @@ import numpy as np
 
 from dit_runtime.backends.base import Int32, RunInputs
 from dit_runtime.backends.conditioning import ConditioningTable, TableLimits
-from dit_runtime.backends.profiles import Fit, tensor_shapes
+from dit_runtime.backends.profiles import Fit, shapes_of_tensors
 from dit_runtime.backends.step import STATE_SLOTS
 from dit_runtime.backends.tensorrt.buffers import (
     DeviceBuffer,
@@ -212,7 +212,7 @@ class DeviceLoop:
     def _block(self, batch: int, branches: int) -> Layout:
         """How a step's small inputs lie together, to be copied at once."""
         inputs = {tensor.name: tensor for tensor in self._device.manifest.graphs["step"].inputs}
-        shapes = tensor_shapes((inputs[name] for name in SMALL), {"batch": batch, "branches": branches})
+        shapes = shapes_of_tensors((inputs[name] for name in SMALL), {"batch": batch, "branches": branches})
         return Layout({name: (shape, np.dtype(inputs[name].dtype)) for name, shape in shapes.items()})
 
     def _fit(self, batch: int, branches: int) -> tuple[Fit, Layout]:
@@ -220,7 +220,7 @@ class DeviceLoop:
         key = (batch, branches, self._memory.moves)
         if key not in self._fits:
             sizes = {"batch": batch, "branches": branches, "rows": self._memory.shape[0]}
-            fit = self._device.fit("step", tensor_shapes(self._device.manifest.graphs["step"].inputs, sizes))
+            fit = self._device.fit("step", shapes_of_tensors(self._device.manifest.graphs["step"].inputs, sizes))
             self._fits[key] = fit, self._block(fit.shapes["rows"][1], fit.shapes["rows"][0])
         return self._fits[key]
 

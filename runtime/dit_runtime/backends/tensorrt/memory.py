@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dit_runtime.backends.profiles import Shape, tensor_shapes
+from dit_runtime.backends.profiles import Shape, shapes_of_tensors
 from dit_runtime.backends.tensorrt.cuda import DeviceFacts
 from dit_runtime.backends.tensorrt.store import StoredEngine, StoredGraph
 from dit_runtime.bundle.manifest import GraphSpec, Manifest
@@ -48,8 +48,10 @@ class Need:
             "conditioning table": self.table,
             "tensors": self.buffers,
         }
-        text = ", ".join(f"{name} {in_words(size)}" for name, size in parts.items())
-        return f"{in_words(self.total)} ({text}{'; an estimate before the first build' if self.estimated else ''})"
+        text = ", ".join(f"{name} {describe_bytes(size)}" for name, size in parts.items())
+        return (
+            f"{describe_bytes(self.total)} ({text}{'; an estimate before the first build' if self.estimated else ''})"
+        )
 
 
 def need_of(
@@ -78,27 +80,27 @@ def need_of(
     """
     sizes = {"batch": batch, "branches": branches, "rows": rows}
     step = manifest.graphs["step"]
-    shapes = _shapes(step, sizes, manifest)
+    shapes = _shapes_of(step, sizes, manifest)
     del shapes[manifest.table.name]
     memory = graphs["step"].activation_bytes
     fits = graphs["step"].profiles_of(step).fits(shapes)
     if not fits:
         raise EngineError(f"no optimization profile of the step takes batch {batch} with {branches} branches")
     decoder = max(_activations_at(graphs["decoder"], batch, manifest))
-    table = _bytes(manifest.graphs["conditioner"], sizes, manifest, manifest.table.name)
+    table = _count_bytes(manifest.graphs["conditioner"], sizes, manifest, manifest.table.name)
     weights = [graphs["step"].weights_bytes, graphs["decoder"].weights_bytes]
     loop = Need(
         weights=max(weights) if in_turns else sum(weights),
         activations=max(min(memory[fit.profile] for fit in fits), decoder),
         table=table,
-        buffers=_bytes(step, sizes, manifest) - table + _bytes(manifest.graphs["decoder"], sizes, manifest),
+        buffers=_count_bytes(step, sizes, manifest) - table + _count_bytes(manifest.graphs["decoder"], sizes, manifest),
         estimated=estimated,
     )
     before = Need(
         weights=graphs["conditioner"].weights_bytes,
         activations=max(graphs["conditioner"].activation_bytes),
         table=table,
-        buffers=_bytes(manifest.graphs["conditioner"], sizes, manifest) - table,
+        buffers=_count_bytes(manifest.graphs["conditioner"], sizes, manifest) - table,
         estimated=estimated,
     )
     return max(loop, before, key=lambda need: need.total)
@@ -111,7 +113,7 @@ def _activations_at(decoder: StoredGraph, batch: int, manifest: Manifest) -> lis
     return taken or list(decoder.activation_bytes)
 
 
-def available_bytes(memory_bytes: int, shared: bool, free_bytes: int | None = None) -> int:
+def estimate_available_bytes(memory_bytes: int, shared: bool, free_bytes: int | None = None) -> int:
     """What sampling may take of a device.
 
     Args:
@@ -149,16 +151,16 @@ def check_fits(need_at: Callable[[int], Need], batch: int, available: int) -> Ne
     if smaller is None:
         advice = "not even batch 1 would; decode in tiles (--decode-tile), or make smaller images"
     else:
-        advice = f"batch {smaller} would ({in_words(need_at(smaller).total)})"
+        advice = f"batch {smaller} would ({describe_bytes(need_at(smaller).total)})"
     raise EngineError(
-        f"batch {batch} needs {need.in_words()} of the GPU's memory, {in_words(available)} can be had: it does not "
+        f"batch {batch} needs {need.in_words()} of the GPU's memory, {describe_bytes(available)} can be had: it does not "
         f"fit, {advice}"
     )
 
 
-def device_bytes(facts: DeviceFacts) -> int:
+def available_bytes_of(facts: DeviceFacts) -> int:
     """What sampling may take of a GPU that is here, by the driver's own figure."""
-    return available_bytes(facts.memory_bytes, facts.integrated, facts.free_bytes)
+    return estimate_available_bytes(facts.memory_bytes, facts.integrated, facts.free_bytes)
 
 
 def check_engine(manifest: Manifest, stored: StoredEngine, available: int, batch: int | None = None) -> None:
@@ -198,20 +200,20 @@ def check_engine(manifest: Manifest, stored: StoredEngine, available: int, batch
         raise EngineError(f"{stored.folder}: {error}") from error
 
 
-def in_words(size: int) -> str:
+def describe_bytes(size: int) -> str:
     """Bytes as ``92 MB`` or ``1.12 GB``, of 10⁶ and 10⁹."""
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
-def _bytes(graph: GraphSpec, sizes: Mapping[str, int], manifest: Manifest, only: str | None = None) -> int:
+def _count_bytes(graph: GraphSpec, sizes: Mapping[str, int], manifest: Manifest, only: str | None = None) -> int:
     """Bytes of a graph's inputs and outputs, or of the one named."""
-    shapes = _shapes(graph, sizes, manifest)
+    shapes = _shapes_of(graph, sizes, manifest)
     tensors = [tensor for tensor in (*graph.inputs, *graph.outputs) if only in (None, tensor.name)]
     return sum(math.prod(shapes[tensor.name]) * np.dtype(tensor.dtype).itemsize for tensor in tensors)
 
 
-def _shapes(graph: GraphSpec, sizes: Mapping[str, int], manifest: Manifest) -> dict[str, Shape]:
+def _shapes_of(graph: GraphSpec, sizes: Mapping[str, int], manifest: Manifest) -> dict[str, Shape]:
     height, width = manifest.model.latent_size
     image_height, image_width = manifest.image_size
     axes = {"height": height, "width": width, "image_height": image_height, "image_width": image_width}
-    return tensor_shapes((*graph.inputs, *graph.outputs), {**sizes, **axes})
+    return shapes_of_tensors((*graph.inputs, *graph.outputs), {**sizes, **axes})

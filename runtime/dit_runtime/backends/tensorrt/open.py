@@ -9,8 +9,8 @@ from dit_runtime.backends.base import Backend, Candidate, EngineOptions
 from dit_runtime.backends.tensorrt import api as tensorrt_api
 from dit_runtime.backends.tensorrt.cuda import Cuda, CudaRuntime
 from dit_runtime.backends.tensorrt.engine import TensorRtEngine
-from dit_runtime.backends.tensorrt.memory import check_engine, device_bytes
-from dit_runtime.backends.tensorrt.store import PRODUCTS, SIDECAR, StoredEngine, stored_engines
+from dit_runtime.backends.tensorrt.memory import available_bytes_of, check_engine
+from dit_runtime.backends.tensorrt.store import PRODUCTS, SIDECAR, StoredEngine, read_engines
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import EngineError
 
@@ -24,7 +24,7 @@ def engine_from_store(
     threads: int = 0,
     store: Path | None = None,
     cuda: Cuda | None = None,
-    imported: Callable[[str], tensorrt_api.TensorRT] = tensorrt_api.library,
+    imported: Callable[[str], tensorrt_api.TensorRT] = tensorrt_api.import_library,
     whole: bool = False,
 ) -> TensorRtEngine:
     """The engine last built for this bundle at its size, this library and this GPU.
@@ -45,7 +45,7 @@ def engine_from_store(
     library = imported(TENSORRT[name])
     cuda = cuda or CudaRuntime()
     facts = cuda.device()
-    built = [engine for engine in stored_engines(bundle, store, damaged.append) if engine.library == library.name]
+    built = [engine for engine in read_engines(bundle, store, damaged.append) if engine.library == library.name]
     refused: list[EngineError] = []
     for stored in sorted(built, key=lambda engine: (engine.folder / SIDECAR).stat().st_mtime, reverse=True):
         try:
@@ -55,7 +55,7 @@ def engine_from_store(
         except EngineError as error:
             refused.append(error)
             continue
-        check_engine(bundle.manifest, stored, device_bytes(facts))
+        check_engine(bundle.manifest, stored, available_bytes_of(facts))
         return TensorRtEngine(bundle, stored, library, cuda, threads)
     if refused:
         raise refused[0]
@@ -88,10 +88,10 @@ def open_tensorrt(bundle: Bundle, name: str, options: EngineOptions) -> TensorRt
     return engine_from_store(bundle, name, options.threads, options.store, whole=options.whole)
 
 
-def _candidate(bundle: Bundle, name: str) -> Candidate | None:
+def _find_candidate(bundle: Bundle, name: str) -> Candidate | None:
     """An engine that was built for this bundle; whether it runs here is known when it is opened."""
-    built = {stored.library for stored in stored_engines(bundle)}
+    built = {stored.library for stored in read_engines(bundle)}
     return Candidate(name, built=True) if TENSORRT[name] in built else None
 
 
-BACKEND = Backend(open_tensorrt, _candidate, libraries=())
+BACKEND = Backend(open_tensorrt, _find_candidate, libraries=())

@@ -53,7 +53,7 @@ class TensorRtSession:
         for name, place in given.regions.items():
             tensorrt_api.bind(context, name, self._inputs.address + place.offset, place.shape)
         found = {
-            name: (tensorrt_api.output_shape(context, name), tensor.dtype)
+            name: (tensorrt_api.output_shape_of(context, name), tensor.dtype)
             for name, tensor in loaded.tensors.items()
             if not tensor.is_input
         }
@@ -71,7 +71,7 @@ class TensorRtSession:
         for name, result in zip(outputs, results, strict=True):
             cuda.download(result, self._outputs.address + made[name].offset, stream)
         cuda.synchronize(stream)
-        sizes = _sizes(spec, arrays)
+        sizes = _padded_sizes_of(spec, arrays)
         return [self._cut(spec, name, result, sizes) for name, result in zip(outputs, results, strict=True)]
 
     @staticmethod
@@ -86,7 +86,7 @@ class TensorRtSession:
             memory.free()
 
 
-def _sizes(spec: GraphSpec, arrays: Mapping[str, Array]) -> dict[str, int]:
+def _padded_sizes_of(spec: GraphSpec, arrays: Mapping[str, Array]) -> dict[str, int]:
     """The size of each axis that may be padded."""
     return {
         axis: size

@@ -136,8 +136,8 @@ class StoredEngine:
             same_gpu = gpu == self.gpu
         if same_library and same_gpu:
             return
-        built = described(self.library, self.version, self.compute_capability, self.gpu)
-        here = described(library, version, compute_capability, gpu)
+        built = describe_platform(self.library, self.version, self.compute_capability, self.gpu)
+        here = describe_platform(library, version, compute_capability, gpu)
         command = self._command(library, compute_capability)
         raise EngineError(f"{self.folder}: built for {built}, this is {here}; run {command}")
 
@@ -157,13 +157,13 @@ class StoredEngine:
         return shlex.join(["dit-build", *place, *target, *size])
 
 
-def described(library: str, version: str, compute_capability: str, gpu: str | None) -> str:
+def describe_platform(library: str, version: str, compute_capability: str, gpu: str | None) -> str:
     """What plans are for, in words: ``sm_87 (Orin) with TensorRT 10.3.0``."""
     cores = ", ".join(f"sm_{item.replace('.', '')}" for item in compute_capability.split(","))
     return f"{cores}{f' ({gpu})' if gpu else ''} with {PRODUCTS.get(library, library)} {version}"
 
 
-def stored_engines(
+def read_engines(
     bundle: Bundle, store: Path | None = None, skipped: Callable[[str], None] | None = None
 ) -> list[StoredEngine]:
     """The engines of a bundle at its size in use, sorted by folder; none of their plans is opened.
@@ -176,7 +176,7 @@ def stored_engines(
     engines = []
     for folder in sorted((store or bundle.engines).glob(f"*/{SIDECAR}")):
         try:
-            engine = stored_engine(folder.parent)
+            engine = read_engine(folder.parent)
         except EngineError as error:
             if skipped is not None:
                 skipped(str(error))
@@ -186,7 +186,7 @@ def stored_engines(
     return engines
 
 
-def stored_engine(folder: Path) -> StoredEngine:
+def read_engine(folder: Path) -> StoredEngine:
     """The engine of one folder, its sidecar checked to be whole.
 
     Raises:
@@ -266,13 +266,13 @@ def engine_from_sidecar(folder: Path, raw: Mapping[str, Any]) -> StoredEngine:
             gpu=record.gpu,
             driver=record.driver,
             recipe=record.recipe,
-            graphs={graph.graph: _stored_graph(graph) for graph in record.graphs},
+            graphs={graph.graph: _graph_from_record(graph) for graph in record.graphs},
         )
     except ValueError as error:
         raise EngineError(f"{folder / SIDECAR}: damaged ({error}); remove {folder} and run dit-build again") from error
 
 
-def _stored_graph(record: GraphRecord) -> StoredGraph:
+def _graph_from_record(record: GraphRecord) -> StoredGraph:
     """Raises ValueError for a plan outside the engine's folder, and profiles that no plan has."""
     plan = record.plan
     if plan in ("", ".", "..") or "\\" in plan or Path(plan).name != plan:
