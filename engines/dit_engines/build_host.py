@@ -42,7 +42,7 @@ class BuildHost:
         """The version as numbers."""
         return tensorrt_api.TensorRT(None, self.library, self.version).numbers
 
-    def in_words(self) -> str:
+    def describe(self) -> str:
         return describe_platform(self.library, self.version, self.compute_capability, self.gpu)
 
 

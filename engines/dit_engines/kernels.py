@@ -64,19 +64,19 @@ class Kernel:
     @property
     def is_reformat(self) -> bool:
         """It moves data, or changes its type, and computes nothing."""
-        return self.kind in ("reformat", "shuffle") or self._only(_MOVES + _CASTS)
+        return self.kind in ("reformat", "shuffle") or self._has_only(_MOVES + _CASTS)
 
     @property
     def is_cast(self) -> bool:
         """A reformat that changes the datatype."""
-        return self.is_reformat and any(word in _CASTS for word in self._words())
+        return self.is_reformat and any(word in _CASTS for word in self._split_name())
 
-    def _words(self) -> list[str]:
+    def _split_name(self) -> list[str]:
         name = self.name.partition("__myl_")[2].partition("_myl")[0]
         return re.findall(r"[A-Z][a-z]*", name)
 
-    def _only(self, words: Sequence[str]) -> bool:
-        found = self._words()
+    def _has_only(self, words: Sequence[str]) -> bool:
+        found = self._split_name()
         return bool(found) and all(word in words for word in found)
 
 

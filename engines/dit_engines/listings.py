@@ -39,7 +39,7 @@ def format_engine(engine: BuiltEngine, bundle: Bundle, need: Need, explain: bool
             names = ", ".join(f"{item.name.split(' ')[0]} {item.share:.1%}" for item in largest[:3])
             lines.append(f"largest kernels of the step by multiply-adds: {names}")
         lines += find_unknowns(built.audit, built.graph)
-    lines.append(f"sampling {recipe.batch} with {recipe.branches[-1]} branches needs {need.in_words()}")
+    lines.append(f"sampling {recipe.batch} with {recipe.branches[-1]} branches needs {need.describe()}")
     return "\n".join(lines)
 
 

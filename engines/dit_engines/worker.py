@@ -102,7 +102,7 @@ def _build_plan(request: dict[str, Any], cancelled: threading.Event) -> dict[str
         Path(request["onnx"]),
         request["profiles"],
         log=log,
-        reported=report,
+        report=report,
         workspace_bytes=request["workspace_bytes"],
         optimization_level=request["optimization_level"],
         compute_capability=request["compute_capability"] if library.name == "tensorrt_rtx" else None,

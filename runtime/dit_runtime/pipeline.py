@@ -127,7 +127,7 @@ class Pipeline:
 
     def iterate_steps(self, images: Sequence[ImageRequest]) -> Iterator[tuple[int, Float32, Float32]]:
         """``trajectory`` of images that share one schedule."""
-        for completed, step in enumerate(self._steps(images, read=True)):
+        for completed, step in enumerate(self._run_steps(images, read=True)):
             yield completed, step.latents.copy(), step.denoised.copy()
 
     def sample_latents(self, images: Sequence[ImageRequest], completed: Callable[[], None] = lambda: None) -> Float32:
@@ -136,12 +136,12 @@ class Pipeline:
         An engine that keeps latents on its device gives only these. ``completed`` is called after each completed step;
         on such an engine when it is queued, two steps before its end at most.
         """
-        for step in self._steps(images, read=False):
+        for step in self._run_steps(images, read=False):
             completed()
             last = step
         return last.latents.copy()
 
-    def _steps(self, images: Sequence[ImageRequest], read: bool) -> Iterator[Advance]:
+    def _run_steps(self, images: Sequence[ImageRequest], read: bool) -> Iterator[Advance]:
         """The completed steps of images that share one schedule."""
         released = False
         with Batch(self.engine, self.manifest) as batch:
@@ -257,7 +257,7 @@ class Pipeline:
         interval = settings.get("guidance_interval") or (0.0, 1.0)
         shape = settings.get("guidance_schedule") or "constant"
         guidances = {value: Guidance(value, interval, shape) for value in scales}
-        schedule, strength = self._schedule(settings)
+        schedule, strength = self._schedule_from_settings(settings)
         start = settings.get("init")
         inits = [None] * count if start is None else self.inits(start, count)
         negative = settings.get("negative_label")
@@ -296,7 +296,7 @@ class Pipeline:
             )
         return made
 
-    def _schedule(self, settings: Settings) -> tuple[Schedule, float | None]:
+    def _schedule_from_settings(self, settings: Settings) -> tuple[Schedule, float | None]:
         """The schedule of the settings, and the strength that was used for it."""
         defaults, given = self.manifest.defaults, settings.get("sampler")
         steps, eta, spacing = settings.get("steps"), settings.get("eta") or 0.0, settings.get("spacing")

@@ -116,7 +116,7 @@ def test_the_runtime_reads_what_was_built(bundle: Bundle, report: dict[str, Any]
     found.check_device("tensorrt_rtx", place.version, "8.9", "NVIDIA GeForce RTX 4090")
     recipe = recipe_for("rtx", "8.9", 4, (1, 2), 1024)
     for name, graph in found.graphs.items():
-        assert found.plan(name).stat().st_size == graph.plan_bytes
+        assert found.find_plan(name).stat().st_size == graph.plan_bytes
         assert list(graph.profiles) == profiles_of(bundle.manifest.graphs[name], recipe, bundle.manifest)
     assert (found.image_size, found.gpu, found.recipe["batches"]) == ((32, 32), None, [4])
 
@@ -195,7 +195,7 @@ def test_the_same_graphs_in_another_export(bundle: Bundle, engine: BuiltEngine, 
     assert found.folder.name != engine.folder.name
     assert "the same plans" in found.explanation[0]
     assert [len(read_engines(item, store)) for item in (bundle, other)] == [1, 1]
-    assert read_engines(other, store)[0].plan("step").is_file()
+    assert read_engines(other, store)[0].find_plan("step").is_file()
 
 
 def test_fp32_declared_fp16_fails(bundles: dict[str, Path], tmp_path: Path) -> None:
@@ -289,7 +289,7 @@ def test_repeated_builds_are_measured_on_a_gpu(
 
     class Opened:
         def __init__(self, bundle: Bundle, stored: StoredEngine, *_: Any) -> None:
-            seen.append((stored.gpu, stored.plan("step").name))
+            seen.append((stored.gpu, stored.find_plan("step").name))
 
         def close(self) -> None:
             seen.append("closed")

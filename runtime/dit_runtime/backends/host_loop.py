@@ -1,4 +1,4 @@
-"""The loop of an engine that has only sessions: arrays in, arrays out, all memory on the host."""
+"""The loop for an engine that has only sessions: arrays go in and come out, and all memory is on the host."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dit_runtime.samplers.noise import Float32
 
 
 class HostTable:
-    """Rows of the conditioning table in an array, ``chunk`` of them computed at a time."""
+    """The rows of a conditioning table in one array. A call of the conditioner computes part of them."""
 
     granule = 1
 
@@ -34,10 +34,10 @@ class HostTable:
     def fill(self, conditions: Sequence[Condition], first: int) -> None:
         """As ``TableMemory.fill``."""
         if not first and len(conditions) <= self._chunk:
-            self.array = self._compute(conditions)  # all at once, as for most runs: nothing to copy
+            self.array = self._compute(conditions)  # most runs: one call computes all rows, and no row is copied
             return
         if len(self.array) < self.capacity:
-            # Pages that are never written cost nothing.
+            # Memory is taken only for the pages that are written.
             memory = np.empty((self.capacity, *self.array.shape[1:]), self.array.dtype)
             memory[:first] = self.array[:first]
             self.array = memory
@@ -51,7 +51,7 @@ class HostTable:
 
 
 class HostStepResult(NamedTuple):
-    """What a session gave."""
+    """``StepResult`` of arrays on the host."""
 
     state: Float32
     denoised: Float32
@@ -96,7 +96,7 @@ class HostLoop:
         self, coefficients: Float32, guidance: Float32, rows: Int32, noise: Float32 | None, drawing: Sequence[int]
     ) -> HostStepResult:
         """As ``Loop.run_step``."""
-        # Where k is 0, what is left of the noise of the step before does nothing.
+        # A row that draws no noise has k = 0, so noise left from an earlier step has no effect.
         if noise is not None:
             self._noise[list(drawing)] = noise
         return self._run(coefficients, guidance, rows)
@@ -109,4 +109,4 @@ class HostLoop:
         return HostStepResult(state, denoised)
 
     def close(self) -> None:
-        """As ``Loop.close``: nothing is held."""
+        """As ``Loop.close``. There is nothing to free."""

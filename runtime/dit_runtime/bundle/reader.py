@@ -154,15 +154,15 @@ class Bundle:
 
     def records(self, name: str) -> dict[str, np.ndarray[Any, Any]]:
         """The arrays of a golden record: ``golden/NAME.npz``, or that of the size in use."""
-        path = self.file(self._record(name))
+        path = self.file(self._file_of_record(name))
         with np.load(path, allow_pickle=False) as stored:
             return dict(stored)
 
     def has_records(self, name: str) -> bool:
         """Whether there is a golden record of that name."""
-        return self._record(name) in self.manifest.files
+        return self._file_of_record(name) in self.manifest.files
 
-    def _record(self, name: str) -> str:
+    def _file_of_record(self, name: str) -> str:
         folder = GOLDEN if self.default_size else name_for_size(GOLDEN, self.manifest.model.latent_size)
         return f"{folder}/{name}.npz"
 

@@ -33,7 +33,7 @@ class _Slot:
     def __len__(self) -> int:
         return len(self.times)
 
-    def conditions(self, ahead: int = 0) -> list[Condition]:
+    def list_conditions(self, ahead: int = 0) -> list[Condition]:
         """What the network is asked about in this row, or one that far ahead, branch by branch."""
         row = self.row + ahead
         time = self.times[row]
@@ -117,7 +117,7 @@ class Batch:
             return
         latents = np.empty((len(images), *self._shape), np.float32)
         for index, (key, image) in enumerate(images):
-            latents[index], stream = image.initial_latents(self._shape)
+            latents[index], stream = image.make_initial_latents(self._shape)
             self._slots.append(_Slot(key, image, stream))
         self._loop.add(latents)
         self._changed = True
@@ -139,7 +139,7 @@ class Batch:
         finished = [slot.row + 1 == len(slot) for slot in slots]
         if (read or result.at_hand or any(finished)) and not np.isfinite(state := result.state).all():
             sound = [bool(np.isfinite(values).all()) for values in state]
-            self.failure = self._not_finite(slots[sound.index(False)])
+            self.failure = self._error_for(slots[sound.index(False)])
             finished = [done and fine for done, fine in zip(finished, sound, strict=True)]
             if not any(finished):
                 raise self.failure
@@ -158,9 +158,9 @@ class Batch:
         if inputs is not None:
             row = slots[0].row
             return self._loop.run_row(inputs, row, self._draw(slots) if inputs.draws[row] else None)
-        conditions = [slot.conditions() for slot in slots]
+        conditions = [slot.list_conditions() for slot in slots]
         needed = [condition for each in conditions for condition in each]
-        self._table.prepare(needed, self._upcoming, self._changed and self._loop.looks_ahead)
+        self._table.prepare(needed, self._iterate_upcoming, self._changed and self._loop.looks_ahead)
         if self._changed:
             self._inputs, self._changed = _inputs_for_run(slots, self._table), False
         branches = max(slot.needed[slot.row] for slot in slots)
@@ -182,14 +182,14 @@ class Batch:
             return draw_normals([slot.stream for slot in slots], self._shape)
         return np.stack([slot.image.draw_noise(slot.stream, self._shape) for slot in slots])
 
-    def _upcoming(self) -> Iterator[Condition]:
+    def _iterate_upcoming(self) -> Iterator[Condition]:
         """The conditions that the images need next, soonest first."""
         for ahead in range(1, max(len(slot) - slot.row for slot in self._slots)):
             for slot in self._slots:
                 if slot.row + ahead < len(slot):
-                    yield from slot.conditions(ahead)
+                    yield from slot.list_conditions(ahead)
 
-    def _not_finite(self, slot: _Slot) -> SamplingError:
+    def _error_for(self, slot: _Slot) -> SamplingError:
         step = sum(slot.completes[: slot.row]) + 1
         return SamplingError(
             f"latents are not finite after step {step} of {slot.image.schedule.steps} on {self._engine.info.name} "

@@ -44,17 +44,17 @@ class ImageRequest:
     init: Init | None = None
     strength: float | None = None
 
-    def stream(self) -> Noise:
+    def make_stream(self) -> Noise:
         """The image's noise from its beginning."""
         return TorchNoise(self.seed) if self.noise_device == "cpu" else CudaNoise(self.seed, self.cuda_threads)
 
-    def initial_latents(self, shape: tuple[int, ...]) -> tuple[Float32, Noise]:
+    def make_initial_latents(self, shape: tuple[int, ...]) -> tuple[Float32, Noise]:
         """z before the first row ``[C, H, W]``, and the stream for the rows.
 
         In image-to-image the noise on the image is the stream's first draw, as in diffusers' pipelines once the
         image is encoded.
         """
-        stream, (first, *others) = self.stream(), self.schedule.start
+        stream, (first, *others) = self.make_stream(), self.schedule.start
         noise = self.draw_noise(stream, shape) if self.noise is None else self.noise
         if self.init is None:
             latents: Float32 = first * noise

@@ -36,7 +36,7 @@ class Budget:
     thresholds: Mapping[str, float]
     floors: Mapping[str, Sequence[float]]
 
-    def tolerance(self, kind: str) -> float:
+    def tolerance_of(self, kind: str) -> float:
         """The absolute limit of a kind of rung.
 
         Raises:
@@ -46,7 +46,7 @@ class Budget:
             raise BundleError(f"the manifest has no limit of {kind} for {self.precision}; export the bundle again")
         return self.tolerances[kind]
 
-    def threshold(self, kind: str, guidance: float = 1.0) -> float | None:
+    def threshold_of(self, kind: str, guidance: float = 1.0) -> float | None:
         """The most that a ratio of a kind of rung may be at a guidance scale; None where the bundle has none.
 
         Guided, e = s·ε_c − (s−1)·ε_∅. If the branches' errors are independent, they add up to √(s² + (s−1)²) times a
@@ -58,7 +58,7 @@ class Budget:
             return None
         return least * worst_gain_of(guidance) / math.hypot(guidance, guidance - 1)
 
-    def ratios(self, record: str, errors: Sequence[float]) -> list[float]:
+    def ratios_of(self, record: str, errors: Sequence[float]) -> list[float]:
         """Each error over PyTorch's own, for as many as are known: none, all, or the first steps of a trajectory."""
         floors = self.floors.get(record, ())
         return [error / max(floor, LEAST_FLOOR) for error, floor in zip(errors, floors, strict=False)]
@@ -133,8 +133,8 @@ def compare_series(
     pairs = list(zip(series.found, series.expected, strict=True))
     errors = [relative_l2(*pair) for pair in pairs]
     largest = [relative_error(*pair, scale) for pair, scale in zip(pairs, scales, strict=True)]
-    ratios, limit = budget.ratios(record, errors), budget.tolerance(kind)
-    threshold = budget.threshold(kind, guidance) if ratios else None
+    ratios, limit = budget.ratios_of(record, errors), budget.tolerance_of(kind)
+    threshold = budget.threshold_of(kind, guidance) if ratios else None
     beyond = [error > limit for error in largest]
     if threshold is not None:
         beyond[: len(ratios)] = [wide or ratio > threshold for wide, ratio in zip(beyond, ratios, strict=False)]

@@ -25,7 +25,7 @@ def choose_shapes(info: EngineInfo, graph: str, usual: int, branches: Sequence[i
     ``usual`` batch, for each number of ``branches``.
     """
     if graph in info.profiles:
-        return info.shapes(graph)
+        return info.shapes_of(graph)
     return [(batch, count) for count in branches for batch in sorted({1, info.batch_of(usual)})]
 
 
@@ -44,10 +44,10 @@ class RecordedInputs:
     guidance: float
 
     @staticmethod
-    def of(record: Mapping[str, Array]) -> RecordedInputs:
+    def from_record(record: Mapping[str, Array]) -> RecordedInputs:
         return RecordedInputs(record["latents"], record["timesteps"], record["labels"], float(record["guidance"]))
 
-    def at(self, index: Array | slice) -> RecordedInputs:
+    def select(self, index: Array | slice) -> RecordedInputs:
         """Some of the images, in another order or several times."""
         return RecordedInputs(self.latents[index], self.timesteps[index], self.labels[index], self.guidance)
 
@@ -78,7 +78,7 @@ class Replay:
                     f"export with dit-export --decode-tile {side}, or name the engine (--engine) to use it unverified"
                 )
 
-    def decoder_record(self) -> dict[str, Array]:
+    def read_decoder_record(self) -> dict[str, Array]:
         """The record of latents, ``decoded`` and ``images`` in the size that the engine decodes."""
         return self.bundle.records(self._images)
 
@@ -87,17 +87,17 @@ class Replay:
         if self.tile is None:
             return latents
         height, width = self.tile
-        return latents[: len(self.decoder_record()["latents"]), :, :height, :width]
+        return latents[: len(self.read_decoder_record()["latents"]), :, :height, :width]
 
-    def floors_of(self, kind: str) -> str:
+    def name_of_floors(self, kind: str) -> str:
         """The name of the floors of ``decoder`` or ``image`` in that size."""
         return kind if self.tile is None else f"{self._images} {kind}"
 
-    def table(self, timesteps: Array, labels: Array) -> Array:
+    def compute_table(self, timesteps: Array, labels: Array) -> Array:
         """The conditioning table of pairs: timesteps ``[R]`` and labels ``[R]``."""
         return compute_table(self.engine, self.bundle.manifest, timesteps, labels)
 
-    def step(
+    def run_step(
         self, images: RecordedInputs, coefficients: Array, noise: Array | None = None, branches: int = 0
     ) -> tuple[Array, Array]:
         """``next_state`` and ``denoised`` of images with a row of coefficients each ``[B, 17]``.
@@ -110,21 +110,21 @@ class Replay:
         found = []
         for first in range(0, batch, most):
             part = slice(first, first + most)
-            inputs = self.inputs(images.at(part), coefficients[part], noise[part], branches)
+            inputs = self.make_inputs(images.select(part), coefficients[part], noise[part], branches)
             found.append(self.engine.session("step").run(inputs, ["next_state", "denoised"]))
         next_state, denoised = (np.concatenate(parts) for parts in zip(*found, strict=True))
         return next_state, denoised
 
-    def blocks(self, images: RecordedInputs, table: Array) -> list[Array]:
+    def run_blocks(self, images: RecordedInputs, table: Array) -> list[Array]:
         """Each block's output ``[G·B, T, D]``, from a table with a row for each branch and image ``[G·B, …]``."""
         batch = len(images.latents)
-        inputs = self.inputs(images, np.zeros((batch, COEFFICIENTS), np.float32))
+        inputs = self.make_inputs(images, np.zeros((batch, COEFFICIENTS), np.float32))
         spec = self.bundle.manifest.table
         inputs[spec.name] = table.astype(spec.dtype)
         inputs["rows"] = np.arange(len(table), dtype=np.int32).reshape(-1, batch)
         return self.engine.session("probe").run(inputs, [f"blocks.{index}" for index in range(self.model.depth)])
 
-    def inputs(
+    def make_inputs(
         self, images: RecordedInputs, coefficients: Array, noise: Array | None = None, branches: int = 0
     ) -> dict[str, Array]:
         """The inputs of step and probe, the conditioning table computed by the engine.
@@ -141,12 +141,12 @@ class Replay:
             weights[-more - 1 :] /= more + 1
             rows = np.pad(rows, ((0, more), (0, 0)), mode="edge")
         # A row per (image's timestep, condition): simple, and the records are small.
-        table = self.table(np.repeat(images.timesteps, len(conditions)), np.tile(conditions, batch))
+        table = self.compute_table(np.repeat(images.timesteps, len(conditions)), np.tile(conditions, batch))
         numbers = (rows + np.arange(batch) * len(conditions)).astype(np.int32)
         state = state_from_latents(images.latents)
         return step_inputs(self.bundle.manifest, state, coefficients, weights, numbers, table, noise)
 
-    def decoder(self, latents: Array, output: str) -> Array:
+    def run_decoder(self, latents: Array, output: str) -> Array:
         """Latents → ``decoded`` or ``images``."""
         most = self.engine.info.batch_of(len(latents))
         parts = [latents[first : first + most] for first in range(0, len(latents), most)]

@@ -348,7 +348,7 @@ def test_nothing_is_waited_for_within_the_loop(bench: Bench) -> None:
         calls.clear()
         bench.pipe([1, 2], steps=steps, sampler="ddim", guidance=1.5)
         assert calls["launch"] == steps
-        assert calls["allocate"] == calls["pinned"] == calls["begin_capture"] == 0
+        assert calls["allocate"] == calls["allocate_pinned"] == calls["begin_capture"] == 0
         assert calls["enqueue"] == 1  # the decoder
         counts.append((calls["synchronize"], calls["upload"], calls["download"]))
     # Waits: the plan's memory, the latents, the batch's end, the decoder's context, the images. Uploads: two
@@ -706,7 +706,19 @@ def test_a_batch_that_does_not_fit(bench: Bench) -> None:
     assert not bench.machine.weights.get("step")
 
 
-WORK = ("allocate", "pinned", "event", "upload", "download", "copy", "clear", "launch", "record", "wait", "synchronize")
+WORK = (
+    "allocate",
+    "allocate_pinned",
+    "create_event",
+    "upload",
+    "download",
+    "copy",
+    "clear",
+    "launch",
+    "record",
+    "wait",
+    "synchronize",
+)
 CAPTURE = ("begin_capture", "end_capture")
 
 
@@ -810,7 +822,7 @@ properties = runtime.cudaDeviceProp()
 numbers = ("major", "minor", "integrated", "multiProcessorCount")
 result["properties"] = [type(getattr(properties, n)).__name__ for n in ("name", *numbers)]
 try:
-    cuda.device()
+    cuda.read_device()
 except EngineError as error:
     result["no driver"] = str(error)
 bare = object.__new__(cuda.CudaRuntime)
@@ -851,8 +863,8 @@ def test_every_name_of_cuda_exists(generation: str) -> None:
     assert len(names) >= 30
     handle, address = 16, 4096
     calls: dict[str, list[int | None]] = {
-        **{"device": [], "allocate": [8], "free": [address], "pinned": [8], "free_pinned": [None]},
-        **{"stream": [], "destroy_stream": [handle], "event": [], "destroy_event": [handle]},
+        **{"read_device": [], "allocate": [8], "free": [address], "allocate_pinned": [8], "free_pinned": [None]},
+        **{"create_stream": [], "destroy_stream": [handle], "create_event": [], "destroy_event": [handle]},
         **{"record": [handle, handle], "wait": [handle], "synchronize": [handle]},
         **{"upload": [address, None, handle], "download": [None, address, handle]},
         **{"copy": [address, 2 * address, 8, handle], "clear": [address, 8, handle]},

@@ -345,7 +345,7 @@ def test_a_damaged_prepared_graph_is_made_again(
     else:
         (sidecar.parent / "more.bin").write_bytes(b"")
     assert np.array_equal(stepped(opened(fp16, tmp_path), inputs), expected)
-    assert caplog.messages == [f"{sidecar.parent}: damaged, made again"]
+    assert caplog.messages == [f"{sidecar.parent}: damaged, so made again"]
     caplog.clear()
     assert np.array_equal(stepped(opened(fp16, tmp_path), inputs), expected)
     assert caplog.messages == []
@@ -365,8 +365,8 @@ def test_a_graph_prepared_elsewhere_is_not_used(
     monkeypatch.setattr(prepared, "processor", lambda: here)
     assert np.array_equal(stepped(opened(fp16, tmp_path), inputs), expected)
     (line,) = caplog.messages
-    assert "step is there for" in line
-    assert "on Other 9000; made again for" in line
+    assert "step was prepared for" in line
+    assert "on Other 9000; prepared again for" in line
     assert files(tmp_path).items() > written.items()
 
 

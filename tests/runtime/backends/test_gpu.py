@@ -187,14 +187,14 @@ def test_memory_is_given_back(device: Device) -> None:
     """Engines that are closed leave nothing on the device but what CUDA keeps for the process, however many."""
     with device.engine() as warm:
         Pipeline(device.bundle, warm)([1], **SETTINGS["ddim"])
-    before = device.cuda.device().free_bytes
+    before = device.cuda.read_device().free_bytes
     for _ in range(5):
         with device.engine() as engine:
             Pipeline(device.bundle, engine)([1, 2], **SETTINGS["ddim"])
-    after = device.cuda.device().free_bytes
+    after = device.cuda.read_device().free_bytes
     print(f"free before {before}, after {after}")
     assert before - after <= KEPT_BYTES
-    if not device.cuda.device().integrated:  # there the system takes and gives meanwhile
+    if not device.cuda.read_device().integrated:  # there the system takes and gives meanwhile
         assert before - after <= 8 << 20
 
 

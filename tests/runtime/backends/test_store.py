@@ -77,9 +77,9 @@ def test_a_sound_engine_is_read(tmp_path: Path, engine: StoredEngine) -> None:
     step = engine.graphs["step"]
     assert step.profiles[0] == {"rows": ((1, 1), (1, 1), (1, 4))}
     assert (step.weights_bytes, step.activation_bytes) == (7, (10, 30, 20))
-    assert engine.plan("step").read_bytes() == PLAN
+    assert engine.find_plan("step").read_bytes() == PLAN
     with pytest.raises(EngineError, match="has no plan of the decoder, only of step; run dit-build"):
-        engine.plan("decoder")
+        engine.find_plan("decoder")
 
 
 def test_the_profile_with_the_least_memory(engine: StoredEngine) -> None:
@@ -88,7 +88,7 @@ def test_the_profile_with_the_least_memory(engine: StoredEngine) -> None:
     rows = TensorSpec("rows", "int32", ("branches", "batch"))
     profiles = step.profiles_of(GraphSpec("step.onnx", "step.weights", (rows,), ()))
     shapes = [(1, 3), (2, 1), (2, 2), (3, 1), (2, 5), (2,)]
-    fits = [profiles.fit({"rows": shape}, step.activation_bytes, padded=()) for shape in shapes]
+    fits = [profiles.find_fit({"rows": shape}, step.activation_bytes, padded=()) for shape in shapes]
     assert [fit and fit.profile for fit in fits] == [0, 2, 1, None, None, None]
 
 
@@ -167,17 +167,17 @@ def test_a_plan_that_is_not_the_one_built(engine: StoredEngine, tmp_path: Path) 
     command = f"run dit-build BUNDLE --store {engine.folder.parent} --target orin-nano --size 32x48"
     path.write_bytes(PLAN[:-1])
     with pytest.raises(EngineError, match=rf"5 bytes, expected 6; {command}"):
-        engine.plan("step")
+        engine.find_plan("step")
     path.write_bytes(PLAN[:-1] + b"m")
     with pytest.raises(EngineError, match=rf"altered \(SHA-256 .*; {command}"):
-        engine.plan("step")
+        engine.find_plan("step")
     path.rename(tmp_path / "moved")
     path.symlink_to(tmp_path / "moved")
     with pytest.raises(EngineError, match="not a plain file"):
-        engine.plan("step")
+        engine.find_plan("step")
     path.unlink()
     with pytest.raises(EngineError, match="missing"):
-        engine.plan("step")
+        engine.find_plan("step")
 
 
 @pytest.mark.parametrize(

@@ -398,7 +398,7 @@ def test_noise_of_a_file_is_the_noise_on_the_image(pipe: Pipeline) -> None:
     given = list(pipe.trajectory([3], 99, noise=noise, **how))[-1][1]
     assert np.abs(given - drawn).max() <= 5e-6  # measured: 9.5e-7
     (image,) = pipe.prepare([3], 5, **how)
-    z, stream = image.initial_latents((4, 8, 8))
+    z, stream = image.make_initial_latents((4, 8, 8))
     signal, spread = image.schedule.initial[0]
     expected = signal * pipe.encode(photo(3)[None])[0] + spread * noise[0]
     assert np.abs(z - expected).max() <= 1e-6
@@ -414,7 +414,7 @@ def test_a_small_strength_stays_near_the_image(pipe: Pipeline) -> None:
     distances = []
     for strength in (0.1, 0.3, 0.6, 1.0):
         (image,) = pipe.prepare([3], 7, steps=10, sampler="ddim", init=latents, strength=strength)
-        z, _ = image.initial_latents((4, 8, 8))
+        z, _ = image.make_initial_latents((4, 8, 8))
         distances.append(np.abs(z - latents[0]).mean())
     assert distances == sorted(distances)
     assert distances[0] < 0.5 * distances[-1]

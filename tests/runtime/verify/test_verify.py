@@ -228,11 +228,11 @@ def test_guidance_multiplies_an_error_by_2s_minus_1_at_most(scale: float, errors
     assert guided <= worst_gain_of(scale) * max(map(abs, errors)) + 1e-12
     assert abs(scale * 1 + (1 - scale) * -1) == pytest.approx(worst_gain_of(scale)) == pytest.approx(2 * scale - 1)
     budget = Budget("fp32", {}, {"forward": 3.0}, {})
-    threshold = budget.threshold("forward", scale)
+    threshold = budget.threshold_of("forward", scale)
     assert threshold is not None
     assert 3 <= threshold + 1e-9 <= 3 * math.sqrt(2) + 1e-8
-    assert budget.threshold("forward") == 3
-    assert budget.threshold("blocks") is None
+    assert budget.threshold_of("forward") == 3
+    assert budget.threshold_of("blocks") is None
 
 
 def test_the_budget_is_a_gate_beside_the_absolute_one() -> None:
@@ -261,7 +261,7 @@ def test_the_budget_is_a_gate_beside_the_absolute_one() -> None:
     assert not lost.passed
     assert lost.detail == "not finite: block 2"
     with pytest.raises(BundleError, match="no limit of forward for fp32"):
-        budget.tolerance("forward")
+        budget.tolerance_of("forward")
 
 
 def test_a_bundle_says_what_each_precision_may_be_off(bundles: dict[str, Path]) -> None:

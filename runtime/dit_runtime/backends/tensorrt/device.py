@@ -37,19 +37,19 @@ class LoadedPlan:
         self.tensors = tensorrt_api.tensors_of(library, self.engine)
         self._contexts: dict[int, Any] = {}
 
-    def new_context(self, profile: int, cuda: Cuda, stream: int) -> Any:
+    def make_context(self, profile: int, cuda: Cuda, stream: int) -> Any:
         """An execution context of its own for a captured graph."""
         context = tensorrt_api.make_context(self._library, self.engine, profile, stream)
         cuda.synchronize(stream)  # the switch to the profile
         return context
 
-    def context(self, profile: int, cuda: Cuda, stream: int) -> Any:
+    def context_for(self, profile: int, cuda: Cuda, stream: int) -> Any:
         """The context of a profile for calls that are not captured."""
         if profile not in self._contexts:
-            self._contexts[profile] = self.new_context(profile, cuda, stream)
+            self._contexts[profile] = self.make_context(profile, cuda, stream)
         return self._contexts[profile]
 
-    def activation_bytes(self, profile: int) -> int:
+    def activation_bytes_of(self, profile: int) -> int:
         return tensorrt_api.activation_bytes_of(self.engine, profile)
 
 
@@ -91,13 +91,13 @@ class Device:
             library, self._note
         )  # must outlive the runtime, and the runtime its engines
         self._runtime = tensorrt_api.make_runtime(library, self._logger)
-        self.stream = cuda.stream()
+        self.stream = cuda.create_stream()
         self.activations = DeviceBuffer(cuda, self.stream, self.make_room)
         self.running: str | None = None
         self._loaded: dict[str, LoadedPlan] = {}
         self._loads: dict[str, int] = {}
 
-    def stored_graph(self, graph: str) -> StoredGraph:
+    def find_stored_graph(self, graph: str) -> StoredGraph:
         """The plan of a graph as it is stored.
 
         Raises:
@@ -110,7 +110,7 @@ class Device:
 
     def profiles_of(self, graph: str) -> Profiles:
         """The optimization profiles of a graph. Raises EngineError where there is no plan of it."""
-        self.stored_graph(graph)
+        self.find_stored_graph(graph)
         return self.profiles[graph]
 
     def load(self, graph: str) -> LoadedPlan:
@@ -122,13 +122,13 @@ class Device:
         self.running = graph
         if graph not in self._loaded:
             self.check_open()
-            self.make_room(self.stored_graph(graph).weights_bytes)
+            self.make_room(self.find_stored_graph(graph).weights_bytes)
             self._loaded[graph] = self._deserialize(graph)
             self._loads[graph] = self._loads.get(graph, 0) + 1
         return self._loaded[graph]
 
     def _deserialize(self, graph: str) -> LoadedPlan:
-        plan = self.stored.plan_file(graph)
+        plan = self.stored.locate_plan(graph)
         self._said.clear()
         try:
             # Mapped: on a Jetson a copy would take of the memory that the weights are about to need.
@@ -142,7 +142,7 @@ class Device:
                     loaded = LoadedPlan(self.library, self._runtime, content)
                 except EngineError as error:
                     advice = "run dit-build again, or free memory"
-                    raise EngineError(f"{plan}: {error} ({self._why()}); {advice}") from error
+                    raise EngineError(f"{plan}: {error} ({self._describe_errors()}); {advice}") from error
         except (OSError, ValueError) as error:
             raise EngineError(f"{plan}: cannot be read ({error}); run dit-build again") from error
         spec = self.manifest.graphs[graph]
@@ -155,7 +155,7 @@ class Device:
                 )
         return loaded
 
-    def loads(self, graph: str) -> int:
+    def count_loads(self, graph: str) -> int:
         """How often a graph that is on the device has been loaded; 0 where it is not there."""
         return self._loads[graph] if graph in self._loaded else 0
 
@@ -173,7 +173,7 @@ class Device:
         """
         if not self._loads.get("step"):
             held = sum(self.stored.graphs[graph].weights_bytes for graph in self._loaded) + self.activations.size
-            check_engine(self.manifest, self.stored, available_bytes_of(self.cuda.device()) + held, batch)
+            check_engine(self.manifest, self.stored, available_bytes_of(self.cuda.read_device()) + held, batch)
 
     def make_room(self, size: int) -> None:
         """Free other weights, the smallest first, then what is idle, while ``size`` bytes and a little more do not fit.
@@ -185,8 +185,8 @@ class Device:
             EngineError: nothing is left to be freed.
         """
         others = (graph for graph in self._loaded if graph != self.running)
-        held = sorted(others, key=lambda graph: self.stored_graph(graph).weights_bytes)
-        while (free := available_bytes_of(self.cuda.device())) < size + SMALL_BYTES:
+        held = sorted(others, key=lambda graph: self.find_stored_graph(graph).weights_bytes)
+        while (free := available_bytes_of(self.cuda.read_device())) < size + SMALL_BYTES:
             if held:
                 self.unload(held.pop(0))
             elif self._free_idle():
@@ -199,14 +199,14 @@ class Device:
                     "other programs, or use a smaller batch"
                 )
 
-    def fit(self, graph: str, shapes: Mapping[str, Shape]) -> Fit:
+    def find_fit(self, graph: str, shapes: Mapping[str, Shape]) -> Fit:
         """The profile that takes inputs of these shapes.
 
         Raises:
             EngineError: there is none: the shapes, what there is, and how to have it built.
         """
         profiles = self.profiles_of(graph)
-        if (found := profiles.fit(shapes, self.stored_graph(graph).activation_bytes)) is not None:
+        if (found := profiles.find_fit(shapes, self.find_stored_graph(graph).activation_bytes)) is not None:
             return found
         has = "; ".join(
             profiles.describe({name: (least, most) for name, (least, _, most) in each.items()})
@@ -228,11 +228,13 @@ class Device:
         try:
             tensorrt_api.enqueue(context, self.stream)
         except EngineError as error:
-            raise EngineError(f"{self.name}: {error} ({self._why()}); run dit-verify on this engine") from error
+            raise EngineError(
+                f"{self.name}: {error} ({self._describe_errors()}); run dit-verify on this engine"
+            ) from error
 
     def give_activations(self, context: Any, loaded: LoadedPlan, profile: int) -> None:
         """The block that all contexts share, as large as this one needs."""
-        self.activations.reserve(max(loaded.activation_bytes(profile), 1))
+        self.activations.reserve(max(loaded.activation_bytes_of(profile), 1))
         tensorrt_api.give_memory(context, self.activations.address, self.activations.size)
 
     def check_open(self) -> None:
@@ -250,7 +252,7 @@ class Device:
         self.cuda.destroy_stream(self.stream)
         self.stream = 0
 
-    def _why(self) -> str:
+    def _describe_errors(self) -> str:
         return "; ".join(" ".join(message.split()) for message in self._said) or "no reason given"
 
     def _note(self, severity: str, message: str) -> None:

@@ -43,7 +43,7 @@ class TensorRtEngine:
         threads: int = 0,
         captured: bool = True,
     ) -> None:
-        facts = cuda.device()
+        facts = cuda.read_device()
         if (stored.bundle, stored.image_size) != (bundle.digest, bundle.manifest.image_size):
             raise EngineError(
                 f"{stored.folder}: built from bundle {stored.bundle[:12]} for {_size_in_words(stored.image_size)} images, this "
@@ -69,7 +69,7 @@ class TensorRtEngine:
             threads=threads,
             max_batch=self.device.profiles_of("step").largest_batch,
             profiles=profiles,
-            tile=stored.tile(bundle.manifest.model.latent_size),
+            tile=stored.tile_for(bundle.manifest.model.latent_size),
             loop_on_device=True,
         )
         self._opened = True
@@ -78,7 +78,7 @@ class TensorRtEngine:
         """The session of a graph. Its plan is loaded when it runs."""
         with self.device.lock:
             if graph not in self._sessions:
-                self.device.stored_graph(graph)
+                self.device.find_stored_graph(graph)
                 self._sessions[graph] = TensorRtSession(self.device, graph)
             return self._sessions[graph]
 

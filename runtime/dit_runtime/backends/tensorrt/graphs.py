@@ -50,7 +50,7 @@ class StepGraphs:
     def launch(self, fit: Fit, layout: Layout) -> None:
         """Queue the step at these shapes, with its small inputs laid out so; it is made ready where it is not."""
         device = self._device
-        step = self._step(fit, layout)
+        step = self._prepare_step(fit, layout)
         if step.graph is None:
             self._queue(step.context, fit)
         else:
@@ -68,7 +68,7 @@ class StepGraphs:
         size = np.dtype(np.float32).itemsize * math.prod(fit.shapes["state"])
         device.cuda.copy(self._at["state"], self._at["next_state"], size, device.stream)
 
-    def _step(self, fit: Fit, layout: Layout) -> _Step:
+    def _prepare_step(self, fit: Fit, layout: Layout) -> _Step:
         device, cuda, stream = self._device, self._device.cuda, self._device.stream
         branches, batch = fit.shapes["rows"]
         device.running = "step"
@@ -81,7 +81,7 @@ class StepGraphs:
         loaded = device.load("step")
         device.activations.reserve(self._activation_bytes(batch))
         self._drop_stale()
-        context = loaded.new_context(fit.profile, cuda, stream)
+        context = loaded.make_context(fit.profile, cuda, stream)
         device.give_activations(context, loaded, fit.profile)
         addresses = {
             **self._at,

@@ -72,7 +72,7 @@ class DeviceLoop:
         ranges = device.profiles_of("step").ranges()
         self._most = max(each.largest[0] for each in ranges)
         self._image_bytes = size = FLOAT32.itemsize * math.prod(self._image)
-        self._widest = self._block(self._most, max(each.largest[1] for each in ranges))
+        self._widest = self._layout_of(self._most, max(each.largest[1] for each in ranges))
         cuda, stream = device.cuda, device.stream
         buffers = Layout(
             {
@@ -124,7 +124,7 @@ class DeviceLoop:
             views[...] = latents
             for index, view in enumerate(views):
                 cuda.upload(first + index * STATE_SLOTS * size, view, stream)
-            self._staging.sent()
+            self._staging.mark_sent()
             self._count += count
 
     def keep(self, positions: Sequence[int]) -> None:
@@ -144,7 +144,7 @@ class DeviceLoop:
         with device.lock:
             if inputs is not self._inputs:
                 self._upload(inputs)
-            fit, layout = self._fit(self._count, inputs.needed[row])
+            fit, layout = self._find_fit(self._count, inputs.needed[row])
             memory = self._staging.take()
             cuda.copy(self._at["inputs"], self._rows.address + row * self._widest.size, layout.size, stream)
             if noise is not None:
@@ -157,7 +157,7 @@ class DeviceLoop:
         """As ``Loop.run_step``."""
         device = self._device
         with device.lock:
-            fit, layout = self._fit(self._count, len(guidance))
+            fit, layout = self._find_fit(self._count, len(guidance))
             memory = self._staging.take()
             values = {"coefficients": coefficients, "guidance": guidance, "rows": rows}
             for name, value in values.items():
@@ -209,19 +209,19 @@ class DeviceLoop:
         for memory in (self._buffers, self._staging, self._results, self._rows, self._rows_host, self._memory):
             memory.free()
 
-    def _block(self, batch: int, branches: int) -> Layout:
+    def _layout_of(self, batch: int, branches: int) -> Layout:
         """How a step's small inputs lie together, to be copied at once."""
         inputs = {tensor.name: tensor for tensor in self._device.manifest.graphs["step"].inputs}
         shapes = shapes_of_tensors((inputs[name] for name in SMALL), {"batch": batch, "branches": branches})
         return Layout({name: (shape, np.dtype(inputs[name].dtype)) for name, shape in shapes.items()})
 
-    def _fit(self, batch: int, branches: int) -> tuple[Fit, Layout]:
+    def _find_fit(self, batch: int, branches: int) -> tuple[Fit, Layout]:
         """The profile for so many images and branches, and how the small inputs lie in it."""
         key = (batch, branches, self._memory.moves)
         if key not in self._fits:
             sizes = {"batch": batch, "branches": branches, "rows": self._memory.shape[0]}
-            fit = self._device.fit("step", shapes_of_tensors(self._device.manifest.graphs["step"].inputs, sizes))
-            self._fits[key] = fit, self._block(fit.shapes["rows"][1], fit.shapes["rows"][0])
+            fit = self._device.find_fit("step", shapes_of_tensors(self._device.manifest.graphs["step"].inputs, sizes))
+            self._fits[key] = fit, self._layout_of(fit.shapes["rows"][1], fit.shapes["rows"][0])
         return self._fits[key]
 
     def _upload(self, inputs: RunInputs) -> None:
@@ -232,7 +232,7 @@ class DeviceLoop:
         memory = self._rows_host.reserve(size)[:size].reshape(count, stride)
         self._rows.reserve(size)
         for row, branches in enumerate(inputs.needed):
-            _, layout = self._fit(self._count, branches)
+            _, layout = self._find_fit(self._count, branches)
             values: Mapping[str, Any] = {
                 "coefficients": inputs.coefficients[row],
                 "guidance": inputs.guidance[row, :branches],
@@ -258,6 +258,6 @@ class DeviceLoop:
         """Queue the step. What it reads is queued already, of it what is staged since the last ``take``."""
         self._memory.settle()
         self._graphs.launch(fit, layout)
-        self._staging.sent()
+        self._staging.mark_sent()
         self._number += 1
         return DeviceStepResult(self, self._count, self._number)

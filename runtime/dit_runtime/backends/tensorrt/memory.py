@@ -40,7 +40,7 @@ class Need:
     def total(self) -> int:
         return self.weights + self.activations + self.table + self.buffers
 
-    def in_words(self) -> str:
+    def describe(self) -> str:
         """``1.12 GB (weights 993 MB, activations 92 MB, conditioning table 39 MB, tensors 1 MB)``."""
         parts = {
             "weights": self.weights,
@@ -83,7 +83,7 @@ def need_of(
     shapes = _shapes_of(step, sizes, manifest)
     del shapes[manifest.table.name]
     memory = graphs["step"].activation_bytes
-    fits = graphs["step"].profiles_of(step).fits(shapes)
+    fits = graphs["step"].profiles_of(step).find_fits(shapes)
     if not fits:
         raise EngineError(f"no optimization profile of the step takes batch {batch} with {branches} branches")
     decoder = max(_activations_at(graphs["decoder"], batch, manifest))
@@ -153,7 +153,7 @@ def check_fits(need_at: Callable[[int], Need], batch: int, available: int) -> Ne
     else:
         advice = f"batch {smaller} would ({describe_bytes(need_at(smaller).total)})"
     raise EngineError(
-        f"batch {batch} needs {need.in_words()} of the GPU's memory, {describe_bytes(available)} can be had: it does not "
+        f"batch {batch} needs {need.describe()} of the GPU's memory, {describe_bytes(available)} can be had: it does not "
         f"fit, {advice}"
     )
 

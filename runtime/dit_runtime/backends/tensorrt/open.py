@@ -44,7 +44,7 @@ def engine_from_store(
     folder, damaged = store or bundle.engines, list[str]()
     library = imported(TENSORRT[name])
     cuda = cuda or CudaRuntime()
-    facts = cuda.device()
+    facts = cuda.read_device()
     built = [engine for engine in read_engines(bundle, store, damaged.append) if engine.library == library.name]
     refused: list[EngineError] = []
     for stored in sorted(built, key=lambda engine: (engine.folder / SIDECAR).stat().st_mtime, reverse=True):
@@ -70,7 +70,7 @@ def engine_from_store(
 def _check_whole(bundle: Bundle, stored: StoredEngine, name: str) -> None:
     """Raises EngineError for an engine that was built for less than may be asked of it."""
     manifest = bundle.manifest
-    tile = stored.tile(manifest.model.latent_size)
+    tile = stored.tile_for(manifest.model.latent_size)
     lacking = None if tile is None else f"for tiles (--decode-tile {max(tile)})"
     if "step" in stored.graphs and not stored.graphs["step"].profiles_of(manifest.graphs["step"]).has_branches(2):
         lacking = "without guidance"

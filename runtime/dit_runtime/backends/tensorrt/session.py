@@ -37,10 +37,10 @@ class TensorRtSession:
         device, cuda, stream = self._device, self._device.cuda, self._device.stream
         spec = device.manifest.graphs[self._graph]
         arrays = {tensor.name: np.asarray(inputs[tensor.name]) for tensor in spec.inputs}
-        fit = device.fit(self._graph, {name: array.shape for name, array in arrays.items()})
+        fit = device.find_fit(self._graph, {name: array.shape for name, array in arrays.items()})
         loaded = device.load(self._graph)
         cuda.synchronize(stream)  # a call that was interrupted may have left work with this context
-        context = loaded.context(fit.profile, cuda, stream)
+        context = loaded.context_for(fit.profile, cuda, stream)
         device.give_activations(context, loaded, fit.profile)
         taken = {name: array for name, array in arrays.items() if name in loaded.tensors}
         for name, array in taken.items():

@@ -71,24 +71,24 @@ class StoredEngine:
     recipe: dict[str, Any]
     graphs: dict[str, StoredGraph]
 
-    def tile(self, latent_size: tuple[int, int]) -> tuple[int, int] | None:
+    def tile_for(self, latent_size: tuple[int, int]) -> tuple[int, int] | None:
         """Height and width of the tiles that the decoder is for; None for whole images, or without a decoder."""
         if "decoder" not in self.graphs:
             return None
         (height, width), *others = {tuple(each["latents"][2][2:]) for each in self.graphs["decoder"].profiles}
         return None if (height, width) == latent_size or others else (height, width)
 
-    def plan(self, graph: str) -> Path:
+    def find_plan(self, graph: str) -> Path:
         """The path of a graph's plan, checked against the sidecar: a plain file of its size, and its SHA-256.
 
         Raises:
             EngineError: no such graph, or not the file that was built.
         """
-        path = self.plan_file(graph)
+        path = self.locate_plan(graph)
         self.check_plan(graph, sha256_of(path))
         return path
 
-    def plan_file(self, graph: str) -> Path:
+    def locate_plan(self, graph: str) -> Path:
         """The path of a graph's plan, a plain file of the size that the sidecar says; for ``check_plan``.
 
         Raises:
@@ -96,14 +96,14 @@ class StoredEngine:
         """
         if graph not in self.graphs:
             raise EngineError(
-                f"{self.folder}: has no plan of the {graph}, only of {', '.join(self.graphs)}; run {self._command()}"
+                f"{self.folder}: has no plan of the {graph}, only of {', '.join(self.graphs)}; run {self._make_command()}"
             )
         stored = self.graphs[graph]
         path = self.folder / stored.plan
         if path.is_symlink() or not path.is_file():
-            raise EngineError(f"{path}: missing, or not a plain file; run {self._command()}")
+            raise EngineError(f"{path}: missing, or not a plain file; run {self._make_command()}")
         if (size := path.stat().st_size) != stored.plan_bytes:
-            raise EngineError(f"{path}: {size} bytes, expected {stored.plan_bytes}; run {self._command()}")
+            raise EngineError(f"{path}: {size} bytes, expected {stored.plan_bytes}; run {self._make_command()}")
         return path
 
     def check_plan(self, graph: str, sha256: str) -> None:
@@ -112,7 +112,7 @@ class StoredEngine:
         if sha256 != stored.plan_sha256:
             raise EngineError(
                 f"{self.folder / stored.plan}: altered (SHA-256 {sha256[:12]}…, expected {stored.plan_sha256[:12]}…); "
-                f"run {self._command()}"
+                f"run {self._make_command()}"
             )
 
     def check_device(self, library: str, version: str, compute_capability: str, gpu: str | None) -> None:
@@ -138,10 +138,10 @@ class StoredEngine:
             return
         built = describe_platform(self.library, self.version, self.compute_capability, self.gpu)
         here = describe_platform(library, version, compute_capability, gpu)
-        command = self._command(library, compute_capability)
+        command = self._make_command(library, compute_capability)
         raise EngineError(f"{self.folder}: built for {built}, this is {here}; run {command}")
 
-    def _command(self, library: str | None = None, compute_capability: str | None = None) -> str:
+    def _make_command(self, library: str | None = None, compute_capability: str | None = None) -> str:
         """The command that builds this engine again, or for another library and compute capability."""
         store = self.folder.parent
         if store.name == ENGINES and (store.parent / MANIFEST).is_file():
