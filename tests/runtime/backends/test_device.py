@@ -294,7 +294,7 @@ def offer(bench: Bench, patch: pytest.MonkeyPatch) -> None:
     (bench.stored.folder / SIDECAR).write_text("{}")
     patch.setattr(tensorrt_engine, "read_engines", lambda *_: [bench.stored])
     opened = functools.partial(
-        tensorrt_engine.engine_from_store, cuda=machine.cuda, imported=lambda name: machine.library
+        tensorrt_engine.engine_from_store, cuda=machine.cuda, import_library=lambda name: machine.library
     )
     patch.setattr(tensorrt_engine, "engine_from_store", opened)
 
@@ -543,7 +543,7 @@ def test_latents_are_read_in_time(bench: Bench) -> None:
         batch.add(list(enumerate(bench.pipe.prepare([1], steps=3, sampler="ddim", guidance=1.0))))
         first = batch.advance()
         second = batch.advance()
-        with pytest.raises(SamplingError, match="no longer on the device"):
+        with pytest.raises(SamplingError, match="only the latents of the last step are on the device"):
             _ = first.latents
         kept = second.latents
         batch.advance()
@@ -701,7 +701,7 @@ def test_a_first_batch_that_is_filled_up(bundles: dict[str, Path], tmp_path: Pat
 def test_a_batch_that_does_not_fit(bench: Bench) -> None:
     """The need of the batch that was asked for is said before its step is loaded, with one that would fit."""
     bench.machine.facts = replace(bench.machine.facts, memory_bytes=640_000)
-    with pytest.raises(EngineError, match=r"plans: batch 4 needs .* it does not fit, batch 1 would"):
+    with pytest.raises(EngineError, match=r"plans: batch 4 needs .* are available; batch 1 fits"):
         bench.pipe([1, 2, 3, 4], **SETTINGS["ddim"])
     assert not bench.machine.weights.get("step")
 

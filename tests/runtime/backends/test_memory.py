@@ -1,4 +1,4 @@
-"""The memory that sampling needs: sums that can be checked by hand, and what is said when it does not fit."""
+"""The memory that sampling needs: sums that can be checked by hand, and the message when a batch does not fit."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_what_can_be_had() -> None:
 
 
 def test_too_little_memory_names_the_batch_that_fits() -> None:
-    """The error has the need in parts, what there is, and the largest batch that would fit."""
+    """The error has the need in parts, what there is, and the largest batch that fits."""
 
     def need(batch: int) -> Need:
         return Need(1_000_000_000, batch * 1_000_000_000, 39_000_000, 1_000_000)
@@ -91,9 +91,9 @@ def test_too_little_memory_names_the_batch_that_fits() -> None:
         check_fits(need, 8, 5_500_000_000)
     assert str(raised.value) == (
         "batch 8 needs 9.04 GB (weights 1.00 GB, activations 8.00 GB, conditioning table 39 MB, tensors 1 MB) of the "
-        "GPU's memory, 5.50 GB can be had: it does not fit, batch 4 would (5.04 GB)"
+        "GPU's memory, and 5.50 GB are available; batch 4 fits (5.04 GB)"
     )
-    with pytest.raises(EngineError, match=r"not even batch 1 would; decode in tiles \(--decode-tile\)"):
+    with pytest.raises(EngineError, match=r"not even batch 1 fits; decode in tiles \(--decode-tile\)"):
         check_fits(need, 2, 1_500_000_000)
 
 
@@ -107,7 +107,7 @@ def test_before_the_first_build(bundle: Bundle) -> None:
     needs = [need_at(bundle, recipe, estimate, batch, True).total for batch in (1, 2, 3, 4)]
     assert needs == sorted(needs)
     place = BuildHost("tensorrt", "10.16.2", "8.9", "Tiny", "580", CONTEXT_BYTES + needs[1], False)
-    with pytest.raises(EngineError, match=r"an estimate before the first build\) of .*batch 2 would \("):
+    with pytest.raises(EngineError, match=r"an estimate before the first build\) of .*batch 2 fits \("):
         check_memory(bundle, recipe, place, ("conditioner", "step", "decoder"))
     roomy = BuildHost("tensorrt", "10.16.2", "8.9", "Large", "580", CONTEXT_BYTES + needs[3], False)
     need = check_memory(bundle, recipe, roomy, ("conditioner", "step", "decoder"))

@@ -43,7 +43,7 @@ def test_the_last_that_runs_here_is_taken(bundle: Bundle, tmp_path: Path, monkey
     engines = [stored(machine, bundle, tmp_path / str(age), age, monkeypatch) for age in (30, 10, 20)]
     other = [replace(engines[0], version="10.9.0"), replace(engines[1], compute_capability="8.9")]
     monkeypatch.setattr(tensorrt_engine, "read_engines", lambda bundle, store, skipped: [*engines, *other])
-    engine = engine_from_store(bundle, "tensorrt", cuda=machine.cuda, imported=lambda name: machine.library)
+    engine = engine_from_store(bundle, "tensorrt", cuda=machine.cuda, import_library=lambda name: machine.library)
     assert engine.stored.folder == tmp_path / "10"
     engine.close()
     machine.check_closed()
@@ -55,7 +55,9 @@ def test_a_whole_engine_is_found_behind_a_partial_one(
     """Whoever asks for one that does everything gets the last such, past a later one without guidance or for tiles."""
     machine = Machine()
     whole = stored(machine, bundle, tmp_path / "whole", 20, monkeypatch)
-    opened = partial(engine_from_store, bundle, "tensorrt", cuda=machine.cuda, imported=lambda name: machine.library)
+    opened = partial(
+        engine_from_store, bundle, "tensorrt", cuda=machine.cuda, import_library=lambda name: machine.library
+    )
     for name, recipe, words in (
         ("unguided", replace(RECIPE, branches=(1,)), "was built without guidance; choose it"),
         ("tiles", replace(RECIPE, decode_tile=4), r"was built for tiles \(--decode-tile 4\); choose it"),
@@ -81,7 +83,7 @@ def test_an_engine_for_another_gpu_is_not_loaded(
     engine = replace(stored(machine, bundle, tmp_path, 0, monkeypatch), compute_capability="8.9", gpu="NVIDIA L4")
     monkeypatch.setattr(tensorrt_engine, "read_engines", lambda bundle, store, skipped: [engine])
     with pytest.raises(EngineError, match=r"built for sm_89 \(NVIDIA L4\).* this is sm_87.*run dit-build"):
-        engine_from_store(bundle, "tensorrt", cuda=machine.cuda, imported=lambda name: machine.library)
+        engine_from_store(bundle, "tensorrt", cuda=machine.cuda, import_library=lambda name: machine.library)
     assert not machine.calls["deserialize"]
     machine.check_closed()
 
@@ -93,7 +95,7 @@ def test_nothing_built_says_what_to_build(bundle: Bundle, monkeypatch: pytest.Mo
     for name, command in [("tensorrt", "--target this"), ("tensorrt-rtx", "--target rtx --compute-capability 8.7")]:
         library = replace(machine.library, name=tensorrt_engine.TENSORRT[name])
         with pytest.raises(EngineError, match=f"no engine of .* for images of 32x32; run dit-build .* {command}"):
-            engine_from_store(bundle, name, cuda=machine.cuda, imported=lambda name, library=library: library)
+            engine_from_store(bundle, name, cuda=machine.cuda, import_library=lambda name, library=library: library)
 
 
 def test_too_little_memory_is_said_before_loading(
@@ -102,8 +104,8 @@ def test_too_little_memory_is_said_before_loading(
     """The need by the builder's figures and what is free, and no byte was taken."""
     machine = Machine(facts=replace(FACTS, memory_bytes=100_000))
     stored(machine, bundle, tmp_path, 0, monkeypatch)
-    with pytest.raises(EngineError, match=r"batch 1 needs .* of the GPU's memory, 0 MB can be had"):
-        engine_from_store(bundle, "tensorrt", cuda=machine.cuda, imported=lambda name: machine.library)
+    with pytest.raises(EngineError, match=r"batch 1 needs .* of the GPU's memory, and 0 MB are available"):
+        engine_from_store(bundle, "tensorrt", cuda=machine.cuda, import_library=lambda name: machine.library)
     assert machine.used == 0
 
 

@@ -480,9 +480,9 @@ def test_a_table_that_starts_inside_needs_an_image(pipe: Pipeline, tmp_path: Pat
     path, partial = tmp_path / "partial.json", schedule_for("unipc", LEARNED, DIFFUSION, 10, skipped=4)
     write_table(partial, path)
     assert_same(read_table(path), partial)
-    with pytest.raises(SamplingError, match=r"it starts after step 4, with an image: name one"):
+    with pytest.raises(SamplingError, match=r"it starts after step 4, from an image; give the image"):
         pipe.prepare([3], sampler=partial)
-    with pytest.raises(SamplingError, match=r"it starts after step 4, and strength 0.6 is for whole tables"):
+    with pytest.raises(SamplingError, match=r"it starts after step 4 already, and strength 0.6 is for sampler tables of all steps"):
         pipe.prepare([3], sampler=partial, init=photo(1), strength=0.6)
     (image,) = pipe.prepare([3], sampler=partial, init=photo(1))
     (named,) = pipe.prepare([3], sampler="unipc", steps=10, init=photo(1), strength=0.6)
@@ -503,16 +503,16 @@ def test_inits_that_do_not_fit(pipe: Pipeline, bundles: dict[str, Path]) -> None
     """Fails if an image of another size, number or kind is used, or refused without what was got and expected."""
     good, latents = photo(1), pipe.encode(photo(1)[None])
     wrong: list[tuple[Any, str]] = [
-        (photo(1, 32, 48), r"an image of 32x48 pixels, expected 32x32: resize it first"),
+        (photo(1, 32, 48), r"an image of 32x48 pixels, expected 32x32; resize the image"),
         (np.stack([good] * 3), r"uint8 \[3, 32, 32, 3\]; expected images, uint8 \[2, 32, 32, 3\]"),
         (good[..., :1], r"uint8 \[1, 32, 32, 1\]; expected"),
         (good[0], r"uint8 \[32, 3\]; expected"),
         (good / 255, r"float64 \[1, 32, 32, 3\]; expected"),
         (latents.astype(np.float64), r"float64 \[1, 4, 8, 8\]; expected"),
         (latents[:, :3], r"float32 \[1, 3, 8, 8\]; expected images, .* latents, float32 \[2, 4, 8, 8\]"),
-        (np.full_like(latents, np.nan), "latents that are not finite"),
+        (np.full_like(latents, np.nan), "the latents are not finite"),
         (pipe.inits(good, 3), "3 inits for 2 images"),
-        ([good, good], "2 inits for 2 images: expected one array, or what Pipeline.inits gave"),
+        ([good, good], "2 inits for 2 images: expected one array, or a list from Pipeline.inits"),
         (np.zeros((0, 32, 32, 3), np.uint8), r"uint8 \[0, 32, 32, 3\]; expected"),
     ]
     for init, message in wrong:
@@ -655,7 +655,7 @@ def test_wrong_arguments(folder: Path, bundles: dict[str, Path], tmp_path: Path)
     cut = tmp_path / "cut.png"
     cut.write_bytes(init.read_bytes()[:100])
     wrong: list[tuple[list[object], str]] = [
-        (["--strength", 0.5], "strength 0.5 without an image to start from: name one (--init)"),
+        (["--strength", 0.5], "strength 0.5 without an image to start from; give an image (--init)"),
         (["--init", init, "--strength", 0], "strength 0: expected above 0 to 1"),
         (["--init", init, "--strength", 1.5], "strength 1.5: expected above 0 to 1"),
         (["--init", init, "--strength", "nan"], "strength nan: expected above 0 to 1"),

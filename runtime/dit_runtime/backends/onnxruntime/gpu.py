@@ -168,7 +168,9 @@ def run_bound(
     for name, value in inputs.items():
         binding.bind_cpu_input(name, value)
     for name in outputs:
-        binding.bind_output(name, "cpu" if provider.devices else "cuda", 0)  # ONNX Runtime has no name for a plugin's memory
+        binding.bind_output(
+            name, "cpu" if provider.devices else "cuda", 0
+        )  # ONNX Runtime has no name for a plugin's memory
     binding.synchronize_inputs()
     session.run_with_iobinding(binding)
     binding.synchronize_outputs()
