@@ -8,8 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
-from diffusers import DDIMScheduler, DiTPipeline
+from support.optional import diffusers, torch
 
 from dit_runtime import Pipeline
 from dit_runtime.backends.conditioning import TableLimits
@@ -23,8 +22,8 @@ def reference_images(
     checkpoint: Path, labels: list[int], seeds: list[int], steps: int, guidance: float, eta: float = 0.0
 ) -> np.ndarray:
     """diffusers' modules and DDIM scheduler, guided with null = number of classes; one generator per image."""
-    pipeline = DiTPipeline.from_pretrained(checkpoint, dtype=torch.float32)
-    scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline = diffusers.DiTPipeline.from_pretrained(checkpoint, dtype=torch.float32)
+    scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config)
     scheduler.set_timesteps(steps)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     z = torch.cat([torch.randn(1, 4, 8, 8, generator=generator) for generator in generators])

@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 
 import numpy as np
-import onnx
 
 from dit_runtime.bundle.reader import Bundle, open_bundle
+from support.optional import onnx
 
 
 def signed(path: Path) -> Bundle:

@@ -132,10 +132,10 @@ def default_warnings(err: TextIO) -> Iterator[None]:
 @contextlib.contextmanager
 def references_in_this_process() -> Iterator[None]:
     """The export's reference process runs here instead, as ``python -m`` would run it: 4 seconds less of imports."""
-    from dit_export.reference import golden
+    from dit_export.reference import process
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(golden, "subprocess", SimpleNamespace(run=run_module, PIPE=subprocess.PIPE))
+        patch.setattr(process, "subprocess", SimpleNamespace(run=run_module, PIPE=subprocess.PIPE))
         yield
 
 

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
 
 from dit_runtime.bundle.manifest import DiffusionSpec
+from support.optional import diffusers, torch
+from support.papers import spec_for
 from support.schedules import SCHEDULER, Float64, network
 
 # diffusers' tables are float32: a product of up to a thousand factors, and differences of what is nearly equal.
@@ -34,8 +30,8 @@ KARRAS_LIMIT = {  # all levels follow from the lowest Ïƒ, of which float32's 1 â
 }
 
 
-def diffusers_ddim(spec: DiffusionSpec, **changes: Any) -> DDIMScheduler:
-    return DDIMScheduler(
+def diffusers_ddim(spec: DiffusionSpec, **changes: Any) -> diffusers.DDIMScheduler:
+    return diffusers.DDIMScheduler(
         **{**SCHEDULER, **changes},
         timestep_spacing=spec.timestep_spacing,
         steps_offset=spec.steps_offset,
@@ -56,12 +52,14 @@ def reference(sampler: str, spacing: str, offset: int = 0, prediction: str = "ep
         "rescale_betas_zero_snr": prediction == "zero_snr",
     }
     if sampler == "euler-ancestral":
-        return EulerAncestralDiscreteScheduler(**options)
+        return diffusers.EulerAncestralDiscreteScheduler(**options)
     options["use_karras_sigmas"] = spacing == "karras"
     if sampler == "unipc":
-        return UniPCMultistepScheduler(**options)
+        return diffusers.UniPCMultistepScheduler(**options)
     kind = "sde-dpmsolver++" if sampler.endswith("-sde") else "dpmsolver++"
-    return DPMSolverMultistepScheduler(**options, algorithm_type=kind, solver_order=3 if "3m" in sampler else 2)
+    return diffusers.DPMSolverMultistepScheduler(
+        **options, algorithm_type=kind, solver_order=3 if "3m" in sampler else 2
+    )
 
 
 def reference_can_run(scheduler: Any, steps: int) -> bool:
@@ -121,3 +119,17 @@ def follow(
             found.samples.append(x.numpy())
         found.inputs.append(seen)
     return found
+
+
+@cache
+def zero_snr_betas() -> tuple[float, ...]:
+    """diffusers' own float32 betas whose last is 1."""
+    return tuple(
+        diffusers.schedulers.scheduling_ddim.rescale_zero_terminal_snr(torch.linspace(1e-4, 0.02, 1000)).tolist()
+    )
+
+
+def reference_spec(spacing: str, offset: int = 0, prediction: str = "epsilon") -> DiffusionSpec:
+    """The bundle's diffusion of ``reference``: with diffusers' own float32 betas where the last is 1."""
+    spec = spec_for(spacing, offset, prediction)
+    return replace(spec, betas=zero_snr_betas()) if prediction == "zero_snr" else spec

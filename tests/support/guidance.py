@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
-from diffusers import DDIMScheduler, DDPMScheduler
 
 from dit_runtime import Pipeline
+from support.optional import diffusers, torch
 from support.schedules import SCHEDULER, official_timesteps
 
 NULL = 10  # the tiny model's number of classes
@@ -44,10 +43,10 @@ def reference_latents(
     finished = []
     for image in wanted:
         if sampler == "ddim":
-            scheduler, options = DDIMScheduler(**SCHEDULER), {"eta": eta}
+            scheduler, options = diffusers.DDIMScheduler(**SCHEDULER), {"eta": eta}
             scheduler.set_timesteps(steps)
         else:
-            scheduler, options = DDPMScheduler(**SCHEDULER, variance_type="learned_range"), {}
+            scheduler, options = diffusers.DDPMScheduler(**SCHEDULER, variance_type="learned_range"), {}
             scheduler.set_timesteps(timesteps=official_timesteps(steps)[::-1])
         generator = torch.Generator().manual_seed(image.seed)
         z = torch.randn(1, 4, 8, 8, generator=generator) if image.noise is None else image.noise

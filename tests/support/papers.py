@@ -8,8 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
-from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 
 from dit_runtime.bundle.manifest import DiffusionSpec
 from dit_runtime.samplers.by_name import schedule_for
@@ -25,9 +23,47 @@ CASES = [
     for spacing in SPACINGS
     if (sampler, spacing[0]) != ("euler-ancestral", "karras")
 ]
-ZERO_SNR_BETAS = tuple(rescale_zero_terminal_snr(torch.linspace(1e-4, 0.02, 1000)).tolist())  # the last is 1
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(64)
-NODES, WEIGHTS = np.polynomial.legendre.leggauss(64)
+COUNTS = [1, 2, 10, 14, 15, 16, 50, 250, 1000]
+FEW = [1, 2, 10, 15, 50]
+# Where 2⁻²⁴ stands in for an ᾱ of 0 at timestep 999, it is more than the ᾱ of 996 to 998: diffusers keeps those.
+NEXT_TO_PURE_NOISE = [
+    (sampler, spacing, 0, "zero_snr", steps)
+    for sampler, spacing, steps in [
+        ("dpmpp-2m", "leading", 249),
+        ("dpmpp-2m", "trailing", 500),
+        ("unipc", "leading", 249),
+        ("unipc", "linspace", 499),
+        ("euler-ancestral", "leading", 250),
+        ("euler-ancestral", "leading", 500),
+        ("euler-ancestral", "linspace", 250),
+        ("euler-ancestral", "trailing", 1000),
+    ]
+]
+EVERY_CASE = (
+    [(*case, "epsilon", steps) for case in CASES for steps in (FEW if case[2] else COUNTS)]
+    + [(*case, prediction, steps) for case in CASES for prediction in ("v_prediction", "zero_snr") for steps in FEW]
+    + NEXT_TO_PURE_NOISE
+)
+# What diffusers cannot walk down to 0: noise levels or timesteps that repeat.
+REFUSED = {
+    *((sampler, "leading", 0, "epsilon", 1000) for sampler in SOLVERS[:-1]),
+    *((sampler, "linspace", 0, "epsilon", 1000) for sampler in SOLVERS[:-1]),
+    *((sampler, "karras", 0, "zero_snr", 50) for sampler in SOLVERS[:-1]),
+    ("dpmpp-2m", "trailing", 0, "zero_snr", 500),
+    ("unipc", "linspace", 0, "zero_snr", 499),
+    ("euler-ancestral", "trailing", 0, "zero_snr", 1000),
+}
+
+
+def rescale_to_zero_snr(betas: Float64) -> Float64:
+    """Betas whose last is 1, by algorithm 1 of arXiv 2305.08891."""
+    root = np.sqrt(np.cumprod(1 - betas))
+    alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    return 1 - alpha_bar / np.concatenate([[1.0], alpha_bar[:-1]])
+
+
+ZERO_SNR_BETAS = tuple(rescale_to_zero_snr(np.array(DIFFUSION.betas)).tolist())
 
 
 def spec_for(spacing: str, offset: int = 0, prediction: str = "epsilon") -> DiffusionSpec:
@@ -179,3 +215,23 @@ def moments(h: float) -> Float64:
 
 def noise_of(seed: int, steps: int) -> Float64:
     return normal(seed, steps, *SHAPE)
+
+
+def alpha_bars(spec: DiffusionSpec) -> Float64:
+    with np.errstate(divide="ignore"):
+        return np.exp(np.cumsum(np.log1p(-np.array(spec.betas))))
+
+
+def predictions(prediction_type: str, z: Float64, e: Float64, now: float) -> tuple[Float64, Float64]:
+    """(x_0, ε) at ᾱ = now; v-prediction is v = √ᾱ·ε − √(1−ᾱ)·x_0 of arXiv 2202.00512."""
+    if prediction_type == "epsilon":
+        return (z - math.sqrt(1 - now) * e) / math.sqrt(now), e
+    return math.sqrt(now) * z - math.sqrt(1 - now) * e, math.sqrt(1 - now) * z + math.sqrt(now) * e
+
+
+def ddim(prediction_type: str, z: Float64, t: float, now: float, before: float, eta: float, noise: Float64) -> Step:
+    """arXiv 2010.02502, equation 12, with σ of equation 16."""
+    x_0, eps = predictions(prediction_type, z, network(z, t)[0], now)
+    sigma = eta * math.sqrt((1 - before) / (1 - now) * (1 - now / before))
+    mean = math.sqrt(before) * x_0 + math.sqrt(max(0.0, 1 - before - sigma**2)) * eps
+    return Step(x_0, mean, np.full_like(z, sigma), mean + sigma * noise)

@@ -43,6 +43,10 @@ MIX = np.random.default_rng(2024).standard_normal((4, 4))
 Float64 = np.ndarray[Any, np.dtype[np.float64]]
 Network = Callable[[Float64, float], tuple[Float64, Float64]]
 
+ETAS = [0.0, 0.5, 1.0]
+
+STRENGTHS = [0.1, 0.3, 0.6, 0.85, 1.0]
+
 
 class Step(NamedTuple):
     """What a sampler does at one evaluation: ``sample = mean + scale · noise``."""
@@ -116,3 +120,44 @@ def assert_same(found: Schedule, expected: Schedule) -> None:
             assert value == wanted, name
         else:
             assert (value.dtype, value.shape, value.tobytes()) == (wanted.dtype, wanted.shape, wanted.tobytes()), name
+
+
+def assert_sound(schedule: Schedule, sampler: str, steps: int) -> None:
+    """What the engine relies on in any table."""
+    assert schedule.sampler == sampler
+    assert len(schedule) == steps
+    expected = {
+        "timesteps": (np.float32, (steps,)),
+        "rows": (np.int32, (steps,)),
+        "coefficients": (np.float32, (steps, 17)),
+        "initial": (np.float32, (steps, 2)),
+        "draws_noise": (np.bool_, (steps,)),
+        "completes_step": (np.bool_, (steps,)),
+    }
+    for name, (kind, shape) in expected.items():
+        array = getattr(schedule, name)
+        assert (array.dtype, array.shape) == (kind, shape), name
+        assert np.isfinite(array).all(), name
+    assert sorted(set(schedule.rows.tolist())) == list(range(steps))
+    assert (np.diff(asked(schedule)) < 0).all()
+    assert asked(schedule)[0] <= 999
+    assert asked(schedule)[-1] >= 0
+    assert schedule.completes_step.all()
+    g, h, k = schedule.coefficients[:, 14:].T
+    assert not g[k == 0].any()  # 0·NaN is NaN
+    assert not h[k == 0].any()
+    assert not k[~schedule.draws_noise].any()
+    assert not schedule.coefficients[0, [3, 4, 6, 7, 9, 10]].any()  # no slot is read before it was written
+    np.testing.assert_allclose((schedule.initial.astype(np.float64) ** 2).sum(axis=1), 1, rtol=1e-6)
+
+
+def steps_left_out(steps: int, strength: float) -> int:
+    """``get_timesteps`` of diffusers' image-to-image pipelines."""
+    init_timestep = min(int(steps * strength), steps)
+    return max(steps - init_timestep, 0)
+
+
+def started(schedule: Schedule, x_0: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    """z before the first row, in float64."""
+    signal, spread = schedule.initial[0].astype(np.float64)
+    return signal * x_0 + spread * noise

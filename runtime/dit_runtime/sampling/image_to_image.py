@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,10 +79,10 @@ def encode_inits(start: Start, count: int, manifest: Manifest, encode: Callable[
     if not np.isfinite(given).all():
         raise SamplingError("init: the latents are not finite; expected finite float32")
     if of_pixels:
-        images = cast(Images, given)
+        images = np.asarray(given, np.uint8)
         latents, sources = encode(images), [hashlib.sha256(one.tobytes()).hexdigest()[:16] for one in images]
     else:
-        latents = cast(Float32, given)
+        latents = np.asarray(given, np.float32)
         sources = [noise_hash(one) for one in latents]
     made = [Init(one, source) for one, source in zip(latents, sources, strict=True)]
     return made * count if len(made) == 1 else made

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from openvino import Core
 
 from dit_runtime.backends import prepared
 from dit_runtime.backends.base import Candidate
@@ -35,6 +34,8 @@ from dit_runtime.core import machine as cpu
 from dit_runtime.core.errors import BundleError, EngineError
 from dit_runtime.verify.metrics import relative_error
 from dit_runtime.verify.verification import verification_of
+
+openvino = pytest.importorskip("openvino")
 
 GPU = ("cuda", "tensorrt", "rtx")
 
@@ -643,7 +644,7 @@ def test_onnxruntime_has_no_bf16(fp32: Bundle) -> None:
 def test_candidates_are_ordered_and_can_be_opened(fp32: Bundle, fp16: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fastest expected comes first, BF16 only for a bundle that allows it; what is missing is left out."""
     assert find_candidates(fp32) == [Candidate("openvino", Precision.FP32), Candidate("onnxruntime")]
-    able = "BF16" in Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    able = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     own = Precision.BF16 if able else Precision.FP32
     assert find_candidates(fp16) == [Candidate("openvino", own), Candidate("onnxruntime")]
     for candidate in find_candidates(fp16):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from openvino import Core, Model, opset13
+from support.optional import openvino
 
 from dit_runtime.backends.openvino.engine import OpenVinoEngine
 from dit_runtime.backends.openvino.passes import rearrange
@@ -23,7 +23,7 @@ def operations(model: Any) -> Counter[str]:
 
 def computed(model: Any, inputs: dict[str, Any]) -> list[Any]:
     """All outputs in FP32."""
-    compiled = Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return [np.array(value) for value in compiled.create_infer_request().infer(inputs).values()]
 
 
@@ -59,8 +59,8 @@ def test_only_in_bf16(bundles: dict[str, Path]) -> None:
     """FP32 keeps the bundle's graph, whose weights are mapped."""
     bundle = open_bundle(bundles["fp32"])
     plain = operations(OpenVinoEngine(bundle, precision=Precision.FP32)._load_model("step", False))
-    assert plain == operations(Core().read_model(bundle.graph("step"))) - Counter(
-        Multiply=operations(Core().read_model(bundle.graph("step")))["Multiply"] - plain["Multiply"]
+    assert plain == operations(openvino.Core().read_model(bundle.graph("step"))) - Counter(
+        Multiply=operations(openvino.Core().read_model(bundle.graph("step")))["Multiply"] - plain["Multiply"]
     )
 
 
@@ -70,13 +70,13 @@ def mlp(hidden: int, activation: str = "tanh", readers: int = 1, width: int = 8)
 
     def linear(x: Any, inner: int, out: int) -> Any:
         weight, bias = random.standard_normal((inner, out)), random.standard_normal(out)
-        product = opset13.matmul(x, opset13.constant(weight.astype(np.float32)), False, False)
-        return opset13.add(product, opset13.constant(bias.astype(np.float32)))
+        product = openvino.opset13.matmul(x, openvino.opset13.constant(weight.astype(np.float32)), False, False)
+        return openvino.opset13.add(product, openvino.opset13.constant(bias.astype(np.float32)))
 
-    x = opset13.parameter([5, width], np.float32, name="x")
-    active = opset13.gelu(linear(x, width, hidden), activation)
-    results = [linear(active, hidden, width), *[opset13.relu(active) for _ in range(1, readers)]]
-    return Model([opset13.result(value) for value in results], [x])
+    x = openvino.opset13.parameter([5, width], np.float32, name="x")
+    active = openvino.opset13.gelu(linear(x, width, hidden), activation)
+    results = [linear(active, hidden, width), *[openvino.opset13.relu(active) for _ in range(1, readers)]]
+    return openvino.Model([openvino.opset13.result(value) for value in results], [x])
 
 
 @pytest.mark.parametrize(

@@ -279,7 +279,9 @@ def test_a_missing_library_says_how_to_get_it(tmp_path: Path, monkeypatch: pytes
     monkeypatch.delitem(sys.modules, "tensorrt")
     (tmp_path / "tensorrt.py").write_text("raise ImportError('libnvinfer.so.10: cannot open shared object file')")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(EngineError, match=r"tensorrt cannot be loaded \(libnvinfer.so.10: cannot open.*install tensorrt again"):
+    with pytest.raises(
+        EngineError, match=r"tensorrt cannot be loaded \(libnvinfer.so.10: cannot open.*install tensorrt again"
+    ):
         tensorrt_api.import_library("tensorrt")
 
 

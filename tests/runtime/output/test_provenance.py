@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
-import torch
 from PIL import Image
 from support.commands import run_command, run_process
 from support.sample_command import ENGINE, dit_sample, made, pixels, record, refused, shapes, with_record
@@ -24,8 +23,8 @@ from dit_runtime import Pipeline, __version__
 PER_IMAGE = ("label", "seed", "noise", "guidance", "init", "batch")  # lists in a grid's record
 
 
-def torch_noise(seeds: Sequence[int]) -> np.ndarray:
-    return np.concatenate([torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(s)).numpy() for s in seeds])
+def noise_of(seeds: Sequence[int]) -> np.ndarray:
+    return np.stack([np.random.default_rng(seed).standard_normal((4, 8, 8), np.float32) for seed in seeds])
 
 
 def first_hash(noise: np.ndarray) -> str:
@@ -79,7 +78,7 @@ def test_the_record_of_an_image(checkpoint: Path, bundle: Path, tmp_path: Path) 
 
 def test_the_record_of_a_grid(bundle: Path, tmp_path: Path) -> None:
     """Fails if a grid's record does not have label, seed, noise and guidance of each place, in order."""
-    path, noise = tmp_path / "grid.png", torch_noise([4, 9, 1])
+    path, noise = tmp_path / "grid.png", noise_of([4, 9, 1])
     np.save(tmp_path / "noise.npy", noise)
     arguments = ["--labels", 3, 0, 5, "--seeds", 4, 9, 1, "--guidance", 1, 2, 3.5, "--steps", 2, "--batch-size", 2]
     made(bundle, *arguments, "--noise", tmp_path / "noise.npy", "-o", path)
@@ -150,7 +149,7 @@ def test_an_image_among_other_scales_is_made_again(
 
 def test_an_image_of_given_noise_is_made_again(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if an image of noise in a file is made again from other noise, or a grid of them from too little."""
-    noise = torch_noise(range(5))
+    noise = noise_of(range(5))
     for name, values in (("five", noise), ("third", noise[2]), ("fourth", noise[3])):
         np.save(tmp_path / f"{name}.npy", values)
     arguments = (*FIVE, "--sampler", "ddpm", "--steps", 3, "--seed", 90, "--noise", tmp_path / "five.npy")
@@ -369,7 +368,7 @@ def test_a_folder_is_completed(bundle: Path, tmp_path: Path) -> None:
 )
 def test_every_setting_makes_an_image_again(bundle: Path, tmp_path: Path, change: tuple[object, ...]) -> None:
     """Fails if a folder keeps an image that the settings asked for now would not make."""
-    np.save(tmp_path / "noise.npy", torch_noise([5]))
+    np.save(tmp_path / "noise.npy", noise_of([5]))
     change = tuple(tmp_path / item if item == "noise.npy" else item for item in change)
     arguments = ["--labels", 1, "--steps", 2, "--sampler", "ddim", "--guidance", 2, "--json", "-o", tmp_path / "one"]
     assert len(json.loads(made(bundle, *arguments))["files"]) == 1
@@ -382,7 +381,7 @@ def test_other_noise_makes_an_image_again(bundle: Path, tmp_path: Path) -> None:
     path = tmp_path / "noise.npy"
     arguments = ["--labels", 1, "--steps", 2, "--sampler", "ddim", "--noise", path, "--json", "-o", tmp_path / "one"]
     for seed, count in ((5, 1), (5, 0), (6, 1)):
-        np.save(path, torch_noise([seed]))
+        np.save(path, noise_of([seed]))
         assert len(json.loads(made(bundle, *arguments))["files"]) == count
 
 
@@ -446,11 +445,11 @@ def test_ctrl_c_in_a_folder(bundle: Path, tmp_path: Path) -> None:
 @pytest.fixture
 def noises(tmp_path: Path) -> dict[str, Path]:
     """Files of noise that cannot be used."""
-    good = torch_noise([0, 1])
+    good = noise_of([0, 1])
     arrays = {
         "wrong shape": good[:, :3],
         "wrong size": good[:, :, :4],
-        "one too many": torch_noise([0, 1, 2]),
+        "one too many": noise_of([0, 1, 2]),
         "float64": good.astype(np.float64),
         "NaN": np.where(good > 2, np.float32("nan"), good),
         "words": np.array(["a", "b"]),
@@ -548,7 +547,7 @@ def test_a_table_of_no_steps_is_not_written(bundle: Path, tmp_path: Path) -> Non
 
 def test_noise_is_looked_at_before_the_first_image(bundle: Path, tmp_path: Path) -> None:
     """Fails if NaN in the last image's noise is found when the others have been made and written."""
-    noise = torch_noise([0, 1, 2])
+    noise = noise_of([0, 1, 2])
     noise[2, 0, 0, 0] = np.nan
     np.save(tmp_path / "noise.npy", noise)
     arguments = ["--labels", 1, 2, 3, "--batch-size", 1, "--steps", 2, "--noise", tmp_path / "noise.npy"]

@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from diffusers import DiTPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.guidance import NULL, Scale, Wanted, constant, recorded, reference_latents, relative, within
+from support.optional import diffusers, torch
 from support.schedules import DIFFUSION, LEARNED, official_timesteps
 
 from dit_runtime import Pipeline, schedule_for
@@ -66,7 +65,7 @@ def test_each_image_has_its_own_scale(pipe: Pipeline, transformer: Any) -> None:
 
 def test_a_scale_below_one_is_not_ignored(checkpoint: Path, pipe: Pipeline, transformer: Any) -> None:
     """Fails if s ≤ 1 is conditional sampling as in DiTPipeline, which guides above 1 only: here it is the formula."""
-    reference = DiTPipeline.from_pretrained(checkpoint)
+    reference = diffusers.DiTPipeline.from_pretrained(checkpoint)
     reference.set_progress_bar_config(disable=True)
     ignored = reference([4], guidance_scale=0.4, generator=torch.Generator().manual_seed(3), num_inference_steps=8)
     unguided, guided = (reference_latents(transformer, [Wanted({4: 1.0}, 3, constant(s))], 8) for s in (1.0, 0.4))

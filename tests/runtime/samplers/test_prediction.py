@@ -8,10 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from diffusers import DDIMScheduler, DiTPipeline
-from dit_export.checkpoints.sources import Source, load_checkpoint
 from support.commands import run_command
+from support.optional import diffusers, torch
 
 from dit_runtime import Pipeline, open_bundle
 from dit_runtime.core.errors import CheckpointError
@@ -42,7 +40,7 @@ def test_betas_end_in_pure_noise(zero_snr: tuple[Path, Path]) -> None:
     """The manifest's betas are diffusers' rescaled ones; the last leaves nothing of the image."""
     source, bundle = zero_snr
     found = np.array(open_bundle(bundle).manifest.diffusion.betas)
-    expected = DDIMScheduler.from_pretrained(source / "scheduler").betas.double().numpy()
+    expected = diffusers.DDIMScheduler.from_pretrained(source / "scheduler").betas.double().numpy()
     assert found[-1] == 1
     # measured: 1.3e-6; diffusers rescales in float32
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
@@ -51,8 +49,8 @@ def test_betas_end_in_pure_noise(zero_snr: tuple[Path, Path]) -> None:
 def test_images_are_pytorchs(zero_snr: tuple[Path, Path]) -> None:
     """v prediction from pure noise, guided, gives diffusers' images."""
     source, bundle = zero_snr
-    pipeline = DiTPipeline.from_pretrained(source, dtype=torch.float32)
-    scheduler = DDIMScheduler.from_pretrained(source / "scheduler")
+    pipeline = diffusers.DiTPipeline.from_pretrained(source, dtype=torch.float32)
+    scheduler = diffusers.DDIMScheduler.from_pretrained(source / "scheduler")
     scheduler.set_timesteps(20)
     assert scheduler.timesteps[0] == 999
     z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
@@ -82,6 +80,8 @@ def test_schedulers_that_are_refused(
     checkpoint: Path, tmp_path: Path, changes: dict[str, object], message: str
 ) -> None:
     """What is not linear in the network's output, or says nothing, is refused by name before any work."""
+    from dit_export.checkpoints.sources import Source, load_checkpoint
+
     source = with_scheduler(checkpoint, tmp_path / "source", **changes)
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(Source(str(source)))

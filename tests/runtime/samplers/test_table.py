@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from diffusers import DiTTransformer2DModel
+from support.optional import diffusers, torch
 from support.schedules import DIFFUSION, FIXED, LEARNED, assert_same
 
 from dit_runtime import SAMPLERS, Bundle, Pipeline, open_bundle, read_table, schedule_for, write_table
@@ -217,7 +216,7 @@ def row_formula(transformer: Any, table: dict[str, Any], label: int, seed: int, 
 
 def test_a_custom_table_is_its_formula(checkpoint: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
     """Fails if any of a row's 17 numbers, the memory, the draws or the inner rows are not run as documented."""
-    transformer = DiTTransformer2DModel.from_pretrained(checkpoint / "transformer").eval()
+    transformer = diffusers.DiTTransformer2DModel.from_pretrained(checkpoint / "transformer").eval()
     path, table = tmp_path / "ten.json", custom_table()
     path.write_text(json.dumps(table))
     pipe = Pipeline(bundles["fp32"], "onnxruntime", threads=1)
@@ -235,7 +234,9 @@ def test_a_table_with_settings_that_are_in_it(bundles: dict[str, Path], setting:
     """Fails if steps, eta or spacing beside a table are silently not used."""
     pipe = Pipeline(bundles["fp32"], "onnxruntime", threads=1)
     schedule = schedule_for("ddim", LEARNED, DIFFUSION, 5)
-    with pytest.raises(SamplingError, match=r"a sampler table of 5 steps with .*: a sampler table decides all of these"):
+    with pytest.raises(
+        SamplingError, match=r"a sampler table of 5 steps with .*: a sampler table decides all of these"
+    ):
         pipe.prepare([1], sampler=schedule, **setting)
     assert pipe.prepare([1], sampler=schedule, steps=5)[0].schedule is schedule
 

@@ -10,252 +10,31 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
-from support.diffusers_schedulers import (
-    ANCESTRAL_ZERO_SNR_LIMIT,
-    DIFFUSERS_LIMIT,
-    KARRAS_LIMIT,
-    diffusers_ddim,
-    follow,
-    reference,
-    reference_can_run,
-)
-from support.papers import CASES, FREE_LIMIT, Papers, noise_of, sigmas_for, spec_for, table_for
+from support.optional import diffusers, torch
 from support.sample_command import dit_sample, made, pixels, record, refused, shapes, with_record
 from support.schedules import (
     DIFFUSION,
-    FIXED,
     LEARNED,
-    asked,
-    assert_close,
     assert_same,
-    network,
-    run_table,
+    steps_left_out,
     timesteps_of,
 )
-from support.sit import (
-    FLOW_SAMPLERS,
-    PATHS,
-    Flow,
-    grid_of,
-    interpolant,
-    network_of_flow,
-    noise_of_rows,
-    run_flow,
-    spec_of,
-)
 
-from dit_runtime import SAMPLERS, Pipeline, Schedule, open_bundle, read_table, schedule_for, write_table
+from dit_runtime import Pipeline, Schedule, open_bundle, read_table, schedule_for, write_table
 from dit_runtime.core.errors import BundleError, SamplingError
-from dit_runtime.samplers.by_name import count_skipped_steps
 from dit_runtime.samplers.flow import flow_sde
 from dit_runtime.samplers.schedule import skip_steps
 from dit_runtime.verify.metrics import psnr
 
-# Relative to the largest value of the reference.
-START_LIMIT = 1e-6  # measured: 9.2e-7; Karras 1.4e-5, of diffusers' float32 levels
-DDIM_LIMIT = 4e-6  # measured: 2.3e-6
-FREE_KARRAS_LIMIT = 1.1e-4  # measured: 7.1e-5; teacher forced the same float32 levels give 2.4e-5
-FLOW_LIMIT = 2e-6  # measured: 1.3e-6 (sde-euler), 7.8e-8 elsewhere
 LATENT_LIMIT = 6e-6  # measured: 1.6e-6, and 2.9e-6 of the encoder
 
-STRENGTHS = [0.1, 0.3, 0.6, 0.85, 1.0]
 SIZES = ((32, 32), (32, 48))  # of three
-
-
-def steps_left_out(steps: int, strength: float) -> int:
-    """``get_timesteps`` of diffusers' image-to-image pipelines."""
-    init_timestep = min(int(steps * strength), steps)
-    return max(steps - init_timestep, 0)
-
-
-def started(schedule: Schedule, x_0: np.ndarray, noise: np.ndarray) -> np.ndarray:
-    """z before the first row, in float64."""
-    signal, spread = schedule.initial[0].astype(np.float64)
-    return signal * x_0 + spread * noise
-
-
-@pytest.mark.parametrize("prediction", ["epsilon", "zero_snr"])
-@pytest.mark.parametrize(("sampler", "spacing", "offset"), CASES)
-def test_solvers_from_an_image_are_diffusers(sampler: str, spacing: str, offset: int, prediction: str) -> None:
-    """Fails if a sampler started inside differs from diffusers' by ``set_begin_index`` and ``add_noise`` in any step.
-
-    The runs are free: what the memory holds at the start, and at which order it is used, shows in every step after.
-    """
-    spec, scheduler = spec_for(spacing, offset, prediction), reference(sampler, spacing, offset, prediction)
-    x_0, noise = torch.from_numpy(noise_of(30, 1)[0]), torch.from_numpy(noise_of(31, 1)[0])
-    limit = DIFFUSERS_LIMIT[sampler]
-    if spacing == "karras":
-        limit = FREE_KARRAS_LIMIT if prediction == "epsilon" else KARRAS_LIMIT[prediction]
-    elif (sampler, prediction) == ("euler-ancestral", "zero_snr"):
-        limit = ANCESTRAL_ZERO_SNR_LIMIT
-    for steps in (2, 4, 10, 14, 15, 16, 50):
-        scheduler.set_timesteps(steps)
-        if not reference_can_run(scheduler, steps):
-            continue
-        for strength in STRENGTHS:
-            skipped = steps_left_out(steps, strength)
-            if skipped == steps:
-                continue
-            schedule = table_for(sampler, spec, steps, spacing, skipped)
-            scheduler.set_timesteps(steps)
-            scheduler.set_begin_index(skipped)
-            added = scheduler.add_noise(x_0, noise, scheduler.timesteps[skipped : skipped + 1])
-            scale = np.sqrt(1 + float(scheduler.sigmas[skipped]) ** 2) if sampler == "euler-ancestral" else 1.0
-            z = started(schedule, x_0.numpy(), noise.numpy())
-            assert_close(z, added.numpy() / scale, max(limit, START_LIMIT))
-            expected = follow(sampler, scheduler, z, timesteps_of(schedule), skipped=skipped)
-            assert schedule.draws_noise.tolist() == expected.drew
-            found = run_table(schedule, z, expected.noise, network)
-            for step, denoised, sample in zip(found, expected.denoised, expected.samples, strict=True):
-                assert_close(step.denoised, denoised, limit)
-                assert_close(step.sample, sample, limit)
-
-
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "zero_snr"])
-@pytest.mark.parametrize(("sampler", "spacing", "offset"), CASES)
-def test_solvers_from_an_image_are_the_papers(sampler: str, spacing: str, offset: int, prediction: str) -> None:
-    """Fails if what is integrated from the start on is not the papers' in float64, the order rising from 1 again."""
-    spec, scheduler = spec_for(spacing, offset, prediction), reference(sampler, spacing, offset, prediction)
-    for steps in (2, 4, 10, 14, 15, 16, 50):
-        scheduler.set_timesteps(steps)
-        if not reference_can_run(scheduler, steps):
-            continue
-        for strength in STRENGTHS:
-            skipped = steps_left_out(steps, strength)
-            if skipped == steps:
-                continue
-            schedule = table_for(sampler, spec, steps, spacing, skipped)
-            whole = timesteps_of(table_for(sampler, spec, steps, spacing))
-            assert timesteps_of(schedule) == whole[skipped:]
-            papers = Papers(sampler, spec.prediction_type, sigmas_for(spec, spacing, whole)[skipped:])
-            papers.total = steps
-            z, noise = noise_of(32, 1)[0], noise_of(33, steps - skipped)
-            found = run_table(schedule, z, noise, network)
-            for step, expected in zip(found, papers.run(z, noise, whole[skipped:]), strict=True):
-                for value, reference_value in zip(step, expected, strict=True):
-                    assert_close(value, reference_value, FREE_LIMIT)
-
-
-@pytest.mark.parametrize("eta", [0.0, 0.7])
-@pytest.mark.parametrize(("spacing", "offset"), [("leading", 0), ("leading", 1), ("trailing", 0), ("linspace", 0)])
-@pytest.mark.parametrize("steps", [1, 2, 10, 50, 250])
-def test_ddim_from_an_image_is_diffusers(steps: int, spacing: str, offset: int, eta: float) -> None:
-    """Fails if DDIM started inside differs from diffusers' on the timesteps that its pipelines keep."""
-    spec = replace(DIFFUSION, timestep_spacing=spacing, steps_offset=offset)
-    scheduler = diffusers_ddim(spec)
-    scheduler.set_timesteps(steps)
-    x_0, noise = noise_of(34, 1)[0], noise_of(35, steps + 1)
-    for strength in STRENGTHS:
-        skipped = steps_left_out(steps, strength)
-        if skipped == steps:
-            continue
-        schedule = schedule_for("ddim", LEARNED, spec, steps, eta, skipped=skipped)
-        kept = scheduler.timesteps[skipped:]
-        assert asked(schedule) == kept.tolist()
-        x = scheduler.add_noise(torch.from_numpy(x_0), torch.from_numpy(noise[-1]), kept[:1])
-        z = started(schedule, x_0, noise[-1])
-        assert_close(z, x.numpy(), START_LIMIT)
-        found = run_table(schedule, z, noise[skipped:steps], network)
-        for step, t, drawn in zip(found, kept, noise[skipped:steps], strict=True):
-            e = torch.from_numpy(network(x.numpy(), float(t))[0])
-            x = scheduler.step(e, t, x, eta=eta, variance_noise=torch.from_numpy(drawn)).prev_sample
-            assert_close(step.sample, x.numpy(), DDIM_LIMIT)
-
-
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("sampler", FLOW_SAMPLERS)
-@pytest.mark.parametrize("steps", [2, 10, 50])
-def test_flows_from_an_image_are_sits(path: str, sampler: str, steps: int) -> None:
-    """Fails if a velocity model does not start from α·x + σ·noise at a step's time, or draws otherwise then."""
-    stochastic, spec = sampler.startswith("sde-"), spec_of(path)
-    flow = Flow(path, sampler.removeprefix("sde-"), steps, "sigma" if stochastic else None)
-    for strength in (0.05, 0.5, 0.6, 1.0):
-        skipped = steps_left_out(steps, strength)
-        if skipped == steps:
-            continue
-        schedule = schedule_for(sampler, FIXED, spec, steps, skipped=skipped)
-        assert (schedule.steps, schedule.skipped) == (steps - skipped, skipped)
-        x_1, draws = noise_of(36, 1)[0], noise_of(37, steps + 1)
-        alpha, sigma, *_ = interpolant(path, grid_of(flow)[skipped])
-        first = alpha * x_1 + sigma * draws[0]
-        expected = list(run_flow(flow, iter([first, *draws[1:]]), skipped=skipped))
-        z, noise = noise_of_rows(schedule, np.concatenate([started(schedule, x_1, draws[0])[None], draws[1:]]))
-        assert_close(z, expected[0].input, FLOW_LIMIT)
-        assert schedule.draws_noise.tolist() == [evaluation.draws for evaluation in expected]
-        assert schedule.completes_step.tolist() == [evaluation.completes for evaluation in expected]
-        found = run_table(schedule, z, noise, network_of_flow)
-        for step, wanted in zip(found, expected, strict=True):
-            assert_close(step.denoised, wanted.denoised, FLOW_LIMIT)
-            assert_close(step.sample, wanted.sample, FLOW_LIMIT)
-
-
-@given(sampler=st.sampled_from(SAMPLERS), steps=st.integers(2, 60), data=st.data())
-@settings(max_examples=80, deadline=None)
-def test_every_start_is_sound(sampler: str, steps: int, data: st.DataObject) -> None:
-    """Fails if the rows after any step read memory of rows before, or are others than the whole schedule's times."""
-    flows = sampler in FLOW_SAMPLERS
-    model, spec = (FIXED, spec_of("linear")) if flows else (LEARNED, DIFFUSION)
-    skipped = data.draw(st.integers(0, steps - 1), "skipped")
-    whole = schedule_for(sampler, model, spec, steps)
-    schedule = schedule_for(sampler, model, spec, steps, skipped=skipped)
-    assert (schedule.sampler, schedule.spacing) == (whole.sampler, whole.spacing)
-    assert (schedule.skipped, schedule.steps) == (skipped, steps - skipped)
-    if not skipped:
-        assert_same(schedule, whole)
-    assert timesteps_of(schedule) == timesteps_of(whole)[-len(schedule) :]
-    assert sorted(set(schedule.rows.tolist())) == list(range(len(schedule.timesteps)))
-    for name in ("initial", "draws_noise", "completes_step"):
-        assert getattr(schedule, name).tolist() == getattr(whole, name)[-len(schedule) :].tolist(), name
-    written = {0}
-    for row in schedule.coefficients:
-        matrix, inputs = row[2:11].reshape(3, 3), row[11:14]
-        assert {slot for slot in range(3) if matrix[:, slot].any()} <= written
-        written |= {slot for slot in range(3) if matrix[slot].any() or inputs[slot]}
-    if sampler in ("ddim", "ddpm", "euler-ancestral", *FLOW_SAMPLERS):
-        assert np.array_equal(schedule.coefficients, whole.coefficients[-len(schedule) :])
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_too_many_steps_left_out(sampler: str) -> None:
-    """Fails if a schedule of no rows is made, or rows are counted from the end."""
-    model, spec = (FIXED, spec_of("gvp")) if sampler in FLOW_SAMPLERS else (LEARNED, DIFFUSION)
-    for skipped in (10, 11, -1):
-        with pytest.raises(SamplingError, match=rf"{skipped} of 10 steps skipped: expected 0 to 9"):
-            schedule_for(sampler, model, spec, 10, skipped=skipped)
-
-
-def test_strength_is_counted_as_in_diffusers() -> None:
-    """Fails if strength leaves out other steps than ``int(steps · strength)`` keeps, down to float's rounding."""
-    cases = [(50, 0.6, 20), (10, 1.0, 0), (10, 0.99, 1), (10, 0.1, 9), (100, 0.29, 72), (1, 1.0, 0), (3, 0.34, 2)]
-    assert [count_skipped_steps(steps, strength) for steps, strength, _ in cases] == [skipped for *_, skipped in cases]
-
-
-def test_the_smallest_strength() -> None:
-    """Fails if a strength that leaves no step is not refused, or the one that is named instead leaves none either."""
-    for steps in range(1, 1001):
-        with pytest.raises(SamplingError, match=rf"of {steps} steps leaves none to run; the smallest") as refusal:
-            count_skipped_steps(steps, 0.999 / steps)
-        smallest = float(str(refusal.value).rsplit(" ", 1)[1])
-        assert count_skipped_steps(steps, smallest) == steps - 1
-        assert smallest <= 1 / steps + 1e-6
-
-
-@pytest.mark.parametrize("strength", [0.0, -0.1, 1.01, float("nan"), float("inf")])
-def test_a_strength_that_is_none(strength: float) -> None:
-    """Fails if a strength outside (0, 1] is taken for one."""
-    with pytest.raises(SamplingError, match="expected above 0 to 1"):
-        count_skipped_steps(10, strength)
 
 
 @pytest.fixture(scope="module")
@@ -269,8 +48,8 @@ def pipe(folder: Path) -> Pipeline:
 
 
 @pytest.fixture(scope="module")
-def autoencoder(checkpoint: Path) -> AutoencoderKL:
-    return AutoencoderKL.from_pretrained(checkpoint / "vae").eval()
+def autoencoder(checkpoint: Path) -> diffusers.AutoencoderKL:
+    return diffusers.AutoencoderKL.from_pretrained(checkpoint / "vae").eval()
 
 
 def photo(seed: int, height: int = 32, width: int = 32) -> np.ndarray:
@@ -289,7 +68,7 @@ def save(path: Path, image: np.ndarray) -> Path:
     return path
 
 
-def encoded(autoencoder: AutoencoderKL, images: np.ndarray) -> torch.Tensor:
+def encoded(autoencoder: diffusers.AutoencoderKL, images: np.ndarray) -> torch.Tensor:
     """The mean of the posterior, scaled, as diffusers' pipelines encode with ``sample_mode="argmax"``."""
     x = torch.from_numpy(images).float().permute(0, 3, 1, 2) / 127.5 - 1
     with torch.inference_mode():
@@ -324,23 +103,29 @@ def reference_latents(
 
 
 BETAS = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
-REFERENCES: dict[str, tuple[Any, dict[str, Any]]] = {
-    "ddim": (DDIMScheduler(**BETAS, clip_sample=False), {"eta": 0.0}),
-    "ddim, eta": (DDIMScheduler(**BETAS, clip_sample=False), {"eta": 0.7}),
-    "dpmpp-2m": (DPMSolverMultistepScheduler(**BETAS), {"spacing": "linspace"}),
-    "dpmpp-3m": (DPMSolverMultistepScheduler(**BETAS, solver_order=3), {"spacing": "linspace"}),
-    "dpmpp-2m-sde": (DPMSolverMultistepScheduler(**BETAS, algorithm_type="sde-dpmsolver++"), {"spacing": "linspace"}),
-    "unipc": (UniPCMultistepScheduler(**BETAS), {"spacing": "linspace"}),
+# sampler → diffusers' scheduler by name, its settings, and the pipeline's
+REFERENCES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {"clip_sample": False}, {"eta": 0.0}),
+    "ddim, eta": ("DDIMScheduler", {"clip_sample": False}, {"eta": 0.7}),
+    "dpmpp-2m": ("DPMSolverMultistepScheduler", {}, {"spacing": "linspace"}),
+    "dpmpp-3m": ("DPMSolverMultistepScheduler", {"solver_order": 3}, {"spacing": "linspace"}),
+    "dpmpp-2m-sde": (
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "sde-dpmsolver++"},
+        {"spacing": "linspace"},
+    ),
+    "unipc": ("UniPCMultistepScheduler", {}, {"spacing": "linspace"}),
 }
 
 
 @pytest.mark.parametrize("case", REFERENCES)
 @pytest.mark.parametrize("strength", [0.3, 0.6, 1.0])
 def test_images_from_an_image_are_pytorchs(
-    pipe: Pipeline, transformer: Any, autoencoder: AutoencoderKL, case: str, strength: float
+    pipe: Pipeline, transformer: Any, autoencoder: diffusers.AutoencoderKL, case: str, strength: float
 ) -> None:
     """Fails if encoding, noise, start, draws or rows of image-to-image are not diffusers', from pixels to pixels."""
-    scheduler, options = REFERENCES[case]
+    kind, settings, options = REFERENCES[case]
+    scheduler = getattr(diffusers, kind)(**BETAS, **settings)
     images, labels, seeds = np.stack([photo(1), photo(2)]), [3, 7], [21, 2**40 + 5]
     how = {"steps": 10, "guidance": 2.0, "strength": strength}
     expected = reference_latents(transformer, scheduler, encoded(autoencoder, images), labels, seeds, **how, **options)
@@ -353,7 +138,7 @@ def test_images_from_an_image_are_pytorchs(
     assert psnr(pipe(labels, seeds, **sampling), finished) >= 75  # measured: 86 dB, or no difference
 
 
-def test_the_encoder_is_diffusers(folder: Path, autoencoder: AutoencoderKL) -> None:
+def test_the_encoder_is_diffusers(folder: Path, autoencoder: diffusers.AutoencoderKL) -> None:
     """Fails if an image's latents are not the scaled mean, at another size too, or depend on the others beside it."""
     for size in SIZES:
         pipe = Pipeline(folder, "onnxruntime", 1, size)
@@ -482,7 +267,9 @@ def test_a_table_that_starts_inside_needs_an_image(pipe: Pipeline, tmp_path: Pat
     assert_same(read_table(path), partial)
     with pytest.raises(SamplingError, match=r"it starts after step 4, from an image; give the image"):
         pipe.prepare([3], sampler=partial)
-    with pytest.raises(SamplingError, match=r"it starts after step 4 already, and strength 0.6 is for sampler tables of all steps"):
+    with pytest.raises(
+        SamplingError, match=r"it starts after step 4 already, and strength 0.6 is for sampler tables of all steps"
+    ):
         pipe.prepare([3], sampler=partial, init=photo(1), strength=0.6)
     (image,) = pipe.prepare([3], sampler=partial, init=photo(1))
     (named,) = pipe.prepare([3], sampler="unipc", steps=10, init=photo(1), strength=0.6)

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.batches import ROW, marked, mixed
 from support.engines import info_of
 from support.guidance import Wanted, constant, recorded, reference_latents, relative, within
+from support.optional import torch
 from support.schedules import LEARNED
 
 from dit_runtime import Bundle, Pipeline, Schedule, open_bundle

@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from diffusers import AutoencoderKL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from support.optional import diffusers, torch
 from support.sample_command import dit_sample, made, pixels, record, refused, shapes, with_record
 
 from dit_runtime import Pipeline
@@ -207,7 +206,7 @@ def cut(decode: Decode, latents: np.ndarray, tile: int, factor: int) -> np.ndarr
 def sheets(checkpoint: Path) -> dict[str, tuple[Decode, np.ndarray]]:
     """A trained autoencoder with the latents of 36 images on one sheet, and a random one with noise."""
 
-    def decoder(autoencoder: AutoencoderKL) -> Decode:
+    def decoder(autoencoder: diffusers.AutoencoderKL) -> Decode:
         scale = autoencoder.config.scaling_factor
 
         def decode(part: np.ndarray) -> np.ndarray:
@@ -216,13 +215,13 @@ def sheets(checkpoint: Path) -> dict[str, tuple[Decode, np.ndarray]]:
 
         return decode
 
-    fashion = AutoencoderKL.from_pretrained(FASHION / "checkpoint" / "vae").eval()
+    fashion = diffusers.AutoencoderKL.from_pretrained(FASHION / "checkpoint" / "vae").eval()
     with Image.open(FASHION / "samples.png") as image:
         sheet = torch.from_numpy(np.array(image.convert("RGB"))[:192, :192]).float().permute(2, 0, 1)[None] / 127.5 - 1
     with torch.inference_mode():
         latents = fashion.encode(sheet).latent_dist.mode() * fashion.config.scaling_factor
     noise = np.random.default_rng(0).standard_normal((1, 4, 32, 32)).astype(np.float32)
-    random = AutoencoderKL.from_pretrained(checkpoint / "vae").eval()
+    random = diffusers.AutoencoderKL.from_pretrained(checkpoint / "vae").eval()
     return {"fashion": (decoder(fashion), latents.numpy()), "random": (decoder(random), noise)}
 
 

@@ -12,13 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 from dit_export.reference.tolerances import THRESHOLDS
 from hypothesis import given
 from hypothesis import strategies as st
 from support.bundles import edit_graph, signed
 from support.commands import run_command, run_process
+from support.optional import onnx
 
 from dit_runtime.backends.base import Array
 from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine

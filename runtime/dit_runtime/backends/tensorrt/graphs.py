@@ -44,7 +44,7 @@ class StepGraphs:
     def __init__(self, device: Device, table: DeviceTable, addresses: Mapping[str, int], captured: bool) -> None:
         self._device, self._table, self._at, self._captures = device, table, addresses, captured
         self._steps: OrderedDict[BatchShape, _Step] = OrderedDict()
-        self._valid_for: BatchShape | None = None
+        self._valid_for: tuple[int, int] | None = None  # how often activations and table had moved
 
     @property
     def ready(self) -> list[BatchShape]:
