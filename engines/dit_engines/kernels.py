@@ -1,9 +1,9 @@
-"""The kernels of an engine, read from the builder's log or from the engine's inspector.
+"""Read an engine's kernels from the builder's log or from the engine's inspector.
 
-TensorRT-RTX engines cannot be loaded on a machine without a GPU, so there is no inspector: the builder's verbose
-``Layers:`` message lists every kernel with its datatypes and the ONNX nodes it came from, in the inspector's own terms.
-TensorRT's inspector gives JSON. Its fields changed: 10.x writes ``"Format/Datatype": "Half"``, and ``N/A due to dynamic
-shapes`` where it does not say; later releases ``"Datatype"`` beside ``"Format"``.
+A machine without a GPU cannot load an engine of TensorRT-RTX, so it cannot use the inspector. But the builder's verbose
+message ``Layers:`` lists every kernel with its datatypes and its ONNX nodes, in the inspector's words. The inspector of
+TensorRT returns JSON. Its fields have changed: 10.x writes ``"Format/Datatype": "Half"``, or ``N/A due to dynamic
+shapes`` for an unknown datatype. Later releases write ``"Datatype"`` beside ``"Format"``.
 """
 
 from __future__ import annotations
@@ -22,21 +22,26 @@ _TENSOR = re.compile(r"Dimensions: \[(?P<Dimensions>[\d,\-]*)\][^}]*?Datatype: (
 _NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 _SUBGRAPH = re.compile(r"_myl(\d+)_\d+$")
 _PROFILE = re.compile(r" \[profile (\d+)\]$")
-# A datatype in the words of a format, or in the name of a tactic such as sm80_xmma_gemm_f16f16_f16f32_f32_tn_n.
+# Words for each datatype: in a format, or in the name of a tactic such as sm80_xmma_gemm_f16f16_f16f32_f32_tn_n.
 _WORDS = {"Half": ("Half", "FP16", "f16f16", "h16816", "h1688", "h884"), "Float": ("Float", "FP32", "f32f32", "tf32")}
 FUSED_ATTENTION = "_gemm_mha"
-# Names of generated kernels are the operations in them: __myl_MoveTranSlic. These move data, and Cast changes its type.
+# The name of a generated kernel lists its operations: __myl_MoveTranSlic. These move data, and Cast changes its type.
 _MOVES = ("Move", "Mov", "Tran", "Tra", "Resh", "Res", "Slic", "Sli", "Conc", "Repl", "Rep", "Expa", "Squ", "Unsq")
 _CASTS = ("Cast", "Cas")
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel. ``dtype`` is what it multiplies in (``Half``, ``Float``, …), empty where that is not told.
+    """A kernel of an engine.
 
-    ``nodes`` are those of the ONNX that it does; ``weights`` the elements of its matrices and filters; ``subgraph`` the
-    number that the compiler gave to the part of the network it is in, ``profile`` that of its optimization profile
-    where its name says so.
+    Attributes:
+        name: the builder's name.
+        kind: the inspector's layer type, in lower case.
+        nodes: the ONNX nodes that the kernel computes.
+        weights: the number of values in its matrices and filters.
+        dtype: the datatype of its products (``Half``, ``Float``, …); empty where it is unknown.
+        subgraph: number of the compiled part of the network that the kernel is in; None where its name has none.
+        profile: index of its optimization profile; None where its name has none.
     """
 
     name: str
@@ -49,12 +54,12 @@ class Kernel:
 
     @property
     def is_host(self) -> bool:
-        """Shape arithmetic on the host: no kernel at all."""
+        """Whether this is arithmetic on shapes, which the host does, and no kernel."""
         return self.kind in ("shape_call", "shape_host", "shapehosttodevice", "noop")
 
     @property
     def is_synchronization(self) -> bool:
-        """A wait or signal between the streams of an engine."""
+        """Whether this is a wait or a signal between the engine's streams."""
         return self.kind in ("wait", "signal")
 
     @property
@@ -63,12 +68,12 @@ class Kernel:
 
     @property
     def is_reformat(self) -> bool:
-        """It moves data, or changes its type, and computes nothing."""
+        """Whether the kernel only moves data or changes its datatype."""
         return self.kind in ("reformat", "shuffle") or self._has_only(_MOVES + _CASTS)
 
     @property
     def is_cast(self) -> bool:
-        """A reformat that changes the datatype."""
+        """Whether the kernel is a reformat that changes the datatype."""
         return self.is_reformat and any(word in _CASTS for word in self._split_name())
 
     def _split_name(self) -> list[str]:
@@ -81,7 +86,7 @@ class Kernel:
 
 
 def kernels_from_log(message: str) -> list[Kernel]:
-    """Kernels of the builder's ``Layers:`` message, in its order."""
+    """Kernels of the builder's message ``Layers:``, in its order. Other lines are skipped."""
     found = []
     for line in message.splitlines():
         if (match := _LINE.match(line.strip())) is None:
@@ -97,7 +102,7 @@ def kernels_from_log(message: str) -> list[Kernel]:
 
 
 def kernel_from_layer(layer: Mapping[str, Any]) -> Kernel:
-    """A kernel from a layer of the inspector's JSON. What is not in it is taken as not told."""
+    """A kernel from a layer of the inspector's JSON. A missing field counts as unknown."""
     name, metadata = str(layer.get("Name", "")), str(layer.get("Metadata") or "")
     constants = [_sizes_and_datatype_of(item) for item in _mappings_in(layer.get("Constants"))]
     matrices = [(sizes, dtype) for sizes, dtype in constants if sum(size > 1 for size in sizes) >= 2]
@@ -131,9 +136,13 @@ def kernel_from_layer(layer: Mapping[str, Any]) -> Kernel:
 
 
 def split_by_profile(kernels: Sequence[Kernel], count: int) -> list[list[Kernel]]:
-    """Kernels of each of ``count`` optimization profiles, by their names.
+    """Split kernels by their optimization profile, which is read from their names.
 
-    Compiled subgraphs are numbered through all profiles, each of which has as many of them.
+    The compiled subgraphs are numbered through all profiles, and every profile has the same number of them.
+
+    Args:
+        kernels: of all profiles.
+        count: the number of profiles.
     """
     numbers = sorted({kernel.subgraph for kernel in kernels if kernel.subgraph is not None})
     each = max(len(numbers) // count, 1)

@@ -138,17 +138,17 @@ def test_an_unknown_precision_fails(precision: Precision) -> None:
     """What the audit cannot judge does not pass it."""
     perfect = audited(multiplied={"Half": 1, "BFloat16": 1, "Int8": 1}, fused_attention=2)
     (problem,) = find_problems(perfect, "step", MODEL, PrecisionSpec(precision, ()))
-    assert f"precision {precision} is unknown to the audit" in problem
+    assert f"the audit does not know the precision {precision}" in problem
 
 
 def test_fp32_work_is_found() -> None:
     """FP32 where FP16 was asked for fails, and FP16 in an FP32 bundle; FP32 in units that the policy keeps passes."""
     half_and_half = audited(multiplied={"Half": 97, "Float": 3}, fused_attention=2)
     assert find_problems(half_and_half, "step", MODEL, FP16) == [
-        "step, profile 0: 97.0% of the multiply-adds are FP16 where 99% should be"
+        "step, profile 0: 97.0% of the multiply-adds are FP16, expected at least 99%"
     ]
     assert find_problems(half_and_half, "step", MODEL, FP32) == [
-        "step, profile 0: 3.0% of the multiply-adds are FP32 where 99% should be"
+        "step, profile 0: 3.0% of the multiply-adds are FP32, expected at least 99%"
     ]
     assert find_problems(audited(multiplied={"Float": 5}), "step", MODEL, FP32) == []
     assert (

@@ -265,7 +265,9 @@ def test_an_engine_for_tiles_is_verified(checkpoint: Path, tmp_path: Path) -> No
         bench.engine.close()
         bench.machine.check_closed()
     bench = Bench(path, tmp_path / "other", recipe_for("rtx", "8.9", 2, (1, 2), 64, decode_tile=5))
-    with pytest.raises(EngineError, match=r"tiles of 5, of which the bundle has no record; export with .* 5,"):
+    with pytest.raises(
+        EngineError, match=r"tiles of 5, and the bundle has no golden record of such a tile; export .* 5,"
+    ):
         verification_of(bench.bundle, bench.engine)
     bench.engine.close()
 

@@ -698,10 +698,10 @@ def test_a_mistake_is_found(
 def test_a_mistake_that_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """A call from elsewhere is as it was and does not count, and what is not there cannot be changed."""
     seeder, machine = Seeder(monkeypatch), Machine()
-    seeder.drop(Cuda, "stream", DeviceLoop.read)
+    seeder.drop(Cuda, "create_stream", DeviceLoop.read)
     assert machine.cuda.create_stream()
     assert seeder.count == 0
-    seeder.drop(Cuda, "stream")
+    seeder.drop(Cuda, "create_stream")
     assert machine.cuda.create_stream() is None
     assert seeder.count == 1
     with pytest.raises(KeyError):

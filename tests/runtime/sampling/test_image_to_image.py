@@ -457,7 +457,7 @@ def test_wrong_arguments(folder: Path, bundles: dict[str, Path], tmp_path: Path)
         (["--init", tmp_path / "missing.npy"], "missing.npy: cannot be read as latents"),
         (["--init", wide], "an image of 32x48 pixels, expected 32x32"),
         (["--init", init, "--size", "32x48"], "an image of 32x32 pixels, expected 32x48"),
-        (["--size", "64x64"], "has no graphs for images of 64x64, only 32x32, 32x48, 48x48"),
+        (["--size", "64x64"], "has no graphs for images of 64x64, only for 32x32, 32x48, 48x48"),
         (["--size", "32"], "got '32', expected HEIGHTxWIDTH"),
         (["--size", "0x32"], "got '0x32', expected HEIGHTxWIDTH"),
         (["--size=-32x32"], "got '-32x32', expected HEIGHTxWIDTH"),
