@@ -141,7 +141,7 @@ def attended_by(scores: Callable[[Tensor, Tensor], Tensor]) -> dict[tuple[Any, s
         mixed = torch.softmax(scores(q, k).float(), dim=-1).to(v.dtype) @ v
         return mixed.transpose(1, 2).flatten(2)
 
-    return {(model, "attended"): attended}
+    return {(model, "attend"): attended}
 
 
 # Norm, modulation, products.
@@ -212,7 +212,7 @@ def tokens_first(attention: Attention) -> dict[tuple[Any, str], Callable[..., An
         x = x[:, None].expand(-1, rows.shape[0], -1, -1).flatten(1, 2)  # (T, G·B, D)
         condition = table.index_select(0, rows.flatten())
         for index, one in enumerate(self.blocks):
-            x = one(x, self.of_block(condition, index))
+            x = one(x, self.condition_for_block(condition, index))
         x = self.final(model.modulate(self.final_norm(x), condition[:, -2], condition[:, -1])).transpose(0, 1)
         x = model.unpatchify(x, self.spec).unflatten(0, (rows.shape[0], -1))
         e = model.guide(x[:, :, : self.spec.latent_channels], guidance)
@@ -259,8 +259,8 @@ def ablations() -> Iterator[Ablation]:
     yield Ablation(group, "Gemm of flat tokens", {(torch.nn.Linear, "forward"): flat_product})
     group = "ends"
     yield Ablation(group, "patch embedding as a matrix product", {(torch.nn.Conv2d, "forward"): patch_product})
-    yield Ablation(group, PLAIN_SUM, {(model, "guided"): plain_sum})
-    yield Ablation(group, "branches added by a matrix product", {(model, "guided"): sum_by_product})
+    yield Ablation(group, PLAIN_SUM, {(model, "guide"): plain_sum})
+    yield Ablation(group, "branches added by a matrix product", {(model, "guide"): sum_by_product})
     yield Ablation(group, "sampler update slot by slot", {(model, "sampler_update"): unrolled_update})
     group = "builder"
     for level in (0, 5):

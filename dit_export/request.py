@@ -8,10 +8,12 @@ from typing import Literal
 
 from dit_export.checkpoints.source import Source
 from dit_runtime.bundle.manifest import PrecisionSpec
+from dit_runtime.bundle.precision import Precision
 from dit_runtime.core.errors import CheckpointError
 from dit_runtime.sampling.tiles import check_tile
 
 ALL = "all"
+EXPORTED = (Precision.FP32, Precision.FP16)  # what graphs can be written in
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,9 @@ class ExportRequest:
     verify: bool = True
 
     def __post_init__(self) -> None:
-        if self.precision not in ("fp32", "fp16"):
-            raise CheckpointError(f"precision {self.precision!r} is not supported; expected fp32 or fp16")
-        if self.keep_fp32 and self.precision == "fp32":
+        if self.precision not in EXPORTED:
+            raise CheckpointError(f"precision {self.precision!r} is not implemented; expected {' or '.join(EXPORTED)}")
+        if self.keep_fp32 and self.precision == Precision.FP32:
             raise CheckpointError(
                 f"units to keep in FP32 ({self.keep_fp32[0]}): all units of FP32 graphs are FP32; choose fp16, or "
                 "name no units"

@@ -40,7 +40,7 @@ TOLERANCES: dict[str, dict[str, float]] = {
         "teacher_forced": 3e-3,  # 5.2e-4
         "free_running": 5e-3,  # 3.9e-4
         "decoder": 3e-3,  # 7.1e-4
-        "encoder": 3e-3,  # 9.7e-4, of tests/test_checkpoints.py
+        "encoder": 3e-3,  # 9.7e-4, tests/export/checkpoints/test_checkpoints.py
         "image_psnr": 35.0,  # 62 dB
         "image_ssim": 0.99,  # 0.99998
         "image_one_level": 0.99,  # all

@@ -105,7 +105,7 @@ def test_the_command_makes_the_same_request(
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"precision": "int8"}, CheckpointError, "precision 'int8' is not supported; expected fp32 or fp16"),
+        ({"precision": "int8"}, CheckpointError, "precision 'int8' is not implemented; expected fp32 or fp16"),
         ({"keep_fp32": ("blocks.0",)}, CheckpointError, "all units of FP32 graphs are FP32"),
         ({"heads": 0}, CheckpointError, "heads 0: expected a whole number from 1"),
         ({"classes": -1}, CheckpointError, "classes -1: expected a whole number from 1"),
