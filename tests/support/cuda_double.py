@@ -502,6 +502,8 @@ def _compute(
             values = read(*ranges[name]).view(tensor["dtype"])
             inputs[name] = values.reshape(context.get_tensor_shape(name)).copy()
     if (table := engine.description["table"]) in inputs:
+        if not ((inputs["rows"] >= 0) & (inputs["rows"] < len(inputs[table]))).all():
+            raise Misuse(f"a row is read outside the conditioning table, which has {len(inputs[table])}")
         present = machine.marks(*ranges[table]).reshape(len(inputs[table]), -1).all(axis=1)
         if not present[inputs["rows"]].all():
             raise Misuse("a row of the conditioning table is read that was never written")

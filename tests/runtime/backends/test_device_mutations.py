@@ -1,15 +1,15 @@
 """Each mistake that a device would punish late or in silence is seeded in the engine, and must be found by the double.
 
-The scenario is one use of everything: sessions, a guided and an unguided run, a table that grows and one that is
-dropped, continuous batching, an altered plan, memory that must not grow, and the end. It passes as the code is.
+The scenario is one use of everything: sessions, a guided and an unguided run, batches in turns, a table that grows and
+one that is dropped, continuous batching, an altered plan, memory that must not grow, and the end. It passes as the code
+is.
 """
 
 from __future__ import annotations
 
-import gc
-import sys
-import types
-from collections.abc import Callable, Iterator
+import contextlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 from support.batches import ROW, mixed
-from support.cuda_double import Machine, Misuse, stored_on
+from support.cuda_double import Cuda, Machine, Misuse, stored_on
+from support.mistakes import Call, Seeder
 
 from dit_engines.recipe import Recipe
 from dit_runtime import Pipeline, open_bundle
@@ -25,275 +26,394 @@ from dit_runtime.backends.base import RunInputs
 from dit_runtime.backends.conditioning import TableLimits
 from dit_runtime.backends.host_loop import HostLoop
 from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
-from dit_runtime.core.errors import DiTError, EngineError
+from dit_runtime.backends.profiles import Fit, Profiles
+from dit_runtime.backends.tensorrt import api, buffers, device, graphs, loop, session
+from dit_runtime.backends.tensorrt.buffers import DeviceBuffer, PinnedBuffer, Staging
+from dit_runtime.backends.tensorrt.conditioning import DeviceTable
+from dit_runtime.backends.tensorrt.device import Device, LoadedPlan
+from dit_runtime.backends.tensorrt.engine import TensorRtEngine
+from dit_runtime.backends.tensorrt.graphs import StepGraphs
+from dit_runtime.backends.tensorrt.loop import DeviceLoop
+from dit_runtime.backends.tensorrt.session import TensorRtSession
+from dit_runtime.backends.tensorrt.store import StoredEngine
+from dit_runtime.bundle.reader import Bundle
+from dit_runtime.core.errors import DiTError, EngineError, SamplingError
+from dit_runtime.sampling.batch import Batch
 
-RUNTIME = Path(sys.modules["dit_runtime"].__file__ or "").parent
-# In the order in which they import each other.
-MODULES = ("device_memory", "device_session", "device_table", "device_graphs", "device_loop", "device")
 RECIPE = Recipe("this", "8.7", (1, 4), (1, 2, 3), 64)
-FIXED = Recipe("this", "8.7", (4,), (1, 2, 3), 64, several_profiles=False)
+FIXED = Recipe("this", "8.7", (4,), (2, 3), 64, several_profiles=False)  # guided, so both axes are filled up
+FOUND = (Misuse, AssertionError, DiTError, pytest.fail.Exception)
 
 
 @dataclass(frozen=True)
 class Mutation:
-    """A mistake: in a module, ``before`` is replaced by ``after``, wherever it stands."""
+    """A mistake, what seeds it, and what it may raise."""
 
     name: str
-    module: str
-    before: str
-    after: str
+    seed: Callable[[Seeder], None]
+    raises: tuple[type[BaseException], ...] = FOUND
+
+
+def last_queued(call: Call) -> str:
+    """What was queued last on the stream that a call of the double's waits for."""
+    queue = call.args[0]._machine.queues[call.args[1]]
+    return queue[-1].name if queue else "nothing"
+
+
+def wait_before(call: Call) -> Any:
+    """A call of the double's, after a wait for its stream, which comes last in its arguments."""
+    call.args[0].synchronize(call.args[-1])
+    return call.made()
+
+
+class OneGraph(OrderedDict[tuple[int, int], Any]):
+    """Steps by (batch, branches) that take no notice of the branches."""
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(_guided(key))
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        return super().__getitem__(_guided(key))
+
+    def __setitem__(self, key: tuple[int, int], value: Any) -> None:
+        super().__setitem__(_guided(key), value)
+
+    def move_to_end(self, key: tuple[int, int], last: bool = True) -> None:
+        super().move_to_end(_guided(key), last)
+
+
+def _guided(key: Any) -> tuple[int, int]:
+    return key[0], 1
+
+
+def share_graphs(call: Call) -> None:
+    call.made()
+    call.args[0]._steps = OneGraph()
+
+
+def keep_address(call: Call) -> None:
+    """Free a buffer that does not notice."""
+    buffer = call.args[0]
+    address = buffer.address
+    call.made()
+    buffer.address = address
+
+
+def forget_address(call: Call) -> None:
+    """Have a buffer believe that it was freed."""
+    call.args[0].address = 0
+
+
+def keep_plan(call: Call) -> None:
+    """Unload a plan that stays loaded."""
+    own, graph = call.args
+    plan = own._loaded.get(graph)
+    call.made()
+    if plan is not None:
+        own._loaded[graph] = plan
+
+
+def put_without_zeros(call: Call) -> None:
+    target, values = call.args
+    target[tuple(map(slice, values.shape))] = values
+
+
+def lend_again(call: Call) -> Any:
+    """A loop that is lent and stays among those that are idle."""
+    lent = call.made()
+    call.args[0]._idle.append(lent)
+    return lent
+
+
+def lend_any(call: Call) -> Any:
+    """An idle loop, whatever its limits."""
+    engine = call.args[0]
+    return engine._idle.pop() if engine._idle else call.made()
+
+
+def give_back_again(call: Call) -> None:
+    engine, own = call.args
+    engine._idle.append(own)
+
+
+def free_all(call: Call) -> Any:
+    engine = call.args[0]
+    engine._idle = list(engine._loops)
+    return call.made()
+
+
+def most_padding(call: Call) -> Fit | None:
+    profiles, shapes, *_ = call.args
+    return max(profiles.fits(shapes, ("batch", "branches", "rows")), key=lambda fit: fit.volume, default=None)
+
+
+def first_profile(call: Call) -> Fit | None:
+    found = call.made()
+    return found and found._replace(profile=0)
+
+
+def unlocked(owner: type, name: str, at: Callable[[Any], Any] = lambda own: own._device) -> Callable[[Seeder], None]:
+    """A method that does not take the device's lock."""
+    return lambda seeder: seeder.lie(owner, name, at, "lock", contextlib.nullcontext())
 
 
 MUTATIONS = [
     Mutation(
         "a session's result is read before it is waited for",
-        "device_session",
-        "        cuda.synchronize(stream)\n        sizes",
-        "        sizes",
+        lambda seeder: seeder.drop(
+            Cuda, "synchronize", TensorRtSession._run, lambda call: last_queued(call) == "download"
+        ),
     ),
     Mutation(
         "latents are read before they are waited for",
-        "device_loop",
-        '            cuda.synchronize(stream)\n            return views["next_state"]',
-        '            return views["next_state"]',
+        lambda seeder: seeder.drop(Cuda, "synchronize", DeviceLoop.read),
     ),
+    Mutation("captured without a run before", lambda seeder: seeder.drop(Device, "start", StepGraphs._step)),
     Mutation(
-        "captured without a run before",
-        "device_graphs",
-        "            engine.start(context)\n            cuda.synchronize(stream)\n            graph = ",
-        "            graph = ",
-    ),
-    Mutation(
-        "captured before the run was waited for",
-        "device_graphs",
-        "            cuda.synchronize(stream)\n            graph = ",
-        "            graph = ",
+        "captured before the run was waited for", lambda seeder: seeder.drop(Cuda, "synchronize", StepGraphs._step)
     ),
     Mutation(
         "waited for within a capture",
-        "device_graphs",
-        "        size = np.dtype",
-        "        engine.cuda.synchronize(engine.stream)\n        size = np.dtype",
+        lambda seeder: seeder.replace(Cuda, "copy", wait_before, StepGraphs._queue),
     ),
-    Mutation(
-        "the graph does not copy the state",
-        "device_graphs",
-        '        engine.cuda.copy(self._at["state"], self._at["next_state"], size, engine.stream)\n',
-        "",
-    ),
+    Mutation("the graph does not copy the state", lambda seeder: seeder.drop(Cuda, "copy", StepGraphs._queue)),
     Mutation(
         "the graph copies the state the wrong way",
-        "device_graphs",
-        'self._at["state"], self._at["next_state"], size',
-        'self._at["next_state"], self._at["state"], size',
+        lambda seeder: seeder.alter(Cuda, "copy", lambda call: {1: call.args[2], 2: call.args[1]}, StepGraphs._queue),
     ),
-    Mutation("one context for all graphs", "device_graphs", "loaded.new_context(", "loaded.context("),
+    Mutation(
+        "one context for all graphs",
+        lambda seeder: seeder.replace(
+            LoadedPlan, "new_context", lambda call: call.args[0].context(*call.args[1:]), StepGraphs._step
+        ),
+    ),
     Mutation(
         "one graph for guided and unguided",
-        "device_graphs",
-        "        self._drop_stale()\n        if (batch, branches) in",
-        "        branches = 1\n        self._drop_stale()\n        if (batch, branches) in",
+        lambda seeder: seeder.replace(StepGraphs, "__init__", share_graphs),
     ),
     Mutation(
         "graphs stay when the activations moved",
-        "device_graphs",
-        "(self._engine.activations.moves, self._table.moves)",
-        "(0, self._table.moves)",
+        lambda seeder: seeder.lie(StepGraphs, "_drop_stale", lambda own: own._device.activations, "moves", 0),
     ),
     Mutation(
         "graphs stay when the table moved",
-        "device_graphs",
-        "(self._engine.activations.moves, self._table.moves)",
-        "(self._engine.activations.moves, 0)",
+        lambda seeder: seeder.lie(StepGraphs, "_drop_stale", lambda own: own._table._memory, "moves", 0),
     ),
-    Mutation(
-        "a graph is not destroyed",
-        "device_graphs",
-        "            self._engine.cuda.destroy_graph(step.graph)",
-        "            pass",
-    ),
+    Mutation("a graph is not destroyed", lambda seeder: seeder.drop(Cuda, "destroy_graph", StepGraphs._forget)),
     Mutation(
         "a graph is destroyed before its launch is done",
-        "device_graphs",
-        "        self._engine.cuda.synchronize(self._engine.stream)  # its last launch\n",
-        "",
+        lambda seeder: seeder.drop(Cuda, "synchronize", StepGraphs._forget),
     ),
-    Mutation("always the first profile, in the loop", "device_graphs", "new_context(fit.profile", "new_context(0"),
     Mutation(
-        "always the first profile, in sessions", "device_session", "loaded.context(fit.profile", "loaded.context(0"
+        "always the first profile, in the loop",
+        lambda seeder: seeder.alter(LoadedPlan, "new_context", lambda call: {1: 0}, StepGraphs._step),
+    ),
+    Mutation(
+        "always the first profile, in sessions",
+        lambda seeder: seeder.alter(LoadedPlan, "context", lambda call: {1: 0}, TensorRtSession._run),
     ),
     Mutation(
         "the switch of the profile is not waited for",
-        "device_session",
-        "        cuda.synchronize(stream)  # the switch to the profile\n",
-        "",
+        lambda seeder: seeder.drop(Cuda, "synchronize", LoadedPlan.new_context),
     ),
     Mutation(
         "too little memory is given for activations",
-        "device",
-        "self.activations.address, self.activations.size)",
-        "self.activations.address, self.activations.size // 8)",
+        lambda seeder: seeder.alter(api, "give_memory", lambda call: {2: call.args[2] // 8}, Device.give_activations),
     ),
-    Mutation("a buffer too small for the outputs", "device_session", "reserve(made.size)", "reserve(made.size // 2)"),
     Mutation(
-        "a buffer too small for the plan", "device_loop", "self._planned.reserve(size)", "self._planned.reserve(9)"
+        "a buffer too small for the outputs",
+        lambda seeder: seeder.alter(
+            DeviceBuffer,
+            "reserve",
+            lambda call: {1: call.args[1] // 2},
+            TensorRtSession._run,
+            lambda call: call.args[0] is call.by._outputs,
+        ),
+    ),
+    Mutation(
+        "a buffer too small for the plan",
+        lambda seeder: seeder.alter(DeviceBuffer, "reserve", lambda call: {1: 9}, DeviceLoop._upload),
     ),
     Mutation(
         "an output is not bound",
-        "device_graphs",
-        "        for name, tensor in loaded.tensors.items():\n",
-        '        for name, tensor in loaded.tensors.items():\n            if name == "denoised":\n'
-        "                continue\n",
+        lambda seeder: seeder.drop(api, "bind", StepGraphs._step, lambda call: call.args[1] == "denoised"),
     ),
     Mutation(
         "pinned memory is written while a copy still reads it",
-        "device_memory",
-        "        self._cuda.wait(event)\n",
-        "",
+        lambda seeder: seeder.drop(Cuda, "wait", Staging.take),
     ),
     Mutation(
         "pinned memory is used again when all was queued, not done",
-        "device_loop",
-        "        engine.cuda.synchronize(engine.stream)  # the plan before\n",
-        "",
+        lambda seeder: seeder.drop(Cuda, "synchronize", DeviceLoop._upload),
     ),
-    Mutation("a copy from memory that is not pinned", "device_loop", "views[...] = latents", "views = latents.copy()"),
+    Mutation(
+        "a copy from memory that is not pinned",
+        lambda seeder: seeder.alter(Cuda, "upload", lambda call: {2: call.args[2].copy()}, DeviceLoop.add),
+    ),
     Mutation(
         "the conditioner is unloaded before it is done",
-        "device",
-        "        self.cuda.synchronize(self.stream)  # its last call\n",
-        "",
+        lambda seeder: seeder.drop(Cuda, "synchronize", Device.unload),
     ),
     Mutation(
         "weights are loaded where they do not fit",
-        "device",
-        "            self._unload(held.pop(0))\n",
-        "            break\n",
+        lambda seeder: seeder.alter(Device, "make_room", lambda call: {1: 0}, Device.load),
     ),
     Mutation(
         "graphs hold weights that were to make room",
-        "device",
-        "                steps.drop_graphs()\n",
-        "                pass\n",
+        lambda seeder: seeder.drop(DeviceLoop, "drop_graphs"),
     ),
     Mutation(
         "the conditioner's context is bound anew before it is done",
-        "device_table",
-        "        cuda.synchronize(stream)  # rows before these use the same context, inputs and pinned memory\n",
-        "",
+        lambda seeder: seeder.drop(Cuda, "synchronize", DeviceTable._compute),
     ),
     Mutation(
         "the conditioner stays during the loop",
-        "device_table",
-        'if self._engine.loads("conditioner") == 1:',
-        "if False:",
+        lambda seeder: seeder.drop(Device, "unload", DeviceTable.settle),
     ),
     Mutation(
         "the table's rows do not go along when it grows",
-        "device_table",
-        "keep=min(first, room) * self._row",
-        "keep=0",
+        lambda seeder: seeder.replace(
+            DeviceBuffer, "reserve", lambda call: call.original(*call.args, keep=0), DeviceTable.fill
+        ),
     ),
     Mutation(
         "the table is always filled from its beginning",
-        "device_table",
-        "self.address + first * self._row",
-        "self.address",
+        lambda seeder: seeder.alter(DeviceTable, "_compute", lambda call: {2: 0}, DeviceTable.fill),
     ),
     Mutation(
         "the noise of a planned step is not uploaded",
-        "device_loop",
-        "                self._upload_noise(memory, noise, range(self._count))\n",
-        "                pass\n",
+        lambda seeder: seeder.drop(DeviceLoop, "_upload_noise", DeviceLoop.run_row),
     ),
     Mutation(
         "the noise of some images goes to others",
-        "device_loop",
-        'engine.cuda.upload(self._at["noise"] + place * size, view, engine.stream)',
-        'engine.cuda.upload(self._at["noise"], view, engine.stream)',
+        lambda seeder: seeder.alter(
+            DeviceLoop,
+            "_upload_noise",
+            lambda call: {3: [0] * len(call.args[3])},
+            DeviceLoop.run_step,
+            lambda call: len(call.args[3]) < call.by._count,
+        ),
     ),
     Mutation(
         "the inputs of the step before",
-        "device_loop",
-        "self._planned.address + row * self._widest.size",
-        "self._planned.address + (row - 1) * self._widest.size",
+        lambda seeder: seeder.alter(
+            Cuda,
+            "copy",
+            lambda call: {2: call.args[2] - call.by._widest.size},
+            DeviceLoop.run_row,
+            lambda call: call.args[2] > call.by._rows.address,
+        ),
     ),
-    Mutation("the plan of the batch before", "device_loop", "if plan is not self._plan:", "if self._plan is None:"),
     Mutation(
-        "who stays keeps the place of who left",
-        "device_loop",
-        "                if place != index:\n",
-        "                if False:\n",
+        "the plan of the batch before",
+        lambda seeder: seeder.drop(DeviceLoop, "_upload", DeviceLoop.run_row, lambda call: call.by._inputs is not None),
     ),
+    Mutation("who stays keeps the place of who left", lambda seeder: seeder.drop(Cuda, "copy", DeviceLoop.keep)),
     Mutation(
         "who joins has the sampler's memory of who left",
-        "device_loop",
-        "            cuda.clear(first, count * 3 * size, stream)\n",
-        "",
+        lambda seeder: seeder.drop(Cuda, "clear", DeviceLoop.add, lambda call: call.args[1] != call.by._at["noise"]),
     ),
+    Mutation("fresh memory is not cleared", lambda seeder: seeder.drop(Cuda, "clear", DeviceLoop.__init__)),
     Mutation(
-        "fresh memory is not cleared",
-        "device_loop",
-        "            cuda.clear(self._buffers.address, buffers.size, stream)\n",
-        "",
+        "latents of a later step",
+        lambda seeder: seeder.alter(DeviceLoop, "read", lambda call: {2: call.args[0]._number}),
     ),
-    Mutation("latents of a later step", "device_loop", "if number != self._number:", "if False:"),
     Mutation(
         "memory is freed while work still uses it",
-        "device_memory",
-        "            self._cuda.synchronize(self._stream)\n            self._cuda.free(self.address)",
-        "            self._cuda.free(self.address)",
+        lambda seeder: seeder.drop(Cuda, "synchronize", DeviceBuffer.free),
     ),
-    Mutation(
-        "memory is freed twice",
-        "device_memory",
-        "            self._cuda.free(self.address)\n            self.address = self.size = 0",
-        "            self._cuda.free(self.address)\n            self.size = 0",
-    ),
+    Mutation("memory is freed twice", lambda seeder: seeder.replace(DeviceBuffer, "free", keep_address)),
     Mutation(
         "memory is not freed when it grows",
-        "device_memory",
-        "        if not keep:\n            self.free()",
-        "        if not keep:\n            self.address = 0",
+        lambda seeder: seeder.replace(DeviceBuffer, "free", forget_address, DeviceBuffer.reserve),
     ),
-    Mutation("pinned memory is not freed", "device_memory", "self._cuda.free_pinned(self._memory)", "pass"),
-    Mutation("events are not destroyed", "device_memory", "self._cuda.destroy_event(event)", "pass"),
-    Mutation("a batch does not give its loop back", "device_loop", "self._engine.give_back(self)", "pass"),
-    Mutation("the stream is not destroyed", "device", "self.cuda.destroy_stream(self.stream)", "pass"),
-    Mutation(
-        "a plan is not checked",
-        "device",
-        "self.stored.check_plan(graph, hashlib.sha256(content).hexdigest())",
-        "pass",
-    ),
+    Mutation("pinned memory is not freed", lambda seeder: seeder.drop(Cuda, "free_pinned", PinnedBuffer.free)),
+    Mutation("staged memory is not freed", lambda seeder: seeder.drop(Cuda, "free_pinned", Staging.free)),
+    Mutation("events are not destroyed", lambda seeder: seeder.drop(Cuda, "destroy_event", Staging.free)),
+    Mutation("a batch does not give its loop back", lambda seeder: seeder.drop(TensorRtEngine, "_give_back")),
+    Mutation("the stream is not destroyed", lambda seeder: seeder.drop(Cuda, "destroy_stream", Device.close)),
+    Mutation("a plan is not checked", lambda seeder: seeder.drop(StoredEngine, "check_plan", Device._deserialize)),
     Mutation(
         "a plan for another GPU is tried",
-        "device",
-        "        stored.check_device(library.name, library.version, facts.compute_capability, facts.name)\n",
-        "",
+        lambda seeder: seeder.drop(StoredEngine, "check_device", TensorRtEngine.__init__),
     ),
+    # What the device, the engine's loops and the profiles could do besides.
+    Mutation(
+        "the graph that runs makes room",
+        lambda seeder: seeder.lie(Device, "make_room", lambda own: own, "running", None),
+    ),
+    Mutation("a plan stays when it is unloaded", lambda seeder: seeder.replace(Device, "unload", keep_plan)),
+    Mutation("nothing is dropped when weights are unloaded", lambda seeder: seeder.drop(TensorRtEngine, "_drop")),
+    Mutation(
+        "a session keeps its memory when its weights are unloaded",
+        lambda seeder: seeder.drop(TensorRtSession, "free", TensorRtEngine._drop),
+    ),
+    Mutation("plans are not unloaded at the end", lambda seeder: seeder.drop(Device, "unload", Device.close)),
+    Mutation("activations are not freed", lambda seeder: seeder.drop(DeviceBuffer, "free", Device.close)),
+    Mutation("loops are not freed at the end", lambda seeder: seeder.drop(DeviceLoop, "free", TensorRtEngine.close)),
+    Mutation(
+        "idle loops outlive the step that is released",
+        lambda seeder: seeder.drop(TensorRtEngine, "_free_idle", TensorRtEngine.release),
+    ),
+    Mutation(
+        "a loop in use is freed with those that are idle",
+        lambda seeder: seeder.replace(TensorRtEngine, "_free_idle", free_all),
+        (*FOUND, IndexError),  # it has no pinned memory to take turns with any more
+    ),
+    Mutation("a loop in use is lent again", lambda seeder: seeder.replace(TensorRtEngine, "open_loop", lend_again)),
+    Mutation(
+        "a loop that is closed twice is lent twice",
+        lambda seeder: seeder.replace(TensorRtEngine, "_give_back", give_back_again),
+    ),
+    Mutation("a loop with other limits is lent", lambda seeder: seeder.replace(TensorRtEngine, "open_loop", lend_any)),
+    Mutation("a closed engine goes on", lambda seeder: seeder.drop(Device, "check_open", TensorRtEngine.open_loop)),
+    Mutation("always the first profile", lambda seeder: seeder.replace(Profiles, "fit", first_profile)),
+    Mutation(
+        "nothing is filled up to a profile's least",
+        lambda seeder: seeder.replace(Profiles, "fit", lambda call: call.original(*call.args, padded=())),
+    ),
+    Mutation("the profile with the most padding", lambda seeder: seeder.replace(Profiles, "fit", most_padding)),
+    Mutation(
+        "the shapes of a table that has grown since",
+        lambda seeder: seeder.lie(DeviceLoop, "_fit", lambda own: own._memory._memory, "moves", 0),
+    ),
+    Mutation("padding is not zero in the loop", lambda seeder: seeder.replace(loop, "put", put_without_zeros)),
+    Mutation("padding is not zero in sessions", lambda seeder: seeder.replace(session, "put", put_without_zeros)),
+    Mutation(
+        "padding is not cut off",
+        lambda seeder: seeder.replace(TensorRtSession, "_cut", lambda call: call.args[2].copy()),
+    ),
+    Mutation("tensors are not aligned", lambda seeder: seeder.replace(buffers, "aligned", lambda call: call.args[0])),
+    Mutation("a session without the lock", unlocked(TensorRtSession, "run")),
+    Mutation("images join without the lock", unlocked(DeviceLoop, "add")),
+    Mutation("images leave without the lock", unlocked(DeviceLoop, "keep")),
+    Mutation("a planned step without the lock", unlocked(DeviceLoop, "run_row")),
+    Mutation("a step without the lock", unlocked(DeviceLoop, "run_step")),
+    Mutation("latents are read without the lock", unlocked(DeviceLoop, "read")),
+    Mutation("a batch ends without the lock", unlocked(DeviceLoop, "close")),
+    Mutation("the table is filled without the lock", unlocked(DeviceTable, "fill")),
+    Mutation("a loop is made without the lock", unlocked(TensorRtEngine, "open_loop", lambda own: own.device)),
+    Mutation("a graph is released without the lock", unlocked(TensorRtEngine, "release", lambda own: own.device)),
+    Mutation("the engine is closed without the lock", unlocked(TensorRtEngine, "close", lambda own: own.device)),
 ]
 
 
-def engine_of(mutation: Mutation | None, patch: pytest.MonkeyPatch) -> Any:
-    """``TensorRtEngine`` from modules of its own, with one mistake in them."""
-    sources = {name: (RUNTIME / f"{name}.py").read_text(encoding="utf-8") for name in MODULES}
-    if mutation is not None:
-        assert mutation.before in sources[mutation.module], f"{mutation.name}: the code is not there any more"
-        sources[mutation.module] = sources[mutation.module].replace(mutation.before, mutation.after)
-    for name in MODULES:
-        module = types.ModuleType(f"dit_runtime.{name}")
-        patch.setitem(sys.modules, module.__name__, module)
-        exec(compile(sources[name], f"{name}.py", "exec"), module.__dict__)
-    return module.TensorRtEngine
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle: Callable[[str], Path]) -> Bundle:
+    return open_bundle(tiny_bundle("fp32"))
 
 
 @pytest.fixture(scope="module")
-def expected(bundles: dict[str, Path]) -> dict[str, Any]:
+def expected(bundle: Bundle) -> dict[str, Any]:
     """What ONNX Runtime makes in the scenario."""
-    bundle = open_bundle(bundles["fp32"])
     pipe = Pipeline(bundle, OnnxRuntimeEngine(bundle, threads=1))
-    return made(pipe)
+    host = HostLoop(pipe.engine, bundle.manifest, TableLimits())
+    return {
+        **made(pipe),
+        "turns": list(in_turns(pipe)),
+        "unguided": call_step(pipe, 1),
+        "alone": run_alone(host),
+    }
 
 
 def made(pipe: Pipeline, between: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
@@ -313,39 +433,90 @@ def made(pipe: Pipeline, between: Callable[[str], None] = lambda _: None) -> dic
     note(
         "read", [value for each in pipe.trajectory([7], 8, sampler="ddpm", steps=4, guidance=2.0) for value in each[1:]]
     )
+    note("session", call_step(pipe, 2))
+    latents = np.random.default_rng(3).standard_normal((1, 4, 8, 8), np.float32)
+    note("decoded", pipe.engine.session("decoder").run({"latents": latents}, ["decoded", "images"]))
+    return found
+
+
+def call_step(pipe: Pipeline, branches: int) -> list[Any]:
+    """A single call of the step for three images."""
     rng = np.random.default_rng(3)
     inputs = {
         "state": rng.standard_normal((3, 3, 4, 8, 8), np.float32),
         "noise": rng.standard_normal((3, 4, 8, 8), np.float32),
         "coefficients": rng.standard_normal((3, 17), np.float32) / 4,
-        "guidance": rng.standard_normal((2, 3, 4), np.float32),
-        "rows": rng.integers(0, 5, (2, 3)).astype(np.int32),
+        "guidance": rng.standard_normal((branches, 3, 4), np.float32),
+        "rows": rng.integers(0, 5, (branches, 3)).astype(np.int32),
         "modulation": rng.standard_normal((5, 14, 64), np.float32),
     }
-    note("session", pipe.engine.session("step").run(inputs, ["next_state", "denoised"]))
-    note("decoded", pipe.engine.session("decoder").run({"latents": inputs["noise"][:1]}, ["decoded", "images"]))
-    return found
+    return pipe.engine.session("step").run(inputs, ["next_state", "denoised"])
 
 
-def scenario(engine_type: Any, path: Path, folder: Path, expected: dict[str, Any]) -> None:
-    """Raises for whatever is not as it should be."""
-    machine, bundle = Machine(), open_bundle(path)
-    stored = stored_on(machine, bundle, folder, RECIPE)
-    refusals(engine_type, machine, bundle, stored)
+def in_turns(pipe: Pipeline) -> Iterator[Any]:
+    """The latents of two batches side by side."""
+    runs = [pipe.trajectory([label], label, sampler="ddpm", steps=4, guidance=2.0) for label in (3, 7)]
+    for steps in zip(*runs, strict=True):
+        yield from (latents for _, latents, _ in steps)
+
+
+class Lock:
+    """A lock for one thread. ``held`` is how often it was taken."""
+
+    held = 0
+
+    def __enter__(self) -> None:
+        self.held += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.held -= 1
+
+
+Use = Callable[[TensorRtEngine, Machine, Pipeline, dict[str, Any]], None]
+
+
+def scenario(bundle: Bundle, folder: Path, expected: dict[str, Any]) -> None:
+    """Raises for whatever is not as it should be. What finds most mistakes in the least time comes first."""
+    machine = Machine()
+    plans = stored_on(machine, bundle, folder, RECIPE)
     fixed = stored_on(machine, bundle, folder / "fixed", FIXED)
-    for plans, use in ((stored, used), (stored, moved), (stored, crowded), (fixed, padded)):
-        engine = engine_type(bundle, plans, machine.library, machine.cuda)
-        try:
+    stages: list[tuple[StoredEngine, Use]] = [
+        (plans, moved),
+        (fixed, padded),
+        (plans, lent),
+        (plans, crowded),
+        (plans, used),
+    ]
+    refusals(machine, bundle, plans)
+    for stored, use in stages:
+        with engine_on(machine, bundle, stored) as engine:
             use(engine, machine, Pipeline(bundle, engine), expected)
             engine.close()
-        finally:
-            engine.stream = 0  # what is broken is not closed once more
-        del engine
-        gc.collect()
+            with pytest.raises(EngineError):
+                engine.open_loop(TableLimits())
         machine.check_closed()
 
 
-def used(engine: Any, machine: Machine, pipe: Pipeline, expected: dict[str, Any]) -> None:
+@contextlib.contextmanager
+def engine_on(machine: Machine, bundle: Bundle, stored: StoredEngine) -> Iterator[TensorRtEngine]:
+    """An engine that works with its device's lock alone, and is not closed once more where it is broken."""
+    engine = TensorRtEngine(bundle, stored, machine.library, machine.cuda)
+    engine.device.lock = lock = Lock()
+    called = machine.called
+
+    def called_locked(name: str, allowed_in_capture: bool = False) -> None:
+        assert lock.held, f"{name} without the device's lock"
+        called(name, allowed_in_capture)
+
+    machine.called = called_locked
+    try:
+        yield engine
+    finally:
+        machine.called = called
+        engine._opened = False
+
+
+def used(engine: TensorRtEngine, machine: Machine, pipe: Pipeline, expected: dict[str, Any]) -> None:
     """Everything made thrice and compared, the last time within the memory of before; then a table that is dropped."""
 
     def after(name: str) -> None:
@@ -364,90 +535,105 @@ def used(engine: Any, machine: Machine, pipe: Pipeline, expected: dict[str, Any]
     # Rows computed in other chunks are rounded differently.
     assert np.abs(small.astype(int) - expected["ddim"].astype(int)).max() <= 1, "a small table differs"
 
-    steps_alone(engine, pipe)
+    own = engine.open_loop(limits := TableLimits(ROW * 64, ROW * 64))
+    assert own.limits == limits, "a loop with other limits"
+    assert are_same(run_alone(own), expected["alone"]), "steps alone differ"
 
 
-def moved(engine: Any, machine: Machine, pipe: Pipeline, expected: dict[str, Any]) -> None:
+def moved(engine: TensorRtEngine, machine: Machine, pipe: Pipeline, expected: dict[str, Any]) -> None:
     """The activations' memory moves, and then a graph makes room for the next, while launches wait."""
     before = pipe([3], 4, sampler="ddim", steps=6, guidance=2.0)
     pipe([3, 3], 4, sampler="ddim", steps=6, guidance=2.0)  # the same rows of the table
     assert np.array_equal(pipe([3], 4, sampler="ddim", steps=6, guidance=2.0), before), "after a larger batch: differs"
+    batches = {batch for each in engine._loops for batch, _ in each.graphs}
+    assert batches == {1, 2}, f"filled up to {batches}"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules["dit_runtime.backends.tensorrt.graphs"], "MOST_GRAPHS", 1)
+        patch.setattr(graphs, "MOST_GRAPHS", 1)
         found = pipe([3], 4, sampler="ddpm", steps=9, guidance=2.0, guidance_interval=(0.4, 1.0))
     assert np.array_equal(found, expected["ddpm"]), "with one graph: differs"
 
 
-def crowded(engine: Any, machine: Machine, pipe: Pipeline, expected: dict[str, Any]) -> None:
+def crowded(engine: TensorRtEngine, machine: Machine, pipe: Pipeline, expected: dict[str, Any]) -> None:
     """The conditioner does not fit beside the step when other labels need it."""
     settings: dict[str, Any] = {"sampler": "ddim", "steps": 6, "guidance": 1.5}
-    pipe.sample_latents(pipe.prepare([3, 4], 3, **settings))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "SMALL_BYTES", 1 << 40)  # never as much as it should be
+        pipe.sample_latents(pipe.prepare([3, 4], 3, **settings))
     facts = machine.facts
     machine.facts = replace(facts, memory_bytes=machine.used + 95_000)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(engine.load.__func__.__globals__, "SMALL_BYTES", 0)
+        patch.setattr(device, "SMALL_BYTES", 0)
         latents = pipe.sample_latents(pipe.prepare([1, 2], 3, **settings))
     machine.facts = facts
     assert np.array_equal(pipe.decode(latents), expected["ddim"]), "in little memory: differs"
 
 
-def padded(engine: Any, machine: Machine, pipe: Pipeline, expected: dict[str, Any]) -> None:
-    """A batch that is fixed takes a single image too."""
+def padded(engine: TensorRtEngine, machine: Machine, pipe: Pipeline, expected: dict[str, Any]) -> None:
+    """A batch that is fixed takes a single image too, and a step that is guided one without guidance."""
     found = pipe([3], 4, sampler="ddpm", steps=9, guidance=2.0, guidance_interval=(0.4, 1.0))
     assert np.array_equal(found, expected["ddpm"]), "in a fixed batch: differs"
+    assert are_same(call_step(pipe, 1), expected["unguided"]), "a call with padding differs"
 
 
-def steps_alone(engine: Any, pipe: Pipeline) -> None:
-    """Two plans, one right after the other, with every coefficient in use: as on the host."""
-    host = HostLoop(OnnxRuntimeEngine(pipe.bundle, threads=1), pipe.manifest, ROW * 64, ROW * 64)
-    device = engine.steps(ROW * 64, ROW * 64)
+def lent(engine: TensorRtEngine, machine: Machine, pipe: Pipeline, expected: dict[str, Any]) -> None:
+    """Batches side by side have loops of their own, though one was closed twice, and the step released in between."""
+    own = engine.open_loop(TableLimits())
+    own.close()
+    own.close()
+    assert are_same(in_turns(pipe), expected["turns"]), "in turns: differs"
+    found = in_turns(pipe)
+    results = [next(found)]
+    engine.release("step")
+    results += found
+    assert are_same(results, expected["turns"]), "in turns, the step released: differs"
+    for graph in engine.info.graphs:
+        engine.release(graph)
+    assert machine.used == engine.device.activations.size, "graphs that were released hold memory"
+
+
+def run_alone(steps: HostLoop | DeviceLoop) -> list[Any]:
+    """The states after two runs, one right after the other, with every coefficient in use; all of it twice."""
     rng = np.random.default_rng(4)
-    plans = []
+    runs = []
     for _ in range(2):
         coefficients = rng.standard_normal((5, 2, 17)).astype(np.float32) / 4
         weights = rng.standard_normal((5, 2, 2, 4)).astype(np.float32)
         rows = rng.integers(0, 4, (5, 2, 2)).astype(np.int32)
-        plans.append(RunInputs(coefficients, weights, rows, [2, 1, 2, 2, 1], [False, True, True, False, False]))
-    noises = rng.standard_normal((len(plans), 5, 2, 4, 8, 8)).astype(np.float32)
+        runs.append(RunInputs(coefficients, weights, rows, [2, 1, 2, 2, 1], [False, True, True, False, False]))
+    noises = rng.standard_normal((len(runs), 5, 2, 4, 8, 8)).astype(np.float32)
     latents = rng.standard_normal((2, 4, 8, 8)).astype(np.float32)
+    conditions = [(float(time), 1) for time in (10, 20, 30, 40)]
+    steps.table.prepare(conditions, lambda: iter(()))
+    places = np.array([steps.table[condition] for condition in conditions], np.int32)
     results = []
-    for steps in (host, device):
-        conditions = [(float(time), 1) for time in (10, 20, 30, 40)]
-        steps.table.prepare(conditions, lambda: iter(()))
-        assert [steps.table[condition] for condition in conditions] == [0, 1, 2, 3] or steps is device
-        places = np.array([steps.table[condition] for condition in conditions], np.int32)
-        for _ in range(2):  # the second images take the places of the first
-            steps.join(latents)
-            # A plan is there as soon as one step of that before is queued, and stays for five.
-            for count, plan, noise in zip((1, 5), plans, noises, strict=True):
-                own = plan._replace(rows=places[plan.rows])
-                for row in range(count):
-                    outcome = steps.run_planned(own, row, noise[row] if plan.draws[row] else None)
-            results.append(outcome.state)
-            steps.leave([])
-        steps.close()
+    for _ in range(2):  # the second images take the places of the first
+        steps.add(latents)
+        # A run is there as soon as one step of that before is queued, and stays for five.
+        for count, run, noise in zip((1, 5), runs, noises, strict=True):
+            inputs = run._replace(rows=places[run.rows])
+            for row in range(count):
+                result = steps.run_row(inputs, row, noise[row] if run.draws[row] else None)
+        results.append(result.state)
+        steps.keep([])
+    steps.close()
     assert all(np.isfinite(state).all() for state in results)
-    for index in range(2):
-        assert np.array_equal(results[index], results[index + 2]), "steps alone differ"
+    return results
+
+
+def are_same(found: Iterable[Any], expected: Iterable[Any]) -> bool:
+    return all(np.array_equal(one, same) for one, same in zip(found, expected, strict=True))
 
 
 def compare(found: dict[str, Any], expected: dict[str, Any]) -> None:
     for name, value in found.items():
         other = expected[name]
-        pairs = (
-            [(value[index], other[index]) for index in other]
-            if isinstance(other, dict)
-            else zip(value, other, strict=True)
-        )
-        for one, same in pairs:
-            assert np.array_equal(one, same), f"{name} differs"
+        if isinstance(other, dict):
+            value, other = [value[index] for index in other], other.values()
+        assert are_same(value, other), f"{name} differs"
 
 
 def read_late(pipe: Pipeline) -> None:
     """Latents that are read when the next step has begun are refused."""
-    from dit_runtime.core.errors import SamplingError
-    from dit_runtime.sampling.batch import Batch
-
     with Batch(pipe.engine, pipe.manifest) as batch:
         batch.add(list(enumerate(pipe.prepare([1], steps=3, sampler="ddim", guidance=1.0))))
         first = batch.advance()
@@ -456,23 +642,20 @@ def read_late(pipe: Pipeline) -> None:
             _ = first.latents
 
 
-def refusals(engine_type: Any, machine: Machine, bundle: Any, stored: Any) -> None:
+def refusals(machine: Machine, bundle: Bundle, stored: StoredEngine) -> None:
     """An altered plan is not deserialized, and one for another GPU not even read."""
     plan = stored.folder / "step.plan"
     content = plan.read_bytes()
     altered = content.replace(b", ", b" ,", 1)  # of the same size, and still a plan to the double
     assert altered != content
     plan.write_bytes(altered)
-    engine = engine_type(bundle, stored, machine.library, machine.cuda)
-    try:
+    with engine_on(machine, bundle, stored) as engine:
         with pytest.raises(EngineError):
             Pipeline(bundle, engine)([1], steps=2)
         engine.close()
-    finally:
-        engine.stream = 0
     plan.write_bytes(content)
     with pytest.raises(EngineError):
-        engine_type(bundle, replace(stored, compute_capability="8.9"), machine.library, machine.cuda)
+        TensorRtEngine(bundle, replace(stored, compute_capability="8.9"), machine.library, machine.cuda)
 
 
 @pytest.fixture(scope="module")
@@ -484,23 +667,41 @@ def found() -> Iterator[list[tuple[str, str]]]:
     print("\n" + "\n".join(f"{name:<{width}}  {how}" for name, how in table))
 
 
-def test_without_a_mistake(bundles: dict[str, Path], expected: dict[str, Any], tmp_path: Path) -> None:
+def test_without_a_mistake(bundle: Bundle, expected: dict[str, Any], tmp_path: Path) -> None:
     """The scenario passes on the code as it is: what the mistakes below are told by is the mistakes."""
-    with pytest.MonkeyPatch.context() as patch:
-        scenario(engine_of(None, patch), bundles["fp32"], tmp_path, expected)
+    scenario(bundle, tmp_path, expected)
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name.replace(" ", "-"))
 def test_a_mistake_is_found(
     mutation: Mutation,
-    bundles: dict[str, Path],
+    bundle: Bundle,
     expected: dict[str, Any],
     found: list[tuple[str, str]],
     tmp_path: Path,
 ) -> None:
     """The double, or a comparison with the host, finds the mistake."""
+    failure: BaseException | None = None
     with pytest.MonkeyPatch.context() as patch:
-        engine_type = engine_of(mutation, patch)
-        with pytest.raises((Misuse, AssertionError, DiTError, pytest.fail.Exception)) as failure:
-            scenario(engine_type, bundles["fp32"], tmp_path, expected)
-    found.append((mutation.name, f"{type(failure.value).__name__}: {str(failure.value).splitlines()[0][:90]}"))
+        seeder = Seeder(patch)
+        mutation.seed(seeder)
+        try:
+            scenario(bundle, tmp_path, expected)
+        except mutation.raises as error:
+            failure = error
+    assert seeder.count, f"{mutation.name}: was never made, since nobody calls what it changes from where it says"
+    assert failure is not None, f"{mutation.name}: was made {seeder.count} times, and not found"
+    found.append((mutation.name, f"{type(failure).__name__}: {str(failure).splitlines()[0][:90]}"))
+
+
+def test_a_mistake_that_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call from elsewhere is as it was and does not count, and what is not there cannot be changed."""
+    seeder, machine = Seeder(monkeypatch), Machine()
+    seeder.drop(Cuda, "stream", DeviceLoop.read)
+    assert machine.cuda.stream()
+    assert seeder.count == 0
+    seeder.drop(Cuda, "stream")
+    assert machine.cuda.stream() is None
+    assert seeder.count == 1
+    with pytest.raises(KeyError):
+        seeder.drop(DeviceLoop, "gone")
