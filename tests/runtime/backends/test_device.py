@@ -242,6 +242,7 @@ def test_an_engine_without_guidance_is_verified(bundles: dict[str, Path], tmp_pa
     bench.machine.check_closed()
 
 
+@pytest.mark.slow  # an export, and two builds for each of two tiles
 def test_an_engine_for_tiles_is_verified(checkpoint: Path, tmp_path: Path) -> None:
     """By a recorded tile, against PyTorch's decoding of that tile alone; one for other tiles says what is recorded."""
     path = tmp_path / "tiles.bundle"
