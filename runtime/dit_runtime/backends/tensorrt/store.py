@@ -99,7 +99,7 @@ class StoredEngine:
             ):
                 raise EngineError(
                     f"{self.folder / SIDECAR}: its plan of the {name} does not fit the bundle's graphs; run "
-                    f"{self._command()}"
+                    f"{self._make_command()}"
                 )
             found[name] = stored.profiles_of(spec)
         return found
