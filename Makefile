@@ -59,8 +59,8 @@ test-py310: install
 # On a device, in an environment that sees its TensorRT (docs/backends.md): $(PYTHON) runs the tests. Without torch,
 # DIT_BUNDLE=my.bundle takes the place of a model exported here.
 gpu-test:
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check -e . pytest
-	$(PYTHON) -m pytest -m gpu tests/test_gpu.py
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -e . filelock pytest
+	$(PYTHON) -m pytest -m gpu tests/runtime/backends/test_gpu.py
 
 lint: install
 	$(BIN)/ruff check .
