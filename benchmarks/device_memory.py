@@ -21,7 +21,7 @@ from dit_export.graphs.autoencoder import Decoder
 from dit_export.graphs.precision import FP16
 from dit_export.graphs.tracing import step_axes, write_decoder
 
-from dit_runtime.backends.tensorrt.api import Shapes, library, plan_from_onnx
+from dit_runtime.backends.tensorrt.api import Shapes, import_library, plan_from_onnx
 from dit_runtime.bundle.manifest import ModelSpec
 from kernels import BRANCHES, ROWS, XL, Ablation, exported, table_dtype
 
@@ -34,7 +34,7 @@ def figures(onnx: Path, profiles: list[Shapes]) -> dict[str, Any]:
     """Bytes of weights, and of activations in each profile."""
     lines: list[str] = []
     plan_from_onnx(
-        library("tensorrt_rtx"),
+        import_library("tensorrt_rtx"),
         onnx,
         profiles,
         log=lambda severity, message: lines.extend(message.splitlines()),

@@ -28,7 +28,7 @@ from dit_export.graphs.model import Conditioner, Step, table_axes
 from dit_export.graphs.precision import FP16, FP32, check_units, dtype_of
 from dit_export.graphs.tracing import INLINE_BYTES
 from dit_export.request import ExportRequest
-from dit_runtime.bundle.macs import conditioner_gmac, gmac, step_gmac
+from dit_runtime.bundle.macs import count_conditioner_gmac, count_gmac, count_step_gmac
 from dit_runtime.bundle.manifest import ENCODER, ModelSpec, PrecisionSpec
 
 STEPS = (10, 50, 250, 1000)
@@ -205,11 +205,11 @@ def dry_run_of(
             latent_size=side,
             image_size=None if factor is None else (factor * side[0], factor * side[1]),
             tokens=at.tokens,
-            gmac=gmac(at),
-            step_gmac=step_gmac(at),
+            gmac=count_gmac(at),
+            step_gmac=count_step_gmac(at),
             decoder_gmac=decoding.get(side),
             position_bytes=position,
-            rooflines=tuple(roofline(device, BRANCHES * step_gmac(at), *reads) for device in devices),
+            rooflines=tuple(roofline(device, BRANCHES * count_step_gmac(at), *reads) for device in devices),
         )
 
     table, row = table_axes(model)
@@ -257,7 +257,7 @@ def _estimate_graphs(
             "conditioner": [Conditioner(model, Numerics(), fp16, embedders)],
             "step": [Step(model, Numerics())],
         }
-    work = {"conditioner": conditioner_gmac(model, embedders), "step": step_gmac(model)}
+    work = {"conditioner": count_conditioner_gmac(model, embedders), "step": count_step_gmac(model)}
     if autoencoder is not None:
         modules["decoder"] = parts_of_decoder(autoencoder)
         work["decoder"] = decoding[side]

@@ -250,7 +250,7 @@ def main() -> None:
 def compared(args: argparse.Namespace, work: Path) -> None:
     from dit_runtime import open_bundle
     from dit_runtime.bench.gemm import measure_gemm_rates, shapes_of
-    from dit_runtime.bundle.macs import step_gmac
+    from dit_runtime.bundle.macs import count_step_gmac
     from dit_runtime.core.environment import describe_environment
     from dit_runtime.core.files import replace_file
 
@@ -263,7 +263,7 @@ def compared(args: argparse.Namespace, work: Path) -> None:
         "rounds": args.rounds,
         "steps": STEPS,
         "environment": describe_environment(args.threads),
-        "guided_step_gflop": round(4 * step_gmac(model), 2),
+        "guided_step_gflop": round(4 * count_step_gmac(model), 2),
     }
     shapes = shapes_of(model, 2)
     # All at once do not fit in memory, and weights that are mapped would be read again and again.

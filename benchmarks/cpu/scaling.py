@@ -30,7 +30,7 @@ from dit_runtime.backends.openvino.engine import OpenVinoEngine
 from dit_runtime.backends.openvino.passes import rearrange
 from dit_runtime.bench.gemm import measure_gemm_rates, shapes_of
 from dit_runtime.bench.timing import time_calls
-from dit_runtime.bundle.macs import step_gmac
+from dit_runtime.bundle.macs import count_step_gmac
 from dit_runtime.bundle.manifest import ModelSpec
 from dit_runtime.bundle.precision import Precision
 from dit_runtime.core.environment import describe_environment
@@ -97,13 +97,13 @@ def measured(spec: ModelSpec, batches: tuple[int, ...], precision: str, repeat: 
             call = {"step": lambda request=request, inputs=inputs: request.infer(inputs, share_inputs=True)}
             timing = time_calls(call, repeat, f"{spec.width} wide, {spec.tokens} tokens, batch {batch}")["step"]
             attention = 2 * spec.depth * spec.tokens**2 * spec.width / 1e9  # GMAC of its two products
-            gflop = 4 * batch * step_gmac(spec)  # two branches, two operations each
+            gflop = 4 * batch * count_step_gmac(spec)  # two branches, two operations each
             points.append(
                 {
                     "batch": batch,
                     "tokens": spec.tokens,
                     "gflop": round(gflop, 2),
-                    "attention_share": round(attention / step_gmac(spec), 4),
+                    "attention_share": round(attention / count_step_gmac(spec), 4),
                     "gflops": round(gflop / timing.p50_ms * 1e3, 1),
                     **asdict(timing),
                 }

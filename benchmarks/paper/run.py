@@ -37,7 +37,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dit_runtime import Pipeline
-from dit_runtime.bundle.macs import gmac
+from dit_runtime.bundle.macs import count_gmac
 from dit_runtime.bundle.manifest import ModelSpec
 from dit_runtime.core.files import replace_file
 
@@ -224,8 +224,8 @@ def sample(model: Model, work: Path, steps: int, sampler: str) -> dict[str, Any]
         "model": model.name,
         "sampler": sampler,
         "steps": steps,
-        "gmac": round(gmac(model.spec), 9),
-        "gmac_steps": round(gmac(model.spec) * steps, 6),
+        "gmac": round(count_gmac(model.spec), 9),
+        "gmac_steps": round(count_gmac(model.spec) * steps, 6),
         "accuracy": hits / IMAGES,
         "accuracy_interval": [round(end, 4) for end in wilson(hits, IMAGES)],
         "distance": round(distance, 4),
@@ -282,7 +282,7 @@ def main() -> None:
 
     stored = latents(args.data, work)
     with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:
-        cost = {model.name: gmac(model.spec) for model in MODELS}
+        cost = {model.name: count_gmac(model.spec) for model in MODELS}
         missing = [model for model in MODELS if not (work / f"{model.name}.safetensors").exists()]
         jobs = {pool.submit(train, model, stored, work, args.steps): cost[model.name] for model in missing}
         for line in finished(pool, "trained", jobs):

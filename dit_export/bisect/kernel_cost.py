@@ -61,7 +61,7 @@ def measure_kernel_cost(
             audits.append(built.audit)
     before, after = audits
     return KernelCost(
-        builder=host.in_words(),
+        builder=host.describe(),
         kernels=(before.profiles[0].kernels, after.profiles[0].kernels),
         fused_attention=(before.profiles[0].fused_attention, after.profiles[0].fused_attention),
         weights_bytes=(before.weights_bytes, after.weights_bytes),

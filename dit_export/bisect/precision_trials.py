@@ -192,8 +192,8 @@ class PrecisionTrials:
 
     def _compute_table(self, in_fp32: Callable[[str], bool]) -> Array:
         record = self.bundle.records("blocks")
-        inputs = Replay(self.bundle, self._make_engine(in_fp32)).inputs(
-            RecordedInputs.of(record), _zero_coefficients(record)
+        inputs = Replay(self.bundle, self._make_engine(in_fp32)).make_inputs(
+            RecordedInputs.from_record(record), _zero_coefficients(record)
         )
         return inputs[self.bundle.manifest.table.name]
 
@@ -207,8 +207,8 @@ class PrecisionTrials:
         for block in range(self.bundle.manifest.model.depth):
             more |= {value.name or "": value for value in find_block_inputs(model, block) if value.name not in names}
         model.graph.outputs.extend(more.values())
-        inputs = Replay(self.bundle, self._make_engine(lambda _: True)).inputs(
-            RecordedInputs.of(record), _zero_coefficients(record)
+        inputs = Replay(self.bundle, self._make_engine(lambda _: True)).make_inputs(
+            RecordedInputs.from_record(record), _zero_coefficients(record)
         )
         outputs = [value.name or "" for value in model.graph.outputs]
         found = AlteredSession(model, threads=self.threads).run(inputs, outputs)
@@ -247,7 +247,7 @@ class PrecisionTrials:
 
     def _reach_near_range(self, unit: str) -> float:
         """The largest |x| of a unit on the reference's trajectory if it is too near to FP16's range, else 0."""
-        limit = budget_for(self.bundle, Precision.FP16).tolerance("fp16_range")
+        limit = budget_for(self.bundle, Precision.FP16).tolerance_of("fp16_range")
         reached = [value for name, value in self.bundle.manifest.magnitudes.items() if is_kept(name, [unit])]
         largest = max(reached, default=0.0)
         return largest if largest * limit > FP16_MAX else 0.0

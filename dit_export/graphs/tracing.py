@@ -26,7 +26,7 @@ from dit_runtime.bundle.manifest import (
     GraphSpec,
     ModelSpec,
     TensorSpec,
-    sized,
+    name_for_size,
 )
 from dit_runtime.samplers.schedule import COEFFICIENTS
 
@@ -119,7 +119,7 @@ def write_steps(
         tokens = ("branches*batch", spec.tokens + 2 * (spec.conditioning == "in-context"), spec.width)
         probe = replace(axes, outputs={**axes.outputs, **dict.fromkeys(blocks, ("float32", tokens))})
         del model.graph.outputs[2:]
-        names = SIZED_GRAPHS if at is step else tuple(sized(name, size) for name in SIZED_GRAPHS)
+        names = SIZED_GRAPHS if at is step else tuple(name_for_size(name, size) for name in SIZED_GRAPHS)
         yield names[0], save_model(model, folder, names[0], axes, "step", shared)
         model.graph.outputs.extend(outputs[2:])
         yield names[1], save_model(model, folder, names[1], probe, "step", shared)

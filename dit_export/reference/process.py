@@ -20,8 +20,8 @@ import torch
 from dit_export.checkpoints.sources import Source, load_checkpoint
 from dit_export.reference.golden import write_records
 from dit_export.reference.record_settings import CHEAP_GMAC, Measurements, RecordSettings
-from dit_runtime.bundle.macs import step_gmac
-from dit_runtime.bundle.manifest import sized
+from dit_runtime.bundle.macs import count_step_gmac
+from dit_runtime.bundle.manifest import name_for_size
 from dit_runtime.bundle.reader import GOLDEN
 from dit_runtime.core.errors import CheckpointError, DiTError, ParityError
 from dit_runtime.core.progress import Progress
@@ -60,7 +60,7 @@ def records_in_process(source: Source, folder: Path, encoder: bool, precision: s
 def make_records(source: Source, folder: Path, encoder: bool, precision: str) -> Measurements:
     """Make the records of each size in this process; the arguments are those of ``records_in_process``."""
     checkpoint = load_checkpoint(source)
-    if step_gmac(checkpoint.model) <= CHEAP_GMAC:
+    if count_step_gmac(checkpoint.model) <= CHEAP_GMAC:
         torch.set_num_threads(1)  # a model this small would spend more time on waiting for threads than on computing
     models = [replace(checkpoint, model=checkpoint.at(size)) for size in checkpoint.sizes]
     settings = [RecordSettings.for_checkpoint(model, precision) for model in models]
@@ -68,7 +68,7 @@ def make_records(source: Source, folder: Path, encoder: bool, precision: str) ->
     with Progress("PyTorch reference", sum(each.work for each in settings)) as bar:
         for model, each in zip(models, settings, strict=True):
             size = model.model.latent_size
-            target = folder / (GOLDEN if measurements is None else sized(GOLDEN, size))
+            target = folder / (GOLDEN if measurements is None else name_for_size(GOLDEN, size))
             target.mkdir()
             found = write_records(model, each, target, encoder, bar.advance, source.tiles)
             measurements = found if measurements is None else measurements.add_size(found, size)

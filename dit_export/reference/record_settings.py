@@ -8,8 +8,8 @@ import numpy as np
 
 from dit_export.checkpoints.checkpoint import Checkpoint
 from dit_export.reference.floors import PRECISIONS, count_measurements
-from dit_runtime.bundle.macs import step_gmac
-from dit_runtime.bundle.manifest import sized
+from dit_runtime.bundle.macs import count_step_gmac
+from dit_runtime.bundle.manifest import name_for_size
 
 GUIDANCE = 1.5  # the trajectories'
 FORWARD_GUIDANCE = 4.0
@@ -56,7 +56,7 @@ class RecordSettings:
         most = len(checkpoint.diffusion.betas) or 50
         # A further size has the weights of the first, and the sampler does not depend on the size: smaller records do.
         first = checkpoint.model.latent_size == checkpoint.sizes[0]
-        cheap = step_gmac(checkpoint.model) <= CHEAP_GMAC
+        cheap = count_step_gmac(checkpoint.model) <= CHEAP_GMAC
         if elements > LARGE_MODEL:
             precisions = tuple(dict.fromkeys((precision, "bf16")))
             return RecordSettings(1, min(4, most), 2, measured=1, measured_steps=min(2, most), precisions=precisions)
@@ -80,7 +80,7 @@ class Measurements:
     def add_size(self, other: Measurements, size: tuple[int, int]) -> Measurements:
         """These measurements and the other ones, which were made at a further size."""
         floors = {
-            name: {**series, **{sized(key, size): values for key, values in other.floors[name].items()}}
+            name: {**series, **{name_for_size(key, size): values for key, values in other.floors[name].items()}}
             for name, series in self.floors.items()
         }
         units = self.magnitudes | other.magnitudes

@@ -1,7 +1,7 @@
-"""What the builder really made, read from its own output and not from the ONNX.
+"""Audit an engine: what the builder made, read from the builder's own output and not from the ONNX.
 
-The log's figures are those of the ahead-of-time RTX builder; TensorRT on a device may choose otherwise, and is asked
-through the engine's inspector.
+The log's figures are those of TensorRT-RTX's ahead-of-time builder. TensorRT on a device may make other choices, which
+are read from the engine's inspector.
 """
 
 from __future__ import annotations
@@ -10,29 +10,31 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dit_engines.kernels import Kernel, by_profile
+from dit_engines.kernels import Kernel, split_by_profile
 from dit_engines.recipe import can_fuse_attention
-from dit_runtime.backends.tensorrt.memory import in_words
+from dit_runtime.backends.tensorrt.memory import describe_bytes
 from dit_runtime.bundle.manifest import ModelSpec, PrecisionSpec
 from dit_runtime.bundle.precision import TENSORRT_DATATYPES, Precision, is_kept
 from dit_runtime.core.decode import decode
 
-# Of the work outside the units that a policy keeps in FP32, the least in the graph's own precision. Measured: 100 % in
-# every graph of every variant.
+# The least share of the multiply-adds that must be in the graph's own precision, outside the units that a policy keeps
+# in FP32. Measured: 100 % in every graph of every variant.
 LEAST_SHARE = 0.99
-# Precisions that this audit can judge.
+# The precisions that this audit knows.
 JUDGED = (Precision.FP32, Precision.FP16)
-# Where datatypes are not told: an engine's weights over the bundle's, which FP32 would double (RTX's are within
-# 10 %), and what a plan may have besides, in bytes, where its weights alone are not told either.
+# For a builder that does not tell datatypes: the largest ratio of an engine's weights to the bundle's weights, which
+# would be 2 in FP32 (RTX's is within 10 % of 1); and the bytes that a plan may have besides its weights, for a builder
+# that tells only the plan's size.
 WEIGHTS_MOST, CODE_BYTES = 1.5, 24_000_000
-# Of convolutions it is asked only where most are not told: a builder may hold their filters transformed, and larger.
+# Weights of decoder and encoder are compared only where less than this share of the datatypes is known: a builder may
+# store the filters of convolutions transformed, which makes them larger.
 CODERS, TOLD_SHARE = ("decoder", "encoder"), 0.5
-LARGEST = 5  # kernels listed
+LARGEST = 5  # kernels that an audit lists
 
 
 @dataclass(frozen=True)
 class LargeKernel:
-    """One of the largest kernels: its part of the profile's multiply-adds, and the datatype it multiplies in."""
+    """One of the largest kernels: its share of the profile's multiply-adds, and the datatype of its products."""
 
     name: str
     share: float
@@ -44,14 +46,14 @@ class ProfileAudit:
     """Counts of one optimization profile.
 
     Attributes:
-        kernels: launches, without host arithmetic and synchronization.
+        kernels: kernel launches, without host arithmetic and synchronization.
         synchronizations: waits and signals between streams.
-        fused_attention: attentions in one kernel each.
-        reformats: kernels that only move or cast data.
-        casts: those of ``reformats`` that change the datatype.
-        activation_bytes: device memory at the profile's largest shapes.
-        multiplied: multiply-adds at the profile's usual shapes by datatype, an empty one where it is not told.
-        kept: as ``multiplied``, of the units that the precision policy keeps in FP32; not in ``multiplied``.
+        fused_attention: attentions that are one kernel each.
+        reformats: kernels that only move data or change its datatype.
+        casts: the kernels of ``reformats`` that change the datatype.
+        activation_bytes: device memory of the activations at the profile's largest shapes.
+        multiplied: multiply-adds at the profile's usual shapes by datatype; the empty name is an unknown datatype.
+        kept: as ``multiplied``, for the units that the precision policy keeps in FP32; ``multiplied`` is without them.
         unread: multiply-adds of ONNX nodes that no kernel names.
         largest: the kernels with the most multiply-adds.
     """
@@ -69,23 +71,23 @@ class ProfileAudit:
 
     @property
     def fp16_share(self) -> float:
-        """Share of all multiply-adds with a known datatype that are in FP16."""
+        """The share of FP16 in all multiply-adds whose datatype is known."""
         known = [*self.multiplied.items(), *self.kept.items()]
         total = sum(count for dtype, count in known if dtype)
         half = TENSORRT_DATATYPES[Precision.FP16]
         return sum(count for dtype, count in known if dtype == half) / total if total else 0.0
 
     def share_in(self, precision: Precision) -> float:
-        """Share of the multiply-adds in a precision, outside the units that the policy keeps in FP32.
+        """The share of a precision in the multiply-adds outside the units that the policy keeps in FP32.
 
-        Of those with a known datatype; 1 where none is known.
+        Multiply-adds of unknown datatype are left out; the share is 1 where no datatype is known.
         """
         total = sum(count for dtype, count in self.multiplied.items() if dtype)
         return self.multiplied.get(TENSORRT_DATATYPES[precision], 0) / total if total else 1.0
 
     @property
     def known_share(self) -> float:
-        """Share of the multiply-adds whose kernel and datatype could be read."""
+        """The share of all multiply-adds whose kernel and datatype are known."""
         counts = [*self.multiplied.items(), *self.kept.items()]
         total = sum(count for _, count in counts) + self.unread
         return sum(count for dtype, count in counts if dtype) / total if total else 1.0
@@ -93,14 +95,14 @@ class ProfileAudit:
 
 @dataclass
 class Audit:
-    """One engine: weights and a ``ProfileAudit`` per optimization profile."""
+    """The audit of one plan: bytes of its weights, and a ``ProfileAudit`` for each optimization profile."""
 
     weights_bytes: int
     profiles: list[ProfileAudit]
 
 
 def audit_from_json(raw: Mapping[str, Any]) -> Audit:
-    """An audit as a sidecar holds it. Raises DecodeError for anything else."""
+    """Decode an audit from a sidecar's JSON. Raises DecodeError where a value is missing or invalid."""
     return decode(Audit, raw, "audit")
 
 
@@ -111,22 +113,24 @@ def audit_of(
     activation_bytes: Sequence[int],
     keep_fp32: Sequence[str] = (),
 ) -> Audit:
-    """Count an engine's kernels.
+    """Count the kernels of a plan and their multiply-adds.
 
     Args:
-        kernels: of all profiles.
-        work: for each profile the multiply-adds of each ONNX node at its usual shapes (``graph_work``).
-        weights_bytes: of the engine.
-        activation_bytes: of each profile.
-        keep_fp32: units of the graph, by their names' prefixes, that stay FP32.
+        kernels: the kernels of all profiles.
+        work: for each profile, the multiply-adds of each ONNX node at the profile's usual shapes (``work_of_graph``).
+        weights_bytes: bytes of the plan's weights.
+        activation_bytes: bytes of each profile's activations.
+        keep_fp32: the units that the precision policy keeps in FP32.
     """
     profiles = []
-    for own, macs, size in zip(by_profile(kernels, len(work)), work, activation_bytes, strict=True):
-        profiles.append(_profile(own, macs, size, keep_fp32))
+    for own, macs, size in zip(split_by_profile(kernels, len(work)), work, activation_bytes, strict=True):
+        profiles.append(_audit_profile(own, macs, size, keep_fp32))
     return Audit(weights_bytes, profiles)
 
 
-def _profile(kernels: Sequence[Kernel], macs: Mapping[str, int], size: int, keep_fp32: Sequence[str]) -> ProfileAudit:
+def _audit_profile(
+    kernels: Sequence[Kernel], macs: Mapping[str, int], size: int, keep_fp32: Sequence[str]
+) -> ProfileAudit:
     found = ProfileAudit(activation_bytes=size)
     sizes: list[tuple[int, Kernel]] = []
     makers: dict[str, int] = {}
@@ -145,7 +149,7 @@ def _profile(kernels: Sequence[Kernel], macs: Mapping[str, int], size: int, keep
         found.casts += kernel.is_cast
         own = 0
         for node in sorted(set(kernel.nodes) & macs.keys()):
-            share = macs[node] // makers[node]  # of a node that several kernels do, each is taken to do as much
+            share = macs[node] // makers[node]  # kernels that share a node are assumed to do equal parts of it
             counts = found.kept if is_kept(unit_of_node(node), keep_fp32) else found.multiplied
             counts[kernel.dtype] = counts.get(kernel.dtype, 0) + share
             own += share
@@ -162,19 +166,28 @@ def _profile(kernels: Sequence[Kernel], macs: Mapping[str, int], size: int, keep
 
 
 def unit_of_node(node: str) -> str:
-    """``blocks.0.mlp.fc1/MatMul`` → ``blocks.0.mlp.fc1``: the unit of the precision policy that an ONNX node is in."""
+    """The unit of the precision policy that an ONNX node is in: ``blocks.0.mlp.fc1/MatMul`` → ``blocks.0.mlp.fc1``."""
     return node.partition("/")[0]
 
 
 def find_problems(
     audit: Audit, graph: str, model: ModelSpec, precision: PrecisionSpec, bundle_bytes: int | None = None
 ) -> list[str]:
-    """What was asked for and not had: empty when the engine is as the bundle's precision says.
+    """Find where a plan is not as the bundle's precision asks.
 
-    Where the builder does not tell datatypes, the size of the weights does: ``bundle_bytes`` are the graph's own.
+    Args:
+        audit: of the plan.
+        graph: name of the graph.
+        model: the transformer.
+        precision: the bundle's precision policy.
+        bundle_bytes: bytes of the graph's weights in the bundle. They are compared with the plan's weights where the
+            builder does not tell datatypes; None skips that.
+
+    Returns:
+        A line for each problem; empty for a sound plan.
     """
     if precision.name not in JUDGED:
-        return [f"{graph}: precision {precision.name} is unknown to the audit, which knows {' and '.join(JUDGED)}"]
+        return [f"{graph}: the audit does not know the precision {precision.name}, only {' and '.join(JUDGED)}"]
     found = []
     half, word = precision.name == Precision.FP16, precision.name.upper()
     told = all(profile.known_share >= (TOLD_SHARE if graph in CODERS else LEAST_SHARE) for profile in audit.profiles)
@@ -185,22 +198,22 @@ def find_problems(
         and audit.weights_bytes > WEIGHTS_MOST * bundle_bytes + CODE_BYTES
     ):
         found.append(
-            f"{graph}: its weights take {in_words(audit.weights_bytes)}, the bundle's {in_words(bundle_bytes)}, so "
-            "that they are not FP16, and the builder does not tell"
+            f"{graph}: the plan's weights take {describe_bytes(audit.weights_bytes)}, the bundle's take "
+            f"{describe_bytes(bundle_bytes)}, so they are not FP16; the builder does not tell their datatypes"
         )
     for index, profile in enumerate(audit.profiles):
         where = f"{graph}, profile {index}"
         share = profile.share_in(precision.name)
         if share < LEAST_SHARE and not is_kept(graph, precision.keep_fp32):
-            found.append(f"{where}: {share:.1%} of the multiply-adds are {word} where {LEAST_SHARE:.0%} should be")
-        expected = expected_attentions(model, precision)
+            found.append(f"{where}: {share:.1%} of the multiply-adds are {word}, expected at least {LEAST_SHARE:.0%}")
+        expected = count_expected_attentions(model, precision)
         if graph == "step" and profile.fused_attention < expected:
             found.append(f"{where}: {profile.fused_attention} of {expected} attentions fused")
     return found
 
 
-def expected_attentions(model: ModelSpec, precision: PrecisionSpec) -> int:
-    """How many attentions of the step a FP16 builder should fuse: those of blocks that the policy does not keep."""
+def count_expected_attentions(model: ModelSpec, precision: PrecisionSpec) -> int:
+    """Count the attentions of the step that a builder should fuse: in FP16, those that the policy does not keep."""
     if precision.name != Precision.FP16 or not can_fuse_attention(model):
         return 0
     kept = [block for block in range(model.depth) if _keeps_attention(precision, block)]
@@ -208,7 +221,7 @@ def expected_attentions(model: ModelSpec, precision: PrecisionSpec) -> int:
 
 
 def _keeps_attention(precision: PrecisionSpec, block: int) -> bool:
-    """Whether the policy keeps an attention of a block in FP32, or a part of one."""
+    """Whether the policy keeps an attention of a block, or a part of one, in FP32."""
     units = (f"blocks.{block}.attn", f"blocks.{block}.cross_attn")
     return any(
         is_kept(unit, precision.keep_fp32) or is_kept(kept, [unit]) for unit in units for kept in precision.keep_fp32
@@ -216,7 +229,11 @@ def _keeps_attention(precision: PrecisionSpec, block: int) -> bool:
 
 
 def find_unknowns(audit: Audit, graph: str) -> list[str]:
-    """What the audit could not see, which is no fault of the engine."""
+    """Find what the audit could not read. That is not a fault of the engine.
+
+    Returns:
+        A line for each profile whose datatypes the builder does not tell.
+    """
     return [
         f"{graph}, profile {index}: the builder tells the datatype of {profile.known_share:.0%} of the multiply-adds"
         for index, profile in enumerate(audit.profiles)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from dit_engines.targets import GIB, RTX_COMPUTE_CAPABILITIES, TARGETS, Target, check_kernels, target_named
 from dit_runtime.backends.tensorrt import api as tensorrt_api
-from dit_runtime.backends.tensorrt.cuda import DeviceFacts, device
-from dit_runtime.backends.tensorrt.store import described
+from dit_runtime.backends.tensorrt.cuda import DeviceFacts, read_device
+from dit_runtime.backends.tensorrt.store import describe_platform
 from dit_runtime.core.errors import BuildError, EngineError
 
 DEFAULT_RTX = "8.9"
@@ -42,8 +42,8 @@ class BuildHost:
         """The version as numbers."""
         return tensorrt_api.TensorRT(None, self.library, self.version).numbers
 
-    def in_words(self) -> str:
-        return described(self.library, self.version, self.compute_capability, self.gpu)
+    def describe(self) -> str:
+        return describe_platform(self.library, self.version, self.compute_capability, self.gpu)
 
 
 def build_host_for(
@@ -51,8 +51,8 @@ def build_host_for(
     compute_capability: str | None = None,
     *,
     command: str = "",
-    find_gpu: Callable[[], DeviceFacts] = device,
-    import_library: Callable[[str], tensorrt_api.TensorRT] = tensorrt_api.library,
+    find_gpu: Callable[[], DeviceFacts] = read_device,
+    import_library: Callable[[str], tensorrt_api.TensorRT] = tensorrt_api.import_library,
 ) -> BuildHost:
     """Where a target is built. The device of a target that is built on its device must be the one here.
 

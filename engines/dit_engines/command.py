@@ -192,10 +192,10 @@ def _print_engine(request: BuildRequest) -> int:
 
     from dit_engines.build import as_json, engine_from_bundle
     from dit_engines.listings import format_engine
-    from dit_engines.preflight import built_graphs, need_at
+    from dit_engines.preflight import need_at, stored_graphs_from_built
 
     engine = engine_from_bundle(bundle, recipe, request.store, host, request.timing_cache, _say)
-    need = need_at(bundle, recipe, built_graphs(engine.graphs), recipe.batch, estimated=False)
+    need = need_at(bundle, recipe, stored_graphs_from_built(engine.graphs), recipe.batch, estimated=False)
     if request.json:
         print_json({**as_json(engine), "memory_bytes": need.total})
     else:

@@ -153,7 +153,7 @@ def find_engine(folder: Path, recipe: Recipe) -> BuiltEngine | None:
         raw = read_sidecar(folder)
         stored = engine_from_sidecar(folder, raw)
         for graph in stored.graphs:
-            stored.plan(graph)
+            stored.find_plan(graph)
         return _engine_from_sidecar(stored, raw, recipe)
     except (EngineError, KeyError, TypeError, ValueError):
         return None

@@ -37,7 +37,7 @@ class GraphWork:
     live_bytes: int
 
 
-def graph_work(onnx_path: Path, shapes: Mapping[str, Shape]) -> GraphWork:
+def work_of_graph(onnx_path: Path, shapes: Mapping[str, Shape]) -> GraphWork:
     """The work of a graph for inputs of ``shapes``. A node with an unknown shape counts for nothing."""
     import onnx
 

@@ -1,9 +1,9 @@
-"""The kernels of an engine, read from the builder's log or from the engine's inspector.
+"""Read an engine's kernels from the builder's log or from the engine's inspector.
 
-TensorRT-RTX engines cannot be loaded on a machine without a GPU, so there is no inspector: the builder's verbose
-``Layers:`` message lists every kernel with its datatypes and the ONNX nodes it came from, in the inspector's own terms.
-TensorRT's inspector gives JSON. Its fields changed: 10.x writes ``"Format/Datatype": "Half"``, and ``N/A due to dynamic
-shapes`` where it does not say; later releases ``"Datatype"`` beside ``"Format"``.
+A machine without a GPU cannot load an engine of TensorRT-RTX, so it cannot use the inspector. But the builder's verbose
+message ``Layers:`` lists every kernel with its datatypes and its ONNX nodes, in the inspector's words. The inspector of
+TensorRT returns JSON. Its fields have changed: 10.x writes ``"Format/Datatype": "Half"``, or ``N/A due to dynamic
+shapes`` for an unknown datatype. Later releases write ``"Datatype"`` beside ``"Format"``.
 """
 
 from __future__ import annotations
@@ -22,21 +22,26 @@ _TENSOR = re.compile(r"Dimensions: \[(?P<Dimensions>[\d,\-]*)\][^}]*?Datatype: (
 _NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 _SUBGRAPH = re.compile(r"_myl(\d+)_\d+$")
 _PROFILE = re.compile(r" \[profile (\d+)\]$")
-# A datatype in the words of a format, or in the name of a tactic such as sm80_xmma_gemm_f16f16_f16f32_f32_tn_n.
+# Words for each datatype: in a format, or in the name of a tactic such as sm80_xmma_gemm_f16f16_f16f32_f32_tn_n.
 _WORDS = {"Half": ("Half", "FP16", "f16f16", "h16816", "h1688", "h884"), "Float": ("Float", "FP32", "f32f32", "tf32")}
 FUSED_ATTENTION = "_gemm_mha"
-# Names of generated kernels are the operations in them: __myl_MoveTranSlic. These move data, and Cast changes its type.
+# The name of a generated kernel lists its operations: __myl_MoveTranSlic. These move data, and Cast changes its type.
 _MOVES = ("Move", "Mov", "Tran", "Tra", "Resh", "Res", "Slic", "Sli", "Conc", "Repl", "Rep", "Expa", "Squ", "Unsq")
 _CASTS = ("Cast", "Cas")
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel. ``dtype`` is what it multiplies in (``Half``, ``Float``, …), empty where that is not told.
+    """A kernel of an engine.
 
-    ``nodes`` are those of the ONNX that it does; ``weights`` the elements of its matrices and filters; ``subgraph`` the
-    number that the compiler gave to the part of the network it is in, ``profile`` that of its optimization profile
-    where its name says so.
+    Attributes:
+        name: the builder's name.
+        kind: the inspector's layer type, in lower case.
+        nodes: the ONNX nodes that the kernel computes.
+        weights: the number of values in its matrices and filters.
+        dtype: the datatype of its products (``Half``, ``Float``, …); empty where it is unknown.
+        subgraph: number of the compiled part of the network that the kernel is in; None where its name has none.
+        profile: index of its optimization profile; None where its name has none.
     """
 
     name: str
@@ -49,12 +54,12 @@ class Kernel:
 
     @property
     def is_host(self) -> bool:
-        """Shape arithmetic on the host: no kernel at all."""
+        """Whether this is arithmetic on shapes, which the host does, and no kernel."""
         return self.kind in ("shape_call", "shape_host", "shapehosttodevice", "noop")
 
     @property
     def is_synchronization(self) -> bool:
-        """A wait or signal between the streams of an engine."""
+        """Whether this is a wait or a signal between the engine's streams."""
         return self.kind in ("wait", "signal")
 
     @property
@@ -63,25 +68,25 @@ class Kernel:
 
     @property
     def is_reformat(self) -> bool:
-        """It moves data, or changes its type, and computes nothing."""
-        return self.kind in ("reformat", "shuffle") or self._only(_MOVES + _CASTS)
+        """Whether the kernel only moves data or changes its datatype."""
+        return self.kind in ("reformat", "shuffle") or self._has_only(_MOVES + _CASTS)
 
     @property
     def is_cast(self) -> bool:
-        """A reformat that changes the datatype."""
-        return self.is_reformat and any(word in _CASTS for word in self._words())
+        """Whether the kernel is a reformat that changes the datatype."""
+        return self.is_reformat and any(word in _CASTS for word in self._split_name())
 
-    def _words(self) -> list[str]:
+    def _split_name(self) -> list[str]:
         name = self.name.partition("__myl_")[2].partition("_myl")[0]
         return re.findall(r"[A-Z][a-z]*", name)
 
-    def _only(self, words: Sequence[str]) -> bool:
-        found = self._words()
+    def _has_only(self, words: Sequence[str]) -> bool:
+        found = self._split_name()
         return bool(found) and all(word in words for word in found)
 
 
 def kernels_from_log(message: str) -> list[Kernel]:
-    """Kernels of the builder's ``Layers:`` message, in its order."""
+    """Kernels of the builder's message ``Layers:``, in its order. Other lines are skipped."""
     found = []
     for line in message.splitlines():
         if (match := _LINE.match(line.strip())) is None:
@@ -89,7 +94,7 @@ def kernels_from_log(message: str) -> list[Kernel]:
         layer: dict[str, Any] = match.groupdict()
         for field in ("Inputs", "Constants", "Outputs"):
             layer[field] = [
-                {"Dimensions": _numbers(tensor["Dimensions"]), "Datatype": tensor["Datatype"]}
+                {"Dimensions": _numbers_from_text(tensor["Dimensions"]), "Datatype": tensor["Datatype"]}
                 for tensor in _TENSOR.finditer(layer[field])
             ]
         found.append(kernel_from_layer(layer))
@@ -97,19 +102,27 @@ def kernels_from_log(message: str) -> list[Kernel]:
 
 
 def kernel_from_layer(layer: Mapping[str, Any]) -> Kernel:
-    """A kernel from a layer of the inspector's JSON. What is not in it is taken as not told."""
+    """A kernel from a layer of the inspector's JSON. A missing field counts as unknown."""
     name, metadata = str(layer.get("Name", "")), str(layer.get("Metadata") or "")
-    constants = [_tensor(item) for item in _items(layer.get("Constants"))]
+    constants = [_sizes_and_datatype_of(item) for item in _mappings_in(layer.get("Constants"))]
     matrices = [(sizes, dtype) for sizes, dtype in constants if sum(size > 1 for size in sizes) >= 2]
     weights, dtype = sum(math.prod(sizes) for sizes, _ in matrices), ""
     own = layer.get("Weights")
     if matrices:
         dtype = max(matrices, key=lambda item: math.prod(item[0]))[1]
     elif isinstance(own, Mapping):
-        weights, dtype = int(own.get("Count", 0)), _datatype(str(own.get("Type", "")))
+        weights, dtype = int(own.get("Count", 0)), _datatype_from_text(str(own.get("Type", "")))
     if not dtype:
-        inputs = {found for _, found in map(_tensor, _items(layer.get("Inputs"))) if found in _WORDS}
-        dtype = "Float" if "Float" in inputs else "Half" if inputs else _datatype(str(layer.get("TacticName") or ""))
+        inputs = {
+            found for _, found in map(_sizes_and_datatype_of, _mappings_in(layer.get("Inputs"))) if found in _WORDS
+        }
+        dtype = (
+            "Float"
+            if "Float" in inputs
+            else "Half"
+            if inputs
+            else _datatype_from_text(str(layer.get("TacticName") or ""))
+        )
     subgraph, profile = _SUBGRAPH.search(name), _PROFILE.search(name)
     return Kernel(
         name=name,
@@ -122,10 +135,14 @@ def kernel_from_layer(layer: Mapping[str, Any]) -> Kernel:
     )
 
 
-def by_profile(kernels: Sequence[Kernel], count: int) -> list[list[Kernel]]:
-    """Kernels of each of ``count`` optimization profiles, by their names.
+def split_by_profile(kernels: Sequence[Kernel], count: int) -> list[list[Kernel]]:
+    """Split kernels by their optimization profile, which is read from their names.
 
-    Compiled subgraphs are numbered through all profiles, each of which has as many of them.
+    The compiled subgraphs are numbered through all profiles, and every profile has the same number of them.
+
+    Args:
+        kernels: of all profiles.
+        count: the number of profiles.
     """
     numbers = sorted({kernel.subgraph for kernel in kernels if kernel.subgraph is not None})
     each = max(len(numbers) // count, 1)
@@ -138,21 +155,21 @@ def by_profile(kernels: Sequence[Kernel], count: int) -> list[list[Kernel]]:
     return found
 
 
-def _items(value: Any) -> list[Mapping[str, Any]]:
+def _mappings_in(value: Any) -> list[Mapping[str, Any]]:
     return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list) else []
 
 
-def _tensor(item: Mapping[str, Any]) -> tuple[list[int], str]:
+def _sizes_and_datatype_of(item: Mapping[str, Any]) -> tuple[list[int], str]:
     told = item.get("Datatype") or item.get("DataType") or item.get("Format/Datatype") or ""
-    return [size for size in item.get("Dimensions") or [] if isinstance(size, int)], _datatype(str(told))
+    return [size for size in item.get("Dimensions") or [] if isinstance(size, int)], _datatype_from_text(str(told))
 
 
-def _datatype(text: str) -> str:
+def _datatype_from_text(text: str) -> str:
     for dtype, words in _WORDS.items():
         if any(word in text for word in words):
             return dtype
     return "" if not text or text.startswith("N/A") else text.split()[0] if text[0].isupper() else ""
 
 
-def _numbers(text: str) -> list[int]:
+def _numbers_from_text(text: str) -> list[int]:
     return [int(number) for number in text.split(",") if number]

@@ -6,7 +6,7 @@ from dit_engines.audit import find_unknowns
 from dit_engines.engine_store import BuiltEngine, BuiltGraph
 from dit_engines.recipe import Recipe
 from dit_runtime.backends.tensorrt.memory import Need
-from dit_runtime.backends.tensorrt.store import described
+from dit_runtime.backends.tensorrt.store import describe_platform
 from dit_runtime.bundle.reader import Bundle
 
 
@@ -20,7 +20,7 @@ def format_engine(engine: BuiltEngine, bundle: Bundle, need: Need, explain: bool
         why = engine.explanation or ("nothing differs",)
         lines += ["why: " + "; ".join(why)]
     lines += [
-        f"{engine.folder}: {state} for {described(library, version, recipe.compute_capability, None)}, batch ≤ "
+        f"{engine.folder}: {state} for {describe_platform(library, version, recipe.compute_capability, None)}, batch ≤ "
         f"{recipe.batch} (the builder's own figures)",
         f"{'graph':<20} {'weights':>10} {'activations':>12} {'kernels':>8} {'reformats':>10} {'waits':>6} "
         f"{'fused attention':>16} {'in FP16':>8}",
@@ -39,7 +39,7 @@ def format_engine(engine: BuiltEngine, bundle: Bundle, need: Need, explain: bool
             names = ", ".join(f"{item.name.split(' ')[0]} {item.share:.1%}" for item in largest[:3])
             lines.append(f"largest kernels of the step by multiply-adds: {names}")
         lines += find_unknowns(built.audit, built.graph)
-    lines.append(f"sampling {recipe.batch} with {recipe.branches[-1]} branches needs {need.in_words()}")
+    lines.append(f"sampling {recipe.batch} with {recipe.branches[-1]} branches needs {need.describe()}")
     return "\n".join(lines)
 
 

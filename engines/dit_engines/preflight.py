@@ -1,4 +1,4 @@
-"""Whether what a recipe makes will fit the device, asked before it is built and again with the builder's figures."""
+"""Check that the device has memory for a recipe's engine: before the build, and again with the builder's figures."""
 
 from __future__ import annotations
 
@@ -8,30 +8,37 @@ from dataclasses import replace
 
 from dit_engines.build_host import BuildHost
 from dit_engines.engine_store import BuiltGraph
-from dit_engines.graph_work import graph_work
+from dit_engines.graph_work import work_of_graph
 from dit_engines.recipe import USUAL_STEPS, Recipe, profiles_of
 from dit_runtime.backends.tensorrt.memory import (
     Need,
-    available_bytes,
     check_fits,
+    estimate_available_bytes,
     need_of,
 )
 from dit_runtime.backends.tensorrt.store import StoredGraph
 from dit_runtime.bundle.reader import Bundle
 
-# RTX 1.7's builder gives each graph of small models 8 MiB beyond the tensors that are alive at once.
+# The builder of RTX 1.7 gives each graph of a small model 8 MiB more than its live tensors need.
 BUILDER_BYTES = 8 << 20
 
 
-def usual_rows(recipe: Recipe, batch: int) -> int:
-    """Rows of the conditioning table of 50 steps, each image of another class; the null class's are shared."""
+def count_usual_rows(recipe: Recipe, batch: int) -> int:
+    """Count the rows of the conditioning table for 50 steps, with another class for each image and one null class."""
     return min(USUAL_STEPS * (batch + recipe.branches[-1] - 1), recipe.rows)
 
 
-def estimated_graphs(bundle: Bundle, recipe: Recipe, graphs: tuple[str, ...]) -> dict[str, StoredGraph]:
-    """Weights as the bundle holds them, and activations by what lives at once in the ONNX, at each profile's largest.
+def estimate_graphs(bundle: Bundle, recipe: Recipe, graphs: tuple[str, ...]) -> dict[str, StoredGraph]:
+    """Estimate each graph's memory before the build.
 
-    An estimate: a builder fuses, so that it holds less, and gives its convolutions workspace, which comes on top.
+    The weights are the bundle's. The activations are the tensors that are alive at the same time in the ONNX, at each
+    profile's largest shapes. A builder's figures differ: it needs less where it fuses operations, and more for the
+    workspace of convolutions.
+
+    Args:
+        bundle: at the size in use.
+        recipe: what to build.
+        graphs: names of the graphs.
     """
     found = {}
     for name in graphs:
@@ -39,7 +46,7 @@ def estimated_graphs(bundle: Bundle, recipe: Recipe, graphs: tuple[str, ...]) ->
         profiles = profiles_of(graph, recipe, bundle.manifest)
         path = bundle.path / graph.file
         live = [
-            graph_work(path, {tensor: points[2] for tensor, points in profile.items()}).live_bytes
+            work_of_graph(path, {tensor: points[2] for tensor, points in profile.items()}).live_bytes
             for profile in profiles
         ]
         weights = bundle.manifest.files[graph.weights].bytes
@@ -48,8 +55,8 @@ def estimated_graphs(bundle: Bundle, recipe: Recipe, graphs: tuple[str, ...]) ->
     return found
 
 
-def built_graphs(graphs: tuple[BuiltGraph, ...]) -> dict[str, StoredGraph]:
-    """The builder's own figures in the store's terms."""
+def stored_graphs_from_built(graphs: tuple[BuiltGraph, ...]) -> dict[str, StoredGraph]:
+    """Built graphs, with the builder's figures, as the runtime's ``StoredGraph``."""
     return {
         built.graph: StoredGraph(
             graph=built.graph,
@@ -65,9 +72,16 @@ def built_graphs(graphs: tuple[BuiltGraph, ...]) -> dict[str, StoredGraph]:
 
 
 def need_at(bundle: Bundle, recipe: Recipe, graphs: Mapping[str, StoredGraph], batch: int, estimated: bool) -> Need:
-    """What sampling needs with engines for no more than ``batch`` images.
+    """The memory that sampling needs with an engine for at most ``batch`` images.
 
-    A smaller engine than the recipe's is taken to need activations in proportion.
+    The activations and tensors of an engine for a smaller batch than the recipe's are assumed to be in proportion.
+
+    Args:
+        bundle: at the size in use.
+        recipe: of the engine.
+        graphs: the memory of each graph.
+        batch: images in one call.
+        estimated: whether ``graphs`` are estimates.
     """
     scaled = {
         name: replace(
@@ -78,19 +92,28 @@ def need_at(bundle: Bundle, recipe: Recipe, graphs: Mapping[str, StoredGraph], b
         for name, graph in graphs.items()
     }
     need = need_of(
-        bundle.manifest, scaled, recipe.batch, recipe.branches[-1], usual_rows(recipe, batch), estimated=estimated
+        bundle.manifest, scaled, recipe.batch, recipe.branches[-1], count_usual_rows(recipe, batch), estimated=estimated
     )
     return replace(need, buffers=math.ceil(need.buffers * batch / recipe.batch))
 
 
-def check_memory(bundle: Bundle, recipe: Recipe, place: BuildHost, graphs: tuple[str, ...]) -> Need | None:
-    """The estimated need before a build; None where the device's memory is not known.
+def check_memory(bundle: Bundle, recipe: Recipe, host: BuildHost, graphs: tuple[str, ...]) -> Need | None:
+    """Check before a build that the device has memory for the engine, and return the estimated need.
+
+    Args:
+        bundle: at the size in use.
+        recipe: what to build.
+        host: the build host, with its device's memory.
+        graphs: names of the graphs to build.
+
+    Returns:
+        None where the device's memory is unknown.
 
     Raises:
-        EngineError: more than the device has, with the batch that would fit.
+        EngineError: the device has too little memory. The message has the largest batch that fits.
     """
-    if place.memory_bytes is None:
+    if host.memory_bytes is None:
         return None
-    estimate = estimated_graphs(bundle, recipe, graphs)
-    available = available_bytes(place.memory_bytes, place.shared_memory)
+    estimate = estimate_graphs(bundle, recipe, graphs)
+    available = estimate_available_bytes(host.memory_bytes, host.shared_memory)
     return check_fits(lambda batch: need_at(bundle, recipe, estimate, batch, True), recipe.batch, available)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dit_engines.targets import RTX_COMPUTE_CAPABILITIES, target_named
-from dit_runtime.backends.conditioning import TableLimits, row_bytes
+from dit_runtime.backends.conditioning import TableLimits, bytes_of_row
 from dit_runtime.backends.profiles import Profile, Shape
 from dit_runtime.bundle.manifest import GraphSpec, Manifest, ModelSpec
 from dit_runtime.core.errors import BuildError
@@ -180,7 +180,7 @@ def _profile_for(
     most = recipe.rows
     if any(tensor.name == manifest.table.name for tensor in graph.outputs):
         # The conditioner computes no more rows in one call, and the block that all contexts share grows with them.
-        most = min(most, max(TableLimits().conditioner_bytes // row_bytes(manifest.table), 2))
+        most = min(most, max(TableLimits().conditioner_bytes // bytes_of_row(manifest.table), 2))
     # Of 50 steps, with the null class's rows where there is guidance.
     rows = (1, min(USUAL_STEPS * branches[1], most), most)
 

@@ -19,10 +19,10 @@ from dit_engines.engine_store import (
     write_sidecar,
 )
 from dit_engines.recipe import Recipe
-from dit_runtime.backends.tensorrt.api import library
+from dit_runtime.backends.tensorrt.api import import_library
 from dit_runtime.backends.tensorrt.cuda import CudaRuntime
 from dit_runtime.backends.tensorrt.engine import TensorRtEngine
-from dit_runtime.backends.tensorrt.store import stored_engine
+from dit_runtime.backends.tensorrt.store import read_engine
 from dit_runtime.bench.parts import (
     DECODER,
     GUIDED,
@@ -127,7 +127,7 @@ def measure_on_gpu(bundle: Bundle, recipe: Recipe, host: BuildHost) -> Measure |
     def measure(folder: Path, graphs: Sequence[BuiltGraph]) -> OnDevice:
         digest = sha256_of(folder / TIMING_CACHE)
         write_sidecar(folder, sidecar_of(bundle, recipe, host, identity, graphs, digest))
-        engine = TensorRtEngine(bundle, stored_engine(folder), library(host.library), CudaRuntime())
+        engine = TensorRtEngine(bundle, read_engine(folder), import_library(host.library), CudaRuntime())
         try:
             rungs = verification_of(bundle, engine, quick=True).rungs
             parts = time_parts(bundle, engine, 1, STEPS, CALLS)

@@ -102,9 +102,9 @@ class Target:
         return 1 if self.library == "tensorrt" and version < SEVERAL_PROFILES else None
 
     def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "profiles": self.profiles_in_words()}
+        return {**asdict(self), "profiles": self.describe_profiles()}
 
-    def profiles_in_words(self) -> str:
+    def describe_profiles(self) -> str:
         """``any``, or the number before the version that allows any."""
         return "1 before 10.8" if self.profile_limit(self.least) else "any"
 
@@ -177,6 +177,6 @@ def format_targets() -> str:
         level = "default" if target.optimization_level is None else str(target.optimization_level)
         lines.append(
             f"{target.name:<10} {name:<22} {target.compute_capability or '-':>5} {memory:>7} {bandwidth:>6} "
-            f"{target.profiles_in_words():>14} {target.workspace_bytes // GIB:>6} GiB {level:>7}  {target.releases}"
+            f"{target.describe_profiles():>14} {target.workspace_bytes // GIB:>6} GiB {level:>7}  {target.releases}"
         )
     return "\n".join(lines)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_engines.audit import Audit, audit_of
-from dit_engines.graph_work import graph_work
+from dit_engines.graph_work import work_of_graph
 from dit_engines.kernels import Kernel, kernel_from_layer, kernels_from_log
 from dit_runtime.backends.tensorrt import api as tensorrt_api
 from dit_runtime.core.errors import DiTError
@@ -81,7 +81,7 @@ class _Share:
 
 
 def _build_plan(request: dict[str, Any], cancelled: threading.Event) -> dict[str, Any]:
-    library = tensorrt_api.library(request["library"])
+    library = tensorrt_api.import_library(request["library"])
     layers: list[str] = []
     memory: dict[str, list[int]] = {"Weights": [], "Activation": []}
     share = _Share()
@@ -102,14 +102,14 @@ def _build_plan(request: dict[str, Any], cancelled: threading.Event) -> dict[str
         Path(request["onnx"]),
         request["profiles"],
         log=log,
-        reported=report,
+        report=report,
         workspace_bytes=request["workspace_bytes"],
         optimization_level=request["optimization_level"],
         compute_capability=request["compute_capability"] if library.name == "tensorrt_rtx" else None,
         auxiliary_streams=request["auxiliary_streams"],
         timing_cache=None if cache is None else Path(cache).read_bytes(),
     )
-    plan = tensorrt_api.as_bytes(built.plan)
+    plan = tensorrt_api.bytes_of_plan(built.plan)
     _write(Path(request["plan"]), plan)
     _write(Path(request["timing_cache_out"]), built.timing_cache)
     kernels = kernels_from_log("\n".join(layers))
@@ -122,17 +122,17 @@ def _build_plan(request: dict[str, Any], cancelled: threading.Event) -> dict[str
 
 def _inspect_plan(library: tensorrt_api.TensorRT, plan: memoryview) -> tuple[list[Kernel], list[int]]:
     """Kernels and activation memory of a plan that this process built."""
-    own_logger = tensorrt_api.logger(library, lambda *_: None)
-    runtime = tensorrt_api.runtime_of(library, own_logger)
+    own_logger = tensorrt_api.make_logger(library, lambda *_: None)
+    runtime = tensorrt_api.make_runtime(library, own_logger)
     engine = tensorrt_api.engine_from_plan(runtime, plan)
     profiles = range(len(tensorrt_api.profiles_of(library, engine)))
     kernels = [kernel_from_layer(layer.details) for layer in tensorrt_api.layers_of(library, engine)]
-    return kernels, [tensorrt_api.activation_bytes(engine, index) for index in profiles]
+    return kernels, [tensorrt_api.activation_bytes_of(engine, index) for index in profiles]
 
 
 def _audit_plan(kernels: Sequence[Kernel], activations: Sequence[int], weights: int, request: dict[str, Any]) -> Audit:
     usual = [{name: tuple(points[1]) for name, points in profile.items()} for profile in request["profiles"]]
-    work = [graph_work(Path(request["onnx"]), shapes).macs for shapes in usual]
+    work = [work_of_graph(Path(request["onnx"]), shapes).macs for shapes in usual]
     sizes = [*activations, *([0] * len(usual))][: len(usual)]
     return audit_of(kernels, work, weights, sizes, request["keep_fp32"])
 

@@ -1,4 +1,4 @@
-"""Labels and seeds in, images out: sampling in numpy around an engine."""
+"""Sample images from labels and seeds: numpy code around an engine."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from dit_runtime.sampling.image_to_image import (
     encode_inits,
     schedule_from_start,
 )
-from dit_runtime.sampling.labels import Label, label_number, label_weights
+from dit_runtime.sampling.labels import Label, number_from_label, weights_from_label
 from dit_runtime.sampling.requests import ImageRequest
 from dit_runtime.sampling.settings import Settings
 from dit_runtime.sampling.tiles import check_tile, decode_in_tiles, images_from_decoded
@@ -39,22 +39,23 @@ if TYPE_CHECKING:
 
 
 class Pipeline:
-    """A bundle with an engine, ready to sample. Torch is not imported.
+    """A bundle with an engine, ready to sample. PyTorch is not imported.
 
     Args:
         bundle: a bundle's folder, or an opened bundle.
-        engine: ``auto`` (a verified one; verifies first if none is), an engine's name (taken as it is), or an
-            ``Engine`` for this bundle at this size.
-        threads: of the CPU, for an engine that is opened here; 0 lets it choose.
-        size: height and width of images in pixels, one of ``manifest.image_sizes``; None is the first, or that of
-            an opened bundle.
-        precision: ``f32`` or ``bf16``, of an engine that is named and has a choice (OpenVINO); None is its default.
-        once: each graph gives its memory back when its work is done: the conditioner before the loop, the step before
-            the decoder. A second run loads them again.
+        engine: ``auto`` (the fastest engine with a passing verdict; the quick verification runs first where there is no
+            verdict), an engine's name (used without a verdict), or an ``Engine`` for this bundle at this size.
+        threads: threads of the CPU, for an engine that is opened here; 0 lets the engine choose.
+        size: height and width of the images in pixels, one of ``manifest.image_sizes``; None is the first, or the size
+            of an opened bundle.
+        precision: ``fp32`` or ``bf16``, for an engine that is named and has a choice (OpenVINO); None is the engine's
+            default.
+        once: whether each graph frees its memory when its work is done: the conditioner before the loop, the step
+            before the decoder. A second run loads the graphs again.
 
     Raises:
         BundleError: the bundle is missing, incomplete or altered, or has no graphs for that size.
-        EngineError: no such engine, or it is not installed.
+        EngineError: the engine's name is unknown, or its library is not installed.
     """
 
     def __init__(
@@ -75,11 +76,11 @@ class Pipeline:
 
     @cached_property
     def engine(self) -> Engine:
-        """The engine; ``auto`` is chosen when it is first needed, so that wrong arguments are said before.
+        """The engine. ``auto`` chooses it at first use, so that errors in arguments are raised before that work.
 
         Raises:
             EngineError: no engine is installed.
-            ParityError: none matches the reference.
+            ParityError: no engine matches the reference.
         """
         return choose_engine(self.bundle, self._threads).engine
 
@@ -98,16 +99,17 @@ class Pipeline:
         """Sample images, all in one batch.
 
         Args:
-            labels: one per image: a class number or name, or weights of several (``{"Sneaker": 0.7, 8: 0.3}``).
-            seeds: one per image, or one number N for N, N+1, …. An image depends on its own seed only, which gives
-                the noise of ``torch.Generator().manual_seed(seed)``.
-            settings: ``steps``, ``guidance``, ``sampler``, …: the keys of ``Settings``.
+            labels: one for each image: a class number or name, or weights of several classes
+                (``{"Sneaker": 0.7, 8: 0.3}``).
+            seeds: one for each image, or a number N for the seeds N, N+1, …. A seed gives the noise of
+                ``torch.Generator().manual_seed(seed)``. An image depends on its own seed only, not on the batch.
+            settings: the keys of ``Settings``: ``steps``, ``guidance``, ``sampler``, ….
 
         Returns:
-            uint8 ``[N, H, W, 3]``.
+            Images, uint8 ``[N, H, W, 3]``.
 
         Raises:
-            SamplingError: arguments that do not fit the model, or latents that are no longer finite.
+            SamplingError: an argument does not fit the model, or latents are not finite.
         """
         images = self.prepare(labels, seeds, **settings)
         self.check_batch(len(images))
@@ -116,33 +118,39 @@ class Pipeline:
     def trajectory(
         self, labels: Sequence[Label], seeds: Sequence[int] | int = 0, **settings: Unpack[Settings]
     ) -> Iterator[tuple[int, Float32, Float32]]:
-        """The loop beneath ``__call__``: yields ``(index, latents, denoised)`` after each completed step.
+        """Sample like ``__call__``, and yield ``(index, latents, denoised)`` after each completed step.
 
-        ``latents`` and ``denoised`` (the current estimate of the clean latents) are float32 ``[N, C, H, W]`` and may be
-        kept. Arguments are checked before this returns.
+        ``latents`` and ``denoised`` (the current estimate of the clean latents) are float32 ``[N, C, H, W]``. They are
+        copies, which you may keep. The arguments are checked before this method returns. Arguments and errors are those
+        of ``__call__``.
         """
         images = self.prepare(labels, seeds, **settings)
         self.check_batch(len(images))
         return self.iterate_steps(images)
 
     def iterate_steps(self, images: Sequence[ImageRequest]) -> Iterator[tuple[int, Float32, Float32]]:
-        """``trajectory`` of images that share one schedule."""
-        for completed, step in enumerate(self._steps(images, read=True)):
+        """``trajectory`` for prepared images that share one schedule."""
+        for completed, step in enumerate(self._run_steps(images, read=True)):
             yield completed, step.latents.copy(), step.denoised.copy()
 
     def sample_latents(self, images: Sequence[ImageRequest], completed: Callable[[], None] = lambda: None) -> Float32:
-        """The last latents ``[N, C, H, W]`` of images that share one schedule.
+        """Sample prepared images that share one schedule, and return their last latents, float32 ``[N, C, H, W]``.
 
-        An engine that keeps latents on its device gives only these. ``completed`` is called after each completed step;
-        on such an engine when it is queued, two steps before its end at most.
+        Args:
+            images: from ``prepare``.
+            completed: called after each completed step. An engine that keeps latents on its device calls it when the
+                step is queued, at most two steps before the step is done.
+
+        Raises:
+            SamplingError: latents are not finite.
         """
-        for step in self._steps(images, read=False):
+        for step in self._run_steps(images, read=False):
             completed()
             last = step
         return last.latents.copy()
 
-    def _steps(self, images: Sequence[ImageRequest], read: bool) -> Iterator[Advance]:
-        """The completed steps of images that share one schedule."""
+    def _run_steps(self, images: Sequence[ImageRequest], read: bool) -> Iterator[Advance]:
+        """Run the rows of images that share one schedule, and yield the completed steps."""
         released = False
         with Batch(self.engine, self.manifest) as batch:
             batch.add(list(enumerate(images)))
@@ -150,7 +158,9 @@ class Pipeline:
                 step = batch.advance(read)
                 if batch.failure is not None:
                     raise batch.failure
-                if self.once and not released:  # the first call was given the rows of all, if they fit
+                if (
+                    self.once and not released
+                ):  # the first step computed the conditioning table of all steps, if it fits
                     self.engine.release("conditioner")
                     released = True
                 if step.completed[0]:
@@ -159,17 +169,22 @@ class Pipeline:
             self.engine.release("step")
 
     def stream(self, images: Iterable[ImageRequest], batch_size: int = 16) -> Iterator[tuple[int, Float32]]:
-        """Continuous batching: images of any schedules and guidance share the engine's batch.
+        """Sample with continuous batching: images with different schedules and guidance share the engine's batch.
 
-        An image that is finished makes room for the next one, so the batch stays full, and memory does not grow with
-        the number of images: ``images`` may be a generator. The conditioning table takes at most 256 MiB, whatever
-        the schedules (``loop.TABLE_BYTES``), and 32 MiB of it are computed in one call of the conditioner.
+        When an image is finished, it leaves the batch and the next one joins. So the batch stays full, and memory does
+        not grow with the number of images. The conditioning table takes at most 256 MiB, and one call of the
+        conditioner computes at most 32 MiB of it (``backends.conditioning.TableLimits``).
+
+        Args:
+            images: from ``prepare``; may be a generator.
+            batch_size: most images in the batch.
 
         Returns:
-            (index, latents ``[C, H, W]``) of each image as it finishes; ``decode`` takes them.
+            Yields (index, latents float32 ``[C, H, W]``) of each image when it is finished. ``decode`` takes latents.
 
         Raises:
-            SamplingError: latents that are no longer finite; what was yielded before stands.
+            SamplingError: the batch is larger than the engine takes, or latents are not finite. The images that were
+                yielded before are right.
         """
         self.check_batch(batch_size)
         return self._stream(enumerate(images), batch_size)
@@ -185,22 +200,23 @@ class Pipeline:
                     yield step.keys[index], step.latents[index].copy()
 
     def decode(self, latents: Float32, tile: int | None = None, batch: int | None = None) -> NDArray[np.uint8]:
-        """Latents ``[N, C, h, w]`` → uint8 images ``[N, H, W, 3]``.
+        """Decode latents ``[N, C, h, w]`` to uint8 images ``[N, H, W, 3]``.
 
         Args:
             latents: of any height and width.
-            tile: side of the tiles to decode in, in latent pixels, at least 4; None, or a tile as large as the image,
-                decodes it whole. Memory is one tile's, and the result close to the whole's but not the same: the
-                decoder's group normalization and attention see one tile only.
-            batch: images in one decoder call; None is all, or as many as the engine takes.
+            tile: side of the tiles to decode in, in latent pixels, at least 4. Decoding in tiles takes the memory of
+                one tile. The image differs slightly from one that is decoded whole, because the decoder's group
+                normalization and attention see one tile at a time. None, or a tile as large as the image, decodes the
+                image whole.
+            batch: images in one call of the decoder; None is all images, or as many as the engine takes.
 
         Raises:
-            SamplingError: tile or batch too small, or pixels that are not finite.
+            SamplingError: the tile or the batch is too small, or pixels are not finite.
         """
         check_tile(tile)
         batch = min(len(latents), self.engine.info.max_batch or len(latents)) if batch is None else batch
         if batch < 1:
-            raise SamplingError(f"{batch} images per decoder call: expected at least 1")
+            raise SamplingError(f"{batch} images in a call of the decoder: expected at least 1")
         parts = [self._decode(latents[start : start + batch], tile) for start in range(0, len(latents), batch)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
@@ -218,36 +234,44 @@ class Pipeline:
         return images_from_decoded(decoded)
 
     def encode(self, images: NDArray[np.uint8]) -> Float32:
-        """uint8 images ``[N, H, W, 3]`` → latents ``[N, C, h, w]``, the mean of the autoencoder's posterior.
+        """Encode uint8 images ``[N, H, W, 3]`` to latents ``[N, C, h, w]``: the mean of the autoencoder's posterior.
 
-        One image in one encoder call, so that the result is the same whatever is beside it.
+        Each image has its own call of the encoder, so that its latents do not depend on the other images.
 
         Raises:
             SamplingError: the bundle has no encoder.
         """
         if ENCODER not in self.manifest.graphs:
             raise SamplingError(
-                f"{self.bundle.path}: has no encoder, to start from an image; export it with dit-export --encoder, or "
-                "start from latents"
+                f"{self.bundle.path}: has no encoder, which is needed to start from an image; export the bundle with "
+                "dit-export --encoder, or start from latents"
             )
         session = self.engine.session(ENCODER)
         return np.concatenate([session.run({"images": image[None]}, ["mean"])[0] for image in images])
 
     def inits(self, start: Start, count: int) -> list[Init]:
-        """The setting ``init`` for ``count`` images, checked and encoded, to be used in several calls."""
+        """Check and encode the setting ``init`` for ``count`` images once, to use it in several calls.
+
+        Raises:
+            SamplingError: ``start`` has another size, shape, dtype or number, or is not finite.
+        """
         return encode_inits(start, count, self.manifest, self.encode)
 
     def prepare(
         self, labels: Sequence[Label], seeds: Sequence[int] | int = 0, **settings: Unpack[Settings]
     ) -> list[ImageRequest]:
-        """Checked work for ``stream``: an image per label, with the arguments of ``__call__``."""
+        """Check the arguments of ``__call__``, and make an image request for each label, for ``stream``.
+
+        Raises:
+            SamplingError: an argument does not fit the model.
+        """
         count = len(labels)
         if not count:
             raise SamplingError("no labels: expected at least one class number or name")
         if isinstance(seeds, int | np.integer):
             seeds = range(int(seeds), int(seeds) + count)
         if len(seeds) != count:
-            raise SamplingError(f"{len(seeds)} seeds for {count} labels: expected one seed per label, or one")
+            raise SamplingError(f"{len(seeds)} seeds for {count} labels: expected one seed per label, or one number")
         defaults = self.manifest.defaults
         scale = settings.get("guidance")
         given = np.asarray(defaults.guidance if scale is None else scale, np.float64)
@@ -257,24 +281,24 @@ class Pipeline:
         interval = settings.get("guidance_interval") or (0.0, 1.0)
         shape = settings.get("guidance_schedule") or "constant"
         guidances = {value: Guidance(value, interval, shape) for value in scales}
-        schedule, strength = self._schedule(settings)
+        schedule, strength = self._schedule_from_settings(settings)
         start = settings.get("init")
         inits = [None] * count if start is None else self.inits(start, count)
         negative = settings.get("negative_label")
-        against = None if negative is None else label_number(negative, self.manifest)
+        against = None if negative is None else number_from_label(negative, self.manifest)
         noise = self.check_noise(settings.get("noise"), count)
         device, dtype = settings.get("noise_device") or "cpu", settings.get("noise_dtype") or "float32"
         if device not in ("cpu", "cuda") or dtype not in ("float32", "float16"):
             raise SamplingError(
                 f"noise of device {device!r} in {dtype!r}: expected device cpu or cuda, and float32 or float16"
             )
-        if device == "cuda":  # whether the seeds' draws can be known depends on their size
+        if device == "cuda":  # raises for latents of a size whose draws this runtime cannot reproduce
             CudaNoise(0, settings.get("cuda_threads")).normal(self.latent_shape)
         model, diffusion = self.manifest.model, self.manifest.diffusion
         conditioned: dict[object, Branches] = {}
         made = []
         for index, (label, seed, value) in enumerate(zip(labels, seeds, scales, strict=True)):
-            weights = label_weights(label, self.manifest)
+            weights = weights_from_label(label, self.manifest)
             key = (tuple(weights.items()), value)
             if key not in conditioned:
                 conditioned[key] = branches_from_labels(weights, guidances[value], schedule, model, diffusion, against)
@@ -296,18 +320,18 @@ class Pipeline:
             )
         return made
 
-    def _schedule(self, settings: Settings) -> tuple[Schedule, float | None]:
-        """The schedule of the settings, and the strength that was used for it."""
+    def _schedule_from_settings(self, settings: Settings) -> tuple[Schedule, float | None]:
+        """The schedule that the settings ask for, and the strength that was used for it."""
         defaults, given = self.manifest.defaults, settings.get("sampler")
         steps, eta, spacing = settings.get("steps"), settings.get("eta") or 0.0, settings.get("spacing")
         from_image, strength = settings.get("init") is not None, settings.get("strength")
         if strength is not None and not from_image:
-            raise SamplingError(f"strength {strength:g} without an image to start from: name one (--init)")
+            raise SamplingError(f"strength {strength:g} without an image to start from; give an image (--init)")
         if isinstance(given, Schedule):
             if eta != 0 or spacing is not None or steps not in (None, given.steps):
                 raise SamplingError(
-                    f"a table of {given.steps} steps with steps {steps}, eta {eta:g}, spacing {spacing}: the table has "
-                    "all of these in it; leave them out"
+                    f"a sampler table of {given.steps} steps with steps {steps}, eta {eta:g}, spacing {spacing}: a "
+                    "sampler table decides all of these; leave them out"
                 )
             self._check_table(given)
             return schedule_from_start(given, from_image, strength)
@@ -320,21 +344,23 @@ class Pipeline:
         return schedule_for(given or defaults.sampler, model, diffusion, steps, eta, spacing, skipped), strength
 
     def _check_table(self, table: Schedule) -> None:
-        """Raises SamplingError for a table that is for another kind of model."""
+        """Raises SamplingError for a schedule that is for another kind of model."""
         last = 1 if self.manifest.diffusion.path else len(self.manifest.diffusion.betas) - 1
         if table.timesteps.min() < 0 or table.timesteps.max() > last:
             raise SamplingError(
-                f"a table with timesteps {table.timesteps.min():g} to {table.timesteps.max():g}: this model's are "
-                f"0 to {last}; the table is for another kind of model"
+                f"a sampler table with timesteps {table.timesteps.min():g} to {table.timesteps.max():g}: this model's "
+                f"timesteps are 0 to {last}; the sampler table is for another kind of model"
             )
         if table.uses_variance and not self.manifest.model.learned_variance:
-            raise SamplingError("a table that uses the learned variance (h is not 0), which this model does not have")
+            raise SamplingError(
+                "a sampler table that uses the learned variance (h is not 0): this model has no learned variance"
+            )
 
     def check_noise(self, noise: Float32 | None, count: int) -> Float32 | None:
-        """Given noise for ``count`` images, ``[N, C, H, W]``.
+        """Check noise that the caller gives for ``count`` images, and return it as ``[N, C, H, W]``.
 
         Raises:
-            SamplingError: another shape or dtype, or not finite.
+            SamplingError: the noise has another shape or dtype, or is not finite.
         """
         if noise is None:
             return None
@@ -346,9 +372,9 @@ class Pipeline:
         return noise
 
     def check_batch(self, batch: int) -> None:
-        """Raises SamplingError for no images, or more than the engine takes in one call."""
+        """Raises SamplingError for a batch of no images, or of more images than the engine takes in one call."""
         if batch < 1:
-            raise SamplingError(f"a batch of {batch}: expected at least 1")
+            raise SamplingError(f"a batch of {batch}: expected at least 1 image")
         if self.engine.info.max_batch is not None and batch > self.engine.info.max_batch:
             raise SamplingError(
                 f"a batch of {batch}: {self.engine.info.name} takes at most {self.engine.info.max_batch}; "

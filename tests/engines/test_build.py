@@ -34,10 +34,10 @@ from dit_engines.engine_store import (
     lock_store,
 )
 from dit_engines.external_data import check_external_data
-from dit_engines.preflight import built_graphs, estimated_graphs
+from dit_engines.preflight import estimate_graphs, stored_graphs_from_built
 from dit_engines.recipe import profiles_of, recipe_for
 from dit_engines.repeat import OnDevice, measure_on_gpu
-from dit_runtime.backends.tensorrt.store import StoredEngine, read_sidecar, stored_engines
+from dit_runtime.backends.tensorrt.store import StoredEngine, read_engines, read_sidecar
 from dit_runtime.bench.parts import DECODER, GUIDED, PLAIN
 from dit_runtime.bundle.reader import Bundle, open_bundle
 from dit_runtime.core.errors import BuildError, BundleError, OutputError
@@ -112,11 +112,11 @@ def test_the_command_builds_and_audits(bundle: Bundle, report: dict[str, Any]) -
 
 def test_the_runtime_reads_what_was_built(bundle: Bundle, report: dict[str, Any], place: BuildHost) -> None:
     """The reader finds the engine, checks its plans, and has the shapes and memory that were built."""
-    (found,) = stored_engines(bundle, Path(report["folder"]).parent)
+    (found,) = read_engines(bundle, Path(report["folder"]).parent)
     found.check_device("tensorrt_rtx", place.version, "8.9", "NVIDIA GeForce RTX 4090")
     recipe = recipe_for("rtx", "8.9", 4, (1, 2), 1024)
     for name, graph in found.graphs.items():
-        assert found.plan(name).stat().st_size == graph.plan_bytes
+        assert found.find_plan(name).stat().st_size == graph.plan_bytes
         assert list(graph.profiles) == profiles_of(bundle.manifest.graphs[name], recipe, bundle.manifest)
     assert (found.image_size, found.gpu, found.recipe["batches"]) == ((32, 32), None, [4])
 
@@ -194,8 +194,8 @@ def test_the_same_graphs_in_another_export(bundle: Bundle, engine: BuiltEngine, 
     assert found.reused
     assert found.folder.name != engine.folder.name
     assert "the same plans" in found.explanation[0]
-    assert [len(stored_engines(item, store)) for item in (bundle, other)] == [1, 1]
-    assert stored_engines(other, store)[0].plan("step").is_file()
+    assert [len(read_engines(item, store)) for item in (bundle, other)] == [1, 1]
+    assert read_engines(other, store)[0].find_plan("step").is_file()
 
 
 def test_fp32_declared_fp16_fails(bundles: dict[str, Path], tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_on_a_device(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyP
     built = engine_from_bundle(bundle, recipe, tmp_path / "store", place)
     assert [graph.audit.profiles[0].activation_bytes for graph in built.graphs] == [4096] * 3  # the engine's own answer
     assert all(graph.audit.profiles[0].known_share == 1 for graph in built.graphs)
-    (stored,) = stored_engines(bundle, tmp_path / "store")
+    (stored,) = read_engines(bundle, tmp_path / "store")
     assert (stored.gpu, stored.driver, stored.version) == ("NVIDIA L4", "580.1", "10.3.0")
     later = replace(place, driver="590.2")
     assert explain_rebuild(tmp_path / "store", identity_of(bundle, recipe, later, graphs_of(bundle), None)) == (
@@ -289,7 +289,7 @@ def test_repeated_builds_are_measured_on_a_gpu(
 
     class Opened:
         def __init__(self, bundle: Bundle, stored: StoredEngine, *_: Any) -> None:
-            seen.append((stored.gpu, stored.plan("step").name))
+            seen.append((stored.gpu, stored.find_plan("step").name))
 
         def close(self) -> None:
             seen.append("closed")
@@ -316,8 +316,8 @@ def test_repeated_builds_are_measured_on_a_gpu(
 
 def test_the_estimate_before_the_build(bundle: Bundle, engine: BuiltEngine) -> None:
     """The preflight's estimate from the ONNX is about what the builder then says, for each profile."""
-    built = built_graphs(engine.graphs)
-    for name, guess in estimated_graphs(bundle, engine.recipe, graphs_of(bundle)).items():
+    built = stored_graphs_from_built(engine.graphs)
+    for name, guess in estimate_graphs(bundle, engine.recipe, graphs_of(bundle)).items():
         for index, (estimated, taken) in enumerate(
             zip(guess.activation_bytes, built[name].activation_bytes, strict=True)
         ):

@@ -11,7 +11,7 @@ from support.commands import run_command
 from dit_engines.build_host import BuildHost, build_host_for
 from dit_engines.targets import DEVICES, GIB, TARGETS, check_kernels, format_targets, target_named
 from dit_runtime.backends.tensorrt.api import TensorRT
-from dit_runtime.backends.tensorrt.cuda import DeviceFacts, device
+from dit_runtime.backends.tensorrt.cuda import DeviceFacts, read_device
 from dit_runtime.core.errors import BuildError, EngineError
 
 
@@ -153,7 +153,7 @@ def test_an_unknown_target() -> None:
 def test_no_driver_is_one_line() -> None:
     """Without a GPU or its driver the real question ends in an ``EngineError``."""
     with contextlib.suppress(EngineError):
-        pytest.skip(f"there is a GPU here: {device().name}")
+        pytest.skip(f"there is a GPU here: {read_device().name}")
     with pytest.raises(EngineError) as raised:
-        device()
+        read_device()
     assert "\n" not in str(raised.value)

@@ -33,7 +33,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dit_engines.targets import DEVICES
-from dit_runtime.bundle.macs import conditioner_gmac, gmac, step_gmac
+from dit_runtime.bundle.macs import count_conditioner_gmac, count_gmac, count_step_gmac
 from dit_runtime.bundle.manifest import CONDITIONINGS, ModelSpec
 from dit_runtime.bundle.reader import open_bundle
 
@@ -99,7 +99,7 @@ def parameters(module: nn.Module) -> int:
 )
 def test_the_papers_table_comes_out(name: str, size: int, conditioning: str, paper: float) -> None:
     """GMAC of one forward within 0.5 %, or half a unit of the paper's last digit where that is more (S/8)."""
-    found = gmac(preset(name, size, conditioning))
+    found = count_gmac(preset(name, size, conditioning))
     print(f"{name} {size} {conditioning}: {found:.4f}, {found / paper:.5f} of the paper's {paper}")
     assert abs(found - paper) <= max(0.005 * paper, 0.005)
 
@@ -118,9 +118,9 @@ def test_gmac_are_what_torch_counts(conditioning: str, learned_variance: bool) -
         table = torch.empty(1, *table_axes(model)[1])
     whole, once = counted(reference, latents, row, label), counted(conditioner, row, label)
     repeated = counted(step, state, latents, coefficients, guidance, rows, table)
-    assert gmac(model) == pytest.approx(whole, rel=1e-12)
-    assert conditioner_gmac(model) == pytest.approx(once, rel=1e-12)
-    assert step_gmac(model) == pytest.approx(repeated, rel=1e-12)
+    assert count_gmac(model) == pytest.approx(whole, rel=1e-12)
+    assert count_conditioner_gmac(model) == pytest.approx(once, rel=1e-12)
+    assert count_step_gmac(model) == pytest.approx(repeated, rel=1e-12)
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
@@ -253,7 +253,7 @@ def test_autoencoders_and_sizes() -> None:
     assert 2 * (first.decoder_gmac or 0) == pytest.approx(622, rel=0.001)  # 622.2
     assert 2 * (second.decoder_gmac or 0) == pytest.approx(2515, rel=0.001)  # 2514.5
     assert (third.image_size, third.tokens, third.position_bytes) == ((256, 384), 384, 384 * 1152 * 4)
-    assert second.gmac == gmac(preset("XL/2", 512))
+    assert second.gmac == count_gmac(preset("XL/2", 512))
     decoder, encoder = plan.graph("decoder"), plan.graph("encoder")
     assert decoder.parameters == parameters(vae.decoder) + parameters(vae.post_quant_conv)
     assert encoder.parameters == parameters(vae.encoder) + parameters(vae.quant_conv)

@@ -175,8 +175,8 @@ class Cuda:
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
 
-    def device(self) -> DeviceFacts:
-        self._machine.called("device")
+    def read_device(self) -> DeviceFacts:
+        self._machine.called("read_device")
         return replace(self._machine.facts, free_bytes=self._machine.facts.memory_bytes - self._machine.used)
 
     def allocate(self, size: int) -> int:
@@ -199,8 +199,8 @@ class Cuda:
                 raise Misuse(f"free of memory that {work.name} still uses")
         del machine.memory[address], machine.written[address]
 
-    def pinned(self, size: int) -> np.ndarray:
-        self._machine.called("pinned")
+    def allocate_pinned(self, size: int) -> np.ndarray:
+        self._machine.called("allocate_pinned")
         memory = np.full(size, GARBAGE, np.uint8)
         self._machine.pinned[memory.ctypes.data] = memory
         return memory
@@ -211,8 +211,8 @@ class Cuda:
             raise Misuse("free of pinned memory that is not allocated: freed twice?")
         memory[:] = GARBAGE
 
-    def stream(self) -> int:
-        self._machine.called("stream")
+    def create_stream(self) -> int:
+        self._machine.called("create_stream")
         handle = next(self._machine._handles)
         self._machine.queues[handle] = deque()
         return handle
@@ -222,8 +222,8 @@ class Cuda:
         if self._machine.queues.pop(stream, None):
             raise Misuse("a stream was destroyed with work on it")
 
-    def event(self) -> int:
-        self._machine.called("event")
+    def create_event(self) -> int:
+        self._machine.called("create_event")
         handle = next(self._machine._handles)
         self._machine.events.add(handle)
         return handle

@@ -1,7 +1,7 @@
-"""The contract of a backend: what it says of itself, how its graphs are run, and how its loop advances a batch.
+"""The contract of a backend: the facts of its engine, how the engine runs graphs, and how a loop advances a batch.
 
-A backend loads and runs graphs. Its folder has a module ``open`` with a ``Backend``, which opens an ``Engine`` for one
-bundle at one size. Nothing asks an engine for anything that is not declared here.
+A backend loads and runs graphs. Its folder has a module ``open`` with a ``Backend``. The ``Backend`` opens an
+``Engine`` for one bundle at one size. Callers use only what is declared here.
 """
 
 from __future__ import annotations
@@ -26,21 +26,23 @@ Int32 = NDArray[np.int32]
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What an engine says of itself.
+    """The facts of an engine.
 
     Attributes:
-        name: library, version, device and precision, for people and for the record.
-        identity: the name, and what else decides its numbers: the very plans, the driver, how a graph was rearranged.
-        library, version: of what runs the graphs.
-        device: such as ``CPU`` or the GPU's name.
-        precision: that it multiplies in where the bundle allows it.
-        graphs: that it can run, by their names in the manifest.
-        threads: of the CPU, 0 where the engine chooses.
-        max_batch: most images in one call, None for no limit of its own.
-        profiles: by graph, the shapes that it was built for; a graph that is not there takes any shape.
-        tile: height and width of the latents that its decoder takes, None where it decodes whole images.
-        loop_on_device: whether latents stay on its device for the whole loop, so that a step is more than a session's
-            call.
+        name: library, version, device and precision, for messages and records.
+        identity: the name, and all else that decides the engine's numbers: the plans' hashes, the driver's version,
+            the arrangement of a graph. Verdicts are stored by it.
+        library: name of the library that runs the graphs.
+        version: the library's version.
+        device: ``CPU``, or the GPU's name.
+        precision: the precision of the engine's products, outside the units that the bundle keeps in FP32.
+        graphs: the graphs that the engine can run, by their names in the manifest.
+        threads: threads of the CPU; 0 where the engine chooses.
+        max_batch: most images in one call; None for no limit.
+        profiles: by graph, the shapes that the graph was built for; a graph without an entry takes any shape.
+        tile: height and width in latent pixels of the tiles that the decoder takes; None for whole images.
+        loop_on_device: whether latents stay on the device for the whole loop. A call of a session then does less work
+            than a step of the loop.
     """
 
     name: str
@@ -57,15 +59,18 @@ class EngineInfo:
     loop_on_device: bool = False
 
     def has_branches(self, count: int) -> bool:
-        """Whether the step runs with so many guidance branches."""
+        """Whether the step can run with ``count`` guidance branches."""
         return "step" not in self.profiles or self.profiles["step"].has_branches(count)
 
     def batch_of(self, count: int) -> int:
-        """How many of ``count`` images go into one call."""
+        """The number of images in one call, when ``count`` images are to be run."""
         return min(count, self.max_batch or count)
 
-    def shapes(self, graph: str) -> list[BatchShape]:
-        """Least, usual, interior and largest (batch, branches) of each profile; empty where any shape is taken."""
+    def shapes_of(self, graph: str) -> list[BatchShape]:
+        """Least, usual, largest and an interior (batch, branches) of each profile of a graph, each once.
+
+        Empty for a graph that takes any shape.
+        """
         found: list[BatchShape] = []
         for least, usual, largest in self.profiles[graph].ranges() if graph in self.profiles else ():
             interior = ((least[0] + largest[0]) // 2, (least[1] + largest[1]) // 2)
@@ -77,7 +82,11 @@ class Session(Protocol):
     """A loaded graph."""
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
-        """The named outputs. Inputs have the dtypes and shapes of the bundle's manifest.
+        """Run the graph and return the named outputs.
+
+        Args:
+            inputs: every input of the graph by name, with the dtypes and shapes of the bundle's manifest.
+            outputs: names of the outputs to return, in this order.
 
         Raises:
             EngineError: the engine cannot run the graph at these shapes.
@@ -86,16 +95,16 @@ class Session(Protocol):
 
 
 class RunInputs(NamedTuple):
-    """What the step graph reads of images side by side in one schedule, for all its rows.
+    """The step's small inputs for a whole run: all rows of one schedule that the images of a batch share.
 
-    Made once, so that hardly any work is left between the engine's calls, where the caches are cold.
+    They are made once before the run, because work between two calls of the engine runs with cold caches.
 
     Attributes:
-        coefficients: ``[T, B, 17]``.
-        guidance: ``[T, G, B, C]``, the weight of each branch.
-        rows: ``[T, G, B]``, of the conditioning table.
-        needed: how many branches each row of the schedule needs.
-        draws: whether each row of the schedule draws noise.
+        coefficients: ``[T, B, 17]`` float32, the sampler's numbers.
+        guidance: ``[T, G, B, C]`` float32, the weight of each branch.
+        rows: ``[T, G, B]`` int32, rows of the conditioning table.
+        needed: for each row of the schedule, the number of branches.
+        draws: for each row of the schedule, whether it draws noise.
     """
 
     coefficients: Float32
@@ -106,9 +115,9 @@ class RunInputs(NamedTuple):
 
 
 class StepResult(Protocol):
-    """What a call of the step gave: ``state [B, 3, C, H, W]``, ``denoised [B, C, H, W]``, valid until the next call.
+    """The result of one step: ``state [B, 3, C, H, W]`` and ``denoised [B, C, H, W]``, valid until the next step.
 
-    ``at_hand`` is False where reading them waits for a device.
+    ``at_hand`` is False where the arrays are on a device: reading them waits for the device.
     """
 
     @property
@@ -120,42 +129,56 @@ class StepResult(Protocol):
 
 
 class Loop(Protocol):
-    """A batch's latents, noise and conditioning table, and what advances them, one step a call.
+    """The latents, noise and conditioning table of a batch. Each call of ``run_row`` or ``run_step`` does one step.
 
-    ``looks_ahead``: whether the conditioning table is to have the rows of a whole run before the run begins.
+    Attributes:
+        table: which rows of the conditioning table are computed.
+        looks_ahead: whether all rows of the conditioning table that a run needs are computed before the run.
     """
 
     table: ConditioningTable
     looks_ahead: bool
 
     def add(self, latents: Float32) -> None:
-        """Latents of further images ``[N, C, H, W]`` take the next positions; their memory and all noise are zero."""
+        """Add images at the next positions of the batch.
+
+        Their sampler memory is zero. The noise of every image in the batch is set to zero.
+
+        Args:
+            latents: ``[N, C, H, W]``.
+        """
         ...
 
     def keep(self, positions: Sequence[int]) -> None:
-        """The images at these rising positions remain and close up; the others leave."""
+        """Keep the images at these rising positions, in this order, and remove the others."""
         ...
 
     def run_row(self, inputs: RunInputs, row: int, noise: Float32 | None) -> StepResult:
-        """One row of a run that was planned. ``noise [B, C, H, W]``; None leaves the noise as it was."""
+        """Do one step with the inputs of one row of a run.
+
+        Args:
+            inputs: of the whole run.
+            row: index of the schedule's row.
+            noise: ``[B, C, H, W]``; None leaves the noise as it was.
+        """
         ...
 
     def run_step(
         self, coefficients: Float32, guidance: Float32, rows: Int32, noise: Float32 | None, drawing: Sequence[int]
     ) -> StepResult:
-        """One call with inputs of its own.
+        """Do one step of images that are at different rows or in different schedules.
 
         Args:
-            coefficients: ``[B, 17]``.
-            guidance: ``[G, B, C]``.
-            rows: ``[G, B]``.
-            noise: ``[N, C, H, W]`` of the positions in ``drawing``, None where nothing draws.
-            drawing: positions whose row draws noise.
+            coefficients: ``[B, 17]``, the sampler's numbers.
+            guidance: ``[G, B, C]``, the weight of each branch.
+            rows: ``[G, B]``, rows of the conditioning table.
+            noise: ``[N, C, H, W]`` for the positions in ``drawing``; None where no image draws noise.
+            drawing: positions of the images that draw noise in this step.
         """
         ...
 
     def close(self) -> None:
-        """The batch is over."""
+        """End the batch."""
         ...
 
 
@@ -164,11 +187,11 @@ class Engine(Protocol):
 
     @property
     def info(self) -> EngineInfo:
-        """What the engine says of itself."""
+        """The facts of the engine."""
         ...
 
     def session(self, graph: str) -> Session:
-        """The session of a graph of ``info.graphs``, loaded on first use.
+        """The session of a graph, one of ``info.graphs``. The graph is loaded on first use.
 
         Raises:
             EngineError: the engine does not have the graph or cannot load it.
@@ -176,28 +199,29 @@ class Engine(Protocol):
         ...
 
     def release(self, graph: str) -> None:
-        """Give back what a graph holds. Its session loads it again when it is run again."""
+        """Free the memory of a graph. Its session loads the graph again when it runs again."""
         ...
 
     def open_loop(self, limits: TableLimits) -> Loop:
-        """A loop for one batch. An engine that has only sessions gives ``host_loop.HostLoop``."""
+        """Open a loop for one batch. An engine that has only sessions returns a ``host_loop.HostLoop``."""
         ...
 
     def close(self) -> None:
-        """Give back all that is held. The engine cannot be used afterwards."""
+        """Free all memory. The engine cannot be used afterwards."""
         ...
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How an engine is opened.
+    """How to open an engine.
 
     Attributes:
-        threads: of the CPU; 0 lets the engine choose.
-        precision: of an engine that has a choice; None is the bundle's own, or the nearest.
-        store: where built engines are, None for the bundle's own folder, and where graphs may be kept in the engine's
-            own form, None for nowhere.
-        whole: only an engine that guides and decodes whole images.
+        threads: threads of the CPU; 0 lets the engine choose.
+        precision: the precision of the products, for an engine that has a choice; None is the bundle's own precision,
+            or the nearest that the engine has.
+        store: the engine store. TensorRT reads its plans there; None is the bundle's own ``engines`` folder. Other
+            backends keep prepared graphs there; None keeps none.
+        whole: whether to skip built engines that cannot guide or cannot decode whole images.
     """
 
     threads: int = 0
@@ -208,9 +232,12 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class Candidate:
-    """An engine that ``auto`` may choose: a name of ``open.BACKENDS`` and a precision.
+    """An engine that ``auto`` may choose.
 
-    ``built``: ``dit-build`` made it for the device here, so that it comes before the others without being timed.
+    Attributes:
+        name: a key of ``open.BACKENDS``.
+        precision: the precision to open it with; None is the engine's default.
+        built: whether ``dit-build`` made it. ``auto`` tries built engines before all others, and does not time them.
     """
 
     name: str
@@ -220,14 +247,14 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Backend:
-    """What a backend's folder offers under each of its names.
+    """What a backend's folder offers, for each engine name that the table ``open.BACKENDS`` gives it.
 
     Attributes:
-        open: opens an engine by a name, for a bundle at its size in use. Raises EngineError where the engine is not
-            installed or cannot run here, with what to do.
-        candidate: what ``auto`` may try under a name without being asked; None where that is nothing.
-        libraries: distributions whose versions decide how fast its engines are.
-        keeps_graphs: whether commands let it keep graphs in its own form in the bundle's store.
+        open: opens the engine of a name for a bundle at its size in use. Raises EngineError, with what to do, where
+            the library is not installed or cannot run here.
+        candidate: gives the engine that ``auto`` may try under a name; None where ``auto`` must not try that name.
+        libraries: distributions whose versions decide the engines' speed.
+        keeps_graphs: whether commands let the backend keep prepared graphs in the engine store.
     """
 
     open: Callable[[Bundle, str, EngineOptions], Engine]

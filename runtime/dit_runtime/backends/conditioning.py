@@ -1,6 +1,6 @@
-"""The conditioning table: which of its rows are there, and how they come to be.
+"""The conditioning table: which rows are computed, and when.
 
-What depends on timestep and label alone is computed once, ahead of the loop, a row for each pair.
+The conditioner computes everything that depends on timestep and label alone: a row for each pair, ahead of the loop.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ Condition = tuple[float, int]  # timestep and label
 
 @dataclass(frozen=True)
 class TableLimits:
-    """Bounds of memory: of the whole conditioning table, and of what the conditioner computes in one call.
+    """Limits of memory, in bytes.
 
-    A row of DiT-XL/2 takes 783 KB: long schedules and large batches compute the table in pieces. The conditioner's
-    activations are several times its output.
+    Attributes:
+        table_bytes: the most that the conditioning table may take. A row of DiT-XL/2 takes 783 KB, so the table of a
+            long schedule or a large batch is computed in pieces.
+        conditioner_bytes: the most output of one call of the conditioner, whose activations take several times that.
     """
 
     table_bytes: int = 256 << 20
@@ -33,24 +35,26 @@ class TableLimits:
 
 
 class TableMemory(Protocol):
-    """Where the rows of a conditioning table lie.
+    """The memory that holds the rows of a conditioning table.
 
-    ``capacity`` is how many there may be; ``granule``: a call of ``fill`` starts at a multiple of it.
+    Attributes:
+        capacity: the most rows.
+        granule: ``fill`` starts at a row whose index is a multiple of this number.
     """
 
     capacity: int
     granule: int
 
     def fill(self, conditions: Sequence[Condition], first: int) -> None:
-        """Compute rows into their places, from ``first``."""
+        """Compute a row for each condition, and store the rows from index ``first`` on."""
         ...
 
 
 class ConditioningTable:
-    """Which rows of the conditioning table are there, by (timestep, label).
+    """The index of each computed row of the conditioning table, by (timestep, label).
 
-    Rows are computed ahead of their use. When there is no room for a row that is needed, all are dropped and the table
-    fills up again with what the images will use next.
+    Rows are computed before they are used. When a needed row does not fit, the whole table is dropped and filled again
+    with the rows that the images use next.
     """
 
     def __init__(self, memory: TableMemory, table_bytes: int) -> None:
@@ -59,26 +63,29 @@ class ConditioningTable:
         self._end = 0
 
     def __len__(self) -> int:
-        """Rows up to the last that is in use."""
+        """The number of rows up to the last computed one."""
         return self._end
 
     def __getitem__(self, condition: Condition) -> int:
-        """Where a prepared row is."""
+        """The index of a row that is computed."""
         return self._rows[condition]
 
     def get(self, condition: Condition) -> int | None:
-        """Where a row is, if it is there."""
+        """The index of a row; None where the row is not computed."""
         return self._rows.get(condition)
 
     def prepare(
         self, needed: Sequence[Condition], upcoming: Callable[[], Iterator[Condition]], ahead: bool = False
     ) -> None:
-        """Have the rows of ``needed``, and if any is missing as many of ``upcoming`` as fit.
+        """Compute the rows of ``needed`` that are missing, and with them as many upcoming rows as fit.
 
-        ``ahead``: have all of ``upcoming`` too, where they fit.
+        Args:
+            needed: conditions that the next step reads.
+            upcoming: gives the conditions of the steps after it, soonest first.
+            ahead: whether to compute all upcoming rows now, where they fit, even if no needed row is missing.
 
         Raises:
-            SamplingError: one batch needs more rows than the bound of memory allows.
+            SamplingError: the rows of one step do not fit in the table's limit of memory.
         """
         capacity, granule = self._memory.capacity, self._memory.granule
         if ahead and len(every := dict.fromkeys(chain(needed, upcoming()))) <= capacity:
@@ -107,13 +114,13 @@ class ConditioningTable:
         self._end = first + len(wanted)
 
 
-def row_bytes(spec: TensorSpec) -> int:
-    """Bytes of a row of the conditioning table."""
+def bytes_of_row(spec: TensorSpec) -> int:
+    """Bytes of one row of the conditioning table, from its tensor in the manifest."""
     return np.dtype(spec.dtype).itemsize * math.prod(int(axis) for axis in spec.shape[1:])
 
 
-def conditioner_inputs(conditions: Sequence[Condition]) -> dict[str, NDArray[Any]]:
-    """Timesteps ``[R]`` and labels ``[R]``."""
+def inputs_from_conditions(conditions: Sequence[Condition]) -> dict[str, NDArray[Any]]:
+    """The conditioner's inputs: ``timesteps [R]`` float32 and ``labels [R]`` int32."""
     return {
         "timesteps": np.array([time for time, _ in conditions], np.float32),
         "labels": np.array([label for _, label in conditions], np.int32),

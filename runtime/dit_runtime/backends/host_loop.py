@@ -1,4 +1,4 @@
-"""The loop of an engine that has only sessions: arrays in, arrays out, all memory on the host."""
+"""The loop for an engine that has only sessions: arrays go in and come out, and all memory is on the host."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from dit_runtime.backends.conditioning import (
     Condition,
     ConditioningTable,
     TableLimits,
-    conditioner_inputs,
-    row_bytes,
+    bytes_of_row,
+    inputs_from_conditions,
 )
 from dit_runtime.backends.step import STATE_SLOTS, state_from_latents, step_inputs
 from dit_runtime.bundle.manifest import Manifest, TensorSpec
@@ -21,23 +21,23 @@ from dit_runtime.samplers.noise import Float32
 
 
 class HostTable:
-    """Rows of the conditioning table in an array, ``chunk`` of them computed at a time."""
+    """The rows of a conditioning table in one array. A call of the conditioner computes part of them."""
 
     granule = 1
 
     def __init__(self, engine: Engine, spec: TensorSpec, limits: TableLimits) -> None:
         self._conditioner, self._name = engine.session("conditioner"), spec.name
-        self.capacity = max(1, limits.table_bytes // row_bytes(spec))
-        self._chunk = max(1, limits.conditioner_bytes // row_bytes(spec))
+        self.capacity = max(1, limits.table_bytes // bytes_of_row(spec))
+        self._chunk = max(1, limits.conditioner_bytes // bytes_of_row(spec))
         self.array: Array = np.empty((0, *(int(axis) for axis in spec.shape[1:])), np.dtype(spec.dtype))
 
     def fill(self, conditions: Sequence[Condition], first: int) -> None:
         """As ``TableMemory.fill``."""
         if not first and len(conditions) <= self._chunk:
-            self.array = self._compute(conditions)  # all at once, as for most runs: nothing to copy
+            self.array = self._compute(conditions)  # most runs: one call computes all rows, and no row is copied
             return
         if len(self.array) < self.capacity:
-            # Pages that are never written cost nothing.
+            # Memory is taken only for the pages that are written.
             memory = np.empty((self.capacity, *self.array.shape[1:]), self.array.dtype)
             memory[:first] = self.array[:first]
             self.array = memory
@@ -46,12 +46,12 @@ class HostTable:
             self.array[first + start : first + start + len(chunk)] = self._compute(chunk)
 
     def _compute(self, conditions: Sequence[Condition]) -> Array:
-        (rows,) = self._conditioner.run(conditioner_inputs(conditions), [self._name])
+        (rows,) = self._conditioner.run(inputs_from_conditions(conditions), [self._name])
         return rows
 
 
 class HostStepResult(NamedTuple):
-    """What a session gave."""
+    """``StepResult`` of arrays on the host."""
 
     state: Float32
     denoised: Float32
@@ -96,7 +96,7 @@ class HostLoop:
         self, coefficients: Float32, guidance: Float32, rows: Int32, noise: Float32 | None, drawing: Sequence[int]
     ) -> HostStepResult:
         """As ``Loop.run_step``."""
-        # Where k is 0, what is left of the noise of the step before does nothing.
+        # A row that draws no noise has k = 0, so noise left from an earlier step has no effect.
         if noise is not None:
             self._noise[list(drawing)] = noise
         return self._run(coefficients, guidance, rows)
@@ -109,4 +109,4 @@ class HostLoop:
         return HostStepResult(state, denoised)
 
     def close(self) -> None:
-        """As ``Loop.close``: nothing is held."""
+        """As ``Loop.close``. There is nothing to free."""

@@ -1,4 +1,4 @@
-"""Engines by name: the table of backends, and what opens them."""
+"""Open an engine by its name: the table of backends, and the functions that read it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from dit_runtime.bundle.precision import precision_named
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import EngineError
 
-# Each name that ``--engine`` takes, and the module with its ``BACKEND``. What ``auto`` may try is tried in this order:
-# the fastest expected first.
+# Each name that ``--engine`` takes, and the module with its ``BACKEND``. ``auto`` tries engines in this order: the one
+# that is expected to be fastest first.
 BACKENDS = {
     "tensorrt": "dit_runtime.backends.tensorrt.open",
     "tensorrt-rtx": "dit_runtime.backends.tensorrt.open",
@@ -24,7 +24,7 @@ BACKENDS = {
 
 
 def backend_named(name: str) -> Backend:
-    """The backend of an engine's name. Its module is imported, the library that it runs is not.
+    """The backend of an engine's name. The backend's module is imported; the library that runs graphs is not.
 
     Raises:
         EngineError: there is no engine of that name.
@@ -38,32 +38,34 @@ def backend_named(name: str) -> Backend:
 def open_engine(
     bundle: Bundle, name: str, threads: int = 0, precision: str | None = None, store: Path | None = None
 ) -> Engine:
-    """The engine to run a bundle with.
+    """Open an engine for a bundle.
 
     Args:
-        bundle: whose graphs, at its size in use.
-        name: one of ``BACKENDS``.
-        threads: of the CPU; 0 lets the engine choose.
-        precision: ``fp32`` or ``bf16``, of an engine that has a choice; None is the bundle's own, or the nearest.
-        store: where TensorRT's engines are, None for the bundle's own folder, and where other engines keep graphs in
-            their own form (``Bundle.engines``), None for nowhere.
+        bundle: at the size in use.
+        name: a key of ``BACKENDS``.
+        threads: threads of the CPU; 0 lets the engine choose.
+        precision: ``fp32`` or ``bf16``, for an engine that has a choice; None is the bundle's own precision, or the
+            nearest that the engine has.
+        store: the engine store, such as ``bundle.engines``. TensorRT reads its plans there; None is the bundle's own
+            folder. Other backends keep prepared graphs there; None keeps none.
 
     Raises:
-        EngineError: unknown, not installed, or not able to run here (the message says what to do).
+        EngineError: the name is unknown, its library is not installed, or the engine cannot run here. The message says
+            what to do.
     """
     asked = None if precision is None else precision_named(precision, EngineError)
     return backend_named(name).open(bundle, name, EngineOptions(threads, asked, store))
 
 
 def engine_for(bundle: Bundle, name: str, threads: int = 0, precision: str | None = None) -> Engine:
-    """``open_engine`` as the commands call it: graphs that the engine prepares are kept in the bundle's store.
+    """``open_engine`` as the commands call it: the engine keeps its prepared graphs in the bundle's engine store.
 
-    Without that, the weights of an FP16 bundle would be in memory twice.
+    Without prepared graphs, OpenVINO has the weights of an FP16 bundle in memory twice.
     """
     return open_engine(bundle, name, threads, precision, bundle.engines if backend_named(name).keeps_graphs else None)
 
 
-def candidates(bundle: Bundle) -> list[Candidate]:
-    """What ``auto`` may try here without being asked, the fastest expected first."""
+def find_candidates(bundle: Bundle) -> list[Candidate]:
+    """The engines that ``auto`` may try here, in the order of ``BACKENDS``."""
     found = (backend_named(name).candidate(bundle, name) for name in BACKENDS)
     return [candidate for candidate in found if candidate is not None]

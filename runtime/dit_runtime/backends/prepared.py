@@ -1,11 +1,13 @@
-"""Graphs in an engine's own form, kept so that the next start is fast and weights are read from a file, not held.
+"""Prepared graphs: graphs in a backend's own form, kept on disk.
 
-    STORE/ENGINE/KEY/prepared.json    what it was made from, with what and for what; size and SHA-256 of the other files
-    STORE/ENGINE/KEY/*                the engine's files of one graph
-    STORE/ENGINE/.KEY.lock            held while they are made: a second process waits for them
+With them the next start is fast, and the weights are mapped from a file and not held in anonymous memory.
 
-KEY covers all that ``prepared.json`` says. So what another machine or version made is never opened, and the folder may
-be deleted at any time. A file is given to an engine only when it has the size and hash that ``prepared.json`` says.
+    STORE/BACKEND/KEY/prepared.json    the facts that the graph depends on; size and SHA-256 of the other files
+    STORE/BACKEND/KEY/*                the files of one graph in the backend's own form
+    STORE/BACKEND/.KEY.lock            held while a process makes the files: a second process waits
+
+KEY is the hash of the facts, so a graph that another machine or version made is never opened. The folder may be deleted
+at any time. A file is given to the backend's library only when it has the size and hash that ``prepared.json`` says.
 """
 
 from __future__ import annotations
@@ -28,12 +30,21 @@ from dit_runtime.core.machine import read_processor
 logger = logging.getLogger(__name__)
 
 SIDECAR = "prepared.json"
-SIDECAR_LIMIT = 1 << 20  # bytes: far above any, and little to read
+SIDECAR_LIMIT = 1 << 20  # bytes: far more than any ``prepared.json`` has, and quick to read
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a prepared graph depends on: the bundle's digest and the graph's file, how it is arranged, and for what."""
+    """All that a prepared graph depends on.
+
+    Attributes:
+        bundle: the bundle's digest.
+        file: the graph's file in the bundle.
+        form: the backend's settings that decide the files' content.
+        version: the backend's library and its version.
+        processor: the CPU's model.
+        flags: the CPU's instruction sets.
+    """
 
     bundle: str
     file: str
@@ -44,52 +55,52 @@ class Facts:
 
     @property
     def source(self) -> tuple[str, str, dict[str, str]]:
-        """What was prepared; the other facts say with what and where."""
+        """Bundle, file and form: the facts that do not depend on the machine or the library."""
         return self.bundle, self.file, self.form
 
 
 @dataclass(frozen=True)
 class Prepared(Facts):
-    """``prepared.json``: the facts, and size and hash of each file."""
+    """The content of ``prepared.json``: the facts, and the size and hash of each other file."""
 
     files: dict[str, FileSpec]
 
 
 def facts_of(bundle: Bundle, graph: str, version: str, form: Mapping[str, str]) -> Facts:
-    """What a prepared graph depends on.
+    """The facts that a prepared graph depends on, with those of the CPU here.
 
     Args:
-        bundle: whose graph.
-        graph: its name in the manifest, at the bundle's size.
-        version: the engine's.
-        form: the engine's own settings that decide what is in the files.
+        bundle: at the size in use.
+        graph: name of the graph in the manifest.
+        version: the backend's library and its version, such as ``openvino 2026.1``.
+        form: the backend's settings that decide the files' content.
     """
     cpu = read_processor()
     return Facts(bundle.digest, bundle.manifest.graphs[graph].file, dict(form), version, cpu.model, cpu.flags)
 
 
 def prepare_graph(folder: Path, facts: Facts, make: Callable[[Path], None]) -> Path | None:
-    """The folder of a prepared graph in ``folder`` (``STORE/ENGINE``): found and checked, or made.
+    """Find a prepared graph and check its files, or make it.
 
     Args:
-        folder: where the engine's prepared graphs are.
-        facts: of ``facts_of``.
-        make: writes the files into a folder that exists and is empty.
+        folder: the folder of the backend's prepared graphs, ``STORE/BACKEND``.
+        facts: from ``facts_of``.
+        make: writes the files into the empty folder that it is given.
 
     Returns:
-        None where it can be neither found nor written (a read-only bundle, a full disk): nothing is said, since the
-        engine works without it.
+        The graph's folder. None where there is no such graph and none can be written, as in a read-only bundle or on a
+        full disk. That is not reported, because the engine works without prepared graphs.
     """
-    target = _target(folder, facts)
-    if _whole(target, facts):
+    target = _folder_of(folder, facts)
+    if _is_whole(target, facts):
         return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / f".{target.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed, by the end of the process if need be
-            if _whole(target, facts):  # another process was first
+            fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed, also by the end of the process
+            if _is_whole(target, facts):  # another process made it meanwhile
                 return target
-            made_again = f"{target}: damaged, made again" if target.exists() else _other(folder, facts)
+            made_again = f"{target}: damaged, so made again" if target.exists() else _describe_other(folder, facts)
             with replace_folder(target) as temporary:
                 make(temporary)
                 files = {
@@ -105,18 +116,18 @@ def prepare_graph(folder: Path, facts: Facts, make: Callable[[Path], None]) -> P
 
 
 def find_prepared(folder: Path, facts: Facts) -> Path | None:
-    """As ``prepare_graph``, of a graph that is there and whole; None for any other."""
-    target = _target(folder, facts)
-    return target if _whole(target, facts) else None
+    """The folder of a prepared graph whose files are as they were written; None where there is none."""
+    target = _folder_of(folder, facts)
+    return target if _is_whole(target, facts) else None
 
 
-def _target(folder: Path, facts: Facts) -> Path:
+def _folder_of(folder: Path, facts: Facts) -> Path:
     return folder / hashlib.sha256(json.dumps(asdict(facts), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _whole(target: Path, facts: Facts) -> bool:
-    """Whether a folder is what its name says, and every file in it the one that was written."""
-    prepared = _sidecar(target)
+def _is_whole(target: Path, facts: Facts) -> bool:
+    """Whether a folder holds the graph of these facts, and every file in it is as it was written."""
+    prepared = _read_sidecar(target)
     if prepared is None or prepared != Prepared(**vars(facts), files=prepared.files):
         return False
     try:
@@ -131,7 +142,7 @@ def _whole(target: Path, facts: Facts) -> bool:
         return False
 
 
-def _sidecar(target: Path) -> Prepared | None:
+def _read_sidecar(target: Path) -> Prepared | None:
     path = target / SIDECAR
     if target.is_symlink() or path.is_symlink():
         return None
@@ -141,13 +152,13 @@ def _sidecar(target: Path) -> Prepared | None:
         return None
 
 
-def _other(folder: Path, facts: Facts) -> str | None:
-    """A line about the same graph made by another version or for another processor, if there is one."""
+def _describe_other(folder: Path, facts: Facts) -> str | None:
+    """A line about the same graph of another version or processor; None where there is no such graph."""
     for path in sorted(folder.glob(f"*/{SIDECAR}")):
-        found = _sidecar(path.parent)
+        found = _read_sidecar(path.parent)
         if found is not None and found.source == facts.source:
-            there, here = (f"{each.version} on {each.processor}" for each in (found, facts))
-            if there == here:
+            other, here = (f"{each.version} on {each.processor}" for each in (found, facts))
+            if other == here:
                 here = "a processor with other instructions"
-            return f"{folder}: {Path(facts.file).stem} is there for {there}; made again for {here}"
+            return f"{folder}: {Path(facts.file).stem} was prepared for {other}; prepared again for {here}"
     return None

@@ -1,4 +1,4 @@
-"""Which shapes a built graph takes: its optimization profiles, and the profile for a call."""
+"""The optimization profiles of a built graph: the shapes that it takes, and the profile for a call."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from typing import NamedTuple
 from dit_runtime.bundle.manifest import TensorSpec
 
 Shape = tuple[int, ...]
-Profile = Mapping[str, tuple[Shape, Shape, Shape]]  # of each input, the least, usual and largest shape
+Profile = Mapping[str, tuple[Shape, Shape, Shape]]  # for each input, its least, usual and largest shape
 BatchShape = tuple[int, int]  # batch (or rows of the conditioning table) and guidance branches
 
-# Axes that may be longer than what is asked for: an image, branch or row of zeros changes no other.
+# Axes that may be padded with zeros: an added image, branch or row changes no other.
 PADDED = ("batch", "branches", "rows")
 
 
 class Fit(NamedTuple):
-    """An optimization profile for a call, and the inputs' shapes in that profile: padded up to the profile's least."""
+    """A profile for a call: its index, and the inputs' shapes padded up to the profile's least shapes."""
 
     profile: int
     shapes: dict[str, Shape]
 
     @property
     def volume(self) -> int:
-        """How many numbers the inputs have in all."""
+        """The number of values in all inputs together."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
 
 class Range(NamedTuple):
-    """The least, usual and largest (batch, branches) of a profile."""
+    """The least, usual and largest (batch, branches) of one profile."""
 
     least: BatchShape
     usual: BatchShape
     largest: BatchShape
 
     def takes(self, batch: int) -> bool:
-        """Whether the batch is within the profile, without padding."""
+        """Whether the profile takes the batch without padding."""
         return self.least[0] <= batch <= self.largest[0]
 
 
@@ -46,24 +46,28 @@ class Profiles:
     """The optimization profiles of one graph.
 
     Attributes:
-        inputs: of the graph, as the manifest names their axes.
-        shapes: for each profile the least, usual and largest shape of each input.
+        inputs: the graph's inputs, whose axes have the manifest's names.
+        shapes: for each profile, the least, usual and largest shape of each input.
     """
 
     inputs: tuple[TensorSpec, ...]
     shapes: tuple[Profile, ...]
 
     def ranges(self) -> list[Range]:
-        """(batch, branches) of each profile: rows in place of the conditioner's batch, and 1 for no axis."""
+        """(batch, branches) of each profile.
+
+        The batch of the conditioner is its number of rows. An axis that the graph does not have counts as 1.
+        """
         found = []
         for profile in self.shapes:
             points = [
-                (self._size(profile, ("batch", "rows"), at), self._size(profile, ("branches",), at)) for at in range(3)
+                (self._size_of(profile, ("batch", "rows"), at), self._size_of(profile, ("branches",), at))
+                for at in range(3)
             ]
             found.append(Range(*points))
         return found
 
-    def _size(self, profile: Profile, axes: Iterable[str], point: int) -> int:
+    def _size_of(self, profile: Profile, axes: Iterable[str], point: int) -> int:
         for axis in axes:
             for tensor in self.inputs:
                 if axis in tensor.shape:
@@ -72,19 +76,19 @@ class Profiles:
 
     @property
     def largest_batch(self) -> int:
-        """The most images (or conditioner's rows) that any profile takes at once."""
+        """The most images, or rows of the conditioner, that one call takes in any profile."""
         return max(each.largest[0] for each in self.ranges())
 
     def has_branches(self, count: int) -> bool:
-        """Whether a profile takes so many guidance branches."""
+        """Whether any profile takes ``count`` guidance branches."""
         return any(each.largest[1] >= count for each in self.ranges())
 
-    def fits(self, shapes: Mapping[str, Shape], padded: Collection[str] = ()) -> list[Fit]:
-        """The profiles that take inputs of these shapes, in their order.
+    def find_fits(self, shapes: Mapping[str, Shape], padded: Collection[str] = ()) -> list[Fit]:
+        """Find the profiles that take inputs of these shapes, in their order.
 
         Args:
-            shapes: of the inputs that matter; the others are left out of the comparison.
-            padded: axes that are padded up to a profile's least, of ``PADDED``.
+            shapes: by input; inputs that are not named are not compared.
+            padded: the axes of ``PADDED`` that may be padded up to a profile's least shape.
         """
         found = []
         for index, profile in enumerate(self.shapes):
@@ -97,15 +101,23 @@ class Profiles:
                 found.append(Fit(index, filled))
         return found
 
-    def fit(self, shapes: Mapping[str, Shape], memory: Sequence[int], padded: Collection[str] = PADDED) -> Fit | None:
-        """The profile that takes inputs of these shapes with the least padding, then memory; None where none does.
+    def find_fit(
+        self, shapes: Mapping[str, Shape], memory: Sequence[int], padded: Collection[str] = PADDED
+    ) -> Fit | None:
+        """Find the profile that takes inputs of these shapes with the least padding, then with the least memory.
 
-        ``memory`` is each profile's, in bytes.
+        Args:
+            shapes: by input; inputs that are not named are not compared.
+            memory: bytes of each profile's activations.
+            padded: the axes of ``PADDED`` that may be padded up to a profile's least shape.
+
+        Returns:
+            None where no profile takes the shapes.
         """
-        return min(self.fits(shapes, padded), key=lambda fit: (fit.volume, memory[fit.profile]), default=None)
+        return min(self.find_fits(shapes, padded), key=lambda fit: (fit.volume, memory[fit.profile]), default=None)
 
     def describe(self, shapes: Mapping[str, tuple[Shape, Shape]]) -> str:
-        """The dynamic axes between a least and a largest shape of each input: ``batch 2 to 4, branches 2``."""
+        """Describe the dynamic axes between a least and a largest shape of each input: ``batch 2 to 4, branches 2``."""
         sizes: dict[str, str] = {}
         for tensor in self.inputs:
             least, largest = shapes[tensor.name]
@@ -119,7 +131,7 @@ class Profiles:
 
 
 def _pad(shape: Shape, least: Shape, tensor: TensorSpec, padded: Collection[str]) -> Shape:
-    """A shape, its padded axes up to a profile's least; one of another rank as it is."""
+    """The shape with its padded axes at least as long as in ``least``. A shape of another rank is left as it is."""
     if len(shape) != len(tensor.shape):
         return shape
     return tuple(
@@ -134,8 +146,8 @@ def _is_within(shape: Shape, points: tuple[Shape, Shape, Shape]) -> bool:
     )
 
 
-def tensor_shapes(tensors: Iterable[TensorSpec], sizes: Mapping[str, int]) -> dict[str, Shape]:
-    """The shapes of tensors whose axes have these sizes; an axis may be a product, such as ``8*height``."""
+def shapes_of_tensors(tensors: Iterable[TensorSpec], sizes: Mapping[str, int]) -> dict[str, Shape]:
+    """The shapes of tensors by name, for these sizes of the axes. An axis may be a product, such as ``8*height``."""
 
     def size(axis: int | str) -> int:
         return math.prod(int(part) if part.isdecimal() else sizes[part] for part in str(axis).split("*"))

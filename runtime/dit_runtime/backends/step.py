@@ -1,4 +1,4 @@
-"""The step graph's inputs, put together in one place."""
+"""Make the inputs of the step graph, and the conditioning table that it reads."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dit_runtime.backends.base import Array, Engine
 from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.samplers.noise import Float32
 
-STATE_SLOTS = 3  # z_t, and the sampler's memory
+STATE_SLOTS = 3  # slot 0 is z_t, slots 1 and 2 are the sampler's memory
 
 
 def state_from_latents(latents: Float32) -> Float32:
-    """Latents ``[B, C, H, W]`` → the state ``[B, 3, C, H, W]`` before the first step: nothing in the memory."""
+    """Latents ``[B, C, H, W]`` → the state ``[B, 3, C, H, W]`` before the first step; the sampler's memory is zero."""
     state = np.zeros((len(latents), STATE_SLOTS, *latents.shape[1:]), np.float32)
     state[:, 0] = latents
     return state
@@ -30,13 +30,13 @@ def step_inputs(
     """The inputs of the graphs ``step`` and ``probe`` by name.
 
     Args:
-        manifest: of the bundle, which names the conditioning table.
+        manifest: of the bundle; it names the conditioning table.
         state: ``[B, 3, C, H, W]`` float32.
-        coefficients: ``[B, 17]`` float32, the sampler's row of each image.
+        coefficients: ``[B, 17]`` float32, each image's row of its schedule.
         guidance: ``[G, B, C]`` float32, the weight of each branch.
         rows: ``[G, B]`` int32, the row of the conditioning table that each branch of each image reads.
         table: the conditioning table ``[R, …]``, in the manifest's dtype.
-        noise: ``[B, C, H, W]`` float32; None is none.
+        noise: ``[B, C, H, W]`` float32; None is zeros.
     """
     return {
         "state": state,
@@ -49,9 +49,9 @@ def step_inputs(
 
 
 def compute_table(engine: Engine, manifest: Manifest, timesteps: Array, labels: Array) -> Array:
-    """Rows of the conditioning table for pairs of timestep ``[R]`` and label ``[R]``.
+    """Compute the conditioning table ``[R, …]`` for pairs of timestep ``[R]`` and label ``[R]``.
 
-    The conditioner is called with as many rows as the engine takes at once.
+    The conditioner is called with as many rows at a time as the engine takes.
     """
     info = engine.info
     profiles = info.profiles.get("conditioner")

@@ -14,7 +14,7 @@ from dit_runtime.backends.base import Engine
 from dit_runtime.backends.step import compute_table, state_from_latents, step_inputs
 from dit_runtime.bench.gemm import measure_gemm_rates, shapes_of
 from dit_runtime.bench.timing import ClockedEngine, time_calls, timing_of
-from dit_runtime.bundle.macs import step_gmac
+from dit_runtime.bundle.macs import count_step_gmac
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.progress import Progress
 from dit_runtime.pipeline import Pipeline
@@ -123,6 +123,6 @@ def compare_with_gemm(bundle: Bundle, engine: Engine, parts: dict[int, dict[str,
     best = max(rates, key=lambda rate: rate.gflops)
     shares = {}
     for batch, timings in parts.items():
-        gflops = 2 * 2 * batch * step_gmac(model) / (timings[GUIDED].p50_ms / 1e3)
+        gflops = 2 * 2 * batch * count_step_gmac(model) / (timings[GUIDED].p50_ms / 1e3)
         shares[batch] = {"step_gflops": round(gflops, 1), "share": round(gflops / best.gflops, 4)}
     return {"best": asdict(best), "rates": [asdict(rate) for rate in rates], "guided_step": shares}

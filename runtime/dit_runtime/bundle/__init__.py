@@ -1,1 +1,1 @@
-"""A bundle on disk: its manifest, its reader, and its multiply-accumulates."""
+"""The bundle: its manifest, its reader, its precisions, and its model's multiply-accumulates."""

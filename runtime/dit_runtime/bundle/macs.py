@@ -1,29 +1,32 @@
-"""Multiply-accumulates of a transformer's forward, in 10⁹ (GMAC): the count that the paper calls Gflops."""
+"""Count the multiply-accumulates of a transformer's forward, in 10⁹ (GMAC). The paper calls this count Gflops."""
 
 from __future__ import annotations
 
 from dit_runtime.bundle.manifest import ModelSpec
 
 FREQUENCIES = 256  # size of the sinusoidal timestep features, in the paper and in every implementation
-MODULATIONS = {"adaln-zero": 6, "adaln": 4}  # vectors per block: shift, scale (and gate), before attention and MLP
-CONDITION_TOKENS = 2  # timestep and label, in-context and in cross-attention
+MODULATIONS = {"adaln-zero": 6, "adaln": 4}  # vectors for each block: shift, scale (and gate) of attention and MLP
+CONDITION_TOKENS = 2  # timestep and label, of in-context conditioning and of cross-attention
 
 
-def gmac(model: ModelSpec) -> float:
-    """GMAC of one forward of one image without guidance, conditioner included: the paper's count.
+def count_gmac(model: ModelSpec) -> float:
+    """Count the GMAC of one forward of one image without guidance, with the conditioner: the paper's count.
 
-    The paper's figures are 118.64 for XL/2 at 256², 80.71 for L/2, 23.01 for B/2, 6.06 for S/2 and 524.60 for XL/2 at
-    512²; of XL/2's conditionings 119.37 in-context, 137.62 cross-attention and 118.56 adaLN. Here they come
-    out 0.01 to 0.07 % lower.
+    The paper's figures are 118.64 for XL/2 at 256², 80.71 for L/2, 23.01 for B/2, 6.06 for S/2, and 524.60 for XL/2 at
+    512². For XL/2's other conditionings they are 119.37 (in-context), 137.62 (cross-attention) and 118.56 (adaLN). The
+    counts of this function are 0.01 to 0.07 % lower.
     """
-    return conditioner_gmac(model) + step_gmac(model)
+    return count_conditioner_gmac(model) + count_step_gmac(model)
 
 
-def conditioner_gmac(model: ModelSpec, embedders: int = 1) -> float:
-    """GMAC of one row of the conditioning table: what leaves the sampling loop.
+def count_conditioner_gmac(model: ModelSpec, embedders: int = 1) -> float:
+    """Count the GMAC of one row of the conditioning table: the work outside the sampling loop.
 
-    The timestep MLP (``embedders`` of them, where a checkpoint's copies differ), and adaLN's modulations or
-    cross-attention's keys and values of the two tokens.
+    It is the work of the timestep MLP, and of adaLN's modulations or cross-attention's keys and values.
+
+    Args:
+        model: the transformer.
+        embedders: the number of timestep MLPs, for a checkpoint whose copies differ.
     """
     d = model.width
     count = embedders * (FREQUENCIES * d + d * d)
@@ -34,14 +37,14 @@ def conditioner_gmac(model: ModelSpec, embedders: int = 1) -> float:
     return count / 1e9
 
 
-def step_gmac(model: ModelSpec) -> float:
-    """GMAC of one branch of one image in the step graph: what every sampling step repeats."""
+def count_step_gmac(model: ModelSpec) -> float:
+    """Count the GMAC of one branch of one image in the step graph: the work that every sampling step repeats."""
     d, patch = model.width, model.patch_size**2
     tokens = model.tokens + (CONDITION_TOKENS if model.conditioning == "in-context" else 0)
-    # Queries, keys, values and output are 4·D² a token, the MLP's two layers 2·D·hidden, the attention's two products
-    # D for each pair of tokens.
+    # For each token, queries, keys, values and output take 4·D², and the MLP's two layers 2·D·hidden. For each pair of
+    # tokens, the attention's two products take D each.
     block = tokens * (4 * d * d + 2 * d * model.mlp_width) + 2 * tokens**2 * d
     if model.conditioning == "cross-attention":
-        block += tokens * 2 * d * d + 2 * tokens * CONDITION_TOKENS * d  # queries and output; the two products
+        block += tokens * 2 * d * d + 2 * tokens * CONDITION_TOKENS * d  # queries and output, then the two products
     ends = model.tokens * patch * (model.latent_channels + model.output_channels) * d
     return (model.depth * block + ends) / 1e9

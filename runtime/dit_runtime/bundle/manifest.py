@@ -1,6 +1,6 @@
-"""``manifest.json``, typed: what a bundle is, what its graphs take and give, and how closely they must match.
+"""The types of ``manifest.json``: the model, the graphs with their inputs and outputs, and the limits of verification.
 
-A manifest comes from elsewhere: reading it raises for anything that does not hold together.
+A manifest is untrusted. Reading it raises an error for every value that is missing, unknown or inconsistent.
 """
 
 from __future__ import annotations
@@ -17,16 +17,24 @@ from dit_runtime.core.decode import Amount, Natural, Positive, decode
 SCHEMA = 5
 GRAPHS = ("conditioner", "step", "probe", "decoder")
 ENCODER = "encoder"
-SIZED_GRAPHS = ("step", "probe")  # traced for one size each; the others take any
+SIZED_GRAPHS = ("step", "probe")  # each is traced for one latent size; the other graphs take any size
 CONDITIONINGS = ("adaln-zero", "adaln", "cross-attention", "in-context")
 PATHS = ("linear", "gvp", "vp")
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The transformer's shape. Sizes are in latent pixels; ``width`` is the hidden size D.
+    """The transformer's architecture and shape.
 
-    ``conditioning`` is one of ``CONDITIONINGS``, the paper's four.
+    Attributes:
+        conditioning: one of ``CONDITIONINGS``, the paper's four.
+        latent_channels, latent_size: of the latents; the size is height and width in latent pixels.
+        patch_size: side of a patch in latent pixels.
+        width: the hidden size D.
+        depth, heads: the number of blocks, and of attention heads in each.
+        mlp_width: width of the MLP's hidden layer.
+        classes: the number of classes, without the null class.
+        learned_variance: whether the network also predicts the variance.
     """
 
     conditioning: str
@@ -42,7 +50,7 @@ class ModelSpec:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Patches per column and row."""
+        """The number of patches along height and width."""
         return self.latent_size[0] // self.patch_size, self.latent_size[1] // self.patch_size
 
     @property
@@ -51,7 +59,7 @@ class ModelSpec:
 
     @property
     def attentions(self) -> int:
-        """Attention operations in one forward."""
+        """The number of attention operations in one forward."""
         return self.depth * (2 if self.conditioning == "cross-attention" else 1)
 
     @property
@@ -66,12 +74,14 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class DiffusionSpec:
-    """The forward process and what the network predicts, with the reference scheduler's conventions.
+    """The forward process, the quantity that the network predicts, and the reference scheduler's conventions.
 
-    ``betas``: float64, one per training timestep; a last one of 1 is zero terminal SNR. ``prediction_type``:
-    ``epsilon``, ``v_prediction``, or ``velocity`` with a ``path`` (SiT's ``linear``, ``gvp`` or ``vp``) in place of
-    betas. ``guidance_channels``: how many latent channels classifier-free guidance acts on, from the first.
-    ``timestep_spacing``, ``steps_offset`` and ``set_alpha_to_one`` are diffusers' scheduler settings of the same names.
+    Attributes:
+        betas: one float64 for each training timestep; a last beta of 1 means zero terminal SNR. Empty with a ``path``.
+        prediction_type: ``epsilon``, ``v_prediction``, or ``velocity`` for a model with a ``path``.
+        guidance_channels: the number of latent channels that classifier-free guidance acts on, from the first.
+        timestep_spacing, steps_offset, set_alpha_to_one: diffusers' scheduler settings of the same names.
+        path: SiT's ``linear``, ``gvp`` or ``vp``; None for a model with betas.
     """
 
     betas: tuple[float, ...]
@@ -85,7 +95,7 @@ class DiffusionSpec:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A graph input or output: axes are sizes or the names of dynamic dimensions."""
+    """An input or output of a graph. An axis of ``shape`` is a size, or the name of a dynamic dimension."""
 
     name: str
     dtype: str
@@ -94,7 +104,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """An ONNX file of the bundle, the file with its weights, and its tensors."""
+    """A graph: its ONNX file, the file of its weights, and its inputs and outputs."""
 
     file: str
     weights: str
@@ -104,7 +114,10 @@ class GraphSpec:
 
 @dataclass(frozen=True)
 class AutoencoderSpec:
-    """``factor`` is image pixels per latent pixel; the other two are inside the graphs, and here for the record."""
+    """The autoencoder. ``factor`` is image pixels per latent pixel.
+
+    The graphs apply the scaling and shift factors themselves; they are here for the record.
+    """
 
     name: str
     scaling_factor: float
@@ -120,13 +133,13 @@ class PrecisionSpec:
     keep_fp32: tuple[str, ...]
 
     def precision_of(self, unit: str) -> Precision:
-        """What a named unit, such as ``blocks.17.mlp``, is computed in."""
+        """The precision in which a named unit, such as ``blocks.17.mlp``, is computed."""
         return Precision.FP32 if is_kept(unit, self.keep_fp32) else self.name
 
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """Where the weights came from and which implementation is their reference."""
+    """Where the weights came from, and which implementation is their reference."""
 
     name: str
     revision: str | None
@@ -136,7 +149,7 @@ class SourceSpec:
 
 @dataclass(frozen=True)
 class DefaultsSpec:
-    """What sampling uses where its caller says nothing."""
+    """The defaults of sampling."""
 
     sampler: str
     steps: Positive
@@ -153,16 +166,18 @@ class FileSpec:
 
 @dataclass(frozen=True)
 class Manifest:
-    """``manifest.json``, typed.
+    """The content of ``manifest.json``. ``docs/bundle-format.md`` specifies every field.
 
     Attributes:
-        sizes: the latent sizes (height, width) that there are graphs for; the first is ``model.latent_size``.
-        tolerances: by precision and kind of rung, the most that an engine may be off, whatever PyTorch is.
-        thresholds: by precision and kind of rung, how many times PyTorch's own error an engine's may be.
-        floors: by precision and record, PyTorch's own error in that precision: relative L2 of each block, image or
-            step. FP32's is against FP64, the others' against FP32. A record of a further size is named as its graphs.
-        magnitudes: of each unit of the precision policy, the largest |x| that enters or leaves a product of matrices on
-            the reference's own trajectory; ``blocks.N`` is the residual stream after that block.
+        sizes: the latent sizes (height, width) that the bundle has graphs for; the first is ``model.latent_size``.
+        tolerances: by precision and kind of rung, the largest error that an engine may have.
+        thresholds: by precision and kind of rung, the largest ratio of an engine's error to PyTorch's own error.
+        floors: by precision and record, PyTorch's own error in that precision: the relative L2 of each block, image or
+            step. The floor of FP32 is against FP64, the other floors are against FP32. The name of a record of a
+            further size has the suffix of that size's graphs.
+        magnitudes: by unit of the precision policy, the largest |x| that enters or leaves one of its matrix products
+            on the reference's own trajectory. ``blocks.N`` is the residual stream after block N.
+        files: size and SHA-256 of every other file of the bundle.
     """
 
     schema: int
@@ -184,12 +199,12 @@ class Manifest:
 
     @property
     def table(self) -> TensorSpec:
-        """The conditioning table, as the conditioner gives it and the step takes it."""
+        """The tensor of the conditioning table: the conditioner's output, and an input of step and probe."""
         return self.graphs["conditioner"].outputs[0]
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width of an image in pixels."""
+        """Height and width of an image in pixels, at the size in use."""
         return self.image_sizes[self.sizes.index(self.model.latent_size)]
 
     @property
@@ -202,18 +217,21 @@ class Manifest:
         return json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def sized(name: str, size: tuple[int, int]) -> str:
-    """The name of a graph or folder of a size that is not the bundle's first."""
+def name_for_size(name: str, size: tuple[int, int]) -> str:
+    """The name of a graph, record or folder for a latent size that is not the bundle's first."""
     return f"{name}-{size[0]}x{size[1]}"
 
 
 def manifest_from_json(raw: Mapping[str, Any]) -> Manifest:
-    """Raises DecodeError where a value is not what ``Manifest`` declares; ``check_consistency`` asks for the rest."""
+    """Decode a manifest. Raises DecodeError where a value does not have the type that ``Manifest`` declares.
+
+    ``check_consistency`` checks that the values fit each other.
+    """
     return decode(Manifest, raw)
 
 
 def check_consistency(manifest: Manifest) -> None:
-    """Raises ValueError for parts that do not fit each other."""
+    """Raises ValueError where values of a manifest do not fit each other."""
     model, diffusion = manifest.model, manifest.diffusion
     for name in manifest.files:
         parts = PurePosixPath(name).parts
@@ -223,7 +241,7 @@ def check_consistency(manifest: Manifest) -> None:
         raise ValueError(f"conditioning {model.conditioning!r}")
     if not manifest.sizes or manifest.sizes[0] != model.latent_size:
         raise ValueError(f"sizes {manifest.sizes} do not begin with {model.latent_size}")
-    expected = [*GRAPHS, *(sized(name, size) for size in manifest.sizes[1:] for name in SIZED_GRAPHS)]
+    expected = [*GRAPHS, *(name_for_size(name, size) for size in manifest.sizes[1:] for name in SIZED_GRAPHS)]
     if missing := [name for name in expected if name not in manifest.graphs]:
         raise ValueError(f"no graph {missing[0]!r}")
     table = [tensor.name for tensor in manifest.graphs["conditioner"].outputs]

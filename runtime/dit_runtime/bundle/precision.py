@@ -1,4 +1,4 @@
-"""The precisions, by the one name that each has in manifests, commands, engines and audits."""
+"""The precisions. Each has one name, which manifests, commands, engines and audits share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dit_runtime.core.errors import DiTError
 
 
 class Precision(str, Enum):
-    """What numbers are stored and multiplied in. ``INT8`` is a name without an implementation yet."""
+    """The format in which numbers are stored and multiplied. ``INT8`` is not implemented and is refused by name."""
 
     FP32 = "fp32"
     FP16 = "fp16"
@@ -20,9 +20,9 @@ class Precision(str, Enum):
         return self.value
 
 
-# Names that commands also take.
+# Further names that commands take.
 ALIASES = {"f32": Precision.FP32}
-# TensorRT's names of datatypes, in its log, its inspector's JSON and the audits made from them.
+# TensorRT's names of the datatypes, in its log, its inspector's JSON and the audits.
 TENSORRT_DATATYPES = {
     Precision.FP32: "Float",
     Precision.FP16: "Half",
@@ -35,8 +35,8 @@ def precision_named(name: str, error: type[DiTError]) -> Precision:
     """The precision of a name.
 
     Args:
-        name: a value of ``Precision``, or one of ``ALIASES``.
-        error: raised for any other name.
+        name: a value of ``Precision``, or a key of ``ALIASES``.
+        error: the type of the error that is raised for any other name.
     """
     found = ALIASES.get(name)
     if found is None:

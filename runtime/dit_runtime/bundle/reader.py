@@ -1,13 +1,14 @@
-"""A bundle: what ``dit-export`` writes and everything else reads.
+"""Open a bundle, the folder that ``dit-export`` writes and all other commands read.
 
     manifest.json          model, diffusion, graphs, precision, error budget, and size and SHA-256 of every other file
-    graphs/*.onnx          conditioner, step, probe, decoder and maybe encoder; each with its weights beside it (probe:
-                           the step's); step and probe once more for each further size, on the same weights
-    golden/*.npz           what the PyTorch reference computed; in a folder of its own for each further size
-    engines/               added later by ``dit-build`` and ``dit-verify``; not part of the bundle's digest
+    graphs/*.onnx          conditioner, step, probe, decoder and maybe encoder, each with its weights beside it; the
+                           probe uses the step's weights; each further size has its own step and probe, on the same
+                           weights
+    golden/*.npz           the results of the PyTorch reference; each further size has its own folder
+    engines/               the engine store, which other commands add; not part of the bundle's digest
 
-A bundle comes from elsewhere, so it is untrusted until checked: nothing in it is opened before its size and hash match
-the manifest, and no path in it may lead outside.
+A bundle is untrusted. No file of it is opened before its size and hash match the manifest, and no path in it may lead
+outside the folder.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from dit_runtime.bundle.manifest import (
     TensorSpec,
     check_consistency,
     manifest_from_json,
-    sized,
+    name_for_size,
 )
 from dit_runtime.core.decode import DecodeError, json_from_bytes, read_bytes, schema_of
 from dit_runtime.core.errors import BundleError
@@ -68,25 +69,29 @@ __all__ = [
     "SourceSpec",
     "TensorSpec",
     "manifest_from_json",
+    "name_for_size",
     "open_bundle",
-    "sized",
 ]
 
 MANIFEST = "manifest.json"
-MANIFEST_LIMIT = 16 << 20  # bytes: far above any, and little to read
+MANIFEST_LIMIT = 16 << 20  # bytes: far more than any manifest has, and quick to read
 ENGINES = "engines"
 GOLDEN = "golden"
-UNGUIDED = "unguided"  # the record of a trajectory without guidance, of the sampler that draws noise
-TILE = "tile_"  # begins the name of a record of one tile of the decoder, with its side in latent pixels
+UNGUIDED = "unguided"  # name of the record of a trajectory without guidance, by a sampler that draws noise
+TILE = "tile_"  # a record of one tile of the decoder has this name and the tile's side in latent pixels
 
 
 @dataclass(frozen=True)
 class Bundle:
     """An opened bundle, at one of its sizes.
 
-    ``digest`` is the SHA-256 of the manifest file, which holds the hash of every other file. ``manifest`` is that
-    file's, with ``model.latent_size`` and the graphs of the size in use. ``store``: where engines, verdicts and timings
-    are kept; None is the bundle's own ``engines`` folder.
+    Attributes:
+        path: the bundle's folder.
+        manifest: the manifest, with ``model.latent_size`` and the graphs of the size in use.
+        digest: the SHA-256 of the manifest file, which holds the hash of every other file.
+        default_size: whether the size in use is the bundle's first.
+        store: the engine store, where engines, verdicts and timings are kept; None is the bundle's own ``engines``
+            folder.
     """
 
     path: Path
@@ -97,31 +102,34 @@ class Bundle:
 
     @property
     def engines(self) -> Path:
-        """The store."""
+        """The folder of the engine store."""
         return self.store or self.path / ENGINES
 
     def at(self, image_size: tuple[int, int] | None) -> Bundle:
-        """The bundle at another of its sizes, given as an image's height and width; None leaves it as it is.
+        """The bundle at another of its sizes.
+
+        Args:
+            image_size: height and width of an image in pixels; None keeps the size in use.
 
         Raises:
-            BundleError: no graphs for that size.
+            BundleError: the bundle has no graphs for that size, or is open at another size than its first.
         """
         manifest = self.manifest
         if image_size is None or image_size == manifest.image_size:
             return self
         if not self.default_size:
             raise BundleError(
-                f"{self.path}: is open at {manifest.image_size[0]}x{manifest.image_size[1]} already; open it again for "
-                f"{image_size[0]}x{image_size[1]}"
+                f"{self.path}: is open at {manifest.image_size[0]}x{manifest.image_size[1]} already; open the bundle "
+                f"again for {image_size[0]}x{image_size[1]}"
             )
         if image_size not in manifest.image_sizes:
             known = ", ".join(f"{height}x{width}" for height, width in manifest.image_sizes)
             raise BundleError(
-                f"{self.path}: has no graphs for images of {image_size[0]}x{image_size[1]}, only {known}; export it "
-                f"with --size {image_size[0]}x{image_size[1]}"
+                f"{self.path}: has no graphs for images of {image_size[0]}x{image_size[1]}, only for {known}; export "
+                f"the bundle with --size {image_size[0]}x{image_size[1]}"
             )
         size = manifest.sizes[manifest.image_sizes.index(image_size)]
-        graphs = {**manifest.graphs, **{name: manifest.graphs[sized(name, size)] for name in SIZED_GRAPHS}}
+        graphs = {**manifest.graphs, **{name: manifest.graphs[name_for_size(name, size)] for name in SIZED_GRAPHS}}
         return replace(
             self,
             manifest=replace(manifest, model=replace(manifest.model, latent_size=size), graphs=graphs),
@@ -129,7 +137,12 @@ class Bundle:
         )
 
     def file(self, name: str) -> Path:
-        """The path of a file that the manifest vouches for, checked against it: size, then SHA-256."""
+        """The path of a file of the bundle, with its size and SHA-256 checked against the manifest.
+
+        Raises:
+            BundleError: the manifest does not name the file, or the file is missing, altered or a link out of the
+                bundle.
+        """
         spec = self.manifest.files.get(name)
         if spec is None:
             raise BundleError(f"{self.path}: the manifest names no file {name!r}; export the bundle again")
@@ -147,40 +160,40 @@ class Bundle:
         return path
 
     def graph(self, name: str) -> Path:
-        """The path of a graph, with its ONNX file and its weights checked."""
+        """The path of a graph's ONNX file, with that file and the graph's weights checked. Raises as ``file``."""
         spec = self.manifest.graphs[name]
         self.file(spec.weights)
         return self.file(spec.file)
 
     def records(self, name: str) -> dict[str, np.ndarray[Any, Any]]:
-        """The arrays of a golden record: ``golden/NAME.npz``, or that of the size in use."""
-        path = self.file(self._record(name))
+        """The arrays of a golden record by name: ``golden/NAME.npz``, at the size in use. Raises as ``file``."""
+        path = self.file(self._file_of_record(name))
         with np.load(path, allow_pickle=False) as stored:
             return dict(stored)
 
     def has_records(self, name: str) -> bool:
-        """Whether there is a golden record of that name."""
-        return self._record(name) in self.manifest.files
+        """Whether the bundle has a golden record of that name, at the size in use."""
+        return self._file_of_record(name) in self.manifest.files
 
-    def _record(self, name: str) -> str:
-        folder = GOLDEN if self.default_size else sized(GOLDEN, self.manifest.model.latent_size)
+    def _file_of_record(self, name: str) -> str:
+        folder = GOLDEN if self.default_size else name_for_size(GOLDEN, self.manifest.model.latent_size)
         return f"{folder}/{name}.npz"
 
     def check(self) -> None:
-        """Check every file against the manifest."""
+        """Check every file against the manifest. Raises as ``file``."""
         for name in self.manifest.files:
             self.file(name)
 
 
 def open_bundle(path: str | Path, store: Path | None = None) -> Bundle:
-    """Read and check a bundle's manifest; the other files are checked when they are used.
+    """Read and check a bundle's manifest. The other files are checked when they are used.
 
     Args:
         path: the bundle's folder.
-        store: where its engines are kept, for a bundle that cannot be written; None is its own ``engines`` folder.
+        store: the engine store, for a bundle that cannot be written; None is the bundle's own ``engines`` folder.
 
     Raises:
-        BundleError: no bundle there, unknown schema, or a manifest that does not hold together.
+        BundleError: the folder is no bundle, or its manifest is damaged, inconsistent or of another schema.
     """
     folder = Path(path)
     manifest_path = folder / MANIFEST

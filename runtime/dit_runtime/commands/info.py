@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dit_runtime.backends.tensorrt.store import described, stored_engines
+from dit_runtime.backends.tensorrt.store import describe_platform, read_engines
 from dit_runtime.bundle.reader import GOLDEN, Bundle
 from dit_runtime.core.machine import describe_machine
-from dit_runtime.verify.verdicts import Verdict, stored_verdicts
+from dit_runtime.verify.verdicts import Verdict, read_verdicts
 
 PARTS = ("conditioner", "step", "decoder", "encoder")
 
@@ -39,7 +39,7 @@ def bundle_info(bundle: Bundle) -> dict[str, Any]:
         "producer": manifest.producer,
         "engines": engines,
         "damaged": damaged,
-        "verdicts": [_verdict_facts(verdict) for verdict in stored_verdicts(bundle)],
+        "verdicts": [_verdict_facts(verdict) for verdict in read_verdicts(bundle)],
     }
 
 
@@ -76,11 +76,11 @@ def _engines_of(bundle: Bundle) -> tuple[list[dict[str, Any]], list[str]]:
         {
             "folder": str(engine.folder),
             "image_size": list(engine.image_size),
-            "built_for": described(engine.library, engine.version, engine.compute_capability, engine.gpu),
+            "built_for": describe_platform(engine.library, engine.version, engine.compute_capability, engine.gpu),
             "plans_bytes": {name: graph.plan_bytes for name, graph in engine.graphs.items()},
         }
         for size in bundle.manifest.image_sizes
-        for engine in stored_engines(bundle.at(size), None, damaged.append)
+        for engine in read_engines(bundle.at(size), None, damaged.append)
     ]
     return engines, damaged
 

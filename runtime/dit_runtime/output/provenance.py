@@ -97,7 +97,7 @@ def entry_from_request(
     not made yet; ``is_same`` does not ask for it.
     """
     manifest, schedule, guidance = pipe.manifest, image.schedule, image.guidance
-    first = image.draw_noise(image.stream(), pipe.latent_shape) if image.noise is None else image.noise
+    first = image.draw_noise(image.make_stream(), pipe.latent_shape) if image.noise is None else image.noise
     return {
         "version": __version__,
         "model": manifest.source.name,
@@ -219,7 +219,7 @@ def request_from_entry(
             f"the image's sampler table was {entry['table']}, this one is {found}: it was made by version "
             f"{entry['version']} or from another table; use that"
         )
-    first = image.draw_noise(image.stream(), pipe.latent_shape) if noise is None else noise
+    first = image.draw_noise(image.make_stream(), pipe.latent_shape) if noise is None else noise
     if (drawn := noise_hash(first)) != entry["noise"]:
         raise SamplingError(f"the image's noise was {entry['noise']}, this is {drawn}; name its file with --noise")
     return image

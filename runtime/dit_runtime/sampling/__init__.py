@@ -1,1 +1,1 @@
-"""Images in a batch: labels, starts, the loop over their steps, and tiles."""
+"""Sampling: labels, the image to start from, the loop over a batch's steps, and decoding in tiles."""

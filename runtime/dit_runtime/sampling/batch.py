@@ -1,4 +1,4 @@
-"""The sampling loop: images in an engine's batch, each at its own row of its own schedule."""
+"""The sampling loop: the images of a batch advance together, each at its own row of its own schedule."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from dit_runtime.samplers.noise import Float32, Noise, draw_normals
 from dit_runtime.samplers.schedule import COEFFICIENTS
 from dit_runtime.sampling.requests import ImageRequest
 
-LIMITS = TableLimits()  # of every batch
+LIMITS = TableLimits()  # the memory for the conditioning table of any batch
 
 
 class _Slot:
-    """An image in the batch, and how far it is."""
+    """An image in the batch, and the row of its schedule that comes next."""
 
     def __init__(self, key: int, image: ImageRequest, stream: Noise) -> None:
         self.key, self.image, self.stream, self.row = key, image, stream, 0
@@ -33,15 +33,19 @@ class _Slot:
     def __len__(self) -> int:
         return len(self.times)
 
-    def conditions(self, ahead: int = 0) -> list[Condition]:
-        """What the network is asked about in this row, or one that far ahead, branch by branch."""
+    def list_conditions(self, ahead: int = 0) -> list[Condition]:
+        """The (timestep, label) of each branch in the next row, or ``ahead`` rows after it."""
         row = self.row + ahead
         time = self.times[row]
         return [(time, label) for label in self.labels[: self.needed[row]]]
 
 
-def _run_inputs(slots: Sequence[_Slot], table: ConditioningTable) -> RunInputs | None:
-    """None where the images are not in one row of one schedule, or the table has no room for all they will use."""
+def _inputs_for_run(slots: Sequence[_Slot], table: ConditioningTable) -> RunInputs | None:
+    """The step's inputs for the rest of a run.
+
+    None where the images are not at the same row of the same schedule, or where rows of the conditioning table that
+    they need later are not computed.
+    """
     first, count = slots[0], len(slots)
     schedule, steps = first.image.schedule, len(first)
     if any(slot.image.schedule is not schedule or slot.row != first.row for slot in slots):
@@ -49,7 +53,7 @@ def _run_inputs(slots: Sequence[_Slot], table: ConditioningTable) -> RunInputs |
     needed = np.max([slot.needed for slot in slots], axis=0)
     branches = int(needed.max())
     weights = np.zeros((steps, branches, count, slots[0].image.branches.weights.shape[2]), np.float32)
-    rows = np.zeros((steps, branches, count), np.int32)  # a branch without a weight may read any row
+    rows = np.zeros((steps, branches, count), np.int32)  # a branch of weight 0 may read any row
     for index, slot in enumerate(slots):
         own = slot.image.branches.weights
         weights[:, : own.shape[1], index] = own
@@ -66,10 +70,19 @@ def _run_inputs(slots: Sequence[_Slot], table: ConditioningTable) -> RunInputs |
 
 
 class Advance(NamedTuple):
-    """What one engine call did to the batch: a list entry or array row per image that was in it.
+    """The result of one step of a batch.
 
-    The arrays, ``[B, C, H, W]``, belong to the batch and are there until its next call: copy what is to be kept. On a
-    device they stay until they are read, and only those that were asked for or finished were checked to be finite.
+    Lists and arrays have an entry for each image that was in the batch, in the batch's order. The arrays belong to the
+    batch and are valid until its next step: copy what you keep. On a device the arrays stay there until they are read.
+    They are checked to be finite only where ``read`` asked for it or an image finished.
+
+    Attributes:
+        keys: each image's key, as it was added.
+        completed: whether the row completed a step of the image's sampler.
+        finished: whether the row was the image's last; finished images have left the batch.
+        result: the arrays.
+        latents: float32 ``[B, C, H, W]``.
+        denoised: the estimate of the clean latents, float32 ``[B, C, H, W]``.
     """
 
     keys: list[int]
@@ -87,9 +100,12 @@ class Advance(NamedTuple):
 
 
 class Batch:
-    """Up to as many images as an engine takes, advanced together, added and finished one by one.
+    """Images that advance together. Images may be added between two steps, and leave when they are finished.
 
-    ``failure`` is what the next ``advance`` will raise. Close it at the end: an engine's device memory is lent to it.
+    A batch is a context manager: it holds the engine's loop, and with it device memory, until it is closed.
+
+    Attributes:
+        failure: the error that the next ``advance`` raises; None where there is none.
     """
 
     def __init__(self, engine: Engine, manifest: Manifest) -> None:
@@ -99,7 +115,7 @@ class Batch:
         self._shape = (model.latent_channels, *model.latent_size)
         self._slots: list[_Slot] = []
         self._inputs: RunInputs | None = None
-        self._changed = True  # who is in the batch
+        self._changed = True  # whether images were added or removed since the last step
         self.failure: SamplingError | None = None
 
     def __len__(self) -> int:
@@ -112,24 +128,26 @@ class Batch:
         self._loop.close()
 
     def add(self, images: Sequence[tuple[int, ImageRequest]]) -> None:
-        """Let images in, each with a key that its results carry."""
+        """Add images, each with a key that names it in the results."""
         if not images:
             return
         latents = np.empty((len(images), *self._shape), np.float32)
         for index, (key, image) in enumerate(images):
-            latents[index], stream = image.initial_latents(self._shape)
+            latents[index], stream = image.make_initial_latents(self._shape)
             self._slots.append(_Slot(key, image, stream))
         self._loop.add(latents)
         self._changed = True
 
     def advance(self, read: bool = False) -> Advance:
-        """One row of every image, in one engine call. Finished images leave the batch.
+        """Do one row of every image in one call of the engine. Finished images leave the batch.
 
-        ``read``: the caller will read the arrays, so they must be finite. Arrays that are at hand are always checked.
+        Args:
+            read: whether the caller reads the arrays, so that they are checked to be finite. Arrays on the host are
+                always checked.
 
         Raises:
-            SamplingError: latents that are no longer finite; images that finished in the same call come first, and
-                the error with the next call.
+            SamplingError: the latents of an image are not finite. If other images finished in the same call, this call
+                returns them, and the next call raises the error.
         """
         if self.failure is not None:
             raise self.failure
@@ -139,7 +157,7 @@ class Batch:
         finished = [slot.row + 1 == len(slot) for slot in slots]
         if (read or result.at_hand or any(finished)) and not np.isfinite(state := result.state).all():
             sound = [bool(np.isfinite(values).all()) for values in state]
-            self.failure = self._not_finite(slots[sound.index(False)])
+            self.failure = self._error_for(slots[sound.index(False)])
             finished = [done and fine for done, fine in zip(finished, sound, strict=True)]
             if not any(finished):
                 raise self.failure
@@ -153,20 +171,20 @@ class Batch:
         return Advance([slot.key for slot in slots], completed, finished, result)
 
     def _run_step(self) -> StepResult:
-        """The step's call, for each image's own row."""
+        """Run the step, each image at its own row."""
         slots, inputs = self._slots, None if self._changed else self._inputs
         if inputs is not None:
             row = slots[0].row
             return self._loop.run_row(inputs, row, self._draw(slots) if inputs.draws[row] else None)
-        conditions = [slot.conditions() for slot in slots]
+        conditions = [slot.list_conditions() for slot in slots]
         needed = [condition for each in conditions for condition in each]
-        self._table.prepare(needed, self._upcoming, self._changed and self._loop.looks_ahead)
+        self._table.prepare(needed, self._iterate_upcoming, self._changed and self._loop.looks_ahead)
         if self._changed:
-            self._inputs, self._changed = _run_inputs(slots, self._table), False
+            self._inputs, self._changed = _inputs_for_run(slots, self._table), False
         branches = max(slot.needed[slot.row] for slot in slots)
         coefficients = np.empty((len(slots), COEFFICIENTS), np.float32)
         weights = np.zeros((branches, len(slots), self._shape[0]), np.float32)
-        rows = np.zeros((branches, len(slots)), np.int32)  # a branch without a weight may read any row
+        rows = np.zeros((branches, len(slots)), np.int32)  # a branch of weight 0 may read any row
         for index, slot in enumerate(slots):
             row, image = slot.row, slot.image
             count = len(conditions[index])
@@ -182,14 +200,14 @@ class Batch:
             return draw_normals([slot.stream for slot in slots], self._shape)
         return np.stack([slot.image.draw_noise(slot.stream, self._shape) for slot in slots])
 
-    def _upcoming(self) -> Iterator[Condition]:
-        """The conditions that the images need next, soonest first."""
+    def _iterate_upcoming(self) -> Iterator[Condition]:
+        """Yield the conditions that the images need after the next row, soonest first."""
         for ahead in range(1, max(len(slot) - slot.row for slot in self._slots)):
             for slot in self._slots:
                 if slot.row + ahead < len(slot):
-                    yield from slot.conditions(ahead)
+                    yield from slot.list_conditions(ahead)
 
-    def _not_finite(self, slot: _Slot) -> SamplingError:
+    def _error_for(self, slot: _Slot) -> SamplingError:
         step = sum(slot.completes[: slot.row]) + 1
         return SamplingError(
             f"latents are not finite after step {step} of {slot.image.schedule.steps} on {self._engine.info.name} "

@@ -1,4 +1,4 @@
-"""Labels as users write them: class numbers, class names and mixtures."""
+"""Read labels as users write them: class numbers, class names and mixtures of classes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,16 @@ from dit_runtime.core.errors import SamplingError
 Label = int | str | Mapping[int | str, float]
 
 
-def label_weights(label: Label, manifest: Manifest) -> dict[int, float]:
-    """The weight of each class number in a label; text such as ``3:0.7+5:0.3`` or ``Bag+Coat`` has several classes.
+def weights_from_label(label: Label, manifest: Manifest) -> dict[int, float]:
+    """The weight of each class number in a label.
+
+    Args:
+        label: a class number, a class name, text of several classes (``3:0.7+5:0.3`` or ``Bag+Coat``), or weights by
+            class number or name.
+        manifest: of the bundle; it has the classes and their names.
 
     Raises:
-        SamplingError: an unknown class, a class twice, or a weight that is not a finite number.
+        SamplingError: a class is unknown or named twice, or a weight is not a finite number.
     """
     if isinstance(label, str) and "+" in label and not _classes_named(label, manifest):
         parts = [part.strip() for part in label.split("+")]
@@ -27,22 +32,22 @@ def label_weights(label: Label, manifest: Manifest) -> dict[int, float]:
         try:
             label = {name: float(weight) for name, weight in split}
         except ValueError as error:
-            raise SamplingError(f"label {label!r}: expected LABEL:WEIGHT+LABEL:WEIGHT, as 3:0.7+5:0.3") from error
+            raise SamplingError(f"label {label!r}: expected LABEL:WEIGHT+LABEL:WEIGHT, such as 3:0.7+5:0.3") from error
         if len(label) != len(parts):
-            raise SamplingError(f"label {'+'.join(parts)!r}: names a class twice; expected each once, weighted")
+            raise SamplingError(f"label {'+'.join(parts)!r}: names a class twice; name it once, with one weight")
     if not isinstance(label, Mapping):
-        return {label_number(label, manifest): 1.0}
-    weights = {label_number(name, manifest): float(weight) for name, weight in label.items()}
+        return {number_from_label(label, manifest): 1.0}
+    weights = {number_from_label(name, manifest): float(weight) for name, weight in label.items()}
     if not weights or len(weights) != len(label) or not all(np.isfinite(weight) for weight in weights.values()):
         raise SamplingError(f"label {dict(label)!r}: expected distinct classes with finite weights")
     return weights
 
 
-def label_number(label: int | str, manifest: Manifest) -> int:
-    """The class number of a label that is a number, a numeral or a name, in upper or lower case.
+def number_from_label(label: int | str, manifest: Manifest) -> int:
+    """The class number of a label: a number, a number as text, or a class name in upper or lower case.
 
     Raises:
-        SamplingError: no class, or several, have that number or name.
+        SamplingError: no class has that number or name, or several have that name.
     """
     classes = manifest.model.classes
     if isinstance(label, str) and not (label.isascii() and label.removeprefix("-").isdigit() and len(label) < 9):
@@ -63,7 +68,7 @@ def label_number(label: int | str, manifest: Manifest) -> int:
 
 
 def _classes_named(label: str, manifest: Manifest) -> list[int]:
-    """The classes with that name. ImageNet's names are synonyms with commas between them: "tench, Tinca tinca"."""
+    """The numbers of the classes with that name. A class of ImageNet has several: "tench, Tinca tinca"."""
     wanted = label.strip().casefold()
     return [
         index

@@ -1,4 +1,4 @@
-"""One image to be made, checked: what it shows, how it is sampled, and the noise it begins with."""
+"""One image to be made: its labels, its schedule and guidance, and the noise that it starts from."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from dit_runtime.sampling.image_to_image import Init
 
 @dataclass(frozen=True, eq=False)
 class ImageRequest:
-    """One image to be made, checked.
+    """One image to be made. ``Pipeline.prepare`` makes it and checks all its values.
 
     Attributes:
-        labels: weight of each class number.
-        seed: of its own stream of noise.
-        schedule: its sampler; with ``init`` only the steps that run.
+        labels: the weight of each class number.
+        seed: of the image's own noise.
+        schedule: the rows to run; with ``init`` only those that its strength leaves.
         guidance: scale, interval and shape.
-        negative_label: class number in place of the null class.
-        branches: what labels and guidance come to, row by row.
-        noise: float32 ``[C, H, W]`` in place of the stream's first draw.
-        noise_device: ``cpu`` or ``cuda``: whose PyTorch generator the seed stands for.
-        noise_dtype: ``float32`` or ``float16``: the dtype PyTorch draws in.
-        cuda_threads: resident threads of the CUDA device, for draws that depend on it (``CudaNoise``).
-        init: what it starts from, in image-to-image.
-        strength: the share of the steps that it was asked to run, for the record.
+        negative_label: number of the class to guide away from; None is the null class.
+        branches: labels and weights of the guidance branches, for each row.
+        noise: float32 ``[C, H, W]``, used in place of the first draw; None draws it.
+        noise_device: ``cpu`` or ``cuda``: the device whose PyTorch generator the seed stands for.
+        noise_dtype: ``float32`` or ``float16``: the dtype in which PyTorch draws.
+        cuda_threads: resident threads of the CUDA device, for draws that depend on them (``CudaNoise``).
+        init: the image or latents to start from; None starts from noise.
+        strength: the strength that was asked for, for the record.
     """
 
     labels: dict[int, float]
@@ -44,17 +44,22 @@ class ImageRequest:
     init: Init | None = None
     strength: float | None = None
 
-    def stream(self) -> Noise:
-        """The image's noise from its beginning."""
+    def make_stream(self) -> Noise:
+        """Make the image's noise generator, at its beginning."""
         return TorchNoise(self.seed) if self.noise_device == "cpu" else CudaNoise(self.seed, self.cuda_threads)
 
-    def initial_latents(self, shape: tuple[int, ...]) -> tuple[Float32, Noise]:
-        """z before the first row ``[C, H, W]``, and the stream for the rows.
+    def make_initial_latents(self, shape: tuple[int, ...]) -> tuple[Float32, Noise]:
+        """Make the latents before the first row, and the generator for the noise of the rows.
 
-        In image-to-image the noise on the image is the stream's first draw, as in diffusers' pipelines once the
-        image is encoded.
+        In image-to-image the first draw is the noise that is added to the image, as in diffusers' pipelines.
+
+        Args:
+            shape: ``(C, H, W)``.
+
+        Returns:
+            Latents float32 ``[C, H, W]``, and the noise generator after its first draws.
         """
-        stream, (first, *others) = self.stream(), self.schedule.start
+        stream, (first, *others) = self.make_stream(), self.schedule.start
         noise = self.draw_noise(stream, shape) if self.noise is None else self.noise
         if self.init is None:
             latents: Float32 = first * noise
@@ -66,5 +71,5 @@ class ImageRequest:
         return latents, stream
 
     def draw_noise(self, stream: Noise, shape: tuple[int, ...]) -> Float32:
-        """The next noise of the image's stream, float32 ``[C, H, W]``."""
+        """Draw the next noise of the image's generator, float32 ``[C, H, W]``."""
         return stream.normal(shape, self.noise_dtype).astype(np.float32)

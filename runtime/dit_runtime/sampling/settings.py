@@ -1,4 +1,4 @@
-"""The words of sampling: the keyword arguments of ``Pipeline``, and the keys that its callers pass on."""
+"""The sampling settings: the keyword arguments of ``Pipeline``."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ from dit_runtime.sampling.image_to_image import Start
 
 
 class Settings(TypedDict, total=False):
-    """How images are sampled. What is left out, or None, has its default: the bundle's for the first three.
+    """How to sample images. A key that is absent or None has its default: the bundle's for the first three keys.
 
     Keys:
-        steps: sampling steps.
+        steps: number of sampling steps.
         sampler: a name of ``dit_runtime.SAMPLERS``, or a ``Schedule`` of your own (``read_table``, ``flow.flow_sde``).
-        guidance: classifier-free guidance scale s, one for all images or one each; see ``Guidance``.
-        spacing: which timesteps are visited; see ``schedule_for``.
+        guidance: scale s of classifier-free guidance, one for all images or one for each; see ``Guidance``.
+        spacing: how the sampler chooses its timesteps; see ``schedule_for``.
         eta: DDIM's stochasticity, 0 to 1.
-        guidance_interval: noise times (LO, HI) outside which nothing is guided, at half the cost.
+        guidance_interval: noise times (LO, HI). Steps outside it are not guided, at half the cost.
         guidance_schedule: ``constant``, ``linear`` or ``cosine``.
         negative_label: a class to guide away from, in place of the null class.
-        noise: float32 ``[N, C, H, W]`` in place of the seeds' first draw; later draws are then the seeds' from their
-            first, as when diffusers is given latents.
-        noise_device: ``cpu`` or ``cuda``: whose PyTorch generator the seeds stand for.
-        noise_dtype: ``float32`` or ``float16``: the dtype PyTorch draws in.
+        noise: float32 ``[N, C, H, W]``, used in place of the seeds' first draw. The seeds' first draw is then the noise
+            of the first row that draws, as in diffusers when latents are given.
+        noise_device: ``cpu`` or ``cuda``: the device whose PyTorch generator the seeds stand for.
+        noise_dtype: ``float32`` or ``float16``: the dtype in which PyTorch draws.
         cuda_threads: resident threads of the CUDA device, for latents of more than 4096 values; see ``CudaNoise``.
-        init: images to start from, one for all or one each: uint8 ``[H, W, 3]`` or ``[N, H, W, 3]`` (``encode``),
-            float32 latents ``[C, h, w]`` or ``[N, C, h, w]``, or what ``Pipeline.inits`` made of either.
-        strength: the share of the steps that run on ``init``, above 0 to 1, 0.6 by default: the rest are left out, and
-            as much noise is added as they would have left. Counted as in diffusers, see ``count_skipped_steps``.
+        init: the start of image-to-image, one for all images or one for each: uint8 images ``[H, W, 3]`` or
+            ``[N, H, W, 3]``, float32 latents ``[C, h, w]`` or ``[N, C, h, w]``, or a list from ``Pipeline.inits``.
+        strength: the share of the steps to run on ``init``, above 0 to 1, 0.6 by default. The first steps are skipped,
+            and ``init`` gets the noise that latents have after them. Counted as in diffusers; see
+            ``count_skipped_steps``.
     """
 
     steps: int | None

@@ -1,7 +1,8 @@
-"""What ``auto`` is: the fastest engine here that matches the reference, and why it was chosen.
+"""Choose an engine: ``auto`` is the fastest engine here that matches the reference.
 
-Engines that ``dit-build`` made for the GPU here come first, then the others by the time of a step (``speed.py``). An
-engine without a verdict is verified quickly before it is used; one that does not match the reference is passed over.
+``auto`` tries engines that ``dit-build`` made for the GPU here first, then the others by the time of a step
+(``speed.py``). It skips engines built for tiles or without guidance; choose them with ``--engine``. An engine without a
+verdict is verified by the quick verification before it is used. An engine that does not match the reference is skipped.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from dit_runtime.backends.base import Engine, EngineOptions
-from dit_runtime.backends.open import backend_named, candidates, engine_for
+from dit_runtime.backends.open import backend_named, engine_for, find_candidates
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import EngineError, ParityError
 from dit_runtime.verify.rung import format_table
 from dit_runtime.verify.speed import Speed, rank_by_speed
-from dit_runtime.verify.verdicts import store_verdict, stored_verdict
+from dit_runtime.verify.verdicts import has_passed, store_verdict
 from dit_runtime.verify.verification import verification_of
 
 AUTO = "auto"
@@ -25,12 +26,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Choice:
-    """An engine with a passing verdict, and how it was found.
+    """An engine with a passing verdict, and the reason for the choice.
 
     Attributes:
-        engine: opened.
-        why: what ``auto`` chose it for, or that it was named.
-        found_out: what was measured, verified and passed over on the way, a line each; empty where all was on record.
+        engine: the opened engine.
+        why: the reason that ``auto`` chose it, or ``named``.
+        found_out: a line for each engine that was timed, verified or skipped; empty where everything was on record.
     """
 
     engine: Engine
@@ -40,7 +41,7 @@ class Choice:
 
 @dataclass
 class _Report:
-    """Lines of what is found out, logged as they come."""
+    """The lines of ``Choice.found_out``. Each line is also logged when it is added."""
 
     lines: list[str] = field(default_factory=list)
 
@@ -50,17 +51,17 @@ class _Report:
 
 
 def choose_engine(bundle: Bundle, threads: int = 0, name: str = AUTO, precision: str | None = None) -> Choice:
-    """An engine with a passing verdict here; without a verdict the quick verify runs first.
+    """Choose an engine with a passing verdict on this machine. Without a verdict, the quick verification runs first.
 
     Args:
         bundle: at the size in use.
-        threads: of the CPU; 0 lets the engine choose.
-        name: ``auto``, or one of ``open.BACKENDS``.
-        precision: of an engine that is named and has a choice.
+        threads: threads of the CPU; 0 lets the engine choose.
+        name: ``auto``, or a key of ``backends.open.BACKENDS``.
+        precision: for an engine that is named and has a choice; None is the engine's default.
 
     Raises:
-        ParityError: no engine, or not the one that was named, matches the reference.
-        EngineError: no engine is installed.
+        ParityError: no engine matches the reference, or the named engine does not.
+        EngineError: no engine is installed, or no engine can run the bundle.
     """
     check_choice(name, precision)
     report, failed = _Report(), list[str]()
@@ -71,10 +72,10 @@ def choose_engine(bundle: Bundle, threads: int = 0, name: str = AUTO, precision:
         failed.append(engine.info.name)
     else:
         unable: list[EngineError] = []
-        for engine, why in _in_order(bundle, threads, report):
+        for engine, why in _open_in_order(bundle, threads, report):
             try:
                 passed = _passes(bundle, engine, report)
-            except EngineError as error:  # such as no profile for a recorded shape, or too little memory
+            except EngineError as error:  # such as too little memory, or no profile for the shape of a golden record
                 report.add(f"{engine.info.name} is not used: {error}")
                 unable.append(error)
                 continue
@@ -82,31 +83,35 @@ def choose_engine(bundle: Bundle, threads: int = 0, name: str = AUTO, precision:
                 if report.lines:
                     report.add(f"engine: {engine.info.name}, {why}")
                 return Choice(engine, why, tuple(report.lines))
-            report.add(f"{engine.info.name} does not match the PyTorch reference here and is passed over")
+            report.add(f"{engine.info.name} is not used: it does not match the PyTorch reference here")
             failed.append(engine.info.name)
         if not failed and unable:
             raise unable[0]
     raise ParityError(
-        f"{bundle.path}: {', '.join(failed)} does not match the PyTorch reference here; see dit-verify {bundle.path}, "
-        "or name the engine (--engine onnxruntime) to use it all the same"
+        f"{bundle.path}: {', '.join(failed)} does not match the PyTorch reference here; run dit-verify {bundle.path} "
+        "to see where, or use an engine despite its verdict with --engine NAME"
     )
 
 
 def check_choice(name: str, precision: str | None) -> None:
-    """Raises EngineError for a precision without the engine that is to have it."""
+    """Raises EngineError for a precision without an engine's name: ``auto`` chooses the precision itself."""
     if name == AUTO and precision is not None:
         raise EngineError(f"precision {precision} with engine auto: name the engine too (--engine openvino)")
 
 
 def open_first_engine(bundle: Bundle, threads: int = 0) -> Engine:
-    """The engine that ``auto`` tries first, whatever its verdict."""
-    engine, _ = next(_in_order(bundle, threads, _Report()))
+    """Open the engine that ``auto`` tries first, whatever its verdict.
+
+    Raises:
+        EngineError: no engine is installed.
+    """
+    engine, _ = next(_open_in_order(bundle, threads, _Report()))
     return engine
 
 
-def _in_order(bundle: Bundle, threads: int, report: _Report) -> Iterator[tuple[Engine, str]]:
-    """The engines that ``auto`` may be, each opened when its turn comes, and why it has its place."""
-    for candidate in candidates(bundle):
+def _open_in_order(bundle: Bundle, threads: int, report: _Report) -> Iterator[tuple[Engine, str]]:
+    """Open the engines that ``auto`` may choose, one after the other, and yield each with the reason for its rank."""
+    for candidate in find_candidates(bundle):
         if candidate.built:
             options = EngineOptions(threads, candidate.precision, whole=True)
             try:
@@ -116,19 +121,19 @@ def _in_order(bundle: Bundle, threads: int, report: _Report) -> Iterator[tuple[E
     found = rank_by_speed(bundle, threads, report.add)
     for index, speed in enumerate(found):
         engine = engine_for(bundle, speed.name, threads, speed.precision)
-        yield engine, _why(speed, found[:index] + found[index + 1 :])
+        yield engine, _explain_speed(speed, found[:index] + found[index + 1 :])
 
 
-def _why(speed: Speed, others: Sequence[Speed]) -> str:
+def _explain_speed(speed: Speed, others: Sequence[Speed]) -> str:
     compared = "".join(f"; {other.engine} {other.step_ms:.3g} ms" for other in others)
     return f"{speed.step_ms:.3g} ms a guided step{compared}" if compared else "the only one here"
 
 
 def _passes(bundle: Bundle, engine: Engine, report: _Report) -> bool:
-    """By the stored verdict, or by the quick verify, which is then stored."""
-    passed = stored_verdict(bundle, engine)
+    """Whether the engine passes: by its stored verdict, or by the quick verification, whose verdict is then stored."""
+    passed = has_passed(bundle, engine)
     if passed is None:
-        report.add(f"{engine.info.name}: first use of this bundle here, verifying it")
+        report.add(f"{engine.info.name}: first use of this bundle here, verifying the engine")
         rungs = list(verification_of(bundle, engine, quick=True).rungs)
         store_verdict(bundle, engine, rungs, quick=True)
         passed = all(rung.passed for rung in rungs)

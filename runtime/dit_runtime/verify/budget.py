@@ -1,9 +1,9 @@
-"""The error budget: an engine may be as wrong as PyTorch itself is in the same precision, times a threshold.
+"""The error budget: an engine's error may be at most a threshold times PyTorch's own error in the same precision.
 
     ratio = error(engine, FP32 reference) / error(PyTorch in the engine's precision, FP32 reference)
 
-and for FP32 the denominator is PyTorch in FP32 against PyTorch in FP64. Errors are relative L2 of each block, image
-or step. Denominators (``floors``) and thresholds come with the bundle.
+For FP32 the denominator is the error of PyTorch in FP32 against PyTorch in FP64. An error is the relative L2 of a
+block, an image or a step. The denominators (``floors``) and the thresholds are in the bundle.
 """
 
 from __future__ import annotations
@@ -15,71 +15,83 @@ from dataclasses import dataclass
 import numpy as np
 
 from dit_runtime.backends.base import Array, EngineInfo
-from dit_runtime.bundle.manifest import sized
+from dit_runtime.bundle.manifest import name_for_size
 from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import BundleError
 from dit_runtime.verify.metrics import measures, relative_error, relative_l2
 from dit_runtime.verify.rung import Rung
 
-# A result that is rounded to float32 at all is off by half a unit in the last place at most, 2⁻²⁵ on the average.
+# Rounding to float32 alone gives an error of at most half a unit in the last place, which is 2⁻²⁵ on average.
 LEAST_FLOOR = 2.0**-25
 FP16_MAX = 65504.0
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What a bundle at one of its sizes allows an engine of one precision. ``floors`` are by record."""
+    """The limits that a bundle sets, at one of its sizes, for an engine of one precision.
+
+    Attributes:
+        precision: of the engine.
+        tolerances: by kind of rung, the largest error.
+        thresholds: by kind of rung, the largest ratio to PyTorch's own error.
+        floors: by record, PyTorch's own errors.
+    """
 
     precision: Precision
     tolerances: Mapping[str, float]
     thresholds: Mapping[str, float]
     floors: Mapping[str, Sequence[float]]
 
-    def tolerance(self, kind: str) -> float:
+    def tolerance_of(self, kind: str) -> float:
         """The absolute limit of a kind of rung.
 
         Raises:
-            BundleError: the bundle has none.
+            BundleError: the bundle has no tolerance of that kind.
         """
         if kind not in self.tolerances:
             raise BundleError(f"the manifest has no limit of {kind} for {self.precision}; export the bundle again")
         return self.tolerances[kind]
 
-    def threshold(self, kind: str, guidance: float = 1.0) -> float | None:
-        """The most that a ratio of a kind of rung may be at a guidance scale; None where the bundle has none.
+    def threshold_of(self, kind: str, guidance: float = 1.0) -> float | None:
+        """The largest ratio of a kind of rung at a guidance scale s; None where the bundle has no threshold of it.
 
-        Guided, e = s·ε_c − (s−1)·ε_∅. If the branches' errors are independent, they add up to √(s² + (s−1)²) times a
-        branch's, and however they are related to at most 2s−1 times. PyTorch's may be the one and an engine's the
-        other, so the threshold of a branch grows by the quotient, √2 at the most.
+        The guided output is e = s·ε_c − (s−1)·ε_∅. If the errors of the two branches are independent, the error of e is
+        √(s² + (s−1)²) times a branch's error. It is at most 2s−1 times a branch's error, however the two are related.
+        PyTorch's error may be the first case and an engine's error the second. So the threshold is multiplied by the
+        quotient of the two, which is at most √2.
         """
         least = self.thresholds.get(kind)
         if least is None:
             return None
-        return least * worst_case(guidance) / math.hypot(guidance, guidance - 1)
+        return least * worst_gain_of(guidance) / math.hypot(guidance, guidance - 1)
 
-    def ratios(self, record: str, errors: Sequence[float]) -> list[float]:
-        """Each error over PyTorch's own, for as many as are known: none, all, or the first steps of a trajectory."""
+    def ratios_of(self, record: str, errors: Sequence[float]) -> list[float]:
+        """Each error divided by PyTorch's own.
+
+        The bundle may have floors for all errors of a record, for none, or for the first steps of a trajectory. Errors
+        without a floor have no ratio.
+        """
         floors = self.floors.get(record, ())
         return [error / max(floor, LEAST_FLOOR) for error, floor in zip(errors, floors, strict=False)]
 
 
-def worst_case(guidance: float) -> float:
-    """Most that guidance of scale s multiplies an error of both branches with: |s| + |s−1|, from 1 on 2s−1."""
+def worst_gain_of(guidance: float) -> float:
+    """The largest factor by which guidance of scale s increases an error of the branches: |s| + |s−1|."""
     return abs(guidance) + abs(guidance - 1)
 
 
-def judged_precision(bundle: Bundle, info: EngineInfo) -> Precision:
-    """The precision whose limits an engine is held to.
+def precision_for_limits(bundle: Bundle, info: EngineInfo) -> Precision:
+    """The precision whose limits apply to an engine.
 
-    BF16 where the engine multiplies in it, else as the graphs are written: an engine that multiplies more exactly still
-    has their rounded weights.
+    It is BF16 for an engine that multiplies in BF16. Else it is the graphs' precision, also for an engine that
+    multiplies more exactly: the weights are rounded to the graphs' precision in any case.
     """
     return Precision.BF16 if info.precision == Precision.BF16 else bundle.manifest.precision.name
 
 
 def budget_for(bundle: Bundle, precision: Precision) -> Budget:
-    """The budget of a bundle at its size in use.
+    """The error budget of a bundle at its size in use, for one precision.
 
     Raises:
         BundleError: the bundle has no limits for that precision.
@@ -92,20 +104,22 @@ def budget_for(bundle: Bundle, precision: Precision) -> Budget:
         )
     floors = manifest.floors.get(precision, {})
     if not bundle.default_size:
-        suffix = sized("", manifest.model.latent_size)
+        suffix = name_for_size("", manifest.model.latent_size)
         floors = {name[: -len(suffix)]: values for name, values in floors.items() if name.endswith(suffix)}
     return Budget(precision, manifest.tolerances[precision], manifest.thresholds.get(precision, {}), floors)
 
 
 @dataclass(frozen=True)
 class Series:
-    """What a rung compares, member by member: blocks, images or steps.
+    """The members that a rung compares: blocks, images or steps.
 
     Attributes:
-        axis: what the members are.
-        labels: each member as a person says it.
-        found, expected: the engine's and the reference's.
-        scales: magnitudes that rounding is relative to where they are above the expected ones; of each member.
+        axis: the kind of the members, for a plot's axis.
+        labels: a name of each member, for messages.
+        found: the engine's array of each member.
+        expected: the reference's array of each member.
+        scales: of each member, a magnitude to which the rounding error is relative, where it is larger than the
+            expected values; empty where the expected values decide.
     """
 
     axis: str
@@ -118,28 +132,28 @@ class Series:
 def compare_series(
     budget: Budget, name: str, kind: str, record: str, series: Series, guidance: float = 1.0, detail: str = ""
 ) -> Rung:
-    """The rung of a series: its worst member against the absolute limit, its largest ratio against the threshold.
+    """Compare a series: its largest error with the tolerance, its largest ratio with the threshold.
 
     Args:
-        budget: limits and PyTorch's own errors.
+        budget: the limits and the floors.
         name: of the rung.
-        kind: whose limits apply.
-        record: whose floors are the series'.
-        series: what is compared.
-        guidance: the scale that the series was made with.
-        detail: what was compared, for people; where it is worst, and first wrong, is added.
+        kind: the kind of rung, whose limits apply.
+        record: the record, whose floors apply.
+        series: the members to compare.
+        guidance: the guidance scale of the series.
+        detail: what was compared, for messages; the worst and the first failing member are added.
     """
     scales = series.scales or [0.0] * len(series.found)
     pairs = list(zip(series.found, series.expected, strict=True))
     errors = [relative_l2(*pair) for pair in pairs]
     largest = [relative_error(*pair, scale) for pair, scale in zip(pairs, scales, strict=True)]
-    ratios, limit = budget.ratios(record, errors), budget.tolerance(kind)
-    threshold = budget.threshold(kind, guidance) if ratios else None
+    ratios, limit = budget.ratios_of(record, errors), budget.tolerance_of(kind)
+    threshold = budget.threshold_of(kind, guidance) if ratios else None
     beyond = [error > limit for error in largest]
     if threshold is not None:
         beyond[: len(ratios)] = [wide or ratio > threshold for wide, ratio in zip(beyond, ratios, strict=False)]
     first = series.labels[beyond.index(True)] if True in beyond else None
-    # By the budget where there is one: of two members the one with smaller numbers may be the one that is wrong.
+    # The largest ratio decides where there are floors: the member with the larger error may just have larger values.
     worst = series.labels[int(np.argmax(ratios if ratios else largest))]
     where = [f"first: {first}"] if first is not None else []
     if worst != first:

@@ -23,7 +23,7 @@ from dit_runtime.verify.metrics import (
     relative_error,
     ssim,
 )
-from dit_runtime.verify.replay import RecordedInputs, Replay, cover_with_batches, shapes_to_verify
+from dit_runtime.verify.replay import RecordedInputs, Replay, choose_shapes, cover_with_batches
 from dit_runtime.verify.rung import Rung
 
 Record = Mapping[str, Array]
@@ -37,7 +37,7 @@ def noise(replay: Replay, sampler: str, record: Record, schedule: Schedule) -> R
     drawn += [np.stack([stream.normal(image) for stream in streams]) for _ in range(schedule.draws_noise.sum())]
     recorded = np.concatenate([record["latents"][:1], record["noise"][schedule.draws_noise]])
     error = relative_error(np.stack(drawn), recorded)
-    return Rung(f"{sampler} noise", error, replay.budget.tolerance("noise"), "relative", "from the seeds")
+    return Rung(f"{sampler} noise", error, replay.budget.tolerance_of("noise"), "relative", "from the seeds")
 
 
 def teacher_forced(replay: Replay, sampler: str, record: Record, schedule: Schedule) -> Rung:
@@ -102,24 +102,24 @@ def _run_step(replay: Replay, record: Record, schedule: Schedule, index: int, la
     timesteps = np.repeat(schedule.timesteps[schedule.rows[index]], batch)
     images = RecordedInputs(latents, timesteps, record["labels"], float(record["guidance"]))
     coefficients = np.repeat(schedule.coefficients[index : index + 1], batch, axis=0)
-    next_state, denoised = replay.step(images, coefficients, record["noise"][index])
+    next_state, denoised = replay.run_step(images, coefficients, record["noise"][index])
     return next_state[:, 0], denoised
 
 
 def decoder(replay: Replay) -> Rung:
     """The reference's latents decoded to float images, at each batch size that is verified."""
-    record = replay.decoder_record()
+    record = replay.read_decoder_record()
     count = len(record["latents"])
     found: list[Array] = []
     asked: list[int] = []
-    sizes = [batch for batch, _ in shapes_to_verify(replay.engine.info, "decoder", count)]
+    sizes = [batch for batch, _ in choose_shapes(replay.engine.info, "decoder", count)]
     for batch in sizes:
         for index in cover_with_batches(count, batch):
-            found += list(replay.decoder(record["latents"][index], "decoded"))
+            found += list(replay.run_decoder(record["latents"][index], "decoded"))
             asked += [int(item) for item in index]
     budget = replay.budget
     # Every evaluation of an image has the floor of that image.
-    floors = budget.floors.get(replay.floors_of("decoder"), ())
+    floors = budget.floors.get(replay.name_of_floors("decoder"), ())
     budget = replace(budget, floors={"decoder": [floors[index] for index in asked] if floors else []})
     expected = [record["decoded"][index] for index in asked]
     labels = [f"image {index + 1}" for index in asked]
@@ -132,28 +132,28 @@ def decoder(replay: Replay) -> Rung:
 def quantized(replay: Replay) -> Rung:
     """uint8 images of the reference's latents: the mean signed difference tells truncation from rounding, and the
     difference of each channel shows a wrong order of channels."""
-    record = replay.decoder_record()
-    images = replay.decoder(record["latents"], "images")
+    record = replay.read_decoder_record()
+    images = replay.run_decoder(record["latents"], "images")
     bias = (images.astype(np.float64) - record["images"]).mean(axis=(0, 1, 2))
     detail = f"mean Δ of red, green, blue {' '.join(f'{channel:+.2g}' for channel in bias)} of {LEVELS:g}"
-    limit = replay.budget.tolerance("image_bias")
+    limit = replay.budget.tolerance_of("image_bias")
     return Rung("uint8 images", float(np.abs(bias).max()), limit, "levels", detail)
 
 
 def images(replay: Replay, final: Array, sampler: str) -> tuple[tuple[Array, Array], list[Rung]]:
     """The images of the engine's own trajectory, against the reference's images."""
-    record, budget, final = replay.decoder_record(), replay.budget, replay.crop_to_tile(final)
-    found, expected = replay.decoder(final, "images"), record["images"]
+    record, budget, final = replay.read_decoder_record(), replay.budget, replay.crop_to_tile(final)
+    found, expected = replay.run_decoder(final, "images"), record["images"]
     series = Series(
         "image",
         [f"image {index + 1}" for index in range(len(found))],
-        list(replay.decoder(final, "decoded")),
+        list(replay.run_decoder(final, "decoded")),
         list(record["decoded"]),
         [float(np.abs(record["decoded"]).max())] * len(found),
     )
     # FP32's errors are below one level of uint8, so the budget is measured on the images before rounding.
     unlimited = replace(budget, tolerances={**budget.tolerances, "image": np.inf})
-    floats = compare_series(unlimited, "", "image", replay.floors_of("image"), series)
+    floats = compare_series(unlimited, "", "image", replay.name_of_floors("image"), series)
     detail = f"{sampler}, free-running"
     level, similarity = psnr(found, expected), ssim(found, expected)
     metrics = {
@@ -170,13 +170,13 @@ def images(replay: Replay, final: Array, sampler: str) -> tuple[tuple[Array, Arr
             floats,
             name="image PSNR",
             value=level,
-            limit=budget.tolerance("image_psnr"),
+            limit=budget.tolerance_of("image_psnr"),
             unit="dB",
             detail=detail if floats.first_over is None else f"{floats.detail}; {detail}",
             metrics={**floats.metrics, **metrics},
         ),
-        Rung("image SSIM", similarity, budget.tolerance("image_ssim"), "SSIM", detail),
-        Rung("image within one level", within, budget.tolerance("image_one_level"), "share", detail),
+        Rung("image SSIM", similarity, budget.tolerance_of("image_ssim"), "SSIM", detail),
+        Rung("image within one level", within, budget.tolerance_of("image_one_level"), "share", detail),
         Rung(
             "image is not constant",
             1.0 if spread > 0 else 0.0,

@@ -77,10 +77,10 @@ def ssim(found: NDArray[np.uint8], expected: NDArray[np.uint8]) -> float:
     side = min(WINDOW, *found.shape[1:3])
     window = _gaussian(side - (side + 1) % 2)
     x, y = found.astype(np.float64), expected.astype(np.float64)
-    mean_x, mean_y = _filtered(x, window), _filtered(y, window)
-    variance_x = _filtered(x * x, window) - mean_x**2
-    variance_y = _filtered(y * y, window) - mean_y**2
-    covariance = _filtered(x * y, window) - mean_x * mean_y
+    mean_x, mean_y = _filter(x, window), _filter(y, window)
+    variance_x = _filter(x * x, window) - mean_x**2
+    variance_y = _filter(y * y, window) - mean_y**2
+    covariance = _filter(x * y, window) - mean_x * mean_y
     c1, c2 = (K1 * LEVELS) ** 2, (K2 * LEVELS) ** 2
     numerator = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
     return float(np.mean(numerator / ((mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2))))
@@ -92,7 +92,7 @@ def _gaussian(side: int) -> NDArray[np.float64]:
     return np.asarray(window / window.sum(), np.float64)
 
 
-def _filtered(images: NDArray[np.float64], window: NDArray[np.float64]) -> NDArray[np.float64]:
+def _filter(images: NDArray[np.float64], window: NDArray[np.float64]) -> NDArray[np.float64]:
     """Images ``[N, H, W, C]`` filtered with the window's outer product with itself, at the positions where it fits."""
     view = np.lib.stride_tricks.sliding_window_view
     rows = view(images, len(window), axis=1) @ window

@@ -21,7 +21,7 @@ from dit_runtime.samplers.schedule import (
 )
 from dit_runtime.verify.budget import FP16_MAX, Series, compare_series
 from dit_runtime.verify.metrics import relative_error, relative_l2
-from dit_runtime.verify.replay import RecordedInputs, Replay, cover_with_batches, shapes_to_verify
+from dit_runtime.verify.replay import RecordedInputs, Replay, choose_shapes, cover_with_batches
 from dit_runtime.verify.rung import Rung
 
 # The vectors that adaLN has in the conditioning table for each block, in their order.
@@ -43,7 +43,7 @@ def fp16_range(replay: Replay) -> Rung:
     return Rung(
         "FP16 range",
         FP16_MAX / largest if largest else float("inf"),
-        replay.budget.tolerance("fp16_range"),
+        replay.budget.tolerance_of("fp16_range"),
         "times",
         f"{worst} reaches {largest:.4g} of {FP16_MAX:g}",
         axis="unit",
@@ -55,9 +55,11 @@ def conditioner(replay: Replay) -> Rung:
     """Timesteps and labels → the conditioning table, entry by entry, at each number of rows that is verified."""
     record = replay.bundle.records("conditioner")
     count = len(record["table"])
-    sizes = sorted({count, *(rows for rows, _ in shapes_to_verify(replay.engine.info, "conditioner", count))})
+    sizes = sorted({count, *(rows for rows, _ in choose_shapes(replay.engine.info, "conditioner", count))})
     asked = [np.arange(rows) % count for rows in sizes]
-    found = np.concatenate([replay.table(record["timesteps"][index], record["labels"][index]) for index in asked])
+    found = np.concatenate(
+        [replay.compute_table(record["timesteps"][index], record["labels"][index]) for index in asked]
+    )
     expected = record["table"][np.concatenate(asked)]
     entries = range(expected.shape[1])
     series = Series(
@@ -85,7 +87,7 @@ def _entries(replay: Replay, count: int) -> list[str]:
 def embedding(replay: Replay) -> Rung:
     """Patches and positions as they enter the first block: a block whose gates are closed returns its input."""
     record = replay.bundle.records("blocks")
-    first, *_ = replay.blocks(RecordedInputs.of(record), np.zeros_like(record["table"]))
+    first, *_ = replay.run_blocks(RecordedInputs.from_record(record), np.zeros_like(record["table"]))
     found = first[:1, :: int(record["token_stride"])]
     series = Series("", [""], [found], [record["tokens"]])
     return compare_series(replay.budget, "embedding", "embedding", "embedding", series, detail="patches and positions")
@@ -95,7 +97,7 @@ def blocks(replay: Replay) -> Rung:
     """Every block's output, for one guided image and the reference's own conditioning table."""
     record = replay.bundle.records("blocks")
     stride = int(record["token_stride"])
-    found = [output[:, ::stride] for output in replay.blocks(RecordedInputs.of(record), record["table"])]
+    found = [output[:, ::stride] for output in replay.run_blocks(RecordedInputs.from_record(record), record["table"])]
     labels = [f"block {index}" for index in range(replay.model.depth)]
     series = Series("block", labels, found, list(record["outputs"]))
     return compare_series(replay.budget, "blocks", "blocks", "blocks", series, detail=f"of {len(labels)}")
@@ -104,12 +106,12 @@ def blocks(replay: Replay) -> Rung:
 def forward(replay: Replay, branches: int) -> Iterator[Rung]:
     """The guided prediction, and the variance, at each shape that is verified."""
     record = replay.bundle.records(f"forward_{branches}")
-    images = RecordedInputs.of(record)
-    shapes = shapes_to_verify(replay.engine.info, "step", len(images.latents), (1, 2))
+    images = RecordedInputs.from_record(record)
+    shapes = choose_shapes(replay.engine.info, "step", len(images.latents), (1, 2))
     # An engine without a shape of one branch computes it with a second branch, which shares the first branch's weight.
     shapes = [shape for shape in shapes if (shape[1] == 1) == (branches == 1)] or shapes[:1]
     sizes = " ".join(str(batch) if most <= 2 else f"{batch}·G{most}" for batch, most in shapes)
-    evaluated = _evaluated(replay, images, record, shapes)
+    evaluated = _evaluate(replay, images, record, shapes)
     parts = {"": ("forward", "e", images.guidance)}
     if replay.model.learned_variance:
         parts[" variance"] = ("variance", "v", 1.0)  # guidance does not act on it
@@ -143,17 +145,17 @@ def update(replay: Replay) -> Rung:
     and every coefficient is verified, also those that the recorded samplers do not use.
     """
     record = replay.bundle.records("forward_1")
-    every = RecordedInputs.of(record)
-    shape = shapes_to_verify(replay.engine.info, "step", len(every.latents), (1, 2))[0]
-    images = every.at(cover_with_batches(len(every.latents), shape[0])[0])
-    evaluated = _evaluated(replay, images, record, [shape])
+    every = RecordedInputs.from_record(record)
+    shape = choose_shapes(replay.engine.info, "step", len(every.latents), (1, 2))[0]
+    images = every.select(cover_with_batches(len(every.latents), shape[0])[0])
+    evaluated = _evaluate(replay, images, record, [shape])
     e, v = (np.stack([outputs[part] for _, _, outputs in evaluated]).astype(np.float64) for part in ("e", "v"))
     random = np.random.default_rng(0)
     row = random.uniform(0.5, 1.5, COEFFICIENTS) * np.where(np.arange(COEFFICIENTS) % 2, 1, -1)
     row[LOG_SIGMA_V] = 0.5 / max(float(np.abs(v).max()), 1e-3)
     coefficients = np.repeat(row[None].astype(np.float32), shape[0], axis=0)
     noise = random.standard_normal(images.latents.shape).astype(np.float32)
-    inputs = replay.inputs(images, coefficients, noise, shape[1])
+    inputs = replay.make_inputs(images, coefficients, noise, shape[1])
     inputs["state"][:, 1:] = random.standard_normal(inputs["state"][:, 1:].shape)
     found = replay.engine.session("step").run(inputs, ["next_state", "denoised"])
     state, exact = inputs["state"].astype(np.float64), coefficients[0].astype(np.float64)
@@ -166,11 +168,11 @@ def update(replay: Replay) -> Rung:
         "denoised": relative_error(found[1], denoised),
     }
     worst = max(errors, key=lambda part: errors[part] if np.isfinite(errors[part]) else np.inf)
-    limit = replay.budget.tolerance("update")
+    limit = replay.budget.tolerance_of("update")
     return Rung("sampler update", errors[worst], limit, "relative", f"worst: {worst}; all 17 coefficients")
 
 
-def _evaluated(
+def _evaluate(
     replay: Replay, images: RecordedInputs, record: Mapping[str, Array], shapes: Sequence[tuple[int, int]]
 ) -> list[tuple[int, int, dict[str, Array]]]:
     """Evaluations of the images at shapes ``(batch, branches)``: the image's index, the batch size, ``e`` and ``v``."""
@@ -185,7 +187,7 @@ def _evaluated(
         coefficients[:, LOG_SIGMA_V] = factor  # next z = exp(h·v) with unit noise
         for index in cover_with_batches(len(images.latents), batch):
             noise = np.ones_like(images.latents[index])
-            next_state, e = replay.step(images.at(index), coefficients, noise, branches)
+            next_state, e = replay.run_step(images.select(index), coefficients, noise, branches)
             with np.errstate(divide="ignore", invalid="ignore"):
                 v = np.log(next_state[:, 0]) / factor
             found += [(int(image), batch, {"e": e[row], "v": v[row]}) for row, image in enumerate(index)]

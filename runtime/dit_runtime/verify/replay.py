@@ -1,4 +1,4 @@
-"""A bundle's graphs on an engine, evaluated on recorded inputs at the batch sizes that the engine must be right at."""
+"""Run a bundle's graphs on the inputs of golden records, at every shape at which the engine must be right."""
 
 from __future__ import annotations
 
@@ -15,28 +15,44 @@ from dit_runtime.bundle.reader import TILE, Bundle
 from dit_runtime.core.errors import EngineError
 from dit_runtime.samplers.guidance import branch_rows, guidance_weights
 from dit_runtime.samplers.schedule import COEFFICIENTS
-from dit_runtime.verify.budget import budget_for, judged_precision
+from dit_runtime.verify.budget import budget_for, precision_for_limits
 
 
-def shapes_to_verify(info: EngineInfo, graph: str, usual: int, branches: Sequence[int] = (1,)) -> list[BatchShape]:
-    """The ``(batch, branches)`` at which a graph must be right.
+def choose_shapes(info: EngineInfo, graph: str, usual: int, branches: Sequence[int] = (1,)) -> list[BatchShape]:
+    """Choose the ``(batch, branches)`` at which a graph is verified.
 
-    Least, usual, largest and an interior one of every optimization profile; without profiles a single image and the
-    ``usual`` batch, for each number of ``branches``.
+    They are the least, usual, largest and an interior shape of every optimization profile. A graph without profiles is
+    verified with one image and with the usual batch, for each number of branches.
+
+    Args:
+        info: of the engine.
+        graph: name of the graph.
+        usual: the usual batch, for a graph without profiles.
+        branches: the numbers of branches, for a graph without profiles.
     """
     if graph in info.profiles:
-        return info.shapes(graph)
+        return info.shapes_of(graph)
     return [(batch, count) for count in branches for batch in sorted({1, info.batch_of(usual)})]
 
 
 def cover_with_batches(count: int, batch: int) -> list[NDArray[np.int64]]:
-    """Batches of a size that together have each of ``count`` images, one after the other and from the first again."""
+    """Split ``count`` images into batches of one size. The last batch is filled up with the first images.
+
+    Returns:
+        The images' indices in each batch, int64 ``[batch]``.
+    """
     return [(first + np.arange(batch)) % count for first in range(0, count, batch)]
 
 
 @dataclass(frozen=True)
 class RecordedInputs:
-    """What the network is asked about: latents ``[B, C, H, W]``, timesteps ``[B]``, labels ``[B]``, one guidance."""
+    """Inputs of the network from a golden record.
+
+    Attributes:
+        latents: float32 ``[B, C, H, W]``.
+        timesteps, labels: ``[B]``.
+        guidance: the guidance scale of all images.
+    """
 
     latents: Array
     timesteps: Array
@@ -44,29 +60,29 @@ class RecordedInputs:
     guidance: float
 
     @staticmethod
-    def of(record: Mapping[str, Array]) -> RecordedInputs:
+    def from_record(record: Mapping[str, Array]) -> RecordedInputs:
         return RecordedInputs(record["latents"], record["timesteps"], record["labels"], float(record["guidance"]))
 
-    def at(self, index: Array | slice) -> RecordedInputs:
-        """Some of the images, in another order or several times."""
+    def select(self, index: Array | slice) -> RecordedInputs:
+        """The inputs of the images at ``index``, in that order."""
         return RecordedInputs(self.latents[index], self.timesteps[index], self.labels[index], self.guidance)
 
 
 class Replay:
-    """The engine's graphs on recorded inputs. Batches above the engine's limit run in parts.
+    """Runs an engine's graphs on recorded inputs. Batches above the engine's limit run in parts.
 
     Attributes:
-        budget: what the bundle allows an engine of this precision.
-        tile: height and width of the tiles that its decoder was built for, None for whole images.
+        budget: the bundle's limits for this engine.
+        tile: height and width of the tiles that the engine's decoder was built for; None for whole images.
 
     Raises:
         BundleError: the bundle has no limits for the engine's precision.
-        EngineError: the bundle has no record of such tiles.
+        EngineError: the engine's decoder is for tiles of which the bundle has no golden record.
     """
 
     def __init__(self, bundle: Bundle, engine: Engine) -> None:
         self.bundle, self.engine, self.model = bundle, engine, bundle.manifest.model
-        self.budget = budget_for(bundle, judged_precision(bundle, engine.info))
+        self.budget = budget_for(bundle, precision_for_limits(bundle, engine.info))
         self.tile = engine.info.tile
         self._images = "images"
         if self.tile is not None:
@@ -74,35 +90,40 @@ class Replay:
             self._images = f"{TILE}{side}"
             if not bundle.has_records(self._images):
                 raise EngineError(
-                    f"{engine.info.name}: its decoder is for tiles of {side}, of which the bundle has no record; "
-                    f"export with dit-export --decode-tile {side}, or name the engine (--engine) to use it unverified"
+                    f"{engine.info.name}: its decoder is for tiles of {side}, and the bundle has no golden record of "
+                    f"such a tile; export the bundle with dit-export --decode-tile {side}, or use the engine without a "
+                    "verdict with --engine"
                 )
 
-    def decoder_record(self) -> dict[str, Array]:
-        """The record of latents, ``decoded`` and ``images`` in the size that the engine decodes."""
+    def read_decoder_record(self) -> dict[str, Array]:
+        """Read the decoder's golden record (``latents``, ``decoded``, ``images``), of whole images or of tiles."""
         return self.bundle.records(self._images)
 
     def crop_to_tile(self, latents: Array) -> Array:
-        """Of latents ``[N, C, H, W]`` what that record is of: the first images' first tile, or all."""
+        """Crop latents ``[N, C, H, W]`` to the part that the decoder's golden record has: the first tile, or all."""
         if self.tile is None:
             return latents
         height, width = self.tile
-        return latents[: len(self.decoder_record()["latents"]), :, :height, :width]
+        return latents[: len(self.read_decoder_record()["latents"]), :, :height, :width]
 
-    def floors_of(self, kind: str) -> str:
-        """The name of the floors of ``decoder`` or ``image`` in that size."""
+    def name_of_floors(self, kind: str) -> str:
+        """The name of the floors of a kind, ``decoder`` or ``image``, for whole images or for tiles."""
         return kind if self.tile is None else f"{self._images} {kind}"
 
-    def table(self, timesteps: Array, labels: Array) -> Array:
-        """The conditioning table of pairs: timesteps ``[R]`` and labels ``[R]``."""
+    def compute_table(self, timesteps: Array, labels: Array) -> Array:
+        """Compute the conditioning table ``[R, …]`` for pairs of timestep ``[R]`` and label ``[R]``."""
         return compute_table(self.engine, self.bundle.manifest, timesteps, labels)
 
-    def step(
+    def run_step(
         self, images: RecordedInputs, coefficients: Array, noise: Array | None = None, branches: int = 0
     ) -> tuple[Array, Array]:
-        """``next_state`` and ``denoised`` of images with a row of coefficients each ``[B, 17]``.
+        """Run the step, and return ``next_state [B, 3, C, H, W]`` and ``denoised [B, C, H, W]``.
 
-        ``branches``: at least so many.
+        Args:
+            images: latents, timesteps, labels and guidance.
+            coefficients: ``[B, 17]``, the sampler's numbers of each image.
+            noise: ``[B, C, H, W]``; None is zeros.
+            branches: the least number of branches.
         """
         batch = len(images.latents)
         most = self.engine.info.batch_of(batch)
@@ -110,26 +131,32 @@ class Replay:
         found = []
         for first in range(0, batch, most):
             part = slice(first, first + most)
-            inputs = self.inputs(images.at(part), coefficients[part], noise[part], branches)
+            inputs = self.make_inputs(images.select(part), coefficients[part], noise[part], branches)
             found.append(self.engine.session("step").run(inputs, ["next_state", "denoised"]))
         next_state, denoised = (np.concatenate(parts) for parts in zip(*found, strict=True))
         return next_state, denoised
 
-    def blocks(self, images: RecordedInputs, table: Array) -> list[Array]:
-        """Each block's output ``[G·B, T, D]``, from a table with a row for each branch and image ``[G·B, …]``."""
+    def run_blocks(self, images: RecordedInputs, table: Array) -> list[Array]:
+        """Run the probe, and return each block's output ``[G·B, T, D]``.
+
+        Args:
+            images: latents, timesteps, labels and guidance.
+            table: the conditioning table ``[G·B, …]``, a row for each branch and image.
+        """
         batch = len(images.latents)
-        inputs = self.inputs(images, np.zeros((batch, COEFFICIENTS), np.float32))
+        inputs = self.make_inputs(images, np.zeros((batch, COEFFICIENTS), np.float32))
         spec = self.bundle.manifest.table
         inputs[spec.name] = table.astype(spec.dtype)
         inputs["rows"] = np.arange(len(table), dtype=np.int32).reshape(-1, batch)
         return self.engine.session("probe").run(inputs, [f"blocks.{index}" for index in range(self.model.depth)])
 
-    def inputs(
+    def make_inputs(
         self, images: RecordedInputs, coefficients: Array, noise: Array | None = None, branches: int = 0
     ) -> dict[str, Array]:
-        """The inputs of step and probe, the conditioning table computed by the engine.
+        """Make the inputs of step and probe, with a conditioning table that the engine computes.
 
-        ``branches`` as in ``step``: those beyond what the guidance needs repeat its last and share that one's weight.
+        Arguments are those of ``run_step``. Branches beyond those that the guidance needs repeat the last branch, and
+        share its weight.
         """
         batch, channels = images.latents.shape[:2]
         guided = self.bundle.manifest.diffusion.guidance_channels
@@ -140,14 +167,14 @@ class Replay:
             weights = np.pad(weights, ((0, more), (0, 0), (0, 0)), mode="edge")
             weights[-more - 1 :] /= more + 1
             rows = np.pad(rows, ((0, more), (0, 0)), mode="edge")
-        # A row per (image's timestep, condition): simple, and the records are small.
-        table = self.table(np.repeat(images.timesteps, len(conditions)), np.tile(conditions, batch))
+        # The conditioning table has a row for every image and condition, with repeats: simple, and records are small.
+        table = self.compute_table(np.repeat(images.timesteps, len(conditions)), np.tile(conditions, batch))
         numbers = (rows + np.arange(batch) * len(conditions)).astype(np.int32)
         state = state_from_latents(images.latents)
         return step_inputs(self.bundle.manifest, state, coefficients, weights, numbers, table, noise)
 
-    def decoder(self, latents: Array, output: str) -> Array:
-        """Latents → ``decoded`` or ``images``."""
+    def run_decoder(self, latents: Array, output: str) -> Array:
+        """Decode latents ``[N, C, h, w]``, and return the decoder's output ``decoded`` or ``images``."""
         most = self.engine.info.batch_of(len(latents))
         parts = [latents[first : first + most] for first in range(0, len(latents), most)]
         return np.concatenate([self.engine.session("decoder").run({"latents": part}, [output])[0] for part in parts])

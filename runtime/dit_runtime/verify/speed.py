@@ -1,9 +1,9 @@
-"""What ``auto`` is: of the engines that can run a bundle here, the fastest first, by the time of a step.
+"""Rank the engines that can run a bundle here by the time of a guided step, and keep the times.
 
     STORE/speeds/KEY.json    milliseconds of each engine's guided step
 
-KEY covers bundle, size, machine, libraries and threads, so that what another machine or version took is not believed.
-In a read-only bundle nothing is stored and each process measures anew.
+KEY is the hash of bundle, size, machine, libraries and threads, so that the times of another machine or version are not
+used. Where the store cannot be written, each process measures again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from dit_runtime.backends.base import Array, Candidate
-from dit_runtime.backends.open import BACKENDS, backend_named, candidates, engine_for
+from dit_runtime.backends.open import BACKENDS, backend_named, engine_for, find_candidates
 from dit_runtime.backends.step import state_from_latents, step_inputs
 from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.bundle.precision import Precision
@@ -35,16 +35,22 @@ from dit_runtime.samplers.guidance import guidance_weights
 from dit_runtime.samplers.schedule import COEFFICIENTS
 
 SPEEDS = "speeds"
-LEAST_ENGINE = "onnxruntime"  # what a machine without an engine should install
-RECORD_LIMIT = 1 << 20  # bytes: far above any, and little to read
-CALLS = 3  # timed, after one that is not
-SLOW = 2.0  # times the fastest so far: no further call is needed
-NEAR = 1.1  # within this factor two are equally fast, and the one expected to be faster is taken
+LEAST_ENGINE = "onnxruntime"  # the engine that a machine without any should install
+RECORD_LIMIT = 1 << 20  # bytes: far more than any record has, and quick to read
+CALLS = 3  # timed calls, after one that is not timed
+SLOW = 2.0  # an engine this many times slower than the fastest so far is not timed further
+NEAR = 1.1  # engines within this factor count as equally fast, and the one that is expected to be faster comes first
 
 
 @dataclass(frozen=True)
 class Speed:
-    """How long an engine's guided step takes for one image. ``engine``: its full name."""
+    """The time of an engine's guided step for one image.
+
+    Attributes:
+        name, precision: as in ``backends.base.Candidate``.
+        engine: the engine's full name, with library, version and device.
+        step_ms: milliseconds, the median of the timed calls.
+    """
 
     name: str
     precision: Precision | None
@@ -53,17 +59,17 @@ class Speed:
 
 
 def rank_by_speed(bundle: Bundle, threads: int = 0, say: Callable[[str], None] = lambda line: None) -> list[Speed]:
-    """The engines that run the step here; measured on first use, then from the record.
+    """Rank the engines that can run the step here, the fastest first. They are timed on first use, then read back.
 
     Args:
         bundle: at the size in use.
-        threads: of the CPU; 0 lets each engine choose.
-        say: told what is measured, and why an engine that is installed is left out.
+        threads: threads of the CPU; 0 lets each engine choose.
+        say: called with a line for the timing, and for each installed engine that cannot run the step.
 
     Raises:
-        EngineError: none is installed or able to run the step.
+        EngineError: no engine is installed, or none can run the step.
     """
-    path = _path(bundle, threads)
+    path = _path_of_record(bundle, threads)
     speeds = _read(path)
     if speeds is None:
         speeds = _measure(bundle, threads, say)
@@ -74,7 +80,7 @@ def rank_by_speed(bundle: Bundle, threads: int = 0, say: Callable[[str], None] =
 
 
 def sort_by_speed(speeds: list[Speed]) -> list[Speed]:
-    """Fastest first; of those within ``NEAR`` of the fastest left, the one that came first."""
+    """Sort by speed, the fastest first. Engines within the factor ``NEAR`` of the fastest keep their order."""
     left, found = list(speeds), []
     while left:
         best = min(speed.step_ms for speed in left)
@@ -86,9 +92,9 @@ def sort_by_speed(speeds: list[Speed]) -> list[Speed]:
 def _measure(bundle: Bundle, threads: int, say: Callable[[str], None]) -> list[Speed]:
     found: list[Speed] = []
     reasons = []
-    able = [candidate for candidate in candidates(bundle) if not candidate.built]
+    able = [candidate for candidate in find_candidates(bundle) if not candidate.built]
     if not able:
-        engine_for(bundle, LEAST_ENGINE, threads)  # says how to install it, or what is wrong with it
+        engine_for(bundle, LEAST_ENGINE, threads)  # raises an error that says how to install the engine
     say(f"{bundle.path}: first use here, timing a guided step of each engine")
     with Progress("timing a step of each engine", len(able)) as bar:
         for candidate in able:
@@ -106,7 +112,7 @@ def _measure(bundle: Bundle, threads: int, say: Callable[[str], None]) -> list[S
 
 def _time_step(bundle: Bundle, candidate: Candidate, threads: int, best: float | None) -> Speed:
     engine = engine_for(bundle, candidate.name, threads, candidate.precision)
-    session, inputs = engine.session("step"), sample_step_inputs(bundle.manifest)
+    session, inputs = engine.session("step"), make_step_inputs(bundle.manifest)
     session.run(inputs, ["next_state"])
     taken: list[float] = []
     for _ in range(CALLS):
@@ -119,8 +125,8 @@ def _time_step(bundle: Bundle, candidate: Candidate, threads: int, best: float |
     return Speed(candidate.name, candidate.precision, engine.info.name, round(statistics.median(taken), 3))
 
 
-def sample_step_inputs(manifest: Manifest) -> dict[str, Array]:
-    """Inputs of the step graph for one image with guidance; what the numbers are does not change the time."""
+def make_step_inputs(manifest: Manifest) -> dict[str, Array]:
+    """Make inputs of the step graph for one image with guidance. The time of a step does not depend on their values."""
     model, table = manifest.model, manifest.table
     latents = np.random.default_rng(0).standard_normal((1, model.latent_channels, *model.latent_size))
     return step_inputs(
@@ -133,16 +139,16 @@ def sample_step_inputs(manifest: Manifest) -> dict[str, Array]:
     )
 
 
-def _path(bundle: Bundle, threads: int) -> Path:
+def _path_of_record(bundle: Bundle, threads: int) -> Path:
     libraries = sorted({library for name in BACKENDS for library in backend_named(name).libraries})
-    versions = {name: version for name in libraries for version in _versions(name)}
+    versions = {name: version for name in libraries for version in _versions_of(name)}
     size, machine = bundle.manifest.model.latent_size, describe_machine()
     facts = [bundle.digest, size, machine, versions, threads, has_nvidia_driver()]
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     return bundle.engines / SPEEDS / f"{key}.json"
 
 
-def _versions(distribution: str) -> Iterator[str]:
+def _versions_of(distribution: str) -> Iterator[str]:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         yield importlib.metadata.version(distribution)
 

@@ -1,7 +1,7 @@
-"""Which engines have matched the reference, with this bundle, on this machine.
+"""Store and read verdicts: whether an engine has matched the reference, with a bundle, on a machine.
 
-Verdicts live in ``verdicts`` of the bundle's store, beside the engines and outside the bundle's digest. Where that
-cannot be written nothing is stored and each process verifies anew.
+Verdicts are in the folder ``verdicts`` of the engine store, outside the bundle's digest. Where the store cannot be
+written, each process verifies again.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from dit_runtime.verify.rung import Rung, Verification
 from dit_runtime.verify.verification import verification_of
 
 VERDICTS = "verdicts"
-VERDICT_LIMIT = 16 << 20  # bytes: far above any, and little to read
+VERDICT_LIMIT = 16 << 20  # bytes: far more than any verdict has, and quick to read
 
-Number = float | Literal["nan", "inf", "-inf"]  # JSON has no numbers that are not finite
+Number = float | Literal["nan", "inf", "-inf"]  # JSON has only finite numbers
 
 
 @dataclass(frozen=True)
 class RungRecord:
-    """A rung as ``Rung.as_json`` gives it."""
+    """A rung as ``Rung.as_json`` returns it."""
 
     name: str
     value: Number
@@ -52,7 +52,18 @@ class RungRecord:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A verdict as its file has it: on which bundle at which size, of which engine, where, when, and rung by rung."""
+    """The content of a verdict's file.
+
+    Attributes:
+        bundle: the bundle's digest.
+        image_size: height and width of an image in pixels.
+        engine: the engine's name.
+        machine: where the engine was verified, from ``describe_machine``.
+        time: of the verification, in ISO 8601, UTC.
+        quick: whether only the rungs of the quick verification were measured.
+        passed: whether every rung passed.
+        rungs: the measured rungs.
+    """
 
     bundle: str
     image_size: tuple[Positive, Positive]
@@ -69,10 +80,11 @@ class Verdict:
         return tuple(rung.name for rung in self.rungs if not rung.passed)
 
 
-def verdict_path(bundle: Bundle, engine: Engine) -> Path:
-    """Where the verdict on this bundle at its size, engine and machine is kept.
+def path_of_verdict(bundle: Bundle, engine: Engine) -> Path:
+    """The file of the verdict on a bundle at its size in use, an engine and this machine.
 
-    An engine's ``identity`` says what its name does not: the very plans, the driver, how a graph was rearranged.
+    The file's name is a hash. It covers the engine's ``identity``, which changes with the plans, the driver and the
+    arrangement of a graph.
     """
     facts = [
         bundle.digest,
@@ -86,12 +98,12 @@ def verdict_path(bundle: Bundle, engine: Engine) -> Path:
 
 
 def store_verdict(bundle: Bundle, engine: Engine, rungs: list[Rung], quick: bool) -> None:
-    """Write the verdict; without effect where the bundle cannot be written.
+    """Write a verdict, unless the store cannot be written.
 
-    A quick verdict that passes does not take the place of a full one, which knows more.
+    A quick verdict that passes does not replace a full one, which has more rungs.
     """
     passed = all(rung.passed for rung in rungs)
-    if quick and passed and stored_verdict(bundle, engine, full=True) is not None:
+    if quick and passed and has_passed(bundle, engine, full=True) is not None:
         return
     verdict = Verdict(
         bundle=bundle.digest,
@@ -103,27 +115,37 @@ def store_verdict(bundle: Bundle, engine: Engine, rungs: list[Rung], quick: bool
         passed=passed,
         rungs=tuple(RungRecord(**rung.as_json()) for rung in rungs),
     )
-    with contextlib.suppress(OutputError), replace_file(verdict_path(bundle, engine)) as file:
+    with contextlib.suppress(OutputError), replace_file(path_of_verdict(bundle, engine)) as file:
         file.write_text(json.dumps(asdict(verdict), indent=1, allow_nan=False) + "\n")
 
 
 def verify_each_size(
-    bundle: Bundle, sizes: Sequence[tuple[int, int]], opened: Callable[[Bundle], Engine], quick: bool = False
+    bundle: Bundle, sizes: Sequence[tuple[int, int]], open_at: Callable[[Bundle], Engine], quick: bool = False
 ) -> list[Verification]:
-    """Verify a bundle at image sizes, each with an engine of its own, and store the verdicts."""
+    """Verify a bundle at several image sizes, and store the verdicts.
 
-    def verification(size: tuple[int, int]) -> Verification:
+    Args:
+        bundle: at its first size.
+        sizes: heights and widths in pixels.
+        open_at: opens an engine for the bundle at one size.
+        quick: whether to measure only the rungs of the quick verification.
+
+    Returns:
+        The verification at each size.
+    """
+
+    def verify_at(size: tuple[int, int]) -> Verification:
         at = bundle.at(size)
-        engine = opened(at)  # gone when this returns: two sizes need not fit at once
+        engine = open_at(at)  # it is freed when this function returns, so that engines of two sizes need not fit
         found = verification_of(at, engine, quick)
         store_verdict(at, engine, list(found.rungs), quick)
         return found
 
-    return [verification(size) for size in sizes]
+    return [verify_at(size) for size in sizes]
 
 
 def join_rungs(found: Sequence[Verification]) -> list[Rung]:
-    """All rungs; of several sizes each says its own."""
+    """All rungs of several verifications. With more than one size, each rung's name begins with its size."""
     if len(found) == 1:
         return list(found[0].rungs)
     sizes = [f"{height}x{width} " for height, width in (each.image_size for each in found)]
@@ -132,24 +154,25 @@ def join_rungs(found: Sequence[Verification]) -> list[Rung]:
     ]
 
 
-def verify_sizes(
-    bundle: Bundle, sizes: Sequence[tuple[int, int]], opened: Callable[[Bundle], Engine], quick: bool = False
-) -> tuple[str, list[Rung]]:
-    """The engine's name and all rungs of ``verify_each_size``."""
-    found = verify_each_size(bundle, sizes, opened, quick)
-    return found[-1].engine, join_rungs(found)
+def has_passed(bundle: Bundle, engine: Engine, full: bool = False) -> bool | None:
+    """Whether an engine passed an earlier verification on this machine.
 
+    Args:
+        bundle: at the size in use.
+        engine: whose verdict is read.
+        full: whether to ignore a verdict of the quick verification.
 
-def stored_verdict(bundle: Bundle, engine: Engine, full: bool = False) -> bool | None:
-    """Whether the engine passed here before; None when it was never tried, or with ``full`` never by all rungs."""
-    verdict = _read(verdict_path(bundle, engine))
+    Returns:
+        None where there is no verdict.
+    """
+    verdict = _read(path_of_verdict(bundle, engine))
     if verdict is None or (verdict.bundle, verdict.engine) != (bundle.digest, engine.info.name):
         return None
     return None if full and verdict.quick else verdict.passed
 
 
-def stored_verdicts(bundle: Bundle) -> list[Verdict]:
-    """The verdicts on this bundle of this machine and others, the last first."""
+def read_verdicts(bundle: Bundle) -> list[Verdict]:
+    """Read all verdicts on a bundle, of this machine and others, the latest first."""
     read = [_read(path) for path in sorted((bundle.engines / VERDICTS).glob("*.json"))]
     found = [verdict for verdict in read if verdict is not None and verdict.bundle == bundle.digest]
     return sorted(found, key=lambda verdict: verdict.time, reverse=True)

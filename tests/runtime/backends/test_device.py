@@ -50,7 +50,7 @@ from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import EngineError, SamplingError
 from dit_runtime.verify.auto import choose_engine
 from dit_runtime.verify.replay import Replay
-from dit_runtime.verify.verdicts import verdict_path
+from dit_runtime.verify.verdicts import path_of_verdict
 from dit_runtime.verify.verification import _rung_count, verification_of
 
 RECIPES = {
@@ -266,7 +266,9 @@ def test_an_engine_for_tiles_is_verified(checkpoint: Path, tmp_path: Path) -> No
         bench.engine.close()
         bench.machine.check_closed()
     bench = Bench(path, tmp_path / "other", recipe_for("rtx", "8.9", 2, (1, 2), 64, decode_tile=5))
-    with pytest.raises(EngineError, match=r"tiles of 5, of which the bundle has no record; export with .* 5,"):
+    with pytest.raises(
+        EngineError, match=r"tiles of 5, and the bundle has no golden record of such a tile; export .* 5,"
+    ):
         verification_of(bench.bundle, bench.engine)
     bench.engine.close()
 
@@ -293,9 +295,9 @@ def offer(bench: Bench, patch: pytest.MonkeyPatch) -> None:
     """Let ``auto`` find the double's engine."""
     machine = bench.machine
     (bench.stored.folder / SIDECAR).write_text("{}")
-    patch.setattr(tensorrt_engine, "stored_engines", lambda *_: [bench.stored])
+    patch.setattr(tensorrt_engine, "read_engines", lambda *_: [bench.stored])
     opened = functools.partial(
-        tensorrt_engine.engine_from_store, cuda=machine.cuda, imported=lambda name: machine.library
+        tensorrt_engine.engine_from_store, cuda=machine.cuda, import_library=lambda name: machine.library
     )
     patch.setattr(tensorrt_engine, "engine_from_store", opened)
 
@@ -331,12 +333,12 @@ def test_every_branch_has_a_weight_when_it_is_verified(bundles: dict[str, Path],
 
 def test_a_verdict_is_on_the_very_plans(bench: Bench) -> None:
     """Plans that were built again in the same folder, with other kernels perhaps, have no verdict yet."""
-    before = verdict_path(bench.bundle, bench.engine)
+    before = path_of_verdict(bench.bundle, bench.engine)
     step = replace(bench.stored.graphs["step"], plan_sha256="0" * 64)
     bench.stored = replace(bench.stored, graphs={**bench.stored.graphs, "step": step})
     again = bench.made()
     assert again.info.name == bench.engine.info.name
-    assert verdict_path(bench.bundle, again) != before
+    assert path_of_verdict(bench.bundle, again) != before
     again.close()
 
 
@@ -349,7 +351,7 @@ def test_nothing_is_waited_for_within_the_loop(bench: Bench) -> None:
         calls.clear()
         bench.pipe([1, 2], steps=steps, sampler="ddim", guidance=1.5)
         assert calls["launch"] == steps
-        assert calls["allocate"] == calls["pinned"] == calls["begin_capture"] == 0
+        assert calls["allocate"] == calls["allocate_pinned"] == calls["begin_capture"] == 0
         assert calls["enqueue"] == 1  # the decoder
         counts.append((calls["synchronize"], calls["upload"], calls["download"]))
     # Waits: the plan's memory, the latents, the batch's end, the decoder's context, the images. Uploads: two
@@ -544,7 +546,7 @@ def test_latents_are_read_in_time(bench: Bench) -> None:
         batch.add(list(enumerate(bench.pipe.prepare([1], steps=3, sampler="ddim", guidance=1.0))))
         first = batch.advance()
         second = batch.advance()
-        with pytest.raises(SamplingError, match="no longer on the device"):
+        with pytest.raises(SamplingError, match="only the latents of the last step are on the device"):
             _ = first.latents
         kept = second.latents
         batch.advance()
@@ -702,12 +704,24 @@ def test_a_first_batch_that_is_filled_up(bundles: dict[str, Path], tmp_path: Pat
 def test_a_batch_that_does_not_fit(bench: Bench) -> None:
     """The need of the batch that was asked for is said before its step is loaded, with one that would fit."""
     bench.machine.facts = replace(bench.machine.facts, memory_bytes=640_000)
-    with pytest.raises(EngineError, match=r"plans: batch 4 needs .* it does not fit, batch 1 would"):
+    with pytest.raises(EngineError, match=r"plans: batch 4 needs .* are available; batch 1 fits"):
         bench.pipe([1, 2, 3, 4], **SETTINGS["ddim"])
     assert not bench.machine.weights.get("step")
 
 
-WORK = ("allocate", "pinned", "event", "upload", "download", "copy", "clear", "launch", "record", "wait", "synchronize")
+WORK = (
+    "allocate",
+    "allocate_pinned",
+    "create_event",
+    "upload",
+    "download",
+    "copy",
+    "clear",
+    "launch",
+    "record",
+    "wait",
+    "synchronize",
+)
 CAPTURE = ("begin_capture", "end_capture")
 
 
@@ -800,7 +814,7 @@ from dit_runtime.backends.tensorrt import cuda
 from dit_runtime.core.errors import EngineError
 names, calls = json.load(sys.stdin)
 result = {"missing": [], "refused": {}}
-runtime = cuda._imported()
+runtime = cuda._import_runtime()
 for name in names:
     value = runtime
     for part in name.split("."):
@@ -811,7 +825,7 @@ properties = runtime.cudaDeviceProp()
 numbers = ("major", "minor", "integrated", "multiProcessorCount")
 result["properties"] = [type(getattr(properties, n)).__name__ for n in ("name", *numbers)]
 try:
-    cuda.device()
+    cuda.read_device()
 except EngineError as error:
     result["no driver"] = str(error)
 bare = object.__new__(cuda.CudaRuntime)
@@ -852,8 +866,8 @@ def test_every_name_of_cuda_exists(generation: str) -> None:
     assert len(names) >= 30
     handle, address = 16, 4096
     calls: dict[str, list[int | None]] = {
-        **{"device": [], "allocate": [8], "free": [address], "pinned": [8], "free_pinned": [None]},
-        **{"stream": [], "destroy_stream": [handle], "event": [], "destroy_event": [handle]},
+        **{"read_device": [], "allocate": [8], "free": [address], "allocate_pinned": [8], "free_pinned": [None]},
+        **{"create_stream": [], "destroy_stream": [handle], "create_event": [], "destroy_event": [handle]},
         **{"record": [handle, handle], "wait": [handle], "synchronize": [handle]},
         **{"upload": [address, None, handle], "download": [None, address, handle]},
         **{"copy": [address, 2 * address, 8, handle], "clear": [address, 8, handle]},
@@ -887,7 +901,7 @@ def test_without_cuda_bindings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without cuda-bindings the error says what to install on which device."""
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
     with pytest.raises(EngineError, match=r"cuda-bindings is not installed .*\[jetson6\].*\[jetson7\].*\[tensorrt\]"):
-        cuda.device()
+        cuda.read_device()
 
 
 class Failing:
@@ -915,3 +929,15 @@ def test_an_error_of_cuda_says_what_was_done() -> None:
     assert str(failure.value) == (
         "CUDA, allocating 1073741824 bytes: cudaErrorMemoryAllocation (out of memory); use a smaller batch"
     )
+
+
+def test_plans_of_other_graphs_are_refused(bench: Bench) -> None:
+    """A sidecar that does not fit the bundle's graphs is one line, and leaves nothing on the device."""
+    graphs = bench.stored.graphs
+    (profile,) = graphs["conditioner"].profiles
+    lacking = replace(graphs["conditioner"], profiles=({"labels": profile["labels"]},))
+    for altered in ({**graphs, "other": graphs["step"]}, {**graphs, "conditioner": lacking}):
+        stored = replace(bench.stored, graphs=altered)
+        with pytest.raises(EngineError, match=r"does not fit the bundle's graphs; run dit-build"):
+            TensorRtEngine(bench.bundle, stored, bench.machine.library, bench.machine.cuda)
+    assert len(bench.machine.queues) == 1  # the stream of the bench's own engine

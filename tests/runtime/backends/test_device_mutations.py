@@ -144,7 +144,7 @@ def free_all(call: Call) -> Any:
 
 def most_padding(call: Call) -> Fit | None:
     profiles, shapes, *_ = call.args
-    return max(profiles.fits(shapes, ("batch", "branches", "rows")), key=lambda fit: fit.volume, default=None)
+    return max(profiles.find_fits(shapes, ("batch", "branches", "rows")), key=lambda fit: fit.volume, default=None)
 
 
 def first_profile(call: Call) -> Fit | None:
@@ -168,9 +168,10 @@ MUTATIONS = [
         "latents are read before they are waited for",
         lambda seeder: seeder.drop(Cuda, "synchronize", DeviceLoop.read),
     ),
-    Mutation("captured without a run before", lambda seeder: seeder.drop(Device, "start", StepGraphs._step)),
+    Mutation("captured without a run before", lambda seeder: seeder.drop(Device, "start", StepGraphs._prepare_step)),
     Mutation(
-        "captured before the run was waited for", lambda seeder: seeder.drop(Cuda, "synchronize", StepGraphs._step)
+        "captured before the run was waited for",
+        lambda seeder: seeder.drop(Cuda, "synchronize", StepGraphs._prepare_step),
     ),
     Mutation(
         "waited for within a capture",
@@ -184,7 +185,7 @@ MUTATIONS = [
     Mutation(
         "one context for all graphs",
         lambda seeder: seeder.replace(
-            LoadedPlan, "new_context", lambda call: call.args[0].context(*call.args[1:]), StepGraphs._step
+            LoadedPlan, "make_context", lambda call: call.args[0].context_for(*call.args[1:]), StepGraphs._prepare_step
         ),
     ),
     Mutation(
@@ -206,15 +207,15 @@ MUTATIONS = [
     ),
     Mutation(
         "always the first profile, in the loop",
-        lambda seeder: seeder.alter(LoadedPlan, "new_context", lambda call: {1: 0}, StepGraphs._step),
+        lambda seeder: seeder.alter(LoadedPlan, "make_context", lambda call: {1: 0}, StepGraphs._prepare_step),
     ),
     Mutation(
         "always the first profile, in sessions",
-        lambda seeder: seeder.alter(LoadedPlan, "context", lambda call: {1: 0}, TensorRtSession._run),
+        lambda seeder: seeder.alter(LoadedPlan, "context_for", lambda call: {1: 0}, TensorRtSession._run),
     ),
     Mutation(
         "the switch of the profile is not waited for",
-        lambda seeder: seeder.drop(Cuda, "synchronize", LoadedPlan.new_context),
+        lambda seeder: seeder.drop(Cuda, "synchronize", LoadedPlan.make_context),
     ),
     Mutation(
         "too little memory is given for activations",
@@ -236,7 +237,7 @@ MUTATIONS = [
     ),
     Mutation(
         "an output is not bound",
-        lambda seeder: seeder.drop(api, "bind", StepGraphs._step, lambda call: call.args[1] == "denoised"),
+        lambda seeder: seeder.drop(api, "bind", StepGraphs._prepare_step, lambda call: call.args[1] == "denoised"),
     ),
     Mutation(
         "pinned memory is written while a copy still reads it",
@@ -367,15 +368,15 @@ MUTATIONS = [
     ),
     Mutation("a loop with other limits is lent", lambda seeder: seeder.replace(TensorRtEngine, "open_loop", lend_any)),
     Mutation("a closed engine goes on", lambda seeder: seeder.drop(Device, "check_open", TensorRtEngine.open_loop)),
-    Mutation("always the first profile", lambda seeder: seeder.replace(Profiles, "fit", first_profile)),
+    Mutation("always the first profile", lambda seeder: seeder.replace(Profiles, "find_fit", first_profile)),
     Mutation(
         "nothing is filled up to a profile's least",
-        lambda seeder: seeder.replace(Profiles, "fit", lambda call: call.original(*call.args, padded=())),
+        lambda seeder: seeder.replace(Profiles, "find_fit", lambda call: call.original(*call.args, padded=())),
     ),
-    Mutation("the profile with the most padding", lambda seeder: seeder.replace(Profiles, "fit", most_padding)),
+    Mutation("the profile with the most padding", lambda seeder: seeder.replace(Profiles, "find_fit", most_padding)),
     Mutation(
         "the shapes of a table that has grown since",
-        lambda seeder: seeder.lie(DeviceLoop, "_fit", lambda own: own._memory._memory, "moves", 0),
+        lambda seeder: seeder.lie(DeviceLoop, "_find_fit", lambda own: own._memory._memory, "moves", 0),
     ),
     Mutation("padding is not zero in the loop", lambda seeder: seeder.replace(loop, "put", put_without_zeros)),
     Mutation("padding is not zero in sessions", lambda seeder: seeder.replace(session, "put", put_without_zeros)),
@@ -383,7 +384,7 @@ MUTATIONS = [
         "padding is not cut off",
         lambda seeder: seeder.replace(TensorRtSession, "_cut", lambda call: call.args[2].copy()),
     ),
-    Mutation("tensors are not aligned", lambda seeder: seeder.replace(buffers, "aligned", lambda call: call.args[0])),
+    Mutation("tensors are not aligned", lambda seeder: seeder.replace(buffers, "align", lambda call: call.args[0])),
     Mutation("a session without the lock", unlocked(TensorRtSession, "run")),
     Mutation("images join without the lock", unlocked(DeviceLoop, "add")),
     Mutation("images leave without the lock", unlocked(DeviceLoop, "keep")),
@@ -697,11 +698,11 @@ def test_a_mistake_is_found(
 def test_a_mistake_that_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """A call from elsewhere is as it was and does not count, and what is not there cannot be changed."""
     seeder, machine = Seeder(monkeypatch), Machine()
-    seeder.drop(Cuda, "stream", DeviceLoop.read)
-    assert machine.cuda.stream()
+    seeder.drop(Cuda, "create_stream", DeviceLoop.read)
+    assert machine.cuda.create_stream()
     assert seeder.count == 0
-    seeder.drop(Cuda, "stream")
-    assert machine.cuda.stream() is None
+    seeder.drop(Cuda, "create_stream")
+    assert machine.cuda.create_stream() is None
     assert seeder.count == 1
     with pytest.raises(KeyError):
         seeder.drop(DeviceLoop, "gone")

@@ -26,7 +26,7 @@ from dit_runtime.backends.base import Candidate
 from dit_runtime.backends.onnxruntime import engine as onnxruntime_engine
 from dit_runtime.backends.onnxruntime import gpu as onnxruntime_gpu
 from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
-from dit_runtime.backends.open import BACKENDS, candidates, open_engine
+from dit_runtime.backends.open import BACKENDS, find_candidates, open_engine
 from dit_runtime.backends.openvino import engine as openvino_engine
 from dit_runtime.backends.openvino.engine import OpenVinoEngine
 from dit_runtime.bundle.precision import Precision
@@ -59,7 +59,7 @@ def fp32(bundles: dict[str, Path]) -> Bundle:
 @pytest.fixture
 def bf16(fp16: Bundle) -> None:
     """Skips on a CPU without BF16."""
-    if Candidate("openvino", Precision.BF16) not in candidates(fp16):
+    if Candidate("openvino", Precision.BF16) not in find_candidates(fp16):
         pytest.skip("this CPU has no BF16")
 
 
@@ -138,7 +138,7 @@ def test_weights_become_the_nearest_bf16() -> None:
     values = (random.standard_normal(10_000) * 10.0 ** random.integers(-5, 5, 10_000)).astype(np.float32)
     values = np.concatenate([values, np.array([0, -0.0, 1.00390625, 1.01171875, 65504, 6e-8], np.float32)])  # two ties
     expected = torch.from_numpy(values).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
-    assert np.array_equal(openvino_engine._bfloat16(values), expected)
+    assert np.array_equal(openvino_engine._bfloat16_from_float32(values), expected)
 
 
 def test_openvino_keeps_few_compiled_shapes(fp32: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,7 +206,7 @@ def test_bf16_on_a_cpu_without_it(fp16: Bundle, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(openvino_engine, "import_openvino", lambda: Double(real, Core=Core))
     monkeypatch.setattr("dit_runtime.backends.openvino.open.import_openvino", lambda: Double(real, Core=Core))
-    assert Candidate("openvino", Precision.BF16) not in candidates(fp16)
+    assert Candidate("openvino", Precision.BF16) not in find_candidates(fp16)
     assert open_engine(fp16, "openvino").info.name.endswith(" CPU fp32")
     with pytest.raises(EngineError, match=r"no BF16 instructions .* use --precision fp32"):
         open_engine(fp16, "openvino", precision="bf16")
@@ -345,7 +345,7 @@ def test_a_damaged_prepared_graph_is_made_again(
     else:
         (sidecar.parent / "more.bin").write_bytes(b"")
     assert np.array_equal(stepped(opened(fp16, tmp_path), inputs), expected)
-    assert caplog.messages == [f"{sidecar.parent}: damaged, made again"]
+    assert caplog.messages == [f"{sidecar.parent}: damaged, so made again"]
     caplog.clear()
     assert np.array_equal(stepped(opened(fp16, tmp_path), inputs), expected)
     assert caplog.messages == []
@@ -359,14 +359,14 @@ def test_a_graph_prepared_elsewhere_is_not_used(
     caplog.set_level(logging.INFO, "dit_runtime")
     inputs = step_inputs(fp16)
     here = prepared.read_processor()
-    monkeypatch.setattr(prepared, "processor", lambda: cpu.Processor("Other 9000", ("avx2",)))
+    monkeypatch.setattr(prepared, "read_processor", lambda: cpu.Processor("Other 9000", ("avx2",)))
     expected = stepped(opened(fp16, tmp_path), inputs)
     written = files(tmp_path)
-    monkeypatch.setattr(prepared, "processor", lambda: here)
+    monkeypatch.setattr(prepared, "read_processor", lambda: here)
     assert np.array_equal(stepped(opened(fp16, tmp_path), inputs), expected)
     (line,) = caplog.messages
-    assert "step is there for" in line
-    assert "on Other 9000; made again for" in line
+    assert "step was prepared for" in line
+    assert "on Other 9000; prepared again for" in line
     assert files(tmp_path).items() > written.items()
 
 
@@ -548,7 +548,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     )
     monkeypatch.setattr(onnxruntime_engine, "import_onnxruntime", lambda: runtime)
     monkeypatch.setattr(onnxruntime_gpu, "has_nvidia_driver", lambda: True)
-    monkeypatch.setattr(onnxruntime_gpu, "environment", lambda: {"gpus": [{"name": "H100"}]})
+    monkeypatch.setattr(onnxruntime_gpu, "describe_environment", lambda: {"gpus": [{"name": "H100"}]})
     monkeypatch.setattr(GpuSession, "opened", ())
     return runtime
 
@@ -642,27 +642,27 @@ def test_onnxruntime_has_no_bf16(fp32: Bundle) -> None:
 
 def test_candidates_are_ordered_and_can_be_opened(fp32: Bundle, fp16: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fastest expected comes first, BF16 only for a bundle that allows it; what is missing is left out."""
-    assert candidates(fp32) == [Candidate("openvino", Precision.FP32), Candidate("onnxruntime")]
+    assert find_candidates(fp32) == [Candidate("openvino", Precision.FP32), Candidate("onnxruntime")]
     able = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     own = Precision.BF16 if able else Precision.FP32
-    assert candidates(fp16) == [Candidate("openvino", own), Candidate("onnxruntime")]
-    for candidate in candidates(fp16):
+    assert find_candidates(fp16) == [Candidate("openvino", own), Candidate("onnxruntime")]
+    for candidate in find_candidates(fp16):
         assert open_engine(fp16, candidate.name, precision=candidate.precision).info.name
 
     def missing() -> None:
         raise EngineError("not installed")
 
     monkeypatch.setattr("dit_runtime.backends.openvino.open.import_openvino", missing)
-    assert candidates(fp16) == [Candidate("onnxruntime")]
+    assert find_candidates(fp16) == [Candidate("onnxruntime")]
     monkeypatch.setattr("dit_runtime.backends.onnxruntime.open.import_onnxruntime", missing)
-    assert candidates(fp16) == []
+    assert find_candidates(fp16) == []
 
 
 def test_a_gpu_comes_first(fp32: Bundle, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a driver and the GPU wheel, CUDA's provider is tried before any CPU engine."""
     monkeypatch.setattr("dit_runtime.backends.onnxruntime.open.import_onnxruntime", lambda: gpu)
     monkeypatch.setattr("dit_runtime.backends.onnxruntime.open.has_nvidia_driver", lambda: True)
-    assert candidates(fp32)[0] == Candidate("onnxruntime-cuda")
+    assert find_candidates(fp32)[0] == Candidate("onnxruntime-cuda")
 
 
 # The machine

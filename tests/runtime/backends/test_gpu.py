@@ -27,7 +27,7 @@ from dit_runtime.backends.host_loop import HostLoop
 from dit_runtime.backends.tensorrt import api as tensorrt_api
 from dit_runtime.backends.tensorrt import cuda
 from dit_runtime.backends.tensorrt.engine import TensorRtEngine
-from dit_runtime.backends.tensorrt.store import StoredEngine, stored_engines
+from dit_runtime.backends.tensorrt.store import StoredEngine, read_engines
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import EngineError
 from dit_runtime.sampling.requests import ImageRequest
@@ -79,14 +79,14 @@ class SessionsOnly:
 def present_library() -> tensorrt_api.TensorRT:
     """TensorRT, or else TensorRT-RTX; skips without a GPU or either."""
     try:
-        facts = cuda.device()
+        facts = cuda.read_device()
         print(f"{facts.name}, compute capability {facts.compute_capability}, driver {facts.driver}")
     except EngineError as error:
         pytest.skip(str(error))
     reasons = []
     for name in tensorrt_api.LIBRARIES:
         try:
-            return tensorrt_api.library(name)
+            return tensorrt_api.import_library(name)
         except EngineError as error:
             reasons.append(str(error))
     pytest.skip("; ".join(reasons))
@@ -112,7 +112,7 @@ def device(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     assert done.returncode == 0, done.stderr + done.stdout
     print(done.stdout)
     bundle = open_bundle(path)
-    (stored,) = stored_engines(bundle, store)
+    (stored,) = read_engines(bundle, store)
     return Device(library, bundle, stored)
 
 
@@ -187,14 +187,14 @@ def test_memory_is_given_back(device: Device) -> None:
     """Engines that are closed leave nothing on the device but what CUDA keeps for the process, however many."""
     with device.engine() as warm:
         Pipeline(device.bundle, warm)([1], **SETTINGS["ddim"])
-    before = device.cuda.device().free_bytes
+    before = device.cuda.read_device().free_bytes
     for _ in range(5):
         with device.engine() as engine:
             Pipeline(device.bundle, engine)([1, 2], **SETTINGS["ddim"])
-    after = device.cuda.device().free_bytes
+    after = device.cuda.read_device().free_bytes
     print(f"free before {before}, after {after}")
     assert before - after <= KEPT_BYTES
-    if not device.cuda.device().integrated:  # there the system takes and gives meanwhile
+    if not device.cuda.read_device().integrated:  # there the system takes and gives meanwhile
         assert before - after <= 8 << 20
 
 

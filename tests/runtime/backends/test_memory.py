@@ -1,4 +1,4 @@
-"""The memory that sampling needs: sums that can be checked by hand, and what is said when it does not fit."""
+"""The memory that sampling needs: sums that can be checked by hand, and the message when a batch does not fit."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 
 from dit_engines.build_host import BuildHost
-from dit_engines.preflight import check_memory, estimated_graphs, need_at, usual_rows
+from dit_engines.preflight import check_memory, count_usual_rows, estimate_graphs, need_at
 from dit_engines.recipe import recipe_for
 from dit_runtime.backends.tensorrt.memory import (
     CONTEXT_BYTES,
     SYSTEM_BYTES,
     Need,
-    available_bytes,
     check_fits,
-    in_words,
+    describe_bytes,
+    estimate_available_bytes,
     need_of,
 )
 from dit_runtime.backends.tensorrt.store import StoredGraph
@@ -74,14 +74,14 @@ def test_the_conditioner_goes_first(bundle: Bundle) -> None:
 
 def test_what_can_be_had() -> None:
     """A Jetson keeps the system's share, a card the context's; the driver's own figure comes first."""
-    assert available_bytes(8 * 10**9, shared=True) == 8 * 10**9 - SYSTEM_BYTES
-    assert available_bytes(24 * 10**9, shared=False) == 24 * 10**9 - CONTEXT_BYTES
-    assert available_bytes(8 * 10**9, shared=True, free_bytes=5 * 10**9) == 5 * 10**9
-    assert available_bytes(10**9, shared=True) == 0
+    assert estimate_available_bytes(8 * 10**9, shared=True) == 8 * 10**9 - SYSTEM_BYTES
+    assert estimate_available_bytes(24 * 10**9, shared=False) == 24 * 10**9 - CONTEXT_BYTES
+    assert estimate_available_bytes(8 * 10**9, shared=True, free_bytes=5 * 10**9) == 5 * 10**9
+    assert estimate_available_bytes(10**9, shared=True) == 0
 
 
 def test_too_little_memory_names_the_batch_that_fits() -> None:
-    """The error has the need in parts, what there is, and the largest batch that would fit."""
+    """The error has the need in parts, what there is, and the largest batch that fits."""
 
     def need(batch: int) -> Need:
         return Need(1_000_000_000, batch * 1_000_000_000, 39_000_000, 1_000_000)
@@ -91,23 +91,23 @@ def test_too_little_memory_names_the_batch_that_fits() -> None:
         check_fits(need, 8, 5_500_000_000)
     assert str(raised.value) == (
         "batch 8 needs 9.04 GB (weights 1.00 GB, activations 8.00 GB, conditioning table 39 MB, tensors 1 MB) of the "
-        "GPU's memory, 5.50 GB can be had: it does not fit, batch 4 would (5.04 GB)"
+        "GPU's memory, and 5.50 GB are available; batch 4 fits (5.04 GB)"
     )
-    with pytest.raises(EngineError, match=r"not even batch 1 would; decode in tiles \(--decode-tile\)"):
+    with pytest.raises(EngineError, match=r"not even batch 1 fits; decode in tiles \(--decode-tile\)"):
         check_fits(need, 2, 1_500_000_000)
 
 
 def test_before_the_first_build(bundle: Bundle) -> None:
     """Without a builder's figures the need is an estimate and says so; too small a GPU is refused before the build."""
     recipe = recipe_for("rtx", "8.9", 4, (1, 2), 64)
-    assert usual_rows(recipe, 1) == 64  # of 100
-    assert usual_rows(recipe_for("rtx", "8.9", 4, (1, 2), 1024), 4) == 250
-    estimate = estimated_graphs(bundle, recipe, ("conditioner", "step", "decoder"))
+    assert count_usual_rows(recipe, 1) == 64  # of 100
+    assert count_usual_rows(recipe_for("rtx", "8.9", 4, (1, 2), 1024), 4) == 250
+    estimate = estimate_graphs(bundle, recipe, ("conditioner", "step", "decoder"))
     assert estimate["step"].weights_bytes == bundle.manifest.files["graphs/step.weights"].bytes
     needs = [need_at(bundle, recipe, estimate, batch, True).total for batch in (1, 2, 3, 4)]
     assert needs == sorted(needs)
     place = BuildHost("tensorrt", "10.16.2", "8.9", "Tiny", "580", CONTEXT_BYTES + needs[1], False)
-    with pytest.raises(EngineError, match=r"an estimate before the first build\) of .*batch 2 would \("):
+    with pytest.raises(EngineError, match=r"an estimate before the first build\) of .*batch 2 fits \("):
         check_memory(bundle, recipe, place, ("conditioner", "step", "decoder"))
     roomy = BuildHost("tensorrt", "10.16.2", "8.9", "Large", "580", CONTEXT_BYTES + needs[3], False)
     need = check_memory(bundle, recipe, roomy, ("conditioner", "step", "decoder"))
@@ -118,4 +118,4 @@ def test_before_the_first_build(bundle: Bundle) -> None:
 
 def test_sizes_in_words() -> None:
     """Megabytes below one gigabyte, of powers of ten."""
-    assert [in_words(size) for size in (0, 92_400_000, 1_120_000_000)] == ["0 MB", "92 MB", "1.12 GB"]
+    assert [describe_bytes(size) for size in (0, 92_400_000, 1_120_000_000)] == ["0 MB", "92 MB", "1.12 GB"]

@@ -14,7 +14,7 @@ from dit_runtime.backends.openvino.engine import OpenVinoEngine
 from dit_runtime.backends.openvino.passes import rearrange
 from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle, open_bundle
-from dit_runtime.verify.speed import sample_step_inputs
+from dit_runtime.verify.speed import make_step_inputs
 
 
 def operations(model: Any) -> Counter[str]:
@@ -29,7 +29,7 @@ def computed(model: Any, inputs: dict[str, Any]) -> list[Any]:
 
 def inputs_of(bundle: Bundle) -> dict[str, Any]:
     """A step that updates its state, under a table that opens the gates."""
-    inputs, table = sample_step_inputs(bundle.manifest), bundle.manifest.table.name
+    inputs, table = make_step_inputs(bundle.manifest), bundle.manifest.table.name
     inputs["coefficients"][:] = np.linspace(0.1, 1, 17, dtype=np.float32)
     inputs[table] = np.random.default_rng(1).standard_normal(inputs[table].shape).astype(inputs[table].dtype)
     return inputs
@@ -40,7 +40,7 @@ def test_the_same_function_in_other_pieces(bundles: dict[str, Path], precision: 
     """Four products for each of an MLP's two, three for one of attention, no softmax between casts; equal outputs."""
     bundle = open_bundle(bundles[precision])
     engine = OpenVinoEngine(bundle, precision=Precision.FP32)  # which leaves the graph as it is
-    model, changed = (engine._model("step", precision == "fp16") for _ in range(2))
+    model, changed = (engine._load_model("step", precision == "fp16") for _ in range(2))
     spec, before = bundle.manifest.model, operations(model)
     rearrange(changed, spec.width)
     after = operations(changed)
@@ -58,7 +58,7 @@ def test_the_same_function_in_other_pieces(bundles: dict[str, Path], precision: 
 def test_only_in_bf16(bundles: dict[str, Path]) -> None:
     """FP32 keeps the bundle's graph, whose weights are mapped."""
     bundle = open_bundle(bundles["fp32"])
-    plain = operations(OpenVinoEngine(bundle, precision=Precision.FP32)._model("step", False))
+    plain = operations(OpenVinoEngine(bundle, precision=Precision.FP32)._load_model("step", False))
     assert plain == operations(openvino.Core().read_model(bundle.graph("step"))) - Counter(
         Multiply=operations(openvino.Core().read_model(bundle.graph("step")))["Multiply"] - plain["Multiply"]
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dit_runtime.backends.tensorrt.store import SIDECAR, StoredEngine, stored_engine, stored_engines
+from dit_runtime.backends.tensorrt.store import SIDECAR, StoredEngine, read_engine, read_engines
 from dit_runtime.bundle.manifest import GraphSpec, TensorSpec
 from dit_runtime.core.errors import EngineError
 
@@ -67,19 +67,19 @@ def bundle_at(path: Path, digest: str = DIGEST) -> Any:
 
 @pytest.fixture
 def engine(tmp_path: Path) -> StoredEngine:
-    return stored_engine(written(tmp_path / "b" / "engines" / "one", sidecar()))
+    return read_engine(written(tmp_path / "b" / "engines" / "one", sidecar()))
 
 
 def test_a_sound_engine_is_read(tmp_path: Path, engine: StoredEngine) -> None:
     """Every field of the sidecar arrives typed, and the plan's path is given once its hash is checked."""
-    assert stored_engines(bundle_at(tmp_path / "b")) == [engine]
+    assert read_engines(bundle_at(tmp_path / "b")) == [engine]
     assert (engine.library, engine.version, engine.gpu, engine.image_size) == ("tensorrt", "10.3.0", "Orin", (32, 48))
     step = engine.graphs["step"]
     assert step.profiles[0] == {"rows": ((1, 1), (1, 1), (1, 4))}
     assert (step.weights_bytes, step.activation_bytes) == (7, (10, 30, 20))
-    assert engine.plan("step").read_bytes() == PLAN
+    assert engine.find_plan("step").read_bytes() == PLAN
     with pytest.raises(EngineError, match="has no plan of the decoder, only of step; run dit-build"):
-        engine.plan("decoder")
+        engine.find_plan("decoder")
 
 
 def test_the_profile_with_the_least_memory(engine: StoredEngine) -> None:
@@ -88,7 +88,7 @@ def test_the_profile_with_the_least_memory(engine: StoredEngine) -> None:
     rows = TensorSpec("rows", "int32", ("branches", "batch"))
     profiles = step.profiles_of(GraphSpec("step.onnx", "step.weights", (rows,), ()))
     shapes = [(1, 3), (2, 1), (2, 2), (3, 1), (2, 5), (2,)]
-    fits = [profiles.fit({"rows": shape}, step.activation_bytes, padded=()) for shape in shapes]
+    fits = [profiles.find_fit({"rows": shape}, step.activation_bytes, padded=()) for shape in shapes]
     assert [fit and fit.profile for fit in fits] == [0, 2, 1, None, None, None]
 
 
@@ -98,8 +98,8 @@ def test_only_this_bundle_at_this_size(tmp_path: Path) -> None:
     written(store / "ours", sidecar())
     written(store / "other-size", sidecar(image_size=[64, 64]))
     written(store / "other-bundle", sidecar(bundle="e" * 64))
-    assert [item.folder.name for item in stored_engines(bundle_at(tmp_path), store)] == ["ours"]
-    assert stored_engines(bundle_at(tmp_path), tmp_path / "nothing") == []
+    assert [item.folder.name for item in read_engines(bundle_at(tmp_path), store)] == ["ours"]
+    assert read_engines(bundle_at(tmp_path), tmp_path / "nothing") == []
 
 
 def changed_graph(**changes: Any) -> dict[str, Any]:
@@ -124,9 +124,9 @@ def changed_graph(**changes: Any) -> dict[str, Any]:
         ('{"schema": 1, "schema": 1}', "key 'schema' is there twice"),
         ('{"schema": NaN}', "it holds NaN"),
         ({key: value for key, value in sidecar().items() if key != "gpu"}, "gpu: missing, expected text or null"),
-        (changed_graph(plan="../step.plan"), "leads out of its folder"),
-        (changed_graph(plan="/etc/passwd"), "leads out of its folder"),
-        (changed_graph(plan=".."), "leads out of its folder"),
+        (changed_graph(plan="../step.plan"), "is outside its engine's folder"),
+        (changed_graph(plan="/etc/passwd"), "is outside its engine's folder"),
+        (changed_graph(plan=".."), "is outside its engine's folder"),
         (changed_graph(plan_bytes=-1), "graphs[0].plan_bytes: got -1, expected a whole number from 0"),
         (changed_graph(plan_bytes=True), "graphs[0].plan_bytes: got True, expected a whole number"),
         (changed_graph(activation_bytes=[1]), "1 activation sizes for 3 profiles"),
@@ -141,7 +141,7 @@ def test_a_damaged_sidecar_is_skipped_with_its_reason(tmp_path: Path, content: A
     written(store / "damaged", content)
     written(store / "sound", sidecar())
     said: list[str] = []
-    assert [item.folder.name for item in stored_engines(bundle_at(tmp_path), store, said.append)] == ["sound"]
+    assert [item.folder.name for item in read_engines(bundle_at(tmp_path), store, said.append)] == ["sound"]
     (line,) = said
     assert reason in line
     assert "\n" not in line
@@ -157,7 +157,7 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
     (store / "inside").mkdir()
     (store / "inside" / SIDECAR).symlink_to(tmp_path / "elsewhere" / SIDECAR)
     said: list[str] = []
-    assert stored_engines(bundle_at(tmp_path), store, said.append) == []
+    assert read_engines(bundle_at(tmp_path), store, said.append) == []
     assert len(said) == 2
 
 
@@ -167,17 +167,17 @@ def test_a_plan_that_is_not_the_one_built(engine: StoredEngine, tmp_path: Path) 
     command = f"run dit-build BUNDLE --store {engine.folder.parent} --target orin-nano --size 32x48"
     path.write_bytes(PLAN[:-1])
     with pytest.raises(EngineError, match=rf"5 bytes, expected 6; {command}"):
-        engine.plan("step")
+        engine.find_plan("step")
     path.write_bytes(PLAN[:-1] + b"m")
     with pytest.raises(EngineError, match=rf"altered \(SHA-256 .*; {command}"):
-        engine.plan("step")
+        engine.find_plan("step")
     path.rename(tmp_path / "moved")
     path.symlink_to(tmp_path / "moved")
     with pytest.raises(EngineError, match="not a plain file"):
-        engine.plan("step")
+        engine.find_plan("step")
     path.unlink()
     with pytest.raises(EngineError, match="missing"):
-        engine.plan("step")
+        engine.find_plan("step")
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_an_engine_built_ahead_of_time(tmp_path: Path) -> None:
     content = sidecar(
         library="tensorrt_rtx", version="1.7.1", target="rtx", compute_capability="8.6,8.9", gpu=None, driver=None
     )
-    engine = stored_engine(written(tmp_path / "my bundle" / "engines" / "one", content))
+    engine = read_engine(written(tmp_path / "my bundle" / "engines" / "one", content))
     (tmp_path / "my bundle" / "manifest.json").write_text("{}")
     engine.check_device("tensorrt_rtx", "1.7.1", "8.6", "NVIDIA GeForce RTX 3090")
     engine.check_device("tensorrt_rtx", "1.7.1", "8.9", "NVIDIA GeForce RTX 4090")

@@ -272,15 +272,17 @@ def test_nothing_else_touches_the_libraries() -> None:
 def test_a_missing_library_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Unknown, absent and unloadable libraries are one line each, with the next step."""
     with pytest.raises(EngineError, match="'tensorflow' is unknown; choose one of tensorrt, tensorrt_rtx"):
-        tensorrt_api.library("tensorflow")
+        tensorrt_api.import_library("tensorflow")
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(EngineError, match=r"tensorrt is not installed for this Python; on a Jetson .*JetPack"):
-        tensorrt_api.library("tensorrt")
+        tensorrt_api.import_library("tensorrt")
     monkeypatch.delitem(sys.modules, "tensorrt")
     (tmp_path / "tensorrt.py").write_text("raise ImportError('libnvinfer.so.10: cannot open shared object file')")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(EngineError, match=r"tensorrt cannot be loaded \(libnvinfer.so.10: cannot open.*install it"):
-        tensorrt_api.library("tensorrt")
+    with pytest.raises(
+        EngineError, match=r"tensorrt cannot be loaded \(libnvinfer.so.10: cannot open.*install tensorrt again"
+    ):
+        tensorrt_api.import_library("tensorrt")
 
 
 def test_versions_compare_as_numbers() -> None:
@@ -321,7 +323,7 @@ def test_a_context_has_no_memory_of_its_own_and_no_kernels_to_come(name: str) ->
             given.append(how)
             return SimpleNamespace(set_optimization_profile_async=lambda index, stream: True)
 
-    tensorrt_api.context_of(tensorrt_api.TensorRT(module, name, "1.0"), Engine(), 0, 7)
+    tensorrt_api.make_context(tensorrt_api.TensorRT(module, name, "1.0"), Engine(), 0, 7)
     if name == "tensorrt":
         assert given == ["user managed"]
     else:

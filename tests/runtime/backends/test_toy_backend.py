@@ -13,7 +13,7 @@ from support.commands import run_command
 
 from dit_runtime import Pipeline, open_bundle
 from dit_runtime.backends.base import Engine
-from dit_runtime.backends.open import BACKENDS, candidates, open_engine
+from dit_runtime.backends.open import BACKENDS, find_candidates, open_engine
 
 DOCS = Path(__file__).parents[3] / "docs" / "extending.md"
 
@@ -56,7 +56,7 @@ def test_it_samples(bundles: dict[str, Path]) -> None:
     found = Pipeline(bundle, engine)([3, 4], 5, **settings)
     expected = Pipeline(bundle, "onnxruntime", threads=1)([3, 4], 5, **settings)
     assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1
-    assert "toy" not in [candidate.name for candidate in candidates(bundle)]
+    assert "toy" not in [candidate.name for candidate in find_candidates(bundle)]
 
 
 def test_the_documentation_shows_it() -> None:

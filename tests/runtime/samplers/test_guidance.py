@@ -25,7 +25,7 @@ from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import SamplingError
 from dit_runtime.samplers.guidance import Guidance, branches_from_labels
-from dit_runtime.sampling.labels import label_weights
+from dit_runtime.sampling.labels import weights_from_label
 from dit_runtime.sampling.settings import Settings
 
 # max|Δ| of the last latents, relative to the reference's largest.
@@ -135,12 +135,12 @@ def test_several_labels(pipe: Pipeline, transformer: Any, sampler: str, labels: 
 def test_labels_are_named_with_their_weights(pipe: Pipeline) -> None:
     """Fails if numbers, names, text and weights of one mixture do not mean the same, the first label first."""
     found = [
-        label_weights(label, pipe.manifest)
+        weights_from_label(label, pipe.manifest)
         for label in ("3:0.75+5:0.25", "class 3:0.75 + kind 5:0.25", {"kind 3": 0.75, 5: 0.25}, {3: 0.75, "5": 0.25})
     ]
     assert [list(weights.items()) for weights in found] == [[(3, 0.75), (5, 0.25)]] * 4
-    assert label_weights("Class 1+9", pipe.manifest) == {1: 0.5, 9: 0.5}
-    assert all(label_weights(label, pipe.manifest) == {7: 1.0} for label in ("7", 7, "class 7"))
+    assert weights_from_label("Class 1+9", pipe.manifest) == {1: 0.5, 9: 0.5}
+    assert all(weights_from_label(label, pipe.manifest) == {7: 1.0} for label in ("7", 7, "class 7"))
 
 
 def test_weights_of_one_need_no_null_branch(pipe: Pipeline) -> None:

@@ -234,7 +234,9 @@ def test_a_table_with_settings_that_are_in_it(bundles: dict[str, Path], setting:
     """Fails if steps, eta or spacing beside a table are silently not used."""
     pipe = Pipeline(bundles["fp32"], "onnxruntime", threads=1)
     schedule = schedule_for("ddim", LEARNED, DIFFUSION, 5)
-    with pytest.raises(SamplingError, match=r"a table of 5 steps with .*: the table has all of these in it"):
+    with pytest.raises(
+        SamplingError, match=r"a sampler table of 5 steps with .*: a sampler table decides all of these"
+    ):
         pipe.prepare([1], sampler=schedule, **setting)
     assert pipe.prepare([1], sampler=schedule, steps=5)[0].schedule is schedule
 
@@ -242,9 +244,9 @@ def test_a_table_with_settings_that_are_in_it(bundles: dict[str, Path], setting:
 @pytest.mark.parametrize(
     ("changes", "spec", "model", "message"),
     [
-        ({"timesteps": [1000.0]}, DIFFUSION, LEARNED, r"timesteps 1000 to 1000: this model's are 0 to 999"),
-        ({"timesteps": [-1.0]}, DIFFUSION, LEARNED, r"timesteps -1 to -1: this model's are 0 to 999"),
-        ({"timesteps": [500.0]}, FLOW, FIXED, r"timesteps 500 to 500: this model's are 0 to 1"),
+        ({"timesteps": [1000.0]}, DIFFUSION, LEARNED, r"timesteps 1000 to 1000: this model's timesteps are 0 to 999"),
+        ({"timesteps": [-1.0]}, DIFFUSION, LEARNED, r"timesteps -1 to -1: this model's timesteps are 0 to 999"),
+        ({"timesteps": [500.0]}, FLOW, FIXED, r"timesteps 500 to 500: this model's timesteps are 0 to 1"),
         ({"timesteps": [500.0], "k": [0.0, 0.5, 1.0]}, DIFFUSION, FIXED, "uses the learned variance"),
     ],
     ids=["too late", "too early", "of a diffusion", "learned variance"],

@@ -183,7 +183,7 @@ def test_noise_of_a_file_is_the_noise_on_the_image(pipe: Pipeline) -> None:
     given = list(pipe.trajectory([3], 99, noise=noise, **how))[-1][1]
     assert np.abs(given - drawn).max() <= 5e-6  # measured: 9.5e-7
     (image,) = pipe.prepare([3], 5, **how)
-    z, stream = image.initial_latents((4, 8, 8))
+    z, stream = image.make_initial_latents((4, 8, 8))
     signal, spread = image.schedule.initial[0]
     expected = signal * pipe.encode(photo(3)[None])[0] + spread * noise[0]
     assert np.abs(z - expected).max() <= 1e-6
@@ -199,7 +199,7 @@ def test_a_small_strength_stays_near_the_image(pipe: Pipeline) -> None:
     distances = []
     for strength in (0.1, 0.3, 0.6, 1.0):
         (image,) = pipe.prepare([3], 7, steps=10, sampler="ddim", init=latents, strength=strength)
-        z, _ = image.initial_latents((4, 8, 8))
+        z, _ = image.make_initial_latents((4, 8, 8))
         distances.append(np.abs(z - latents[0]).mean())
     assert distances == sorted(distances)
     assert distances[0] < 0.5 * distances[-1]
@@ -265,9 +265,11 @@ def test_a_table_that_starts_inside_needs_an_image(pipe: Pipeline, tmp_path: Pat
     path, partial = tmp_path / "partial.json", schedule_for("unipc", LEARNED, DIFFUSION, 10, skipped=4)
     write_table(partial, path)
     assert_same(read_table(path), partial)
-    with pytest.raises(SamplingError, match=r"it starts after step 4, with an image: name one"):
+    with pytest.raises(SamplingError, match=r"it starts after step 4, from an image; give the image"):
         pipe.prepare([3], sampler=partial)
-    with pytest.raises(SamplingError, match=r"it starts after step 4, and strength 0.6 is for whole tables"):
+    with pytest.raises(
+        SamplingError, match=r"it starts after step 4 already, and strength 0.6 is for sampler tables of all steps"
+    ):
         pipe.prepare([3], sampler=partial, init=photo(1), strength=0.6)
     (image,) = pipe.prepare([3], sampler=partial, init=photo(1))
     (named,) = pipe.prepare([3], sampler="unipc", steps=10, init=photo(1), strength=0.6)
@@ -288,16 +290,16 @@ def test_inits_that_do_not_fit(pipe: Pipeline, bundles: dict[str, Path]) -> None
     """Fails if an image of another size, number or kind is used, or refused without what was got and expected."""
     good, latents = photo(1), pipe.encode(photo(1)[None])
     wrong: list[tuple[Any, str]] = [
-        (photo(1, 32, 48), r"an image of 32x48 pixels, expected 32x32: resize it first"),
+        (photo(1, 32, 48), r"an image of 32x48 pixels, expected 32x32; resize the image"),
         (np.stack([good] * 3), r"uint8 \[3, 32, 32, 3\]; expected images, uint8 \[2, 32, 32, 3\]"),
         (good[..., :1], r"uint8 \[1, 32, 32, 1\]; expected"),
         (good[0], r"uint8 \[32, 3\]; expected"),
         (good / 255, r"float64 \[1, 32, 32, 3\]; expected"),
         (latents.astype(np.float64), r"float64 \[1, 4, 8, 8\]; expected"),
         (latents[:, :3], r"float32 \[1, 3, 8, 8\]; expected images, .* latents, float32 \[2, 4, 8, 8\]"),
-        (np.full_like(latents, np.nan), "latents that are not finite"),
+        (np.full_like(latents, np.nan), "the latents are not finite"),
         (pipe.inits(good, 3), "3 inits for 2 images"),
-        ([good, good], "2 inits for 2 images: expected one array, or what Pipeline.inits gave"),
+        ([good, good], "2 inits for 2 images: expected one array, or a list from Pipeline.inits"),
         (np.zeros((0, 32, 32, 3), np.uint8), r"uint8 \[0, 32, 32, 3\]; expected"),
     ]
     for init, message in wrong:
@@ -440,7 +442,7 @@ def test_wrong_arguments(folder: Path, bundles: dict[str, Path], tmp_path: Path)
     cut = tmp_path / "cut.png"
     cut.write_bytes(init.read_bytes()[:100])
     wrong: list[tuple[list[object], str]] = [
-        (["--strength", 0.5], "strength 0.5 without an image to start from: name one (--init)"),
+        (["--strength", 0.5], "strength 0.5 without an image to start from; give an image (--init)"),
         (["--init", init, "--strength", 0], "strength 0: expected above 0 to 1"),
         (["--init", init, "--strength", 1.5], "strength 1.5: expected above 0 to 1"),
         (["--init", init, "--strength", "nan"], "strength nan: expected above 0 to 1"),
@@ -455,7 +457,7 @@ def test_wrong_arguments(folder: Path, bundles: dict[str, Path], tmp_path: Path)
         (["--init", tmp_path / "missing.npy"], "missing.npy: cannot be read as latents"),
         (["--init", wide], "an image of 32x48 pixels, expected 32x32"),
         (["--init", init, "--size", "32x48"], "an image of 32x32 pixels, expected 32x48"),
-        (["--size", "64x64"], "has no graphs for images of 64x64, only 32x32, 32x48, 48x48"),
+        (["--size", "64x64"], "has no graphs for images of 64x64, only for 32x32, 32x48, 48x48"),
         (["--size", "32"], "got '32', expected HEIGHTxWIDTH"),
         (["--size", "0x32"], "got '0x32', expected HEIGHTxWIDTH"),
         (["--size=-32x32"], "got '-32x32', expected HEIGHTxWIDTH"),

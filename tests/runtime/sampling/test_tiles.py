@@ -26,8 +26,8 @@ from dit_runtime.core.errors import SamplingError
 from dit_runtime.sampling.tiles import (
     check_tile,
     decode_in_tiles,
-    tile_starts,
-    tile_weights,
+    starts_of_tiles,
+    weights_of_tiles,
 )
 from dit_runtime.sampling.tiles import images_from_decoded as rounded
 from dit_runtime.verify.metrics import psnr
@@ -45,7 +45,7 @@ Decode = Callable[[np.ndarray], np.ndarray]
 @settings(max_examples=300, deadline=None)
 def test_tiles_cover_a_side_evenly(size: int, tile: int) -> None:
     """Fails if a tile leaves the image, the last ends elsewhere, or two share less than a quarter or differ much."""
-    starts = tile_starts(size, tile)
+    starts = starts_of_tiles(size, tile)
     if tile >= size:
         assert starts == [0]
         return
@@ -62,7 +62,7 @@ def test_tiles_cover_a_side_evenly(size: int, tile: int) -> None:
 @settings(max_examples=150, deadline=None)
 def test_weights_fade_linearly(size: int, tile: int, factor: int) -> None:
     """Fails if weights do not sum to 1, reach beyond their tile, or do not fade evenly from one tile to the next."""
-    starts, weights = tile_starts(size, tile), tile_weights(size, tile, factor)
+    starts, weights = starts_of_tiles(size, tile), weights_of_tiles(size, tile, factor)
     length = min(tile, size) * factor
     assert weights.shape == (len(starts), size * factor)
     assert weights.dtype == np.float32
@@ -175,7 +175,7 @@ def test_memory_is_one_tiles() -> None:
 
 def borders(size: int, tile: int, factor: int) -> np.ndarray:
     """Which gaps between neighbouring image pixels are a tile's border: bool ``[size·factor − 1]``."""
-    ends = {edge for start in tile_starts(size, tile) for edge in (start, start + min(tile, size))} - {0, size}
+    ends = {edge for start in starts_of_tiles(size, tile) for edge in (start, start + min(tile, size))} - {0, size}
     found = np.zeros(size * factor - 1, np.bool_)
     found[[edge * factor - 1 for edge in ends]] = True
     return found
@@ -195,8 +195,8 @@ def cut(decode: Decode, latents: np.ndarray, tile: int, factor: int) -> np.ndarr
     """Tiles laid over one another without blending."""
     count, _, height, width = latents.shape
     image = np.zeros((count, 3, height * factor, width * factor), np.float32)
-    for top in tile_starts(height, tile):
-        for left in tile_starts(width, tile):
+    for top in starts_of_tiles(height, tile):
+        for left in starts_of_tiles(width, tile):
             part = decode(latents[:, :, top : top + tile, left : left + tile])
             image[:, :, top * factor : (top + tile) * factor, left * factor : (left + tile) * factor] = part
     return image

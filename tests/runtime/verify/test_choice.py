@@ -93,7 +93,7 @@ def test_the_fastest_is_taken_and_said(
     said = choice.found_out
     assert list(caplog.messages) == list(said)
     assert capsys.readouterr() == ("", "")  # the library prints nothing
-    assert any("first use of this bundle here, verifying it" in line for line in said)
+    assert any("first use of this bundle here, verifying the engine" in line for line in said)
     assert said[-1].startswith(f"engine: {fastest} ")
     assert said[-1].endswith(" 2 ms")
     assert ", 1 ms a guided step; " in said[-1]
@@ -113,7 +113,7 @@ def test_an_engine_that_failed_is_passed_over(
     store_verdict(bundle, OpenVinoEngine(bundle), [BAD], quick=True)
     found = choose_engine(bundle)
     assert found.engine.info.name.startswith("onnxruntime")
-    assert "does not match the PyTorch reference here and is passed over" in " ".join(found.found_out)
+    assert "is not used: it does not match the PyTorch reference here" in " ".join(found.found_out)
     assert open_first_engine(bundle).info.name.startswith("openvino")
     store_verdict(bundle, OnnxRuntimeEngine(bundle), [BAD], quick=True)
     with pytest.raises(ParityError, match=r"openvino .*, onnxruntime .* does not match"):
@@ -178,7 +178,7 @@ def test_what_others_took_is_not_believed(
     rank_by_speed(bundle)
     rank_by_speed(bundle, threads=1)
     assert len(timed) == 4
-    monkeypatch.setattr(choice, "machine", lambda: {"processor": "another"})
+    monkeypatch.setattr(choice, "describe_machine", lambda: {"processor": "another"})
     rank_by_speed(bundle)
     assert len(timed) == 6
     for record in (bundle.path / "engines" / "speeds").iterdir():

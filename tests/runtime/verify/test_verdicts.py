@@ -9,13 +9,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.engines import info_of
 
 from dit_runtime.core.machine import describe_machine
 from dit_runtime.verify import speed
 from dit_runtime.verify.rung import Rung
-from dit_runtime.verify.verdicts import store_verdict, stored_verdict, stored_verdicts, verdict_path
+from dit_runtime.verify.verdicts import has_passed, path_of_verdict, read_verdicts, store_verdict
 
-ENGINE: Any = SimpleNamespace(name="an engine", identity="this very one")
+ENGINE: Any = SimpleNamespace(info=info_of("an engine", identity="this very one"))
 RUNGS = [
     Rung("blocks", 0.5, 1.0, "relative", "block 1", 1.5, 2.0, None, {"max_abs": 0.25}, "block", {"error": [0.5, 0.25]}),
     Rung("image", math.inf, 30.0, "dB", metrics={"ssim": 1.0}),
@@ -32,23 +33,23 @@ def bundle(tmp_path: Path) -> Any:
 def test_a_verdict_is_read_as_it_was_written(bundle: Any) -> None:
     """Numbers that are not finite are words in the file; the failed rungs are named."""
     store_verdict(bundle, ENGINE, RUNGS, quick=False)
-    raw = json.loads(verdict_path(bundle, ENGINE).read_text())
+    raw = json.loads(path_of_verdict(bundle, ENGINE).read_text())
     assert list(raw) == ["bundle", "image_size", "engine", "machine", "time", "quick", "passed", "rungs"]
     assert raw["rungs"] == [json.loads(json.dumps(rung.as_json())) for rung in RUNGS]
     assert [list(rung) for rung in raw["rungs"]] == [list(rung.as_json()) for rung in RUNGS]
-    (verdict,) = stored_verdicts(bundle)
+    (verdict,) = read_verdicts(bundle)
     assert (verdict.engine, verdict.image_size, verdict.machine) == ("an engine", (32, 32), describe_machine())
     assert verdict.failed == ("overflow",)
-    assert stored_verdict(bundle, ENGINE) is False
+    assert has_passed(bundle, ENGINE) is False
     store_verdict(bundle, ENGINE, RUNGS[:2], quick=False)
-    assert stored_verdict(bundle, ENGINE, full=True) is True
+    assert has_passed(bundle, ENGINE, full=True) is True
 
 
 @pytest.mark.parametrize("change", ["cut", "missing", "unknown", "type", "other bundle", "other engine", "nesting"])
 def test_a_damaged_verdict_is_none(bundle: Any, change: str) -> None:
     """An engine whose verdict cannot be read whole was never judged."""
     store_verdict(bundle, ENGINE, RUNGS[:2], quick=False)
-    path = verdict_path(bundle, ENGINE)
+    path = path_of_verdict(bundle, ENGINE)
     raw = json.loads(path.read_text())
     changed: dict[str, Any] = {
         "cut": path.read_text()[:-10],
@@ -60,8 +61,8 @@ def test_a_damaged_verdict_is_none(bundle: Any, change: str) -> None:
         "nesting": "[" * 100_000,
     }
     path.write_text(changed[change] if isinstance(changed[change], str) else json.dumps(changed[change]))
-    assert stored_verdict(bundle, ENGINE) is None
-    assert len(stored_verdicts(bundle)) == (change == "other engine")
+    assert has_passed(bundle, ENGINE) is None
+    assert len(read_verdicts(bundle)) == (change == "other engine")
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from support.optional import onnx
 
 from dit_runtime.backends.base import Array
 from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
-from dit_runtime.backends.profiles import Profiles, tensor_shapes
+from dit_runtime.backends.profiles import Profiles, shapes_of_tensors
 from dit_runtime.bundle.manifest import GRAPHS, GraphSpec
 from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle, open_bundle
@@ -34,7 +34,7 @@ from dit_runtime.verify.budget import (
     Series,
     budget_for,
     compare_series,
-    worst_case,
+    worst_gain_of,
 )
 from dit_runtime.verify.metrics import (
     cosine,
@@ -43,9 +43,9 @@ from dit_runtime.verify.metrics import (
     relative_l2,
     ssim,
 )
-from dit_runtime.verify.replay import Replay, shapes_to_verify
+from dit_runtime.verify.replay import Replay, choose_shapes
 from dit_runtime.verify.rung import Rung
-from dit_runtime.verify.verdicts import store_verdict, stored_verdict
+from dit_runtime.verify.verdicts import has_passed, store_verdict
 from dit_runtime.verify.verification import verification_of, verify
 
 
@@ -143,7 +143,7 @@ def test_the_command_says_so_and_exits_with_1(tampered: Path) -> None:
 def test_auto_trusts_only_what_passed_here(tampered: Path, bundles: dict[str, Path]) -> None:
     """``auto`` verifies an engine without a verdict, keeps the verdict, and refuses an engine that failed."""
     bundle = open_bundle(bundles["fp32"])
-    assert stored_verdict(bundle, choose_engine(bundle).engine) is True
+    assert has_passed(bundle, choose_engine(bundle).engine) is True
     manifest = json.loads((tampered / "manifest.json").read_text())
     manifest["diffusion"]["steps_offset"] = 1
     (tampered / "manifest.json").write_text(json.dumps(manifest))
@@ -160,11 +160,11 @@ def test_a_quick_pass_does_not_replace_a_full_failure(tampered: Path) -> None:
     good, bad = Rung("blocks", 0.0, 1.0, "relative"), Rung("blocks", 2.0, 1.0, "relative")
     store_verdict(bundle, engine, [bad], quick=False)
     store_verdict(bundle, engine, [good], quick=True)
-    assert stored_verdict(bundle, engine) is False
+    assert has_passed(bundle, engine) is False
     store_verdict(bundle, engine, [good], quick=False)
-    assert stored_verdict(bundle, engine) is True
+    assert has_passed(bundle, engine) is True
     store_verdict(bundle, engine, [bad], quick=True)
-    assert stored_verdict(bundle, engine) is False
+    assert has_passed(bundle, engine) is False
 
 
 def test_nothing_equals_not_a_number() -> None:
@@ -225,14 +225,14 @@ def test_ssim_is_the_papers(noise: int) -> None:
 def test_guidance_multiplies_an_error_by_2s_minus_1_at_most(scale: float, errors: list[float]) -> None:
     """The worst case is a bound, it is reached, and a threshold grows with it by √2 at the most."""
     guided = abs(scale * errors[0] + (1 - scale) * errors[1])
-    assert guided <= worst_case(scale) * max(map(abs, errors)) + 1e-12
-    assert abs(scale * 1 + (1 - scale) * -1) == pytest.approx(worst_case(scale)) == pytest.approx(2 * scale - 1)
+    assert guided <= worst_gain_of(scale) * max(map(abs, errors)) + 1e-12
+    assert abs(scale * 1 + (1 - scale) * -1) == pytest.approx(worst_gain_of(scale)) == pytest.approx(2 * scale - 1)
     budget = Budget("fp32", {}, {"forward": 3.0}, {})
-    threshold = budget.threshold("forward", scale)
+    threshold = budget.threshold_of("forward", scale)
     assert threshold is not None
     assert 3 <= threshold + 1e-9 <= 3 * math.sqrt(2) + 1e-8
-    assert budget.threshold("forward") == 3
-    assert budget.threshold("blocks") is None
+    assert budget.threshold_of("forward") == 3
+    assert budget.threshold_of("blocks") is None
 
 
 def test_the_budget_is_a_gate_beside_the_absolute_one() -> None:
@@ -261,7 +261,7 @@ def test_the_budget_is_a_gate_beside_the_absolute_one() -> None:
     assert not lost.passed
     assert lost.detail == "not finite: block 2"
     with pytest.raises(BundleError, match="no limit of forward for fp32"):
-        budget.tolerance("forward")
+        budget.tolerance_of("forward")
 
 
 def test_a_bundle_says_what_each_precision_may_be_off(bundles: dict[str, Path]) -> None:
@@ -292,7 +292,7 @@ def profiles_of(graph: GraphSpec) -> Profiles:
     found = []
     for least, most in spans:
         points = [
-            tensor_shapes(graph.inputs, {"batch": batch, "rows": batch, "branches": count, "height": 8, "width": 8})
+            shapes_of_tensors(graph.inputs, {"batch": batch, "rows": batch, "branches": count, "height": 8, "width": 8})
             for batch, count in ((1, least), (2, least), (6, most))
         ]
         found.append({tensor.name: tuple(point[tensor.name] for point in points) for tensor in graph.inputs})
@@ -330,9 +330,9 @@ def test_shapes_of_every_profile(bundles: dict[str, Path]) -> None:
     bundle = open_bundle(bundles["fp32"])
     engine = Profiled(bundle, threads=1)
     unguided, guided = [(1, 1), (2, 1), (3, 1), (6, 1)], [(1, 2), (2, 2), (3, 3), (6, 4)]
-    assert shapes_to_verify(engine.info, "step", 4, (1, 2)) == [*unguided, *guided]
+    assert choose_shapes(engine.info, "step", 4, (1, 2)) == [*unguided, *guided]
     plain = OnnxRuntimeEngine(bundle, threads=1)
-    assert shapes_to_verify(plain.info, "step", 4, (1, 2)) == [(1, 1), (4, 1), (1, 2), (4, 2)]
+    assert choose_shapes(plain.info, "step", 4, (1, 2)) == [(1, 1), (4, 1), (1, 2), (4, 2)]
     assert all(rung.passed for rung in verify(bundle, engine))
     for shape in (*unguided, *guided):
         engine.wrong = (shape,)
@@ -342,7 +342,7 @@ def test_shapes_of_every_profile(bundles: dict[str, Path]) -> None:
         assert failing == [min(shape[1], 2)], shape
         assert f"at batch {shape[0]};" in first[failing[0]].detail
     plain.info = replace(plain.info, max_batch=1)
-    assert shapes_to_verify(plain.info, "step", 4, (1, 2)) == [(1, 1), (1, 2)]
+    assert choose_shapes(plain.info, "step", 4, (1, 2)) == [(1, 1), (1, 2)]
     assert all(rung.passed for rung in verify(bundle, plain))
 
 

@@ -1,1 +1,1 @@
-"""ONNX Runtime, on a CPU or through its providers for GPUs."""
+"""The backend ONNX Runtime: on a CPU, or on a GPU through its execution providers."""

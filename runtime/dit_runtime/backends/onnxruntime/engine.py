@@ -1,4 +1,4 @@
-"""ONNX Runtime: on the CPU, or on a GPU through one of its execution providers."""
+"""The engine of ONNX Runtime: on the CPU, or on a GPU through one of its execution providers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dit_runtime.backends.host_loop import HostLoop
 from dit_runtime.backends.onnxruntime.gpu import (
     open_gpu_session,
     open_provider,
-    reason,
+    reason_of,
     run_bound,
 )
 from dit_runtime.backends.prepared import facts_of, prepare_graph
@@ -29,19 +29,19 @@ from dit_runtime.core.errors import EngineError
 Call = Callable[[Mapping[str, Array], Sequence[str]], list[Array]]
 
 CPU = "CPUExecutionProvider"
-# Run once, or for a few rows: packing weights costs more time than it saves, and a copy of them.
+# These graphs run once, or for a few rows: packing their weights costs more time than it saves, and a copy in memory.
 UNPACKED = ("probe", "conditioner")
 
 
 class OnnxRuntimeEngine:
-    """ONNX Runtime.
+    """An engine of ONNX Runtime.
 
     Args:
-        bundle: whose graphs.
-        threads: of the CPU; 0 lets ONNX Runtime choose.
-        provider: ``cpu``, or a key of ``onnxruntime_gpu.PROVIDERS``.
-        store: where graphs are kept optimized and with packed weights, which are then mapped and not held, and need
-            twice their size on disk; None keeps nothing. On the CPU only.
+        bundle: at the size in use.
+        threads: threads of the CPU; 0 lets ONNX Runtime choose.
+        provider: ``cpu``, or a key of ``gpu.PROVIDERS``.
+        store: the engine store, where prepared graphs are kept: optimized, with packed weights that are mapped and
+            not held in anonymous memory, at twice the weights' size on disk. None keeps none. On the CPU only.
 
     Raises:
         EngineError: ONNX Runtime is not installed, or does not have the provider.
@@ -90,25 +90,25 @@ class OnnxRuntimeEngine:
     def _load(self, graph: str) -> Call:
         path = self._bundle.graph(graph)
         try:
-            return self._on_cpu(graph, path) if self._provider is None else self._on_gpu(graph, path)
+            return self._load_on_cpu(graph, path) if self._provider is None else self._load_on_gpu(graph, path)
         except EngineError:
             raise
-        except Exception as error:  # its exception types are not public
+        except Exception as error:  # ONNX Runtime's exception types are not public
             raise EngineError(
-                f"{path}: {self.info.name} cannot load it ({reason(error)}); "
-                "install the onnxruntime of the constraints file or another engine"
+                f"{path}: {self.info.name} cannot load the graph ({reason_of(error)}); install the onnxruntime of the "
+                "constraints file, or use another engine"
             ) from error
 
-    def _on_gpu(self, graph: str, path: Path) -> Call:
+    def _load_on_gpu(self, graph: str, path: Path) -> Call:
         assert self._provider is not None
         manifest = self._bundle.manifest
-        session = open_gpu_session(self._runtime, self._provider, path, self._options(), manifest.precision.name)
+        session = open_gpu_session(self._runtime, self._provider, path, self._make_options(), manifest.precision.name)
         return functools.partial(
             run_bound, session, self._provider, manifest.table.name if graph in SIZED_GRAPHS else None
         )
 
-    def _on_cpu(self, graph: str, path: Path) -> Call:
-        options = self._options()
+    def _load_on_cpu(self, graph: str, path: Path) -> Call:
+        options = self._make_options()
         if graph in UNPACKED:
             if self._bundle.manifest.precision.name == Precision.FP32:
                 options.add_session_config_entry("session.disable_prepacking", "1")
@@ -117,12 +117,13 @@ class OnnxRuntimeEngine:
             folder = prepare_graph(self._folder, facts, lambda target: self._write(path, target))
             if folder is not None:
                 path = folder / "model.onnx"
-                options.graph_optimization_level = self._runtime.GraphOptimizationLevel.ORT_DISABLE_ALL  # it is done
+                # The prepared graph is optimized already.
+                options.graph_optimization_level = self._runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
         session = self._open(path, options)
         return lambda inputs, outputs: session.run(list(outputs), dict(inputs))
 
     def _write(self, path: Path, folder: Path) -> None:
-        options = self._options()
+        options = self._make_options()
         options.optimized_model_filepath = os.fspath(folder / "model.onnx")
         for key, value in (
             ("optimized_model_external_initializers_file_name", "model.weights"),
@@ -132,7 +133,7 @@ class OnnxRuntimeEngine:
             options.add_session_config_entry(f"session.{key}", value)
         self._open(path, options)
 
-    def _options(self) -> Any:
+    def _make_options(self) -> Any:
         options = self._runtime.SessionOptions()
         options.intra_op_num_threads = self.info.threads
         options.log_severity_level = 3
@@ -143,7 +144,7 @@ class OnnxRuntimeEngine:
 
 
 class _OnnxRuntimeSession:
-    """A graph, loaded at once; after ``release`` when it is run again."""
+    """A graph that is loaded when the session is made, and loaded again when it runs after ``release``."""
 
     def __init__(self, load: Callable[[], Call], name: str) -> None:
         self._load, self._name = load, name
@@ -153,9 +154,9 @@ class _OnnxRuntimeSession:
         call = self._call = self._call or self._load()
         try:
             results = call({name: np.ascontiguousarray(value) for name, value in inputs.items()}, outputs)
-        except Exception as error:  # its exception types are not public
+        except Exception as error:  # ONNX Runtime's exception types are not public
             shapes = ", ".join(f"{key} {value.dtype}{list(value.shape)}" for key, value in inputs.items())
-            raise EngineError(f"{self._name} failed on {shapes}: {reason(error)}; try a smaller batch") from error
+            raise EngineError(f"{self._name} failed on {shapes}: {reason_of(error)}; try a smaller batch") from error
         return [np.asarray(result) for result in results]
 
     def release(self) -> None:
@@ -163,8 +164,8 @@ class _OnnxRuntimeSession:
 
 
 def import_onnxruntime() -> Any:
-    """Raises EngineError where ONNX Runtime is not installed, or installed twice."""
-    variants = [name for name in ("onnxruntime", "onnxruntime-gpu") if _installed(name)]
+    """Import ONNX Runtime. Raises EngineError where it is not installed, or installed in two variants."""
+    variants = [name for name in ("onnxruntime", "onnxruntime-gpu") if _is_installed(name)]
     if len(variants) == 2:
         raise EngineError(
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files; keep one: "
@@ -179,7 +180,7 @@ def import_onnxruntime() -> Any:
     return onnxruntime
 
 
-def _installed(distribution: str) -> bool:
+def _is_installed(distribution: str) -> bool:
     try:
         importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

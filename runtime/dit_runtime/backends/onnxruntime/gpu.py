@@ -1,4 +1,4 @@
-"""ONNX Runtime's providers for NVIDIA GPUs: what was asked for computes there, or an error says why not."""
+"""ONNX Runtime's providers for NVIDIA GPUs. A graph runs on the GPU, or an error says why it does not."""
 
 from __future__ import annotations
 
@@ -32,15 +32,18 @@ INSTALL = {
     "rtx": "pip install onnxruntime onnxruntime-ep-nv-tensorrt-rtx",
 }
 RTX_PACKAGE = "onnxruntime_ep_nv_tensorrt_rtx"
-# The work of a step. What is left to a CPU beside a GPU may be arithmetic on shapes, which its provider puts there.
+# Operators that do the work of a step. A provider may leave arithmetic on shapes to the CPU, but none of these.
 HEAVY = frozenset({"MatMul", "Gemm", "Conv", "FusedMatMul", "FusedConv", "FusedGemm", "Attention"})
 
 
 @dataclass(frozen=True)
 class Provider:
-    """A provider that can be tried: ``name`` is a key of ``PROVIDERS``, ``device`` is for the record.
+    """A provider that ONNX Runtime can be asked for.
 
-    ``devices`` are ONNX Runtime's own objects, of a provider that comes as a plugin.
+    Attributes:
+        name: a key of ``PROVIDERS``.
+        device: provider and GPU, for messages and records.
+        devices: ONNX Runtime's own objects for the GPUs, of a provider that comes as a plugin; else empty.
     """
 
     name: str
@@ -49,86 +52,91 @@ class Provider:
 
 
 def open_provider(runtime: Any, name: str) -> Provider:
-    """What a provider needs before a session is opened: libraries loaded, and for the plugin its devices.
+    """Load a provider's libraries, and find the devices of a plugin, before a session is opened.
+
+    Args:
+        runtime: the imported module ``onnxruntime``.
+        name: a key of ``PROVIDERS``.
 
     Raises:
-        EngineError: there is no such provider here.
+        EngineError: the provider is unknown, not installed, or there is no NVIDIA driver.
     """
     if name not in PROVIDERS:
         raise EngineError(f"provider {name!r} of ONNX Runtime is unknown; choose cpu or one of {', '.join(PROVIDERS)}")
-    library = _rtx_library(runtime) if name == "rtx" else None
+    library = _find_rtx_library(runtime) if name == "rtx" else None
     if library is None and PROVIDERS[name] not in runtime.get_available_providers():
-        raise _refused(runtime, name, "this ONNX Runtime was built without it")
+        raise _error_for(runtime, name, "this ONNX Runtime was built without it")
     if not has_nvidia_driver():
-        raise _refused(runtime, name, "there is no NVIDIA driver")
+        raise _error_for(runtime, name, "there is no NVIDIA driver")
     gpus = describe_environment().get("gpus") or [{"name": "GPU"}]
     device = f"{PROVIDERS[name].removesuffix('ExecutionProvider')} {gpus[0]['name']}"
     if library is not None:
-        return Provider(name, device, _rtx_devices(runtime, library))
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints what is missing; opening a session says it too
+        return Provider(name, device, _find_rtx_devices(runtime, library))
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints what is missing; so does the error of a session
         runtime.preload_dlls()
     return Provider(name, device)
 
 
-def _rtx_library(runtime: Any) -> str:
+def _find_rtx_library(runtime: Any) -> str:
     try:
         library: str = importlib.import_module(RTX_PACKAGE).get_library_path()
     except (ImportError, OSError) as error:
-        raise _refused(runtime, "rtx", "its package is not installed") from error
+        raise _error_for(runtime, "rtx", "its package is not installed") from error
     return library
 
 
-def _rtx_devices(runtime: Any, library: str) -> tuple[Any, ...]:
-    """The GPUs of the plugin (onnxruntime.ai, Using a Plugin Execution Provider Library)."""
+def _find_rtx_devices(runtime: Any, library: str) -> tuple[Any, ...]:
+    """Find the plugin's GPUs (onnxruntime.ai, Using a Plugin Execution Provider Library)."""
     name = PROVIDERS["rtx"]
     for cudart in sorted(Path(library).parent.glob("libcudart.so.*")):
         with contextlib.suppress(OSError):
-            # The wheel for CUDA 12 ships it without the name that the plugin asks for; loaded, it is found by that.
+            # The wheel for CUDA 12 ships libcudart without the file name that the plugin asks for. Once the library is
+            # loaded, the plugin finds it.
             ctypes.CDLL(os.fspath(cudart), mode=ctypes.RTLD_GLOBAL)
     try:
         if not any(device.ep_name == name for device in runtime.get_ep_devices()):
             runtime.register_execution_provider_library(name, library)
-    except Exception as error:  # its exception types are not public
-        raise _refused(runtime, "rtx", reason(error)) from error
+    except Exception as error:  # ONNX Runtime's exception types are not public
+        raise _error_for(runtime, "rtx", reason_of(error)) from error
     devices = tuple(device for device in runtime.get_ep_devices() if device.ep_name == name)
     if not devices:
-        raise _refused(runtime, "rtx", "it finds no GPU that it supports")
+        raise _error_for(runtime, "rtx", "it finds no GPU that it supports")
     return devices
 
 
 def open_gpu_session(runtime: Any, provider: Provider, path: Path, options: Any, precision: Precision) -> Any:
-    """A session whose work is on the GPU.
+    """Open a session whose work is on the GPU.
 
-    The entry ``session.disable_cpu_fallback`` is no help: where the provider's libraries are missing, ONNX Runtime 1.31
-    opens the session on the CPU all the same; and beside a GPU, shapes are computed on the CPU by design.
+    The entry ``session.disable_cpu_fallback`` does not help: where the provider's libraries are missing, ONNX Runtime
+    1.31 opens the session on the CPU despite it. And beside a GPU, shapes are computed on the CPU by design.
 
     Args:
-        runtime: the module.
-        provider: of ``open_provider``.
-        path: of the graph.
-        options: the session's, of which this sets more.
-        precision: the bundle's.
+        runtime: the imported module ``onnxruntime``.
+        provider: from ``open_provider``.
+        path: the graph's file.
+        options: the session's options; this function adds to them.
+        precision: the bundle's precision.
 
     Raises:
-        EngineError: the provider cannot be used, or leaves work to another.
+        EngineError: the provider cannot be used, or leaves work to another provider.
     """
     wanted = PROVIDERS[provider.name]
-    runtime.set_default_logger_severity(4)  # why a provider cannot be used is said once, by the error
+    runtime.set_default_logger_severity(4)  # the error below says why a provider cannot be used; the log need not
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     arguments: dict[str, Any] = {"enable_fallback": 0}
     if provider.devices:
         options.add_provider_for_devices(list(provider.devices[:1]), {})
     else:
-        arguments["providers"] = _with_options(provider.name, precision)
+        arguments["providers"] = _providers_for(provider.name, precision)
     try:
         session = runtime.InferenceSession(os.fspath(path), options, **arguments)
     except (RuntimeError, ValueError) as error:
-        raise _refused(runtime, provider.name, reason(error)) from error
+        raise _error_for(runtime, provider.name, reason_of(error)) from error
     session.disable_fallback()
     first = session.get_providers()[0]
     if first != wanted:
-        raise _refused(runtime, provider.name, f"fell back to {first}: its libraries do not load")
-    if elsewhere := _work_elsewhere(session, wanted):
+        raise _error_for(runtime, provider.name, f"fell back to {first}: its libraries do not load")
+    if elsewhere := _find_work_elsewhere(session, wanted):
         raise EngineError(
             f"{path}: {wanted} leaves work to another provider ({', '.join(elsewhere)}); use --engine "
             "onnxruntime-cuda or onnxruntime"
@@ -139,10 +147,18 @@ def open_gpu_session(runtime: Any, provider: Provider, path: Path, options: Any,
 def run_bound(
     session: Any, provider: Provider, table: str | None, inputs: Mapping[str, Array], outputs: Sequence[str]
 ) -> list[Array]:
-    """One call: inputs copied to the GPU, outputs left there until all are made.
+    """Run a session once: the inputs are copied to the GPU, and the outputs stay there until all are computed.
 
-    Of the conditioning table, input ``table``, only the rows that the call reads are copied: ``[G·B, …]`` in place of
-    ``[R, …]``. So its shape follows from the batch, and TensorRT does not compile again for every length of the table.
+    Only the rows of the conditioning table that the call reads are copied: ``[G·B, …]`` in place of ``[R, …]``. So the
+    input's shape depends on the batch alone, and TensorRT does not compile again for every length of the conditioning
+    table.
+
+    Args:
+        session: from ``open_gpu_session``.
+        provider: the session's provider.
+        table: name of the input that is the conditioning table; None for a graph that does not read it.
+        inputs: every input of the graph by name.
+        outputs: names of the outputs to return.
     """
     if table is not None:
         rows = inputs["rows"]
@@ -152,23 +168,25 @@ def run_bound(
     for name, value in inputs.items():
         binding.bind_cpu_input(name, value)
     for name in outputs:
-        binding.bind_output(name, "cpu" if provider.devices else "cuda", 0)  # a plugin's memory has no name there
+        binding.bind_output(
+            name, "cpu" if provider.devices else "cuda", 0
+        )  # ONNX Runtime has no name for a plugin's memory
     binding.synchronize_inputs()
     session.run_with_iobinding(binding)
     binding.synchronize_outputs()
     return [np.asarray(result) for result in binding.copy_outputs_to_cpu()]
 
 
-def _with_options(name: str, precision: Precision) -> list[Any]:
-    # The device's memory is shared with others: take what is needed. TF32 is not FP32.
+def _providers_for(name: str, precision: Precision) -> list[Any]:
+    # Other programs use the device's memory too, so take no more than is needed. TF32 is off, because it is not FP32.
     cuda = (PROVIDERS["cuda"], {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"})
     if name == "cuda":
         return [cuda]
     return [(PROVIDERS["tensorrt"], {"trt_fp16_enable": str(precision == Precision.FP16)}), cuda]
 
 
-def _work_elsewhere(session: Any, provider: str) -> list[str]:
-    """Kinds of heavy operators that are not on the provider. Empty where ONNX Runtime does not tell (before 1.24)."""
+def _find_work_elsewhere(session: Any, provider: str) -> list[str]:
+    """The kinds of operators in ``HEAVY`` that another provider runs. ONNX Runtime before 1.24 does not tell: empty."""
     try:
         assigned = session.get_provider_graph_assignment_info()
     except AttributeError:
@@ -177,14 +195,15 @@ def _work_elsewhere(session: Any, provider: str) -> list[str]:
     return sorted(kinds & HEAVY)
 
 
-def _refused(runtime: Any, name: str, why: str) -> EngineError:
-    there = [provider for provider in runtime.get_available_providers() if provider != "AzureExecutionProvider"]
+def _error_for(runtime: Any, name: str, why: str) -> EngineError:
+    present = [provider for provider in runtime.get_available_providers() if provider != "AzureExecutionProvider"]
     return EngineError(
         f"onnxruntime-{name}: {PROVIDERS[name]} cannot be used ({why}); ONNX Runtime {runtime.__version__} here has "
-        f"{', '.join(there)}; it needs an NVIDIA GPU and its driver; {INSTALL[name]}, or use --engine onnxruntime"
+        f"{', '.join(present)}; {PROVIDERS[name]} needs an NVIDIA GPU and its driver; {INSTALL[name]}, or use "
+        "--engine onnxruntime"
     )
 
 
-def reason(error: Exception) -> str:
-    """The first line of an error of ONNX Runtime."""
+def reason_of(error: Exception) -> str:
+    """The first line of an error that ONNX Runtime raised."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

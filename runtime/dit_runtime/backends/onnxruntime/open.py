@@ -1,4 +1,4 @@
-"""ONNX Runtime by its engines' names: ``onnxruntime`` on the CPU, ``onnxruntime-PROVIDER`` on a GPU."""
+"""Open ONNX Runtime's engines by name: ``onnxruntime`` on the CPU, ``onnxruntime-PROVIDER`` on a GPU."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def open_onnxruntime(bundle: Bundle, name: str, options: EngineOptions) -> OnnxR
     provider = "cpu" if name == CPU else name.removeprefix(f"{CPU}-")
     if options.precision not in (None, Precision.FP32) or (options.precision and provider != "cpu"):
         raise EngineError(
-            f"precision {options.precision} with {name}: ONNX Runtime computes in FP32 on a CPU, and on a GPU as the "
-            "bundle says; leave it out, or use --engine openvino"
+            f"precision {options.precision} with {name}: ONNX Runtime computes in FP32 on a CPU, and in the bundle's "
+            "precision on a GPU; leave --precision out, or use --engine openvino"
         )
     return OnnxRuntimeEngine(bundle, options.threads, provider, options.store)
 
 
-def _candidate(bundle: Bundle, name: str) -> Candidate | None:
-    """The CPU's, and CUDA's where there is a driver. TensorRT's and RTX's providers build for minutes."""
+def _find_candidate(bundle: Bundle, name: str) -> Candidate | None:
+    """The engine on the CPU, and CUDA's where there is a driver. The other providers build for minutes before use."""
     try:
         available = import_onnxruntime().get_available_providers()
     except EngineError:
@@ -34,4 +34,4 @@ def _candidate(bundle: Bundle, name: str) -> Candidate | None:
     return Candidate(name) if name == CPU or cuda else None
 
 
-BACKEND = Backend(open_onnxruntime, _candidate, ("onnxruntime", "onnxruntime-gpu"))
+BACKEND = Backend(open_onnxruntime, _find_candidate, ("onnxruntime", "onnxruntime-gpu"))

@@ -1,10 +1,10 @@
-"""OpenVINO on the CPU: FP32, or BF16 by the bundle's own precision policy.
+"""The engine of OpenVINO on the CPU: in FP32, or in BF16 by the bundle's own precision policy.
 
-An FP16 bundle says which tensors are half precision. With ``bf16`` those become BF16 and the rest stays FP32, so the
-residual stream is not rounded, and the graph is rearranged for speed (``openvino_passes``). On CPUs OpenVINO has no
-FP16, and with its own switch it would run everything in BF16. With ``f32`` they become FP32. Either way the weights are
-written once in that precision (``prepare_graph``), read from there by mapping, and packed once by OpenVINO: packed is
-the only copy in anonymous memory.
+The graphs of an FP16 bundle say which tensors are FP16, and OpenVINO has no FP16 on CPUs. With the precision ``bf16``
+these tensors become BF16 and the others stay FP32, so that the residual stream is not rounded; OpenVINO's own switch
+would run everything in BF16. The graph is also rearranged for speed (``passes``). With the precision ``fp32`` the FP16
+tensors become FP32. In both cases the graph is written to the engine store once (``prepare_graph``), and its weights
+are mapped from there. OpenVINO packs them, and the packed copy is the only one in anonymous memory.
 """
 
 from __future__ import annotations
@@ -34,26 +34,27 @@ from dit_runtime.core.machine import check_memory, read_processor
 
 PRECISIONS = (Precision.FP32, Precision.BF16)
 SHAPES = 2  # compiled models that a graph keeps: with and without guidance
-MODEL = "model.xml"  # of a prepared graph
-ROWS = "rows"  # of the conditioning table: as many as there are, and only looked up, so that its size costs nothing
+MODEL = "model.xml"  # file of a prepared graph
+ROWS = "rows"  # an axis of any length: the step only looks rows of the conditioning table up, so length costs nothing
 AUTOENCODER = ("decoder", ENCODER)
 
 Key = tuple[tuple[int, ...], ...]
 
 
 class OpenVinoEngine:
-    """OpenVINO on the CPU.
+    """An engine of OpenVINO on the CPU.
 
     Args:
-        bundle: whose graphs.
-        threads: of the CPU, in all streams together; 0 lets OpenVINO choose.
-        precision: FP32 or BF16; None is BF16 for an FP16 bundle on a CPU that has it, else FP32.
-        streams: calls of one session that run side by side, each from its own thread, for throughput.
-        shapes: how many sets of input shapes a graph stays compiled for; the one least recently used makes room. Each
-            holds the packed weights.
-        pinning: threads stay on their cores; None leaves it to OpenVINO. Processes that share cores want it off.
-        store: where prepared graphs are kept (``Bundle.engines``); None keeps nothing, and the weights of an
-            FP16 bundle are then also held in memory.
+        bundle: at the size in use.
+        threads: threads of the CPU, in all streams together; 0 lets OpenVINO choose.
+        precision: FP32 or BF16; None is BF16 for an FP16 bundle on a CPU that has BF16, else FP32.
+        streams: how many calls of one session run side by side, each from its own thread, for throughput.
+        shapes: for how many sets of input shapes a graph stays compiled. Each compiled model holds packed weights. The
+            least recently used model is dropped for a further set of shapes.
+        pinning: whether threads stay on their cores; None lets OpenVINO choose. False is right for processes that
+            share cores.
+        store: the engine store, where prepared graphs are kept, such as ``bundle.engines``. None keeps none; the
+            weights of an FP16 bundle are then in memory twice.
 
     Raises:
         EngineError: OpenVINO is not installed, or the CPU does not have the precision.
@@ -112,7 +113,7 @@ class OpenVinoEngine:
 
     def session(self, graph: str) -> _OpenVinoSession:
         if graph not in self._sessions:
-            self._sources[graph] = _begun(partial(self._source, graph))
+            self._sources[graph] = _start_check(partial(self._find_source, graph))
             self._sessions[graph] = _OpenVinoSession(self, graph)
         return self._sessions[graph]
 
@@ -131,53 +132,61 @@ class OpenVinoEngine:
             session.release()
 
     def compile(self, graph: str, shapes: Mapping[str, Sequence[int]]) -> Any:
-        """A graph compiled for input shapes; -1 is a size that is left open.
+        """Compile a graph for input shapes.
+
+        Args:
+            graph: name of the graph in the manifest.
+            shapes: of every input; -1 is an axis of any length.
 
         Raises:
-            EngineError: too little memory, or OpenVINO cannot read or compile it.
+            EngineError: too little memory, or OpenVINO cannot read or compile the graph.
         """
         spec = self.bundle.manifest.graphs[graph]
         fp16 = self.bundle.manifest.precision.name == Precision.FP16
         values = self.bundle.manifest.files[spec.weights].bytes // (2 if fp16 else 4)
         check_memory(values * (2 if self._bf16 else 4), f"the {graph} on {self.info.name}")
-        # A graph of an FP16 bundle says itself what is BF16; the autoencoder gains nothing from its FP32 islands. With
-        # OpenVINO's own switch all is BF16, and the conditioner's timesteps must not be.
+        # The graphs of an FP16 bundle say which tensors are BF16; only the autoencoder is in BF16 throughout, because
+        # it gains nothing from its FP32 parts. OpenVINO's own switch makes all of a graph BF16, and the conditioner's
+        # timesteps must not be.
         lowered = self._bf16 and (graph in AUTOENCODER or (not fp16 and graph != "conditioner"))
         properties = {
             **self._properties,
             "INFERENCE_PRECISION_HINT": "bf16" if lowered else "dynamic" if fp16 else "f32",
             "EXECUTION_MODE_HINT": "PERFORMANCE" if lowered else "ACCURACY",
         }
-        with self._explained(f"{self.bundle.path}: {self.info.name} cannot load the {graph}"):
-            model = self._model(graph, fp16)
+        with self._explain_errors(f"{self.bundle.path}: {self.info.name} cannot load the {graph}"):
+            model = self._load_model(graph, fp16)
             model.reshape({name: list(shape) for name, shape in shapes.items()})
             return self._core.compile_model(model, "CPU", properties)
 
-    def _source(self, graph: str) -> Path | None:
-        """The checked file to read a graph from: the prepared one or an FP32 bundle's own; None where there is none."""
+    def _find_source(self, graph: str) -> Path | None:
+        """Find and check the file to read a graph from: a prepared graph, or an FP32 bundle's own graph; else None."""
         if self.bundle.manifest.precision.name != Precision.FP16:
-            return self.bundle.graph(graph)  # weights are mapped, as they are
-        folder = None if self._folder is None else find_prepared(self._folder, self._facts(graph))
+            return self.bundle.graph(graph)  # OpenVINO maps its weights
+        folder = None if self._folder is None else find_prepared(self._folder, self._facts_for(graph))
         return None if folder is None else folder / MODEL
 
-    def _facts(self, graph: str) -> Facts:
+    def _facts_for(self, graph: str) -> Facts:
         form = {"precision": str(self.info.precision), "arrangement": ARRANGEMENT}
         return facts_of(self.bundle, graph, f"openvino {self.info.version}", form)
 
-    def _model(self, graph: str, fp16: bool) -> Any:
-        """The graph as OpenVINO reads it, without FP16."""
+    def _load_model(self, graph: str, fp16: bool) -> Any:
+        """Load a graph as OpenVINO's model, without FP16 tensors."""
         checked = self._sources.pop(graph, None)
-        source = self._source(graph) if checked is None else checked.result()
+        source = self._find_source(graph) if checked is None else checked.result()
         if source is not None and source.exists():  # prepared graphs may be deleted at any time
             return self._core.read_model(source) if fp16 else self._read(source)
         if self._folder is not None:
-            folder = prepare_graph(self._folder, self._facts(graph), lambda target: self._write(graph, target))
+            folder = prepare_graph(self._folder, self._facts_for(graph), lambda target: self._write(graph, target))
             if folder is not None:
                 return self._core.read_model(folder / MODEL)
-        return self._retyped(graph)
+        return self._retype(graph)
 
     def _read(self, path: Path) -> Any:
-        """The bundle's graph without the factors 1 of ONNX's Gemm, which OpenVINO would multiply into copies."""
+        """Read a graph, and rearrange it for BF16.
+
+        The factors 1 of ONNX's Gemm are removed: OpenVINO would copy weights to multiply them by 1.
+        """
         model = self._core.read_model(path)
         for node in model.get_ordered_ops():
             if node.get_type_name() == "Multiply":
@@ -186,20 +195,20 @@ class OpenVinoEngine:
                     if source.get_type_name() == "Constant" and np.array_equal(source.get_data(), np.float32(1)):
                         node.output(0).replace(node.input_value(other))
                         break
-        if self._bf16:  # FP32 gains 1 to 2 %, and its weights would be copied
+        if self._bf16:  # FP32 would gain 1 to 2 %, but its weights would be copied and not mapped
             rearrange(model)
         return model
 
     def _write(self, graph: str, folder: Path) -> None:
-        model = self._retyped(graph)
+        model = self._retype(graph)
         self._openvino.save_model(model, folder / MODEL, compress_to_fp16=False)
         size = sum(node.get_byte_size() for node in model.get_ops() if node.get_type_name() == "Constant")
-        # A full disk is no error to OpenVINO. It stores equal constants once, and those that count are not equal.
+        # OpenVINO raises no error on a full disk. It stores equal constants once; large constants are never equal.
         if (folder / "model.bin").stat().st_size < 0.9 * size:
             raise OSError(f"{folder}: the weights were not written in full")
 
-    def _retyped(self, graph: str) -> Any:
-        """The bundle's graph with every half-precision tensor in this engine's precision."""
+    def _retype(self, graph: str) -> Any:
+        """Read the bundle's graph, and change every FP16 tensor to this engine's precision."""
         openvino = self._openvino
         from openvino import opset13
 
@@ -211,14 +220,14 @@ class OpenVinoEngine:
             if node.get_type_name() == "Constant":
                 values = np.asarray(node.get_data(), np.float32)
                 if self._bf16:
-                    tensor = openvino.Tensor(_bfloat16(values), openvino.Shape(list(values.shape)), own)
+                    tensor = openvino.Tensor(_bfloat16_from_float32(values), openvino.Shape(list(values.shape)), own)
                 else:
                     tensor = openvino.Tensor(values)
-                replacement = openvino.op.Constant(tensor, shared_memory=False)  # the array does not live on
+                replacement = openvino.op.Constant(tensor, shared_memory=False)  # the array is freed after this
             elif node.get_type_name() == "Convert":
                 replacement = opset13.convert(node.input_value(0), own)
             else:
-                continue  # takes its type from its inputs
+                continue  # its type follows from its inputs
             replacement.set_friendly_name(node.get_friendly_name())
             for reader in list(node.output(0).get_target_inputs()):
                 reader.replace_source_output(replacement.output(0))
@@ -226,17 +235,17 @@ class OpenVinoEngine:
         return model
 
     @contextlib.contextmanager
-    def _explained(self, what: str) -> Iterator[None]:
+    def _explain_errors(self, what: str) -> Iterator[None]:
         try:
             yield
-        except RuntimeError as error:  # what all of OpenVINO's are
+        except RuntimeError as error:  # OpenVINO raises no other type
             raise EngineError(
-                f"{what} ({_reason(error)}); install the openvino of the constraints file or use another engine"
+                f"{what} ({_reason_of(error)}); install the openvino of the constraints file or use another engine"
             ) from error
 
 
 class _OpenVinoSession:
-    """A graph, compiled on demand for the shapes it is given. May be run from several threads."""
+    """A graph that is compiled when it first runs at a set of shapes. Several threads may run it."""
 
     def __init__(self, engine: OpenVinoEngine, graph: str) -> None:
         self._engine, self._graph = engine, graph
@@ -245,7 +254,7 @@ class _OpenVinoSession:
         self._lock = threading.Lock()
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
-        waiting = self._waiting(_static_shapes(self._spec, inputs))
+        waiting = self._requests_for(_static_shapes_of(self._spec, inputs))
         request = waiting.get()
         try:
             found = request.infer(
@@ -253,11 +262,11 @@ class _OpenVinoSession:
                 share_inputs=True,
                 share_outputs=True,
             )
-            return [np.array(found[name]) for name in outputs]  # copies: the next call overwrites the request's own
+            return [np.array(found[name]) for name in outputs]  # copies: the next call overwrites the request's arrays
         except RuntimeError as error:
             shapes = ", ".join(f"{name} {value.dtype}{list(value.shape)}" for name, value in inputs.items())
             raise EngineError(
-                f"{self._engine.info.name}, graph {self._graph} failed on {shapes}: {_reason(error)}; try a smaller "
+                f"{self._engine.info.name}, graph {self._graph} failed on {shapes}: {_reason_of(error)}; try a smaller "
                 "batch"
             ) from error
         finally:
@@ -267,8 +276,8 @@ class _OpenVinoSession:
         with self._lock:
             self._requests.clear()
 
-    def _waiting(self, shapes: dict[str, tuple[int, ...]]) -> queue.SimpleQueue[Any]:
-        """The free requests of the model compiled for these shapes."""
+    def _requests_for(self, shapes: dict[str, tuple[int, ...]]) -> queue.SimpleQueue[Any]:
+        """The queue of free inference requests of the model for these shapes; the model is compiled if need be."""
         key = tuple(shapes.values())
         with self._lock:
             if key not in self._requests:
@@ -282,28 +291,28 @@ class _OpenVinoSession:
             return self._requests[key]
 
 
-def _begun(check: Callable[[], Path | None]) -> Future[Path | None]:
-    """A check in a thread of its own, which an exit does not wait for.
+def _start_check(check: Callable[[], Path | None]) -> Future[Path | None]:
+    """Start a check in a daemon thread, for which the end of the process does not wait.
 
-    Hashing a step's gigabytes takes as long as compiling a conditioner, and is done meanwhile.
+    Hashing the gigabytes of a step takes as long as compiling a conditioner, so both are done at the same time.
     """
     result: Future[Path | None] = Future()
 
     def run() -> None:
         try:
             result.set_result(check())
-        except BaseException as error:  # noqa: BLE001  # told to whoever asks for the result
+        except BaseException as error:  # noqa: BLE001  # raised again where the result is asked for
             result.set_exception(error)
 
     threading.Thread(target=run, name="dit-check", daemon=True).start()
     return result
 
 
-def _static_shapes(spec: GraphSpec, inputs: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
-    """The inputs' shapes, with -1 for the rows of the conditioning table.
+def _static_shapes_of(spec: GraphSpec, inputs: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
+    """The inputs' shapes, with -1 for the number of rows of the conditioning table.
 
     Raises:
-        EngineError: a shape that is not the manifest's. OpenVINO would reshape the graph to it, and compute.
+        EngineError: a shape does not fit the manifest. OpenVINO would reshape the graph to it without an error.
     """
     sizes: dict[str, int] = {}
     shapes = {}
@@ -321,20 +330,20 @@ def _static_shapes(spec: GraphSpec, inputs: Mapping[str, Array]) -> dict[str, tu
     return shapes
 
 
-def _bfloat16(values: Array) -> Array:
+def _bfloat16_from_float32(values: Array) -> Array:
     """Finite float32 → BF16 as uint16 of the same shape, rounded to nearest, ties to even."""
     bits = np.ascontiguousarray(values).view(np.uint32)
     return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
 
 
-def _reason(error: RuntimeError) -> str:
-    """The last line of OpenVINO's message: the ones before say where in its source."""
+def _reason_of(error: RuntimeError) -> str:
+    """The last line of OpenVINO's message, which says what is wrong. The lines before it name OpenVINO's source."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 
 
 def import_openvino() -> Any:
-    """Raises EngineError where OpenVINO is not installed."""
+    """Import OpenVINO. Raises EngineError where it is not installed."""
     try:
         import openvino
     except ImportError as error:

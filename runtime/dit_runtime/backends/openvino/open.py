@@ -1,4 +1,4 @@
-"""OpenVINO by its engine's name."""
+"""Open OpenVINO's engine by its name."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ def open_openvino(bundle: Bundle, name: str, options: EngineOptions) -> OpenVino
     return OpenVinoEngine(bundle, options.threads, options.precision, store=options.store)
 
 
-def _candidate(bundle: Bundle, name: str) -> Candidate | None:
-    """BF16 for a bundle that was exported in FP16, where the CPU has BF16; else FP32.
+def _find_candidate(bundle: Bundle, name: str) -> Candidate | None:
+    """BF16 for an FP16 bundle on a CPU that has BF16; else FP32.
 
-    BF16 for a bundle that was exported in FP32 is left to the user to name, and so is FP32 where there is BF16: it
-    would keep twice the weights on disk to lose.
+    ``auto`` tries one precision only. FP32 for an FP16 bundle is slower than BF16 and takes twice the disk for its
+    prepared graphs, and BF16 is not what an FP32 bundle was exported for. Choose either with ``--precision``.
     """
     try:
         capabilities = import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
@@ -28,4 +28,4 @@ def _candidate(bundle: Bundle, name: str) -> Candidate | None:
     return Candidate(name, Precision.BF16 if bf16 else Precision.FP32)
 
 
-BACKEND = Backend(open_openvino, _candidate, ("openvino",), keeps_graphs=True)
+BACKEND = Backend(open_openvino, _find_candidate, ("openvino",), keeps_graphs=True)

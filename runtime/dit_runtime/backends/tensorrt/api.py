@@ -1,7 +1,7 @@
-"""TensorRT 10.3 to 11 and TensorRT-RTX: every attribute of theirs that is used is used here, and nowhere else.
+"""The only module that touches the libraries TensorRT 10.3 to 11 and TensorRT-RTX.
 
-What differs between the libraries and their versions is decided here. A test collects each attribute from this file and
-looks it up in the real bindings of 10.3, 10.16, 11.4 and RTX.
+It hides the differences between the libraries and their versions. A test collects every attribute of the libraries that
+this file uses, and looks it up in the real bindings of 10.3, 10.16, 11.4 and RTX.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from dit_runtime.core.errors import BuildError, EngineError
 
-# A library's name, and how to get it.
+# Each library's name, and how to install it.
 LIBRARIES = {
     "tensorrt": "on a Jetson it comes with JetPack (python3 -m venv --system-site-packages), elsewhere "
     "pip install 'dit-export[tensorrt]'",
@@ -44,12 +44,12 @@ ParserError: TypeAlias = Any
 Runtime: TypeAlias = Any
 
 Shape = tuple[int, ...]
-Shapes = Mapping[str, Sequence[Shape]]  # of each input, the least, usual and largest
+Shapes = Mapping[str, Sequence[Shape]]  # for each input, its least, usual and largest shape
 
 
 @dataclass(frozen=True)
 class TensorRT:
-    """An imported library: ``name`` is one of ``LIBRARIES``, ``version`` its own text, such as ``10.3.0``."""
+    """An imported library: its module, its name (a key of ``LIBRARIES``), and its version, such as ``10.3.0``."""
 
     module: Any
     name: str
@@ -62,7 +62,7 @@ class TensorRT:
 
 
 class Tensor(NamedTuple):
-    """An input or output of an engine: -1 in ``shape`` is a dynamic axis."""
+    """An input or output of an engine. A dynamic axis is -1 in ``shape``."""
 
     name: str
     is_input: bool
@@ -71,7 +71,7 @@ class Tensor(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A kernel, as the engine's inspector tells of it. ``details`` is its own JSON."""
+    """A kernel as the engine's inspector describes it. ``details`` is the inspector's JSON object."""
 
     name: str
     kind: str
@@ -79,22 +79,22 @@ class Layer(NamedTuple):
 
 
 class Built(NamedTuple):
-    """A plan, the timing cache after it, and whether TF32 was on."""
+    """The result of a build: the plan, the timing cache after the build, and whether TF32 was on."""
 
-    plan: IHostMemory  # bytes() would hold a second copy
+    plan: IHostMemory  # not bytes, which would be a second copy
     timing_cache: bytes
     tf32: bool
 
 
 Log = Callable[[str, str], None]  # severity (``error``, ``warning``, ``info``, ``verbose``) and message
-Reported = Callable[[str, int, int], bool]  # phase, steps done and steps in all; False cancels the build
+Report = Callable[[str, int, int], bool]  # phase, steps done, all steps; returns False to cancel the build
 
 
-def library(name: str) -> TensorRT:
-    """Import a library.
+def import_library(name: str) -> TensorRT:
+    """Import a library, a key of ``LIBRARIES``.
 
     Raises:
-        EngineError: unknown, not installed, or its own libraries do not load.
+        EngineError: the name is unknown, the library is not installed, or its shared libraries do not load.
     """
     if name not in LIBRARIES:
         raise EngineError(f"library {name!r} is unknown; choose one of {', '.join(LIBRARIES)}")
@@ -104,12 +104,12 @@ def library(name: str) -> TensorRT:
         raise EngineError(f"{name} is not installed for this Python; {LIBRARIES[name]}") from error
     except (ImportError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise EngineError(f"{name} cannot be loaded ({reason}); install it again: {LIBRARIES[name]}") from error
+        raise EngineError(f"{name} cannot be loaded ({reason}); install {name} again: {LIBRARIES[name]}") from error
     return TensorRT(module, name, str(module.__version__))
 
 
-def logger(library: TensorRT, log: Log) -> ILogger:
-    """The library's logger, which tells ``log``. It must outlive what is made with it."""
+def make_logger(library: TensorRT, log: Log) -> ILogger:
+    """Make the library's logger, which passes each message to ``log``. It must outlive every object made with it."""
     trt = library.module
     names = {
         trt.ILogger.INTERNAL_ERROR: "error",
@@ -135,26 +135,26 @@ def plan_from_onnx(
     profiles: Sequence[Shapes],
     *,
     log: Log,
-    reported: Reported,
+    report: Report,
     workspace_bytes: int,
     optimization_level: int | None = None,
     compute_capability: str | None = None,
     auxiliary_streams: int | None = None,
     timing_cache: bytes | None = None,
 ) -> Built:
-    """Compile a strongly typed ONNX file; TF32 is off.
+    """Compile a strongly typed ONNX file to a plan. TF32 is off.
 
     Args:
-        library: which one compiles.
-        onnx: the file; its weights lie beside it.
-        profiles: the optimization profiles. Axes with one size in all of them become static.
-        log: told the builder's messages; its verbose ``Layers:`` message lists the kernels.
-        reported: told the builder's progress.
-        workspace_bytes: the most that a kernel may use besides its tensors.
-        optimization_level: 0 to 5; None is the library's own.
-        compute_capability: such as ``8.9``; of TensorRT-RTX alone, which compiles for other devices.
-        auxiliary_streams: the most of them; None lets the library choose.
-        timing_cache: of an earlier build by the same library on the same device.
+        library: the library that compiles.
+        onnx: the ONNX file, with its weights beside it.
+        profiles: the optimization profiles. An axis that has the same size in all of them becomes static.
+        log: gets the builder's messages. Its verbose message ``Layers:`` lists the kernels.
+        report: gets the builder's progress.
+        workspace_bytes: the most memory that a kernel may use besides its tensors.
+        optimization_level: 0 to 5; None is the library's default.
+        compute_capability: such as ``8.9``, of another GPU to compile for. Only TensorRT-RTX can; None is the GPU here.
+        auxiliary_streams: the most auxiliary streams; None lets the library choose.
+        timing_cache: from an earlier build by the same library on the same device; None is empty.
 
     Raises:
         BuildError: the file cannot be parsed or compiled, a profile is refused, or the build was cancelled.
@@ -163,7 +163,7 @@ def plan_from_onnx(
     errors: list[str] = []
     cancelled = False
 
-    def noted(severity: str, message: str) -> None:
+    def note(severity: str, message: str) -> None:
         if severity == "error":
             errors.append(message)
         log(severity, message)
@@ -178,15 +178,15 @@ def plan_from_onnx(
 
         def step_complete(self, phase: str, step: int) -> bool:
             nonlocal cancelled
-            cancelled = cancelled or not reported(phase, step + 1, self._steps[phase])
+            cancelled = cancelled or not report(phase, step + 1, self._steps[phase])
             return not cancelled
 
         def phase_finish(self, phase: str) -> None:
             return None
 
-    own_logger = logger(library, noted)
+    own_logger = make_logger(library, note)
     builder: Builder = trt.Builder(own_logger)
-    # Required on 10, the only kind and ignored on 11.
+    # TensorRT 10 needs this flag. In 11 every network is strongly typed, and the flag is ignored.
     network: INetworkDefinition = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser: OnnxParser = trt.OnnxParser(network, own_logger)
     if not parser.parse_from_file(str(onnx)):
@@ -195,8 +195,8 @@ def plan_from_onnx(
         raise BuildError(f"{onnx}: cannot be parsed ({'; '.join(reasons or errors) or 'no reason given'})")
     config: IBuilderConfig = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes)
-    config.clear_flag(trt.BuilderFlag.TF32)  # on by default: FP32 products would lose 13 bits
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # for the audit
+    config.clear_flag(trt.BuilderFlag.TF32)  # it is on by default, and FP32 products would lose 13 bits
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the audit reads datatypes
     monitor = Monitor()
     config.progress_monitor = monitor
     if optimization_level is not None:
@@ -206,8 +206,8 @@ def plan_from_onnx(
     if compute_capability is not None:
         _set_compute_capability(library, config, compute_capability)
     cache: ITimingCache = config.create_timing_cache(timing_cache or b"")
-    if not config.set_timing_cache(cache, ignore_mismatch=False):  # of another device or version
-        log("warning", "the timing cache is for another device or version and is not used")
+    if not config.set_timing_cache(cache, ignore_mismatch=False):
+        log("warning", "the timing cache is of another device or version and is not used")
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, ignore_mismatch=False)
     _pin(network, profiles)
@@ -226,7 +226,10 @@ def plan_from_onnx(
 
 def _set_compute_capability(library: TensorRT, config: IBuilderConfig, capability: str) -> None:
     if library.name != "tensorrt_rtx":
-        raise BuildError(f"{library.name} compiles for the GPU present alone, not for {capability}; build there")
+        raise BuildError(
+            f"{library.name} compiles only for the GPU of this machine, not for {capability}; run dit-build on a "
+            f"machine with a GPU of compute capability {capability}"
+        )
     config.num_compute_capabilities = 1
     value = getattr(library.module.ComputeCapability, "SM" + capability.replace(".", ""), None)
     if value is None:
@@ -235,25 +238,25 @@ def _set_compute_capability(library: TensorRT, config: IBuilderConfig, capabilit
 
 
 def _pin(network: INetworkDefinition, profiles: Sequence[Shapes]) -> None:
-    """Make axes static that have one size in all profiles: the builder has faster kernels for static shapes."""
+    """Make every axis static that has the same size in all profiles: static shapes have faster kernels."""
     for index in range(network.num_inputs):
         tensor: ITensor = network.get_input(index)
         shapes = [shape for profile in profiles for shape in profile[tensor.name]]
         tensor.shape = tuple(sizes[0] if len(set(sizes)) == 1 else -1 for sizes in zip(*shapes, strict=True))
 
 
-def runtime_of(library: TensorRT, own_logger: ILogger) -> Runtime:
-    """The library's runtime. It must outlive its engines. Code inside a plan is not allowed to run on the host."""
+def make_runtime(library: TensorRT, own_logger: ILogger) -> Runtime:
+    """Make the library's runtime. It must outlive its engines. Plans that contain host code are refused."""
     runtime: Runtime = library.module.Runtime(own_logger)
     runtime.engine_host_code_allowed = False
     return runtime
 
 
 def engine_from_plan(runtime: Runtime, plan: bytes | memoryview) -> ICudaEngine:
-    """Deserialize a plan: native code, so only one that a sidecar vouches for.
+    """Deserialize a plan. A plan is native code: check it against its sidecar first.
 
     Raises:
-        EngineError: the library refuses it; its logger says why.
+        EngineError: the library refuses the plan; its logger gets the reason.
     """
     engine: ICudaEngine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
@@ -289,13 +292,13 @@ def profiles_of(library: TensorRT, engine: ICudaEngine) -> list[dict[str, tuple[
     return profiles
 
 
-def activation_bytes(engine: ICudaEngine, profile_index: int) -> int:
-    """Device memory that a context needs at the largest shapes of a profile."""
+def activation_bytes_of(engine: ICudaEngine, profile_index: int) -> int:
+    """Bytes of device memory that a context needs at the largest shapes of a profile."""
     return int(engine.get_device_memory_size_for_profile_v2(profile_index))
 
 
-def context_of(library: TensorRT, engine: ICudaEngine, profile_index: int, stream: int) -> IExecutionContext:
-    """An execution context without memory of its own, switched to a profile; synchronize ``stream`` before its use.
+def make_context(library: TensorRT, engine: ICudaEngine, profile_index: int, stream: int) -> IExecutionContext:
+    """Make an execution context for a profile, without memory of its own. Synchronize ``stream`` before its first use.
 
     Raises:
         EngineError: the library refuses.
@@ -303,8 +306,8 @@ def context_of(library: TensorRT, engine: ICudaEngine, profile_index: int, strea
     trt = library.module
     strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
     if library.name == "tensorrt_rtx":
-        # Its own way is to start with kernels for any shape while it compiles those for the shape at hand: a CUDA graph
-        # that is captured meanwhile would keep the slower ones.
+        # By default TensorRT-RTX starts with kernels for any shape, and compiles kernels for the given shape meanwhile.
+        # A CUDA graph that is captured in that time would keep the slower kernels.
         runtime_config: IRuntimeConfig = engine.create_runtime_config()
         runtime_config.set_execution_context_allocation_strategy(strategy)
         runtime_config.dynamic_shapes_kernel_specialization_strategy = (
@@ -319,39 +322,39 @@ def context_of(library: TensorRT, engine: ICudaEngine, profile_index: int, strea
 
 
 def give_memory(context: IExecutionContext, address: int, size: int) -> None:
-    """Device memory for the context's activations, aligned to 256 bytes; another context may use it in between."""
+    """Give a context device memory for its activations, aligned to 256 bytes. Contexts may share it, one at a time."""
     context.set_device_memory(address, size)
 
 
 def bind(context: IExecutionContext, name: str, address: int, shape: Shape | None = None) -> None:
-    """Where a tensor lies on the device, and an input's shape.
+    """Bind a tensor to an address on the device, and set the shape of an input.
 
     Raises:
-        EngineError: the shape is outside the profile, or the name unknown.
+        EngineError: the shape is outside the optimization profile, or the name is unknown.
     """
     if shape is not None and not context.set_input_shape(name, shape):
         raise EngineError(f"input {name}: {list(shape)} is outside the optimization profile; build one for it")
     if not context.set_tensor_address(name, address):
-        raise EngineError(f"tensor {name}: cannot be bound")
+        raise EngineError(f"tensor {name}: the engine has no tensor of this name")
 
 
-def output_shape(context: IExecutionContext, name: str) -> Shape:
-    """An output's shape, once all inputs have theirs."""
+def output_shape_of(context: IExecutionContext, name: str) -> Shape:
+    """The shape of an output, once the shapes of all inputs are set."""
     return tuple(context.get_tensor_shape(name))
 
 
 def enqueue(context: IExecutionContext, stream: int) -> None:
-    """Start the network on a CUDA stream; returns before it is done.
+    """Queue the network's work on a CUDA stream, and return before the work is done.
 
     Raises:
-        EngineError: the library refuses; its logger says why.
+        EngineError: the library refuses; its logger gets the reason.
     """
     if not context.execute_async_v3(stream):
         raise EngineError("the engine could not be started")
 
 
 def layers_of(library: TensorRT, engine: ICudaEngine) -> list[Layer]:
-    """All kernels of all profiles, from the engine's inspector (which needs the engine loaded, so its GPU)."""
+    """All kernels of all profiles, from the engine's inspector. It needs a loaded engine, and so the engine's GPU."""
     trt = library.module
     inspector: EngineInspector = engine.create_engine_inspector()
     text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
@@ -362,7 +365,7 @@ def layers_from_json(text: str) -> list[Layer]:
     """Kernels from an inspector's JSON.
 
     Raises:
-        EngineError: no layers in it, or built without detailed verbosity, when each is only a name.
+        EngineError: the JSON has no layers, or only their names, as for an engine built without detailed verbosity.
     """
     try:
         layers = json.loads(text)["Layers"]
@@ -371,6 +374,6 @@ def layers_from_json(text: str) -> list[Layer]:
         raise EngineError("the inspector does not describe the engine's layers; build it with dit-build") from error
 
 
-def as_bytes(plan: IHostMemory) -> NDArray[np.uint8]:
-    """A plan's bytes, without a copy."""
+def bytes_of_plan(plan: IHostMemory) -> NDArray[np.uint8]:
+    """A plan's bytes ``[size]``, without a copy."""
     return np.frombuffer(plan, np.uint8)

@@ -1,4 +1,4 @@
-"""Memory of a device and pinned memory of the host, each with one owner that gives it back."""
+"""Device memory and pinned host memory. Each block has one owner, which frees it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from dit_runtime.backends.tensorrt.cuda import ALIGNMENT, Bytes, Cuda
 from dit_runtime.core.errors import EngineError
 
 
-def aligned(size: int) -> int:
-    """The next multiple of ``ALIGNMENT`` bytes."""
+def align(size: int) -> int:
+    """Round a size in bytes up to a multiple of ``ALIGNMENT``."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 class Region(NamedTuple):
-    """Where a tensor lies in a block of memory: its first byte, and its shape and dtype."""
+    """A tensor's part of a memory block: its first byte, its shape and its dtype."""
 
     offset: int
     shape: tuple[int, ...]
@@ -30,53 +30,56 @@ class Region(NamedTuple):
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
     def view(self, memory: Bytes) -> NDArray[Any]:
-        """The tensor in host memory that holds the block."""
+        """The tensor as a view of host memory that holds the block."""
         return memory[self.offset : self.offset + self.size].view(self.dtype).reshape(self.shape)
 
 
 class Layout:
-    """Tensors one after the other in a block of memory, each aligned. ``size`` is the block's in bytes."""
+    """The regions of several tensors in one memory block, each aligned. ``size`` is the block's size in bytes."""
 
     def __init__(self, tensors: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]) -> None:
         self.size, self.regions = 0, {}
         for name, (shape, dtype) in tensors.items():
-            place = self.regions[name] = Region(self.size, tuple(shape), np.dtype(dtype))
-            self.size += aligned(place.size)
+            region = self.regions[name] = Region(self.size, tuple(shape), np.dtype(dtype))
+            self.size += align(region.size)
 
     def __getitem__(self, name: str) -> Region:
         return self.regions[name]
 
 
 def put(target: NDArray[Any], values: NDArray[Any]) -> None:
-    """Write values into a tensor that may be larger, zeros after them along each axis."""
+    """Write values into a tensor that may be larger, and zeros into its rest."""
     if target.shape != values.shape:
         target[...] = 0
     target[tuple(map(slice, values.shape))] = values
 
 
 class DeviceBuffer:
-    """A block of device memory that grows.
+    """A block of device memory that can grow.
 
     Args:
-        cuda, stream: where it is, and on what its work is queued.
-        room: told how many bytes are about to be taken.
+        cuda: the GPU.
+        stream: the stream on which all work with the memory is queued.
+        make_room: called with the number of bytes before they are allocated.
 
     Attributes:
-        moves: how often the address changed.
+        address: of the block; 0 for none.
+        size: of the block in bytes.
+        moves: how often the address has changed.
     """
 
-    def __init__(self, cuda: Cuda, stream: int, room: Callable[[int], None] = lambda size: None) -> None:
-        self._cuda, self._stream, self._room = cuda, stream, room
+    def __init__(self, cuda: Cuda, stream: int, make_room: Callable[[int], None] = lambda size: None) -> None:
+        self._cuda, self._stream, self._make_room = cuda, stream, make_room
         self.address = self.size = self.moves = 0
 
     def reserve(self, size: int, keep: int = 0) -> None:
-        """Have at least ``size`` bytes; where it has to move, the first ``keep`` bytes go along."""
+        """Allocate at least ``size`` bytes. When the block has to move, its first ``keep`` bytes are copied."""
         if size <= self.size:
             return
-        self.moves += 1  # whether or not there is room: what was there is gone
+        self.moves += 1  # also when the allocation fails: the old content may be lost by then
         if not keep:
             self.free()
-        self._room(size)
+        self._make_room(size)
         address = self._cuda.allocate(size)
         if self.address:
             self._cuda.copy(address, self.address, keep, self._stream)
@@ -92,17 +95,17 @@ class DeviceBuffer:
 
 
 class PinnedBuffer:
-    """A block of pinned host memory that grows and keeps nothing when it does."""
+    """A block of pinned host memory that can grow. It loses its content when it grows."""
 
     def __init__(self, cuda: Cuda, stream: int) -> None:
         self._cuda, self._stream = cuda, stream
         self._memory: Bytes | None = None
 
     def reserve(self, size: int) -> Bytes:
-        """``size`` bytes or more. Wait for copies that still use it before writing to it."""
+        """The block, with at least ``size`` bytes. Before you write to it, wait for copies that still read it."""
         if self._memory is None or len(self._memory) < size:
             self.free()
-            self._memory = self._cuda.pinned(size)
+            self._memory = self._cuda.allocate_pinned(size)
         return self._memory
 
     def free(self) -> None:
@@ -114,31 +117,31 @@ class PinnedBuffer:
 
 
 class Staging:
-    """Two blocks of pinned memory used in turn: while one's work is queued or running, the other is written."""
+    """Two blocks of pinned memory that take turns: the host writes one while queued copies read the other."""
 
     def __init__(self, cuda: Cuda, stream: int) -> None:
         self._cuda, self._stream, self._turn = cuda, stream, 0
         self._blocks: list[tuple[Bytes, int]] = []
 
     def reserve(self, size: int) -> None:
-        """Have the two blocks, of that size."""
+        """Allocate the two blocks, each of ``size`` bytes."""
         while len(self._blocks) < 2:
-            event = self._cuda.event()
+            event = self._cuda.create_event()
             try:
-                self._blocks.append((self._cuda.pinned(size), event))
+                self._blocks.append((self._cuda.allocate_pinned(size), event))
             except EngineError:
                 self._cuda.destroy_event(event)
                 raise
 
     def take(self) -> Bytes:
-        """The block whose turn it is, once the work that reads it is done."""
+        """Wait until no work reads the next block, and return that block."""
         self._turn = 1 - self._turn
         memory, event = self._blocks[self._turn]
         self._cuda.wait(event)
         return memory
 
-    def sent(self) -> None:
-        """All work with the block that was taken is queued."""
+    def mark_sent(self) -> None:
+        """Say that all work that reads the taken block is queued."""
         self._cuda.record(self._blocks[self._turn][1], self._stream)
 
     def free(self) -> None:

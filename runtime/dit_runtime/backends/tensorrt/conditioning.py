@@ -1,11 +1,11 @@
-"""The conditioning table on a device: the conditioner writes it there, and is freed."""
+"""The conditioning table on a device: the conditioner writes its rows there, and is then freed."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-from dit_runtime.backends.conditioning import Condition, TableLimits, conditioner_inputs, row_bytes
+from dit_runtime.backends.conditioning import Condition, TableLimits, bytes_of_row, inputs_from_conditions
 from dit_runtime.backends.tensorrt import api as tensorrt_api
 from dit_runtime.backends.tensorrt.buffers import (
     DeviceBuffer,
@@ -18,14 +18,15 @@ from dit_runtime.backends.tensorrt.device import Device
 
 
 class DeviceTable:
-    """Rows of the conditioning table on the device, written there by the conditioner.
+    """The rows of a conditioning table in device memory.
 
-    The conditioner's weights are freed before the next step. One that has to come back stays, while there is room.
+    The conditioner's weights are freed before the next step. If the conditioner was loaded a second time, its weights
+    stay on the device while there is room.
     """
 
     def __init__(self, device: Device, limits: TableLimits) -> None:
         spec = device.manifest.table
-        self._device, self._name, self._row = device, spec.name, row_bytes(spec)
+        self._device, self._name, self._row = device, spec.name, bytes_of_row(spec)
         self.granule = ALIGNMENT // math.gcd(ALIGNMENT, self._row)
         stored = device.stored.graphs
         largest = min(profile[spec.name][2][0] for profile in stored["step"].profiles)
@@ -43,17 +44,17 @@ class DeviceTable:
 
     @property
     def moves(self) -> int:
-        """How often the address changed."""
+        """How often the address has changed."""
         return self._memory.moves
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """All that there is room for: as the step reads only rows that it is told to, those without values are left."""
+        """The shape of the whole memory. Rows that are not computed are part of it: the step does not read them."""
         _, *rest = self._device.manifest.table.shape
         return (self._memory.size // self._row, *(int(axis) for axis in rest))
 
     def fill(self, conditions: Sequence[Condition], first: int) -> None:
-        """Compute rows into their places, from ``first``, a multiple of ``granule``."""
+        """As ``TableMemory.fill``."""
         device = self._device
         with device.lock:
             end, room = first + len(conditions), self._memory.size // self._row
@@ -66,29 +67,29 @@ class DeviceTable:
 
     def _compute(self, conditions: Sequence[Condition], first: int) -> None:
         device, cuda, stream = self._device, self._device.cuda, self._device.stream
-        cuda.synchronize(stream)  # rows before these use the same context, inputs and pinned memory
-        values = conditioner_inputs(conditions)
-        fit = device.fit("conditioner", {name: value.shape for name, value in values.items()})
+        cuda.synchronize(stream)  # the call before uses the same context, inputs and pinned memory
+        values = inputs_from_conditions(conditions)
+        fit = device.find_fit("conditioner", {name: value.shape for name, value in values.items()})
         loaded = device.load("conditioner")
-        context = loaded.context(fit.profile, cuda, stream)
+        context = loaded.context_for(fit.profile, cuda, stream)
         device.give_activations(context, loaded, fit.profile)
         layout = Layout({name: (value.shape, value.dtype) for name, value in values.items()})
         self._inputs.reserve(layout.size)
         host = self._host.reserve(layout.size)
         for name, value in values.items():
-            place = layout[name]
-            put(place.view(host), value)
-            cuda.upload(self._inputs.address + place.offset, place.view(host), stream)
-            tensorrt_api.bind(context, name, self._inputs.address + place.offset, place.shape)
+            region = layout[name]
+            put(region.view(host), value)
+            cuda.upload(self._inputs.address + region.offset, region.view(host), stream)
+            tensorrt_api.bind(context, name, self._inputs.address + region.offset, region.shape)
         tensorrt_api.bind(context, self._name, self.address + first * self._row)
         device.start(context)
 
     def settle(self) -> None:
-        """The loop goes on: free the conditioner's weights, unless they had to come back before."""
-        if self._device.loads("conditioner") == 1:
+        """Free the conditioner's weights before the next step, unless they were loaded more than once."""
+        if self._device.count_loads("conditioner") == 1:
             self._device.unload("conditioner")
 
     def free(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         for memory in (self._memory, self._inputs, self._host):
             memory.free()

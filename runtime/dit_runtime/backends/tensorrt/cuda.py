@@ -1,8 +1,8 @@
-"""What the TensorRT engine needs of CUDA, and that much of ``cuda-bindings`` 12 and 13.
+"""The part of CUDA that the TensorRT engine uses: an interface, and its implementation on ``cuda-bindings`` 12 and 13.
 
-``Cuda`` is the interface: device memory is an address, host memory that a copy may use is a pinned numpy array;
-streams, events and graphs are handles. Copies, fills and launches are queued on a stream and return before they are
-done.
+In the interface ``Cuda``, device memory is an address. Host memory that copies may read or write is a pinned numpy
+array. Streams, events and graphs are handles. Copies, fills and launches are queued on a stream; their methods return
+before the work is done.
 """
 
 from __future__ import annotations
@@ -19,21 +19,23 @@ from numpy.typing import NDArray
 from dit_runtime.core.errors import EngineError
 from dit_runtime.core.machine import read_available_memory
 
-ALIGNMENT = 256  # bytes: what TensorRT asks of every address, and no more than what an allocation has
+ALIGNMENT = 256  # bytes: TensorRT asks it of every address, and every allocation has it
 
 Bytes = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """A GPU as the driver tells of it.
+    """A GPU as the driver describes it.
 
     Attributes:
-        name: such as ``Orin`` or ``NVIDIA L4``.
+        name: such as ``Orin, 8 SMs`` or ``NVIDIA L4``.
         compute_capability: such as ``8.7``.
-        memory_bytes, free_bytes: all of its memory, and what nobody has taken; on an integrated GPU the system's.
-        driver: its version, such as ``540.4.0``; where that is not told, the CUDA it was made for: ``CUDA 12.6``.
-        integrated: whether it shares the system's memory, as on a Jetson.
+        memory_bytes: all of the GPU's memory; of an integrated GPU, the system's memory.
+        free_bytes: the memory that no program has taken.
+        driver: the driver's version, such as ``540.4.0``; where the system does not tell, the CUDA version that the
+            driver was made for, such as ``CUDA 12.6``.
+        integrated: whether the GPU shares the system's memory, as on a Jetson.
     """
 
     name: str
@@ -45,62 +47,63 @@ class DeviceFacts:
 
 
 class Cuda(Protocol):
-    """One GPU. Every method raises EngineError with CUDA's name for what went wrong.
+    """One GPU. Every method raises EngineError with CUDA's name of the error.
 
-    Between ``begin_capture`` and ``end_capture`` what is queued on the stream is recorded and not done; nothing may be
-    allocated, freed or waited for in between. A recorded graph holds addresses: what lies there is read at each launch.
+    Between ``begin_capture`` and ``end_capture``, work that is queued on the stream is recorded and not done. In
+    between, nothing may be allocated, freed or waited for. A recorded graph holds addresses, and reads the memory at
+    each launch.
     """
 
-    def device(self) -> DeviceFacts:
-        """The GPU's facts, as of now."""
+    def read_device(self) -> DeviceFacts:
+        """Read the GPU's facts as they are now."""
         ...
 
     def allocate(self, size: int) -> int:
-        """The address of ``size`` bytes on the device, not initialized, a multiple of ``ALIGNMENT``."""
+        """Allocate ``size`` bytes on the device. The address is a multiple of ``ALIGNMENT``, the content undefined."""
         ...
 
     def free(self, address: int) -> None:
-        """Give memory of ``allocate`` back. No queued work may still use it."""
+        """Free memory of ``allocate``. No queued work may still use it."""
         ...
 
-    def pinned(self, size: int) -> Bytes:
-        """``size`` bytes of page-locked host memory, not initialized: ``[size]``."""
+    def allocate_pinned(self, size: int) -> Bytes:
+        """Allocate ``size`` bytes of page-locked host memory ``[size]``, with undefined content."""
         ...
 
     def free_pinned(self, memory: Bytes) -> None:
-        """Give memory of ``pinned`` back; the array must not be used afterwards."""
+        """Free memory of ``allocate_pinned``. The array must not be used afterwards."""
         ...
 
-    def stream(self) -> int:
-        """A stream that does not wait for the default one."""
+    def create_stream(self) -> int:
+        """Create a stream that does not wait for the default stream."""
         ...
 
     def destroy_stream(self, stream: int) -> None: ...
 
-    def event(self) -> int:
-        """A mark in a stream's work, to wait for."""
+    def create_event(self) -> int:
+        """Create an event: a mark in a stream's work that the host can wait for."""
         ...
 
     def destroy_event(self, event: int) -> None: ...
 
     def record(self, event: int, stream: int) -> None:
-        """Put the mark after all that is queued on a stream."""
+        """Put an event after all work that is queued on a stream."""
         ...
 
     def wait(self, event: int) -> None:
-        """Return when the work before the mark is done; at once for one that was never recorded."""
+        """Wait until the work before an event is done. Return at once if the event was never recorded."""
         ...
 
     def upload(self, target: int, source: NDArray[Any], stream: int) -> None:
-        """Queue a copy of pinned memory to the device. ``source`` must stay as it is until it is done."""
+        """Queue a copy of pinned memory to the device. ``source`` must not change before the copy is done."""
         ...
 
     def download(self, target: NDArray[Any], source: int, stream: int) -> None:
-        """Queue a copy from the device to pinned memory, which holds it once the stream was waited for."""
+        """Queue a copy from the device to pinned memory. ``target`` holds the values after ``synchronize``."""
         ...
 
     def copy(self, target: int, source: int, size: int, stream: int) -> None:
-        """Queue a copy of ``size`` bytes within the device. The two must not overlap."""
+        """Queue a copy of ``size`` bytes within the device. Source and target must not overlap."""
         ...
 
     def clear(self, address: int, size: int, stream: int) -> None:
@@ -108,35 +111,35 @@ class Cuda(Protocol):
         ...
 
     def synchronize(self, stream: int) -> None:
-        """Return when all that was queued on a stream is done."""
+        """Wait until all work that is queued on a stream is done."""
         ...
 
     def begin_capture(self, stream: int) -> None:
-        """Record from here on, instead of doing it. Other threads are not concerned."""
+        """Record the work that this thread queues on the stream from now on, instead of doing it."""
         ...
 
     def end_capture(self, stream: int) -> int:
-        """The graph of what was recorded, ready to be launched."""
+        """Stop recording, and return the recorded graph, ready to be launched."""
         ...
 
     def abandon_capture(self, stream: int) -> None:
-        """Stop recording and keep nothing. Raises nothing: it is called when something else went wrong."""
+        """Stop recording, and drop the recorded work. Raises no error, because it is called after another error."""
         ...
 
     def launch(self, graph: int, stream: int) -> None:
-        """Queue what a graph holds."""
+        """Queue the work of a recorded graph."""
         ...
 
     def destroy_graph(self, graph: int) -> None: ...
 
 
-def device() -> DeviceFacts:
-    """The first GPU that this process sees (``CUDA_VISIBLE_DEVICES``).
+def read_device() -> DeviceFacts:
+    """Read the facts of the first GPU that this process sees (``CUDA_VISIBLE_DEVICES``).
 
     Raises:
         EngineError: no GPU, no driver or no ``cuda-bindings``.
     """
-    return CudaRuntime().device()
+    return CudaRuntime().read_device()
 
 
 class CudaRuntime:
@@ -147,30 +150,30 @@ class CudaRuntime:
     """
 
     def __init__(self) -> None:
-        self._rt = _imported()
+        self._rt = _import_runtime()
         count = self._call("looking for a GPU", "cudaGetDeviceCount")
         if not count:
             raise EngineError("no NVIDIA GPU is visible here; see CUDA_VISIBLE_DEVICES, or choose another engine")
 
-    def device(self) -> DeviceFacts:
+    def read_device(self) -> DeviceFacts:
         properties = self._call("asking for the GPU", "cudaGetDeviceProperties", 0)
         free, total = self._call("asking for the GPU's memory", "cudaMemGetInfo")
         name, integrated = properties.name.decode("utf-8", "replace").rstrip("\0"), bool(properties.integrated)
         if integrated:
-            # All Orins have one name and compute capability, and plans are for their number of multiprocessors.
+            # All Orins have the same name and compute capability, but a plan is for one number of multiprocessors.
             name = f"{name}, {properties.multiProcessorCount} SMs"
-            # In memory shared with the system the driver counts what files are cached in as taken.
+            # The driver counts the system's file cache as taken memory.
             free = max(int(free), read_available_memory() or 0)
         return DeviceFacts(
             name=name,
             compute_capability=f"{properties.major}.{properties.minor}",
             memory_bytes=int(total),
             free_bytes=int(free),
-            driver=self._driver(),
+            driver=self._read_driver(),
             integrated=integrated,
         )
 
-    def _driver(self) -> str:
+    def _read_driver(self) -> str:
         try:
             return Path("/sys/module/nvidia/version").read_text(encoding="ascii").strip()
         except (OSError, ValueError):
@@ -183,7 +186,7 @@ class CudaRuntime:
     def free(self, address: int) -> None:
         self._call("freeing device memory", "cudaFree", address)
 
-    def pinned(self, size: int) -> Bytes:
+    def allocate_pinned(self, size: int) -> Bytes:
         address = int(
             self._call(f"allocating {size} pinned bytes", "cudaHostAlloc", size, self._rt.cudaHostAllocDefault)
         )
@@ -192,13 +195,13 @@ class CudaRuntime:
     def free_pinned(self, memory: Bytes) -> None:
         self._call("freeing pinned memory", "cudaFreeHost", memory.ctypes.data)
 
-    def stream(self) -> int:
+    def create_stream(self) -> int:
         return int(self._call("making a stream", "cudaStreamCreateWithFlags", self._rt.cudaStreamNonBlocking))
 
     def destroy_stream(self, stream: int) -> None:
         self._call("destroying a stream", "cudaStreamDestroy", stream)
 
-    def event(self) -> int:
+    def create_event(self) -> int:
         return int(self._call("making an event", "cudaEventCreateWithFlags", self._rt.cudaEventDisableTiming))
 
     def destroy_event(self, event: int) -> None:
@@ -212,17 +215,17 @@ class CudaRuntime:
 
     def upload(self, target: int, source: NDArray[Any], stream: int) -> None:
         kind = self._rt.cudaMemcpyKind.cudaMemcpyHostToDevice
-        self._copied("to the device", target, _address_of(source), source.nbytes, kind, stream)
+        self._queue_copy("to the device", target, _address_of(source), source.nbytes, kind, stream)
 
     def download(self, target: NDArray[Any], source: int, stream: int) -> None:
         kind = self._rt.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        self._copied("from the device", _address_of(target), source, target.nbytes, kind, stream)
+        self._queue_copy("from the device", _address_of(target), source, target.nbytes, kind, stream)
 
     def copy(self, target: int, source: int, size: int, stream: int) -> None:
         kind = self._rt.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-        self._copied("within the device", target, source, size, kind, stream)
+        self._queue_copy("within the device", target, source, size, kind, stream)
 
-    def _copied(self, way: str, target: int, source: int, size: int, kind: Any, stream: int) -> None:
+    def _queue_copy(self, way: str, target: int, source: int, size: int, kind: Any, stream: int) -> None:
         self._call(f"copying {size} bytes {way}", "cudaMemcpyAsync", target, source, size, kind, stream)
 
     def clear(self, address: int, size: int, stream: int) -> None:
@@ -232,7 +235,7 @@ class CudaRuntime:
         self._call("waiting for the GPU", "cudaStreamSynchronize", stream)
 
     def begin_capture(self, stream: int) -> None:
-        # Thread-local: what other threads do meanwhile, such as allocating, does not spoil the capture.
+        # Thread-local: other threads may allocate meanwhile without an error in the capture.
         mode = self._rt.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._call("beginning a graph", "cudaStreamBeginCapture", stream, mode)
 
@@ -255,14 +258,14 @@ class CudaRuntime:
         self._call("destroying a graph", "cudaGraphExecDestroy", graph)
 
     def _call(self, doing: str, function: str, *arguments: Any) -> Any:
-        """What a function of the runtime gives besides its status: nothing, a value, or a tuple of several."""
+        """Call a function of CUDA's runtime, check its status, and return its other results: one, or a tuple."""
         try:
             status, *values = getattr(self._rt, function)(*arguments)
-        except RuntimeError as error:  # cuda-bindings 12.8 and before, where libcuda cannot be loaded
-            raise _no_driver(str(error)) from error
+        except RuntimeError as error:  # of cuda-bindings up to 12.8, where libcuda cannot be loaded
+            raise _error_without_driver(str(error)) from error
         if status != self._rt.cudaError_t.cudaSuccess:
             if status.name in ("cudaErrorInsufficientDriver", "cudaErrorNoDevice"):
-                raise _no_driver(status.name)
+                raise _error_without_driver(status.name)
             (_, text) = self._rt.cudaGetErrorString(status)
             advice = "use a smaller batch" if status.name == "cudaErrorMemoryAllocation" else "run dit-verify"
             raise EngineError(f"CUDA, {doing}: {status.name} ({text.decode('utf-8', 'replace')}); {advice}")
@@ -274,14 +277,14 @@ def _address_of(memory: NDArray[Any]) -> int:
     return memory.ctypes.data
 
 
-def _no_driver(reason: str) -> EngineError:
+def _error_without_driver(reason: str) -> EngineError:
     return EngineError(
         f"no NVIDIA driver that works here ({reason}); install one (on a Jetson it comes with JetPack), or choose "
         "another engine"
     )
 
 
-def _imported() -> Any:
+def _import_runtime() -> Any:
     try:
         return importlib.import_module("cuda.bindings.runtime")
     except ImportError as error:

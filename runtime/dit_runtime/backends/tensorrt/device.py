@@ -1,7 +1,7 @@
-"""What all work of one TensorRT engine shares on the GPU: stream, lock, activations, and the plans that are loaded.
+"""What one TensorRT engine has on the GPU: a stream, a lock, memory for activations, and the loaded plans.
 
-All work is queued on one stream, so one block of memory serves the activations of all graphs, which never run together.
-A lock makes each call whole: threads may share an engine, and take turns. Engines share nothing.
+All work of an engine is queued on one stream, so its graphs never run together, and one memory block serves the
+activations of all of them. Threads may share an engine; the lock lets one call run at a time. Engines share nothing.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from dit_runtime.backends.tensorrt import api as tensorrt_api
 from dit_runtime.backends.tensorrt.api import TensorRT
 from dit_runtime.backends.tensorrt.buffers import DeviceBuffer
 from dit_runtime.backends.tensorrt.cuda import Cuda
-from dit_runtime.backends.tensorrt.memory import check_engine, device_bytes, in_words
+from dit_runtime.backends.tensorrt.memory import available_bytes_of, check_engine, describe_bytes
 from dit_runtime.backends.tensorrt.store import StoredEngine, StoredGraph
 from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.core.errors import EngineError
 
-# What contexts, CUDA graphs and the library's kernels may take besides. Assumed, not measured.
+# Device memory for contexts, CUDA graphs and the library's kernels, in bytes. Assumed, not measured.
 SMALL_BYTES = 32 << 20
 
 
 class LoadedPlan:
-    """A plan on the device: ``engine`` is the library's, ``tensors`` its inputs and outputs."""
+    """A plan on the device: ``engine`` is the library's object, ``tensors`` are its inputs and outputs by name."""
 
     def __init__(self, library: TensorRT, runtime: Any, plan: memoryview) -> None:
         self._library = library
@@ -37,38 +37,38 @@ class LoadedPlan:
         self.tensors = tensorrt_api.tensors_of(library, self.engine)
         self._contexts: dict[int, Any] = {}
 
-    def new_context(self, profile: int, cuda: Cuda, stream: int) -> Any:
-        """An execution context of its own for a captured graph."""
-        context = tensorrt_api.context_of(self._library, self.engine, profile, stream)
-        cuda.synchronize(stream)  # the switch to the profile
+    def make_context(self, profile: int, cuda: Cuda, stream: int) -> Any:
+        """Make an execution context that only one captured graph uses."""
+        context = tensorrt_api.make_context(self._library, self.engine, profile, stream)
+        cuda.synchronize(stream)  # until the context has switched to the profile
         return context
 
-    def context(self, profile: int, cuda: Cuda, stream: int) -> Any:
-        """The context of a profile for calls that are not captured."""
+    def context_for(self, profile: int, cuda: Cuda, stream: int) -> Any:
+        """The context of a profile for calls that are not captured; made on first use."""
         if profile not in self._contexts:
-            self._contexts[profile] = self.new_context(profile, cuda, stream)
+            self._contexts[profile] = self.make_context(profile, cuda, stream)
         return self._contexts[profile]
 
-    def activation_bytes(self, profile: int) -> int:
-        return tensorrt_api.activation_bytes(self.engine, profile)
+    def activation_bytes_of(self, profile: int) -> int:
+        return tensorrt_api.activation_bytes_of(self.engine, profile)
 
 
 class Device:
-    """The GPU as one engine uses it. Whoever calls a method holds ``lock``.
+    """The GPU as one engine uses it. A caller of any method holds ``lock``.
 
     Args:
         manifest: of the bundle at the size in use.
         stored: the plans.
         library: TensorRT or TensorRT-RTX, imported.
         cuda: the GPU.
-        name: the engine's, for messages.
-        drop: gives back what holds a graph's weights, before they are unloaded.
-        free_idle: frees what nobody uses at the moment; False where there is no such thing.
+        name: the engine's name, for messages.
+        drop: called with a graph's name before its weights are unloaded; frees all that refers to them.
+        free_idle: frees memory that no batch uses now; returns False where there is none.
 
     Attributes:
-        stream: on which all work is queued; 0 once the device is closed.
-        activations: the block that all contexts share.
-        running: the graph whose work is being made ready or queued, and whose weights make room for nothing.
+        stream: the stream on which all work is queued; 0 once the device is closed.
+        activations: the memory block for activations that all contexts share.
+        running: the graph whose work is being prepared or queued. Its weights are not unloaded to make room.
     """
 
     def __init__(
@@ -81,66 +81,69 @@ class Device:
         drop: Callable[[str], None],
         free_idle: Callable[[], bool],
     ) -> None:
-        self.stream = 0  # until there is one, for whoever closes a device that could not be opened
         self.manifest, self.stored, self.library, self.cuda, self.name = manifest, stored, library, cuda, name
         self._drop, self._free_idle = drop, free_idle
         self.lock = threading.RLock()
-        self.profiles = {graph: plan.profiles_of(manifest.graphs[graph]) for graph, plan in stored.graphs.items()}
+        self._profiles = stored.profiles(manifest)
         self._said: list[str] = []
-        self._logger = tensorrt_api.logger(library, self._note)  # must outlive the runtime, and the runtime its engines
-        self._runtime = tensorrt_api.runtime_of(library, self._logger)
-        self.stream = cuda.stream()
+        # The logger must outlive the runtime, and the runtime its engines.
+        self._logger = tensorrt_api.make_logger(library, self._note)
+        self._runtime = tensorrt_api.make_runtime(library, self._logger)
+        self.stream = cuda.create_stream()
         self.activations = DeviceBuffer(cuda, self.stream, self.make_room)
         self.running: str | None = None
         self._loaded: dict[str, LoadedPlan] = {}
         self._loads: dict[str, int] = {}
 
-    def stored_graph(self, graph: str) -> StoredGraph:
-        """The plan of a graph as it is stored.
+    def find_stored_graph(self, graph: str) -> StoredGraph:
+        """The stored plan of a graph.
 
         Raises:
-            EngineError: there is none.
+            EngineError: the engine has no plan of that graph.
         """
         if graph not in self.stored.graphs:
             known = ", ".join(self.stored.graphs)
-            raise EngineError(f"{self.name}: has no plan of the {graph}, only of {known}; choose another engine for it")
+            raise EngineError(
+                f"{self.name}: has no plan of the {graph}, only of {known}; choose another engine for the {graph}"
+            )
         return self.stored.graphs[graph]
 
     def profiles_of(self, graph: str) -> Profiles:
-        """The optimization profiles of a graph. Raises EngineError where there is no plan of it."""
-        self.stored_graph(graph)
-        return self.profiles[graph]
+        """The optimization profiles of a graph. Raises EngineError where the engine has no plan of that graph."""
+        self.find_stored_graph(graph)
+        return self._profiles[graph]
 
     def load(self, graph: str) -> LoadedPlan:
-        """A graph's plan on the device, to be run next; checked and deserialized where it is not there.
+        """Load a graph's plan, to be run next: check and deserialize it, unless it is on the device already.
 
         Raises:
-            EngineError: the plan is not what was built, or the library refuses it; or too little memory for it.
+            EngineError: the plan was altered, the library refuses it, or the device has too little memory.
         """
         self.running = graph
         if graph not in self._loaded:
             self.check_open()
-            self.make_room(self.stored_graph(graph).weights_bytes)
+            self.make_room(self.find_stored_graph(graph).weights_bytes)
             self._loaded[graph] = self._deserialize(graph)
             self._loads[graph] = self._loads.get(graph, 0) + 1
         return self._loaded[graph]
 
     def _deserialize(self, graph: str) -> LoadedPlan:
-        plan = self.stored.plan_file(graph)
+        plan = self.stored.locate_plan(graph)
         self._said.clear()
         try:
-            # Mapped: on a Jetson a copy would take of the memory that the weights are about to need.
+            # The file is mapped. On a Jetson, a copy would take memory that the weights need.
             with (
                 plan.open("rb") as file,
                 mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
                 memoryview(mapped) as content,
             ):
-                self.stored.check_plan(graph, hashlib.sha256(content).hexdigest())  # of what is deserialized
+                # Hash the same bytes that are deserialized.
+                self.stored.check_plan(graph, hashlib.sha256(content).hexdigest())
                 try:
                     loaded = LoadedPlan(self.library, self._runtime, content)
                 except EngineError as error:
                     advice = "run dit-build again, or free memory"
-                    raise EngineError(f"{plan}: {error} ({self._why()}); {advice}") from error
+                    raise EngineError(f"{plan}: {error} ({self._describe_errors()}); {advice}") from error
         except (OSError, ValueError) as error:
             raise EngineError(f"{plan}: cannot be read ({error}); run dit-build again") from error
         spec = self.manifest.graphs[graph]
@@ -149,42 +152,44 @@ class Device:
             if tensor.dtype != expected.get(name):
                 raise EngineError(
                     f"{plan}: has a tensor {name!r} of {tensor.dtype}, the bundle's {graph} has "
-                    f"{expected.get(name, 'none')}; run dit-build again"
+                    f"{expected.get(name, 'none of that name')}; run dit-build again"
                 )
         return loaded
 
-    def loads(self, graph: str) -> int:
-        """How often a graph that is on the device has been loaded; 0 where it is not there."""
+    def count_loads(self, graph: str) -> int:
+        """How often a graph has been loaded so far; 0 if the graph is not on the device now."""
         return self._loads[graph] if graph in self._loaded else 0
 
     def unload(self, graph: str) -> None:
-        """Free a graph's weights and what is made from them; a loop that is under way keeps its latents and table."""
-        self.cuda.synchronize(self.stream)  # its last call
+        """Free a graph's weights, contexts and CUDA graphs. Loops keep their latents and their conditioning tables."""
+        self.cuda.synchronize(self.stream)  # until the graph's last call is done
         self._drop(graph)
         self._loaded.pop(graph, None)
 
     def check_memory(self, batch: int) -> None:
-        """Say before the step is first loaded that a batch does not fit.
+        """Check before the step is first loaded that the device has memory for a batch.
 
         Raises:
-            EngineError: what it needs, what the device has, and the batch that would fit.
+            EngineError: the memory does not suffice; the message has the need, the device's memory, and the batch that
+                fits.
         """
         if not self._loads.get("step"):
             held = sum(self.stored.graphs[graph].weights_bytes for graph in self._loaded) + self.activations.size
-            check_engine(self.manifest, self.stored, device_bytes(self.cuda.device()) + held, batch)
+            check_engine(self.manifest, self.stored, available_bytes_of(self.cuda.read_device()) + held, batch)
 
     def make_room(self, size: int) -> None:
-        """Free other weights, the smallest first, then what is idle, while ``size`` bytes and a little more do not fit.
+        """Free memory until ``size`` bytes and ``SMALL_BYTES`` more are free.
 
-        Weights are loaded again when they are needed: slow, where another batch's labels bring the conditioner back
-        beside the step, but right. The weights of ``running`` stay.
+        The weights of other graphs than ``running`` are freed first, the smallest first, then the memory of idle loops.
+        Weights are loaded again when they are needed. That is slow where each batch needs the conditioner beside the
+        step, but the result is right.
 
         Raises:
-            EngineError: nothing is left to be freed.
+            EngineError: ``size`` bytes are not free, and nothing is left to free.
         """
         others = (graph for graph in self._loaded if graph != self.running)
-        held = sorted(others, key=lambda graph: self.stored_graph(graph).weights_bytes)
-        while (free := device_bytes(self.cuda.device())) < size + SMALL_BYTES:
+        held = sorted(others, key=lambda graph: self.find_stored_graph(graph).weights_bytes)
+        while (free := available_bytes_of(self.cuda.read_device())) < size + SMALL_BYTES:
             if held:
                 self.unload(held.pop(0))
             elif self._free_idle():
@@ -193,18 +198,22 @@ class Device:
                 return
             else:
                 raise EngineError(
-                    f"{self.name}: {in_words(size)} of the GPU's memory are needed, {in_words(free)} are free; end "
-                    "other programs, or use a smaller batch"
+                    f"{self.name}: {describe_bytes(size)} of the GPU's memory are needed, {describe_bytes(free)} are "
+                    "free; end other programs, or use a smaller batch"
                 )
 
-    def fit(self, graph: str, shapes: Mapping[str, Shape]) -> Fit:
-        """The profile that takes inputs of these shapes.
+    def find_fit(self, graph: str, shapes: Mapping[str, Shape]) -> Fit:
+        """Find the optimization profile that takes inputs of these shapes.
+
+        Args:
+            graph: name of the graph.
+            shapes: by input.
 
         Raises:
-            EngineError: there is none: the shapes, what there is, and how to have it built.
+            EngineError: no profile takes the shapes. The message has the shapes, the profiles, and how to build one.
         """
         profiles = self.profiles_of(graph)
-        if (found := profiles.fit(shapes, self.stored_graph(graph).activation_bytes)) is not None:
+        if (found := profiles.find_fit(shapes, self.find_stored_graph(graph).activation_bytes)) is not None:
             return found
         has = "; ".join(
             profiles.describe({name: (least, most) for name, (least, _, most) in each.items()})
@@ -212,34 +221,36 @@ class Device:
         )
         raise EngineError(
             f"{self.name}: no optimization profile of the {graph} takes "
-            f"{profiles.describe({name: (shape, shape) for name, shape in shapes.items()})}, only {has}; build for it "
-            "with dit-build (--batch, --branches, --rows, --decode-tile)"
+            f"{profiles.describe({name: (shape, shape) for name, shape in shapes.items()})}, only {has}; build an "
+            "engine that does with dit-build (--batch, --branches, --rows, --decode-tile)"
         )
 
     def start(self, context: Any) -> None:
-        """Queue a context's work.
+        """Queue the work of a context.
 
         Raises:
-            EngineError: the library refuses, with what it said.
+            EngineError: the library refuses. The message has the library's own errors.
         """
         self._said.clear()
         try:
             tensorrt_api.enqueue(context, self.stream)
         except EngineError as error:
-            raise EngineError(f"{self.name}: {error} ({self._why()}); run dit-verify on this engine") from error
+            raise EngineError(
+                f"{self.name}: {error} ({self._describe_errors()}); run dit-verify on this engine"
+            ) from error
 
     def give_activations(self, context: Any, loaded: LoadedPlan, profile: int) -> None:
-        """The block that all contexts share, as large as this one needs."""
-        self.activations.reserve(max(loaded.activation_bytes(profile), 1))
+        """Give a context the shared memory block for activations, made as large as this context needs."""
+        self.activations.reserve(max(loaded.activation_bytes_of(profile), 1))
         tensorrt_api.give_memory(context, self.activations.address, self.activations.size)
 
     def check_open(self) -> None:
         """Raises EngineError once the device is closed."""
         if not self.stream:
-            raise EngineError(f"{self.name}: is closed; open it again")
+            raise EngineError(f"{self.name}: the engine is closed; open it again")
 
     def close(self) -> None:
-        """Give back plans, activations and stream."""
+        """Free the plans, the activations and the stream."""
         if not self.stream:
             return
         for graph in list(self._loaded):
@@ -248,7 +259,7 @@ class Device:
         self.cuda.destroy_stream(self.stream)
         self.stream = 0
 
-    def _why(self) -> str:
+    def _describe_errors(self) -> str:
         return "; ".join(" ".join(message.split()) for message in self._said) or "no reason given"
 
     def _note(self, severity: str, message: str) -> None:

@@ -1,4 +1,4 @@
-"""TensorRT's plans on a GPU, as an engine: sessions for single calls, and a loop that stays on the device."""
+"""The engine that runs TensorRT's plans on a GPU: sessions for single calls, and a loop that stays on the device."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from dit_runtime.core.errors import EngineError
 
 
 class TensorRtEngine:
-    """Plans of ``dit-build`` on the GPU present. Close it to give the device's memory back.
+    """An engine on plans that ``dit-build`` made, on the GPU of this machine. Close it to free the device's memory.
 
     Args:
         bundle: at the size in use.
-        stored: of that bundle.
+        stored: plans of that bundle.
         library: TensorRT or TensorRT-RTX, imported.
         cuda: the GPU.
-        threads: for the record; the CPU computes nothing here.
-        captured: whether the loop's steps are CUDA graphs; False queues each kernel every time.
+        threads: for the record only; the CPU computes nothing.
+        captured: whether the loop captures its steps as CUDA graphs; False queues each kernel in every step.
 
     Raises:
-        EngineError: plans of another bundle, size, library, version or GPU, or a plan that is not what was built.
+        EngineError: the plans are of another bundle, image size, library, version or GPU.
     """
 
     _opened = False
@@ -43,11 +43,12 @@ class TensorRtEngine:
         threads: int = 0,
         captured: bool = True,
     ) -> None:
-        facts = cuda.device()
+        facts = cuda.read_device()
         if (stored.bundle, stored.image_size) != (bundle.digest, bundle.manifest.image_size):
+            built_for, here = (_size_in_words(size) for size in (stored.image_size, bundle.manifest.image_size))
             raise EngineError(
-                f"{stored.folder}: built from bundle {stored.bundle[:12]} for {_by(stored.image_size)} images, this "
-                f"is {bundle.digest[:12]} for {_by(bundle.manifest.image_size)}; run dit-build on this bundle"
+                f"{stored.folder}: built from bundle {stored.bundle[:12]} for {built_for} images, this is "
+                f"{bundle.digest[:12]} for {here}; run dit-build on this bundle"
             )
         stored.check_device(library.name, library.version, facts.compute_capability, facts.name)
         self.bundle, self.stored, self._captured = bundle, stored, captured
@@ -56,8 +57,7 @@ class TensorRtEngine:
         self._idle: list[DeviceLoop] = []
         name = f"{library.name} {library.version} {facts.name}, plans {stored.folder.name}"
         plans = sorted(graph.plan_sha256 for graph in stored.graphs.values())
-        self.device = Device(bundle.manifest, stored, library, cuda, name, self._drop, self._free_idle)
-        profiles = self.device.profiles
+        profiles = stored.profiles(bundle.manifest)
         self.info = EngineInfo(
             name=name,
             identity=f"{name}, {' '.join(plans)}, driver {facts.driver}",
@@ -67,23 +67,28 @@ class TensorRtEngine:
             precision=bundle.manifest.precision.name,
             graphs=tuple(stored.graphs),
             threads=threads,
-            max_batch=self.device.profiles_of("step").largest_batch,
+            max_batch=profiles["step"].largest_batch if "step" in profiles else None,
             profiles=profiles,
-            tile=stored.tile(bundle.manifest.model.latent_size),
+            tile=stored.tile_for(bundle.manifest.model.latent_size),
             loop_on_device=True,
         )
+        self.device = Device(bundle.manifest, stored, library, cuda, name, self._drop, self._free_idle)
         self._opened = True
 
     def session(self, graph: str) -> TensorRtSession:
-        """The session of a graph. Its plan is loaded when it runs."""
+        """The session of a graph. The graph's plan is loaded when the session runs.
+
+        Raises:
+            EngineError: the engine has no plan of the graph.
+        """
         with self.device.lock:
             if graph not in self._sessions:
-                self.device.stored_graph(graph)
+                self.device.find_stored_graph(graph)
                 self._sessions[graph] = TensorRtSession(self.device, graph)
             return self._sessions[graph]
 
     def open_loop(self, limits: TableLimits) -> DeviceLoop:
-        """A loop that stays on the device, for one batch at a time: one that is idle, with its graphs, or another."""
+        """Open a loop that stays on the device, for one batch: an idle loop with its CUDA graphs, or a further one."""
         with self.device.lock:
             self.device.check_open()
             self.device.running = None
@@ -96,17 +101,14 @@ class TensorRtEngine:
             return loop
 
     def release(self, graph: str) -> None:
-        """Free a graph's weights. It is loaded again when it is needed.
-
-        A loop that is under way has the step loaded again.
-        """
+        """As ``Engine.release``. The weights are loaded again when a session or a loop needs them."""
         with self.device.lock:
             if graph == "step":
                 self._free_idle()
             self.device.unload(graph)
 
     def close(self) -> None:
-        """Give back all that is held on the device. The engine cannot be used afterwards."""
+        """As ``Engine.close``."""
         with self.device.lock:
             for loop in self._loops:
                 loop.free()
@@ -122,18 +124,18 @@ class TensorRtEngine:
         self.close()
 
     def __del__(self) -> None:
-        # At the interpreter's end CUDA may be gone, and the driver frees what a process had.
+        # At the interpreter's end CUDA may be unloaded already; the driver then frees the process's memory.
         if self._opened and not sys.is_finalizing():
             self.close()
 
     def _give_back(self, loop: DeviceLoop) -> None:
-        """A batch is over and its loop idle."""
+        """Take a loop back whose batch is over: it is idle."""
         with self.device.lock:
             if loop in self._loops and loop not in self._idle:
                 self._idle.append(loop)
 
     def _free_idle(self) -> bool:
-        """Free the loops that are idle; False where none is."""
+        """Free the idle loops. Returns False where no loop is idle."""
         for loop in self._idle:
             loop.free()
             self._loops.remove(loop)
@@ -141,7 +143,7 @@ class TensorRtEngine:
         return freed
 
     def _drop(self, graph: str) -> None:
-        """Give back what holds a graph's weights."""
+        """Free all that refers to a graph's weights."""
         if graph in self._sessions:
             self._sessions[graph].free()
         if graph == "step":
@@ -149,5 +151,5 @@ class TensorRtEngine:
                 loop.drop_graphs()
 
 
-def _by(size: tuple[int, int]) -> str:
+def _size_in_words(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"

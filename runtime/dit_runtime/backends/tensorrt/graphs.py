@@ -1,7 +1,7 @@
-"""The step as CUDA graphs: one for each (batch, branches), with an execution context of its own.
+"""The step as CUDA graphs: one for each (batch, branches), each with its own execution context.
 
-A graph holds addresses. Its inputs are copied to them before it is launched, and its last node copies ``next_state``
-over ``state``.
+A CUDA graph holds addresses. The loop copies the step's inputs to these addresses before it launches the graph. The
+graph's last node copies ``next_state`` over ``state``.
 """
 
 from __future__ import annotations
@@ -20,21 +20,25 @@ from dit_runtime.backends.tensorrt.buffers import Layout
 from dit_runtime.backends.tensorrt.conditioning import DeviceTable
 from dit_runtime.backends.tensorrt.device import Device
 
-MOST_GRAPHS = 16  # batches of 1 to 8 with and without guidance; each holds a few hundred nodes and a context
+MOST_GRAPHS = 16  # enough for batches of 1 to 8 with and without guidance; each holds some hundred nodes and a context
 
 
 @dataclass(frozen=True)
 class _Step:
-    """The step at one (batch, branches): its context, and its captured graph, None where it is not captured."""
+    """The step at one (batch, branches): its context, and its CUDA graph; None where the step is not captured."""
 
     context: Any
     graph: int | None
 
 
 class StepGraphs:
-    """What launches the step. ``addresses`` are those of its tensors; ``inputs`` is where the small ones lie together.
+    """Prepare the step for each (batch, branches), and launch it. A caller of any method holds the device's lock.
 
-    Whoever calls a method holds the device's lock. ``captured``: whether the steps are CUDA graphs.
+    Args:
+        device: that runs the step.
+        table: the conditioning table on the device.
+        addresses: of the step's tensors by name; ``inputs`` is the address of all small inputs together.
+        captured: whether the steps are captured as CUDA graphs.
     """
 
     def __init__(self, device: Device, table: DeviceTable, addresses: Mapping[str, int], captured: bool) -> None:
@@ -44,31 +48,36 @@ class StepGraphs:
 
     @property
     def ready(self) -> list[BatchShape]:
-        """(batch, branches) of the steps that are ready, the last used last."""
+        """(batch, branches) of the steps that are prepared; the one used last is the last."""
         return list(self._steps)
 
     def launch(self, fit: Fit, layout: Layout) -> None:
-        """Queue the step at these shapes, with its small inputs laid out so; it is made ready where it is not."""
+        """Queue the step; prepare it first where it is not prepared for these shapes.
+
+        Args:
+            fit: the profile and the shapes of the step's inputs.
+            layout: of the step's small inputs.
+        """
         device = self._device
-        step = self._step(fit, layout)
+        step = self._prepare_step(fit, layout)
         if step.graph is None:
             self._queue(step.context, fit)
         else:
             device.cuda.launch(step.graph, device.stream)
 
     def free(self) -> None:
-        """Give graphs and contexts back."""
+        """Free the CUDA graphs and contexts."""
         for key in self.ready:
             self._forget(key)
 
     def _queue(self, context: Any, fit: Fit) -> None:
-        """The step's work: the network and the sampler, then the new state in the place of the old."""
+        """Queue the step's work: the network and the sampler, then a copy of the new state over the old."""
         device = self._device
         device.start(context)
         size = np.dtype(np.float32).itemsize * math.prod(fit.shapes["state"])
         device.cuda.copy(self._at["state"], self._at["next_state"], size, device.stream)
 
-    def _step(self, fit: Fit, layout: Layout) -> _Step:
+    def _prepare_step(self, fit: Fit, layout: Layout) -> _Step:
         device, cuda, stream = self._device, self._device.cuda, self._device.stream
         branches, batch = fit.shapes["rows"]
         device.running = "step"
@@ -81,18 +90,18 @@ class StepGraphs:
         loaded = device.load("step")
         device.activations.reserve(self._activation_bytes(batch))
         self._drop_stale()
-        context = loaded.new_context(fit.profile, cuda, stream)
+        context = loaded.make_context(fit.profile, cuda, stream)
         device.give_activations(context, loaded, fit.profile)
         addresses = {
             **self._at,
-            **{name: self._at["inputs"] + place.offset for name, place in layout.regions.items()},
+            **{name: self._at["inputs"] + region.offset for name, region in layout.regions.items()},
             device.manifest.table.name: self._table.address,
         }
         for name, tensor in loaded.tensors.items():
             tensorrt_api.bind(context, name, addresses[name], fit.shapes[name] if tensor.is_input else None)
         graph = None
         if self._captures:
-            # What the library does only once, such as loading kernels, must not be captured.
+            # Run once before the capture: the library's first run also loads kernels, which must not be captured.
             device.start(context)
             cuda.synchronize(stream)
             graph = self._capture(context, fit)
@@ -110,7 +119,10 @@ class StepGraphs:
             raise
 
     def _activation_bytes(self, batch: int) -> int:
-        """Those of all that this batch will run, so that their memory does not move in between."""
+        """Bytes for the activations of the step and of the decoder at this batch.
+
+        The block is made large enough for both, so that it does not move between them.
+        """
         device = self._device
         needs = [1]
         for graph in ("step", "decoder"):
@@ -123,13 +135,13 @@ class StepGraphs:
         return max(needs)
 
     def _drop_stale(self) -> None:
-        """Forget the steps when memory moved whose address they hold."""
+        """Free the prepared steps if memory whose address they hold has moved."""
         if (valid := (self._device.activations.moves, self._table.moves)) != self._valid_for:
             self.free()
             self._valid_for = valid
 
     def _forget(self, key: BatchShape) -> None:
         step = self._steps.pop(key)
-        self._device.cuda.synchronize(self._device.stream)  # its last launch
+        self._device.cuda.synchronize(self._device.stream)  # until its last launch is done
         if step.graph is not None:
             self._device.cuda.destroy_graph(step.graph)

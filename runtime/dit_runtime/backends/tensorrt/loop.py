@@ -1,9 +1,9 @@
 """The sampling loop on a device: latents, noise, coefficients, guidance, rows and conditioning table stay there.
 
-The device is never left without work until an image is finished or its latents are read. The host queues at most two
-steps ahead of it, so that progress is what it seems and an interrupt ends soon. The small inputs of a step are copied
-to the address that its graph reads: on the device, from a whole run's inputs that were uploaded once, or else from
-pinned memory.
+The device always has queued work, until an image is finished or latents are read. The host queues at most two steps
+ahead of the device, so that the progress bar is right and an interrupt ends soon. The small inputs of a step are copied
+to the addresses that its CUDA graph reads. For a run, the inputs of all steps are uploaded once, and copied within the
+device. Otherwise they are copied from pinned memory.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from dit_runtime.backends.base import Int32, RunInputs
 from dit_runtime.backends.conditioning import ConditioningTable, TableLimits
-from dit_runtime.backends.profiles import Fit, tensor_shapes
+from dit_runtime.backends.profiles import Fit, shapes_of_tensors
 from dit_runtime.backends.step import STATE_SLOTS
 from dit_runtime.backends.tensorrt.buffers import (
     DeviceBuffer,
@@ -32,16 +32,19 @@ from dit_runtime.core.errors import EngineError, SamplingError
 from dit_runtime.samplers.noise import Float32
 
 FLOAT32 = np.dtype(np.float32)
-SMALL = ("coefficients", "guidance", "rows")  # inputs of the step that change in every call and lie together
+SMALL = ("coefficients", "guidance", "rows")  # the step's inputs that change in every call; they share one layout
 
 
 class DeviceStepResult:
-    """What a call of the step gave, on the device until it is read."""
+    """``StepResult`` on the device. Reading it copies ``count`` images to the host.
+
+    ``number`` counts the loop's steps. Only the result of the last step can be read.
+    """
 
     at_hand = False
 
-    def __init__(self, steps: DeviceLoop, count: int, number: int) -> None:
-        self._steps, self._count, self._number = steps, count, number
+    def __init__(self, loop: DeviceLoop, count: int, number: int) -> None:
+        self._loop, self._count, self._number = loop, count, number
         self._values: tuple[Float32, Float32] | None = None
 
     @property
@@ -54,12 +57,19 @@ class DeviceStepResult:
 
     def _read(self) -> tuple[Float32, Float32]:
         if self._values is None:
-            self._values = self._steps.read(self._count, self._number)
+            self._values = self._loop.read(self._count, self._number)
         return self._values
 
 
 class DeviceLoop:
-    """``Steps`` on a device, for one batch at a time. Its table and graphs outlast the batch."""
+    """``base.Loop`` on a device, for one batch at a time. Its conditioning table and CUDA graphs outlast the batch.
+
+    Args:
+        device: that runs the step and the conditioner.
+        limits: of the conditioning table's memory.
+        closed: called with this loop when its batch is over.
+        captured: whether the steps are captured as CUDA graphs.
+    """
 
     looks_ahead = True
 
@@ -72,7 +82,7 @@ class DeviceLoop:
         ranges = device.profiles_of("step").ranges()
         self._most = max(each.largest[0] for each in ranges)
         self._image_bytes = size = FLOAT32.itemsize * math.prod(self._image)
-        self._widest = self._block(self._most, max(each.largest[1] for each in ranges))
+        self._widest = self._layout_of(self._most, max(each.largest[1] for each in ranges))
         cuda, stream = device.cuda, device.stream
         buffers = Layout(
             {
@@ -96,26 +106,26 @@ class DeviceLoop:
         try:
             self._buffers.reserve(buffers.size)
             self._staging.reserve(self._widest.size + self._most * size)
-            # Places without an image are computed too, where a profile begins at more images than there are.
+            # A profile may begin at more images than there are. The positions without an image are computed too.
             cuda.clear(self._buffers.address, buffers.size, stream)
         except EngineError:
             self.free()
             raise
-        self._at.update({name: self._buffers.address + place.offset for name, place in buffers.regions.items()})
+        self._at.update({name: self._buffers.address + region.offset for name, region in buffers.regions.items()})
 
     @property
     def graphs(self) -> list[tuple[int, int]]:
-        """(batch, branches) of the steps that are ready."""
+        """(batch, branches) of the steps that are prepared."""
         return self._graphs.ready
 
     def add(self, latents: Float32) -> None:
-        """As ``Steps.join``."""
+        """As ``Loop.add``."""
         device, cuda, stream = self._device, self._device.cuda, self._device.stream
         with device.lock:
             device.running = None
             device.check_memory(self._count + len(latents))
             count, size = len(latents), self._image_bytes
-            assert self._count + count <= self._most  # the pipeline has checked
+            assert self._count + count <= self._most  # Pipeline.check_batch made sure of it
             first = self._at["state"] + self._count * STATE_SLOTS * size
             cuda.clear(first, count * STATE_SLOTS * size, stream)
             cuda.clear(self._at["noise"], self._most * size, stream)
@@ -124,27 +134,27 @@ class DeviceLoop:
             views[...] = latents
             for index, view in enumerate(views):
                 cuda.upload(first + index * STATE_SLOTS * size, view, stream)
-            self._staging.sent()
+            self._staging.mark_sent()
             self._count += count
 
     def keep(self, positions: Sequence[int]) -> None:
-        """As ``Steps.leave``."""
+        """As ``Loop.keep``."""
         device, size = self._device, self._image_bytes
         with device.lock:
-            for place, index in enumerate(positions):
-                if place != index:
+            for position, index in enumerate(positions):
+                if position != index:
                     for name, each in (("state", STATE_SLOTS * size), ("noise", size)):
-                        target, source = self._at[name] + place * each, self._at[name] + index * each
+                        target, source = self._at[name] + position * each, self._at[name] + index * each
                         device.cuda.copy(target, source, each, device.stream)
             self._count = len(positions)
 
     def run_row(self, inputs: RunInputs, row: int, noise: Float32 | None) -> DeviceStepResult:
-        """As ``Steps.planned``: the inputs of all rows are uploaded once, and copied on the device from then on."""
+        """As ``Loop.run_row``. The inputs of all rows are uploaded at the first call, and then copied on the device."""
         device, cuda, stream = self._device, self._device.cuda, self._device.stream
         with device.lock:
             if inputs is not self._inputs:
                 self._upload(inputs)
-            fit, layout = self._fit(self._count, inputs.needed[row])
+            fit, layout = self._find_fit(self._count, inputs.needed[row])
             memory = self._staging.take()
             cuda.copy(self._at["inputs"], self._rows.address + row * self._widest.size, layout.size, stream)
             if noise is not None:
@@ -157,7 +167,7 @@ class DeviceLoop:
         """As ``Loop.run_step``."""
         device = self._device
         with device.lock:
-            fit, layout = self._fit(self._count, len(guidance))
+            fit, layout = self._find_fit(self._count, len(guidance))
             memory = self._staging.take()
             values = {"coefficients": coefficients, "guidance": guidance, "rows": rows}
             for name, value in values.items():
@@ -168,15 +178,21 @@ class DeviceLoop:
             return self._advance(fit, layout)
 
     def read(self, count: int, number: int) -> tuple[Float32, Float32]:
-        """``state`` and ``denoised`` of the call with that number, which must be the last.
+        """Copy ``state [B, 3, C, H, W]`` and ``denoised [B, C, H, W]`` of the last step to the host.
+
+        Args:
+            count: images B.
+            number: of the step; it must be the last one.
 
         Raises:
-            SamplingError: another call came after it.
+            SamplingError: the step is not the last one.
         """
         device, cuda, stream = self._device, self._device.cuda, self._device.stream
         with device.lock:
             if number != self._number:
-                raise SamplingError("latents of a step before the last are no longer on the device; read them in time")
+                raise SamplingError(
+                    "only the latents of the last step are on the device; read the latents of a step before the next"
+                )
             layout = Layout(
                 {
                     "next_state": ((count, STATE_SLOTS, *self._image), FLOAT32),
@@ -184,55 +200,55 @@ class DeviceLoop:
                 }
             )
             memory = self._results.reserve(layout.size)
-            views = {name: place.view(memory) for name, place in layout.regions.items()}
+            views = {name: region.view(memory) for name, region in layout.regions.items()}
             for name, view in views.items():
                 cuda.download(view, self._at[name], stream)
             cuda.synchronize(stream)
             return views["next_state"].copy(), views["denoised"].copy()
 
     def close(self) -> None:
-        """As ``Steps.close``: what is on the device is for the next batch."""
+        """As ``Loop.close``. The device memory is kept for the next batch."""
         with self._device.lock:
             try:
-                self._device.cuda.synchronize(self._device.stream)  # a step that was interrupted may have left copies
+                self._device.cuda.synchronize(self._device.stream)  # an interrupted step may have left queued copies
             finally:
                 self._count, self._inputs, self._number = 0, None, self._number + 1
                 self._closed(self)
 
     def drop_graphs(self) -> None:
-        """Give back what holds the step's weights. It is made again when the batch goes on."""
+        """Free the CUDA graphs, which refer to the step's weights. They are made again in the batch's next step."""
         self._graphs.free()
 
     def free(self) -> None:
-        """Give everything on the device back."""
+        """Free all memory of the loop."""
         self._graphs.free()
         for memory in (self._buffers, self._staging, self._results, self._rows, self._rows_host, self._memory):
             memory.free()
 
-    def _block(self, batch: int, branches: int) -> Layout:
-        """How a step's small inputs lie together, to be copied at once."""
+    def _layout_of(self, batch: int, branches: int) -> Layout:
+        """The layout of a step's small inputs in one block, which is copied as a whole."""
         inputs = {tensor.name: tensor for tensor in self._device.manifest.graphs["step"].inputs}
-        shapes = tensor_shapes((inputs[name] for name in SMALL), {"batch": batch, "branches": branches})
+        shapes = shapes_of_tensors((inputs[name] for name in SMALL), {"batch": batch, "branches": branches})
         return Layout({name: (shape, np.dtype(inputs[name].dtype)) for name, shape in shapes.items()})
 
-    def _fit(self, batch: int, branches: int) -> tuple[Fit, Layout]:
-        """The profile for so many images and branches, and how the small inputs lie in it."""
+    def _find_fit(self, batch: int, branches: int) -> tuple[Fit, Layout]:
+        """Find the step's profile for a batch, and the layout of the small inputs in that profile's shapes."""
         key = (batch, branches, self._memory.moves)
         if key not in self._fits:
             sizes = {"batch": batch, "branches": branches, "rows": self._memory.shape[0]}
-            fit = self._device.fit("step", tensor_shapes(self._device.manifest.graphs["step"].inputs, sizes))
-            self._fits[key] = fit, self._block(fit.shapes["rows"][1], fit.shapes["rows"][0])
+            fit = self._device.find_fit("step", shapes_of_tensors(self._device.manifest.graphs["step"].inputs, sizes))
+            self._fits[key] = fit, self._layout_of(fit.shapes["rows"][1], fit.shapes["rows"][0])
         return self._fits[key]
 
     def _upload(self, inputs: RunInputs) -> None:
-        """The inputs of all rows to the device, each laid out as its step reads it."""
+        """Upload the small inputs of all rows of a run, each in the layout of its step."""
         device, stride, count = self._device, self._widest.size, len(inputs.coefficients)
         size = stride * count
-        device.cuda.synchronize(device.stream)  # the inputs before
+        device.cuda.synchronize(device.stream)  # until the inputs of the run before are uploaded
         memory = self._rows_host.reserve(size)[:size].reshape(count, stride)
         self._rows.reserve(size)
         for row, branches in enumerate(inputs.needed):
-            _, layout = self._fit(self._count, branches)
+            _, layout = self._find_fit(self._count, branches)
             values: Mapping[str, Any] = {
                 "coefficients": inputs.coefficients[row],
                 "guidance": inputs.guidance[row, :branches],
@@ -243,21 +259,21 @@ class DeviceLoop:
         device.cuda.upload(self._rows.address, memory.reshape(-1), device.stream)
         self._inputs = inputs
 
-    def _upload_noise(self, memory: Any, noise: Float32, places: Sequence[int]) -> None:
-        """Noise ``[N, C, H, W]`` of these places, through staged memory."""
+    def _upload_noise(self, memory: Any, noise: Float32, positions: Sequence[int]) -> None:
+        """Upload noise ``[N, C, H, W]`` of the images at these positions, through pinned memory."""
         device, size, first = self._device, self._image_bytes, self._widest.size
         views = memory[first : first + noise.nbytes].view(np.float32).reshape(noise.shape)
         views[...] = noise
-        if len(places) == self._count:
+        if len(positions) == self._count:
             device.cuda.upload(self._at["noise"], views, device.stream)
             return
-        for place, view in zip(places, views, strict=True):
-            device.cuda.upload(self._at["noise"] + place * size, view, device.stream)
+        for position, view in zip(positions, views, strict=True):
+            device.cuda.upload(self._at["noise"] + position * size, view, device.stream)
 
     def _advance(self, fit: Fit, layout: Layout) -> DeviceStepResult:
-        """Queue the step. What it reads is queued already, of it what is staged since the last ``take``."""
+        """Queue the step. The copies of its inputs are queued already, some of them from the staged memory."""
         self._memory.settle()
         self._graphs.launch(fit, layout)
-        self._staging.sent()
+        self._staging.mark_sent()
         self._number += 1
         return DeviceStepResult(self, self._count, self._number)

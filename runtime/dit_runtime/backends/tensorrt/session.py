@@ -1,4 +1,4 @@
-"""A graph of a TensorRT engine for single calls: arrays in, arrays out."""
+"""The session of a TensorRT engine: single calls of one graph, arrays in and arrays out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dit_runtime.core.errors import EngineError
 
 
 class TensorRtSession:
-    """A graph for single calls: arrays in, arrays out. Threads take turns."""
+    """Single calls of one graph. Several threads may call it; one call runs at a time."""
 
     def __init__(self, device: Device, graph: str) -> None:
         self._device, self._graph = device, graph
@@ -25,10 +25,10 @@ class TensorRtSession:
         self._host = PinnedBuffer(device.cuda, device.stream)
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
-        """The named outputs. Inputs have the dtypes and shapes of the bundle's manifest.
+        """As ``Session.run``.
 
         Raises:
-            EngineError: no profile takes the shapes, another dtype, or the device failed.
+            EngineError: no profile takes the shapes, an input has another dtype, or the device failed.
         """
         with self._device.lock:
             return self._run(inputs, outputs)
@@ -37,10 +37,10 @@ class TensorRtSession:
         device, cuda, stream = self._device, self._device.cuda, self._device.stream
         spec = device.manifest.graphs[self._graph]
         arrays = {tensor.name: np.asarray(inputs[tensor.name]) for tensor in spec.inputs}
-        fit = device.fit(self._graph, {name: array.shape for name, array in arrays.items()})
+        fit = device.find_fit(self._graph, {name: array.shape for name, array in arrays.items()})
         loaded = device.load(self._graph)
-        cuda.synchronize(stream)  # a call that was interrupted may have left work with this context
-        context = loaded.context(fit.profile, cuda, stream)
+        cuda.synchronize(stream)  # an interrupted call may have left queued work of this context
+        context = loaded.context_for(fit.profile, cuda, stream)
         device.give_activations(context, loaded, fit.profile)
         taken = {name: array for name, array in arrays.items() if name in loaded.tensors}
         for name, array in taken.items():
@@ -50,17 +50,17 @@ class TensorRtSession:
                 )
         given = Layout({name: (fit.shapes[name], loaded.tensors[name].dtype) for name in taken})
         self._inputs.reserve(given.size)
-        for name, place in given.regions.items():
-            tensorrt_api.bind(context, name, self._inputs.address + place.offset, place.shape)
+        for name, region in given.regions.items():
+            tensorrt_api.bind(context, name, self._inputs.address + region.offset, region.shape)
         found = {
-            name: (tensorrt_api.output_shape(context, name), tensor.dtype)
+            name: (tensorrt_api.output_shape_of(context, name), tensor.dtype)
             for name, tensor in loaded.tensors.items()
             if not tensor.is_input
         }
         made = Layout(found)
         self._outputs.reserve(made.size)
-        for name, place in made.regions.items():
-            tensorrt_api.bind(context, name, self._outputs.address + place.offset)
+        for name, region in made.regions.items():
+            tensorrt_api.bind(context, name, self._outputs.address + region.offset)
         host = self._host.reserve(given.size + made.size)
         for name, array in taken.items():
             view = given[name].view(host)
@@ -71,23 +71,23 @@ class TensorRtSession:
         for name, result in zip(outputs, results, strict=True):
             cuda.download(result, self._outputs.address + made[name].offset, stream)
         cuda.synchronize(stream)
-        sizes = _sizes(spec, arrays)
+        sizes = _padded_sizes_of(spec, arrays)
         return [self._cut(spec, name, result, sizes) for name, result in zip(outputs, results, strict=True)]
 
     @staticmethod
     def _cut(spec: GraphSpec, name: str, value: Array, sizes: Mapping[str, int]) -> Array:
-        """A copy of an output without what was padded."""
+        """Copy an output without its padding."""
         (tensor,) = (tensor for tensor in spec.outputs if tensor.name == name)
         return value[tuple(slice(sizes.get(str(axis))) for axis in tensor.shape)].copy()
 
     def free(self) -> None:
-        """Give back what the calls used."""
+        """Free the memory that the calls used."""
         for memory in (self._inputs, self._outputs, self._host):
             memory.free()
 
 
-def _sizes(spec: GraphSpec, arrays: Mapping[str, Array]) -> dict[str, int]:
-    """The size of each axis that may be padded."""
+def _padded_sizes_of(spec: GraphSpec, arrays: Mapping[str, Array]) -> dict[str, int]:
+    """The size of each axis of ``PADDED`` that the inputs have."""
     return {
         axis: size
         for tensor in spec.inputs

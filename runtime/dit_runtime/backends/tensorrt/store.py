@@ -1,10 +1,11 @@
-"""The engine store: what ``dit-build`` wrote, read and checked before any of it is given to an inference library.
+"""Read the engine store. Everything in it is checked before any of it is given to an inference library.
 
-    engines/NAME/engine.json    the sidecar: what the plans were built from, with what and for what, and their hashes
-    engines/NAME/*.plan         one for each graph
+    engines/NAME/engine.json    the sidecar: what the plans were built from, with what, for what, and their hashes
+    engines/NAME/*.plan         a plan for each graph
 
-A plan is native code for one library, version and GPU. So a sidecar is untrusted until it is whole, a plan until it has
-the size and hash that the sidecar says, and neither is of use until ``StoredEngine.check_device`` has passed.
+A plan is native code for one library, version and GPU. So a sidecar is trusted only when all its values are valid, and
+a plan only when it has the size and hash that the sidecar names. ``StoredEngine.check_device`` must pass before either
+is used.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dit_runtime.backends.profiles import Profile, Profiles
-from dit_runtime.bundle.manifest import GraphSpec
+from dit_runtime.bundle.manifest import GraphSpec, Manifest
 from dit_runtime.bundle.reader import ENGINES, MANIFEST, Bundle
 from dit_runtime.core.decode import Amount, DecodeError, Natural, Positive, decode, read_json, schema_of
 from dit_runtime.core.errors import EngineError
@@ -24,17 +25,22 @@ from dit_runtime.core.files import sha256_of
 
 SCHEMA = 1
 SIDECAR = "engine.json"
-SIDECAR_LIMIT = 16 << 20  # bytes: far above any, and little to read
+SIDECAR_LIMIT = 16 << 20  # bytes: far more than any sidecar has, and quick to read
 PRODUCTS = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 
-Sizes = tuple[Natural, ...]  # a shape in a file
+Sizes = tuple[Natural, ...]  # a shape in the sidecar
 
 
 @dataclass(frozen=True)
 class StoredGraph:
-    """A plan: its file's name, size and hash, its optimization profiles, and what it takes of the device's memory.
+    """A plan: its file, its optimization profiles, and the device memory that it takes.
 
-    ``weights_bytes`` and, for each profile at its largest shapes, ``activation_bytes`` are the builder's own figures.
+    Attributes:
+        graph: name of the graph.
+        plan, plan_bytes, plan_sha256: the file's name, size and hash.
+        profiles: the optimization profiles.
+        weights_bytes: device memory of the weights, by the builder.
+        activation_bytes: device memory of the activations of each profile at its largest shapes, by the builder.
     """
 
     graph: str
@@ -46,17 +52,24 @@ class StoredGraph:
     activation_bytes: tuple[int, ...]
 
     def profiles_of(self, spec: GraphSpec) -> Profiles:
-        """The optimization profiles, with the axes as the manifest names them."""
+        """The optimization profiles, with the axis names of the graph's manifest entry."""
         return Profiles(spec.inputs, self.profiles)
 
 
 @dataclass(frozen=True)
 class StoredEngine:
-    """A folder of the store, by its sidecar.
+    """A set of plans in the engine store, as its sidecar describes it.
 
-    ``bundle`` is the digest of the bundle at image size ``image_size``; ``library`` and ``version`` are those of
-    ``tensorrt_api``; ``gpu`` and ``driver`` are None where the plans were built ahead of time, for any GPU of
-    ``compute_capability``.
+    Attributes:
+        folder: that holds the sidecar and the plans.
+        bundle: digest of the bundle that the plans were built from.
+        image_size: height and width of the images in pixels.
+        library, version: as in ``api.TensorRT``.
+        target: name of the target.
+        compute_capability: of the GPU, or several with commas between them.
+        gpu, driver: of the GPU; None for plans that were built ahead of time, for any GPU of that compute capability.
+        recipe: of ``dit-build``.
+        graphs: the plans by graph.
     """
 
     folder: Path
@@ -71,64 +84,86 @@ class StoredEngine:
     recipe: dict[str, Any]
     graphs: dict[str, StoredGraph]
 
-    def tile(self, latent_size: tuple[int, int]) -> tuple[int, int] | None:
-        """Height and width of the tiles that the decoder is for; None for whole images, or without a decoder."""
+    def profiles(self, manifest: Manifest) -> dict[str, Profiles]:
+        """The optimization profiles of each graph.
+
+        Raises:
+            EngineError: a plan is of a graph that the bundle does not have, or its profiles are of other inputs.
+        """
+        found = {}
+        for name, stored in self.graphs.items():
+            spec = manifest.graphs.get(name)
+            inputs = None if spec is None else {tensor.name: len(tensor.shape) for tensor in spec.inputs}
+            if spec is None or any(
+                {key: len(points[0]) for key, points in profile.items()} != inputs for profile in stored.profiles
+            ):
+                raise EngineError(
+                    f"{self.folder / SIDECAR}: its plan of the {name} does not fit the bundle's graphs; run "
+                    f"{self._make_command()}"
+                )
+            found[name] = stored.profiles_of(spec)
+        return found
+
+    def tile_for(self, latent_size: tuple[int, int]) -> tuple[int, int] | None:
+        """Height and width of the tiles that the decoder was built for; None for whole images, or without a decoder."""
         if "decoder" not in self.graphs:
             return None
         (height, width), *others = {tuple(each["latents"][2][2:]) for each in self.graphs["decoder"].profiles}
         return None if (height, width) == latent_size or others else (height, width)
 
-    def plan(self, graph: str) -> Path:
-        """The path of a graph's plan, checked against the sidecar: a plain file of its size, and its SHA-256.
+    def find_plan(self, graph: str) -> Path:
+        """The path of a graph's plan, with its size and SHA-256 checked against the sidecar.
 
         Raises:
-            EngineError: no such graph, or not the file that was built.
+            EngineError: the engine has no plan of the graph, or the file is not the one that was built.
         """
-        path = self.plan_file(graph)
+        path = self.locate_plan(graph)
         self.check_plan(graph, sha256_of(path))
         return path
 
-    def plan_file(self, graph: str) -> Path:
-        """The path of a graph's plan, a plain file of the size that the sidecar says; for ``check_plan``.
+    def locate_plan(self, graph: str) -> Path:
+        """The path of a graph's plan, with only its size checked. Call ``check_plan`` with the content's hash.
 
         Raises:
-            EngineError: no such graph, or not such a file.
+            EngineError: the engine has no plan of the graph, or the path is not a plain file of that size.
         """
         if graph not in self.graphs:
             raise EngineError(
-                f"{self.folder}: has no plan of the {graph}, only of {', '.join(self.graphs)}; run {self._command()}"
+                f"{self.folder}: has no plan of the {graph}, only of {', '.join(self.graphs)}; run "
+                f"{self._make_command()}"
             )
         stored = self.graphs[graph]
         path = self.folder / stored.plan
         if path.is_symlink() or not path.is_file():
-            raise EngineError(f"{path}: missing, or not a plain file; run {self._command()}")
+            raise EngineError(f"{path}: missing, or not a plain file; run {self._make_command()}")
         if (size := path.stat().st_size) != stored.plan_bytes:
-            raise EngineError(f"{path}: {size} bytes, expected {stored.plan_bytes}; run {self._command()}")
+            raise EngineError(f"{path}: {size} bytes, expected {stored.plan_bytes}; run {self._make_command()}")
         return path
 
     def check_plan(self, graph: str, sha256: str) -> None:
-        """Raises EngineError where a plan's content does not have the SHA-256 that the sidecar says."""
+        """Raises EngineError where the SHA-256 of a plan's content is not the sidecar's."""
         stored = self.graphs[graph]
         if sha256 != stored.plan_sha256:
             raise EngineError(
                 f"{self.folder / stored.plan}: altered (SHA-256 {sha256[:12]}…, expected {stored.plan_sha256[:12]}…); "
-                f"run {self._command()}"
+                f"run {self._make_command()}"
             )
 
     def check_device(self, library: str, version: str, compute_capability: str, gpu: str | None) -> None:
-        """Whether the plans can run here, asked before any is deserialized.
+        """Check that the plans can run here, before any of them is deserialized.
 
-        A plan of TensorRT needs the library's exact version and the GPU it was built on; one of TensorRT-RTX the exact
-        version and the compute capability it was built for, or one of them where they are several (``8.6,8.9``).
+        A plan of TensorRT needs the library's exact version, and the GPU that it was built on. A plan of TensorRT-RTX
+        needs the exact version, and one of the compute capabilities that it was built for (``8.6,8.9``).
 
         Args:
-            library: that would deserialize the plans, as ``tensorrt_api.TensorRT.name``.
-            version: the library's, as ``tensorrt_api.TensorRT.version``.
-            compute_capability: the GPU's, such as ``8.7``.
-            gpu: the GPU's name; None leaves it out of the comparison.
+            library: name of the library here, as ``api.TensorRT.name``.
+            version: its version, as ``api.TensorRT.version``.
+            compute_capability: of the GPU here, such as ``8.7``.
+            gpu: name of the GPU here; None is not compared.
 
         Raises:
-            EngineError: both values, and the command that builds for this device.
+            EngineError: the plans cannot run here. The message has both platforms, and the command that builds an
+                engine for this one.
         """
         same_library = (self.library, self.version) == (library, version)
         same_gpu = compute_capability in self.compute_capability.split(",")
@@ -136,47 +171,47 @@ class StoredEngine:
             same_gpu = gpu == self.gpu
         if same_library and same_gpu:
             return
-        built = described(self.library, self.version, self.compute_capability, self.gpu)
-        here = described(library, version, compute_capability, gpu)
-        command = self._command(library, compute_capability)
+        built = describe_platform(self.library, self.version, self.compute_capability, self.gpu)
+        here = describe_platform(library, version, compute_capability, gpu)
+        command = self._make_command(library, compute_capability)
         raise EngineError(f"{self.folder}: built for {built}, this is {here}; run {command}")
 
-    def _command(self, library: str | None = None, compute_capability: str | None = None) -> str:
-        """The command that builds this engine again, or for another library and compute capability."""
+    def _make_command(self, library: str | None = None, compute_capability: str | None = None) -> str:
+        """The command that builds this engine again, or builds it for another library and compute capability."""
         store = self.folder.parent
         if store.name == ENGINES and (store.parent / MANIFEST).is_file():
-            place = [str(store.parent)]
+            bundle = [str(store.parent)]
         else:
-            place = ["BUNDLE", "--store", str(store)]
+            bundle = ["BUNDLE", "--store", str(store)]
         target = ["--target", self.target]
         if (library or self.library) == "tensorrt_rtx":
             target = ["--target", "rtx", "--compute-capability", compute_capability or self.compute_capability]
         elif library is not None:
             target = ["--target", "this"]
         size = ["--size", f"{self.image_size[0]}x{self.image_size[1]}"]
-        return shlex.join(["dit-build", *place, *target, *size])
+        return shlex.join(["dit-build", *bundle, *target, *size])
 
 
-def described(library: str, version: str, compute_capability: str, gpu: str | None) -> str:
-    """What plans are for, in words: ``sm_87 (Orin) with TensorRT 10.3.0``."""
+def describe_platform(library: str, version: str, compute_capability: str, gpu: str | None) -> str:
+    """Describe what plans run on: ``sm_87 (Orin) with TensorRT 10.3.0``."""
     cores = ", ".join(f"sm_{item.replace('.', '')}" for item in compute_capability.split(","))
     return f"{cores}{f' ({gpu})' if gpu else ''} with {PRODUCTS.get(library, library)} {version}"
 
 
-def stored_engines(
+def read_engines(
     bundle: Bundle, store: Path | None = None, skipped: Callable[[str], None] | None = None
 ) -> list[StoredEngine]:
-    """The engines of a bundle at its size in use, sorted by folder; none of their plans is opened.
+    """Read the sidecars of a bundle's engines at its size in use, sorted by folder. No plan is opened.
 
     Args:
-        bundle: whose engines.
-        store: where they are kept; None is the bundle's own ``engines`` folder.
-        skipped: told of each folder whose sidecar is damaged, in a line.
+        bundle: at the size in use.
+        store: the engine store; None is the bundle's own ``engines`` folder.
+        skipped: called with a line for each folder whose sidecar is damaged.
     """
     engines = []
     for folder in sorted((store or bundle.engines).glob(f"*/{SIDECAR}")):
         try:
-            engine = stored_engine(folder.parent)
+            engine = read_engine(folder.parent)
         except EngineError as error:
             if skipped is not None:
                 skipped(str(error))
@@ -186,20 +221,20 @@ def stored_engines(
     return engines
 
 
-def stored_engine(folder: Path) -> StoredEngine:
-    """The engine of one folder, its sidecar checked to be whole.
+def read_engine(folder: Path) -> StoredEngine:
+    """Read and check the sidecar of one engine.
 
     Raises:
-        EngineError: no sidecar, of another schema, or damaged.
+        EngineError: there is no sidecar, or it is damaged or of another schema.
     """
     return engine_from_sidecar(folder, read_sidecar(folder))
 
 
 def read_sidecar(folder: Path) -> dict[str, Any]:
-    """A sidecar's JSON, with what only ``dit-build`` reads of it.
+    """Read a sidecar's JSON, with the fields that only ``dit-build`` uses.
 
     Raises:
-        EngineError: none there, no JSON, or of another schema.
+        EngineError: there is no sidecar, or it is not JSON or of another schema.
     """
     path = folder / SIDECAR
     try:
@@ -216,7 +251,7 @@ def read_sidecar(folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class GraphRecord:
-    """A graph as the sidecar's file has it. ``seconds`` and ``audit`` are for ``dit-build``."""
+    """A graph's entry in ``engine.json``. Only ``dit-build`` uses ``seconds`` and ``audit``."""
 
     graph: str
     plan: str
@@ -231,7 +266,7 @@ class GraphRecord:
 
 @dataclass(frozen=True)
 class EngineRecord:
-    """The sidecar's file. ``identity``, ``timing_cache`` and ``tf32`` are for ``dit-build``."""
+    """The content of ``engine.json``. Only ``dit-build`` uses ``identity``, ``timing_cache`` and ``tf32``."""
 
     schema: int
     bundle: str
@@ -250,7 +285,7 @@ class EngineRecord:
 
 
 def engine_from_sidecar(folder: Path, raw: Mapping[str, Any]) -> StoredEngine:
-    """Raises EngineError for a sidecar that does not hold together."""
+    """Make a ``StoredEngine`` from a sidecar's JSON. Raises EngineError where a value is missing or invalid."""
     try:
         record = decode(EngineRecord, raw)
         if not record.graphs:
@@ -266,17 +301,17 @@ def engine_from_sidecar(folder: Path, raw: Mapping[str, Any]) -> StoredEngine:
             gpu=record.gpu,
             driver=record.driver,
             recipe=record.recipe,
-            graphs={graph.graph: _stored_graph(graph) for graph in record.graphs},
+            graphs={graph.graph: _graph_from_record(graph) for graph in record.graphs},
         )
     except ValueError as error:
         raise EngineError(f"{folder / SIDECAR}: damaged ({error}); remove {folder} and run dit-build again") from error
 
 
-def _stored_graph(record: GraphRecord) -> StoredGraph:
-    """Raises ValueError for a plan outside the engine's folder, and profiles that no plan has."""
+def _graph_from_record(record: GraphRecord) -> StoredGraph:
+    """Raises ValueError for a plan outside the engine's folder, and for profiles that no plan can have."""
     plan = record.plan
     if plan in ("", ".", "..") or "\\" in plan or Path(plan).name != plan:
-        raise ValueError(f"plan {plan!r} leads out of its folder")
+        raise ValueError(f"plan {plan!r} is outside its engine's folder")
     if not record.profiles or len(record.activation_bytes) != len(record.profiles):
         raise ValueError(f"{len(record.activation_bytes)} activation sizes for {len(record.profiles)} profiles")
     for profile in record.profiles:
