@@ -38,7 +38,7 @@ def figures(onnx: Path, profiles: list[Shapes]) -> dict[str, Any]:
         onnx,
         profiles,
         log=lambda severity, message: lines.extend(message.splitlines()),
-        reported=lambda phase, done, steps: True,
+        report=lambda phase, done, steps: True,
         workspace_bytes=1 << 30,
         compute_capability="8.9",
     )

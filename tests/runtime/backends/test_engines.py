@@ -360,10 +360,10 @@ def test_a_graph_prepared_elsewhere_is_not_used(
     caplog.set_level(logging.INFO, "dit_runtime")
     inputs = step_inputs(fp16)
     here = prepared.read_processor()
-    monkeypatch.setattr(prepared, "processor", lambda: cpu.Processor("Other 9000", ("avx2",)))
+    monkeypatch.setattr(prepared, "read_processor", lambda: cpu.Processor("Other 9000", ("avx2",)))
     expected = stepped(opened(fp16, tmp_path), inputs)
     written = files(tmp_path)
-    monkeypatch.setattr(prepared, "processor", lambda: here)
+    monkeypatch.setattr(prepared, "read_processor", lambda: here)
     assert np.array_equal(stepped(opened(fp16, tmp_path), inputs), expected)
     (line,) = caplog.messages
     assert "step was prepared for" in line
@@ -549,7 +549,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     )
     monkeypatch.setattr(onnxruntime_engine, "import_onnxruntime", lambda: runtime)
     monkeypatch.setattr(onnxruntime_gpu, "has_nvidia_driver", lambda: True)
-    monkeypatch.setattr(onnxruntime_gpu, "environment", lambda: {"gpus": [{"name": "H100"}]})
+    monkeypatch.setattr(onnxruntime_gpu, "describe_environment", lambda: {"gpus": [{"name": "H100"}]})
     monkeypatch.setattr(GpuSession, "opened", ())
     return runtime
 

@@ -178,7 +178,7 @@ def test_what_others_took_is_not_believed(
     rank_by_speed(bundle)
     rank_by_speed(bundle, threads=1)
     assert len(timed) == 4
-    monkeypatch.setattr(choice, "machine", lambda: {"processor": "another"})
+    monkeypatch.setattr(choice, "describe_machine", lambda: {"processor": "another"})
     rank_by_speed(bundle)
     assert len(timed) == 6
     for record in (bundle.path / "engines" / "speeds").iterdir():
