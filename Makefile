@@ -1,11 +1,16 @@
 # make demo    install into .venv and run the whole job on the committed Fashion-MNIST model
-# make test    install into .venv, lint, and run the suite (no GPU, no network beyond the package index)
-# make test-py310   the runtime on Python 3.10
+# make lint    install into .venv; ruff and mypy
+# make test    install into .venv and run the suite (no GPU, no network beyond the package index)
+# make test-slow    what takes longer: real size, further exports and builds, whole grids and sweeps
+# make test-py310   the runtime's tests on Python 3.10
 # make bench   the real-size figures of DiT-XL/2
 PYTHON ?= python3
 PYTHON310 ?= python3.10
 VENV := .venv
 BIN := $(VENV)/bin
+# A test module runs on one worker, with the fixtures of its own; tests/conftest.py puts the longest first.
+WORKERS ?= $(shell nproc)
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 DEMO := build/demo
 # Python bindings without their libraries, FOLDER=REQUIREMENT: the contract tests look into each generation.
 BINDINGS := \
@@ -37,25 +42,25 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: install
 	$(BIN)/python benchmarks/fashion_mnist/demo.py --output $(DEMO)
 
-test: install lint
-	$(BIN)/python -m pytest
+test: install
+	$(PYTEST)
 
 test-slow: install
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
-# The runtime alone on JetPack 6's Python 3.10 with numpy 1.26: a bundle from here, verified and sampled there.
+# The runtime on JetPack 6's Python 3.10 with numpy 1.26, without torch: its tests, on bundles that are exported here.
 test-py310: install
-	$(BIN)/dit-export benchmarks/fashion_mnist/checkpoint --fp16 --no-verify -o build/py310.bundle
+	$(BIN)/python tests/support/exports.py build/py310
 	$(PYTHON310) -m venv .venv-py310
-	.venv-py310/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-py310.txt -e '.[cpu]'
-	.venv-py310/bin/dit-verify build/py310.bundle
-	.venv-py310/bin/dit-sample build/py310.bundle --labels Sneaker Bag --steps 10 -o build/py310.png
+	.venv-py310/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-py310.txt -e '.[cpu]' \
+	  filelock hypothesis onnx pytest
+	DIT_TEST_BUNDLES=build/py310 .venv-py310/bin/python -m pytest tests/runtime
 
 # On a device, in an environment that sees its TensorRT (docs/backends.md): $(PYTHON) runs the tests. Without torch,
 # DIT_BUNDLE=my.bundle takes the place of a model exported here.
 gpu-test:
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check -e . pytest
-	$(PYTHON) -m pytest -m gpu tests/test_gpu.py
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -e . filelock pytest
+	$(PYTHON) -m pytest -m gpu tests/runtime/backends/test_gpu.py
 
 lint: install
 	$(BIN)/ruff check .

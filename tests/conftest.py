@@ -26,6 +26,28 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GIVEN = "DIT_TEST_BUNDLES"  # a folder of tests/support/exports.py, for a Python that cannot export
 
+# Modules that take long, the longest first: a worker that comes to one of them last goes on alone.
+LONGEST = (
+    "export/graphs/test_variants.py",
+    "benchmarks/test_faults.py",
+    "export/bisect/test_bisect.py",
+    "engines/test_build.py",
+    "runtime/sampling/test_image_to_image.py",
+    "export/checkpoints/test_checkpoints.py",
+    "runtime/backends/test_device.py",
+    "export/test_api.py",
+    "test_bad_input.py",
+    "runtime/samplers/test_prediction.py",
+    "runtime/verify/test_verify.py",
+    "runtime/backends/test_engines.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest modules first, each module's tests in their order."""
+    rank = {Path(__file__).parent / name: index for index, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
+
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -10,12 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.commands import run_command
+from support.grids import grid
 
 
 @pytest.fixture
@@ -195,8 +197,13 @@ def test_no_torch_installed(checkpoint: Path) -> None:
     assert done.stderr.strip() == "dit-export: torch not installed; pip install 'dit-export[export]'"
 
 
-@pytest.mark.parametrize("moment", [0.5, 6.0])
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("stop", "moment"),
+    grid(
+        product((signal.SIGINT, signal.SIGTERM), (0.5, 6.0)),
+        fast=lambda stop, moment: (stop == signal.SIGINT) == (moment > 1),
+    ),
+)
 def test_ctrl_c_in_an_export(checkpoint: Path, tmp_path: Path, moment: float, stop: signal.Signals) -> None:
     """Interrupted early (reference) or later (tracing): exit 130, no folder left, an older bundle untouched."""
     output = tmp_path / "out.bundle"

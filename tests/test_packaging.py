@@ -57,6 +57,7 @@ def test_the_runtime_needs_numpy_and_pillow_only(bundles: dict[str, Path], tmp_p
     assert (tmp_path / "x.png").is_file()
 
 
+@pytest.mark.slow  # two builds
 def test_wheel_and_sdist(tmp_path: Path) -> None:
     """The sdist holds what it should, and the wheel built from it three packages with their type markers."""
     build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]

@@ -34,6 +34,7 @@ def benchmark() -> ModuleType:
     return module
 
 
+@pytest.mark.slow  # two builds
 def test_a_block_is_eight_kernels(benchmark: ModuleType, tmp_path: Path) -> None:
     """A block is 8 kernels and the rest 5, for one branch and for two, no stream waits, every attention is fused."""
     pytest.importorskip("tensorrt_rtx")

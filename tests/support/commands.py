@@ -32,7 +32,8 @@ MODULES = {
 def bindings(name: str) -> Path:
     """The folder of a generation's Python bindings, which ``make install`` puts there; skips the test without it."""
     folder = ROOT / "build" / "bindings" / name
-    if not folder.is_dir():
+    tags = [line for file in folder.glob("*.dist-info/WHEEL") for line in file.read_text().splitlines()]
+    if not [tag for tag in tags if tag.startswith((f"Tag: cp3{sys.version_info.minor}-", "Tag: py3-"))]:
         pytest.skip(f"{name}'s bindings are not installed: make install, with a Python that they have a wheel for")
     return folder
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -53,9 +54,9 @@ def run(name: str, work: Callable[[], int]) -> NoReturn:
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGALRM, _interrupt)
     sys.unraisablehook = _interrupt_again
-    _show_log()
     try:
-        code = work()
+        with _shown_log():
+            code = work()
     except DiTError as error:
         print(f"{name}: {error}", file=sys.stderr)
         code = 1
@@ -108,8 +109,15 @@ class _Lines(logging.Handler):
         print(record.getMessage(), file=sys.stderr)
 
 
-def _show_log() -> None:
-    logger = logging.getLogger("dit_runtime")
+@contextlib.contextmanager
+def _shown_log() -> Iterator[None]:
+    """While a command works, print what the library logs."""
+    logger, lines = logging.getLogger("dit_runtime"), _Lines()
+    level = logger.level
     logger.setLevel(logging.INFO)
-    if not any(isinstance(handler, _Lines) for handler in logger.handlers):
-        logger.addHandler(_Lines())
+    logger.addHandler(lines)
+    try:
+        yield
+    finally:
+        logger.removeHandler(lines)
+        logger.setLevel(level)

@@ -219,6 +219,10 @@ def read_table(path: Path) -> Schedule:
             schedule = _schedule_from_record(decode(_TableRecord, raw), path.stem)
         _check(schedule)
     except (ValueError, OverflowError) as error:
+        if isinstance(error.__cause__, OSError):
+            raise SamplingError(
+                f"{path}: cannot read this table ({error.__cause__.strerror}); expected a JSON file"
+            ) from error
         raise SamplingError(
             f"{path}: not a sampler's table ({error}); expected JSON with timesteps [U] and coefficients [T, 17], as "
             "dit-sample --write-table writes it"

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -107,15 +108,19 @@ def test_a_sound_bundle_needs_nothing(bundles: dict[str, Path]) -> None:
     assert "keep.txt" not in table
 
 
-def test_it_names_block_and_operation_and_the_list_mends_the_bundle(
-    overflowing: tuple[Path, Bundle], tmp_path: Path
-) -> None:
-    """Two faults in two blocks: exactly those units, the operations that overflow, the cost; and then it verifies."""
+@pytest.fixture(scope="module")
+def bisected(overflowing: tuple[Path, Bundle]) -> tuple[Path, dict[str, Any]]:
+    """The list that the command writes for both faults, and what it says of them."""
     checkpoint, bundle = overflowing
-    keep = tmp_path / "keep.txt"
+    keep = bundle.path.with_name("keep.txt")
     done = run_command("dit-export", checkpoint, "--bisect", bundle.path, "-o", keep, "--json")
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    return keep, json.loads(done.stdout)
+
+
+def test_it_names_block_and_operation(bisected: tuple[Path, dict[str, Any]]) -> None:
+    """Two faults in two blocks: exactly those units, the operations that overflow, and the cost."""
+    keep, found = bisected
     names = {item["unit"]: item["reasons"][0]["operation"] for item in found["findings"]}
     assert names == dict(FOUND[fault] for fault in (scores, first_product))
     assert all(rung["passed"] for rung in found["kept"])
@@ -127,6 +132,14 @@ def test_it_names_block_and_operation_and_the_list_mends_the_bundle(
         assert (before, after) == (2, 1)  # FP32 queries, keys and values are never fused
         assert found["cost"]["weights_bytes"][1] > found["cost"]["weights_bytes"][0]
     assert read_keep_list([str(keep)]) == ("blocks.0.attn", "blocks.1.mlp")
+
+
+@pytest.mark.slow  # an export
+def test_the_list_mends_the_bundle(
+    overflowing: tuple[Path, Bundle], bisected: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Exported with the list, the checkpoint verifies in FP16."""
+    checkpoint, keep = overflowing[0], bisected[0]
     mended = exported(checkpoint, tmp_path / "mended.bundle", "--keep-fp32", keep)  # verifies
     assert mended.manifest.precision.keep_fp32 == (*FP16.keep_fp32, "blocks.0.attn", "blocks.1.mlp")
     assert bisection_of(mended).findings == ()

@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from dit_export.checkpoints.sources import Checkpoint, Source, load_checkpoint
 from dit_export.checkpoints.weights import stored_from_tensor
 from safetensors.torch import load_file, save_file
 from support.commands import run_command
+from support.grids import grid
 from support.oracle import CONDITIONINGS, random_weights, sincos_positions
 
 from dit_runtime.core.errors import CheckpointError
@@ -112,13 +114,13 @@ def test_heads_of_the_papers_sizes_are_known(tmp_path: Path, vae: str) -> None:
 
 def test_the_trained_size_is_read_off_the_tables_values(tmp_path: Path, vae: str) -> None:
     """Whatever sizes are asked for, a table is taken for the grid whose values it has, square or not, FP16 or not."""
-    for grid in ((4, 4), (3, 5), (2, 8), (5, 3)):
+    for sides in ((4, 4), (3, 5), (2, 8), (5, 3)):
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            weights = {key: value.to(dtype) for key, value in weights_of(grid=grid).items()}
+            weights = {key: value.to(dtype) for key, value in weights_of(grid=sides).items()}
             file = saved(weights, tmp_path / "w.safetensors")
             asked = ((16, 64), (24, 40), (32, 32))
             found = loaded(file, vae, image_sizes=asked)
-            assert found.trained_size == (2 * grid[0], 2 * grid[1])
+            assert found.trained_size == (2 * sides[0], 2 * sides[1])
             for size in found.sizes:
                 expected = sincos_positions(size[0] // 2, size[1] // 2, 32)
                 exact = size == found.trained_size
@@ -548,8 +550,13 @@ AUTOENCODERS = {
 }
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("kind", AUTOENCODERS)
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    grid(
+        product(AUTOENCODERS, ("fp32", "fp16")),
+        fast=lambda *case: case in {("kl-without-quant", "fp16"), ("tiny", "fp32")},  # the tiny bundles have a "kl"
+    ),
+)
 def test_any_autoencoder(tmp_path: Path, kind: str, precision: str) -> None:
     """Decoder and encoder of each kind are diffusers' own, with its factors, at any size from one graph."""
     from dit_export.checkpoints.autoencoders import load_autoencoder

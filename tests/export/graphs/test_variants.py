@@ -6,6 +6,7 @@ The weights are the oracle's own, read from files by the exporter; nothing of th
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,8 @@ from dit_runtime.bundle.reader import Bundle, open_bundle
 from dit_runtime.verify.metrics import relative_error
 
 HEADS, CLASSES, WIDTH = 4, 10, 64
+SEVERAL_SIZES = ((32, 32), (24, 40), (48, 48))
+DEFAULT = {("adaln-zero", "fp16"), ("adaln", "fp16"), ("cross-attention", "fp16"), ("in-context", "fp32")}
 BETAS = np.linspace(1e-4, 0.02, 1000)
 # max|Δ| over the largest value; what was measured stands beside each comparison, the largest of all conditionings.
 FORWARD_LIMIT = {"fp32": 2e-6, "fp16": 2e-3}
@@ -107,23 +110,30 @@ def guidance_of(scale: float, batch: int, channels: int) -> np.ndarray:
     return weights
 
 
-@pytest.fixture(scope="module", params=CONDITIONINGS)
-def conditioning(request: pytest.FixtureRequest) -> str:
-    return request.param
+@pytest.fixture(scope="module")
+def variant(request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The bundle of a conditioning in a precision; in FP32 at three sizes, the trained one first."""
+    conditioning, precision = request.param
+    folder, fp16 = tmp_path_factory.mktemp("-".join(request.param)), precision == "fp16"
+    return exported(
+        folder, checkpoint, weights_of(conditioning), fp16, image_sizes=((32, 32),) if fp16 else SEVERAL_SIZES
+    )
 
 
-@pytest.fixture(scope="module", params=["fp32", "fp16"])
-def variant(
-    request: pytest.FixtureRequest, conditioning: str, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Bundle:
-    folder = tmp_path_factory.mktemp(f"{conditioning}-{request.param}")
-    return exported(folder, checkpoint, weights_of(conditioning), request.param == "fp16")
+def variants(*precisions: str) -> pytest.MarkDecorator:
+    """A test of every conditioning; each of these takes an export, and the default run takes four of eight."""
+    cases = [
+        pytest.param(case, id="-".join(case), marks=() if case in DEFAULT else pytest.mark.slow)
+        for case in product(CONDITIONINGS, precisions)
+    ]
+    return pytest.mark.parametrize("variant", cases, indirect=True)
 
 
-def test_a_forward_is_the_oracles(variant: Bundle, conditioning: str) -> None:
+@variants("fp32", "fp16")
+def test_a_forward_is_the_oracles(variant: Bundle) -> None:
     """Guided prediction on three channels, variance and the fourth channel of the conditional branch, any timestep."""
-    precision, weights = variant.manifest.precision.name, weights_of(conditioning)
-    assert variant.manifest.model.conditioning == conditioning
+    precision, conditioning = variant.manifest.precision.name, variant.manifest.model.conditioning
+    weights = weights_of(conditioning)
     random = np.random.default_rng(1)
     z = random.standard_normal((3, 4, 8, 8)).astype(np.float32)
     t, labels = [999.0, 500.0, 3.0], [0, 4, 9]
@@ -142,9 +152,11 @@ def of(conditioning: str) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
-def test_a_trajectory_is_the_oracles(variant: Bundle, conditioning: str, sampler: str) -> None:
+@variants("fp32", "fp16")
+def test_a_trajectory_is_the_oracles(variant: Bundle, sampler: str) -> None:
     """The official respaced loops, free-running from a seed, with guidance 1.5 on three channels."""
-    precision, weights, steps = variant.manifest.precision.name, weights_of(conditioning), 10
+    precision, conditioning = variant.manifest.precision.name, variant.manifest.model.conditioning
+    weights, steps = weights_of(conditioning), 10
     labels = torch.tensor([7, 2])
 
     def predict(z: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -163,6 +175,7 @@ def test_a_trajectory_is_the_oracles(variant: Bundle, conditioning: str, sampler
     assert max(errors) <= TRAJECTORY_LIMIT[precision]
 
 
+@variants("fp32", "fp16")
 def test_rtx_builds_each_variant(variant: Bundle, tmp_path: Path) -> None:
     """The real builder compiles every variant; in FP16 each self- and cross-attention is one fused kernel."""
     pytest.importorskip("tensorrt_rtx")
@@ -197,7 +210,7 @@ def test_sits_velocity_and_time(checkpoint: Path, tmp_path: Path) -> None:
     assert max(errors) <= TRAJECTORY_LIMIT["fp32"]  # measured: 2.7e-7
 
 
-@pytest.mark.parametrize("channels", ["3", "all"])
+@pytest.mark.parametrize("channels", [pytest.param("3", marks=pytest.mark.slow), "all"])  # an export for each
 def test_guidance_channels_are_recorded(checkpoint: Path, tmp_path: Path, channels: str) -> None:
     """``--guidance-channels`` overrides the reference's, and the manifest says so."""
     weights = weights_of("adaln-zero")
@@ -218,12 +231,11 @@ def test_guidance_channels_are_recorded(checkpoint: Path, tmp_path: Path, channe
     assert relative_error(first[1], expected.numpy()) <= TRAJECTORY_LIMIT["fp32"]  # measured: 6.3e-7
 
 
-@pytest.mark.parametrize("conditioning", ["adaln-zero", "in-context"])
-def test_several_sizes_on_one_weight_file(checkpoint: Path, tmp_path: Path, conditioning: str) -> None:
+@variants("fp32")
+def test_several_sizes_on_one_weight_file(variant: Bundle) -> None:
     """Other and non-square sizes have the official table's values at their grid, and share the first one's weights."""
-    weights = weights_of(conditioning)
-    bundle = exported(tmp_path, checkpoint, weights, image_sizes=((32, 32), (24, 40), (48, 48)))
-    graphs = bundle.path / "graphs"
+    conditioning = variant.manifest.model.conditioning
+    weights, graphs = weights_of(conditioning), variant.path / "graphs"
     assert {path.name for path in graphs.glob("*.weights")} == {
         "conditioner.weights",
         "step.weights",
@@ -234,8 +246,8 @@ def test_several_sizes_on_one_weight_file(checkpoint: Path, tmp_path: Path, cond
         inline = sum(t.ByteSize() for t in model.graph.initializer if not t.external_data)
         assert inline <= 60_000  # a table of 144 tokens is 36 864 bytes; the weights are 400 000
     random = np.random.default_rng(2)
-    for size in ((32, 32), (24, 40), (48, 48)):
-        at = bundle.at(size)
+    for size in SEVERAL_SIZES:
+        at = variant.at(size)
         latent = at.manifest.model.latent_size
         assert latent == (size[0] // 4, size[1] // 4)
         z = random.standard_normal((2, 4, *latent)).astype(np.float32)
@@ -263,6 +275,7 @@ def test_other_sizes_of_diffusers(sized_bundle: Path, transformer: DiTTransforme
     assert relative_error(np.concatenate([e, v], 1), output) <= FORWARD_LIMIT["fp32"]  # measured: 3.9e-7
 
 
+@pytest.mark.slow  # an export in a process of its own, at two sizes and with encoder
 def test_the_whole_job_with_the_command(checkpoint: Path, tmp_path: Path) -> None:
     """Golden records of a variant diffusers does not have, at two sizes, with encoder: exported, verified, sampled."""
     file, bundle = tmp_path / "cross.safetensors", tmp_path / "cross.bundle"
@@ -283,6 +296,7 @@ def test_the_whole_job_with_the_command(checkpoint: Path, tmp_path: Path) -> Non
     assert (manifest.defaults.sampler, manifest.defaults.steps) == ("ddpm", 250)
 
 
+@pytest.mark.slow  # another export; test_sits_velocity_and_time has one
 def test_a_sit_with_the_command(checkpoint: Path, tmp_path: Path) -> None:
     """A training checkpoint's EMA weights as a SiT: its own samplers in the records, its own defaults."""
     file, weights = tmp_path / "sit.pt", weights_of("adaln-zero")

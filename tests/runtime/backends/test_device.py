@@ -242,6 +242,7 @@ def test_an_engine_without_guidance_is_verified(bundles: dict[str, Path], tmp_pa
     bench.machine.check_closed()
 
 
+@pytest.mark.slow  # an export, and two builds for each of two tiles
 def test_an_engine_for_tiles_is_verified(checkpoint: Path, tmp_path: Path) -> None:
     """By a recorded tile, against PyTorch's decoding of that tile alone; one for other tiles says what is recorded."""
     path = tmp_path / "tiles.bundle"
@@ -928,3 +929,15 @@ def test_an_error_of_cuda_says_what_was_done() -> None:
     assert str(failure.value) == (
         "CUDA, allocating 1073741824 bytes: cudaErrorMemoryAllocation (out of memory); use a smaller batch"
     )
+
+
+def test_plans_of_other_graphs_are_refused(bench: Bench) -> None:
+    """A sidecar that does not fit the bundle's graphs is one line, and leaves nothing on the device."""
+    graphs = bench.stored.graphs
+    (profile,) = graphs["conditioner"].profiles
+    lacking = replace(graphs["conditioner"], profiles=({"labels": profile["labels"]},))
+    for altered in ({**graphs, "other": graphs["step"]}, {**graphs, "conditioner": lacking}):
+        stored = replace(bench.stored, graphs=altered)
+        with pytest.raises(EngineError, match=r"does not fit the bundle's graphs; run dit-build"):
+            TensorRtEngine(bench.bundle, stored, bench.machine.library, bench.machine.cuda)
+    assert len(bench.machine.queues) == 1  # the stream of the bench's own engine

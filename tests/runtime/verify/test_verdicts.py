@@ -9,13 +9,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.engines import info_of
 
 from dit_runtime.core.machine import describe_machine
 from dit_runtime.verify import speed
 from dit_runtime.verify.rung import Rung
 from dit_runtime.verify.verdicts import has_passed, path_of_verdict, read_verdicts, store_verdict
 
-ENGINE: Any = SimpleNamespace(name="an engine", identity="this very one")
+ENGINE: Any = SimpleNamespace(info=info_of("an engine", identity="this very one"))
 RUNGS = [
     Rung("blocks", 0.5, 1.0, "relative", "block 1", 1.5, 2.0, None, {"max_abs": 0.25}, "block", {"error": [0.5, 0.25]}),
     Rung("image", math.inf, 30.0, "dB", metrics={"ssim": 1.0}),

@@ -81,11 +81,10 @@ class Device:
         drop: Callable[[str], None],
         free_idle: Callable[[], bool],
     ) -> None:
-        self.stream = 0  # so that a device that could not be opened can be closed
         self.manifest, self.stored, self.library, self.cuda, self.name = manifest, stored, library, cuda, name
         self._drop, self._free_idle = drop, free_idle
         self.lock = threading.RLock()
-        self.profiles = {graph: plan.profiles_of(manifest.graphs[graph]) for graph, plan in stored.graphs.items()}
+        self._profiles = stored.profiles(manifest)
         self._said: list[str] = []
         # The logger must outlive the runtime, and the runtime its engines.
         self._logger = tensorrt_api.make_logger(library, self._note)
@@ -112,7 +111,7 @@ class Device:
     def profiles_of(self, graph: str) -> Profiles:
         """The optimization profiles of a graph. Raises EngineError where the engine has no plan of that graph."""
         self.find_stored_graph(graph)
-        return self.profiles[graph]
+        return self._profiles[graph]
 
     def load(self, graph: str) -> LoadedPlan:
         """Load a graph's plan, to be run next: check and deserialize it, unless it is on the device already.

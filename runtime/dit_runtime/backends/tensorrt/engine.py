@@ -57,8 +57,7 @@ class TensorRtEngine:
         self._idle: list[DeviceLoop] = []
         name = f"{library.name} {library.version} {facts.name}, plans {stored.folder.name}"
         plans = sorted(graph.plan_sha256 for graph in stored.graphs.values())
-        self.device = Device(bundle.manifest, stored, library, cuda, name, self._drop, self._free_idle)
-        profiles = self.device.profiles
+        profiles = stored.profiles(bundle.manifest)
         self.info = EngineInfo(
             name=name,
             identity=f"{name}, {' '.join(plans)}, driver {facts.driver}",
@@ -68,11 +67,12 @@ class TensorRtEngine:
             precision=bundle.manifest.precision.name,
             graphs=tuple(stored.graphs),
             threads=threads,
-            max_batch=self.device.profiles_of("step").largest_batch,
+            max_batch=profiles["step"].largest_batch if "step" in profiles else None,
             profiles=profiles,
             tile=stored.tile_for(bundle.manifest.model.latent_size),
             loop_on_device=True,
         )
+        self.device = Device(bundle.manifest, stored, library, cuda, name, self._drop, self._free_idle)
         self._opened = True
 
     def session(self, graph: str) -> TensorRtSession:

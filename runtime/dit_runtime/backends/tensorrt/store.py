@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dit_runtime.backends.profiles import Profile, Profiles
-from dit_runtime.bundle.manifest import GraphSpec
+from dit_runtime.bundle.manifest import GraphSpec, Manifest
 from dit_runtime.bundle.reader import ENGINES, MANIFEST, Bundle
 from dit_runtime.core.decode import Amount, DecodeError, Natural, Positive, decode, read_json, schema_of
 from dit_runtime.core.errors import EngineError
@@ -83,6 +83,26 @@ class StoredEngine:
     driver: str | None
     recipe: dict[str, Any]
     graphs: dict[str, StoredGraph]
+
+    def profiles(self, manifest: Manifest) -> dict[str, Profiles]:
+        """The optimization profiles of each graph.
+
+        Raises:
+            EngineError: a plan is of a graph that the bundle does not have, or its profiles are of other inputs.
+        """
+        found = {}
+        for name, stored in self.graphs.items():
+            spec = manifest.graphs.get(name)
+            inputs = None if spec is None else {tensor.name: len(tensor.shape) for tensor in spec.inputs}
+            if spec is None or any(
+                {key: len(points[0]) for key, points in profile.items()} != inputs for profile in stored.profiles
+            ):
+                raise EngineError(
+                    f"{self.folder / SIDECAR}: its plan of the {name} does not fit the bundle's graphs; run "
+                    f"{self._make_command()}"
+                )
+            found[name] = stored.profiles_of(spec)
+        return found
 
     def tile_for(self, latent_size: tuple[int, int]) -> tuple[int, int] | None:
         """Height and width of the tiles that the decoder was built for; None for whole images, or without a decoder."""
