@@ -1,12 +1,13 @@
-"""Where the error budget's thresholds come from: engines' errors over PyTorch's own, over many draws.
+"""Measure the thresholds of the error budget: the ratio of engines' errors to PyTorch's own, over many draws.
 
     python benchmarks/budget.py --draws 10 --output benchmarks/budget.json
 
-A draw makes the golden records anew, from other seeds, timesteps, labels and guidance scales (the first has a bundle's
-own), with PyTorch's own errors on them, and verifies FP32 and FP16 bundles of the Fashion-MNIST model and of a random
-one on each engine there is. Ratios of guided rungs are divided by what ``Budget.threshold`` allows their scale. The
-threshold of a kind of rung is twice the largest ratio of any draw, rounded up to two digits, and at least 1: as good as
-PyTorch is good enough. ``dit_export/reference/tolerances.py`` has them.
+Each draw makes new golden records from other seeds, timesteps, labels and guidance scales, with PyTorch's own errors on
+them. The first draw has the seeds and scales of an exported bundle. Each draw then verifies FP32 and FP16 bundles of
+the Fashion-MNIST model and of a random model on every engine that is installed. The ratios of guided rungs are divided
+by the factor that ``Budget.threshold_of`` allows for their guidance scale. The threshold of a kind of rung is twice the
+largest ratio of all draws, rounded up to two digits, and at least 1. ``dit_export/reference/tolerances.py`` holds the
+thresholds.
 """
 
 from __future__ import annotations
@@ -63,8 +64,8 @@ KINDS = {
 }
 
 
-def random_checkpoint(folder: Path) -> Path:
-    """A DiTPipeline with seeded random weights: 8 blocks of width 192, 16×16 latents, 100 classes."""
+def make_random_checkpoint(folder: Path) -> Path:
+    """Make a ``DiTPipeline`` folder with seeded random weights: 8 blocks of width 192, 16×16 latents, 100 classes."""
     from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
     transformer = DiTTransformer2DModel(
@@ -86,16 +87,16 @@ def random_checkpoint(folder: Path) -> Path:
     return folder
 
 
-def redrawn(bundle: Bundle, source: Source, draw: int) -> tuple[Bundle, float]:
-    """The bundle with other golden records, and the guidance scale of them."""
+def draw_records(bundle: Bundle, source: Source, draw: int) -> tuple[Bundle, float]:
+    """Replace a bundle's golden records by those of a draw; return the bundle and the records' guidance scale."""
     guidance = GUIDANCE[draw % len(GUIDANCE)]
-    plan = RecordSettings(2, 10, 6, 2, 10, seed=draw, guidance=guidance, forward_guidance=guidance)
-    measured = write_records(load_checkpoint(source), plan, bundle.path / GOLDEN, True, lambda: None)
-    return resigned(bundle, measured.floors), guidance
+    settings = RecordSettings(2, 10, 6, 2, 10, seed=draw, guidance=guidance, forward_guidance=guidance)
+    measured = write_records(load_checkpoint(source), settings, bundle.path / GOLDEN, True, lambda: None)
+    return update_manifest(bundle, measured.floors), guidance
 
 
-def resigned(bundle: Bundle, floors: dict[str, dict[str, list[float]]]) -> Bundle:
-    """The bundle with a manifest that vouches for the records that are there now."""
+def update_manifest(bundle: Bundle, floors: dict[str, dict[str, list[float]]]) -> Bundle:
+    """Write the present files' hashes and these floors into a bundle's manifest, and open the bundle again."""
     files = {
         name: FileSpec((bundle.path / name).stat().st_size, sha256_of(bundle.path / name))
         for name in bundle.manifest.files
@@ -129,22 +130,22 @@ def main() -> None:
     # engine → kind → guidance → ratios
     ratios: dict[str, dict[str, dict[float, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     with tempfile.TemporaryDirectory() as work, Progress("draws", 2 * args.draws) as bar:
-        models = {"fashion_mnist": DEMO, "random": random_checkpoint(Path(work) / "checkpoint")}
+        models = {"fashion_mnist": DEMO, "random": make_random_checkpoint(Path(work) / "checkpoint")}
         for model, checkpoint in models.items():
             source = Source(str(checkpoint))
             bundles = [
                 bundle_from_checkpoint(source, Path(work) / f"{model}-{precision.name}.bundle", precision, encoder=True)
                 for precision in (FP32, FP16)
             ]
-            # The graphs stay what they are, so the engines do too.
+            # The graphs do not change between draws, so the engines are opened once.
             engines = [list(engines_for(bundle)) for bundle in bundles]
             for draw in range(args.draws):
-                first, guidance = redrawn(bundles[0], source, draw)
+                first, guidance = draw_records(bundles[0], source, draw)
                 second = bundles[1]
                 for file in (first.path / GOLDEN).iterdir():
                     (second.path / GOLDEN / file.name).write_bytes(file.read_bytes())
                 floors = {name: dict(series) for name, series in first.manifest.floors.items()}
-                bundles = [first, resigned(second, floors)]
+                bundles = [first, update_manifest(second, floors)]
                 for bundle, found in zip(bundles, engines, strict=True):
                     for engine in found:
                         budget = Replay(bundle, engine).budget
@@ -158,7 +159,7 @@ def main() -> None:
                             ratios[f"{budget.precision}, {engine.info.name}"][kind][of_scale] += values
                 bar.advance()
                 print(f"{model}, draw {draw}: guidance {guidance:g}", flush=True)
-    report = {name: {kind: summary(scales) for kind, scales in kinds.items()} for name, kinds in ratios.items()}
+    report = {name: {kind: summarize(scales) for kind, scales in kinds.items()} for name, kinds in ratios.items()}
     print(
         f"{'engine':<44} {'rung':<15} {'ratios':>7} {'median':>7} {'p99':>7} {'largest':>8}  largest by guidance scale"
     )
@@ -173,7 +174,7 @@ def main() -> None:
     for name, kinds in report.items():
         precision = name.partition(",")[0]
         for kind, row in kinds.items():
-            wanted = rounded_up(2 * row["largest"])
+            wanted = round_up(2 * row["largest"])
             thresholds[precision][kind] = max(thresholds[precision].get(kind, 0.0), wanted)
     print(json.dumps(thresholds, indent=1))
     with replace_file(args.output) as file:
@@ -186,7 +187,7 @@ def main() -> None:
         file.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def summary(scales: dict[float, list[float]]) -> dict[str, object]:
+def summarize(scales: dict[float, list[float]]) -> dict[str, object]:
     values = np.concatenate([np.asarray(each) for each in scales.values()])
     return {
         "ratios": len(values),
@@ -197,8 +198,8 @@ def summary(scales: dict[float, list[float]]) -> dict[str, object]:
     }
 
 
-def rounded_up(value: float) -> float:
-    """To two digits; 1 at the least: as good as PyTorch is good enough."""
+def round_up(value: float) -> float:
+    """Round up to two digits; at least 1, because an engine need not be better than PyTorch."""
     value = max(value, 1.0)
     step = 10 ** (math.floor(math.log10(value)) - 1)
     return round(math.ceil(value / step - 1e-9) * step, 6)

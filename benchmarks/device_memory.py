@@ -1,14 +1,16 @@
-"""Device memory of DiT-XL/2 with the Stable Diffusion VAE at batch 1, FP16, by the builder's own figures.
+"""The device memory of DiT-XL/2 with the Stable Diffusion VAE at batch 1, in FP16, by the builder's figures.
 
     python benchmarks/device_memory.py
 
-TensorRT-RTX compiles ahead of time for SM 8.9, without a GPU: step with guidance profiles G=1 and G=2, decoder whole
-and for a tile. While an image is sampled the device holds the weights of both, one block of activations as large as
-the largest needs (they never run together), and the conditioning table, stated apart; the conditioner is gone.
+TensorRT-RTX compiles ahead of time for SM 8.9, without a GPU: the step with profiles for G=1 and G=2, and the decoder
+for whole images and for a tile. While an image is sampled, the device holds the weights of step and decoder, and one
+block of activations for both, because they never run together. The conditioning table comes on top, and is stated
+apart. The conditioner is freed before the loop.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import tempfile
@@ -23,22 +25,22 @@ from dit_export.graphs.tracing import step_axes, write_decoder
 
 from dit_runtime.backends.tensorrt.api import Shapes, import_library, plan_from_onnx
 from dit_runtime.bundle.manifest import ModelSpec
-from kernels import BRANCHES, ROWS, XL, Ablation, exported, table_dtype
+from kernels import BRANCHES, ROWS, XL, Ablation, dtype_of_table, export_step
 
 TILE = 32  # latent pixels: dit-build --decode-tile 32
 SIZES = {"256x256": 32, "512x512": 64}  # images, and the side of their latents
 STEPS = 50
 
 
-def figures(onnx: Path, profiles: list[Shapes]) -> dict[str, Any]:
-    """Bytes of weights, and of activations in each profile."""
+def measure(onnx: Path, profiles: list[Shapes]) -> dict[str, Any]:
+    """Compile a graph; return the bytes of its weights, and of the activations in each profile."""
     lines: list[str] = []
     plan_from_onnx(
         import_library("tensorrt_rtx"),
         onnx,
         profiles,
         log=lambda severity, message: lines.extend(message.splitlines()),
-        reported=lambda phase, done, steps: True,
+        report=lambda phase, done, steps: True,
         workspace_bytes=1 << 30,
         compute_capability="8.9",
     )
@@ -49,8 +51,8 @@ def figures(onnx: Path, profiles: list[Shapes]) -> dict[str, Any]:
     return {"weights": found("Weights")[0], "activations": found("Activation")[: len(profiles)]}
 
 
-def step_profiles(spec: ModelSpec) -> list[Shapes]:
-    axes = step_axes(spec, table_dtype(spec)).inputs
+def profiles_of_step(spec: ModelSpec) -> list[Shapes]:
+    axes = step_axes(spec, dtype_of_table(spec)).inputs
 
     def shape(name: str, branches: int, rows: int) -> tuple[int, ...]:
         free = {"batch": 1, "branches": branches, "rows": rows}
@@ -63,19 +65,21 @@ def step_profiles(spec: ModelSpec) -> list[Shapes]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
     report: dict[str, Any] = {}
     decoder = Decoder(load_checkpoint(Source("DiT-S/2-256", 0)).autoencoder, FP16).eval().requires_grad_(False)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         onnx = folder / write_decoder(folder, decoder).file
         decoders = {
-            side: figures(onnx, [{"latents": ((1, XL.latent_channels, side, side),) * 3}])
+            side: measure(onnx, [{"latents": ((1, XL.latent_channels, side, side),) * 3}])
             for side in sorted({TILE, *SIZES.values()})
         }
     for size, side in SIZES.items():
         with tempfile.TemporaryDirectory() as name:
             spec = replace(XL, latent_size=(side, side))
-            step = figures(Path(name) / exported(Ablation("", size), spec, Path(name)).file, step_profiles(spec))
+            step = measure(Path(name) / export_step(Ablation("", size), spec, Path(name)).file, profiles_of_step(spec))
         for decoded in sorted({TILE, side}):
             shared = max(*step["activations"], *decoders[decoded]["activations"])
             report[f"{size}, decoded {'whole' if decoded == side else f'in tiles of {TILE}'}"] = {

@@ -1,9 +1,9 @@
-"""Faults that engines and exporters have had, seeded one by one: which rung of the verification fails first.
+"""Seed faults that engines and exporters have had, one at a time, and show which rung of the verification fails first.
 
     python benchmarks/faults.py FP32.bundle FP16.bundle
 
-prints the catch table in Markdown. A fault is an edit of a graph, a wrong input or output of it, or a wrong table of
-the sampler; nothing of a bundle on disk is changed. ``tests/test_faults.py`` holds every fault to its rung.
+The script prints the catch table in Markdown. A fault is an edit of a graph, a wrong input or output of a graph, or a
+wrong schedule. No file of a bundle is changed. ``tests/benchmarks/test_faults.py`` checks the rung of every fault.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ IN_FP16_ONLY = "no fault in FP32"
 
 
 class Graph:
-    """A graph to edit: nodes and initializers by name."""
+    """A graph to edit. Its nodes and initializers are found by name."""
 
     def __init__(self, bundle: Bundle, name: str) -> None:
         self.model = onnx.load(bundle.graph(name))  # with its weights
@@ -69,13 +69,13 @@ class Graph:
         self.graph.initializer.append(tensor)
 
     def weight(self, node: str, change: Callable[[Array], Array]) -> None:
-        """Change the second input of a product."""
+        """Change the weights of a product, its second input."""
         name = self.node(node).input[1]
         self.put(name, change(self.array(name)).astype(self.array(name).dtype))
 
 
 class FaultyEngine(OnnxRuntimeEngine):
-    """ONNX Runtime with some graphs edited, and with wrong inputs and outputs of some."""
+    """ONNX Runtime with edits of some graphs, and with changes of some graphs' inputs and outputs."""
 
     def __init__(
         self,
@@ -117,18 +117,20 @@ class FaultySession:
 
 @dataclass(frozen=True)
 class Fault:
-    """A mistake, and the first rung that fails for it.
+    """A mistake, and the first rung that fails with it.
 
     Attributes:
-        name: what is wrong.
-        rung: the first that fails in FP32, and in FP16 unless ``fp16`` says otherwise.
-        where: a part of that rung's detail, which points at it.
-        edits, inputs, outputs: of graphs.
-        description: a change of the manifest.
-        patch: a module of the runtime, a name in it, and what takes its place.
-        fp16: ``BELOW``, ``NOT_THERE``, or another rung.
-        fp32: ``IN_FP16_ONLY``, or nothing.
-        graph: without which, as bundles are without an encoder, there can be no such fault.
+        name: the mistake in words.
+        rung: the first rung that fails in FP32, and in FP16 unless ``fp16`` names another.
+        where: a part of the rung's detail, which points at the mistake.
+        edits: by graph, a function that edits the graph.
+        inputs: by graph, a function that changes the inputs.
+        outputs: by graph, a function that changes the outputs.
+        description: a function that changes the manifest.
+        patch: a module of the runtime, a name in it, and its replacement.
+        fp16: ``BELOW``, ``NOT_THERE``, or the rung that fails in FP16; empty for ``rung``.
+        fp32: ``IN_FP16_ONLY``, or empty for ``rung``.
+        graph: the graph that the mistake is in. A bundle without it, such as without an encoder, has no such fault.
     """
 
     name: str
@@ -144,7 +146,7 @@ class Fault:
     graph: str = "step"
 
     def expected(self, precision: str) -> str:
-        """The rung, or why there is none."""
+        """The name of the rung that should fail in a precision, or the reason why none does."""
         return self.fp32 or self.rung if precision == "fp32" else self.fp16 or self.rung
 
     def first_failure(self, bundle: Bundle) -> Rung | None:
@@ -156,67 +158,67 @@ class Fault:
             return next((rung for rung in verify.verify(bundle, engine) if not rung.passed), None)
 
 
-def in_network(change: Callable[[Graph], None]) -> dict[str, Callable[[Graph], None]]:
-    """The same edit of the step and of the probe."""
+def edit_network(change: Callable[[Graph], None]) -> dict[str, Callable[[Graph], None]]:
+    """Edit the step and the probe in the same way."""
     return dict.fromkeys(NETWORK, change)
 
 
-def epsilon(node: str, value: float) -> Callable[[Graph], None]:
+def set_epsilon(node: str, value: float) -> Callable[[Graph], None]:
     def change(graph: Graph) -> None:
         next(item for item in graph.node(node).attribute if item.name == "epsilon").f = value
 
     return change
 
 
-def reordered(name: str, change: Callable[[Array], Array]) -> Callable[[Graph], None]:
-    """An initializer changed."""
+def edit_initializer(name: str, change: Callable[[Array], Array]) -> Callable[[Graph], None]:
+    """Change an initializer."""
     return lambda graph: graph.put(name, change(graph.array(name)))
 
 
-def frequencies(graph: Graph) -> None:
+def shift_frequencies(graph: Graph) -> None:
     half = len(graph.array("frequencies"))
     graph.put("frequencies", np.exp(-np.log(10000) * np.arange(half) / half).astype(np.float32))
 
 
-def swapped_features(graph: Graph) -> None:
+def swap_features(graph: Graph) -> None:
     node = graph.node("Concat")
     node.input[0], node.input[1] = node.input[1], node.input[0]
 
 
-def positions_transposed(table: Array) -> Array:
+def transpose_positions(table: Array) -> Array:
     side = int(np.sqrt(table.shape[1]))
     return table.reshape(1, side, side, -1).transpose(0, 2, 1, 3).reshape(table.shape)
 
 
-def positions_of_another_size(table: Array) -> Array:
-    """Those of a grid twice as large: the first corner of it."""
+def take_larger_positions(table: Array) -> Array:
+    """Take the positions of a grid twice as large, from its first corner."""
     side = int(np.sqrt(table.shape[1]))
     larger = table.reshape(1, side, side, -1).repeat(2, axis=1).repeat(2, axis=2)
     return larger[:, :side, :side].reshape(table.shape)
 
 
-def shift_for_scale(graph: Graph) -> None:
-    """The attention's shift and scale, of the first block, each in place of the other."""
+def swap_shift_and_scale(graph: Graph) -> None:
+    """Swap the shift and the scale of the first block's attention."""
     scale, shift = graph.node("blocks.0/Add"), graph.node("blocks.0/Add.1")
     scale.input[0], shift.input[1] = shift.input[1], scale.input[0]
 
 
-def another_gate(graph: Graph) -> None:
+def use_another_gate(graph: Graph) -> None:
     graph.node("blocks.1/Mul.1").input[0] = graph.node("blocks.0/Mul.1").input[0]
 
 
-def no_scale(graph: Graph) -> None:
+def drop_scale(graph: Graph) -> None:
     node = graph.node("blocks.1.attn/Mul")
     graph.put("one", np.ones((), graph.array(node.input[1]).dtype))
     node.input[1] = "one"
 
 
-def exact_gelu(graph: Graph) -> None:
+def use_exact_gelu(graph: Graph) -> None:
     graph.node("blocks.0.mlp/Gelu").attribute[0].s = b"none"
 
 
-def head_permuted(weight: Array) -> Array:
-    """The first head's values in reverse."""
+def permute_head(weight: Array) -> Array:
+    """Reverse the order of the first head's values."""
     changed = weight.copy()
     width = weight.shape[0]
     head = slice(2 * width, 2 * width + 32)
@@ -224,13 +226,13 @@ def head_permuted(weight: Array) -> Array:
     return changed
 
 
-def queries_for_keys(weight: Array) -> Array:
+def swap_queries_and_keys(weight: Array) -> Array:
     width = weight.shape[0]
     return np.concatenate([weight[:, width : 2 * width], weight[:, :width], weight[:, 2 * width :]], axis=1)
 
 
-def overflowing(graph: Graph) -> None:
-    """Values ×32768 and their projection ÷32768: the same function in FP32."""
+def make_overflow(graph: Graph) -> None:
+    """Multiply the values by 32768, and divide their projection by it: the same function in FP32."""
     width = graph.array(graph.node("blocks.1.attn.qkv/MatMul").input[1]).shape[0]
 
     def values(weight: Array) -> Array:
@@ -244,8 +246,8 @@ def overflowing(graph: Graph) -> None:
     graph.weight("blocks.1.attn.proj/MatMul", lambda weight: weight / weight.dtype.type(32768))
 
 
-def unpatchified_transposed(graph: Graph) -> None:
-    """Rows and columns inside of a patch exchanged on the way out."""
+def transpose_patches(graph: Graph) -> None:
+    """Swap rows and columns inside each patch of the output."""
     node = graph.node("Transpose.1")
     order = next(item for item in node.attribute if item.name == "perm")
     n, c, h, p, w, q = order.ints
@@ -253,89 +255,89 @@ def unpatchified_transposed(graph: Graph) -> None:
     order.ints.extend([n, c, h, q, w, p])
 
 
-def variance_of_null(graph: Graph) -> None:
+def take_null_variance(graph: Graph) -> None:
     graph.put("last", np.array(-1, np.int64))
     graph.node("Gather.4").input[1] = "last"
 
 
-def not_a_number(outputs: Arrays) -> Arrays:
+def put_nan(outputs: Arrays) -> Arrays:
     for value in outputs.values():
         if len(value) > 1:
             value[1] = np.nan
     return outputs
 
 
-def rolled(outputs: Arrays) -> Arrays:
+def roll_images(outputs: Arrays) -> Arrays:
     return {name: np.roll(value, 1, axis=0) for name, value in outputs.items()}
 
 
-def slots_exchanged(outputs: Arrays) -> Arrays:
+def swap_slots(outputs: Arrays) -> Arrays:
     changed = {name: value.copy() for name, value in outputs.items()}
     if "next_state" in changed:
         changed["next_state"][:, 1:] = changed["next_state"][:, :0:-1]
     return changed
 
 
-def gate_of_another_block(outputs: Arrays) -> Arrays:
+def swap_gates(outputs: Arrays) -> Arrays:
     (name, table), *_ = outputs.items()
     changed = table.copy()
     changed[:, 2], changed[:, 8] = table[:, 8], table[:, 2]
     return {name: changed}
 
 
-def label_moved(inputs: Arrays) -> Arrays:
+def move_label(inputs: Arrays) -> Arrays:
     return {**inputs, "labels": np.maximum(inputs["labels"] - 1, 0).astype(np.int32)}
 
 
-def null_row_is_class_0(inputs: Arrays) -> Arrays:
+def use_class_0_for_null(inputs: Arrays) -> Arrays:
     labels = inputs["labels"]
     return {**inputs, "labels": np.where(labels == 10, 0, labels).astype(np.int32)}
 
 
-def timestep_moved(inputs: Arrays) -> Arrays:
+def move_timestep(inputs: Arrays) -> Arrays:
     return {**inputs, "timesteps": (inputs["timesteps"] + 1).astype(np.float32)}
 
 
-def batch_guidance(inputs: Arrays) -> Arrays:
-    """Every image with the first one's rows of the table."""
+def use_first_rows(inputs: Arrays) -> Arrays:
+    """Give every image the first image's rows of the conditioning table."""
     return {**inputs, "rows": np.repeat(inputs["rows"][:, :1], inputs["rows"].shape[1], axis=1)}
 
 
-def vae_scale(graph: Graph) -> None:
+def drop_vae_scale(graph: Graph) -> None:
     name = next(item for item in graph.node("Mul").input if item != "latents")
     graph.put(name, np.ones_like(graph.array(name)))
 
 
-def truncated(graph: Graph) -> None:
+def truncate(graph: Graph) -> None:
     graph.node("Round").op_type = "Floor"
 
 
-def channels_reversed(outputs: Arrays) -> Arrays:
+def reverse_channels(outputs: Arrays) -> Arrays:
     return {name: value[..., ::-1] if name == "images" else value for name, value in outputs.items()}
 
 
-def constant_images(outputs: Arrays) -> Arrays:
+def make_constant(outputs: Arrays) -> Arrays:
     return {name: np.zeros_like(value) if name == "images" else value for name, value in outputs.items()}
 
 
-def mean_not_scaled(outputs: Arrays) -> Arrays:
+def unscale_mean(outputs: Arrays) -> Arrays:
     return {**outputs, "mean": outputs["mean"] / 0.9}
 
 
-def images_reversed(inputs: Arrays) -> Arrays:
+def reverse_images(inputs: Arrays) -> Arrays:
     return {"images": inputs["images"][..., ::-1]}
 
 
-def logarithm(outputs: Arrays) -> Arrays:
+def take_logarithm(outputs: Arrays) -> Arrays:
     return {**outputs, "std": np.log(outputs["std"])}
 
 
-def null_is(label: int) -> Callable[..., Any]:
+def set_null(label: int) -> Callable[..., Any]:
     original = replay_module.branch_rows
     return lambda labels, _, branches: original(labels, label, branches)
 
 
-def swapped_branches(labels: Array, null: int, branches: int) -> tuple[Array, Array]:
+def swap_branches(labels: Array, null: int, branches: int) -> tuple[Array, Array]:
     conditions, rows = ORIGINAL_ROWS(labels, null, branches)
     return conditions, rows[::-1]
 
@@ -343,8 +345,8 @@ def swapped_branches(labels: Array, null: int, branches: int) -> tuple[Array, Ar
 ORIGINAL_ROWS = replay_module.branch_rows
 
 
-def diffusion(**changes: Any) -> Callable[[Bundle], Bundle]:
-    """Other facts of the forward process in the manifest."""
+def change_diffusion(**changes: Any) -> Callable[[Bundle], Bundle]:
+    """Change facts of the forward process in the manifest."""
 
     def changed(bundle: Bundle) -> Bundle:
         manifest = bundle.manifest
@@ -353,8 +355,8 @@ def diffusion(**changes: Any) -> Callable[[Bundle], Bundle]:
     return changed
 
 
-def scheduled(sampler: str, change: Callable[[Array], None]) -> tuple[Any, str, Any]:
-    """Other coefficients ``[T, 17]`` of a sampler."""
+def change_schedule(sampler: str, change: Callable[[Array], None]) -> tuple[Any, str, Any]:
+    """Change the coefficients ``[T, 17]`` of a sampler."""
 
     def faulty(name: str, *args: Any, **options: Any) -> Schedule:
         schedule = schedule_for(name, *args, **options)
@@ -367,29 +369,29 @@ def scheduled(sampler: str, change: Callable[[Array], None]) -> tuple[Any, str, 
     return verify, "schedule_for", faulty
 
 
-def denoised_of_less(rows: Array) -> None:
+def shrink_denoised(rows: Array) -> None:
     rows[:, A_Z] *= 0.999
 
 
-def noise_too_large(rows: Array) -> None:
+def enlarge_noise(rows: Array) -> None:
     rows[:, NOISE] *= 1.01
 
 
-def variance_fixed(rows: Array) -> None:
+def fix_variance(rows: Array) -> None:
     rows[:, LOG_SIGMA_V] = 0
 
 
-def one_step_wrong(rows: Array) -> None:
+def spoil_step(rows: Array) -> None:
     rows[6, MATRIX] *= 1.001
     rows[6, INPUT] *= 1.001
 
 
-def noise_of_next_seed(seed: int) -> TorchNoise:
+def draw_from_next_seed(seed: int) -> TorchNoise:
     return TorchNoise(seed + 1)
 
 
-def noise_of_one_stream() -> Callable[[int], TorchNoise]:
-    """One stream for the whole batch, as a generator that is not one per image gives."""
+def draw_from_one_stream() -> Callable[[int], TorchNoise]:
+    """Draw the noise of the whole batch from one generator, instead of one for each image."""
     shared: list[TorchNoise] = []
 
     def stream(seed: int) -> TorchNoise:
@@ -401,146 +403,161 @@ def noise_of_one_stream() -> Callable[[int], TorchNoise]:
 
 
 FAULTS = (
-    # What a block is given.
-    Fault("sinusoids with exponent i/128 for i/127", "conditioner", edits={"conditioner": frequencies}),
-    Fault("sine and cosine exchanged", "conditioner", edits={"conditioner": swapped_features}),
-    Fault("conditioner: timestep one too large", "conditioner", inputs={"conditioner": timestep_moved}),
-    Fault("conditioner: label one too small", "conditioner", inputs={"conditioner": label_moved}),
-    Fault("conditioner: null class is class 0", "conditioner", inputs={"conditioner": null_row_is_class_0}),
+    # The inputs of the blocks.
+    Fault("sinusoids with exponent i/128 for i/127", "conditioner", edits={"conditioner": shift_frequencies}),
+    Fault("sine and cosine exchanged", "conditioner", edits={"conditioner": swap_features}),
+    Fault("conditioner: timestep one too large", "conditioner", inputs={"conditioner": move_timestep}),
+    Fault("conditioner: label one too small", "conditioner", inputs={"conditioner": move_label}),
+    Fault("conditioner: null class is class 0", "conditioner", inputs={"conditioner": use_class_0_for_null}),
     Fault(
         "gates of two blocks exchanged in the table",
         "conditioner",
         "block 0 attention gate",
-        outputs={"conditioner": gate_of_another_block},
+        outputs={"conditioner": swap_gates},
     ),
     Fault(
         "patches transposed",
         "embedding",
-        edits=in_network(reordered("patch_embed.weight", lambda weight: weight.transpose(0, 1, 3, 2))),
+        edits=edit_network(edit_initializer("patch_embed.weight", lambda weight: weight.transpose(0, 1, 3, 2))),
     ),
-    Fault("positions transposed", "embedding", edits=in_network(reordered("position", positions_transposed))),
+    Fault("positions transposed", "embedding", edits=edit_network(edit_initializer("position", transpose_positions))),
     Fault(
         "positions of another size",
         "embedding",
-        edits=in_network(reordered("position", positions_of_another_size)),
+        edits=edit_network(edit_initializer("position", take_larger_positions)),
     ),
-    # What it makes of it.
+    # The blocks.
     Fault(
         "attention norm's ε 1e-5 for 1e-6",
         "blocks",
         "first: block 1",
-        edits=in_network(epsilon("blocks.1.norm1/LayerNormalization", 1e-5)),
+        edits=edit_network(set_epsilon("blocks.1.norm1/LayerNormalization", 1e-5)),
         fp16=BELOW,
     ),
     Fault(
         "MLP norm's ε 1e-6 for 1e-5",
         "blocks",
         "first: block 0",
-        edits=in_network(epsilon("blocks.0.norm2/LayerNormalization", 1e-6)),
+        edits=edit_network(set_epsilon("blocks.0.norm2/LayerNormalization", 1e-6)),
         fp16=BELOW,
     ),
     Fault(
         "weights scaled until FP16 overflows",
         "blocks",
         "not finite: block 1",
-        edits=in_network(overflowing),
+        edits=edit_network(make_overflow),
         fp32=IN_FP16_ONLY,
     ),
     Fault(
         "a product's weights rounded to FP16",
         "blocks",
         "first: block 1",
-        edits=in_network(
+        edits=edit_network(
             lambda graph: graph.weight(
                 "blocks.1.mlp.fc1/MatMul", lambda weight: weight.astype(np.float16).astype(weight.dtype)
             )
         ),
         fp16=NOT_THERE,
     ),
-    Fault("adaLN: shift for scale", "blocks", "first: block 0", edits=in_network(shift_for_scale)),
-    Fault("gate of another block", "blocks", "first: block 1", edits=in_network(another_gate)),
-    Fault("softmax without its scale", "blocks", "first: block 1", edits=in_network(no_scale)),
+    Fault("adaLN: shift for scale", "blocks", "first: block 0", edits=edit_network(swap_shift_and_scale)),
+    Fault("gate of another block", "blocks", "first: block 1", edits=edit_network(use_another_gate)),
+    Fault("softmax without its scale", "blocks", "first: block 1", edits=edit_network(drop_scale)),
     Fault(
         "a head's values permuted",
         "blocks",
         "first: block 1",
-        edits=in_network(lambda graph: graph.weight("blocks.1.attn.qkv/MatMul", head_permuted)),
+        edits=edit_network(lambda graph: graph.weight("blocks.1.attn.qkv/MatMul", permute_head)),
     ),
     Fault(
         "queries for keys",
         "blocks",
         "first: block 0",
-        edits=in_network(lambda graph: graph.weight("blocks.0.attn.qkv/MatMul", queries_for_keys)),
+        edits=edit_network(lambda graph: graph.weight("blocks.0.attn.qkv/MatMul", swap_queries_and_keys)),
     ),
-    Fault("exact GELU for tanh's", "blocks", "first: block 0", edits=in_network(exact_gelu), fp16=BELOW),
+    Fault("exact GELU for tanh's", "blocks", "first: block 0", edits=edit_network(use_exact_gelu), fp16=BELOW),
     Fault(
         "a bias dropped",
         "blocks",
         "first: block 1",
-        edits=in_network(reordered("blocks.1.attn.proj.bias", np.zeros_like)),
+        edits=edit_network(edit_initializer("blocks.1.attn.proj.bias", np.zeros_like)),
     ),
     # The network.
     Fault(
         "last norm's ε 1e-5 for 1e-6",
         "forward G=1",
-        edits=in_network(epsilon("final_norm/LayerNormalization", 1e-5)),
+        edits=edit_network(set_epsilon("final_norm/LayerNormalization", 1e-5)),
         fp16=BELOW,
     ),
-    Fault("unpatchified transposed", "forward G=1", edits=in_network(unpatchified_transposed)),
-    Fault("one image of a batch is not a number", "forward G=1", "not finite", outputs={"step": not_a_number}),
-    Fault("images of a batch in another order", "forward G=1", outputs={"step": rolled}),
-    Fault("one condition for the whole batch", "forward G=1", inputs={"step": batch_guidance}),
-    Fault("guidance halves exchanged", "forward G=2", patch=(replay_module, "branch_rows", swapped_branches)),
-    Fault("wrong null class", "forward G=2", patch=(replay_module, "branch_rows", null_is(0))),
-    Fault("guidance on 3 of 4 channels", "forward G=2", "channel 3 of 4", description=diffusion(guidance_channels=3)),
-    Fault("variance of the null branch", "forward G=2 variance", edits=in_network(variance_of_null)),
+    Fault("unpatchified transposed", "forward G=1", edits=edit_network(transpose_patches)),
+    Fault("one image of a batch is not a number", "forward G=1", "not finite", outputs={"step": put_nan}),
+    Fault("images of a batch in another order", "forward G=1", outputs={"step": roll_images}),
+    Fault("one condition for the whole batch", "forward G=1", inputs={"step": use_first_rows}),
+    Fault("guidance halves exchanged", "forward G=2", patch=(replay_module, "branch_rows", swap_branches)),
+    Fault("wrong null class", "forward G=2", patch=(replay_module, "branch_rows", set_null(0))),
+    Fault(
+        "guidance on 3 of 4 channels",
+        "forward G=2",
+        "channel 3 of 4",
+        description=change_diffusion(guidance_channels=3),
+    ),
+    Fault("variance of the null branch", "forward G=2 variance", edits=edit_network(take_null_variance)),
     # The sampler.
-    Fault("the sampler's memory exchanged", "sampler update", "slot", outputs={"step": slots_exchanged}),
-    Fault("noise of another seed", "ddim noise", patch=(image_rungs, "TorchNoise", noise_of_next_seed)),
-    Fault("one stream of noise for the batch", "ddim noise", patch=(image_rungs, "TorchNoise", noise_of_one_stream())),
-    Fault("timesteps off by one", "ddim teacher-forced", "first: step 1;", description=diffusion(steps_offset=1)),
-    Fault("timesteps spaced otherwise", "ddim teacher-forced", description=diffusion(timestep_spacing="trailing")),
+    Fault("the sampler's memory exchanged", "sampler update", "slot", outputs={"step": swap_slots}),
+    Fault("noise of another seed", "ddim noise", patch=(image_rungs, "TorchNoise", draw_from_next_seed)),
+    Fault("one stream of noise for the batch", "ddim noise", patch=(image_rungs, "TorchNoise", draw_from_one_stream())),
+    Fault(
+        "timesteps off by one", "ddim teacher-forced", "first: step 1;", description=change_diffusion(steps_offset=1)
+    ),
+    Fault(
+        "timesteps spaced otherwise", "ddim teacher-forced", description=change_diffusion(timestep_spacing="trailing")
+    ),
     Fault(
         "last ᾱ is not one",
         "ddim teacher-forced",
         "first: step 50;",
-        description=diffusion(set_alpha_to_one=False),
+        description=change_diffusion(set_alpha_to_one=False),
     ),
     Fault(
         "denoised's coefficient",
         "ddim teacher-forced",
         "denoised",
-        patch=scheduled("ddim", denoised_of_less),
+        patch=change_schedule("ddim", shrink_denoised),
     ),
     Fault(
         "one step's coefficients",
         "ddim teacher-forced",
         "first: step 7;",
-        patch=scheduled("ddim", one_step_wrong),
+        patch=change_schedule("ddim", spoil_step),
     ),
-    Fault("noise too large", "ddpm teacher-forced", "next latents", patch=scheduled("ddpm", noise_too_large)),
-    Fault("learned variance ignored", "ddpm teacher-forced", "next latents", patch=scheduled("ddpm", variance_fixed)),
+    Fault("noise too large", "ddpm teacher-forced", "next latents", patch=change_schedule("ddpm", enlarge_noise)),
+    Fault(
+        "learned variance ignored", "ddpm teacher-forced", "next latents", patch=change_schedule("ddpm", fix_variance)
+    ),
     # The autoencoder and the images.
-    Fault("the VAE's scale left out", "decoder", edits={"decoder": vae_scale}),
+    Fault("the VAE's scale left out", "decoder", edits={"decoder": drop_vae_scale}),
     Fault(
         "a bias of the VAE dropped",
         "decoder",
-        edits={"decoder": reordered("decoder.conv_in.bias", np.zeros_like)},
+        edits={"decoder": edit_initializer("decoder.conv_in.bias", np.zeros_like)},
         fp16=BELOW,
     ),
-    Fault("levels truncated", "uint8 images", "-0.4", edits={"decoder": truncated}),
-    Fault("red and blue exchanged", "uint8 images", outputs={"decoder": channels_reversed}),
-    Fault("constant images", "uint8 images", outputs={"decoder": constant_images}),
-    Fault("the encoder's mean not scaled", "encoder", "first: mean", outputs={ENCODER: mean_not_scaled}, graph=ENCODER),
-    Fault("the encoder's channels reversed", "encoder", inputs={ENCODER: images_reversed}, graph=ENCODER),
+    Fault("levels truncated", "uint8 images", "-0.4", edits={"decoder": truncate}),
+    Fault("red and blue exchanged", "uint8 images", outputs={"decoder": reverse_channels}),
+    Fault("constant images", "uint8 images", outputs={"decoder": make_constant}),
+    Fault("the encoder's mean not scaled", "encoder", "first: mean", outputs={ENCODER: unscale_mean}, graph=ENCODER),
+    Fault("the encoder's channels reversed", "encoder", inputs={ENCODER: reverse_images}, graph=ENCODER),
     Fault(
-        "the encoder's deviation is a logarithm", "encoder", "first: std", outputs={ENCODER: logarithm}, graph=ENCODER
+        "the encoder's deviation is a logarithm",
+        "encoder",
+        "first: std",
+        outputs={ENCODER: take_logarithm},
+        graph=ENCODER,
     ),
 )
 
 
-def catch_table(bundles: Sequence[Bundle]) -> Iterator[str]:
-    """A Markdown table: of each fault the first rung that fails, in each bundle."""
+def iterate_catch_table(bundles: Sequence[Bundle]) -> Iterator[str]:
+    """Yield the lines of a Markdown table: for each fault, the first rung that fails in each bundle."""
     titles = [bundle.manifest.precision.name.upper() for bundle in bundles]
     yield f"| fault | {' | '.join(f'first to fail in {title}' for title in titles)} |"
     yield f"|---|{'---|' * len(bundles)}"
@@ -563,7 +580,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundles", type=Path, nargs="+")
     args = parser.parse_args()
-    for line in catch_table([open_bundle(path) for path in args.bundles]):
+    for line in iterate_catch_table([open_bundle(path) for path in args.bundles]):
         print(line, flush=True)
 
 

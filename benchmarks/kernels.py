@@ -67,21 +67,21 @@ class Ablation:
 # Attention: each takes x [N, T, D] and gives the mixed values [N, T, D], before the output projection.
 
 
-def by_head(x: Tensor, heads: int) -> Tensor:
+def split_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(2, (heads, -1)).transpose(1, 2)  # (N, h, T, d)
 
 
-def outermost(self: model.Attention, x: Tensor) -> Tensor:
+def attend_outermost(self: model.Attention, x: Tensor) -> Tensor:
     q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     return model.attend(q, k, v)
 
 
-def sliced(self: model.Attention, x: Tensor) -> Tensor:
-    q, k, v = (by_head(part, self.heads) for part in self.qkv(x).chunk(3, dim=2))
+def attend_sliced(self: model.Attention, x: Tensor) -> Tensor:
+    q, k, v = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=2))
     return model.attend(q, k, v)
 
 
-def columns_by_head(self: model.Attention, x: Tensor) -> Tensor:
+def attend_columns_by_head(self: model.Attention, x: Tensor) -> Tensor:
     weight, bias = (
         tensor.unflatten(0, (3, self.heads, -1)).transpose(0, 1).flatten(0, 2)
         for tensor in (self.qkv.weight, self.qkv.bias)
@@ -90,53 +90,53 @@ def columns_by_head(self: model.Attention, x: Tensor) -> Tensor:
     return model.attend(q, k, v)
 
 
-def in_place(self: model.Attention, x: Tensor) -> Tensor:
+def attend_without_transpose(self: model.Attention, x: Tensor) -> Tensor:
     q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).unbind(2)  # (N, T, h, d)
     scores = torch.einsum("bthd,bshd->bhts", q * q.shape[-1] ** -0.5, k)
     return torch.einsum("bhts,bshd->bthd", torch.softmax(scores.float(), dim=-1).to(v.dtype), v).flatten(2)
 
 
-def three_products(self: model.Attention, x: Tensor) -> Tensor:
+def attend_three_products(self: model.Attention, x: Tensor) -> Tensor:
     parts = zip(self.qkv.weight.chunk(3), self.qkv.bias.chunk(3), strict=True)
-    q, k, v = (by_head(F.linear(x, weight, bias), self.heads) for weight, bias in parts)
+    q, k, v = (split_heads(F.linear(x, weight, bias), self.heads) for weight, bias in parts)
     return model.attend(q, k, v)
 
 
-def batched_product(self: model.Attention, x: Tensor) -> Tensor:
+def attend_batched_product(self: model.Attention, x: Tensor) -> Tensor:
     weight = self.qkv.weight.unflatten(0, (3, 1, -1)).transpose(2, 3)  # (3, 1, D, D)
     product = x[None] @ weight + self.qkv.bias.unflatten(0, (3, 1, 1, -1))
-    q, k, v = (by_head(part, self.heads) for part in product.unbind(0))
+    q, k, v = (split_heads(part, self.heads) for part in product.unbind(0))
     return model.attend(q, k, v)
 
 
-def without_bias(self: model.Attention, x: Tensor) -> Tensor:
-    q, k, v = (by_head(F.linear(x, weight), self.heads) for weight in self.qkv.weight.chunk(3))
+def attend_without_bias(self: model.Attention, x: Tensor) -> Tensor:
+    q, k, v = (split_heads(F.linear(x, weight), self.heads) for weight in self.qkv.weight.chunk(3))
     return model.attend(q, k, v)
 
 
-def column_of_ones(self: model.Attention, x: Tensor) -> Tensor:
+def attend_column_of_ones(self: model.Attention, x: Tensor) -> Tensor:
     # Eight columns, of which one has the biases: FP16 products want multiples of 8.
     zeros = torch.zeros(self.qkv.out_features, 7, dtype=x.dtype)
     weight = torch.cat([self.qkv.weight, self.qkv.bias[:, None], zeros], dim=1)
     ones = torch.cat([x, torch.ones_like(x[..., :8])], dim=2)
-    q, k, v = (by_head(F.linear(ones, part), self.heads) for part in weight.chunk(3))
+    q, k, v = (split_heads(F.linear(ones, part), self.heads) for part in weight.chunk(3))
     return model.attend(q, k, v)
 
 
-def query_bias_alone(self: model.Attention, x: Tensor) -> Tensor:
+def attend_query_bias_alone(self: model.Attention, x: Tensor) -> Tensor:
     # Softmax does not see the keys' bias, and the values' can go through the output projection into its own.
     q, k, v = F.linear(x, self.qkv.weight).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     return model.attend(q + self.qkv.bias.chunk(3)[0].unflatten(0, (self.heads, 1, -1)), k, v)
 
 
-def projected(attention: Attention) -> dict[tuple[Any, str], Callable[..., Any]]:
+def replace_attention(attention: Attention) -> dict[tuple[Any, str], Callable[..., Any]]:
     return {(model.Attention, "forward"): lambda self, x: self.proj(attention(self, x))}
 
 
 # The scale of the scores: each takes queries, keys and values [N, h, T, d].
 
 
-def attended_by(scores: Callable[[Tensor, Tensor], Tensor]) -> dict[tuple[Any, str], Callable[..., Any]]:
+def replace_scores(scores: Callable[[Tensor, Tensor], Tensor]) -> dict[tuple[Any, str], Callable[..., Any]]:
     def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         mixed = torch.softmax(scores(q, k).float(), dim=-1).to(v.dtype) @ v
         return mixed.transpose(1, 2).flatten(2)
@@ -147,16 +147,16 @@ def attended_by(scores: Callable[[Tensor, Tensor], Tensor]) -> dict[tuple[Any, s
 # Norm, modulation, products.
 
 
-def written_out(self: torch.nn.LayerNorm, x: Tensor) -> Tensor:
+def normalize_written_out(self: torch.nn.LayerNorm, x: Tensor) -> Tensor:
     centred = x - x.mean(dim=-1, keepdim=True)
     return centred * torch.rsqrt((centred * centred).mean(dim=-1, keepdim=True) + self.eps)
 
 
-def gathered_by_block(self: model.Step, condition: Tensor, index: int) -> Tensor:
+def gather_for_block(self: model.Step, condition: Tensor, index: int) -> Tensor:
     return condition.unflatten(1, (-1, 2)).index_select(1, torch.arange(3 * index, 3 * index + 3)).flatten(1, 2)
 
 
-def flat_product(self: torch.nn.Linear, x: Tensor) -> Tensor:
+def multiply_flat(self: torch.nn.Linear, x: Tensor) -> Tensor:
     flat = torch.addmm(self.bias, x.flatten(0, -2), self.weight.T)  # one Gemm
     return flat.unflatten(0, x.shape[:-1])
 
@@ -164,14 +164,14 @@ def flat_product(self: torch.nn.Linear, x: Tensor) -> Tensor:
 # Ends of the step.
 
 
-def patch_product(self: torch.nn.Conv2d, z: Tensor) -> Tensor:
+def embed_by_product(self: torch.nn.Conv2d, z: Tensor) -> Tensor:
     side = self.kernel_size[0]
     h, w = z.shape[2] // side, z.shape[3] // side
     patches = z.unflatten(2, (h, side)).unflatten(4, (w, side)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
     return F.linear(patches, self.weight.flatten(1), self.bias).transpose(1, 2).unflatten(2, (h, w))
 
 
-def plain_sum(x: Tensor, guidance: Tensor) -> Tensor:
+def sum_plainly(x: Tensor, guidance: Tensor) -> Tensor:
     return (guidance[..., None, None] * x).sum(0)
 
 
@@ -179,7 +179,7 @@ def sum_by_product(x: Tensor, guidance: Tensor) -> Tensor:
     return torch.einsum("gbc,gbchw->bchw", guidance, x)
 
 
-def unrolled_update(
+def update_slot_by_slot(
     state: Tensor, noise: Tensor, coefficients: Tensor, e: Tensor, v: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     assert v is not None
@@ -192,7 +192,7 @@ def unrolled_update(
 # Tokens before images in the residual stream, [T, N, D]: then heads of all images have one stride.
 
 
-def tokens_first(attention: Attention) -> dict[tuple[Any, str], Callable[..., Any]]:
+def put_tokens_first(attention: Attention) -> dict[tuple[Any, str], Callable[..., Any]]:
     def block(self: model.Block, x: Tensor, condition: Tensor) -> Tensor:
         half = self.attn.qkv.weight.dtype
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = condition.unbind(1)  # each (N, D)
@@ -218,10 +218,10 @@ def tokens_first(attention: Attention) -> dict[tuple[Any, str], Callable[..., An
         e = model.guide(x[:, :, : self.spec.latent_channels], guidance)
         return model.sampler_update(state, noise, coefficients, e, x[0, :, self.spec.latent_channels :])
 
-    return {(model.Block, "forward"): block, (model.Step, "forward"): forward, **projected(attention)}
+    return {(model.Block, "forward"): block, (model.Step, "forward"): forward, **replace_attention(attention)}
 
 
-def tokens_first_layout(bias: bool) -> Attention:
+def attend_tokens_first(bias: bool) -> Attention:
     def attention(self: model.Attention, x: Tensor) -> Tensor:
         product = F.linear(x, self.qkv.weight, self.qkv.bias if bias else None)
         q, k, v = (part.unflatten(2, (self.heads, -1)).permute(1, 2, 0, 3) for part in product.chunk(3, dim=2))
@@ -230,49 +230,55 @@ def tokens_first_layout(bias: bool) -> Attention:
     return attention
 
 
-def ablations() -> Iterator[Ablation]:
+def iterate_ablations() -> Iterator[Ablation]:
     yield Ablation("", AS_EXPORTED)
     group = "queries, keys, values"
-    yield Ablation(group, OUTERMOST, projected(outermost))
-    yield Ablation(group, "slices of the product, each transposed", projected(sliced))
-    yield Ablation(group, "columns in the order [h, 3, d]", projected(columns_by_head))
-    yield Ablation(group, "no transpose: einsum on [N, T, h, d]", projected(in_place))
-    yield Ablation(group, "three products", projected(three_products))
-    yield Ablation(group, "one batched product, weights [3, D, D]", projected(batched_product))
+    yield Ablation(group, OUTERMOST, replace_attention(attend_outermost))
+    yield Ablation(group, "slices of the product, each transposed", replace_attention(attend_sliced))
+    yield Ablation(group, "columns in the order [h, 3, d]", replace_attention(attend_columns_by_head))
+    yield Ablation(group, "no transpose: einsum on [N, T, h, d]", replace_attention(attend_without_transpose))
+    yield Ablation(group, "three products", replace_attention(attend_three_products))
+    yield Ablation(group, "one batched product, weights [3, D, D]", replace_attention(attend_batched_product))
     group = "their bias"
-    yield Ablation(group, "left out", projected(without_bias), exact=False)
-    yield Ablation(group, "of the queries alone", projected(query_bias_alone), exact=False)
-    yield Ablation(group, "as a row of the weights, beside a column of ones", projected(column_of_ones))
+    yield Ablation(group, "left out", replace_attention(attend_without_bias), exact=False)
+    yield Ablation(group, "of the queries alone", replace_attention(attend_query_bias_alone), exact=False)
+    yield Ablation(group, "as a row of the weights, beside a column of ones", replace_attention(attend_column_of_ones))
     group = "tokens before images"
-    yield Ablation(group, "slices of the product", tokens_first(tokens_first_layout(True)))
-    yield Ablation(group, "the same, bias left out", tokens_first(tokens_first_layout(False)), exact=False)
+    yield Ablation(group, "slices of the product", put_tokens_first(attend_tokens_first(True)))
+    yield Ablation(group, "the same, bias left out", put_tokens_first(attend_tokens_first(False)), exact=False)
     group = "scale of the scores"
-    yield Ablation(group, "none, as if in the weights", attended_by(lambda q, k: q @ k.transpose(2, 3)), exact=False)
-    yield Ablation(group, "after the product", attended_by(lambda q, k: (q @ k.transpose(2, 3)) * q.shape[-1] ** -0.5))
+    yield Ablation(group, "none, as if in the weights", replace_scores(lambda q, k: q @ k.transpose(2, 3)), exact=False)
+    yield Ablation(
+        group, "after the product", replace_scores(lambda q, k: (q @ k.transpose(2, 3)) * q.shape[-1] ** -0.5)
+    )
     root = XL.width // XL.heads
     yield Ablation(
-        group, "on queries and keys", attended_by(lambda q, k: (q * root**-0.25) @ (k * root**-0.25).transpose(2, 3))
+        group, "on queries and keys", replace_scores(lambda q, k: (q * root**-0.25) @ (k * root**-0.25).transpose(2, 3))
     )
     group = "norm, modulation, products"
-    yield Ablation(group, "LayerNorm written out", {(torch.nn.LayerNorm, "forward"): written_out})
-    yield Ablation(group, "a gather for each block", {(model.Step, "condition_for_block"): gathered_by_block})
-    yield Ablation(group, "Gemm of flat tokens", {(torch.nn.Linear, "forward"): flat_product})
+    yield Ablation(group, "LayerNorm written out", {(torch.nn.LayerNorm, "forward"): normalize_written_out})
+    yield Ablation(group, "a gather for each block", {(model.Step, "condition_for_block"): gather_for_block})
+    yield Ablation(group, "Gemm of flat tokens", {(torch.nn.Linear, "forward"): multiply_flat})
     group = "ends"
-    yield Ablation(group, "patch embedding as a matrix product", {(torch.nn.Conv2d, "forward"): patch_product})
-    yield Ablation(group, PLAIN_SUM, {(model, "guide"): plain_sum})
+    yield Ablation(group, "patch embedding as a matrix product", {(torch.nn.Conv2d, "forward"): embed_by_product})
+    yield Ablation(group, PLAIN_SUM, {(model, "guide"): sum_plainly})
     yield Ablation(group, "branches added by a matrix product", {(model, "guide"): sum_by_product})
-    yield Ablation(group, "sampler update slot by slot", {(model, "sampler_update"): unrolled_update})
+    yield Ablation(group, "sampler update slot by slot", {(model, "sampler_update"): update_slot_by_slot})
     group = "builder"
     for level in (0, 5):
         yield Ablation(group, f"optimization level {level}", config={"builder_optimization_level": level})
     yield Ablation(group, "no auxiliary streams", config={"max_aux_streams": 0})
-    yield Ablation(group, "no auxiliary streams, product as [3, …]", projected(outermost), {"max_aux_streams": 0})
+    yield Ablation(
+        group, "no auxiliary streams, product as [3, …]", replace_attention(attend_outermost), {"max_aux_streams": 0}
+    )
     for conditioning in ("adaln", "cross-attention", "in-context"):
         yield Ablation(conditioning, "as exported", conditioning=conditioning)
-        yield Ablation(conditioning, "product as [3, …]", projected(outermost), conditioning=conditioning)
+        yield Ablation(
+            conditioning, "product as [3, …]", replace_attention(attend_outermost), conditioning=conditioning
+        )
 
 
-def exported(ablation: Ablation, spec: ModelSpec, folder: Path) -> GraphSpec:
+def export_step(ablation: Ablation, spec: ModelSpec, folder: Path) -> GraphSpec:
     """The step's graph in ``folder``."""
     shapes = {
         name: shape
@@ -281,7 +287,7 @@ def exported(ablation: Ablation, spec: ModelSpec, folder: Path) -> GraphSpec:
     }
     weights = {name: stored.read() for name, stored in random_tensors(shapes, 0).items()}
     position = official_table(spec.width, spec.grid)
-    axes = step_axes(spec, table_dtype(spec))
+    axes = step_axes(spec, dtype_of_table(spec))
     with ExitStack() as stack:
         for (owner, name), function in ablation.replaced.items():
             stack.enter_context(patch.object(owner, name, function))
@@ -290,11 +296,11 @@ def exported(ablation: Ablation, spec: ModelSpec, folder: Path) -> GraphSpec:
     return save_model(graph, folder, "step", axes)
 
 
-def table_dtype(spec: ModelSpec) -> torch.dtype:
+def dtype_of_table(spec: ModelSpec) -> torch.dtype:
     return torch.float16 if spec.conditioning == "cross-attention" else torch.float32
 
 
-def compiled(onnx: Path, spec: ModelSpec, config: Mapping[str, int]) -> dict[str, Any]:
+def compile_step(onnx: Path, spec: ModelSpec, config: Mapping[str, int]) -> dict[str, Any]:
     """Counts of a batch of 1, per profile, and the plan's size."""
     import tensorrt_rtx as trt
 
@@ -320,7 +326,7 @@ def compiled(onnx: Path, spec: ModelSpec, config: Mapping[str, int]) -> dict[str
     settings.set_compute_capability(trt.ComputeCapability.SM89, 0)
     for name, value in config.items():
         setattr(settings, name, value)
-    axes = step_axes(spec, table_dtype(spec)).inputs
+    axes = step_axes(spec, dtype_of_table(spec)).inputs
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
         free = {"batch": 1, "branches": -1, "rows": -1}
@@ -340,13 +346,13 @@ def compiled(onnx: Path, spec: ModelSpec, config: Mapping[str, int]) -> dict[str
     activations = [int(found[1]) for line in lines if (found := re.match(r"Total Activation Memory: (\d+)", line))]
     return {
         "profiles": [
-            counted(lines, index) | {"activation_bytes": activations[index]} for index in range(len(BRANCHES))
+            count_kernels(lines, index) | {"activation_bytes": activations[index]} for index in range(len(BRANCHES))
         ],
         "plan_bytes": plan.nbytes,
     }
 
 
-def counted(lines: list[str], profile: int) -> dict[str, int]:
+def count_kernels(lines: list[str], profile: int) -> dict[str, int]:
     """Kernels of a profile in the builder's list of layers, and waits and signals of its streams beside them."""
     counts = {"kernels": 0, "waits_signals": 0, "fused_attention": 0}
     for line in lines:
@@ -358,20 +364,20 @@ def counted(lines: list[str], profile: int) -> dict[str, int]:
     return counts
 
 
-def measured(ablation: Ablation, depths: tuple[int, ...], work: Path) -> dict[str, Any]:
+def measure(ablation: Ablation, depths: tuple[int, ...], work: Path) -> dict[str, Any]:
     """A row: counts at each depth."""
     row: dict[str, Any] = {"group": ablation.group, "name": ablation.name, "exact": ablation.exact}
     for depth in depths:
         with tempfile.TemporaryDirectory(dir=work) as folder:
             spec = replace(XL, depth=depth, conditioning=ablation.conditioning)
-            graph = exported(ablation, spec, Path(folder))
-            row[f"blocks_{depth}"] = compiled(Path(folder) / graph.file, spec, ablation.config)
+            graph = export_step(ablation, spec, Path(folder))
+            row[f"blocks_{depth}"] = compile_step(Path(folder) / graph.file, spec, ablation.config)
         profiles = [tuple(profile.values()) for profile in row[f"blocks_{depth}"]["profiles"]]
         print(f"{ablation.group}: {ablation.name}, {depth} blocks: {profiles}", file=sys.stderr, flush=True)
     return row
 
 
-def table(figures: Mapping[str, Any]) -> str:
+def format_table(figures: Mapping[str, Any]) -> str:
     """The figures in Markdown: what a block adds, and the ends."""
     lines = [
         f"{figures['label']}; {figures['builder']}; DiT-XL/2-256's width, FP16, batch 1; G = 1 / G = 2.",
@@ -422,23 +428,25 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="keep the rows that the output has already")
     args = parser.parse_args()
     if args.table:
-        print(table(json.loads(args.table.read_text(encoding="utf-8"))))
+        print(format_table(json.loads(args.table.read_text(encoding="utf-8"))))
         return
     import tensorrt_rtx
 
     args.output.parent.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Any] = {"label": LABEL, "builder": f"tensorrt_rtx {tensorrt_rtx.__version__}"}
-    rows = [("ablations", DEPTHS, a) for a in ablations() if args.only is None or args.only in f"{a.group} {a.name}"]
-    rows += [("whole", (XL.depth,), a) for a in ablations() if args.only is None and a.name in WHOLE]
+    rows = [
+        ("ablations", DEPTHS, a) for a in iterate_ablations() if args.only is None or args.only in f"{a.group} {a.name}"
+    ]
+    rows += [("whole", (XL.depth,), a) for a in iterate_ablations() if args.only is None and a.name in WHOLE]
     figures |= {"ablations": [], "whole": []}
     if args.resume and args.output.exists():
         figures |= json.loads(args.output.read_text(encoding="utf-8"))
     for part, depths, ablation in rows:
         if (ablation.group, ablation.name) in [(row["group"], row["name"]) for row in figures[part]]:
             continue
-        figures[part].append(measured(ablation, depths, args.output.parent))
+        figures[part].append(measure(ablation, depths, args.output.parent))
         args.output.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    print(table(figures))
+    print(format_table(figures))
 
 
 if __name__ == "__main__":

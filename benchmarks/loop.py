@@ -1,9 +1,9 @@
-"""What sampling costs outside the engine's calls, on a real bundle; and what a guidance interval saves.
+"""Measure the cost of sampling outside the engine's calls, on a bundle, and the saving of a guidance interval.
 
     python benchmarks/loop.py BUNDLE [--json]
 
-One thread; the engine's calls are timed from inside, and the rest is what is left of the thread's own CPU time, so that
-other work on the machine does not count. Medians over interleaved runs.
+Everything runs in one thread. The CPU time of the engine's calls is taken from the thread's CPU time; the rest is the
+cost outside. Other work on the machine does not count. The figures are medians over interleaved runs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BATCH, STEPS, REPEAT = 8, 50, 7
 
 
 class Timed:
-    """A session that adds up the CPU time of its calls."""
+    """A session that adds up the CPU time of its calls, in seconds."""
 
     def __init__(self, session: Session) -> None:
         self.session, self.seconds = session, 0.0
@@ -40,7 +40,7 @@ class Timed:
 
 
 class TimedEngine(OnnxRuntimeEngine):
-    """One thread, so that the thread's time is the whole of the work."""
+    """An engine with one thread, so that the thread's CPU time is all the work, and with timed sessions."""
 
     def __init__(self, bundle: Any) -> None:
         super().__init__(bundle, threads=1)
@@ -53,7 +53,7 @@ class TimedEngine(OnnxRuntimeEngine):
 
 
 def run(pipe: Pipeline, engine: TimedEngine, **settings: Any) -> tuple[float, float]:
-    """CPU seconds of one run of BATCH images: all of it, and the engine's part."""
+    """CPU seconds of one run of BATCH images: of the whole run, and of the engine's calls in it."""
     for session in engine.timed.values():
         session.seconds = 0.0
     start = time.thread_time()
@@ -61,8 +61,8 @@ def run(pipe: Pipeline, engine: TimedEngine, **settings: Any) -> tuple[float, fl
     return time.thread_time() - start, sum(session.seconds for session in engine.timed.values())
 
 
-def import_seconds() -> float:
-    """The time that ``import dit_runtime`` takes in a fresh interpreter, of its CPU time, the median of REPEAT."""
+def time_import() -> float:
+    """CPU seconds of ``import dit_runtime`` in a fresh interpreter, the median of REPEAT runs."""
     code = "import time; s = time.process_time(); import dit_runtime; print(time.process_time() - s)"
     runs = [
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(REPEAT)
@@ -101,7 +101,7 @@ def main() -> None:
             "outside_the_engine_share": round(outside / total, 4),
             "cost_against_guided": round(total / guided, 3),
         }
-    loaded = import_seconds()
+    loaded = time_import()
     if args.json:
         print(json.dumps({"batch": BATCH, "steps": STEPS, "import_seconds": loaded, "figures": figures}, indent=1))
         return

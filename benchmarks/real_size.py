@@ -29,7 +29,7 @@ PRESET = "DiT-XL/2-256"
 REPEATS = 7
 
 
-def timed(module: str, *argv: str) -> dict[str, Any]:
+def time_module(module: str, *argv: str) -> dict[str, Any]:
     """Run a command's module; its JSON result, wall seconds and peak memory of its largest process in GB."""
     code = f"from {module} import main; import sys; main(sys.argv[1:])"
     start = time.monotonic()
@@ -39,9 +39,9 @@ def timed(module: str, *argv: str) -> dict[str, Any]:
     return {"result": json.loads(done.stdout), "seconds": round(seconds, 1), "peak_gb": round(peak, 2)}
 
 
-def exported(work: Path) -> dict[str, Any]:
+def measure_export(work: Path) -> dict[str, Any]:
     """``dit-export DiT-XL/2-256 --random-weights 0 --fp16``, golden records included."""
-    export = timed(
+    export = time_module(
         "dit_export.command",
         *(PRESET, "--random-weights", "0", "--fp16", "--no-verify", "--json", "-o", str(work / "fp16.bundle")),
     )
@@ -57,15 +57,15 @@ def exported(work: Path) -> dict[str, Any]:
     }
 
 
-def converted(work: Path) -> dict[str, Any]:
+def measure_conversion(work: Path) -> dict[str, Any]:
     """Reading, converting, tracing and writing the graphs of an official XL file: peak memory over the file's size."""
     file, vae = work / "official.safetensors", work / "vae"
     if not (file.exists() and vae.exists()):
-        in_process("--make-official", work)
+        run_in_process("--make-official", work)
     figures: dict[str, Any] = {"file_gb": round(file.stat().st_size / 1e9, 2)}
     for precision in ("fp32", "fp16"):
         start = time.monotonic()
-        peak = float(in_process("--convert", work, precision))
+        peak = float(run_in_process("--convert", work, precision))
         figures[precision] = {
             "peak_gb": round(peak / 1e9, 2),
             "of_file": round(peak / file.stat().st_size, 2),
@@ -74,7 +74,7 @@ def converted(work: Path) -> dict[str, Any]:
     return figures
 
 
-def in_process(option: str, work: Path, *values: str) -> str:
+def run_in_process(option: str, work: Path, *values: str) -> str:
     """This script again, in a process of its own, for one part."""
     argv = [sys.executable, __file__, "--work", str(work), option, *values]
     return subprocess.run(argv, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
@@ -103,9 +103,9 @@ def convert(work: Path, precision: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def built(work: Path) -> dict[str, Any]:
+def measure_build(work: Path) -> dict[str, Any]:
     """``dit-build --target rtx``: what the builder says of the step's two guidance profiles."""
-    build = timed("dit_engines.command", str(work / "fp16.bundle"), "--target", "rtx", "--json")
+    build = time_module("dit_engines.command", str(work / "fp16.bundle"), "--target", "rtx", "--json")
     graphs = {graph["graph"]: graph for graph in build["result"]["graphs"]}
     step = graphs["step"]["audit"]
     return {
@@ -119,7 +119,7 @@ def built(work: Path) -> dict[str, Any]:
     }
 
 
-def plain_export(work: Path) -> Path:
+def export_plainly(work: Path) -> Path:
     """diffusers' transformer as ``torch.onnx.export`` gives it, at opset 20: the doubled batch is its caller's."""
     import torch
     from dit_export.checkpoints.sources import Source, load_checkpoint
@@ -157,7 +157,7 @@ def plain_export(work: Path) -> Path:
     return target
 
 
-def step_times(work: Path) -> dict[str, Any]:
+def time_step(work: Path) -> dict[str, Any]:
     """One guided step, batch 1, FP32, ONNX Runtime's defaults: ours and the plain export in turn, medians."""
     import onnxruntime
 
@@ -169,11 +169,11 @@ def step_times(work: Path) -> dict[str, Any]:
 
     bundle_path = work / "fp32.bundle"
     if not bundle_path.exists():
-        timed(
+        time_module(
             "dit_export.command",
             *(PRESET, "--random-weights", "0", "--no-verify", "--json", "-o", str(bundle_path)),
         )
-    target = in_process("--plain", work)
+    target = run_in_process("--plain", work)
     bundle = open_bundle(bundle_path)
     engine = OnnxRuntimeEngine(bundle)
     schedule = schedule_for("ddim", bundle.manifest.model, bundle.manifest.diffusion, 50)
@@ -230,7 +230,7 @@ def step_times(work: Path) -> dict[str, Any]:
     }
 
 
-def machine() -> dict[str, Any]:
+def describe_machine() -> dict[str, Any]:
     found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     return {"processor": found[1] if found else platform.machine(), "cores": os.cpu_count()}
 
@@ -245,7 +245,7 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     if args.plain:  # a process of its own: tracing leaves several GB behind
-        print(plain_export(args.work))
+        print(export_plainly(args.work))
         return
     if args.make_official:
         make_official(args.work)
@@ -253,12 +253,12 @@ def main() -> None:
     if args.convert:
         print(convert(args.work, args.convert))
         return
-    figures: dict[str, Any] = {"model": f"{PRESET}, random weights, seed 0", "machine": machine()}
+    figures: dict[str, Any] = {"model": f"{PRESET}, random weights, seed 0", "machine": describe_machine()}
     for name, part in (
-        ("export", exported),
-        ("conversion", converted),
-        ("build", built),
-        ("step", step_times),
+        ("export", measure_export),
+        ("conversion", measure_conversion),
+        ("build", measure_build),
+        ("step", time_step),
     ):
         if args.only in (None, name):
             figures[name] = part(args.work)

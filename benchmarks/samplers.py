@@ -1,12 +1,12 @@
-"""How far each sampler's table is from its reference: the same noise and the same network, run to the end.
+"""Compare each sampler's schedule with its reference: the same noise and the same network, run to the end.
 
     python benchmarks/samplers.py            # a Markdown table, about a minute
     python benchmarks/samplers.py --json
 
-The reference is diffusers' own scheduler in its own loop; the network is a smooth dummy in float64, so that what is
-left is the schedulers' arithmetic: diffusers keeps its tables in float32, ours are float64 rounded once. The tests
-compare the same tables with derivations in float64 (``tests/test_schedule.py``, ``test_solvers.py``), and the samplers
-of velocity models, whose reference is not on the package index, with derivations alone (``tests/test_flow.py``).
+The reference is diffusers' own scheduler in its own loop. The network is a smooth dummy in float64, so only the
+schedulers' arithmetic differs: diffusers computes its numbers in float32, and ours are computed in float64 and rounded
+once. The tests in ``tests/runtime/samplers`` compare the same schedules with derivations in float64. They compare the
+samplers of velocity models with derivations alone, because the reference of these is not on the package index.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def network(z: np.ndarray, t: float) -> tuple[np.ndarray, np.ndarray]:
-    """(ε, v) of a smooth dummy model."""
+def predict(z: np.ndarray, t: float) -> tuple[np.ndarray, np.ndarray]:
+    """Predict (ε, v) with a smooth dummy model."""
     mixed = z + 0.5 * np.roll(z, 1, axis=1)
     return 0.7 * z + 0.4 * np.tanh(0.5 * mixed + t / 400 - 1), np.sin(mixed + t / 100)
 
 
 def scheduler_for(sampler: str, spacing: str, steps: int) -> Any:
-    """diffusers' scheduler, set to ``steps``."""
+    """diffusers' scheduler for a sampler, set to ``steps``."""
     if sampler == "ddpm":
         scheduler = DDPMScheduler(**CONFIG, clip_sample=False, variance_type="learned_range")
         scheduler.set_timesteps(timesteps=official_timesteps(1000, steps, "official").tolist())
@@ -79,8 +79,8 @@ def scheduler_for(sampler: str, spacing: str, steps: int) -> Any:
     return scheduler
 
 
-def reference(sampler: str, spacing: str, steps: int, eta: float, noise: np.ndarray) -> np.ndarray:
-    """diffusers' own trajectory to its end; ``noise [T+1, …]`` stands for its generator."""
+def run_reference(sampler: str, spacing: str, steps: int, eta: float, noise: np.ndarray) -> np.ndarray:
+    """Run diffusers' scheduler to the end; return the latents. ``noise [T+1, …]`` takes the place of its generator."""
     scheduler = scheduler_for(sampler, spacing, steps)
     z = torch.from_numpy(noise[0]) * scheduler.init_noise_sigma
     with (
@@ -89,7 +89,7 @@ def reference(sampler: str, spacing: str, steps: int, eta: float, noise: np.ndar
     ):
         for t, given in zip(scheduler.timesteps, map(torch.from_numpy, noise[1:]), strict=True):
             one["randn_tensor"].return_value = two["randn_tensor"].return_value = given
-            e, v = network(scheduler.scale_model_input(z, t).double().numpy(), float(t))
+            e, v = predict(scheduler.scale_model_input(z, t).double().numpy(), float(t))
             output = torch.from_numpy(np.concatenate([e, v], axis=1) if sampler == "ddpm" else e)
             options: dict[str, Any] = {"variance_noise": given} if sampler in ("ddim", "dpmpp-2m-sde") else {}
             if sampler == "ddim":
@@ -98,29 +98,29 @@ def reference(sampler: str, spacing: str, steps: int, eta: float, noise: np.ndar
     return z.numpy()
 
 
-def ours(sampler: str, spacing: str | None, steps: int, eta: float, noise: np.ndarray) -> np.ndarray:
-    """The table's rows, as the step graph evaluates them, in float64."""
+def run_ours(sampler: str, spacing: str | None, steps: int, eta: float, noise: np.ndarray) -> np.ndarray:
+    """Evaluate the schedule's rows as the step graph does, in float64; return the last latents."""
     schedule = schedule_for(sampler, MODEL, DIFFUSION, steps, eta, spacing)
     state = np.zeros((3, *SHAPE))
     state[0] = schedule.start[0] * noise[0]
     for index, numbers in enumerate(schedule.coefficients.astype(np.float64)):
-        e, v = network(state[0], float(schedule.timesteps[schedule.rows[index]]))
+        e, v = predict(state[0], float(schedule.timesteps[schedule.rows[index]]))
         matrix, inputs, (g, h, k) = numbers[2:11].reshape(3, 3), numbers[11:14], numbers[14:]
         state = np.tensordot(matrix, state, axes=1) + np.multiply.outer(inputs, e)
         state[0] += np.exp(g + h * v) * k * noise[index + 1]
     return state[0]
 
 
-def compared(name: str, steps: int) -> str:
-    """max |Δ| of the final latents over their largest value, or why there is none."""
+def compare(name: str, steps: int) -> str:
+    """max |Δ| of the last latents divided by their largest value, or ``refused`` where the sampler has no schedule."""
     sampler, settings = SETTINGS[name]
     noise = np.random.default_rng(steps).standard_normal((steps + 1, *SHAPE))
     eta, spacing = settings.get("eta", 0.0), settings.get("spacing")
     try:
-        found = ours(sampler, spacing, steps, eta, noise)
+        found = run_ours(sampler, spacing, steps, eta, noise)
     except DiTError:
         return "refused"
-    expected = reference(sampler, spacing or "leading", steps, eta, noise)
+    expected = run_reference(sampler, spacing or "leading", steps, eta, noise)
     return f"{np.abs(found - expected).max() / np.abs(expected).max():.1e}"
 
 
@@ -128,7 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    figures = {name: {steps: compared(name, steps) for steps in COUNTS} for name in SETTINGS}
+    figures = {name: {steps: compare(name, steps) for steps in COUNTS} for name in SETTINGS}
     if args.json:
         print(json.dumps(figures, indent=1))
         return

@@ -1,8 +1,9 @@
-"""What each choice of the step is worth on a CPU, and each setting of ONNX Runtime: timed in turn, in one process.
+"""Time the step on a CPU with one choice of its design changed, or one setting of ONNX Runtime.
 
     python benchmarks/cpu/ablations.py --model xl --work build/cpu [--repeat 9]
 
-Takes the bundle that ``run.py`` made. Writes MODEL-ablations.json, from which ``report.py`` makes the table.
+All variants are timed in turn, in one process, on the bundle that ``run.py`` made. Writes MODEL-ablations.json, from
+which ``report.py`` makes the table.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ from dit_runtime.backends.openvino import engine as openvino_engine
 from dit_runtime.backends.openvino.engine import OpenVinoEngine
 from dit_runtime.backends.openvino.passes import rearrange
 from dit_runtime.bench.timing import time_calls
-from dit_runtime.bundle.precision import Precision
+from dit_runtime.bundle.precision import Precision, precision_named
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.environment import describe_environment
+from dit_runtime.core.errors import EngineError
 from dit_runtime.core.files import replace_file
 from dit_runtime.samplers.by_name import schedule_for
 from dit_runtime.samplers.guidance import branch_rows, guidance_weights
@@ -42,8 +44,8 @@ Array = np.ndarray[Any, Any]
 Call = Callable[[], Any]
 
 
-def step_inputs(bundle: Bundle, engine: OpenVinoEngine, batch: int, guided: bool) -> dict[str, Array]:
-    """One DDIM step's inputs for images of class 0, 1, …; the table has the rows of this step alone."""
+def make_step_inputs(bundle: Bundle, engine: OpenVinoEngine, batch: int, guided: bool) -> dict[str, Array]:
+    """The inputs of one DDIM step for images of class 0, 1, …, with a conditioning table of this step alone."""
     model, diffusion = bundle.manifest.model, bundle.manifest.diffusion
     schedule = schedule_for("ddim", model, diffusion, STEPS)
     labels = (np.arange(batch) % model.classes).astype(np.int32)
@@ -52,7 +54,9 @@ def step_inputs(bundle: Bundle, engine: OpenVinoEngine, batch: int, guided: bool
     state = np.zeros((batch, 3, model.latent_channels, *model.latent_size), np.float32)
     state[:, 0] = np.random.default_rng(0).standard_normal(state[:, 0].shape)
     table = bundle.manifest.table.name
-    (modulation,) = engine.session("conditioner").run(conditioner_inputs(schedule.timesteps[0], conditions), [table])
+    (modulation,) = engine.session("conditioner").run(
+        make_conditioner_inputs(schedule.timesteps[0], conditions), [table]
+    )
     return {
         "state": state,
         "noise": np.zeros_like(state[:, 0]),
@@ -63,7 +67,7 @@ def step_inputs(bundle: Bundle, engine: OpenVinoEngine, batch: int, guided: bool
     }
 
 
-def conditioner_inputs(timestep: float, labels: Array) -> dict[str, Array]:
+def make_conditioner_inputs(timestep: float, labels: Array) -> dict[str, Array]:
     return {"timesteps": np.full(len(labels), timestep, np.float32), "labels": labels}
 
 
@@ -73,7 +77,7 @@ def shapes_of(inputs: dict[str, Array], table: str) -> dict[str, list[int]]:
 
 
 def network_of(model: Any) -> Any:
-    """The step without guidance and sampler: what goes into the product with the guidance weights."""
+    """The step without guidance and sampler: a model whose output is the factor of the guidance weights."""
     (node,) = (node for node in model.get_parameters() if node.output(0).get_any_name() == "guidance")
     before = node
     while node.get_type_name() != "Multiply":
@@ -85,20 +89,20 @@ def network_of(model: Any) -> Any:
     return openvino.Model([opset13.result(source)], used)
 
 
-OUTSIDE = ("noise", "coefficients")  # what only the sampler reads; of guidance the network reads the shape
+OUTSIDE = ("noise", "coefficients")  # inputs that only the sampler reads; the network reads the shape of ``guidance``
 
 
-def openvino_variants(bundle: Bundle, precision: str) -> dict[str, Call]:
-    """Each a call that does one guided step's work for one image, but for the last."""
-    engine = OpenVinoEngine(bundle, precision=precision)
+def make_openvino_variants(bundle: Bundle, precision: str) -> dict[str, Call]:
+    """Calls that each do the work of one guided step for one image; the last does it without guidance."""
+    engine = OpenVinoEngine(bundle, precision=precision_named(precision, EngineError))
     table, model = bundle.manifest.table.name, bundle.manifest.model
-    designed = step_inputs(bundle, engine, 1, guided=True)
-    plain = step_inputs(bundle, engine, 1, guided=False)
-    # Two images without guidance are the doubled batch: patches embedded twice, the sampler run twice.
-    doubled = step_inputs(bundle, engine, 2, guided=False)
+    designed = make_step_inputs(bundle, engine, 1, guided=True)
+    plain = make_step_inputs(bundle, engine, 1, guided=False)
+    # Two images without guidance are the doubled batch: the patches are embedded twice, and the sampler runs twice.
+    doubled = make_step_inputs(bundle, engine, 2, guided=False)
 
     def call(shapes: dict[str, list[int]], inputs: dict[str, Array]) -> Call:
-        request = engine.compiled("step", shapes).create_infer_request()
+        request = engine.compile("step", shapes).create_infer_request()
         return lambda: request.infer(inputs, share_inputs=True, share_outputs=True)
 
     own = call(shapes_of(designed, table), designed)
@@ -111,7 +115,7 @@ def openvino_variants(bundle: Bundle, precision: str) -> dict[str, Call]:
         table: [-1, *designed[table].shape[1:]],
     }
     timestep = schedule_for("ddim", model, bundle.manifest.diffusion, STEPS).timesteps[0]
-    pair = conditioner_inputs(timestep, np.array([0, model.null_class], np.int32))
+    pair = make_conditioner_inputs(timestep, np.array([0, model.null_class], np.int32))
     conditioner = engine.session("conditioner")
 
     def with_conditioner() -> None:
@@ -138,11 +142,11 @@ def openvino_variants(bundle: Bundle, precision: str) -> dict[str, Call]:
     other = {"MLP and attention not cut": sys.maxsize, "MLP and attention cut": 0}
     arranged = {}
     for name, wide in other.items() if precision == "bf16" else ():
-        with patch.object(openvino_engine, "rearranged", partial(rearrange, wide=wide)):
+        with patch.object(openvino_engine, "rearrange", partial(rearrange, wide=wide)):
             arranged[name] = call(shapes_of(designed, table), designed)
     expected = own()["next_state"].copy()
     apart = float(np.abs(sampler_outside() - expected).max() / np.abs(expected).max())
-    assert apart < 0.02, f"the step without its sampler gives something else: {apart}"
+    assert apart < 0.02, f"the step with its sampler in numpy differs by {apart}"
     return {
         DESIGNED: own,
         **arranged,
@@ -154,19 +158,19 @@ def openvino_variants(bundle: Bundle, precision: str) -> dict[str, Call]:
     }
 
 
-def onnxruntime_variants(bundle: Bundle, inputs: dict[str, Array]) -> dict[str, Call]:
-    """The step with one setting changed at a time."""
+def make_onnxruntime_variants(bundle: Bundle, inputs: dict[str, Array]) -> dict[str, Call]:
+    """Calls of the step, each with one setting changed."""
     level = onnxruntime.GraphOptimizationLevel
     cores = len(os.sched_getaffinity(0))
     changes: dict[str, Callable[[Any], None]] = {
         "as opened: all optimizations, its own threads": lambda options: None,
-        "optimizations: extended": with_option("graph_optimization_level", level.ORT_ENABLE_EXTENDED),
-        "optimizations: basic": with_option("graph_optimization_level", level.ORT_ENABLE_BASIC),
-        "optimizations: none": with_option("graph_optimization_level", level.ORT_DISABLE_ALL),
-        f"threads: {cores}": with_option("intra_op_num_threads", cores),
-        "threads: 1": with_option("intra_op_num_threads", 1),
-        "no memory arena": with_option("enable_cpu_mem_arena", False),
-        "no memory pattern": with_option("enable_mem_pattern", False),
+        "optimizations: extended": set_option("graph_optimization_level", level.ORT_ENABLE_EXTENDED),
+        "optimizations: basic": set_option("graph_optimization_level", level.ORT_ENABLE_BASIC),
+        "optimizations: none": set_option("graph_optimization_level", level.ORT_DISABLE_ALL),
+        f"threads: {cores}": set_option("intra_op_num_threads", cores),
+        "threads: 1": set_option("intra_op_num_threads", 1),
+        "no memory arena": set_option("enable_cpu_mem_arena", False),
+        "no memory pattern": set_option("enable_mem_pattern", False),
         "weights not packed": lambda options: options.add_session_config_entry("session.disable_prepacking", "1"),
         "threads do not spin": lambda options: options.add_session_config_entry("session.intra_op.allow_spinning", "0"),
     }
@@ -180,16 +184,16 @@ def onnxruntime_variants(bundle: Bundle, inputs: dict[str, Array]) -> dict[str, 
         )
         found[name] = lambda session=session: session.run(["next_state"], inputs)
         if name.startswith("as opened"):
-            found["I/O binding"] = bound(session, inputs)
+            found["I/O binding"] = bind(session, inputs)
     return found
 
 
-def with_option(name: str, value: Any) -> Callable[[Any], None]:
+def set_option(name: str, value: Any) -> Callable[[Any], None]:
     return lambda options: setattr(options, name, value)
 
 
-def bound(session: Any, inputs: dict[str, Array]) -> Call:
-    """A call with inputs and outputs bound once, as arrays that stay."""
+def bind(session: Any, inputs: dict[str, Array]) -> Call:
+    """A call whose inputs and outputs are bound once, to arrays that it keeps."""
     binding = session.io_binding()
     for name, value in inputs.items():
         binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
@@ -204,7 +208,9 @@ def main() -> None:
     parser.add_argument("--model", choices=("demo", "b", "xl"), default="xl")
     parser.add_argument("--work", type=Path, default=Path("build/cpu"))
     parser.add_argument("--repeat", type=int, default=9)
-    parser.add_argument("--no-onnxruntime", action="store_true", help="each of its variants holds the weights")
+    parser.add_argument(
+        "--no-onnxruntime", action="store_true", help="leave out ONNX Runtime, whose variants each hold the weights"
+    )
     parser.add_argument("--output", type=Path, help="default: MODEL-ablations.json beside this file")
     args = parser.parse_args()
     bundle = open_bundle(args.work / args.model / "fp32.bundle")
@@ -215,11 +221,11 @@ def main() -> None:
         "openvino": {},
     }
     for precision in ("bf16", "f32") if "BF16" in able else ("f32",):
-        found = time_calls(openvino_variants(bundle, precision), args.repeat, f"OpenVINO {precision}")
+        found = time_calls(make_openvino_variants(bundle, precision), args.repeat, f"OpenVINO {precision}")
         report["openvino"][precision] = {name: asdict(timing) for name, timing in found.items()}
     if not args.no_onnxruntime:
-        inputs = step_inputs(bundle, OpenVinoEngine(bundle, precision=Precision.FP32), 1, guided=True)
-        found = time_calls(onnxruntime_variants(bundle, inputs), args.repeat, "ONNX Runtime")
+        inputs = make_step_inputs(bundle, OpenVinoEngine(bundle, precision=Precision.FP32), 1, guided=True)
+        found = time_calls(make_onnxruntime_variants(bundle, inputs), args.repeat, "ONNX Runtime")
         report["onnxruntime"] = {name: asdict(timing) for name, timing in found.items()}
     target = args.output or HERE / f"{args.model}-ablations.json"
     with replace_file(target) as file:

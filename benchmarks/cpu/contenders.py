@@ -1,10 +1,10 @@
-"""One way to run a DiT on a CPU, in a process of its own: ``run.py`` tells it when.
+"""Run a DiT on a CPU in one of several ways. ``run.py`` starts a process for each way, and tells it what to do.
 
-    python benchmarks/cpu/contenders.py CONTENDER --work FOLDER --model MODEL --threads N
+    python benchmarks/cpu/contenders.py CONTENDER --work FOLDER --threads N
 
-Reads one JSON request per line and answers each with one JSON line: ``{"do": "step" | "decode" | "pictures", …}``. The
-same inputs for all, ``inputs.npz`` in the work folder; each contender does the whole of the work: guidance, its own
-transformer, the DDIM update, and for pictures the decoder down to uint8.
+The process reads one JSON request on each line, ``{"do": "step" | "decode" | "pictures", …}``, and answers each with a
+JSON line. All contenders have the same inputs, ``inputs.npz`` in the work folder. Each does the whole work: guidance,
+its own transformer, the DDIM update, and for whole images the decoder down to uint8.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ Array = np.ndarray[Any, Any]
 
 class Contender(Protocol):
     def step(self, latents: Array, labels: Array, index: int) -> Array:
-        """One guided DDIM step of STEPS from latents [B, C, H, W]."""
+        """Do one of STEPS guided DDIM steps on latents ``[B, C, H, W]``."""
 
     def decode(self, latents: Array) -> Array:
-        """uint8 pictures [B, H, W, 3]."""
+        """Decode latents to uint8 images ``[B, H, W, 3]``."""
 
-    def pictures(self, latents: Array, labels: Array, steps: int) -> Array:
-        """The whole loop and the decoder."""
+    def make_images(self, latents: Array, labels: Array, steps: int) -> Array:
+        """Do all steps, and decode."""
 
 
 class Ours:
-    """A bundle on one of the product's engines."""
+    """A bundle on one of dit-export's engines."""
 
     def __init__(self, work: Path, engine: str, threads: int, precision: str | None = None) -> None:
         from dit_runtime import open_bundle
@@ -59,7 +59,7 @@ class Ours:
         conditions, rows = self.rows(labels.astype(np.int32), self.model.null_class, 2)
         table = self.bundle.manifest.table.name
         key = (index, *labels.tolist())
-        if key not in self.tables:  # computed once for all steps of a picture, so not part of a step
+        if key not in self.tables:  # computed once for all steps of an image, so not part of a step
             times = np.repeat(self.schedule.timesteps[index : index + 1], len(conditions))
             (self.tables[key],) = self.engine.session("conditioner").run(
                 {"timesteps": times, "labels": conditions}, [table]
@@ -83,12 +83,12 @@ class Ours:
     def decode(self, latents: Array) -> Array:
         return self.pipeline.decode(latents)
 
-    def pictures(self, latents: Array, labels: Array, steps: int) -> Array:
+    def make_images(self, latents: Array, labels: Array, steps: int) -> Array:
         return self.pipeline(labels.tolist(), steps=steps, guidance=GUIDANCE, sampler="ddim", noise=latents)
 
 
 class Loop:
-    """Guidance, DDIM and decoding around a transformer, as ``DiTPipeline`` does them; for the peers."""
+    """The peers' loop: guidance, DDIM and decoding around a transformer, as in ``DiTPipeline``."""
 
     def __init__(self, work: Path) -> None:
         from diffusers import DDIMScheduler
@@ -97,8 +97,8 @@ class Loop:
         self.scheduler = DDIMScheduler(**json.loads((work / "model.json").read_text())["scheduler"])
         self.scheduler.set_timesteps(STEPS)
 
-    def predicted(self, latents: Array, timestep: int, labels: Array) -> Array:
-        """The network's output [2B, C or 2C, H, W] for the doubled batch."""
+    def predict(self, latents: Array, timestep: int, labels: Array) -> Array:
+        """Run the network on the doubled batch, and return its output ``[2B, C or 2C, H, W]``."""
         raise NotImplementedError
 
     def step(self, latents: Array, labels: Array, index: int) -> Array:
@@ -106,12 +106,12 @@ class Loop:
 
         time_step = int(self.scheduler.timesteps[index])
         doubled = np.concatenate([labels, np.full_like(labels, self.null)])
-        output = self.predicted(np.concatenate([latents, latents]), time_step, doubled)
+        output = self.predict(np.concatenate([latents, latents]), time_step, doubled)
         given, null = np.split(output[:, : latents.shape[1]], 2)
         guided = null + GUIDANCE * (given - null)
         return self.scheduler.step(torch.from_numpy(guided), time_step, torch.from_numpy(latents)).prev_sample.numpy()
 
-    def pictures(self, latents: Array, labels: Array, steps: int) -> Array:
+    def make_images(self, latents: Array, labels: Array, steps: int) -> Array:
         self.scheduler.set_timesteps(steps)
         for index in range(steps):
             latents = self.step(latents, labels, index)
@@ -131,17 +131,17 @@ class Diffusers(Loop):
         super().__init__(work)
         if threads:
             torch.set_num_threads(threads)
-        self.transformer, self.autoencoder = reference(work)
+        self.transformer, self.autoencoder = load_reference(work)
         self.dtype = torch.float32 if mode in ("fp32", "autocast") else torch.bfloat16
         self.autocast = mode == "autocast"
         self.transformer.to(self.dtype)
-        # A decoder in BF16 weights is not what anybody runs: autocast is, wherever BF16 is asked for.
+        # Nobody runs a decoder with BF16 weights, so wherever BF16 is asked for, the decoder runs in autocast.
         self.decoder_autocast = mode != "fp32"
         if mode == "compile":
             self.transformer.compile(dynamic=False)
             self.autoencoder.decoder.compile(dynamic=False)
 
-    def predicted(self, latents: Array, timestep: int, labels: Array) -> Array:
+    def predict(self, latents: Array, timestep: int, labels: Array) -> Array:
         import torch
 
         with torch.inference_mode(), self._cast(self.autocast):
@@ -173,9 +173,9 @@ class Plain(Loop):
 
     def __init__(self, work: Path, library: str, precision: str, threads: int) -> None:
         super().__init__(work)
-        self.run = {name: _opened(work / f"plain-{name}.onnx", library, precision, threads) for name in PLAIN}
+        self.run = {name: _open(work / f"plain-{name}.onnx", library, precision, threads) for name in PLAIN}
 
-    def predicted(self, latents: Array, timestep: int, labels: Array) -> Array:
+    def predict(self, latents: Array, timestep: int, labels: Array) -> Array:
         times = np.full(len(latents), timestep, np.int64)
         return self.run["transformer"]({"sample": latents, "timestep": times, "labels": labels.astype(np.int64)})
 
@@ -187,7 +187,7 @@ class Plain(Loop):
 PLAIN = ("transformer", "decoder")
 
 
-def _opened(path: Path, library: str, precision: str, threads: int) -> Callable[[dict[str, Array]], Array]:
+def _open(path: Path, library: str, precision: str, threads: int) -> Callable[[dict[str, Array]], Array]:
     if library == "onnxruntime":
         import onnxruntime
 
@@ -205,8 +205,8 @@ def _opened(path: Path, library: str, precision: str, threads: int) -> Callable[
     return lambda inputs: np.array(request.infer(inputs)[0])
 
 
-def reference(work: Path) -> tuple[Any, Any]:
-    """diffusers' transformer and autoencoder of the work folder's checkpoint, FP32."""
+def load_reference(work: Path) -> tuple[Any, Any]:
+    """Load diffusers' transformer and autoencoder from the work folder's checkpoint, in FP32."""
     import torch
     from diffusers import AutoencoderKL, DiTTransformer2DModel
 
@@ -237,7 +237,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0)
     args = parser.parse_args()
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is not an answer
+    os.dup2(2, 1)  # lines that libraries print must not be read as answers
     from dit_runtime.bench.timing import memory_use
 
     start = time.perf_counter()
@@ -258,7 +258,7 @@ def main() -> None:
         elif request["do"] == "decode":
             result = contender.decode(inputs["clean"][:batch])
         else:
-            result = contender.pictures(latents, labels, request["steps"])
+            result = contender.make_images(latents, labels, request["steps"])
         seconds = time.perf_counter() - start
         if request.get("save"):
             np.save(request["save"], result)

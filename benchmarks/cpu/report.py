@@ -1,7 +1,6 @@
-"""The tables and the plot of the results here, as Markdown: ``python benchmarks/cpu/report.py``.
+"""Write this folder's README.md and scaling.svg: ``python benchmarks/cpu/report.py``.
 
-Writes README.md and scaling.svg beside this file from the JSON of ``run.py``, ``ablations.py``, ``scaling.py`` and
-``start.py``.
+They are made from the JSON files of ``run.py``, ``ablations.py``, ``scaling.py`` and ``start.py``; nothing is measured.
 """
 
 from __future__ import annotations
@@ -26,19 +25,19 @@ def read(name: str) -> dict[str, Any] | None:
 
 
 def rate_of(group: dict[str, Any], precision: str) -> dict[str, Any] | None:
-    """The fastest product of the model's own shapes."""
+    """The fastest of the measured matrix products, which have the model's own shapes."""
     rates = [rate for rate in group["gemm"] if rate["precision"] == precision]
     return dict(max(rates, key=lambda rate: float(rate["gflops"]))) if rates else None
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
-    """Markdown, numbers to the right."""
+    """The lines of a Markdown table; all columns but the first are aligned to the right."""
     lines = [f"| {' | '.join(head)} |", "|---" + "|---:" * (len(head) - 1) + "|"]
     return lines + [f"| {' | '.join(row)} |" for row in rows]
 
 
-def compared(group: dict[str, Any], key: str, precision: str, gflop: float) -> list[str]:
-    """A row per contender: seconds, how many times the reference's speed, share of the limit, and how far apart."""
+def compare_contenders(group: dict[str, Any], key: str, precision: str, gflop: float) -> list[str]:
+    """A row for each contender: seconds, speed in units of the reference's, share of the GEMM rate, and difference."""
     found, step = group[key], key == "step"
     reference, rate = found[REFERENCE]["median_s"], rate_of(group, precision)
     rows = []
@@ -57,16 +56,16 @@ def compared(group: dict[str, Any], key: str, precision: str, gflop: float) -> l
     return table(["", "median s", "fastest to slowest", "× eager FP32", *share, "apart"], rows)
 
 
-def ahead(group: dict[str, Any], key: str, precision: str) -> str:
-    """How many times as fast as each peer ours is."""
+def describe_lead(group: dict[str, Any], key: str, precision: str) -> str:
+    """Describe how many times as fast as each peer dit-export is."""
     found = group[key]
     own = found[OURS[precision]]["median_s"]
     peers = {name: row["median_s"] / own for name, row in found.items() if not name.startswith("ours")}
     return "; ".join(f"{ratio:.2f} × {name}" for name, ratio in peers.items())
 
 
-def memory(group: dict[str, Any]) -> list[str]:
-    """Memory while stepping, and what loading took."""
+def table_of_memory(group: dict[str, Any]) -> list[str]:
+    """Memory of each contender during the steps, and the time of loading and the first step."""
     rows = []
     for name, row in group["step"].items():
         sizes = [f"{row['memory'][kind] / 1e6:.0f}" for kind in ("anonymous", "file_backed", "peak")]
@@ -77,9 +76,12 @@ def memory(group: dict[str, Any]) -> list[str]:
 def model_section(report: dict[str, Any]) -> Iterator[str]:
     here = report["environment"]
     yield f"\n## {report['model']}\n"
-    yield machine(here) + f", {report['rounds']} rounds. One guided step is {report['guided_step_gflop']:.4g} GFLOP."
+    yield (
+        describe_machine(here)
+        + f", {report['rounds']} rounds. One guided step is {report['guided_step_gflop']:.4g} GFLOP."
+    )
     if report["model"] == "DiT-B/2-256":
-        yield "Measured when BF16 products were cut at its width, too, which cost 5 % there and is not done any more."
+        yield "Measured when BF16 products were also cut at this width, which cost 5 %. They are no longer cut here."
     for precision, title in GROUPS.items():
         if precision not in report:
             continue
@@ -88,7 +90,7 @@ def model_section(report: dict[str, Any]) -> Iterator[str]:
         yield f"\n### {title}"
         if rate:
             yield (
-                f"\nThe fastest product of its shapes in the same run: {rate['gflops']:.0f} GFLOP/s "
+                f"\nThe fastest matrix product of the model's shapes in the same run: {rate['gflops']:.0f} GFLOP/s "
                 f"({rate['library']}, {rate['m']}×{rate['k']}×{rate['n']} and back)."
             )
         titles = {"step": "One guided step, batch 1", "decode": "The decoder, batch 1"}
@@ -96,37 +98,37 @@ def model_section(report: dict[str, Any]) -> Iterator[str]:
             if key in titles or key.startswith("pictures_"):
                 images = f"{report['steps']} DDIM steps and the decoder, batch {key.partition('_')[2]}"
                 yield f"\n{titles.get(key, images)}:\n"
-                yield from compared(group, key, precision, report["guided_step_gflop"])
-                yield f"\n{OURS[precision]} is {ahead(group, key, precision)}."
+                yield from compare_contenders(group, key, precision, report["guided_step_gflop"])
+                yield f"\n{OURS[precision]} is {describe_lead(group, key, precision)}."
         yield "\nMemory and start:\n"
-        yield from memory(group)
+        yield from table_of_memory(group)
 
 
-def machine(here: dict[str, Any]) -> str:
+def describe_machine(here: dict[str, Any]) -> str:
     libraries = ", ".join(f"{name} {version}" for name, version in here["libraries"].items())
     return f"{here['processor']}, {here['cores']} cores ({', '.join(here['cpu_flags'])}); {libraries}"
 
 
 def ablation_section(name: str, report: dict[str, Any]) -> Iterator[str]:
     titles = {"b": "DiT-B/2-256", "xl": "DiT-XL/2-256", "demo": "demo"}
-    yield f"\n### {titles[name]}\n\n{machine(report['environment'])}.\n"
+    yield f"\n### {titles[name]}\n\n{describe_machine(report['environment'])}.\n"
     for precision, found in report["openvino"].items():
         yield f"OpenVINO {precision}, a guided step:\n"
-        yield from changes(found)
+        yield from table_of_changes(found)
         yield ""
     if "onnxruntime" in report:
         yield "ONNX Runtime, a guided step:\n"
-        yield from changes(report["onnxruntime"])
+        yield from table_of_changes(report["onnxruntime"])
 
 
-def changes(found: dict[str, Any]) -> list[str]:
+def table_of_changes(found: dict[str, Any]) -> list[str]:
     first = next(iter(found.values()))["p50_ms"]
     rows = [[name, f"{row['p50_ms']:.4g}", f"{row['p50_ms'] / first:.3f}"] for name, row in found.items()]
     return table(["", "median ms", "× the first"], rows)
 
 
 def scaling_section(report: dict[str, Any]) -> Iterator[str]:
-    yield f"\n## Scaling\n\n{machine(report['environment'])}; OpenVINO {report['precision']}, a guided step.\n"
+    yield f"\n## Scaling\n\n{describe_machine(report['environment'])}; OpenVINO {report['precision']}, a guided step.\n"
     head = ["batch", *[f"{name}: ms, GFLOP/s" for name in report["batch"]]]
     batches = [point["batch"] for point in next(iter(report["batch"].values()))]
     rows = [
@@ -136,15 +138,15 @@ def scaling_section(report: dict[str, Any]) -> Iterator[str]:
     yield from table(head, rows)
     yield "\nTokens (B/2, batch 1):\n"
     rows = [
-        [str(p["tokens"]), f"{p['gflop']:.4g}", f"{p['attention_share']:.0%}", *time_and_rate(p)]
+        [str(p["tokens"]), f"{p['gflop']:.4g}", f"{p['attention_share']:.0%}", *cells_of_point(p)]
         for p in report["tokens"]["B/2"]
     ]
-    yield from table(["tokens", "GFLOP", "of it attention", "ms", "GFLOP/s"], rows)
+    yield from table(["tokens", "GFLOP", "attention's share", "ms", "GFLOP/s"], rows)
     yield "\nModels (256 tokens, batch 1):\n"
-    rows = [[p["model"], f"{p['gflop']:.4g}", *time_and_rate(p)] for p in report["model"]]
+    rows = [[p["model"], f"{p['gflop']:.4g}", *cells_of_point(p)] for p in report["model"]]
     yield from table(["model", "GFLOP", "ms", "GFLOP/s"], rows)
     if report["cut"]:
-        yield "\nProducts cut (`openvino_passes`) or whole, BF16, batch 1:\n"
+        yield "\nProducts cut (`backends/openvino/passes.py`) or whole, BF16, batch 1:\n"
         rows = [[p["model"], str(p["width"]), f"{p['cut_ms']:.4g}", f"{p['whole_ms']:.4g}"] for p in report["cut"]]
         yield from table(["model", "width", "cut: ms", "whole: ms"], rows)
     yield "\nGuided steps a second, in one stream or with a call in each of two:\n"
@@ -156,12 +158,12 @@ def scaling_section(report: dict[str, Any]) -> Iterator[str]:
     yield "\n![time of a guided step against batch, tokens and work](scaling.svg)"
 
 
-def time_and_rate(point: dict[str, Any]) -> list[str]:
+def cells_of_point(point: dict[str, Any]) -> list[str]:
     return [f"{point['p50_ms']:.4g}", f"{point['gflops']:.0f}"]
 
 
 def plot(report: dict[str, Any], target: Path) -> None:
-    """Milliseconds against batch, tokens and work, each on logarithmic axes beside a line of slope 1."""
+    """Plot milliseconds against batch, tokens and work, on logarithmic axes, each with a line of slope 1."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -189,7 +191,7 @@ def plot(report: dict[str, Any], target: Path) -> None:
 
 
 def start_section(report: dict[str, Any]) -> Iterator[str]:
-    yield f"\n## Start, memory and size\n\n{machine(report['environment'])}.\n"
+    yield f"\n## Start, memory and size\n\n{describe_machine(report['environment'])}.\n"
     rows = [
         [
             name,
@@ -211,22 +213,23 @@ def start_section(report: dict[str, Any]) -> Iterator[str]:
 MEMORY = (("loop", "anonymous"), ("loop", "file_backed"), ("end", "anonymous"), ("end", "peak"))
 
 
-def document() -> str:
-    """README.md."""
+def format_document() -> str:
+    """The text of README.md."""
     lines = [
         "# On a CPU, side by side",
         "",
-        "`run.py` lets every contender do the whole of the same work, in turn, in one run for each precision (all at",
-        "once do not fit in memory); a turn is one call that is not counted and one that is. Whole images are made",
-        "once, after a run of one step. *Apart*: of steps the largest difference from diffusers in eager FP32 over the",
-        "largest value, of images their PSNR. *GEMM rate*: the fastest of the model's own products in the same run.",
+        "In `run.py` every contender does the same whole work. The contenders take turns in one run for each",
+        "precision, because all of them together do not fit in memory. A turn is one call that is not timed and one",
+        "that is. Whole images are made once, after a run of one step. *Apart* is the difference from diffusers in",
+        "eager FP32: of a step the largest difference divided by the largest value, of images their PSNR. The *GEMM",
+        "rate* is that of the fastest matrix product of the model's own shapes in the same run.",
     ]
     for name in MODELS:
         if (report := read(name)) is not None:
             lines += model_section(report)
     ablations = {name: report for name in MODELS if (report := read(f"{name}-ablations")) is not None}
     if ablations:
-        lines += ["\n## What each choice is worth", "\n`ablations.py`; each timed in turn with the others."]
+        lines += ["\n## What each choice is worth", "\nFrom `ablations.py`, which times all variants in turn."]
         for name, report in ablations.items():
             lines += ablation_section(name, report)
     if (report := read("scaling")) is not None:
@@ -240,7 +243,7 @@ def main() -> None:
     if (report := read("scaling")) is not None:
         plot(report, HERE / "scaling.svg")
     with replace_file(HERE / "README.md") as file:
-        file.write_text(document(), encoding="utf-8")
+        file.write_text(format_document(), encoding="utf-8")
     print(HERE / "README.md")
 
 

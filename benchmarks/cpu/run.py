@@ -1,11 +1,11 @@
-"""Ours and the peers on a CPU: the same inputs, interleaved in one run, each result compared with diffusers in FP32.
+"""Time dit-export and its peers on a CPU, in turn and with the same inputs, and compare each with diffusers in FP32.
 
     python benchmarks/cpu/run.py --model xl --work build/cpu [--rounds 7] [--pictures 1,4] [--only "ours,eager"]
 
-Prepares the model (random weights for ``b`` and ``xl``, the committed one for ``demo``), its bundle and the plain
-exports once; then starts every contender as a process and tells them in turn to do a step, decode, and make images.
-The rate of matrix products of the model's own shapes is measured in the same rounds. Writes MODEL.json, from which
-``report.py`` makes the tables.
+The script prepares the model (random weights for ``b`` and ``xl``, the committed weights for ``demo``), its bundle and
+the plain exports once. Then it starts a process for every contender, and tells them in turn to do a step, to decode,
+and to make images. It also measures the rate of matrix products of the model's own shapes, in the same run. It writes
+MODEL.json, from which ``report.py`` makes the tables.
 """
 
 from __future__ import annotations
@@ -37,8 +37,11 @@ REFERENCE = "diffusers, eager FP32"
 LARGEST_BATCH = 4
 
 
-def prepared(work: Path, model: str) -> None:
-    """Checkpoint, bundle, plain exports and inputs, each in a process of its own: tracing leaves gigabytes behind."""
+def prepare(work: Path, model: str) -> None:
+    """Make checkpoint, bundles, plain exports and inputs.
+
+    Each part has its own process, because tracing leaves gigabytes of memory behind.
+    """
     work.mkdir(parents=True, exist_ok=True)
     for part in PARTS:
         subprocess.run([sys.executable, __file__, "--model", model, "--work", str(work), "--part", part], check=True)
@@ -54,7 +57,7 @@ def prepared(work: Path, model: str) -> None:
 
 
 def make_checkpoint(work: Path, model: str) -> None:
-    """The model as a ``DiTPipeline`` folder, and what the peers need to know of it."""
+    """Write the model as a ``DiTPipeline`` folder, and the facts that the peers need as ``model.json``."""
     from diffusers import DDIMScheduler, DiTPipeline
     from dit_export.checkpoints.sources import Source, load_checkpoint
 
@@ -90,14 +93,14 @@ def make_bundle(work: Path, precision: str) -> None:
 
 
 def make_plain(work: Path) -> None:
-    """diffusers' transformer and decoder as ``torch.onnx.export`` gives them, opset 20."""
+    """Export diffusers' transformer and decoder with ``torch.onnx.export`` alone, at opset 20."""
     import torch
-    from contenders import reference
+    from contenders import load_reference
     from dit_export.graphs.tracing import quiet
 
     if (work / "plain-decoder.onnx").exists():
         return
-    transformer, autoencoder = reference(work)
+    transformer, autoencoder = load_reference(work)
     channels, height, width = json.loads((work / "model.json").read_text())["latent_shape"]
     batch = torch.export.Dim("batch", min=1, max=64)
 
@@ -138,7 +141,7 @@ def make_plain(work: Path) -> None:
 
 
 class Process:
-    """A running contender, stopped while others work: idle thread pools spin, and would take the cores from them."""
+    """A contender's process. It is stopped while others work: its idle threads would spin and take cores from them."""
 
     def __init__(self, name: str, work: Path, threads: int) -> None:
         self.name = name
@@ -169,8 +172,8 @@ class Process:
 
 
 @contextlib.contextmanager
-def running(names: list[str], work: Path, threads: int) -> Iterator[list[Process]]:
-    """Contenders, each loaded and stopped."""
+def start_contenders(names: list[str], work: Path, threads: int) -> Iterator[list[Process]]:
+    """Start the contenders' processes one after the other, each loaded and then stopped; close them at the end."""
     processes: list[Process] = []
     try:
         for name in names:
@@ -182,9 +185,11 @@ def running(names: list[str], work: Path, threads: int) -> Iterator[list[Process
             process.close()
 
 
-def interleaved(processes: list[Process], rounds: int, **request: Any) -> dict[str, dict[str, Any]]:
-    """Seconds of the request by contender: the first answer apart, then medians over rounds in turning order; and how
-    far each result is from the reference's. Without rounds the first answer is the only one.
+def time_in_turn(processes: list[Process], rounds: int, **request: Any) -> dict[str, dict[str, Any]]:
+    """Time a request on every contender, in turn.
+
+    The first answer is reported apart. Median, fastest and slowest are over the rounds; each round has the reverse
+    order of the round before. With 0 rounds they are those of the first answer. Each result is also compared with the reference's.
     """
     first, memory = {}, {}
     with tempfile.TemporaryDirectory() as folder:
@@ -198,7 +203,7 @@ def interleaved(processes: list[Process], rounds: int, **request: Any) -> dict[s
     times: dict[str, list[float]] = {name: [] if rounds else [first[name]] for name in names}
     for index in range(rounds):
         for process in processes if index % 2 else processes[::-1]:
-            process.ask(**request)  # its caches were others' meanwhile
+            process.ask(**request)  # not timed: other contenders have used the caches meanwhile
             answer = process.ask(**request)
             times[process.name].append(answer["seconds"])
             memory[process.name] = answer["memory"]
@@ -210,14 +215,18 @@ def interleaved(processes: list[Process], rounds: int, **request: Any) -> dict[s
             "fastest_s": round(min(times[name]), 4),
             "slowest_s": round(max(times[name]), 4),
             "memory": memory[name],
-            "difference": difference(result, expected),
+            "difference": measure_difference(result, expected),
         }
         for name, result in zip(names, results, strict=True)
     }
 
 
-def difference(found: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> dict[str, float | None]:
-    """Of latents the largest difference over the largest magnitude; of images their PSNR in dB, None for the same."""
+def measure_difference(found: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> dict[str, float | None]:
+    """The difference of two results.
+
+    For latents it is the largest difference divided by the largest magnitude. For images it is their PSNR in dB; None
+    where they are the same.
+    """
     if found.dtype == np.uint8:
         error = float(np.mean((found.astype(float) - expected.astype(float)) ** 2))
         return {"psnr_db": round(10 * np.log10(255**2 / error), 1) if error else None}
@@ -244,17 +253,17 @@ def main() -> None:
     elif args.part == "plain":
         make_plain(work)
     else:
-        compared(args, work)
+        compare(args, work)
 
 
-def compared(args: argparse.Namespace, work: Path) -> None:
+def compare(args: argparse.Namespace, work: Path) -> None:
     from dit_runtime import open_bundle
     from dit_runtime.bench.gemm import measure_gemm_rates, shapes_of
     from dit_runtime.bundle.macs import count_step_gmac
     from dit_runtime.core.environment import describe_environment
     from dit_runtime.core.files import replace_file
 
-    prepared(work, args.model)
+    prepare(work, args.model)
     wanted = [part.strip() for part in args.only.split(",")] if args.only else [""]
     names = [name for name in CONTENDERS if name == REFERENCE or any(part in name for part in wanted)]
     model = open_bundle(work / "fp32.bundle").manifest.model
@@ -266,20 +275,20 @@ def compared(args: argparse.Namespace, work: Path) -> None:
         "guided_step_gflop": round(4 * count_step_gmac(model), 2),
     }
     shapes = shapes_of(model, 2)
-    # All at once do not fit in memory, and weights that are mapped would be read again and again.
+    # All contenders together do not fit in memory: mapped weights would be read from disk again and again.
     for precision in ("bf16", "fp32"):
         group = [name for name in names if name == REFERENCE or (precision == "bf16") == ("BF16" in name)]
-        with running(group, work, args.threads) as processes:
+        with start_contenders(group, work, args.threads) as processes:
             rates = measure_gemm_rates(shapes, precision)
-            found = {"step": interleaved(processes, args.rounds, do="step", batch=1, index=0)}
+            found = {"step": time_in_turn(processes, args.rounds, do="step", batch=1, index=0)}
             rates += measure_gemm_rates(shapes, precision)
-            found["decode"] = interleaved(processes, max(1, args.rounds // 2), do="decode", batch=1)
+            found["decode"] = time_in_turn(processes, max(1, args.rounds // 2), do="decode", batch=1)
             images = args.fp32_pictures if precision == "fp32" and args.fp32_pictures else args.pictures
             for batch in (int(text) for text in images.split(",")):
                 if batch:
                     for process in processes:
                         process.ask(do="pictures", batch=batch, steps=1)  # compiles for this batch
-                    found[f"pictures_{batch}"] = interleaved(processes, 0, do="pictures", batch=batch, steps=STEPS)
+                    found[f"pictures_{batch}"] = time_in_turn(processes, 0, do="pictures", batch=batch, steps=STEPS)
         report[precision] = {
             "loaded": {process.name: process.loaded for process in processes},
             "gemm": [asdict(rate) for rate in rates],

@@ -1,10 +1,11 @@
-"""From process start to the first step and the image, the memory meanwhile, and what an installation takes.
+"""Measure the time from the process's start to the first step and to the image, the memory, and the installed size.
 
     python benchmarks/cpu/start.py --model xl --work build/cpu
     python benchmarks/cpu/start.py --installed
 
-Each way in a process of its own, one after the other, the second of two runs (caches are warm, as on a device that has
-sampled before). Takes what ``run.py`` prepared. Writes start.json, from which ``report.py`` makes the table.
+Each way runs in its own process, one after the other. The figures are those of the second of two runs: the caches are
+then warm, as on a device that has sampled before. The script uses the folder that ``run.py`` prepared. It writes
+start.json, from which ``report.py`` makes the table.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ REQUIREMENTS = {
 }
 
 
-def ours(work: Path, precision: str, started: float) -> dict[str, Any]:
-    """As dit-sample does it: one image, DDIM with guidance."""
+def run_ours(work: Path, precision: str, started: float) -> dict[str, Any]:
+    """Sample one image as dit-sample does, with DDIM and guidance."""
     from dit_runtime.bench.timing import memory_use
     from dit_runtime.pipeline import Pipeline
 
@@ -45,8 +46,8 @@ def ours(work: Path, precision: str, started: float) -> dict[str, Any]:
     return {"first_step_s": first, "loop": loop, "end": memory_use()}
 
 
-def diffusers(work: Path, mode: str, started: float) -> dict[str, Any]:
-    """The peer's modules in the same loop."""
+def run_diffusers(work: Path, mode: str, started: float) -> dict[str, Any]:
+    """Sample one image with the peer's modules, in the same loop."""
     import numpy as np
     from contenders import Diffusers
 
@@ -65,19 +66,19 @@ def diffusers(work: Path, mode: str, started: float) -> dict[str, Any]:
     return {"first_step_s": first, "loop": loop, "end": memory_use()}
 
 
-def child(way: str, work: Path, started: float) -> None:
+def run_way(way: str, work: Path, started: float) -> None:
     who, _, precision = way.partition(", ")
     mode = "bf16" if "BF16" in precision else "fp32"
     if who == "ours":
-        found = ours(work, {"bf16": "bf16", "fp32": "f32"}[mode], started)
+        found = run_ours(work, {"bf16": "bf16", "fp32": "f32"}[mode], started)
         assert "torch" not in sys.modules
     else:
-        found = diffusers(work, mode, started)
+        found = run_diffusers(work, mode, started)
     print(json.dumps({**found, "total_s": time.time() - started}))
 
 
-def installed() -> dict[str, Any]:
-    """Megabytes that packages take beyond pip itself, each set in a fresh environment."""
+def measure_installed() -> dict[str, Any]:
+    """Measure the megabytes that each set of packages takes beyond pip itself, in a fresh environment."""
     found = {}
     for name, requirements in REQUIREMENTS.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -109,7 +110,7 @@ def main() -> None:
     args = parser.parse_args()
     work = args.work / args.model
     if args.way:
-        child(args.way, work, args.started)
+        run_way(args.way, work, args.started)
         return
     from dit_runtime.core.environment import describe_environment
     from dit_runtime.core.files import replace_file
@@ -132,7 +133,7 @@ def main() -> None:
             report["processes"][way] = json.loads(done.stdout.splitlines()[-1])
         print(way, report["processes"][way], file=sys.stderr)
     if args.installed:
-        report["installed"] = installed()
+        report["installed"] = measure_installed()
     with replace_file(target) as file:
         file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(target)

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from evaluator import CLASS_NAMES, frechet_distance, judged, load_evaluator, reference_statistics, statistics
+from evaluator import CLASS_NAMES, frechet_distance, judge, load_evaluator, reference_statistics, statistics_of
 
 from dit_runtime import Pipeline
 from dit_runtime.core.files import replace_file
@@ -28,7 +28,7 @@ STEPS = 50
 PER_ROW = 10  # images of each class in the grid
 
 
-def command(*argv: str | Path) -> None:
+def run_command(*argv: str | Path) -> None:
     """Run one of the installed commands, showing it."""
     name, *rest = [str(item) for item in argv]
     print(f"\n$ {' '.join([name, *rest])}", flush=True)
@@ -36,7 +36,7 @@ def command(*argv: str | Path) -> None:
     subprocess.run([executable, *rest], check=True)
 
 
-def pytorch_images(
+def sample_with_pytorch(
     labels: list[int], seeds: list[int], batch: int, steps: int = STEPS, guidance: float = GUIDANCE
 ) -> np.ndarray:
     """The unpatched diffusers modules in FP32, in ``DiTPipeline``'s loop with null = number of classes."""
@@ -62,7 +62,7 @@ def pytorch_images(
     return np.concatenate(images)
 
 
-def sampled(bundle: Path, labels: list[int], seeds: list[int], batch: int) -> np.ndarray:
+def sample(bundle: Path, labels: list[int], seeds: list[int], batch: int) -> np.ndarray:
     """The same images from a bundle on ONNX Runtime."""
     pipe = Pipeline(bundle, "onnxruntime")  # which computes in the precision that the bundle says
     chunks = [slice(first, first + batch) for first in range(0, len(labels), batch)]
@@ -77,16 +77,16 @@ def main() -> None:
     args = parser.parse_args()
     start = time.monotonic()
     bundles = {"ONNX FP32": args.output / "fp32.bundle", "ONNX FP16": args.output / "fp16.bundle"}
-    command("dit-export", CHECKPOINT, "-o", bundles["ONNX FP32"])
-    command("dit-export", CHECKPOINT, "--fp16", "-o", bundles["ONNX FP16"])
-    command("dit-build", bundles["ONNX FP16"], "--target", "rtx")
+    run_command("dit-export", CHECKPOINT, "-o", bundles["ONNX FP32"])
+    run_command("dit-export", CHECKPOINT, "--fp16", "-o", bundles["ONNX FP16"])
+    run_command("dit-build", bundles["ONNX FP16"], "--target", "rtx")
     grid = [str(number) for number in range(len(CLASS_NAMES)) for _ in range(PER_ROW)]
-    command(
+    run_command(
         *("dit-sample", bundles["ONNX FP16"], "--labels", *grid, "--seed", "0", "--steps", str(STEPS)),
         *("--guidance", str(GUIDANCE), "--sampler", "ddim", "--columns", str(PER_ROW), "--batch-size", "50"),
         *("-o", args.output / "samples.png"),
     )
-    command("dit-verify", bundles["ONNX FP16"], "--engine", "onnxruntime")
+    run_command("dit-verify", bundles["ONNX FP16"], "--engine", "onnxruntime")
 
     reference, evaluator = reference_statistics(), load_evaluator()
     labels = [index % len(CLASS_NAMES) for index in range(args.samples)]
@@ -100,14 +100,14 @@ def main() -> None:
     expected: np.ndarray | None = None
     for name in ("PyTorch FP32", *bundles):
         if name in bundles:
-            images = sampled(bundles[name], labels, seeds, args.batch)
+            images = sample(bundles[name], labels, seeds, args.batch)
         else:
-            images = pytorch_images(labels, seeds, args.batch)
+            images = sample_with_pytorch(labels, seeds, args.batch)
             expected = images
         assert expected is not None
-        classes, features = judged(evaluator, images)
+        classes, features = judge(evaluator, images)
         accuracy = float((classes == np.array(labels)).mean())
-        distance = frechet_distance(statistics(features), (reference["mean"], reference["covariance"]))
+        distance = frechet_distance(statistics_of(features), (reference["mean"], reference["covariance"]))
         level = psnr(images, expected)
         figures[name] = {"accuracy": accuracy, "frechet_distance": distance}
         against = "-" if name == "PyTorch FP32" else f"{level:.1f} dB"

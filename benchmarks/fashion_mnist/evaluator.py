@@ -65,7 +65,7 @@ def load_evaluator() -> Evaluator:
     return evaluator.eval().requires_grad_(False)
 
 
-def judged(evaluator: Evaluator, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def judge(evaluator: Evaluator, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """uint8 images ``[N, 32, 32, 3]`` → predicted classes ``[N]`` and float64 features ``[N, 64]``."""
     classes, features = [], []
     with torch.inference_mode():
@@ -77,7 +77,7 @@ def judged(evaluator: Evaluator, images: np.ndarray) -> tuple[np.ndarray, np.nda
     return np.concatenate(classes), np.concatenate(features)
 
 
-def statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def statistics_of(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean ``[64]`` and covariance ``[64, 64]`` of features ``[N, 64]``."""
     return features.mean(axis=0), np.cov(features, rowvar=False)
 

@@ -24,10 +24,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from demo import CHECKPOINT, command, pytorch_images
+from demo import CHECKPOINT, run_command, sample_with_pytorch
 from dit_export.bisect.precision_trials import PrecisionTrials
 from dit_export.checkpoints.sources import Source, load_checkpoint
-from evaluator import CLASS_NAMES, frechet_distance, judged, load_evaluator, reference_statistics, statistics
+from evaluator import CLASS_NAMES, frechet_distance, judge, load_evaluator, reference_statistics, statistics_of
 
 from dit_runtime import Pipeline
 from dit_runtime.backends.base import Engine
@@ -65,18 +65,18 @@ def mcnemar(only_first: int, only_second: int) -> float:
     return min(1.0, 2 * tail / 2**pairs)
 
 
-def resampled(features: list[Array], real: tuple[Array, Array], resamples: int, advance: Callable[[], None]) -> Array:
+def resample(features: list[Array], real: tuple[Array, Array], resamples: int, advance: Callable[[], None]) -> Array:
     """Fréchet distances ``[resamples, contenders]`` of images drawn with replacement, the same draw for all."""
     random = np.random.default_rng(0)
     distances = np.empty((resamples, len(features)))
     for row in distances:
         drawn = random.integers(len(features[0]), size=len(features[0]))
-        row[:] = [frechet_distance(statistics(each[drawn]), real) for each in features]
+        row[:] = [frechet_distance(statistics_of(each[drawn]), real) for each in features]
         advance()
     return distances
 
 
-def around(value: float, draws: Array) -> Interval:
+def interval_around(value: float, draws: Array) -> Interval:
     """The 95 % interval by the resamples' deviation: their mean is not the value's, they repeat images."""
     half = Z95 * float(np.std(draws, ddof=1))
     return value - half, value + half
@@ -91,14 +91,14 @@ class Contender:
     sampled: Callable[[list[int], list[int]], Array]
 
 
-def contenders(work: Path, steps: int, guidance: float, batch: int, threads: int) -> Iterator[Contender]:
+def find_contenders(work: Path, steps: int, guidance: float, batch: int, threads: int) -> Iterator[Contender]:
     """The contenders that can run here; bundles are exported to ``work`` on the way."""
     if threads:
         torch.set_num_threads(threads)
     weights = load_checkpoint(Source(str(CHECKPOINT))).weights_sha256
 
     def by_pytorch(labels: list[int], seeds: list[int]) -> Array:
-        return pytorch_images(labels, seeds, batch, steps, guidance)
+        return sample_with_pytorch(labels, seeds, batch, steps, guidance)
 
     yield Contender(PYTORCH, str(weights), by_pytorch)
     fp32 = bundle_at(work / "fp32.bundle", weights)
@@ -131,11 +131,11 @@ def bundle_at(path: Path, weights: str | None, *flags: str) -> Bundle:
             return bundle
     except BundleError:
         pass
-    command("dit-export", CHECKPOINT, *flags, "-o", path)
+    run_command("dit-export", CHECKPOINT, *flags, "-o", path)
     return open_bundle(path)
 
 
-def images(contender: Contender, args: argparse.Namespace, bar: Progress) -> Array:
+def make_images(contender: Contender, args: argparse.Namespace, bar: Progress) -> Array:
     """uint8 images ``[N, 32, 32, 3]`` of labels 0, 1, … 9, 0, … and seeds 0, 1, …, those in ``--work`` read."""
     settings = json.dumps([contender.identity, args.guidance, args.steps, args.batch])
     name = contender.name.lower().replace(" ", "-")
@@ -153,7 +153,7 @@ def images(contender: Contender, args: argparse.Namespace, bar: Progress) -> Arr
     return np.concatenate(chunks)
 
 
-def compared(judgements: dict[str, tuple[Array, Array]], labels: Array, resamples: int) -> list[dict[str, Any]]:
+def compare(judgements: dict[str, tuple[Array, Array]], labels: Array, resamples: int) -> list[dict[str, Any]]:
     """Each contender's figures, and its differences from the first.
 
     ``judgements``: by name, the evaluator's classes ``[N]`` and features ``[N, 64]`` of the same labels and seeds.
@@ -162,14 +162,14 @@ def compared(judgements: dict[str, tuple[Array, Array]], labels: Array, resample
     real = reference["mean"], reference["covariance"]
     features = [each for _, each in judgements.values()]
     with Progress("resampling", resamples) as bar:
-        draws = resampled(features, real, resamples, bar.advance)
+        draws = resample(features, real, resamples, bar.advance)
     first, rows = next(iter(judgements)), []
     base = judgements[first][0] == labels
-    base_distance = frechet_distance(statistics(features[0]), real)
+    base_distance = frechet_distance(statistics_of(features[0]), real)
     for index, (name, (classes, own)) in enumerate(judgements.items()):
         right = classes == labels
-        distance = frechet_distance(statistics(own), real)
-        low, high = around(distance, draws[:, index])
+        distance = frechet_distance(statistics_of(own), real)
+        low, high = interval_around(distance, draws[:, index])
         row: dict[str, Any] = {
             "name": name,
             "accuracy": float(right.mean()),
@@ -187,13 +187,13 @@ def compared(judgements: dict[str, tuple[Array, Array]], labels: Array, resample
                 "accuracy_difference": float(right.mean() - base.mean()),
                 "mcnemar_p": mcnemar(lost, won),
                 "frechet_difference": difference,
-                "frechet_difference_interval": around(difference, draws[:, index] - draws[:, 0]),
+                "frechet_difference_interval": interval_around(difference, draws[:, index] - draws[:, 0]),
             }
         rows.append(row)
     return rows
 
 
-def markdown(result: dict[str, Any]) -> str:
+def format_markdown(result: dict[str, Any]) -> str:
     """The figures as a table for people."""
     lines = [
         f"{result['samples']} images each, DDIM {result['steps']} steps, guidance {result['guidance']:g}, the same "
@@ -232,9 +232,9 @@ def main() -> None:
     evaluator = load_evaluator()
     labels = np.arange(args.samples) % len(CLASS_NAMES)
     judgements = {}
-    for contender in contenders(args.work, args.steps, args.guidance, args.batch, args.threads):
+    for contender in find_contenders(args.work, args.steps, args.guidance, args.batch, args.threads):
         with Progress(contender.name, math.ceil(args.samples / args.batch)) as bar:
-            judgements[contender.name] = judged(evaluator, images(contender, args, bar))
+            judgements[contender.name] = judge(evaluator, make_images(contender, args, bar))
     result = {
         "samples": args.samples,
         "guidance": args.guidance,
@@ -242,13 +242,13 @@ def main() -> None:
         "sampler": "ddim",
         "resamples": args.resamples,
         "environment": describe_environment(args.threads),
-        "precisions": compared(judgements, labels, args.resamples),
+        "precisions": compare(judgements, labels, args.resamples),
     }
     with replace_file(args.output) as file:
         file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     with replace_file(args.output.with_suffix(".md")) as file:
-        file.write_text(markdown(result), encoding="utf-8")
-    print(markdown(result), end="")
+        file.write_text(format_markdown(result), encoding="utf-8")
+    print(format_markdown(result), end="")
 
 
 if __name__ == "__main__":

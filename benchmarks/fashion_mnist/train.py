@@ -30,10 +30,10 @@ from evaluator import (
     WEIGHTS,
     Evaluator,
     frechet_distance,
-    judged,
+    judge,
     load_evaluator,
     reference_statistics,
-    statistics,
+    statistics_of,
 )
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -79,12 +79,12 @@ def images_from_idx(data: Path, split: str) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(np.pad(pixels, ((0, 0), (0, 0), (2, 2), (2, 2)))), torch.from_numpy(labels)
 
 
-def scaled(images: Tensor) -> Tensor:
+def scale(images: Tensor) -> Tensor:
     """uint8 → float32 in [-1, 1]."""
     return images.float() / 127.5 - 1.0
 
 
-def batches(count: int, size: int, steps: int, seed: int) -> Iterator[Tensor]:
+def iterate_batches(count: int, size: int, steps: int, seed: int) -> Iterator[Tensor]:
     """Index batches over as many shuffled epochs as ``steps`` needs."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.long)
@@ -132,12 +132,12 @@ class Training:
             )
 
 
-def trained_evaluator(images: Tensor, labels: Tensor, steps: int) -> Evaluator:
+def train_evaluator(images: Tensor, labels: Tensor, steps: int) -> Evaluator:
     torch.manual_seed(0)
     model = Evaluator()
     training = Training("evaluator", model, steps, rate=2e-3, ema=0.995, weight_decay=0.02)
-    for index in batches(len(images), 128, steps, seed=1):
-        image = scaled(images[index])
+    for index in iterate_batches(len(images), 128, steps, seed=1):
+        image = scale(images[index])
         dy, dx = (int(v) for v in torch.randint(-2, 3, (2,)))
         image = torch.roll(image, (dy, dx), dims=(2, 3))  # the border is black: a roll is a shift
         logits, _ = model(image)
@@ -145,12 +145,12 @@ def trained_evaluator(images: Tensor, labels: Tensor, steps: int) -> Evaluator:
     return training.ema.eval()
 
 
-def trained_autoencoder(images: Tensor, steps: int) -> AutoencoderKL:
+def train_autoencoder(images: Tensor, steps: int) -> AutoencoderKL:
     torch.manual_seed(1)
     model = AutoencoderKL(**AUTOENCODER).to(memory_format=torch.channels_last)
     training = Training("autoencoder", model, steps, rate=1.5e-3, ema=0.998, weight_decay=1e-4)
-    for index in batches(len(images), 64, steps, seed=2):
-        image = scaled(images[index]).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+    for index in iterate_batches(len(images), 64, steps, seed=2):
+        image = scale(images[index]).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
         posterior = model.encode(image).latent_dist
         reconstruction = model.decode(posterior.sample()).sample
         divergence = posterior.kl().mean() / posterior.mean[0].numel()
@@ -163,7 +163,7 @@ def latents_of(autoencoder: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tens
     means, deviations = [], []
     with torch.inference_mode():
         for chunk in images.split(500):
-            posterior = autoencoder.encode(scaled(chunk).expand(-1, 3, -1, -1)).latent_dist
+            posterior = autoencoder.encode(scale(chunk).expand(-1, 3, -1, -1)).latent_dist
             means.append(posterior.mean)
             deviations.append(posterior.std)
     return torch.cat(means).clone(), torch.cat(deviations).clone()
@@ -226,7 +226,7 @@ def discretized_nll(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
     return -(upper - lower).clamp(min=1e-12).log().flatten(1).mean(1)
 
 
-def tied_transformer() -> DiTTransformer2DModel:
+def make_tied_transformer() -> DiTTransformer2DModel:
     """diffusers' module with one timestep and label embedder, as the paper has it, and adaLN-Zero initialization."""
     torch.manual_seed(2)
     model = DiTTransformer2DModel(**TRANSFORMER)
@@ -248,34 +248,34 @@ def tied_transformer() -> DiTTransformer2DModel:
     return model.eval()
 
 
-def trained_transformer(means: Tensor, deviations: Tensor, labels: Tensor, steps: int) -> DiTTransformer2DModel:
+def train_transformer(means: Tensor, deviations: Tensor, labels: Tensor, steps: int) -> DiTTransformer2DModel:
     """``means`` and ``deviations``: scaled latents ``[N, 4, 8, 8]``."""
-    model = tied_transformer()
+    model = make_tied_transformer()
     forward = torch.compile(model, dynamic=False)  # the model is so small that most of an eager step is overhead
     training = Training("transformer", model, steps, rate=1.2e-3, ema=0.9995, weight_decay=0.0)
-    return trained_denoiser(training, forward, means, deviations, labels)
+    return train_denoiser(training, forward, means, deviations, labels)
 
 
-def trained_denoiser(
+def train_denoiser(
     training: Training, forward: Callable[..., Any], means: Tensor, deviations: Tensor, labels: Tensor
 ) -> Any:
     """The average weights after all of ``training``'s steps, on scaled latents ``[N, 4, 8, 8]``."""
     diffusion = Diffusion()
-    for index in batches(len(means), 128, training.steps, seed=3):
+    for index in iterate_batches(len(means), 128, training.steps, seed=3):
         x_0 = means[index] + deviations[index] * torch.randn_like(means[index])
         dropped = torch.rand(len(index)) < 0.1
         training.step(diffusion.loss(forward, x_0, torch.where(dropped, NULL_CLASS, labels[index])))
     return training.ema
 
 
-def untied(model: DiTTransformer2DModel) -> DiTTransformer2DModel:
+def untie(model: DiTTransformer2DModel) -> DiTTransformer2DModel:
     """The same weights in diffusers' own layout: a copy of the embedders in each block."""
     plain = DiTTransformer2DModel(**TRANSFORMER)
     plain.load_state_dict(model.state_dict())
     return plain.eval()
 
 
-def sampled(pipeline: DiTPipeline, count: int, guidance: float, steps: int = 50) -> tuple[np.ndarray, np.ndarray]:
+def sample(pipeline: DiTPipeline, count: int, guidance: float, steps: int = 50) -> tuple[np.ndarray, np.ndarray]:
     """``count`` images and their labels from the unpatched modules, in ``DiTPipeline``'s loop with our null class."""
     transformer, autoencoder, scheduler = pipeline.transformer, pipeline.vae, pipeline.scheduler
     labels = torch.arange(count) % NULL_CLASS
@@ -293,8 +293,8 @@ def sampled(pipeline: DiTPipeline, count: int, guidance: float, steps: int = 50)
     return images_of(autoencoder, torch.cat(finished) / autoencoder.config.scaling_factor), labels.numpy()
 
 
-def saved_pipeline(transformer: DiTTransformer2DModel, autoencoder: AutoencoderKL) -> None:
-    pipeline = DiTPipeline(untied(transformer), autoencoder, DDIMScheduler(**SCHEDULER))
+def save_pipeline(transformer: DiTTransformer2DModel, autoencoder: AutoencoderKL) -> None:
+    pipeline = DiTPipeline(untie(transformer), autoencoder, DDIMScheduler(**SCHEDULER))
     pipeline.to(torch.float16).save_pretrained(CHECKPOINT)
     index = CHECKPOINT / "model_index.json"
     # Published DiT checkpoints carry the class names here; DiTPipeline reads them but does not save them.
@@ -316,17 +316,17 @@ def main() -> None:
     test_rgb = test_images.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
 
     if not WEIGHTS.exists():
-        state = trained_evaluator(images, labels, args.evaluator_steps).state_dict()
+        state = train_evaluator(images, labels, args.evaluator_steps).state_dict()
         half = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
         save_file({name: value.contiguous() for name, value in half.items()}, WEIGHTS)
     evaluator = load_evaluator()
-    classes, test_features = judged(evaluator, test_rgb)
+    classes, test_features = judge(evaluator, test_rgb)
     real_accuracy = float((classes == test_labels.numpy()).mean())
     print(f"evaluator: accuracy {real_accuracy:.4f} on the 10 000 real test images", flush=True)
 
     stored = args.work / "autoencoder.safetensors"
     if not stored.exists():
-        save_weights(trained_autoencoder(images, args.autoencoder_steps), stored)
+        save_weights(train_autoencoder(images, args.autoencoder_steps), stored)
     autoencoder = AutoencoderKL(**AUTOENCODER)
     autoencoder.load_state_dict({name: value.half().float() for name, value in load_file(stored).items()})
     autoencoder.eval().requires_grad_(False)
@@ -340,12 +340,12 @@ def main() -> None:
     autoencoder.register_to_config(scaling_factor=factor)
     print(f"latents: scaling factor {factor}, mean posterior deviation {deviations.mean() * factor:.4f}", flush=True)
 
-    real = statistics(judged(evaluator, images.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy())[1])
-    reconstructed_classes, reconstructed_features = judged(evaluator, reconstructions)
+    real = statistics_of(judge(evaluator, images.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy())[1])
+    reconstructed_classes, reconstructed_features = judge(evaluator, reconstructions)
     figures = {
         "real_accuracy": real_accuracy,
-        "test_distance": frechet_distance(statistics(test_features), real),
-        "reconstruction_distance": frechet_distance(statistics(reconstructed_features), real),
+        "test_distance": frechet_distance(statistics_of(test_features), real),
+        "reconstruction_distance": frechet_distance(statistics_of(reconstructed_features), real),
         "reconstruction_accuracy": float((reconstructed_classes == test_labels.numpy()).mean()),
         "reconstruction_psnr": psnr,
     }
@@ -354,20 +354,20 @@ def main() -> None:
 
     stored = args.work / "transformer.safetensors"
     if not stored.exists():
-        model = trained_transformer(means * factor, deviations * factor, labels, args.transformer_steps)
-        save_weights(untied(model), stored)
+        model = train_transformer(means * factor, deviations * factor, labels, args.transformer_steps)
+        save_weights(untie(model), stored)
     transformer = DiTTransformer2DModel(**TRANSFORMER)
     transformer.load_state_dict(load_file(stored))
-    saved_pipeline(transformer, autoencoder)
+    save_pipeline(transformer, autoencoder)
 
     pipeline = DiTPipeline.from_pretrained(CHECKPOINT, dtype=torch.float32)
     reference = reference_statistics()
     # A Fréchet distance falls with the number of images: it is compared with reconstructions over as many.
     for guidance, count in ((1.0, 1000), (1.5, 1000), (2.5, 1000), (4.0, 1000), (1.5, 5000)):
-        generated, asked = sampled(pipeline, count, guidance)
-        seen, features = judged(evaluator, generated)
-        distance = frechet_distance(statistics(features), (reference["mean"], reference["covariance"]))
-        chunks = [statistics(chunk) for chunk in np.split(reconstructed_features, 10_000 // count)]
+        generated, asked = sample(pipeline, count, guidance)
+        seen, features = judge(evaluator, generated)
+        distance = frechet_distance(statistics_of(features), (reference["mean"], reference["covariance"]))
+        chunks = [statistics_of(chunk) for chunk in np.split(reconstructed_features, 10_000 // count)]
         same = np.mean([frechet_distance(chunk, (reference["mean"], reference["covariance"])) for chunk in chunks])
         print(
             f"guidance {guidance}, {count} images: class accuracy {(seen == asked).mean():.3f}, "

@@ -33,17 +33,17 @@ STYLES = {  # sizes of adaLN-Zero are shades of one colour, the other conditioni
 }
 
 
-def selected(results: dict[str, Any], name: str, sampler: str = "ddpm") -> list[dict[str, Any]]:
+def select_rows(results: dict[str, Any], name: str, sampler: str = "ddpm") -> list[dict[str, Any]]:
     """A model's measurements, by steps."""
     rows = [row for row in results["samples"] if row["model"] == name and row["sampler"] == sampler]
     return sorted(rows, key=lambda row: row["steps"])
 
 
-def span(interval: list[float], digits: int) -> str:
+def format_interval(interval: list[float], digits: int) -> str:
     return f"{interval[0]:.{digits}f} to {interval[1]:.{digits}f}"
 
 
-def tables(results: dict[str, Any]) -> str:
+def format_tables(results: dict[str, Any]) -> str:
     """Markdown: the models, then every measurement."""
     lines = [
         "| model | conditioning | depth × width | parameters | GMAC | training loss | training s |",
@@ -79,11 +79,11 @@ def tables(results: dict[str, Any]) -> str:
             "|---|--:|--:|--:|:-:|--:|:-:|",
         ]
         for name in names:
-            for row in selected(results, name, sampler):
+            for row in select_rows(results, name, sampler):
                 lines.append(
                     f"| {name} | {row['steps']} | {row['gmac_steps']:.3f} | {row['accuracy']:.4f} "
-                    f"| {span(row['accuracy_interval'], 3)} | {row['distance']:.3f} "
-                    f"| {span(row['distance_interval'], 3)} |"
+                    f"| {format_interval(row['accuracy_interval'], 3)} | {row['distance']:.3f} "
+                    f"| {format_interval(row['distance_interval'], 3)} |"
                 )
     floor = results["reconstructions"]
     lines += [
@@ -101,7 +101,7 @@ def plot(results: dict[str, Any]) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(11, 9), constrained_layout=True)
     most = max(row["steps"] for row in results["samples"])
     for name, (color, marker, label) in STYLES.items():
-        rows = selected(results, name)
+        rows = select_rows(results, name)
         if not rows:
             continue
         for line, (value, interval) in enumerate(
@@ -152,7 +152,7 @@ def main() -> None:
     before, _, rest = README.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
     with replace_file(README) as file:
-        file.write_text(f"{before}{BEGIN}\n\n{tables(results)}\n\n{END}{after}")
+        file.write_text(f"{before}{BEGIN}\n\n{format_tables(results)}\n\n{END}{after}")
     plot(results)
     print(f"{README.name} and {PLOT.name} written from {RESULTS.name}")
 

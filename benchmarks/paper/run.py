@@ -45,7 +45,7 @@ HERE = Path(__file__).parent
 DEMO = HERE.parent / "fashion_mnist"
 sys.path.insert(0, str(DEMO))  # the demo's data set, loss and judge are scripts beside each other, not a package
 
-from evaluator import frechet_distance, judged, load_evaluator, reference_statistics, statistics  # noqa: E402
+from evaluator import frechet_distance, judge, load_evaluator, reference_statistics, statistics_of  # noqa: E402
 from train import (  # noqa: E402
     CHECKPOINT,
     NULL_CLASS,
@@ -54,7 +54,7 @@ from train import (  # noqa: E402
     images_of,
     latents_of,
     save_weights,
-    trained_denoiser,
+    train_denoiser,
 )
 
 IMAGES = 2000  # of each model and number of steps
@@ -105,7 +105,7 @@ MODELS = (
 )
 
 
-def initialized(spec: ModelSpec, seed: int) -> DiT:
+def initialize(spec: ModelSpec, seed: int) -> DiT:
     """A DiT as the official code starts it (``models.py``: ``initialize_weights``)."""
     torch.manual_seed(2 + 100 * seed)
     model = DiT(spec)
@@ -128,7 +128,7 @@ def initialized(spec: ModelSpec, seed: int) -> DiT:
     return model
 
 
-class Recorded(Training):
+class RecordedTraining(Training):
     """The demo's training, with its running loss kept every 100 steps."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
@@ -141,7 +141,7 @@ class Recorded(Training):
             self.losses.append((self.count, round(self.mean, 5)))
 
 
-def latents(data: Path, work: Path) -> Path:
+def make_latents(data: Path, work: Path) -> Path:
     """Stage 1: scaled posterior means and deviations of the training images, by the committed autoencoder."""
     stored = work / "latents.safetensors"
     if not stored.exists():
@@ -157,15 +157,15 @@ def latents(data: Path, work: Path) -> Path:
 def train(model: Model, stored: Path, work: Path, steps: int) -> str:
     """Stage 2: one model's average weights and its losses. All see the same batches, and of one seed the same noise."""
     torch.set_num_threads(1)  # two small models train faster side by side than each on two threads
-    network = initialized(model.spec, model.seed)
+    network = initialize(model.spec, model.seed)
     compiled = torch.compile(network, dynamic=False)
 
     def forward(x: Tensor, timestep: Tensor, class_labels: Tensor) -> SimpleNamespace:
         return SimpleNamespace(sample=compiled(x, timestep, class_labels))
 
-    training = Recorded(model.name, network, steps, rate=1e-3, ema=0.999, weight_decay=0.0)
+    training = RecordedTraining(model.name, network, steps, rate=1e-3, ema=0.999, weight_decay=0.0)
     torch.manual_seed(4 + 100 * model.seed)
-    average = trained_denoiser(training, forward, **load_file(stored))
+    average = train_denoiser(training, forward, **load_file(stored))
     seconds = round(time.monotonic() - training.start)
     metrics = {"steps": steps, "seconds": seconds, "losses": training.losses}
     (work / f"{model.name}.json").write_text(json.dumps(metrics) + "\n")
@@ -197,10 +197,10 @@ def bootstrap(features: np.ndarray, real: tuple[np.ndarray, np.ndarray]) -> tupl
 
     Not the resamples' percentiles: images drawn twice make their distances larger than the sample's own.
     """
-    distance = frechet_distance(statistics(features), real)
+    distance = frechet_distance(statistics_of(features), real)
     random = np.random.default_rng(0)
     draws = [random.integers(len(features), size=len(features)) for _ in range(RESAMPLES)]
-    half = 1.96 * float(np.std([frechet_distance(statistics(features[draw]), real) for draw in draws], ddof=1))
+    half = 1.96 * float(np.std([frechet_distance(statistics_of(features[draw]), real) for draw in draws], ddof=1))
     return distance, (distance - half, distance + half)
 
 
@@ -215,7 +215,7 @@ def sample(model: Model, work: Path, steps: int, sampler: str) -> dict[str, Any]
         [pipe(labels[chunk].tolist(), chunk.tolist(), steps=steps, guidance=1.0, sampler=sampler) for chunk in chunks]
     )
     seconds = time.monotonic() - start
-    classes, features = judged(load_evaluator(), images)
+    classes, features = judge(load_evaluator(), images)
     reference = reference_statistics()
     hits = int((classes == labels).sum())
     distance, interval = bootstrap(features, (reference["mean"], reference["covariance"]))
@@ -234,19 +234,19 @@ def sample(model: Model, work: Path, steps: int, sampler: str) -> dict[str, Any]
     }
 
 
-def reconstructions(data: Path) -> dict[str, float]:
+def measure_reconstructions(data: Path) -> dict[str, float]:
     """What no model can beat: as many test images as are sampled, through the autoencoder."""
     images, labels = images_from_idx(data, "t10k")
     autoencoder = AutoencoderKL.from_pretrained(CHECKPOINT / "vae", dtype=torch.float32).eval()
-    classes, features = judged(load_evaluator(), images_of(autoencoder, latents_of(autoencoder, images)[0]))
+    classes, features = judge(load_evaluator(), images_of(autoencoder, latents_of(autoencoder, images)[0]))
     reference = reference_statistics()
     sets = np.split(features, len(features) // IMAGES)
-    distances = [frechet_distance(statistics(s), (reference["mean"], reference["covariance"])) for s in sets]
+    distances = [frechet_distance(statistics_of(s), (reference["mean"], reference["covariance"])) for s in sets]
     accuracy = float((classes == labels.numpy()).mean())
     return {"accuracy": accuracy, "distance": round(float(np.mean(distances)), 4), "sets": len(sets)}
 
 
-def machine() -> str:
+def describe_machine() -> str:
     """The processor's name and its cores."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
@@ -254,12 +254,12 @@ def machine() -> str:
     return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 
 
-def stored_json(path: Path, value: Any) -> None:
+def store_json(path: Path, value: Any) -> None:
     with replace_file(path) as file:
         file.write_text(json.dumps(value, indent=1) + "\n")
 
 
-def finished(pool: ProcessPoolExecutor, what: str, jobs: Mapping[Future[Any], float]) -> Iterator[Any]:
+def iterate_finished(pool: ProcessPoolExecutor, what: str, jobs: Mapping[Future[Any], float]) -> Iterator[Any]:
     """Results as they come, with a line of progress; ``jobs``: futures and how much work each is."""
     start, done = time.monotonic(), 0.0
     for number, job in enumerate(as_completed(jobs), 1):
@@ -280,16 +280,16 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     work: Path = args.work
 
-    stored = latents(args.data, work)
+    stored = make_latents(args.data, work)
     with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:
         cost = {model.name: count_gmac(model.spec) for model in MODELS}
         missing = [model for model in MODELS if not (work / f"{model.name}.safetensors").exists()]
         jobs = {pool.submit(train, model, stored, work, args.steps): cost[model.name] for model in missing}
-        for line in finished(pool, "trained", jobs):
+        for line in iterate_finished(pool, "trained", jobs):
             print(line, flush=True)
 
         missing = [model for model in MODELS if not (work / f"{model.name}.bundle").exists()]
-        for line in finished(pool, "exported", {pool.submit(export, model, work): 1.0 for model in missing}):
+        for line in iterate_finished(pool, "exported", {pool.submit(export, model, work): 1.0 for model in missing}):
             print(line, flush=True)
 
         kept = work / "samples.json"
@@ -303,14 +303,14 @@ def main() -> None:
             if (model.name, sampler, steps) not in known and (not model.seed or (sampler, steps) == ("ddpm", 250))
         ]
         jobs = {pool.submit(sample, m, work, steps, sampler): cost[m.name] * steps for m, sampler, steps in wanted}
-        for row in finished(pool, "sampled", jobs):
+        for row in iterate_finished(pool, "sampled", jobs):
             rows.append(row)
-            stored_json(kept, rows)
+            store_json(kept, rows)
             print(f"{row['model']}, {row['sampler']} {row['steps']}: {row['accuracy']}, {row['distance']}", flush=True)
 
     kept = work / "reconstructions.json"
     if not kept.exists():
-        stored_json(kept, reconstructions(args.data))
+        store_json(kept, measure_reconstructions(args.data))
     models = {}
     for model in MODELS:
         trained = json.loads((work / f"{model.name}.json").read_text())
@@ -328,7 +328,7 @@ def main() -> None:
         }
     rows.sort(key=lambda row: (list(SAMPLERS).index(row["sampler"]), list(models).index(row["model"]), row["steps"]))
     results = {
-        "machine": machine(),
+        "machine": describe_machine(),
         "training_steps": args.steps,
         "batch": 128,
         "pictures": IMAGES,
@@ -337,7 +337,7 @@ def main() -> None:
         "reconstructions": json.loads(kept.read_text()),
         "samples": rows,
     }
-    stored_json(report.RESULTS, results)
+    store_json(report.RESULTS, results)
     report.main()
 
 

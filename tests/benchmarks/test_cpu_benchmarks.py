@@ -25,7 +25,7 @@ def module(name: str) -> ModuleType:
 
 def test_the_tables_are_those_of_the_results() -> None:
     """README.md is what report.py writes of the JSON files beside it: no figure was typed."""
-    assert (FOLDER / "README.md").read_text(encoding="utf-8") == module("report").document()
+    assert (FOLDER / "README.md").read_text(encoding="utf-8") == module("report").format_document()
 
 
 @pytest.mark.slow

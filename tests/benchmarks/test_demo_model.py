@@ -63,14 +63,14 @@ def test_fp16_keeps_the_class_accuracy(demo, tmp_path: Path) -> None:
     reference = judge.reference_statistics()
     assert reference["real_accuracy"] >= 0.90
     assert reference["reconstruction_psnr"] >= 26.0
-    expected = script.pytorch_images(labels, seeds, 50)
-    accuracies = {"PyTorch": float((judge.judged(evaluator, expected)[0] == np.array(labels)).mean())}
+    expected = script.sample_with_pytorch(labels, seeds, 50)
+    accuracies = {"PyTorch": float((judge.judge(evaluator, expected)[0] == np.array(labels)).mean())}
     for name, flags in (("fp32", []), ("fp16", ["--fp16"])):
         path = tmp_path / f"{name}.bundle"
         done = run_command("dit-export", CHECKPOINT, *flags, "-o", path)
         assert done.returncode == 0, done.stderr + done.stdout
-        found = script.sampled(path, labels, seeds, 50)
-        accuracies[name] = float((judge.judged(evaluator, found)[0] == np.array(labels)).mean())
+        found = script.sample(path, labels, seeds, 50)
+        accuracies[name] = float((judge.judge(evaluator, found)[0] == np.array(labels)).mean())
         close = np.abs(found.astype(int) - expected.astype(int)) <= 1
         level = script.psnr(found, expected)
         print(f"{name}: accuracy {accuracies[name]:.3f}, PSNR {level:.1f} dB, within one level {close.mean():.4%}")

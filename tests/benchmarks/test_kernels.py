@@ -38,7 +38,7 @@ def benchmark() -> ModuleType:
 def test_a_block_is_eight_kernels(benchmark: ModuleType, tmp_path: Path) -> None:
     """A block is 8 kernels and the rest 5, for one branch and for two, no stream waits, every attention is fused."""
     pytest.importorskip("tensorrt_rtx")
-    row = benchmark.measured(next(benchmark.ablations()), (2, 4), tmp_path)
+    row = benchmark.measure(next(benchmark.iterate_ablations()), (2, 4), tmp_path)
     for blocks in (2, 4):
         for profile in row[f"blocks_{blocks}"]["profiles"]:
             assert (profile["kernels"], profile["waits_signals"]) == (8 * blocks + 5, 0)  # measured: 21 and 37
@@ -67,7 +67,7 @@ def test_an_ablation_is_the_same_function(benchmark: ModuleType) -> None:
         return found
 
     expected: dict[str, torch.Tensor] = {}
-    for ablation in benchmark.ablations():
+    for ablation in benchmark.iterate_ablations():
         found = next_state(ablation)
         reference = expected.setdefault(ablation.conditioning, found)
         error = float((found - reference).abs().max() / reference.abs().max())
@@ -84,5 +84,5 @@ def test_the_committed_figures(benchmark: ModuleType) -> None:
     for profile in figures["whole"][0]["blocks_28"]["profiles"]:
         assert profile["kernels"] + profile["waits_signals"] <= 230
         assert profile["fused_attention"] == 28
-    table = benchmark.table(figures)
-    assert all(ablation.name in table for ablation in benchmark.ablations())
+    table = benchmark.format_table(figures)
+    assert all(ablation.name in table for ablation in benchmark.iterate_ablations())

@@ -50,7 +50,7 @@ def test_pairs_tell_what_figures_cannot(quality: ModuleType) -> None:
     worse = features + 0.05 * np.sqrt(np.diag(reference["covariance"]))
     labels = np.arange(400) % 10
     classes = np.where(np.arange(400) < 6, (labels + 1) % 10, labels)
-    first, second = quality.compared({"a": (labels, features), "b": (classes, worse)}, labels, 50)
+    first, second = quality.compare({"a": (labels, features), "b": (classes, worse)}, labels, 50)
     low, high = second["frechet_interval"]
     assert low < first["frechet_distance"] < high
     against = second["against"]
@@ -76,7 +76,7 @@ def test_intervals_cover(quality: ModuleType) -> None:
         drawn = random.integers(100, size=(200, 100))
         draws = pairs[drawn].mean(axis=1)
         difference = float(np.diff(pairs.mean(axis=0))[0])
-        low, high = quality.around(difference, draws[:, 1] - draws[:, 0])
+        low, high = quality.interval_around(difference, draws[:, 1] - draws[:, 0])
         covered += low <= 0.3 <= high
     print(covered / 300)
     assert 0.91 <= covered / 300 <= 0.98  # 0.94; three deviations are 0.038
@@ -92,7 +92,7 @@ def test_the_committed_figures(quality: ModuleType) -> None:
     assert {"ONNX Runtime FP32", "ONNX Runtime FP16", "FP16 emulated"} <= {row["name"] for row in others}
     for row in others:
         assert row["against"]["mcnemar_p"] > 0.01
-    assert (FOLDER / "quality.md").read_text() == quality.markdown(result)
+    assert (FOLDER / "quality.md").read_text() == quality.format_markdown(result)
 
 
 @pytest.mark.slow  # two exports

@@ -319,7 +319,7 @@ def test_a_pipeline_at_another_size(folder: Path) -> None:
     assert pipe.latent_shape == (4, 8, 12)
     assert pipe([3], 7, steps=2).shape == (1, 32, 48, 3)
     assert Pipeline(open_bundle(folder).at((32, 48)), "onnxruntime", 1).latent_shape == (4, 8, 12)
-    with pytest.raises(BundleError, match=r"no graphs for images of 64x64, only 32x32, 32x48, 48x48"):
+    with pytest.raises(BundleError, match=r"no graphs for images of 64x64, only for 32x32, 32x48, 48x48"):
         Pipeline(folder, "onnxruntime", 1, (64, 64))
 
 
