@@ -248,6 +248,9 @@ class _TableRecord:
 
 def _schedule_from_record(record: _TableRecord, name: str) -> Schedule:
     """Raises ValueError or OverflowError for numbers that make no array."""
+    rows = np.asarray(range(len(record.coefficients)) if record.rows is None else record.rows, np.int64)
+    if not np.array_equal(rows, rows.astype(np.int32)):
+        raise OverflowError("rows beyond int32")  # NumPy 1.26 would let them wrap around
     coefficients = np.asarray(record.coefficients, np.float32)
     count = len(coefficients)
     if coefficients.shape[1:] != (COEFFICIENTS,):
@@ -258,7 +261,7 @@ def _schedule_from_record(record: _TableRecord, name: str) -> Schedule:
         sampler=name if record.sampler is None else record.sampler,
         spacing="custom" if record.spacing is None else record.spacing,
         timesteps=np.asarray(record.timesteps, np.float32),
-        rows=np.asarray(range(count) if record.rows is None else record.rows, np.int32),
+        rows=rows.astype(np.int32),
         coefficients=coefficients,
         initial=np.asarray([[0, 1]] * count if record.initial is None else record.initial, np.float32),
         start=np.asarray([1.0] if record.start is None else record.start, np.float32),
