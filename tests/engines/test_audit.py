@@ -195,7 +195,10 @@ def test_what_cannot_be_read_is_said() -> None:
 def test_weights_tell_where_datatypes_do_not() -> None:
     """An engine that says nothing of its kernels but is as large as FP32 is refused; as large as FP16 it is not."""
     bundle_bytes = 894_000_000
-    for weights, expected in ((bundle_bytes * 2, ["weights take 1.79 GB, the bundle's take 894 MB"]), (900_000_000, [])):
+    for weights, expected in (
+        (bundle_bytes * 2, ["weights take 1.79 GB, the bundle's take 894 MB"]),
+        (900_000_000, []),
+    ):
         audit = Audit(weights, [ProfileAudit(multiplied={"": 100}, fused_attention=2)])
         found = find_problems(audit, "step", MODEL, FP16, bundle_bytes)
         assert len(found) == len(expected)

@@ -204,7 +204,9 @@ def test_fp32_declared_fp16_fails(bundles: dict[str, Path], tmp_path: Path) -> N
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["precision"] = {"name": "fp16", "keep_fp32": ["patch_embed", "final"]}
     (path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(BuildError, match=r"conditioner, profile 0: 0\.0% of the multiply-adds are FP16, expected at least 99%"):
+    with pytest.raises(
+        BuildError, match=r"conditioner, profile 0: 0\.0% of the multiply-adds are FP16, expected at least 99%"
+    ):
         engine_from_bundle(open_bundle(path), recipe_for("rtx", "8.9", 2, (1, 2), 64), tmp_path / "store")
     assert not list((tmp_path / "store").glob("*"))
 
