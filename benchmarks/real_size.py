@@ -30,7 +30,7 @@ REPEATS = 7
 
 
 def time_module(module: str, *argv: str) -> dict[str, Any]:
-    """Run a command's module; return its JSON result, wall seconds, and the peak memory of its largest process in GB."""
+    """Run a command's module; return its JSON result, wall seconds, and the largest process's peak memory in GB."""
     code = f"from {module} import main; import sys; main(sys.argv[1:])"
     start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code, *argv], stdout=subprocess.PIPE, text=True, check=True)

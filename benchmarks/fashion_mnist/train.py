@@ -72,7 +72,7 @@ def save_weights(model: nn.Module, path: Path) -> None:
 
 
 def images_from_idx(data: Path, split: str) -> tuple[Tensor, Tensor]:
-    """Read the data set's gzipped IDX files: uint8 images ``[N, 1, 32, 32]``, padded from 28×28 with black, and labels."""
+    """Read the data set's gzipped IDX files: uint8 images ``[N, 1, 32, 32]``, padded with black, and labels."""
     with gzip.open(data / f"{split}-images-idx3-ubyte.gz") as file:
         pixels = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 1, 28, 28)
     with gzip.open(data / f"{split}-labels-idx1-ubyte.gz") as file:
@@ -97,7 +97,7 @@ def iterate_batches(count: int, size: int, steps: int, seed: int) -> Iterator[Te
 
 
 class Training:
-    """A training run: AdamW, warm-up and cosine decay, gradient clipping, an average of the weights, a progress line."""
+    """A training run: AdamW, warm-up and cosine decay, gradient clipping, averaged weights, and a progress line."""
 
     def __init__(self, name: str, model: nn.Module, steps: int, rate: float, ema: float, weight_decay: float) -> None:
         self.name, self.model, self.steps, self.ema_decay = name, model, steps, ema
@@ -260,7 +260,7 @@ def train_transformer(means: Tensor, deviations: Tensor, labels: Tensor, steps: 
 def train_denoiser(
     training: Training, forward: Callable[..., Any], means: Tensor, deviations: Tensor, labels: Tensor
 ) -> Any:
-    """Do all steps of ``training`` on scaled latents ``[N, 4, 8, 8]``, and return the model with the average weights."""
+    """Do all steps of ``training`` on scaled latents ``[N, 4, 8, 8]``, and return the averaged model."""
     diffusion = Diffusion()
     for index in iterate_batches(len(means), 128, training.steps, seed=3):
         x_0 = means[index] + deviations[index] * torch.randn_like(means[index])

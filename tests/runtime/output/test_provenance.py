@@ -77,7 +77,7 @@ def test_the_record_of_an_image(checkpoint: Path, bundle: Path, tmp_path: Path) 
 
 
 def test_the_record_of_a_grid(bundle: Path, tmp_path: Path) -> None:
-    """Fails if a grid's record does not have label, seed, noise and guidance of each place, in order."""
+    """Fails if a grid's record does not have label, seed, noise and guidance of each position, in order."""
     path, noise = tmp_path / "grid.png", noise_of([4, 9, 1])
     np.save(tmp_path / "noise.npy", noise)
     arguments = ["--labels", 3, 0, 5, "--seeds", 4, 9, 1, "--guidance", 1, 2, 3.5, "--steps", 2, "--batch-size", 2]
@@ -153,9 +153,9 @@ def test_an_image_of_given_noise_is_made_again(bundle: Path, tmp_path: Path, mon
     for name, values in (("five", noise), ("third", noise[2]), ("fourth", noise[3])):
         np.save(tmp_path / f"{name}.npy", values)
     arguments = (*FIVE, "--sampler", "ddpm", "--steps", 3, "--seed", 90, "--noise", tmp_path / "five.npy")
-    made(bundle, *arguments, "-o", tmp_path / "pictures")
+    made(bundle, *arguments, "-o", tmp_path / "images")
     made(bundle, *arguments, "-o", tmp_path / "grid.png")
-    path, again = sorted((tmp_path / "pictures").iterdir())[2], tmp_path / "again.png"
+    path, again = sorted((tmp_path / "images").iterdir())[2], tmp_path / "again.png"
     assert record(path)["dit.noise"] == first_hash(noise[2])
     refused("name it with --noise", bundle, "--from-image", path, "-o", again, folder=tmp_path)
     other = ("--from-image", path, "--noise", tmp_path / "fourth.npy", "-o", again)
@@ -278,10 +278,10 @@ def test_damaged_records(bundle: Path, text: dict[str, str], tmp_path: Path) -> 
         {"dit.batch": "[[2, 0, [[2, 2]]]]"},
         {f"dit.{key}": "[]" for key in PER_IMAGE},
     ],
-    ids=["two sizes", "one place", "no places"],
+    ids=["two sizes", "one position", "no positions"],
 )
 def test_damaged_places(bundle: Path, tmp_path: Path, change: dict[str, str]) -> None:
-    """Fails if the places of a grid that do not fit one batch, or no places at all, end in a traceback."""
+    """Fails if the positions of a grid that do not fit one batch, or no positions at all, end in a traceback."""
     path = tmp_path / "grid.png"
     made(bundle, "--labels", 3, 4, "--steps", 2, "--sampler", "ddim", "-o", path)
     with Image.open(path) as image:
