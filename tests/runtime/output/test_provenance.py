@@ -181,7 +181,7 @@ def test_an_image_of_a_custom_table_is_made_again(
     path = sorted((tmp_path / "five").iterdir())[2]
     assert (record(path)["dit.sampler"], record(path)["dit.steps"]) == ("mine", 4)
     asked = ("--from-image", path, "-o", again)
-    refused("made with the table 'mine'; name its file with --sampler", bundle, *asked, folder=tmp_path)
+    refused("made with the sampler table 'mine'; name its file with --sampler", bundle, *asked, folder=tmp_path)
     refused("sampler table was", bundle, *asked, "--sampler", tmp_path / "other.json", folder=tmp_path)
 
 
@@ -261,7 +261,7 @@ def test_damaged_records(bundle: Path, text: dict[str, str], tmp_path: Path) -> 
         ({"dit.steps": "3"}, "the image's sampler table was"),
         ({"dit.seed": "8"}, "the image's noise was"),
         ({"dit.bundle": '"0000"'}, "name the bundle that made it"),
-        ({"dit.sampler": '"plms"'}, "made with the table 'plms'"),
+        ({"dit.sampler": '"plms"'}, "made with the sampler table 'plms'"),
     ]
     for change, message in damage:
         path = with_record(tmp_path / "damaged.png", {**text, **change})
@@ -476,7 +476,7 @@ def test_wrong_arguments(bundle: Path, noises: dict[str, Path], tmp_path: Path) 
         (["--labels", 1, "--sampler", "plms"], "dpmpp-3m, unipc, euler-ancestral, euler, heun, sde-euler, sde-heun"),
         (["--labels", 1, "--sampler", "euler"], "prediction type 'epsilon': expected one of ddim, ddpm"),
         (["--labels", 1, "--sampler", "dopri5"], "'dopri5' is adaptive"),
-        (["--labels", 1, "--sampler", tmp_path / "missing.json"], "missing.json: cannot read this table"),
+        (["--labels", 1, "--sampler", tmp_path / "missing.json"], "missing.json: cannot read this sampler table"),
         (["--labels", 1, "--steps", 1001], "1001 steps: expected 1 to 1000"),
         (["--labels", 1, "--steps", 0], "0 steps: expected 1 to 1000"),
         (["--labels", 1, "--spacing", "dense"], "'dense' is not supported"),

@@ -69,7 +69,7 @@ def batch_sizes(lengths: Sequence[int], most: int) -> list[int]:
 
 
 def test_images_of_a_stream_are_those_made_alone(pipe: Pipeline) -> None:
-    """Fails if an image takes rows, noise, memory or guidance of its neighbours, or of an earlier image at its position."""
+    """Fails if an image takes rows, noise, memory or guidance of its neighbours, or of an earlier image there."""
     images = mixed(pipe)
     alone = []
     for image in images:
