@@ -52,7 +52,7 @@ test-slow: install
 test-py310: install
 	$(BIN)/python tests/support/exports.py build/py310
 	$(PYTHON310) -m venv .venv-py310
-	.venv-py310/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-py310.txt -e '.[cpu]' \
+	.venv-py310/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-py310.txt -e '.[cpu,openvino]' \
 	  filelock hypothesis onnx pytest
 	DIT_TEST_BUNDLES=build/py310 .venv-py310/bin/python -m pytest tests/runtime
 

@@ -210,7 +210,8 @@ def test_sits_velocity_and_time(checkpoint: Path, tmp_path: Path) -> None:
     assert max(errors) <= TRAJECTORY_LIMIT["fp32"]  # measured: 2.7e-7
 
 
-@pytest.mark.parametrize("channels", [pytest.param("3", marks=pytest.mark.slow), "all"])  # an export for each
+@pytest.mark.slow  # an export for each
+@pytest.mark.parametrize("channels", ["3", "all"])
 def test_guidance_channels_are_recorded(checkpoint: Path, tmp_path: Path, channels: str) -> None:
     """``--guidance-channels`` overrides the reference's, and the manifest says so."""
     weights = weights_of("adaln-zero")

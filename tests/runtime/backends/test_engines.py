@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.optional import torch
 
 from dit_runtime.backends import prepared
 from dit_runtime.backends.base import Candidate
@@ -133,8 +134,6 @@ def test_weights_are_not_multiplied_by_one(bundle: Bundle) -> None:
 
 def test_weights_become_the_nearest_bf16() -> None:
     """The conversion rounds to nearest, ties to even, as hardware and PyTorch do."""
-    import torch
-
     random = np.random.default_rng(0)
     values = (random.standard_normal(10_000) * 10.0 ** random.integers(-5, 5, 10_000)).astype(np.float32)
     values = np.concatenate([values, np.array([0, -0.0, 1.00390625, 1.01171875, 65504, 6e-8], np.float32)])  # two ties

@@ -16,6 +16,7 @@ from dit_runtime.bundle.reader import open_bundle
 
 def test_the_report_adds_up(bundles: dict[str, Path], tmp_path: Path) -> None:
     """Percentiles are in order, a run is its parts and what is outside, and every form has the same figures."""
+    pytest.importorskip("matplotlib")
     files = {name: tmp_path / name for name in ("bench.md", "bench.png")}
     done = run_process(
         "dit-bench", bundles["fp16"], "--engine", "onnxruntime", "--batch", "1,2", "--steps", "4", "--repeat", "3",
