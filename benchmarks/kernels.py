@@ -1,12 +1,12 @@
-"""What each choice in the step's graph costs in kernels: the ablation behind ``dit_export/graphs/model.py``.
+"""Count the kernels that each choice in the step's graph costs: the ablation behind ``dit_export/graphs/model.py``.
 
     python benchmarks/kernels.py -o benchmarks/kernels.json     build every ablation
-    python benchmarks/kernels.py --table benchmarks/kernels.json     the Markdown table of it
+    python benchmarks/kernels.py --table benchmarks/kernels.json     print its Markdown table
 
-Steps as wide as DiT-XL/2-256, with 2 and with 4 blocks, random weights, FP16, each with one thing changed, compiled by
-TensorRT-RTX ahead of time for SM 8.9 without a GPU. What two blocks more add is what a block costs. The last part
-compiles all 28 blocks: there the gather of the 170 vectors is a kernel of its own. These are counts of that builder;
-TensorRT on a device may choose otherwise.
+An ablation is a step as wide as DiT-XL/2-256, with random weights, in FP16, with one thing changed. TensorRT-RTX
+compiles it ahead of time for SM 8.9, without a GPU, with 2 and with 4 blocks. The difference of the two is the cost of
+two blocks. The last part compiles all 28 blocks; there the gather of the 170 vectors is a kernel of its own. The counts
+are those of this builder; TensorRT on a device may make other choices.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from dit_runtime.bundle.manifest import GraphSpec, ModelSpec
 
 XL = ModelSpec("adaln-zero", 4, (32, 32), 2, 1152, 28, 16, 4608, 1000, True)
 DEPTHS = (2, 4)
-BRANCHES = (1, 2)  # a profile each
+BRANCHES = (1, 2)  # one profile for each
 ROWS = 500
 AS_EXPORTED = "as exported: product as [N, 3, h, T, d], slices of its second axis"
 OUTERMOST = "product as [3, N, h, T, d], slices of its first axis"
@@ -51,9 +51,14 @@ Attention = Callable[[model.Attention, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Ablation:
-    """``group`` and ``name`` are its row; ``exact`` is false where it is another function, to find a kernel's cause.
+    """A step with one thing changed.
 
-    ``replaced``: functions of the model by (owner, name). ``config``: attributes of the builder's configuration.
+    Attributes:
+        group, name: of the row in the table.
+        replaced: replacements for functions of the model, by (owner, name).
+        config: attributes of the builder's configuration.
+        conditioning: of the model.
+        exact: whether the changed step computes the same function; False for a change that finds a kernel's cause.
     """
 
     group: str
@@ -64,7 +69,7 @@ class Ablation:
     exact: bool = True
 
 
-# Attention: each takes x [N, T, D] and gives the mixed values [N, T, D], before the output projection.
+# Attention: each function takes x [N, T, D] and returns the mixed values [N, T, D] before the output projection.
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -115,7 +120,7 @@ def attend_without_bias(self: model.Attention, x: Tensor) -> Tensor:
 
 
 def attend_column_of_ones(self: model.Attention, x: Tensor) -> Tensor:
-    # Eight columns, of which one has the biases: FP16 products want multiples of 8.
+    # Eight columns, of which one has the biases, because FP16 products are fastest at multiples of 8.
     zeros = torch.zeros(self.qkv.out_features, 7, dtype=x.dtype)
     weight = torch.cat([self.qkv.weight, self.qkv.bias[:, None], zeros], dim=1)
     ones = torch.cat([x, torch.ones_like(x[..., :8])], dim=2)
@@ -124,7 +129,7 @@ def attend_column_of_ones(self: model.Attention, x: Tensor) -> Tensor:
 
 
 def attend_query_bias_alone(self: model.Attention, x: Tensor) -> Tensor:
-    # Softmax does not see the keys' bias, and the values' can go through the output projection into its own.
+    # The keys' bias does not change the softmax, and the values' bias can be folded into the output projection's bias.
     q, k, v = F.linear(x, self.qkv.weight).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     return model.attend(q + self.qkv.bias.chunk(3)[0].unflatten(0, (self.heads, 1, -1)), k, v)
 
@@ -133,7 +138,7 @@ def replace_attention(attention: Attention) -> dict[tuple[Any, str], Callable[..
     return {(model.Attention, "forward"): lambda self, x: self.proj(attention(self, x))}
 
 
-# The scale of the scores: each takes queries, keys and values [N, h, T, d].
+# The scale of the scores: each function takes queries, keys and values [N, h, T, d].
 
 
 def replace_scores(scores: Callable[[Tensor, Tensor], Tensor]) -> dict[tuple[Any, str], Callable[..., Any]]:
@@ -189,7 +194,7 @@ def update_slot_by_slot(
     return torch.stack(rows, dim=1), c[0] * s[0] + c[1] * e
 
 
-# Tokens before images in the residual stream, [T, N, D]: then heads of all images have one stride.
+# Tokens before images in the residual stream, [T, N, D], so that the heads of all images have one stride.
 
 
 def put_tokens_first(attention: Attention) -> dict[tuple[Any, str], Callable[..., Any]]:
@@ -279,11 +284,11 @@ def iterate_ablations() -> Iterator[Ablation]:
 
 
 def export_step(ablation: Ablation, spec: ModelSpec, folder: Path) -> GraphSpec:
-    """The step's graph in ``folder``."""
+    """Export the step's graph of an ablation to ``folder``."""
     shapes = {
         name: shape
         for name, shape in official_shapes(spec, spec.output_channels).items()
-        if not re.search("adaLN|t_embedder|y_embedder", name)  # the conditioner's
+        if not re.search("adaLN|t_embedder|y_embedder", name)  # these belong to the conditioner
     }
     weights = {name: stored.read() for name, stored in random_tensors(shapes, 0).items()}
     position = official_table(spec.width, spec.grid)
@@ -292,7 +297,7 @@ def export_step(ablation: Ablation, spec: ModelSpec, folder: Path) -> GraphSpec:
         for (owner, name), function in ablation.replaced.items():
             stack.enter_context(patch.object(owner, name, function))
         graph = trace(step_from_weights(spec, Numerics(), FP16, weights, position), axes)
-    del graph.graph.outputs[2:]  # the probe's
+    del graph.graph.outputs[2:]  # these belong to the probe
     return save_model(graph, folder, "step", axes)
 
 
@@ -301,7 +306,7 @@ def dtype_of_table(spec: ModelSpec) -> torch.dtype:
 
 
 def compile_step(onnx: Path, spec: ModelSpec, config: Mapping[str, int]) -> dict[str, Any]:
-    """Counts of a batch of 1, per profile, and the plan's size."""
+    """Compile a step for a batch of 1; return the counts of each profile, and the plan's size in bytes."""
     import tensorrt_rtx as trt
 
     lines: list[str] = []
@@ -353,7 +358,7 @@ def compile_step(onnx: Path, spec: ModelSpec, config: Mapping[str, int]) -> dict
 
 
 def count_kernels(lines: list[str], profile: int) -> dict[str, int]:
-    """Kernels of a profile in the builder's list of layers, and waits and signals of its streams beside them."""
+    """Count the kernels of a profile in the builder's list of layers, and the waits and signals of its streams."""
     counts = {"kernels": 0, "waits_signals": 0, "fused_attention": 0}
     for line in lines:
         found = re.match(r"Name: (\S*?)(?: \S.*)?_myl(\d+)_\d+, LayerType: (\w+),", line.strip())
@@ -365,7 +370,7 @@ def count_kernels(lines: list[str], profile: int) -> dict[str, int]:
 
 
 def measure(ablation: Ablation, depths: tuple[int, ...], work: Path) -> dict[str, Any]:
-    """A row: counts at each depth."""
+    """Measure an ablation: its row, with the counts at each depth."""
     row: dict[str, Any] = {"group": ablation.group, "name": ablation.name, "exact": ablation.exact}
     for depth in depths:
         with tempfile.TemporaryDirectory(dir=work) as folder:
@@ -378,7 +383,7 @@ def measure(ablation: Ablation, depths: tuple[int, ...], work: Path) -> dict[str
 
 
 def format_table(figures: Mapping[str, Any]) -> str:
-    """The figures in Markdown: what a block adds, and the ends."""
+    """Format the figures as Markdown: the cost of a block, and of the step's ends."""
     lines = [
         f"{figures['label']}; {figures['builder']}; DiT-XL/2-256's width, FP16, batch 1; G = 1 / G = 2.",
         "",

@@ -1,10 +1,10 @@
-"""The figures of a real-size model, as JSON: ``make bench``.
+"""Measure a real-size model, and print the figures as JSON: ``make bench``.
 
     python benchmarks/real_size.py --work build/real_size
 
-Exports DiT-XL/2-256 with random weights in FP16 (time, peak memory), converts an official checkpoint file of that shape
-(peak memory), builds for TensorRT-RTX (weights, fused attention), and times one guided FP32 step on ONNX Runtime
-against a plain export of diffusers' model, interleaved in one run.
+The script exports DiT-XL/2-256 with random weights in FP16 (time, peak memory). It converts an official checkpoint file
+of that shape (peak memory). It builds for TensorRT-RTX (weights, fused attention). It times a guided FP32 step on ONNX
+Runtime in turn with a plain export of diffusers' model.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ REPEATS = 7
 
 
 def time_module(module: str, *argv: str) -> dict[str, Any]:
-    """Run a command's module; its JSON result, wall seconds and peak memory of its largest process in GB."""
+    """Run a command's module; return its JSON result, wall seconds, and the largest process's peak memory in GB."""
     code = f"from {module} import main; import sys; main(sys.argv[1:])"
     start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code, *argv], stdout=subprocess.PIPE, text=True, check=True)
@@ -40,7 +40,7 @@ def time_module(module: str, *argv: str) -> dict[str, Any]:
 
 
 def measure_export(work: Path) -> dict[str, Any]:
-    """``dit-export DiT-XL/2-256 --random-weights 0 --fp16``, golden records included."""
+    """Measure ``dit-export DiT-XL/2-256 --random-weights 0 --fp16``, with golden records."""
     export = time_module(
         "dit_export.command",
         *(PRESET, "--random-weights", "0", "--fp16", "--no-verify", "--json", "-o", str(work / "fp16.bundle")),
@@ -58,7 +58,7 @@ def measure_export(work: Path) -> dict[str, Any]:
 
 
 def measure_conversion(work: Path) -> dict[str, Any]:
-    """Reading, converting, tracing and writing the graphs of an official XL file: peak memory over the file's size."""
+    """Measure reading, converting, tracing and writing the graphs of an official XL file: peak memory and seconds."""
     file, vae = work / "official.safetensors", work / "vae"
     if not (file.exists() and vae.exists()):
         run_in_process("--make-official", work)
@@ -75,13 +75,13 @@ def measure_conversion(work: Path) -> dict[str, Any]:
 
 
 def run_in_process(option: str, work: Path, *values: str) -> str:
-    """This script again, in a process of its own, for one part."""
+    """Run one part of this script in its own process; return what it prints."""
     argv = [sys.executable, __file__, "--work", str(work), option, *values]
     return subprocess.run(argv, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
 
 
 def make_official(work: Path) -> None:
-    """DiT-XL/2-256 with random weights as an official file, and the Stable Diffusion VAE's shape as a folder."""
+    """Write DiT-XL/2-256 with random weights as an official file, and a VAE of Stable Diffusion's shape as a folder."""
     from dit_export.checkpoints.sources import Source, load_checkpoint
     from safetensors.torch import save_file
 
@@ -91,7 +91,7 @@ def make_official(work: Path) -> None:
 
 
 def convert(work: Path, precision: str) -> int:
-    """Everything of an export but the golden records; the peak of this process in bytes, mapped files included."""
+    """Export without golden records; return the peak memory of this process in bytes, mapped files included."""
     from dit_export.bundle import write_graphs
     from dit_export.checkpoints.sources import Source, load_checkpoint
     from dit_export.graphs.precision import FP16, FP32
@@ -104,7 +104,7 @@ def convert(work: Path, precision: str) -> int:
 
 
 def measure_build(work: Path) -> dict[str, Any]:
-    """``dit-build --target rtx``: what the builder says of the step's two guidance profiles."""
+    """Measure ``dit-build --target rtx``: the builder's figures of the step's two profiles, and of the decoder."""
     build = time_module("dit_engines.command", str(work / "fp16.bundle"), "--target", "rtx", "--json")
     graphs = {graph["graph"]: graph for graph in build["result"]["graphs"]}
     step = graphs["step"]["audit"]
@@ -120,7 +120,7 @@ def measure_build(work: Path) -> dict[str, Any]:
 
 
 def export_plainly(work: Path) -> Path:
-    """diffusers' transformer as ``torch.onnx.export`` gives it, at opset 20: the doubled batch is its caller's."""
+    """Export diffusers' transformer with ``torch.onnx.export`` alone, at opset 20. Its caller doubles the batch."""
     import torch
     from dit_export.checkpoints.sources import Source, load_checkpoint
     from dit_export.graphs.tracing import quiet
@@ -158,7 +158,7 @@ def export_plainly(work: Path) -> Path:
 
 
 def time_step(work: Path) -> dict[str, Any]:
-    """One guided step, batch 1, FP32, ONNX Runtime's defaults: ours and the plain export in turn, medians."""
+    """Time a guided step in turn with the plain export: batch 1, FP32, ONNX Runtime's defaults, medians."""
     import onnxruntime
 
     from dit_runtime import open_bundle
@@ -244,7 +244,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("export", "conversion", "build", "step"), help="one part")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    if args.plain:  # a process of its own: tracing leaves several GB behind
+    if args.plain:  # in its own process, because tracing leaves several GB of memory behind
         print(export_plainly(args.work))
         return
     if args.make_official:

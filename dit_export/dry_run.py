@@ -39,8 +39,8 @@ BRANCHES = 2  # a guided step has two: the image's label and null
 class GraphEstimate:
     """A graph's parameters, the bytes of its weights file in each precision, and its work.
 
-    ``gmac`` is the work of one table row (conditioner), one branch of one image (step) or one image (decoder, encoder),
-    at the first size.
+    ``gmac`` is the work of one row of the conditioning table (conditioner), one branch of one image (step) or one image
+    (decoder, encoder), at the first size.
     """
 
     name: str
@@ -58,7 +58,8 @@ class Roofline:
         device: the device.
         compute_ms: the time of the step's operations at the peak rate of the tensor cores.
         memory_inside_ms: the time to read the weights once at the peak bandwidth, if the conditioner were in the step.
-        memory_hoisted_ms: the same time as exported: the step reads two table rows in place of the conditioner.
+        memory_hoisted_ms: the same time as exported: the step reads two rows of the conditioning table in place of the
+            conditioner.
     """
 
     device: Device

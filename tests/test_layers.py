@@ -73,7 +73,7 @@ GRAPH = {name: sorted(set(imports_of(path)) - {name}) for name, path in MODULES.
 
 
 def layer_of(module: str) -> int | None:
-    """A module's place in its package from the bottom up; None for a package's own ``__init__`` and flat packages."""
+    """The index of a module's layer, from the bottom up; None for a package's own ``__init__`` and flat packages."""
     package, _, rest = module.partition(".")
     for index, names in enumerate(LAYERS.get(package, ())):
         if rest.split(".")[0] in names:

@@ -5,6 +5,7 @@ They are made from the JSON files of ``run.py``, ``ablations.py``, ``scaling.py`
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -240,6 +241,7 @@ def format_document() -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     if (report := read("scaling")) is not None:
         plot(report, HERE / "scaling.svg")
     with replace_file(HERE / "README.md") as file:

@@ -189,7 +189,8 @@ def time_in_turn(processes: list[Process], rounds: int, **request: Any) -> dict[
     """Time a request on every contender, in turn.
 
     The first answer is reported apart. Median, fastest and slowest are over the rounds; each round has the reverse
-    order of the round before. With 0 rounds they are those of the first answer. Each result is also compared with the reference's.
+    order of the round before. With 0 rounds they are those of the first answer. Each result is also compared with the
+    reference's.
     """
     first, memory = {}, {}
     with tempfile.TemporaryDirectory() as folder:

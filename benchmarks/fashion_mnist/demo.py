@@ -1,7 +1,7 @@
-"""``make demo``: the whole job on the committed Fashion-MNIST model, and the proof that it was done right.
+"""``make demo``: run every command on the committed Fashion-MNIST model, and judge the images.
 
-Exports the checkpoint in FP32 and FP16, builds TensorRT-RTX engines, samples a grid without torch, verifies both
-bundles, and lets the evaluator judge images of PyTorch FP32, ONNX FP32 and ONNX FP16 from the same seeds.
+The demo exports the checkpoint in FP32 and FP16, builds a TensorRT-RTX engine, samples a grid without PyTorch, and
+verifies both bundles. Then the evaluator judges images of PyTorch FP32, ONNX FP32 and ONNX FP16 from the same seeds.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PER_ROW = 10  # images of each class in the grid
 
 
 def run_command(*argv: str | Path) -> None:
-    """Run one of the installed commands, showing it."""
+    """Print one of the installed commands, and run it."""
     name, *rest = [str(item) for item in argv]
     print(f"\n$ {' '.join([name, *rest])}", flush=True)
     executable = shutil.which(name, path=str(Path(sys.executable).parent)) or name
@@ -39,7 +39,7 @@ def run_command(*argv: str | Path) -> None:
 def sample_with_pytorch(
     labels: list[int], seeds: list[int], batch: int, steps: int = STEPS, guidance: float = GUIDANCE
 ) -> np.ndarray:
-    """The unpatched diffusers modules in FP32, in ``DiTPipeline``'s loop with null = number of classes."""
+    """Sample with the unpatched diffusers modules in FP32, in ``DiTPipeline``'s loop with null = number of classes."""
     import torch
     from dit_export.checkpoints.sources import Source, load_checkpoint
     from dit_export.reference.pipeline import Reference
@@ -63,8 +63,8 @@ def sample_with_pytorch(
 
 
 def sample(bundle: Path, labels: list[int], seeds: list[int], batch: int) -> np.ndarray:
-    """The same images from a bundle on ONNX Runtime."""
-    pipe = Pipeline(bundle, "onnxruntime")  # which computes in the precision that the bundle says
+    """Sample the same images from a bundle on ONNX Runtime."""
+    pipe = Pipeline(bundle, "onnxruntime")
     chunks = [slice(first, first + batch) for first in range(0, len(labels), batch)]
     return np.concatenate([pipe(labels[c], seeds[c], steps=STEPS, guidance=GUIDANCE, sampler="ddim") for c in chunks])
 

@@ -1,8 +1,8 @@
-"""The judge of the demo model's images: a small CNN trained on real Fashion-MNIST images only.
+"""The evaluator that judges the demo model's images: a small CNN, trained on real Fashion-MNIST images only.
 
-It gives two figures: **class accuracy** (how often the CNN sees the label that was asked for) and the **Fréchet
-distance** (Heusel et al. 2017, arXiv 1706.08500) between the CNN's features of two sets of images. Its features are
-not Inception's, so the distance compares only with other figures of this same file.
+It gives two figures. The **class accuracy** is the share of images in which the CNN sees the label that was asked for.
+The **Fréchet distance** (Heusel et al. 2017, arXiv 1706.08500) is between the CNN's features of two sets of images. The
+features are not Inception's, so a distance can be compared only with other distances by this evaluator.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Evaluator(nn.Module):
 
 
 def load_evaluator() -> Evaluator:
-    """The committed, frozen evaluator in evaluation mode."""
+    """Load the committed evaluator, frozen and in evaluation mode."""
     evaluator = Evaluator()
     evaluator.load_state_dict({name: tensor.float() for name, tensor in load_file(WEIGHTS).items()})
     return evaluator.eval().requires_grad_(False)
@@ -91,7 +91,7 @@ def frechet_distance(first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndar
 
 
 def reference_statistics() -> dict[str, np.ndarray]:
-    """What the figures are compared with, as ``train.py`` stored it.
+    """Read the statistics that the figures are compared with, as ``train.py`` stored them.
 
     ``mean`` and ``covariance`` of the features of all 60 000 training images, and the scalars ``real_accuracy`` (on
     the 10 000 test images), ``test_distance`` (test images), ``reconstruction_distance``, ``reconstruction_accuracy``

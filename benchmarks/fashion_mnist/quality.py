@@ -1,13 +1,14 @@
-"""What a precision does to the demo model's images: class accuracy and Fréchet distance, with intervals and in pairs.
+"""Measure the effect of a precision on the demo model's images: class accuracy and Fréchet distance, with intervals.
 
     python benchmarks/fashion_mnist/quality.py     # half an hour on two CPU cores; an interrupted run goes on
 
-All contenders sample the same labels from the same seeds, so that their differences can be told from chance with far
-fewer images than the figures themselves: accuracies by McNemar's exact test, distances by resampling images in
-pairs. Images are kept in ``--work``; the result is ``quality.json`` and, as a table, ``quality.md``.
+All contenders sample the same labels from the same seeds, and are compared in pairs of images. So their differences are
+distinguished from chance with far fewer images than their figures alone would need. Accuracies are compared with
+McNemar's exact test, distances by resampling pairs of images. Images are kept in ``--work``. The results are
+``quality.json`` and, as a table, ``quality.md``.
 
-FP16 is there twice: as ONNX Runtime computes it on a CPU, and emulated, where every result of an FP16 operation is
-rounded, as on a GPU; ONNX Runtime leaves out the roundings between operations that it computes in FP32.
+FP16 is measured twice. ONNX Runtime on a CPU computes some FP16 operations in FP32, and does not round between them.
+The emulation rounds the result of every FP16 operation, as a GPU does.
 """
 
 from __future__ import annotations
@@ -56,9 +57,9 @@ def wilson(hits: int, count: int) -> Interval:
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """The exact two-sided p-value that two paired proportions are one, from the pairs that only one got right.
+    """The exact two-sided p-value of the hypothesis that two paired proportions are equal (McNemar 1947).
 
-    McNemar 1947: under that hypothesis either is as likely to be the one, a fair coin for each such pair.
+    Only the pairs count that exactly one of the two got right. Under the hypothesis, each of them is a fair coin.
     """
     pairs = only_first + only_second
     tail = sum(math.comb(pairs, k) for k in range(min(only_first, only_second) + 1))
@@ -66,7 +67,11 @@ def mcnemar(only_first: int, only_second: int) -> float:
 
 
 def resample(features: list[Array], real: tuple[Array, Array], resamples: int, advance: Callable[[], None]) -> Array:
-    """Fréchet distances ``[resamples, contenders]`` of images drawn with replacement, the same draw for all."""
+    """Draw images with replacement, the same ones for all contenders, and return their Fréchet distances.
+
+    Returns:
+        Distances ``[resamples, contenders]``.
+    """
     random = np.random.default_rng(0)
     distances = np.empty((resamples, len(features)))
     for row in distances:
@@ -77,30 +82,39 @@ def resample(features: list[Array], real: tuple[Array, Array], resamples: int, a
 
 
 def interval_around(value: float, draws: Array) -> Interval:
-    """The 95 % interval by the resamples' deviation: their mean is not the value's, they repeat images."""
+    """The 95 % interval of a value, from the standard deviation of its resamples.
+
+    The interval is around the value and not around the resamples' mean, which is larger, because they repeat images.
+    """
     half = Z95 * float(np.std(draws, ddof=1))
     return value - half, value + half
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to make the images. ``identity``: what they depend on besides labels, seeds and settings."""
+    """One way to make the images.
+
+    Attributes:
+        name: of the contender.
+        identity: all that its images depend on besides labels, seeds and settings.
+        sample: labels and seeds → images.
+    """
 
     name: str
     identity: str
-    sampled: Callable[[list[int], list[int]], Array]
+    sample: Callable[[list[int], list[int]], Array]
 
 
 def find_contenders(work: Path, steps: int, guidance: float, batch: int, threads: int) -> Iterator[Contender]:
-    """The contenders that can run here; bundles are exported to ``work`` on the way."""
+    """Yield the contenders that can run here. Their bundles are exported to ``work`` where they are missing."""
     if threads:
         torch.set_num_threads(threads)
     weights = load_checkpoint(Source(str(CHECKPOINT))).weights_sha256
 
-    def by_pytorch(labels: list[int], seeds: list[int]) -> Array:
+    def sample_by_pytorch(labels: list[int], seeds: list[int]) -> Array:
         return sample_with_pytorch(labels, seeds, batch, steps, guidance)
 
-    yield Contender(PYTORCH, str(weights), by_pytorch)
+    yield Contender(PYTORCH, str(weights), sample_by_pytorch)
     fp32 = bundle_at(work / "fp32.bundle", weights)
     fp16 = bundle_at(work / "fp16.bundle", weights, "--fp16")
     engines: list[tuple[str, Bundle, Callable[[Bundle], Engine]]] = [
@@ -110,21 +124,21 @@ def find_contenders(work: Path, steps: int, guidance: float, batch: int, threads
     ]
     if importlib.util.find_spec("openvino") is not None:
         engines.append(("OpenVINO BF16", fp16, lambda bundle: open_engine(bundle, "openvino", threads, "bf16")))
-    for name, bundle, opened in engines:
+    for name, bundle, open_for in engines:
         try:
-            pipe = Pipeline(bundle, opened(bundle))
+            pipe = Pipeline(bundle, open_for(bundle))
         except EngineError as error:
             print(f"{name} is left out: {error}", flush=True)
             continue
 
-        def sampled(labels: list[int], seeds: list[int], pipe: Pipeline = pipe) -> Array:
+        def sample(labels: list[int], seeds: list[int], pipe: Pipeline = pipe) -> Array:
             return pipe(labels, seeds, steps=steps, guidance=guidance, sampler="ddim")
 
-        yield Contender(name, f"{bundle.digest} {pipe.engine.info.name}", sampled)
+        yield Contender(name, f"{bundle.digest} {pipe.engine.info.name}", sample)
 
 
 def bundle_at(path: Path, weights: str | None, *flags: str) -> Bundle:
-    """The checkpoint's bundle, exported unless it is there."""
+    """Open the checkpoint's bundle; export it where it is missing or of other weights."""
     try:
         bundle = open_bundle(path)
         if bundle.manifest.source.weights_sha256 == weights:
@@ -136,7 +150,7 @@ def bundle_at(path: Path, weights: str | None, *flags: str) -> Bundle:
 
 
 def make_images(contender: Contender, args: argparse.Namespace, bar: Progress) -> Array:
-    """uint8 images ``[N, 32, 32, 3]`` of labels 0, 1, … 9, 0, … and seeds 0, 1, …, those in ``--work`` read."""
+    """Make uint8 images ``[N, 32, 32, 3]`` of labels 0, 1, … 9, 0, … and seeds 0, 1, …; read those in ``--work``."""
     settings = json.dumps([contender.identity, args.guidance, args.steps, args.batch])
     name = contender.name.lower().replace(" ", "-")
     folder = args.work / f"{name}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
@@ -145,7 +159,7 @@ def make_images(contender: Contender, args: argparse.Namespace, bar: Progress) -
         seeds = list(range(first, min(first + args.batch, args.samples)))
         path = folder / f"{seeds[0]:05d}-{seeds[-1]:05d}.npy"
         if not path.exists():
-            made = contender.sampled([seed % len(CLASS_NAMES) for seed in seeds], seeds)
+            made = contender.sample([seed % len(CLASS_NAMES) for seed in seeds], seeds)
             with replace_file(path) as file:
                 np.save(file, made)
         chunks.append(np.load(path, allow_pickle=False))
@@ -154,9 +168,12 @@ def make_images(contender: Contender, args: argparse.Namespace, bar: Progress) -
 
 
 def compare(judgements: dict[str, tuple[Array, Array]], labels: Array, resamples: int) -> list[dict[str, Any]]:
-    """Each contender's figures, and its differences from the first.
+    """Compute each contender's figures, and its differences from the first contender.
 
-    ``judgements``: by name, the evaluator's classes ``[N]`` and features ``[N, 64]`` of the same labels and seeds.
+    Args:
+        judgements: by name, the evaluator's classes ``[N]`` and features ``[N, 64]``, of the same labels and seeds.
+        labels: ``[N]``, the labels that were asked for.
+        resamples: how many resamples the intervals of distances come from.
     """
     reference = reference_statistics()
     real = reference["mean"], reference["covariance"]
@@ -194,7 +211,7 @@ def compare(judgements: dict[str, tuple[Array, Array]], labels: Array, resamples
 
 
 def format_markdown(result: dict[str, Any]) -> str:
-    """The figures as a table for people."""
+    """Format the figures as a Markdown table."""
     lines = [
         f"{result['samples']} images each, DDIM {result['steps']} steps, guidance {result['guidance']:g}, the same "
         f"labels and seeds for all; 95 % intervals; differences are from {PYTORCH} and in pairs.",

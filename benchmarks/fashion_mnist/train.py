@@ -3,9 +3,10 @@
     apt-get install dataset-fashion-mnist        # 60 000 + 10 000 grey 28×28 images, MIT licence, © 2017 Zalando SE
     python benchmarks/fashion_mnist/train.py     # well over an hour on two CPU cores
 
-Stages, each skipped when its result exists in ``--work``: evaluator (real images only, frozen before any sample is
-drawn), autoencoder, DiT (the official objective: epsilon MSE plus the variational bound on the learned variance, label
-dropout 0.1, EMA), then the figures and the files to commit, in diffusers' pipeline layout.
+The stages are the evaluator, the autoencoder and the DiT. A stage is skipped when its result exists in ``--work``. The
+evaluator is trained on real images only, and frozen before any image is sampled. The DiT has the official objective:
+epsilon MSE plus the variational bound on the learned variance, label dropout 0.1, EMA. Then the script computes the
+figures, and writes the files to commit in diffusers' pipeline layout.
 """
 
 from __future__ import annotations
@@ -66,12 +67,12 @@ SCHEDULER = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "c
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
-    """A module's weights as safetensors, which stores contiguous tensors only."""
+    """Write a module's weights to a safetensors file, which stores contiguous tensors only."""
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, path)
 
 
 def images_from_idx(data: Path, split: str) -> tuple[Tensor, Tensor]:
-    """The data set's gzipped IDX files → uint8 images ``[N, 1, 32, 32]``, padded from 28×28 with black, and labels."""
+    """Read the data set's gzipped IDX files: uint8 images ``[N, 1, 32, 32]``, padded with black, and labels."""
     with gzip.open(data / f"{split}-images-idx3-ubyte.gz") as file:
         pixels = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 1, 28, 28)
     with gzip.open(data / f"{split}-labels-idx1-ubyte.gz") as file:
@@ -80,12 +81,12 @@ def images_from_idx(data: Path, split: str) -> tuple[Tensor, Tensor]:
 
 
 def scale(images: Tensor) -> Tensor:
-    """uint8 → float32 in [-1, 1]."""
+    """Scale uint8 images to float32 in [-1, 1]."""
     return images.float() / 127.5 - 1.0
 
 
 def iterate_batches(count: int, size: int, steps: int, seed: int) -> Iterator[Tensor]:
-    """Index batches over as many shuffled epochs as ``steps`` needs."""
+    """Yield ``steps`` batches of indices, over as many shuffled epochs as they need."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.long)
     for _ in range(steps):
@@ -96,7 +97,7 @@ def iterate_batches(count: int, size: int, steps: int, seed: int) -> Iterator[Te
 
 
 class Training:
-    """AdamW, warm-up and cosine decay, gradient clipping, an exponential moving average, and a progress line."""
+    """A training run: AdamW, warm-up and cosine decay, gradient clipping, averaged weights, and a progress line."""
 
     def __init__(self, name: str, model: nn.Module, steps: int, rate: float, ema: float, weight_decay: float) -> None:
         self.name, self.model, self.steps, self.ema_decay = name, model, steps, ema
@@ -244,12 +245,12 @@ def make_tied_transformer() -> DiTTransformer2DModel:
         nn.init.zeros_(block.norm1.linear.weight)
     nn.init.zeros_(model.proj_out_1.weight)
     nn.init.zeros_(model.proj_out_2.weight)
-    # In train mode diffusers drops labels in each block separately; evaluation mode leaves it to trained_transformer.
+    # In train mode diffusers drops labels in each block separately. In evaluation mode train_denoiser drops them.
     return model.eval()
 
 
 def train_transformer(means: Tensor, deviations: Tensor, labels: Tensor, steps: int) -> DiTTransformer2DModel:
-    """``means`` and ``deviations``: scaled latents ``[N, 4, 8, 8]``."""
+    """Train the DiT on scaled latents: means and deviations ``[N, 4, 8, 8]``."""
     model = make_tied_transformer()
     forward = torch.compile(model, dynamic=False)  # the model is so small that most of an eager step is overhead
     training = Training("transformer", model, steps, rate=1.2e-3, ema=0.9995, weight_decay=0.0)
@@ -259,7 +260,7 @@ def train_transformer(means: Tensor, deviations: Tensor, labels: Tensor, steps: 
 def train_denoiser(
     training: Training, forward: Callable[..., Any], means: Tensor, deviations: Tensor, labels: Tensor
 ) -> Any:
-    """The average weights after all of ``training``'s steps, on scaled latents ``[N, 4, 8, 8]``."""
+    """Do all steps of ``training`` on scaled latents ``[N, 4, 8, 8]``, and return the averaged model."""
     diffusion = Diffusion()
     for index in iterate_batches(len(means), 128, training.steps, seed=3):
         x_0 = means[index] + deviations[index] * torch.randn_like(means[index])
@@ -269,14 +270,18 @@ def train_denoiser(
 
 
 def untie(model: DiTTransformer2DModel) -> DiTTransformer2DModel:
-    """The same weights in diffusers' own layout: a copy of the embedders in each block."""
+    """Copy the weights to diffusers' own layout, which has a copy of the embedders in each block."""
     plain = DiTTransformer2DModel(**TRANSFORMER)
     plain.load_state_dict(model.state_dict())
     return plain.eval()
 
 
 def sample(pipeline: DiTPipeline, count: int, guidance: float, steps: int = 50) -> tuple[np.ndarray, np.ndarray]:
-    """``count`` images and their labels from the unpatched modules, in ``DiTPipeline``'s loop with our null class."""
+    """Sample ``count`` images with the unpatched modules, in ``DiTPipeline``'s loop with our null class.
+
+    Returns:
+        The images and their labels.
+    """
     transformer, autoencoder, scheduler = pipeline.transformer, pipeline.vae, pipeline.scheduler
     labels = torch.arange(count) % NULL_CLASS
     noise = torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -1,10 +1,11 @@
-"""The tables of this folder's README and the plot, from ``results.json``.
+"""Write the tables of this folder's README and the plot from ``results.json``: ``python benchmarks/paper/report.py``.
 
-python benchmarks/paper/report.py            # seconds; ``run.py`` ends with it
+It takes seconds and measures nothing. ``run.py`` ends with it.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from itertools import combinations
 from pathlib import Path
@@ -34,7 +35,7 @@ STYLES = {  # sizes of adaLN-Zero are shades of one colour, the other conditioni
 
 
 def select_rows(results: dict[str, Any], name: str, sampler: str = "ddpm") -> list[dict[str, Any]]:
-    """A model's measurements, by steps."""
+    """Select a model's measurements with one sampler, sorted by steps."""
     rows = [row for row in results["samples"] if row["model"] == name and row["sampler"] == sampler]
     return sorted(rows, key=lambda row: row["steps"])
 
@@ -44,7 +45,7 @@ def format_interval(interval: list[float], digits: int) -> str:
 
 
 def format_tables(results: dict[str, Any]) -> str:
-    """Markdown: the models, then every measurement."""
+    """Format the models, then every measurement, as Markdown tables."""
     lines = [
         "| model | conditioning | depth × width | parameters | GMAC | training loss | training s |",
         "|---|---|--:|--:|--:|--:|--:|",
@@ -58,8 +59,8 @@ def format_tables(results: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        "At equal training compute: the running loss of a larger model (its learning rate not yet decayed) when it had "
-        "cost as much as a smaller one's whole training:",
+        "At equal training compute: the running loss of a larger model (its learning rate not yet decayed) at the step "
+        "where its training has cost as much as the whole training of a smaller model:",
         "",
         "| smaller | its loss at the end | larger | after steps | its loss then |",
         "|---|--:|---|--:|--:|",
@@ -88,7 +89,7 @@ def format_tables(results: dict[str, Any]) -> str:
     floor = results["reconstructions"]
     lines += [
         "",
-        f"Not to be beaten: {results['pictures']} test images through the autoencoder have accuracy "
+        f"The limit for every model: {results['pictures']} test images through the autoencoder have accuracy "
         f"{floor['accuracy']:.4f} and distance {floor['distance']:.3f} (means of {floor['sets']} sets). "
         f"Machine: {results['machine']}.",
     ]
@@ -96,7 +97,7 @@ def format_tables(results: dict[str, Any]) -> str:
 
 
 def plot(results: dict[str, Any]) -> None:
-    """Both figures against the cost of one forward, at the most steps, and against that of all sampling steps."""
+    """Plot both figures against the cost of one forward, at the most steps, and against that of all sampling steps."""
     mpl.rcParams.update({"font.size": 10, "axes.grid": True, "grid.color": "#dddddd", "axes.axisbelow": True})
     figure, axes = plt.subplots(2, 2, figsize=(11, 9), constrained_layout=True)
     most = max(row["steps"] for row in results["samples"])
@@ -147,7 +148,8 @@ def plot(results: dict[str, Any]) -> None:
     figure.savefig(PLOT, dpi=110, facecolor="white")
 
 
-def main() -> None:
+def write_report() -> None:
+    """Write the README's tables and the plot."""
     results = json.loads(RESULTS.read_text())
     before, _, rest = README.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
@@ -155,6 +157,11 @@ def main() -> None:
         file.write_text(f"{before}{BEGIN}\n\n{format_tables(results)}\n\n{END}{after}")
     plot(results)
     print(f"{README.name} and {PLOT.name} written from {RESULTS.name}")
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    write_report()
 
 
 if __name__ == "__main__":

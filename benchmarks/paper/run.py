@@ -1,11 +1,12 @@
-"""The paper's observations, small: four conditionings at one size, three sizes of adaLN-Zero, 5 to 250 sampling steps.
+"""Repeat the paper's observations with small models: four conditionings, three sizes, 5 to 250 sampling steps.
 
     apt-get install dataset-fashion-mnist        # 60 000 + 10 000 grey 28×28 images, MIT licence, © 2017 Zalando SE
     pip install -e '.[export,cpu,report]'
     python benchmarks/paper/run.py               # about an hour and a half on two CPU cores
 
-Stages, each skipped when its result exists in ``--work``: latents, training, export by ``dit-export``, sampling by the
-runtime and judging. Then ``results.json``, the plot and the README's tables; the README's prose is by hand.
+The stages are: latents, training, export by ``dit-export``, sampling by the runtime, and judging. A stage is skipped
+when its result exists in ``--work``. Then the script writes ``results.json``, the plot and the README's tables. The
+README's prose is written by hand.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ SAMPLERS = {"ddpm": (5, 10, 25, 50, 100, 250), "ddim": (5, 10, 25, 50)}  # the p
 
 @dataclass(frozen=True)
 class Model:
-    """One trained model; ``seed`` is that of its initialization and of its training's noise."""
+    """One model to train; ``seed`` is that of its initialization and of the noise in its training."""
 
     name: str
     conditioning: str
@@ -99,14 +100,14 @@ MODELS = (
     Model("base-adaln", "adaln", 4, 96),
     Model("base-in-context", "in-context", 4, 96),
     Model("small", "adaln-zero", 2, 64),
-    # How much of a difference is chance of the training: the first two conditionings again.
+    # Two conditionings again with another seed, to see how much of a difference is chance in the training.
     Model("base-in-context-again", "in-context", 4, 96, seed=1),
     Model("base-again", "adaln-zero", 4, 96, seed=1),
 )
 
 
 def initialize(spec: ModelSpec, seed: int) -> DiT:
-    """A DiT as the official code starts it (``models.py``: ``initialize_weights``)."""
+    """Make a DiT with the official initialization (``models.py``: ``initialize_weights``)."""
     torch.manual_seed(2 + 100 * seed)
     model = DiT(spec)
     for module in model.modules():
@@ -129,7 +130,7 @@ def initialize(spec: ModelSpec, seed: int) -> DiT:
 
 
 class RecordedTraining(Training):
-    """The demo's training, with its running loss kept every 100 steps."""
+    """The demo's training, which also records its running loss every 100 steps."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
@@ -142,7 +143,7 @@ class RecordedTraining(Training):
 
 
 def make_latents(data: Path, work: Path) -> Path:
-    """Stage 1: scaled posterior means and deviations of the training images, by the committed autoencoder."""
+    """Stage 1: encode the training images to scaled posterior means and deviations with the committed autoencoder."""
     stored = work / "latents.safetensors"
     if not stored.exists():
         images, labels = images_from_idx(data, "train")
@@ -155,7 +156,10 @@ def make_latents(data: Path, work: Path) -> Path:
 
 
 def train(model: Model, stored: Path, work: Path, steps: int) -> str:
-    """Stage 2: one model's average weights and its losses. All see the same batches, and of one seed the same noise."""
+    """Stage 2: train one model; store its average weights and its losses.
+
+    All models see the same batches. Models of one seed also see the same noise.
+    """
     torch.set_num_threads(1)  # two small models train faster side by side than each on two threads
     network = initialize(model.spec, model.seed)
     compiled = torch.compile(network, dynamic=False)
@@ -174,7 +178,7 @@ def train(model: Model, stored: Path, work: Path, steps: int) -> str:
 
 
 def export(model: Model, work: Path) -> str:
-    """Stage 3: one model's bundle, as the command makes it and verifies it."""
+    """Stage 3: export one model to a bundle with ``dit-export``, which verifies it."""
     executable = shutil.which("dit-export", path=str(Path(sys.executable).parent)) or "dit-export"
     weights, bundle = work / f"{model.name}.safetensors", work / f"{model.name}.bundle"
     vae = CHECKPOINT / "vae"
@@ -195,7 +199,8 @@ def wilson(hits: int, count: int) -> tuple[float, float]:
 def bootstrap(features: np.ndarray, real: tuple[np.ndarray, np.ndarray]) -> tuple[float, tuple[float, float]]:
     """The Fréchet distance of features ``[N, 64]`` and its 95 % interval: ± 1.96 deviations of 200 resamples.
 
-    Not the resamples' percentiles: images drawn twice make their distances larger than the sample's own.
+    The interval is not of the resamples' percentiles: a resample repeats images, which makes its distance larger than
+    the sample's own.
     """
     distance = frechet_distance(statistics_of(features), real)
     random = np.random.default_rng(0)
@@ -205,7 +210,7 @@ def bootstrap(features: np.ndarray, real: tuple[np.ndarray, np.ndarray]) -> tupl
 
 
 def sample(model: Model, work: Path, steps: int, sampler: str) -> dict[str, Any]:
-    """Stage 4: images of one bundle by the runtime, judged. Every model has the same labels and seeds."""
+    """Stage 4: sample images of one bundle with the runtime, and judge them. All have the same labels and seeds."""
     torch.set_num_threads(1)
     start = time.monotonic()
     pipe = Pipeline(work / f"{model.name}.bundle", threads=1)
@@ -235,7 +240,7 @@ def sample(model: Model, work: Path, steps: int, sampler: str) -> dict[str, Any]
 
 
 def measure_reconstructions(data: Path) -> dict[str, float]:
-    """What no model can beat: as many test images as are sampled, through the autoencoder."""
+    """Measure the limit for every model: test images through the autoencoder, in sets as large as a model's samples."""
     images, labels = images_from_idx(data, "t10k")
     autoencoder = AutoencoderKL.from_pretrained(CHECKPOINT / "vae", dtype=torch.float32).eval()
     classes, features = judge(load_evaluator(), images_of(autoencoder, latents_of(autoencoder, images)[0]))
@@ -260,7 +265,7 @@ def store_json(path: Path, value: Any) -> None:
 
 
 def iterate_finished(pool: ProcessPoolExecutor, what: str, jobs: Mapping[Future[Any], float]) -> Iterator[Any]:
-    """Results as they come, with a line of progress; ``jobs``: futures and how much work each is."""
+    """Yield results as jobs finish, with a line of progress for each. ``jobs``: futures, and the work that each is."""
     start, done = time.monotonic(), 0.0
     for number, job in enumerate(as_completed(jobs), 1):
         done += jobs[job]
@@ -338,7 +343,7 @@ def main() -> None:
         "samples": rows,
     }
     store_json(report.RESULTS, results)
-    report.main()
+    report.write_report()
 
 
 if __name__ == "__main__":

@@ -52,9 +52,9 @@ class Embedder(nn.Module):
 class Conditioner(nn.Module):
     """``timesteps [R]`` f32, ``labels [R]`` i32 → the conditioning table ``[R, …]`` (``table_axes``).
 
-    With adaLN, a table row holds each block's vectors in the order shift, scale (and gate) for attention, then the same
-    for the MLP; its last two vectors are the final layer's shift and scale. The table is FP32, except that
-    cross-attention's keys and values have the dtype of their products.
+    With adaLN, a row of the conditioning table holds each block's vectors in the order shift, scale (and gate) for
+    attention, then the same for the MLP; its last two vectors are the final layer's shift and scale. The conditioning
+    table is FP32, except that cross-attention's keys and values have the dtype of their products.
     """
 
     def __init__(self, spec: ModelSpec, numerics: Numerics, precision: PrecisionSpec, embedders: int) -> None:
@@ -191,7 +191,8 @@ class Step(nn.Module):
 
     ``state [B, 3, C, H, W]``, ``noise [B, C, H, W]``, ``coefficients [B, 17]``, ``guidance [G, B, C]``,
     ``rows [G, B]`` i32, the conditioning table ``[R, …]`` → ``next_state``, ``denoised [B, C, H, W]`` and, for the
-    probe, each block's output ``[G·B, T, D]``. All inputs and outputs are FP32, except a table of keys and values.
+    probe, each block's output ``[G·B, T, D]``. All inputs and outputs are FP32, except a conditioning table of keys and
+    values.
     """
 
     def __init__(self, spec: ModelSpec, numerics: Numerics) -> None:
@@ -239,7 +240,7 @@ class Step(nn.Module):
         return next_state, denoised, *outputs
 
     def condition_for_block(self, condition: Tensor, index: int) -> Tensor:
-        """The part of the images' table rows that a block uses."""
+        """The part of the images' rows of the conditioning table that a block uses."""
         if self.spec.conditioning in MODULATIONS:
             count = MODULATIONS[self.spec.conditioning]
             return condition[:, count * index : count * (index + 1)]  # (N, 6 or 4, D)

@@ -20,7 +20,7 @@ class BuildHost:
     """The library that builds, and the GPU that it builds for.
 
     Attributes:
-        library, version: as ``tensorrt_api.TensorRT`` has them.
+        library, version: as in ``api.TensorRT``.
         compute_capability: of the GPU that engines are for.
         gpu, driver: of the GPU here; None when engines are built ahead of time, for another machine.
         memory_bytes: the GPU's; None when nobody says which GPU it is.

@@ -72,7 +72,7 @@ def engine(report: dict[str, Any]) -> BuiltEngine:
 
 
 @pytest.fixture
-def place() -> BuildHost:
+def host() -> BuildHost:
     return build_host_for("rtx")
 
 
@@ -110,10 +110,10 @@ def test_the_command_builds_and_audits(bundle: Bundle, report: dict[str, Any]) -
     assert report["memory_bytes"] > sum(graphs[name]["weights_bytes"] for name in ("step", "decoder"))
 
 
-def test_the_runtime_reads_what_was_built(bundle: Bundle, report: dict[str, Any], place: BuildHost) -> None:
+def test_the_runtime_reads_what_was_built(bundle: Bundle, report: dict[str, Any], host: BuildHost) -> None:
     """The reader finds the engine, checks its plans, and has the shapes and memory that were built."""
     (found,) = read_engines(bundle, Path(report["folder"]).parent)
-    found.check_device("tensorrt_rtx", place.version, "8.9", "NVIDIA GeForce RTX 4090")
+    found.check_device("tensorrt_rtx", host.version, "8.9", "NVIDIA GeForce RTX 4090")
     recipe = recipe_for("rtx", "8.9", 4, (1, 2), 1024)
     for name, graph in found.graphs.items():
         assert found.find_plan(name).stat().st_size == graph.plan_bytes
@@ -146,37 +146,35 @@ def test_a_damaged_engine_is_built_again(bundle: Bundle, engine: BuiltEngine, tm
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"place": {"version": "1.8.0"}}, "TensorRT: {version} → 1.8.0"),
-        ({"place": {"gpu": "NVIDIA L4", "driver": "580"}}, "GPU: none → NVIDIA L4; driver: none → 580"),
+        ({"host": {"version": "1.8.0"}}, "TensorRT: {version} → 1.8.0"),
+        ({"host": {"gpu": "NVIDIA L4", "driver": "580"}}, "GPU: none → NVIDIA L4; driver: none → 580"),
         ({"recipe": {"auxiliary_streams": 0}}, "auxiliary streams: none → 0"),
         ({"recipe": {"workspace_bytes": 1 << 30}}, "workspace bytes: 4294967296 → 1073741824"),
         ({"timing_cache": "a" * 64}, "timing cache: none → aaaaaaaaaaaa…"),
     ],
 )
 def test_explain_names_the_field(
-    bundle: Bundle, engine: BuiltEngine, place: BuildHost, change: dict[str, Any], reason: str
+    bundle: Bundle, engine: BuiltEngine, host: BuildHost, change: dict[str, Any], reason: str
 ) -> None:
     """Whatever differs from the nearest engine is named, with both values."""
     identity = identity_of(
         bundle,
         replace(engine.recipe, **change.get("recipe", {})),
-        replace(place, **change.get("place", {})),
+        replace(host, **change.get("host", {})),
         graphs_of(bundle),
         change.get("timing_cache"),
     )
-    assert "; ".join(explain_rebuild(engine.folder.parent, identity)) == reason.format(version=place.version)
+    assert "; ".join(explain_rebuild(engine.folder.parent, identity)) == reason.format(version=host.version)
 
 
-def test_explain_names_the_file(
-    bundle: Bundle, bundles: dict[str, Path], engine: BuiltEngine, place: BuildHost
-) -> None:
+def test_explain_names_the_file(bundle: Bundle, bundles: dict[str, Path], engine: BuiltEngine, host: BuildHost) -> None:
     """Other weights are told apart from other graphs, by the content of the files."""
     other = open_bundle(bundles["fp32"])
-    reasons = explain_rebuild(engine.folder.parent, identity_of(other, engine.recipe, place, graphs_of(other), None))
+    reasons = explain_rebuild(engine.folder.parent, identity_of(other, engine.recipe, host, graphs_of(other), None))
     assert {reason.partition(":")[0] for reason in reasons} == {
         f"{graph} {what}" for graph in ("conditioner", "step", "decoder") for what in ("ONNX", "weights")
     }
-    assert reasons != explain_rebuild(engine.folder.parent, identity_of(bundle, engine.recipe, place, ["step"], None))
+    assert reasons != explain_rebuild(engine.folder.parent, identity_of(bundle, engine.recipe, host, ["step"], None))
 
 
 def test_the_same_graphs_in_another_export(bundle: Bundle, engine: BuiltEngine, tmp_path: Path) -> None:
@@ -242,30 +240,30 @@ def test_on_a_device(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyP
     library.mkdir()
     shutil.copyfile(Path(__file__).parents[1] / "support" / "fake_tensorrt.py", library / "tensorrt.py")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.fspath(library), os.environ.get("PYTHONPATH", "")]))
-    place = BuildHost("tensorrt", "10.3.0", "8.9", "NVIDIA L4", "580.1", 24 * 10**9)
-    recipe = recipe_for("l4", None, 1, (1, 2), 64, version=place.numbers)
+    host = BuildHost("tensorrt", "10.3.0", "8.9", "NVIDIA L4", "580.1", 24 * 10**9)
+    recipe = recipe_for("l4", None, 1, (1, 2), 64, version=host.numbers)
     monkeypatch.setenv("DUMMY_ATTENTIONS", "2")
-    built = engine_from_bundle(bundle, recipe, tmp_path / "store", place)
+    built = engine_from_bundle(bundle, recipe, tmp_path / "store", host)
     assert [graph.audit.profiles[0].activation_bytes for graph in built.graphs] == [4096] * 3  # the engine's own answer
     assert all(graph.audit.profiles[0].known_share == 1 for graph in built.graphs)
     (stored,) = read_engines(bundle, tmp_path / "store")
     assert (stored.gpu, stored.driver, stored.version) == ("NVIDIA L4", "580.1", "10.3.0")
-    later = replace(place, driver="590.2")
+    later = replace(host, driver="590.2")
     assert explain_rebuild(tmp_path / "store", identity_of(bundle, recipe, later, graphs_of(bundle), None)) == (
         "driver: 580.1 → 590.2",
     )
-    assert find_timing_cache(tmp_path / "store", place) == built.folder / TIMING_CACHE
+    assert find_timing_cache(tmp_path / "store", host) == built.folder / TIMING_CACHE
     assert find_timing_cache(tmp_path / "store", later) is None
 
 
-def test_the_timing_cache_is_pinned(bundle: Bundle, engine: BuiltEngine, place: BuildHost, tmp_path: Path) -> None:
+def test_the_timing_cache_is_pinned(bundle: Bundle, engine: BuiltEngine, host: BuildHost, tmp_path: Path) -> None:
     """The next build begins with the last one's cache while it has its digest; one that cannot be read is an error."""
     folder = copied(engine, tmp_path)
-    assert find_timing_cache(tmp_path, place) == folder / TIMING_CACHE
+    assert find_timing_cache(tmp_path, host) == folder / TIMING_CACHE
     (folder / TIMING_CACHE).write_bytes(b"altered")
-    assert find_timing_cache(tmp_path, place) is None
+    assert find_timing_cache(tmp_path, host) is None
     with pytest.raises(BuildError, match=r"cannot be read as a timing cache \(No such file or directory\)"):
-        engine_from_bundle(bundle, engine.recipe, tmp_path, place, tmp_path / "none")
+        engine_from_bundle(bundle, engine.recipe, tmp_path, host, tmp_path / "none")
 
 
 def test_repeated_builds_are_compared(bundle: Bundle) -> None:
@@ -284,7 +282,7 @@ def test_repeated_builds_are_compared(bundle: Bundle) -> None:
 
 
 def test_repeated_builds_are_measured_on_a_gpu(
-    bundle: Bundle, engine: BuiltEngine, place: BuildHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: Bundle, engine: BuiltEngine, host: BuildHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where a GPU built the plans it runs them: an engine is opened, its forwards and times count, it is closed."""
     seen: list[Any] = []
@@ -306,8 +304,8 @@ def test_repeated_builds_are_measured_on_a_gpu(
     times = {GUIDED: 2.5, PLAIN: 1.5, DECODER: 4.0}
     parts = {name: SimpleNamespace(p50_ms=value) for name, value in times.items()}
     monkeypatch.setattr("dit_engines.repeat.time_parts", lambda *_: parts)
-    assert measure_on_gpu(bundle, engine.recipe, place) is None
-    measured = measure_on_gpu(bundle, engine.recipe, replace(place, gpu="NVIDIA L4", driver="580"))
+    assert measure_on_gpu(bundle, engine.recipe, host) is None
+    measured = measure_on_gpu(bundle, engine.recipe, replace(host, gpu="NVIDIA L4", driver="580"))
     assert measured is not None
     folder = copied(engine, tmp_path)
     assert measured(folder, engine.graphs) == OnDevice(3, 2.5, 4.0)
@@ -562,10 +560,10 @@ def test_external_data_that_ends_early(bundles: dict[str, Path], tmp_path: Path)
         check_external_data(path / "graphs" / "step.onnx")
 
 
-def test_tf32_is_refused(bundle: Bundle, place: BuildHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tf32_is_refused(bundle: Bundle, host: BuildHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A builder that kept TF32 on, against its orders, is not trusted with FP32."""
     answer = {"result": {"tf32": True, "plan_bytes": 1, "audit": {"weights_bytes": 1, "profiles": []}}}
     monkeypatch.setattr("dit_engines.compile._run_worker", lambda *_: (answer, 0, ""))
     with pytest.raises(BuildError, match="the builder left TF32 on, which FP32 parity does not allow"):
-        engine_from_bundle(bundle, recipe_for("rtx", "8.9", 1, (1,), 64), tmp_path, place)
+        engine_from_bundle(bundle, recipe_for("rtx", "8.9", 1, (1,), 64), tmp_path, host)
     assert list(tmp_path.iterdir()) == []

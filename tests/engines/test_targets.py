@@ -25,7 +25,7 @@ ORIN = gpu("Orin", "8.7", 7_990_000_000)
 L4 = gpu("NVIDIA L4", "8.9", 23_600_000_000)
 
 
-def place(
+def host_for(
     target: str, facts: DeviceFacts | None, version: str = "10.3.0", libraries: tuple[str, ...] = ("tensorrt",)
 ) -> BuildHost:
     def find_gpu() -> DeviceFacts:
@@ -76,15 +76,15 @@ def test_profiles_by_version() -> None:
 
 
 def test_the_device_is_here() -> None:
-    """On the device the place is the GPU with its library, driver and memory."""
-    found = place("l4", L4)
+    """On the device the build host is the GPU with its library, driver and memory."""
+    found = host_for("l4", L4)
     assert found == BuildHost(
         "tensorrt", "10.3.0", "8.9", "NVIDIA L4", "540.4.0", 23_600_000_000, False, 23_600_000_000 // 8
     )
-    orin = place("orin-nano", ORIN)
+    orin = host_for("orin-nano", ORIN)
     assert (orin.shared_memory, orin.workspace_bytes, orin.numbers) == (True, 7_990_000_000 // 8, (10, 3, 0))
-    assert place("this", ORIN) == orin  # finds what it is
-    unknown = place("this", gpu("NVIDIA L40S", "8.9", 48_000_000_000))
+    assert host_for("this", ORIN) == orin  # finds what it is
+    unknown = host_for("this", gpu("NVIDIA L40S", "8.9", 48_000_000_000))
     assert (unknown.gpu, unknown.workspace_bytes) == ("NVIDIA L40S", 4 * GIB)
 
 
@@ -106,29 +106,29 @@ def test_the_device_is_here() -> None:
 def test_another_device_is_refused(target: str, facts: DeviceFacts | None, words: str) -> None:
     """A target's engines are not built where they would not run, and the command to run there is said."""
     with pytest.raises(BuildError) as raised:
-        place(target, facts)
+        host_for(target, facts)
     assert words in str(raised.value)
     assert str(raised.value).endswith(f"Copy the bundle to the device and run there: dit-build b --target {target}")
 
 
 def test_ahead_of_time_needs_no_gpu() -> None:
     """RTX targets are built without asking for a GPU, for the compute capability of their name."""
-    places = [place(name, None, "1.7.1", ("tensorrt_rtx",)) for name in ("rtx-30", "rtx-40", "rtx-50", "rtx")]
-    assert [item.compute_capability for item in places] == ["8.6", "8.9", "12.0", "8.9"]
-    assert {item.gpu for item in places} == {None}
+    hosts = [host_for(name, None, "1.7.1", ("tensorrt_rtx",)) for name in ("rtx-30", "rtx-40", "rtx-50", "rtx")]
+    assert [item.compute_capability for item in hosts] == ["8.6", "8.9", "12.0", "8.9"]
+    assert {item.gpu for item in hosts} == {None}
     with pytest.raises(EngineError, match="tensorrt_rtx is not installed"):
-        place("rtx", None)
+        host_for("rtx", None)
 
 
 def test_this_gpu() -> None:
     """``this`` says when there is no GPU; on a GeForce with TensorRT-RTX alone it is that."""
     with pytest.raises(EngineError, match="target this needs a GPU: no NVIDIA driver answers"):
-        place("this", None)
+        host_for("this", None)
     geforce = gpu("NVIDIA GeForce RTX 5090", "12.0", 32_000_000_000)
-    found = place("this", geforce, "1.7.1", ("tensorrt_rtx",))
+    found = host_for("this", geforce, "1.7.1", ("tensorrt_rtx",))
     assert (found.library, found.compute_capability, found.gpu) == ("tensorrt_rtx", "12.0", None)
     with pytest.raises(EngineError, match="tensorrt is not installed"):
-        place("this", ORIN, libraries=())
+        host_for("this", ORIN, libraries=())
 
 
 def test_a_library_without_the_gpus_kernels() -> None:
@@ -136,10 +136,10 @@ def test_a_library_without_the_gpus_kernels() -> None:
     with pytest.raises(
         BuildError, match=r"TensorRT 10\.13\.3 on sm_87: .*\(SBSA\) and has no kernels for Orin; install"
     ):
-        place("orin-nano", ORIN, "10.13.3.9")
-    assert place("orin-nano", ORIN, "10.16.2").version == "10.16.2"
+        host_for("orin-nano", ORIN, "10.13.3.9")
+    assert host_for("orin-nano", ORIN, "10.16.2").version == "10.16.2"
     with pytest.raises(BuildError, match=r"TensorRT 10\.7\.0 is too old for sm_100; install 10\.8 or later"):
-        place("b200", gpu("NVIDIA B200", "10.0", 192_000_000_000), "10.7.0")
+        host_for("b200", gpu("NVIDIA B200", "10.0", 192_000_000_000), "10.7.0")
     with pytest.raises(BuildError, match="is too old"):
         check_kernels("tensorrt", (10, 2, 0), "8.9", (10, 3))
 

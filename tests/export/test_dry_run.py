@@ -1,6 +1,6 @@
-"""The plan before any work: the paper's figures, parameters and bytes of real modules and bundles, and the rooflines.
+"""The dry run: the paper's figures, parameters and bytes of real modules and bundles, and the rooflines.
 
-What is planned is counted again from outside: by torch's own counter, by the reference modules, in exported files.
+Every estimate is counted again from outside: by torch's own counter, by the reference modules, in exported files.
 """
 
 from __future__ import annotations
@@ -129,16 +129,16 @@ def test_parameters_are_the_references(conditioning: str) -> None:
     model = preset("XL/2", conditioning=conditioning)
     with torch.device("meta"):
         plain, unused = DiT(model), DiT(replace(model, learned_variance=False), channels=8)
-    plan = dry_run_of(model, FP16, family="official")
-    assert plan.source_parameters == parameters(plain) == transformer_parameters(plan)
+    dry_run = dry_run_of(model, FP16, family="official")
+    assert dry_run.source_parameters == parameters(plain) == transformer_parameters(dry_run)
     sit = dry_run_of(replace(model, learned_variance=False), FP16, family="sit", channels=8)
     assert sit.source_parameters == parameters(unused)
     assert transformer_parameters(sit) == parameters(unused) - 16 * (1152 + 1)
-    assert (plan.embedder_copies, plan.deduplicated_parameters, plan.deduplicated_bytes) == (1, 0, 0)
+    assert (dry_run.embedder_copies, dry_run.deduplicated_parameters, dry_run.deduplicated_bytes) == (1, 0, 0)
 
 
-def transformer_parameters(plan: DryRun) -> int:
-    return plan.graph("conditioner").parameters + plan.graph("step").parameters
+def transformer_parameters(dry_run: DryRun) -> int:
+    return dry_run.graph("conditioner").parameters + dry_run.graph("step").parameters
 
 
 def test_diffusers_copies_are_counted_and_given_up() -> None:
@@ -155,19 +155,19 @@ def test_diffusers_copies_are_counted_and_given_up() -> None:
             patch_size=2,
             num_embeds_ada_norm=1000,
         )
-    plan, kept = dry_run_of(model, FP16), dry_run_of(model, FP16, copies_differ=True)
+    dry_run, kept = dry_run_of(model, FP16), dry_run_of(model, FP16, copies_differ=True)
     position = 256 * 1152  # not a parameter there
-    assert plan.source_parameters == kept.source_parameters == parameters(theirs)
+    assert dry_run.source_parameters == kept.source_parameters == parameters(theirs)
     assert transformer_parameters(kept) == parameters(theirs) + position
-    assert transformer_parameters(plan) == parameters(theirs) + position - plan.deduplicated_parameters
+    assert transformer_parameters(dry_run) == parameters(theirs) + position - dry_run.deduplicated_parameters
     one = parameters(theirs.transformer_blocks[0].norm1.emb)
-    assert (plan.embedders, plan.deduplicated_parameters, plan.deduplicated_bytes) == (1, 27 * one, 54 * one)
+    assert (dry_run.embedders, dry_run.deduplicated_parameters, dry_run.deduplicated_bytes) == (1, 27 * one, 54 * one)
     assert (kept.embedders, kept.deduplicated_parameters, kept.deduplicated_bytes) == (28, 0, 0)
-    assert kept.graph("conditioner").gmac == pytest.approx(plan.graph("conditioner").gmac + 27 * 1152 * 1408 / 1e9)
-    assert f"{plan.source_parameters / 1e6:.1f}" == "749.8"
-    assert f"{transformer_parameters(plan) / 1e6:.1f}" == "675.1"
-    assert round(plan.hoisted_share, 3) == 0.339
-    assert f"{plan.graph('step').fp16_bytes / 1e6:.1f}" == "894.1"  # measured at real size
+    assert kept.graph("conditioner").gmac == pytest.approx(dry_run.graph("conditioner").gmac + 27 * 1152 * 1408 / 1e9)
+    assert f"{dry_run.source_parameters / 1e6:.1f}" == "749.8"
+    assert f"{transformer_parameters(dry_run) / 1e6:.1f}" == "675.1"
+    assert round(dry_run.hoisted_share, 3) == 0.339
+    assert f"{dry_run.graph('step').fp16_bytes / 1e6:.1f}" == "894.1"  # measured at real size
 
 
 def test_bytes_are_the_exported_files(bundles: dict[str, Path], checkpoint: Path) -> None:
@@ -175,14 +175,14 @@ def test_bytes_are_the_exported_files(bundles: dict[str, Path], checkpoint: Path
     autoencoder = AutoencoderKL.from_pretrained(checkpoint / "vae")
     for precision in (FP32, FP16):
         manifest = open_bundle(bundles[precision.name]).manifest
-        plan = dry_run_of(manifest.model, precision, autoencoder)
-        planned = {graph.name: (graph.fp32_bytes, graph.fp16_bytes)[precision == FP16] for graph in plan.graphs}
-        found = {name: manifest.files[f"graphs/{name}.weights"].bytes for name in planned}
-        print(precision.name, planned, found)
-        assert planned == found
-        assert list(planned) == ["conditioner", "step", "decoder"]
-        assert (plan.table, plan.table_dtype) == (manifest.table.name, manifest.table.dtype)
-        assert ("rows", *plan.table_shape) == manifest.table.shape
+        dry_run = dry_run_of(manifest.model, precision, autoencoder)
+        estimated = {graph.name: (graph.fp32_bytes, graph.fp16_bytes)[precision == FP16] for graph in dry_run.graphs}
+        found = {name: manifest.files[f"graphs/{name}.weights"].bytes for name in estimated}
+        print(precision.name, estimated, found)
+        assert estimated == found
+        assert list(estimated) == ["conditioner", "step", "decoder"]
+        assert (dry_run.table, dry_run.table_dtype) == (manifest.table.name, manifest.table.dtype)
+        assert ("rows", *dry_run.table_shape) == manifest.table.shape
 
 
 @pytest.mark.parametrize("conditioning", grid(CONDITIONINGS, fast=lambda name: name == "cross-attention"))
@@ -194,13 +194,13 @@ def test_bytes_of_every_conditioning(conditioning: str, tmp_path: Path) -> None:
     write_conditioner(tmp_path, conditioner)
     step = step_from_weights(model, Numerics(), FP16, weights, weights["pos_embed"])
     list(write_steps(tmp_path, step, conditioner.table_dtype, {model.latent_size: weights["pos_embed"]}))
-    plan = dry_run_of(model, FP16, family="official")
+    dry_run = dry_run_of(model, FP16, family="official")
     found = {name: (tmp_path / "graphs" / f"{name}.weights").stat().st_size for name in ("conditioner", "step")}
-    print({name: plan.graph(name).fp16_bytes / size - 1 for name, size in found.items()})
-    assert plan.graph("conditioner").fp16_bytes == found["conditioner"]
+    print({name: dry_run.graph(name).fp16_bytes / size - 1 for name, size in found.items()})
+    assert dry_run.graph("conditioner").fp16_bytes == found["conditioner"]
     # measured: 1.2e-3 with adaLN, where it keeps one of three; at XL's width it keeps each, and this is to the byte
     spare = 2 * 320 * 4 if conditioning.startswith("adaln") else 0
-    assert plan.graph("step").fp16_bytes == found["step"] + spare
+    assert dry_run.graph("step").fp16_bytes == found["step"] + spare
 
 
 @pytest.mark.parametrize(
@@ -215,9 +215,9 @@ def test_bytes_of_every_conditioning(conditioning: str, tmp_path: Path) -> None:
 def test_the_table_of_each_conditioning(conditioning: str, row: int, fp16_row: int) -> None:
     """Bytes of a row, and of a guided run: two rows a step, the label's and null."""
     for precision, expected in ((FP32, row), (FP16, fp16_row)):
-        plan = dry_run_of(preset("XL/2", conditioning=conditioning), precision)
-        assert plan.table_row_bytes == expected
-        assert plan.table_bytes == {steps: 2 * steps * expected for steps in (10, 50, 250, 1000)}
+        dry_run = dry_run_of(preset("XL/2", conditioning=conditioning), precision)
+        assert dry_run.table_row_bytes == expected
+        assert dry_run.table_bytes == {steps: 2 * steps * expected for steps in (10, 50, 250, 1000)}
 
 
 def test_rooflines() -> None:
@@ -231,11 +231,11 @@ def test_rooflines() -> None:
         "H100": (0.48, 0.40, 0.27),
         "RTX 4090": (2.87, 1.34, 0.89),
     }
-    plans = dry_run_of(preset("XL/2"), FP16), dry_run_of(preset("XL/2"), FP32, family="official")
+    dry_runs = dry_run_of(preset("XL/2"), FP16), dry_run_of(preset("XL/2"), FP32, family="official")
     assert [device.name for device in DEVICES] == list(expected)
     worst = 0.0
-    for plan in plans:  # of FP16 whatever is exported
-        for line in plan.sizes[0].rooflines:
+    for dry_run in dry_runs:  # of FP16 whatever is exported
+        for line in dry_run.sizes[0].rooflines:
             found = (line.compute_ms, line.memory_inside_ms, line.memory_hoisted_ms)
             pairs = zip(found, expected[line.device.name], strict=True)
             worst = max(worst, *(abs(ms / by_hand - 1) for ms, by_hand in pairs))
@@ -248,18 +248,20 @@ def test_rooflines() -> None:
 def test_autoencoders_and_sizes() -> None:
     """The Stable Diffusion decoder takes 622 GFLOP at 256² and 2515 at 512²; no weight of an autoencoder is read."""
     model, vae = preset("XL/2"), meta_vae()
-    plan = dry_run_of(model, FP16, vae, sizes=[(32, 32), (64, 64), (32, 48)], encoder=True)
-    first, second, third = plan.sizes
+    dry_run = dry_run_of(model, FP16, vae, sizes=[(32, 32), (64, 64), (32, 48)], encoder=True)
+    first, second, third = dry_run.sizes
     assert 2 * (first.decoder_gmac or 0) == pytest.approx(622, rel=0.001)  # 622.2
     assert 2 * (second.decoder_gmac or 0) == pytest.approx(2515, rel=0.001)  # 2514.5
     assert (third.image_size, third.tokens, third.position_bytes) == ((256, 384), 384, 384 * 1152 * 4)
     assert second.gmac == count_gmac(preset("XL/2", 512))
-    decoder, encoder = plan.graph("decoder"), plan.graph("encoder")
+    decoder, encoder = dry_run.graph("decoder"), dry_run.graph("encoder")
     assert decoder.parameters == parameters(vae.decoder) + parameters(vae.post_quant_conv)
     assert encoder.parameters == parameters(vae.encoder) + parameters(vae.quant_conv)
     assert encoder.gmac == pytest.approx(counted(vae.encoder, torch.empty(1, 3, 256, 256, device="meta")), rel=0.001)
     # A further size reads its own positional table in place of the first one's.
-    reads = [size.rooflines[0].memory_hoisted_ms * size.rooflines[0].device.bandwidth_gb_s * 1e6 for size in plan.sizes]
+    reads = [
+        size.rooflines[0].memory_hoisted_ms * size.rooflines[0].device.bandwidth_gb_s * 1e6 for size in dry_run.sizes
+    ]
     assert reads[1] - reads[0] == pytest.approx(768 * 1152 * 4)
     with torch.device("meta"):
         tiny = AutoencoderTiny()
@@ -270,20 +272,20 @@ def test_autoencoders_and_sizes() -> None:
 
 def test_the_plan_in_print_and_in_json() -> None:
     """At most 110 columns, the same text every time, all figures of the paper's model in it, and strict JSON."""
-    plans = [dry_run_of(preset("XL/2"), FP16, meta_vae(), sizes=[(32, 32), (64, 64)], encoder=True)]
-    plans += [dry_run_of(small(conditioning), FP32, copies_differ=True) for conditioning in CONDITIONINGS]
+    dry_runs = [dry_run_of(preset("XL/2"), FP16, meta_vae(), sizes=[(32, 32), (64, 64)], encoder=True)]
+    dry_runs += [dry_run_of(small(conditioning), FP32, copies_differ=True) for conditioning in CONDITIONINGS]
     long = replace(FP16, keep_fp32=tuple(f"blocks.{index}.attn" for index in range(28)))
-    plans.append(dry_run_of(preset("XL/2"), long, family="official"))
-    for plan in plans:
-        text = format_dry_run(plan)
+    dry_runs.append(dry_run_of(preset("XL/2"), long, family="official"))
+    for dry_run in dry_runs:
+        text = format_dry_run(dry_run)
         print(text, end="\n\n")
         assert max(map(len, text.splitlines())) <= 110
-        assert text == format_dry_run(plan)
+        assert text == format_dry_run(dry_run)
         assert all(device.name in text for device in DEVICES)
-        values = json.loads(json.dumps(plan.as_json(), allow_nan=False))
-        assert values["source_parameters"] == plan.source_parameters
-        assert values["sizes"][0]["rooflines"][0]["bound_ms"] == plan.sizes[0].rooflines[0].bound_ms
-        assert values["table_bytes"]["50"] == plan.table_bytes[50]
-    text = format_dry_run(plans[0])
+        values = json.loads(json.dumps(dry_run.as_json(), allow_nan=False))
+        assert values["source_parameters"] == dry_run.source_parameters
+        assert values["sizes"][0]["rooflines"][0]["bound_ms"] == dry_run.sizes[0].rooflines[0].bound_ms
+        assert values["table_bytes"]["50"] == dry_run.table_bytes[50]
+    text = format_dry_run(dry_runs[0])
     for figure in ("749.8 M", "118.62", "524.54", "894.1 MB", "28 copies of the embedders → 1", "33.9%", "78.3 MB"):
         assert figure in text

@@ -111,7 +111,7 @@ def jobs_from_request(request: SampleRequest) -> Jobs:
 
 
 def _check_output(request: SampleRequest) -> None:
-    """Raises OutputError, before the work, for a place that cannot be written to, or must not be."""
+    """Raises OutputError, before the work, for a path that cannot be written to, or must not be."""
     path, images = request.output.path, request.images
     if request.output.is_grid and path.is_dir():
         raise OutputError(f"{path}: is a folder, expected a file; choose another --output")

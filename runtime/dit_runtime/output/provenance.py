@@ -205,19 +205,21 @@ def request_from_entry(
         inits: images to start from; the entry's own is taken from among them.
 
     Raises:
-        SamplingError: the bundle, the noise, the table or the image to start from is missing, or is not the recorded
-            one.
+        SamplingError: the bundle, the noise, the sampler table or the image to start from is missing, or is not the
+            recorded one.
     """
     check_bundle(pipe.bundle, entry)
     if table is None and entry["sampler"] not in SAMPLERS:
-        raise SamplingError(f"the image was made with the table {entry['sampler']!r}; name its file with --sampler")
+        raise SamplingError(
+            f"the image was made with the sampler table {entry['sampler']!r}; name its file with --sampler"
+        )
     if entry["noise_given"] and noise is None:
         raise SamplingError("the image was made from noise in a file; name it with --noise")
     image = _prepare_entry(pipe, entry, noise, table, _init_of(entry, inits))
     if (found := schedule_hash(image.schedule)) != entry["table"]:
         raise SamplingError(
-            f"the image's sampler table was {entry['table']}, this one is {found}: it was made by version "
-            f"{entry['version']} or from another table; use that"
+            f"the image's sampler table was {entry['table']}, this one is {found}: the image was made by version "
+            f"{entry['version']} or with another sampler table; use that version or table"
         )
     first = image.draw_noise(image.make_stream(), pipe.latent_shape) if noise is None else noise
     if (drawn := noise_hash(first)) != entry["noise"]:

@@ -104,7 +104,7 @@ def schedule_for(
 def _check_name(sampler: str, eta: float, diffusion: DiffusionSpec) -> None:
     """Raises SamplingError for a sampler that does not exist, takes no eta, or is for other models."""
     if sampler in ADAPTIVE:
-        raise SamplingError(f"sampler {sampler!r} is adaptive: it has no table of steps; use euler or heun")
+        raise SamplingError(f"sampler {sampler!r} is adaptive: it has no schedule; use euler or heun")
     if sampler not in SAMPLERS:
         raise SamplingError(f"sampler {sampler!r} is unknown; choose one of {', '.join(SAMPLERS)}")
     if sampler not in TAKES_ETA and eta != 0:

@@ -1,4 +1,4 @@
-"""A sampler's work as a schedule, a table of numbers, and the JSON file that holds one.
+"""A schedule, which is a sampler's work as numbers, and the sampler table, its JSON file.
 
 The state has three slots: s₀, the latents z_t as the network gets them, and s₁ and s₂, the sampler's memory. With the
 guided network output e and the learned-variance channels v, one row of 17 numbers (a, b, A row by row, B, g, h, k)
@@ -32,7 +32,7 @@ COEFFICIENTS = 17
 # row would cancel to nothing.
 LARGEST = 1e6
 
-TABLE_LIMIT = 64 << 20  # bytes of a table's file: far above any, and little to read
+TABLE_LIMIT = 64 << 20  # bytes: far more than any sampler table has, and quick to read
 OPTIONAL = ("sampler", "spacing", "rows", "initial", "start", "draws_noise", "completes_step", "skipped")
 
 # Columns of a row.
@@ -164,15 +164,15 @@ def skip_steps(schedule: Schedule, skipped: int) -> Schedule:
     check_skipped(skipped, schedule.steps)
     if len(schedule.start) > 1:
         raise SamplingError(
-            f"table {schedule.sampler}: it starts from {len(schedule.start)} draws of noise, expected one to start "
-            f"after step {skipped}: nothing in it says which draws belong there; use strength 1 or a named sampler"
+            f"sampler table {schedule.sampler}: it starts from {len(schedule.start)} draws of noise, expected one to "
+            f"start after step {skipped}: it does not say which draws belong there; use strength 1 or a named sampler"
         )
     first = int(np.flatnonzero(schedule.completes_step)[skipped - 1]) + 1
     if unwritten := _find_unwritten_read(schedule.coefficients[first:]):
         raise SamplingError(
-            f"table {schedule.sampler}: after step {skipped}, row {first + unwritten[0]} reads slot {unwritten[1]}, "
-            "which only rows before wrote; expected rows that read what is written after the start: use strength 1, or "
-            "a named sampler, which then starts anew"
+            f"sampler table {schedule.sampler}: after step {skipped}, row {first + unwritten[0]} reads slot "
+            f"{unwritten[1]}, which only skipped rows write; expected rows that read only slots written after the "
+            "start: use strength 1, or a named sampler, which makes new rows for its start"
         )
     used, rows = np.unique(schedule.rows[first:], return_inverse=True)
     return replace(
@@ -221,10 +221,10 @@ def read_table(path: Path) -> Schedule:
     except (ValueError, OverflowError) as error:
         if isinstance(error.__cause__, OSError):
             raise SamplingError(
-                f"{path}: cannot read this table ({error.__cause__.strerror}); expected a JSON file"
+                f"{path}: cannot read this sampler table ({error.__cause__.strerror}); expected a JSON file"
             ) from error
         raise SamplingError(
-            f"{path}: not a sampler's table ({error}); expected JSON with timesteps [U] and coefficients [T, 17], as "
+            f"{path}: not a sampler table ({error}); expected JSON with timesteps [U] and coefficients [T, 17], as "
             "dit-sample --write-table writes it"
         ) from error
     return schedule
@@ -232,7 +232,7 @@ def read_table(path: Path) -> Schedule:
 
 @dataclass(frozen=True)
 class _TableRecord:
-    """A table's file; None is a field that it leaves out."""
+    """The content of a sampler table; None is a field that the file leaves out."""
 
     timesteps: tuple[float, ...]
     coefficients: tuple[tuple[float, ...], ...]
@@ -272,7 +272,7 @@ def _schedule_from_record(record: _TableRecord, name: str) -> Schedule:
 
 
 def _check(schedule: Schedule) -> None:
-    """Raises ValueError for a table that the loop or the step graph cannot run."""
+    """Raises ValueError for a schedule that the loop or the step graph cannot run."""
     count = len(schedule.rows)
     shapes = {
         "timesteps": (len(schedule.timesteps),),

@@ -233,7 +233,7 @@ def test_presets(vae: str) -> None:
 
 
 def test_a_dry_run_makes_nothing(tmp_path: Path, vae: str) -> None:
-    """``--dry-run`` prints the plan of a file, or of a preset without weights, and leaves the folder as it was."""
+    """``--dry-run`` describes the export of a file, or of a preset without weights, and leaves the folder as it was."""
     file = saved(weights_of("cross-attention"), tmp_path / "w.safetensors")
     own = ["--heads", "2", "--size", "32x32", "32x48", "--vae", vae]
     for source, options in ((file, own), ("DiT-XL/2-256", ["--fp16"])):

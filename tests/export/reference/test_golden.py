@@ -62,8 +62,14 @@ def test_how_much_is_recorded_of_large_models(name: str, size: int, expected: tu
     """Images, steps and forwards; of how many trajectories PyTorch's errors are measured by steps, and how many."""
     checkpoint = load_checkpoint(Source(name, 0, image_sizes=((256, 256), (512, 512))))
     checkpoint = replace(checkpoint, model=checkpoint.at(checkpoint.sizes[size]))
-    plan = RecordSettings.for_checkpoint(checkpoint, "fp16")
-    assert (plan.images, plan.steps, plan.forward_images, plan.measured, plan.measured_steps) == expected
+    settings = RecordSettings.for_checkpoint(checkpoint, "fp16")
+    assert (
+        settings.images,
+        settings.steps,
+        settings.forward_images,
+        settings.measured,
+        settings.measured_steps,
+    ) == expected
 
 
 def test_every_step_has_a_floor(bundles: dict[str, Path]) -> None:
@@ -188,11 +194,11 @@ def test_a_reference_that_is_no_use_is_refused() -> None:
 
 
 def test_records_are_small(bundles: dict[str, Path]) -> None:
-    """Records of a small model stay below 5 MB, and a large one's plan is short."""
+    """Records of a small model stay below 5 MB, and those of a large one are short."""
     manifest = open_bundle(bundles["fp32"]).manifest
     assert (
         sum(spec.bytes for name, spec in manifest.files.items() if name.startswith("golden")) < 5e6
     )  # measured: 0.9 MB
-    plan = RecordSettings.for_checkpoint(load_checkpoint(Source("DiT-XL/2-256", random_seed=0)), "fp16")
-    assert (plan.images, plan.steps, plan.forward_images) == (1, 4, 2)
-    assert plan.precisions == ("fp16", "bf16")  # not FP64, which takes twice the memory
+    settings = RecordSettings.for_checkpoint(load_checkpoint(Source("DiT-XL/2-256", random_seed=0)), "fp16")
+    assert (settings.images, settings.steps, settings.forward_images) == (1, 4, 2)
+    assert settings.precisions == ("fp16", "bf16")  # not FP64, which takes twice the memory

@@ -354,8 +354,8 @@ def test_nothing_is_waited_for_within_the_loop(bench: Bench) -> None:
         assert calls["allocate"] == calls["allocate_pinned"] == calls["begin_capture"] == 0
         assert calls["enqueue"] == 1  # the decoder
         counts.append((calls["synchronize"], calls["upload"], calls["download"]))
-    # Waits: the plan's memory, the latents, the batch's end, the decoder's context, the images. Uploads: two
-    # images, the first row, the plan of the others, the decoder's latents. Downloads: state, denoised, images.
+    # Waits: the run inputs' memory, the latents, the batch's end, the decoder's context, the images. Uploads: two
+    # images, the first row, the inputs of the other rows, the decoder's latents. Downloads: state, denoised, images.
     assert counts[0] == counts[1] == (5, 5, 3)
 
 
@@ -401,9 +401,9 @@ def test_rows_that_do_not_end_at_an_aligned_address(bundles: dict[str, Path], tm
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dit_runtime.sampling.batch.LIMITS", TableLimits(ROW * 40, ROW * 4))
         # Three steps' nine rows; from 12 on what five steps need besides; then all again, from the beginning.
-        for asked, places in ((3, [*range(9)]), (5, [*range(9), *range(12, 24)]), (7, [*range(21)])):
+        for asked, rows in ((3, [*range(9)]), (5, [*range(9), *range(12, 24)]), (7, [*range(21)])):
             bench.same([1, 2], 7, CHUNKS_LIMIT, sampler="ddim", steps=asked, guidance=2.0)
-            assert sorted(steps.table._rows.values()) == places
+            assert sorted(steps.table._rows.values()) == rows
     bench.engine.close()
     bench.machine.check_closed()
 
@@ -887,7 +887,7 @@ def test_every_name_of_cuda_exists(generation: str) -> None:
     assert result["missing"] == []
     assert result["properties"] == ["bytes", "int", "int", "int", "int"]
     if "no driver" not in result:
-        pytest.skip("there is a driver here: see tests/test_gpu.py")
+        pytest.skip("there is a driver here: see tests/runtime/backends/test_gpu.py")
     assert result["no driver"].startswith("no NVIDIA driver that works here (")
     # Not a TypeError: number and kinds of the arguments are right.
     assert set(result["refused"]) | {"abandon_capture"} == set(vars(cuda.CudaRuntime)) & set(vars(DoubleCuda)) - {

@@ -232,7 +232,7 @@ MUTATIONS = [
         ),
     ),
     Mutation(
-        "a buffer too small for the plan",
+        "a buffer too small for a run's inputs",
         lambda seeder: seeder.alter(DeviceBuffer, "reserve", lambda call: {1: 9}, DeviceLoop._upload),
     ),
     Mutation(
@@ -282,7 +282,7 @@ MUTATIONS = [
         lambda seeder: seeder.alter(DeviceTable, "_compute", lambda call: {2: 0}, DeviceTable.fill),
     ),
     Mutation(
-        "the noise of a planned step is not uploaded",
+        "the noise of a row is not uploaded",
         lambda seeder: seeder.drop(DeviceLoop, "_upload_noise", DeviceLoop.run_row),
     ),
     Mutation(
@@ -306,10 +306,13 @@ MUTATIONS = [
         ),
     ),
     Mutation(
-        "the plan of the batch before",
+        "the inputs of the run before",
         lambda seeder: seeder.drop(DeviceLoop, "_upload", DeviceLoop.run_row, lambda call: call.by._inputs is not None),
     ),
-    Mutation("who stays keeps the place of who left", lambda seeder: seeder.drop(Cuda, "copy", DeviceLoop.keep)),
+    Mutation(
+        "an image that stays keeps the position of one that left",
+        lambda seeder: seeder.drop(Cuda, "copy", DeviceLoop.keep),
+    ),
     Mutation(
         "who joins has the sampler's memory of who left",
         lambda seeder: seeder.drop(Cuda, "clear", DeviceLoop.add, lambda call: call.args[1] != call.by._at["noise"]),
@@ -388,7 +391,7 @@ MUTATIONS = [
     Mutation("a session without the lock", unlocked(TensorRtSession, "run")),
     Mutation("images join without the lock", unlocked(DeviceLoop, "add")),
     Mutation("images leave without the lock", unlocked(DeviceLoop, "keep")),
-    Mutation("a planned step without the lock", unlocked(DeviceLoop, "run_row")),
+    Mutation("a row without the lock", unlocked(DeviceLoop, "run_row")),
     Mutation("a step without the lock", unlocked(DeviceLoop, "run_step")),
     Mutation("latents are read without the lock", unlocked(DeviceLoop, "read")),
     Mutation("a batch ends without the lock", unlocked(DeviceLoop, "close")),
@@ -605,13 +608,13 @@ def run_alone(steps: HostLoop | DeviceLoop) -> list[Any]:
     latents = rng.standard_normal((2, 4, 8, 8)).astype(np.float32)
     conditions = [(float(time), 1) for time in (10, 20, 30, 40)]
     steps.table.prepare(conditions, lambda: iter(()))
-    places = np.array([steps.table[condition] for condition in conditions], np.int32)
+    indices = np.array([steps.table[condition] for condition in conditions], np.int32)
     results = []
-    for _ in range(2):  # the second images take the places of the first
+    for _ in range(2):  # the second images take the positions of the first
         steps.add(latents)
         # A run is there as soon as one step of that before is queued, and stays for five.
         for count, run, noise in zip((1, 5), runs, noises, strict=True):
-            inputs = run._replace(rows=places[run.rows])
+            inputs = run._replace(rows=indices[run.rows])
             for row in range(count):
                 result = steps.run_row(inputs, row, noise[row] if run.draws[row] else None)
         results.append(result.state)

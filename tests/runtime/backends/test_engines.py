@@ -236,7 +236,7 @@ def test_a_wrong_shape_is_refused(name: str, shape: tuple[int, ...], expected: s
 
 
 def test_openvinos_message_becomes_one_line(fp32: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What OpenVINO raises names places in its source, line after line: the last says what is wrong."""
+    """OpenVINO's error has lines about its own source; only the last line says what is wrong."""
     engine = OpenVinoEngine(fp32, precision=Precision.FP32)
 
     def failing(*arguments: object) -> None:
@@ -403,7 +403,7 @@ def test_a_full_disk_leaves_no_prepared_graph(
 
 
 def test_a_second_process_waits_for_the_first(tmp_path: Path) -> None:
-    """Weights of gigabytes are written once, and never by two at the same place."""
+    """Weights of gigabytes are written once, and never by two processes in the same folder."""
     facts = prepared.Facts("b", "graphs/step.onnx", {}, "1", "p", ())
     code = f"""if True:
         import sys

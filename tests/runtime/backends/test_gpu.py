@@ -1,7 +1,7 @@
 """On a device, with a driver and TensorRT: what ``test_device`` shows on the double, on the real thing.
 
-    python -m pytest -m gpu tests/test_gpu.py
-    DIT_BUNDLE=my.bundle python -m pytest -m gpu tests/test_gpu.py
+    python -m pytest -m gpu tests/runtime/backends/test_gpu.py
+    DIT_BUNDLE=my.bundle python -m pytest -m gpu tests/runtime/backends/test_gpu.py
 
 The first builds engines of a tiny model, which it exports with PyTorch; a device without PyTorch is given a bundle of a
 diffusion model by ``DIT_BUNDLE``. Nothing here imports PyTorch or ONNX Runtime.

@@ -106,9 +106,9 @@ def test_before_the_first_build(bundle: Bundle) -> None:
     assert estimate["step"].weights_bytes == bundle.manifest.files["graphs/step.weights"].bytes
     needs = [need_at(bundle, recipe, estimate, batch, True).total for batch in (1, 2, 3, 4)]
     assert needs == sorted(needs)
-    place = BuildHost("tensorrt", "10.16.2", "8.9", "Tiny", "580", CONTEXT_BYTES + needs[1], False)
+    host = BuildHost("tensorrt", "10.16.2", "8.9", "Tiny", "580", CONTEXT_BYTES + needs[1], False)
     with pytest.raises(EngineError, match=r"an estimate before the first build\) of .*batch 2 fits \("):
-        check_memory(bundle, recipe, place, ("conditioner", "step", "decoder"))
+        check_memory(bundle, recipe, host, ("conditioner", "step", "decoder"))
     roomy = BuildHost("tensorrt", "10.16.2", "8.9", "Large", "580", CONTEXT_BYTES + needs[3], False)
     need = check_memory(bundle, recipe, roomy, ("conditioner", "step", "decoder"))
     assert need is not None

@@ -77,7 +77,7 @@ def test_the_record_of_an_image(checkpoint: Path, bundle: Path, tmp_path: Path) 
 
 
 def test_the_record_of_a_grid(bundle: Path, tmp_path: Path) -> None:
-    """Fails if a grid's record does not have label, seed, noise and guidance of each place, in order."""
+    """Fails if a grid's record does not have label, seed, noise and guidance of each position, in order."""
     path, noise = tmp_path / "grid.png", noise_of([4, 9, 1])
     np.save(tmp_path / "noise.npy", noise)
     arguments = ["--labels", 3, 0, 5, "--seeds", 4, 9, 1, "--guidance", 1, 2, 3.5, "--steps", 2, "--batch-size", 2]
@@ -153,9 +153,9 @@ def test_an_image_of_given_noise_is_made_again(bundle: Path, tmp_path: Path, mon
     for name, values in (("five", noise), ("third", noise[2]), ("fourth", noise[3])):
         np.save(tmp_path / f"{name}.npy", values)
     arguments = (*FIVE, "--sampler", "ddpm", "--steps", 3, "--seed", 90, "--noise", tmp_path / "five.npy")
-    made(bundle, *arguments, "-o", tmp_path / "pictures")
+    made(bundle, *arguments, "-o", tmp_path / "images")
     made(bundle, *arguments, "-o", tmp_path / "grid.png")
-    path, again = sorted((tmp_path / "pictures").iterdir())[2], tmp_path / "again.png"
+    path, again = sorted((tmp_path / "images").iterdir())[2], tmp_path / "again.png"
     assert record(path)["dit.noise"] == first_hash(noise[2])
     refused("name it with --noise", bundle, "--from-image", path, "-o", again, folder=tmp_path)
     other = ("--from-image", path, "--noise", tmp_path / "fourth.npy", "-o", again)
@@ -181,7 +181,7 @@ def test_an_image_of_a_custom_table_is_made_again(
     path = sorted((tmp_path / "five").iterdir())[2]
     assert (record(path)["dit.sampler"], record(path)["dit.steps"]) == ("mine", 4)
     asked = ("--from-image", path, "-o", again)
-    refused("made with the table 'mine'; name its file with --sampler", bundle, *asked, folder=tmp_path)
+    refused("made with the sampler table 'mine'; name its file with --sampler", bundle, *asked, folder=tmp_path)
     refused("sampler table was", bundle, *asked, "--sampler", tmp_path / "other.json", folder=tmp_path)
 
 
@@ -261,7 +261,7 @@ def test_damaged_records(bundle: Path, text: dict[str, str], tmp_path: Path) -> 
         ({"dit.steps": "3"}, "the image's sampler table was"),
         ({"dit.seed": "8"}, "the image's noise was"),
         ({"dit.bundle": '"0000"'}, "name the bundle that made it"),
-        ({"dit.sampler": '"plms"'}, "made with the table 'plms'"),
+        ({"dit.sampler": '"plms"'}, "made with the sampler table 'plms'"),
     ]
     for change, message in damage:
         path = with_record(tmp_path / "damaged.png", {**text, **change})
@@ -278,10 +278,10 @@ def test_damaged_records(bundle: Path, text: dict[str, str], tmp_path: Path) -> 
         {"dit.batch": "[[2, 0, [[2, 2]]]]"},
         {f"dit.{key}": "[]" for key in PER_IMAGE},
     ],
-    ids=["two sizes", "one place", "no places"],
+    ids=["two sizes", "one position", "no positions"],
 )
 def test_damaged_places(bundle: Path, tmp_path: Path, change: dict[str, str]) -> None:
-    """Fails if the places of a grid that do not fit one batch, or no places at all, end in a traceback."""
+    """Fails if the positions of a grid that do not fit one batch, or no positions at all, end in a traceback."""
     path = tmp_path / "grid.png"
     made(bundle, "--labels", 3, 4, "--steps", 2, "--sampler", "ddim", "-o", path)
     with Image.open(path) as image:
@@ -476,7 +476,7 @@ def test_wrong_arguments(bundle: Path, noises: dict[str, Path], tmp_path: Path) 
         (["--labels", 1, "--sampler", "plms"], "dpmpp-3m, unipc, euler-ancestral, euler, heun, sde-euler, sde-heun"),
         (["--labels", 1, "--sampler", "euler"], "prediction type 'epsilon': expected one of ddim, ddpm"),
         (["--labels", 1, "--sampler", "dopri5"], "'dopri5' is adaptive"),
-        (["--labels", 1, "--sampler", tmp_path / "missing.json"], "missing.json: cannot read this table"),
+        (["--labels", 1, "--sampler", tmp_path / "missing.json"], "missing.json: cannot read this sampler table"),
         (["--labels", 1, "--steps", 1001], "1001 steps: expected 1 to 1000"),
         (["--labels", 1, "--steps", 0], "0 steps: expected 1 to 1000"),
         (["--labels", 1, "--spacing", "dense"], "'dense' is not supported"),

@@ -74,15 +74,15 @@ def assign(**values: Any) -> Change:
 BAD_TABLES: list[tuple[str, Change, str]] = [
     ("no coefficients", lambda table: table.pop("coefficients"), "coefficients: missing, expected a list"),
     ("no timesteps", lambda table: table.pop("timesteps"), "timesteps: missing, expected a list"),
-    ("sixteen columns", assign(coefficients=[[0.0] * 16] * 5), "not a sampler's table"),
+    ("sixteen columns", assign(coefficients=[[0.0] * 16] * 5), "not a sampler table"),
     (
         "eighteen columns",
         assign(coefficients=[[0.0] * 18] * 5),
         r"coefficients has shape \[5, 18\], expected \[5, 17\]",
     ),
-    ("one row flat", assign(coefficients=[0.0] * 17), "not a sampler's table"),
-    ("ragged", assign(coefficients=[[0.0] * 17] * 4 + [[0.0]]), "not a sampler's table"),
-    ("no rows", assign(coefficients=[], rows=[]), "not a sampler's table"),
+    ("one row flat", assign(coefficients=[0.0] * 17), "not a sampler table"),
+    ("ragged", assign(coefficients=[[0.0] * 17] * 4 + [[0.0]]), "not a sampler table"),
+    ("no rows", assign(coefficients=[], rows=[]), "not a sampler table"),
     ("words", assign(coefficients="many"), "coefficients: got 'many', expected a list"),
     ("a misspelt field", assign(draw_noise=[True] * 5), "draw_noise: unknown, expected only timesteps, coefficients"),
     ("six rows of five", assign(rows=[0] * 6), r"has shape \[5, 17\], expected \[6, 17\]"),
@@ -98,7 +98,7 @@ BAD_TABLES: list[tuple[str, Change, str]] = [
     ("completions as numbers", assign(completes_step=[1] * 5), r"completes_step\[0\]: got 1, expected true or false"),
     ("no start", assign(start=[]), "at least one row and one start"),
     ("a matrix of timesteps", assign(timesteps=[[1.0, 2.0]] * 5), r"timesteps\[0\]: got \[1.0, 2.0\], expected a"),
-    ("a row beyond int32", put("rows", 3, 1 << 40), "not a sampler's table"),
+    ("a row beyond int32", put("rows", 3, 1 << 40), "not a sampler table"),
     ("a row beyond the timesteps", put("rows", 3, 5), "rows leave 0 to 4, the timesteps"),
     ("a row before the timesteps", put("rows", 3, -1), "rows leave 0 to 4"),
     ("initial of one column", assign(initial=[[1.0]] * 5), r"initial has shape \[5, 1\], expected \[5, 2\]"),
@@ -152,7 +152,7 @@ def test_files_that_are_no_tables(tmp_path: Path) -> None:
     assert_refused(path, "cannot read this table .No such file")
     for content in (b"", b"{", b"[]", b"[1, 2]", b"null", b"7", b'"table"', b"\xff\xfe\x00", b"[" * 100_000):
         path.write_bytes(content)
-        assert_refused(path, "not a sampler's table")
+        assert_refused(path, "not a sampler table")
     path.unlink()
     path.mkdir()
     assert_refused(path, "not a regular file")

@@ -244,7 +244,11 @@ def test_a_table_that_cannot_start_inside(pipe: Pipeline, tmp_path: Path) -> Non
     """Fails if memory that was never written is read, or scales that nobody gave are used, without a word."""
     latents = pipe.encode(photo(1)[None])
     wrong: list[tuple[Schedule, float, str]] = [
-        (custom(tmp_path, completes_step=[True] * 4), 0.8, r"after step 1, row 1 reads slot 1, which only rows before"),
+        (
+            custom(tmp_path, completes_step=[True] * 4),
+            0.8,
+            r"after step 1, row 1 reads slot 1, which only skipped rows write",
+        ),
         (custom(tmp_path, initial=[[0, 1]] * 4), 0.7, r"its initial is \[0, 1\] in every row"),
         (custom(tmp_path, initial=[[0, 1]] * 4), 1.0, r"its initial is \[0, 1\] in every row"),
         (custom(tmp_path, start=[0.8, 0.6]), 0.7, "it starts from 2 draws of noise, expected one"),

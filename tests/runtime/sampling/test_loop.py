@@ -58,7 +58,7 @@ def conditioned(pipe: Pipeline) -> Iterator[list[tuple[float, int]]]:
 
 
 def batch_sizes(lengths: Sequence[int], most: int) -> list[int]:
-    """How many images each call has, if a place that is free is filled at once."""
+    """How many images each call has, if a free position is filled at once."""
     waiting, running, sizes = list(lengths), [], []
     while waiting or running:
         while waiting and len(running) < most:
@@ -69,7 +69,7 @@ def batch_sizes(lengths: Sequence[int], most: int) -> list[int]:
 
 
 def test_images_of_a_stream_are_those_made_alone(pipe: Pipeline) -> None:
-    """Fails if an image takes rows, noise, memory or guidance of its neighbours, or of who had its place before."""
+    """Fails if an image takes rows, noise, memory or guidance of its neighbours, or of an earlier image there."""
     images = mixed(pipe)
     alone = []
     for image in images:
@@ -113,7 +113,7 @@ def test_a_stream_is_the_reference(pipe: Pipeline, transformer: Any) -> None:
 
 
 def test_a_generator_of_images_is_not_drained(pipe: Pipeline) -> None:
-    """Fails if a stream takes more images than it has places for: a generator of a million would fill the memory."""
+    """Fails if a stream takes more images than its batch has positions: a million would fill the memory."""
     taken, finished = 0, 0
 
     def images() -> Iterator[ImageRequest]:

@@ -205,7 +205,7 @@ def altered(value: Any, path: tuple[str | int, ...], change: Any) -> Any:
 
 
 def paths_of(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
-    """Every place in a JSON document."""
+    """The path of every value in a JSON document."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
         yield (*path, key)
