@@ -172,12 +172,12 @@ def test_a_damaged_bundle(bundles: dict[str, Path], tmp_path: Path) -> None:
     refused("dit-verify", tmp_path / "none", message="no such bundle")
 
 
-def test_no_engine_installed(bundles: dict[str, Path]) -> None:
+def test_no_engine_installed(bundles: dict[str, Path], tmp_path: Path) -> None:
     """Without an inference engine the error is the pip line that installs one."""
     code = (
         "import sys; sys.modules.update(onnxruntime=None, openvino=None); "
         "from dit_runtime.commands.verify import main; "
-        f"main([{str(bundles['fp32'])!r}])"
+        f"main([{str(bundles['fp32'])!r}, '--store', {str(tmp_path)!r}])"  # where nothing was measured yet
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
