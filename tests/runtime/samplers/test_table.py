@@ -149,7 +149,7 @@ def test_bad_tables(tmp_path: Path, change: Change, message: str) -> None:
 def test_files_that_are_no_tables(tmp_path: Path) -> None:
     """Fails if a missing file, a folder, or other text or bytes end in a traceback."""
     path = tmp_path / "table.json"
-    assert_refused(path, "cannot read this table .No such file")
+    assert_refused(path, "cannot read this sampler table .No such file")
     for content in (b"", b"{", b"[]", b"[1, 2]", b"null", b"7", b'"table"', b"\xff\xfe\x00", b"[" * 100_000):
         path.write_bytes(content)
         assert_refused(path, "not a sampler table")
