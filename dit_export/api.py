@@ -15,6 +15,7 @@ from dit_runtime.bundle.reader import Bundle, open_bundle
 from dit_runtime.core.errors import EngineError
 from dit_runtime.verify.rung import Rung, Verification
 
+CPU_ENGINE = "onnxruntime"  # on which an export is compared: it is wherever a bundle can be exported
 REQUIRED = ("torch", "diffusers", "onnxscript")
 
 
@@ -181,14 +182,14 @@ def export_request(request: ExportRequest) -> ExportResult:
     if not request.verify:
         return ExportResult(bundle)
     try:
-        return ExportResult(bundle, verify(bundle))
+        return ExportResult(bundle, _verify(bundle, CPU_ENGINE))
     except EngineError as error:
         return ExportResult(bundle, not_verified=str(error))
 
 
 def verify(
     bundle: str | os.PathLike[str] | Bundle,
-    engine: str = "onnxruntime",
+    engine: str = "auto",
     *,
     sizes: Sequence[tuple[int, int]] = (),
     precision: str | None = None,
@@ -205,7 +206,7 @@ def verify(
 
     Args:
         bundle: a bundle, or its folder.
-        engine: ``auto``, or an engine's name as ``dit-verify --engine`` takes it.
+        engine: ``auto``, the engine that ``auto`` tries first here, or a name as ``dit-verify --engine`` takes it.
         sizes: heights and widths of images in pixels; an empty sequence means each size of the bundle.
         precision: the precision that the engine computes in; None means the bundle's own, or the nearest that the
             engine has.
@@ -220,22 +221,25 @@ def verify(
         BundleError: the bundle is missing, incomplete or altered, or has no graphs for a size.
         EngineError: the engine is unknown, not installed, or cannot run the bundle here.
     """
-    from dit_runtime.backends.base import Engine
-    from dit_runtime.backends.open import engine_for
-    from dit_runtime.verify.auto import check_choice, open_first_engine
-    from dit_runtime.verify.verdicts import verify_each_size
-
-    check_choice(engine, precision)
     if not isinstance(bundle, Bundle):
         bundle = open_bundle(Path(bundle), None if store is None else Path(store))
     bundle.check()
+    return _verify(bundle, engine, sizes, precision, quick)
 
-    def open_at(sized_bundle: Bundle) -> Engine:
-        if engine == "auto":
-            return open_first_engine(sized_bundle)
-        return engine_for(sized_bundle, engine, 0, precision)
 
-    return tuple(verify_each_size(bundle, tuple(sizes) or bundle.manifest.image_sizes, open_at, quick))
+def _verify(
+    bundle: Bundle,
+    engine: str,
+    sizes: Sequence[tuple[int, int]] = (),
+    precision: str | None = None,
+    quick: bool = False,
+) -> tuple[Verification, ...]:
+    """``verify`` of a bundle whose files were checked, or were written just now."""
+    from dit_runtime.verify.auto import open_to_verify
+    from dit_runtime.verify.verdicts import verify_each_size
+
+    sizes = tuple(sizes) or bundle.manifest.image_sizes
+    return tuple(verify_each_size(bundle, sizes, open_to_verify(engine, precision), quick))
 
 
 def check_installed() -> None:

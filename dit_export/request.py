@@ -8,12 +8,11 @@ from typing import Literal
 
 from dit_export.checkpoints.source import Source
 from dit_runtime.bundle.manifest import PrecisionSpec
-from dit_runtime.bundle.precision import Precision
+from dit_runtime.bundle.precision import EXPORTED, Precision
 from dit_runtime.core.errors import CheckpointError
 from dit_runtime.sampling.tiles import check_tile
 
 ALL = "all"
-EXPORTED = (Precision.FP32, Precision.FP16)  # what graphs can be written in
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from dit_runtime.bundle.macs import count_step_gmac
 from dit_runtime.bundle.manifest import name_for_size
 from dit_runtime.bundle.reader import GOLDEN
 from dit_runtime.core.errors import CheckpointError, DiTError, ParityError
-from dit_runtime.core.progress import Progress
+from dit_runtime.core.progress import Progress, show_progress
 
 FAILED = 3  # exit status after an error that the last line tells
 ERRORS = {kind.__name__: kind for kind in (CheckpointError, ParityError)}
@@ -78,6 +78,7 @@ def make_records(source: Source, folder: Path, encoder: bool, precision: str) ->
 
 def _main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C, and ends this process
+    show_progress()
     folder, encoder, precision = sys.argv[1:]
     source = Source.from_json(sys.stdin.read())
     try:

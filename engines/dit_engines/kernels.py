@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dit_runtime.bundle.precision import TENSORRT_DATATYPES, Precision
+
 _LINE = re.compile(
     r"^Name: (?P<Name>.*?), LayerType: (?P<LayerType>\w+), Inputs: (?P<Inputs>.*?), Constants: (?P<Constants>.*?), "
     r"Outputs: (?P<Outputs>.*?)(?:, TacticName: (?P<TacticName>.*?), StreamId: .*?)?, Metadata:(?P<Metadata>.*)$"
@@ -23,7 +25,13 @@ _NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 _SUBGRAPH = re.compile(r"_myl(\d+)_\d+$")
 _PROFILE = re.compile(r" \[profile (\d+)\]$")
 # Words for each datatype: in a format, or in the name of a tactic such as sm80_xmma_gemm_f16f16_f16f32_f32_tn_n.
-_WORDS = {"Half": ("Half", "FP16", "f16f16", "h16816", "h1688", "h884"), "Float": ("Float", "FP32", "f32f32", "tf32")}
+# The least precise last: a kernel with inputs of several datatypes multiplies in the first that is there.
+_WORDS = {
+    Precision.FP32: ("FP32", "f32f32", "tf32"),
+    Precision.BF16: ("BF16", "bf16bf16"),
+    Precision.FP16: ("FP16", "f16f16", "h16816", "h1688", "h884"),
+    Precision.INT8: ("INT8", "i8i8"),
+}
 FUSED_ATTENTION = "_gemm_mha"
 # The name of a generated kernel lists its operations: __myl_MoveTranSlic. These move data, and Cast changes its type.
 _MOVES = ("Move", "Mov", "Tran", "Tra", "Resh", "Res", "Slic", "Sli", "Conc", "Repl", "Rep", "Expa", "Squ", "Unsq")
@@ -113,16 +121,9 @@ def kernel_from_layer(layer: Mapping[str, Any]) -> Kernel:
     elif isinstance(own, Mapping):
         weights, dtype = int(own.get("Count", 0)), _datatype_from_text(str(own.get("Type", "")))
     if not dtype:
-        inputs = {
-            found for _, found in map(_sizes_and_datatype_of, _mappings_in(layer.get("Inputs"))) if found in _WORDS
-        }
-        dtype = (
-            "Float"
-            if "Float" in inputs
-            else "Half"
-            if inputs
-            else _datatype_from_text(str(layer.get("TacticName") or ""))
-        )
+        inputs = {found for _, found in map(_sizes_and_datatype_of, _mappings_in(layer.get("Inputs")))}
+        known = [TENSORRT_DATATYPES[precision] for precision in _WORDS if TENSORRT_DATATYPES[precision] in inputs]
+        dtype = known[0] if known else _datatype_from_text(str(layer.get("TacticName") or ""))
     subgraph, profile = _SUBGRAPH.search(name), _PROFILE.search(name)
     return Kernel(
         name=name,
@@ -165,9 +166,12 @@ def _sizes_and_datatype_of(item: Mapping[str, Any]) -> tuple[list[int], str]:
 
 
 def _datatype_from_text(text: str) -> str:
-    for dtype, words in _WORDS.items():
-        if any(word in text for word in words):
-            return dtype
+    """TensorRT's name of the datatype that a format or a tactic's name tells; empty where it tells none."""
+    named = set(re.findall(r"\w+", text))
+    for precision, words in _WORDS.items():
+        name = TENSORRT_DATATYPES[precision]
+        if name in named or any(re.search(rf"(?<![a-z]){word}", text) for word in words):
+            return name
     return "" if not text or text.startswith("N/A") else text.split()[0] if text[0].isupper() else ""
 
 

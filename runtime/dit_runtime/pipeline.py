@@ -32,7 +32,7 @@ from dit_runtime.sampling.labels import Label, number_from_label, weights_from_l
 from dit_runtime.sampling.requests import ImageRequest
 from dit_runtime.sampling.settings import Settings
 from dit_runtime.sampling.tiles import check_tile, decode_in_tiles, images_from_decoded
-from dit_runtime.verify.auto import check_choice, choose_engine
+from dit_runtime.verify.auto import Choice, check_choice, choose_engine
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -82,7 +82,12 @@ class Pipeline:
             EngineError: no engine is installed.
             ParityError: no engine matches the reference.
         """
-        return choose_engine(self.bundle, self._threads).engine
+        return self.choice.engine
+
+    @cached_property
+    def choice(self) -> Choice:
+        """What ``auto`` chooses, and why; it raises as ``engine`` does. An engine that was given has no choice."""
+        return choose_engine(self.bundle, self._threads)
 
     @property
     def manifest(self) -> Manifest:

@@ -262,3 +262,15 @@ def test_work_is_the_models(bundles: dict[str, Path]) -> None:
     # At least the residual stream and an MLP's hidden layer: FP32 and FP16.
     assert live >= batch * branches * model.tokens * (4 * model.width + 2 * model.mlp_width)
     assert work("decoder")[0] > 0
+
+
+def test_bf16_is_not_fp32() -> None:
+    """A datatype's name inside another's is not that datatype: BF16 products do not pass for FP32."""
+    for told, expected in (("BFloat16", "BFloat16"), ("Half", "Half"), ("Int8", "Int8"), ("Float", "Float")):
+        inputs = [{"Name": "x", "Dimensions": [-1, 64], "Datatype": told}]
+        kernel = kernel_from_layer({"Name": "qkv", "LayerType": "gemm", "Inputs": inputs, "Metadata": ""})
+        assert kernel.dtype == expected
+    for tactic, expected in (("sm80_xmma_gemm_bf16bf16_bf16f32_f32_tn_n", "BFloat16"), ("gemm_f16f16_f16", "Half")):
+        assert kernel_from_layer({"Name": "qkv", "TacticName": tactic}).dtype == expected
+    lowered = audited(multiplied={"BFloat16": 100})
+    assert len(find_problems(lowered, "step", MODEL, FP32)) == 1

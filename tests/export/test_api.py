@@ -172,7 +172,7 @@ def test_what_keeps_a_bundle_from_being_verified(bundles: dict[str, Path], monke
         raise EngineError("onnxruntime is not installed")
 
     monkeypatch.setattr("dit_export.bundle.bundle_from_checkpoint", lambda *_: open_bundle(bundles["fp32"]))
-    monkeypatch.setattr(api, "verify", fail)
+    monkeypatch.setattr(api, "_verify", fail)
     result = export("tiny")
     assert (result.passed, result.not_verified, result.rungs) == (None, "onnxruntime is not installed", ())
     assert result.as_json()["passed"] is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from dit_runtime.backends.base import Backend, Candidate, Engine, EngineOptions
@@ -65,7 +66,12 @@ def engine_for(bundle: Bundle, name: str, threads: int = 0, precision: str | Non
     return open_engine(bundle, name, threads, precision, bundle.engines if backend_named(name).keeps_graphs else None)
 
 
-def find_candidates(bundle: Bundle) -> list[Candidate]:
-    """The engines that ``auto`` may try here, in the order of ``BACKENDS``."""
-    found = (backend_named(name).candidate(bundle, name) for name in BACKENDS)
-    return [candidate for candidate in found if candidate is not None]
+def find_candidates(bundle: Bundle) -> Iterator[Candidate]:
+    """Yield what ``auto`` may try here without being asked, the fastest expected first.
+
+    A backend's library is imported when its turn comes.
+    """
+    for name in BACKENDS:
+        candidate = backend_named(name).candidate(bundle, name)
+        if candidate is not None:
+            yield candidate

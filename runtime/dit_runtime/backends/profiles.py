@@ -74,6 +74,15 @@ class Profiles:
                     return profile[tensor.name][point][tensor.shape.index(axis)]
         return 1
 
+    def largest_sizes(self, axis: str) -> list[int]:
+        """The largest size of a named axis in each profile, for an axis that an input has."""
+        tensor = next(tensor for tensor in self.inputs if axis in tensor.shape)
+        return [profile[tensor.name][2][tensor.shape.index(axis)] for profile in self.shapes]
+
+    def values_at(self, batch: int, values: Sequence[int]) -> list[int]:
+        """Of one value for each profile, those of the profiles that take the batch."""
+        return [value for value, each in zip(values, self.ranges(), strict=True) if each.takes(batch)]
+
     @property
     def largest_batch(self) -> int:
         """The most images, or rows of the conditioner, that one call takes in any profile."""

@@ -114,7 +114,7 @@ def compare_with_gemm(bundle: Bundle, engine: Engine, parts: dict[int, dict[str,
     """The fastest matrix product of the model's shapes on this CPU, and for each batch the guided step's rate as a
     share of it; empty for an engine on a GPU, or without a library for the engine's precision.
     """
-    if engine.info.loop_on_device:
+    if engine.info.device != "CPU":
         return {}  # the rates are the CPU's
     model = bundle.manifest.model
     rates = measure_gemm_rates(shapes_of(model, 2 * max(parts)), engine.info.precision, engine.info.threads)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
-from dit_runtime.bundle.precision import Precision, is_kept
+from dit_runtime.bundle.precision import EXPORTED, Precision, is_kept
 from dit_runtime.core.decode import Amount, Natural, Positive, decode
 
 SCHEMA = 5
@@ -237,6 +237,8 @@ def check_consistency(manifest: Manifest) -> None:
         parts = PurePosixPath(name).parts
         if not parts or name.startswith("/") or ".." in parts or "\\" in name or ":" in name:
             raise ValueError(f"file name {name!r} leads outside the bundle")
+    if manifest.precision.name not in EXPORTED:
+        raise ValueError(f"precision {manifest.precision.name}: not implemented, expected {' or '.join(EXPORTED)}")
     if model.conditioning not in CONDITIONINGS:
         raise ValueError(f"conditioning {model.conditioning!r}")
     if not manifest.sizes or manifest.sizes[0] != model.latent_size:

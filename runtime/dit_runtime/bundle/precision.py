@@ -20,6 +20,8 @@ class Precision(str, Enum):
         return self.value
 
 
+# What graphs can be written in.
+EXPORTED = (Precision.FP32, Precision.FP16)
 # Further names that commands take.
 ALIASES = {"f32": Precision.FP32}
 # TensorRT's names of the datatypes, in its log, its inspector's JSON and the audits.

@@ -12,14 +12,15 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
+from dit_runtime.backends.open import BACKENDS
 from dit_runtime.core.errors import DiTError
+from dit_runtime.core.progress import show_progress
 from dit_runtime.core.version import __version__
 
 INTERRUPTED = 130
-# Its names are those of ``backends.open.ENGINES``; a command shows its help before it imports anything heavy.
 ENGINE_HELP = (
-    "auto, tensorrt, tensorrt-rtx, openvino, onnxruntime, onnxruntime-cuda, onnxruntime-tensorrt or onnxruntime-rtx; "
-    "auto takes TensorRT if dit-build made an engine for this GPU, else the fastest of the others here"
+    f"auto, {', '.join(BACKENDS)}; auto takes TensorRT if dit-build made an engine for this GPU, "
+    "else the fastest of the others here"
 )
 PRECISIONS = ("fp32", "bf16", "f32")  # f32 is another name of fp32
 PRECISION_HELP = "of OpenVINO (default: the bundle's or nearest)"
@@ -111,7 +112,8 @@ class _Lines(logging.Handler):
 
 @contextlib.contextmanager
 def _shown_log() -> Iterator[None]:
-    """While a command works, print what the library logs."""
+    """While a command works, show progress bars and print what the library logs."""
+    show_progress()
     logger, lines = logging.getLogger("dit_runtime"), _Lines()
     level = logger.level
     logger.setLevel(logging.INFO)
@@ -121,3 +123,4 @@ def _shown_log() -> Iterator[None]:
     finally:
         logger.removeHandler(lines)
         logger.setLevel(level)
+        show_progress(False)

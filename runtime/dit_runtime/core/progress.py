@@ -1,4 +1,4 @@
-"""A progress bar with the time left, on stderr if stderr is a terminal."""
+"""A progress bar with the time left, on stderr, for programs that show one."""
 
 from __future__ import annotations
 
@@ -8,15 +8,24 @@ import time
 WIDTH = 24
 
 
+_asked = False  # by the program: a library draws nothing in another program's terminal
+
+
+def show_progress(shown: bool = True) -> None:
+    """Let progress bars be drawn from now on, or not."""
+    global _asked
+    _asked = shown
+
+
 class Progress:
     """A bar over ``total`` pieces of work: ``with Progress("sampling", 50) as bar: bar.advance()``.
 
-    Draws nothing if stderr is not a terminal.
+    Draws nothing unless the program asks for it (``show_progress``) and stderr is a terminal.
     """
 
     def __init__(self, label: str, total: int) -> None:
         self._label, self._total, self._done = label, max(total, 1), 0
-        self._shown = sys.stderr.isatty()
+        self._shown = _asked and sys.stderr.isatty()
         self._start = time.monotonic()
         self._drawn = 0.0
 

@@ -8,7 +8,7 @@ verdict is verified by the quick verification before it is used. An engine that 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from dit_runtime.backends.base import Engine, EngineOptions
@@ -70,6 +70,7 @@ def choose_engine(bundle: Bundle, threads: int = 0, name: str = AUTO, precision:
         if _passes(bundle, engine, report):
             return Choice(engine, "named", tuple(report.lines))
         failed.append(engine.info.name)
+        engine.close()
     else:
         unable: list[EngineError] = []
         for engine, why in _open_in_order(bundle, threads, report):
@@ -78,6 +79,7 @@ def choose_engine(bundle: Bundle, threads: int = 0, name: str = AUTO, precision:
             except EngineError as error:  # such as too little memory, or no profile for the shape of a golden record
                 report.add(f"{engine.info.name} is not used: {error}")
                 unable.append(error)
+                engine.close()
                 continue
             if passed:
                 if report.lines:
@@ -85,6 +87,7 @@ def choose_engine(bundle: Bundle, threads: int = 0, name: str = AUTO, precision:
                 return Choice(engine, why, tuple(report.lines))
             report.add(f"{engine.info.name} is not used: it does not match the PyTorch reference here")
             failed.append(engine.info.name)
+            engine.close()
         if not failed and unable:
             raise unable[0]
     raise ParityError(
@@ -107,6 +110,16 @@ def open_first_engine(bundle: Bundle, threads: int = 0) -> Engine:
     """
     engine, _ = next(_open_in_order(bundle, threads, _Report()))
     return engine
+
+
+def open_to_verify(name: str, precision: str | None) -> Callable[[Bundle], Engine]:
+    """What opens an engine to be verified, for a bundle at one size: as named, or the first that ``auto`` tries.
+
+    Raises:
+        EngineError: a precision without an engine's name.
+    """
+    check_choice(name, precision)
+    return lambda bundle: open_first_engine(bundle) if name == AUTO else engine_for(bundle, name, 0, precision)
 
 
 def _open_in_order(bundle: Bundle, threads: int, report: _Report) -> Iterator[tuple[Engine, str]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from dit_runtime.backends.base import Array
+from dit_runtime.backends.step import state_from_latents, step_inputs
 from dit_runtime.bundle.manifest import ENCODER
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import OutputError
@@ -96,21 +97,22 @@ def _step_calls(bundle: Bundle, table: Array) -> Iterator[Call]:
         record = bundle.records(f"forward_{branches}")
         latents = record["latents"]
         batch = len(latents)
-        state, following = np.zeros((2, batch, 3, *latents.shape[1:]), np.float32)
+        state = state_from_latents(latents)
+        following = np.zeros_like(state)
         coefficients = np.zeros((batch, COEFFICIENTS), np.float32)
         coefficients[:, [B_E, NOISE]] = 1
         coefficients[:, LOG_SIGMA_V] = float(model.learned_variance)
-        state[:, 0] = latents
         following[:, 0] = np.exp(record["v"]) if model.learned_variance else 1
         yield (
-            {
-                "state": state,
-                "noise": np.ones_like(latents),
-                "coefficients": coefficients,
-                "guidance": guidance_weights(float(record["guidance"]), batch, model.latent_channels, guided),
+            step_inputs(
+                bundle.manifest,
+                state,
+                coefficients,
+                guidance_weights(float(record["guidance"]), batch, model.latent_channels, guided),
                 # The rows of the table are the guided forward's: its images, then its images with the null class.
-                "rows": np.arange(branches * batch, dtype=np.int32).reshape(branches, batch),
-                bundle.manifest.table.name: table,
-            },
+                np.arange(branches * batch, dtype=np.int32).reshape(branches, batch),
+                table,
+                np.ones_like(latents),
+            ),
             {"next_state": following, "denoised": record["e"]},
         )

@@ -16,12 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dit_runtime.backends.base import Engine
-from dit_runtime.backends.open import engine_for
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.environment import describe_environment
 from dit_runtime.core.machine import describe_machine
-from dit_runtime.verify.auto import check_choice, open_first_engine
+from dit_runtime.verify.auto import open_to_verify
 from dit_runtime.verify.rung import Verification
 from dit_runtime.verify.verdicts import join_rungs, verify_each_size
 
@@ -83,13 +81,8 @@ def verify_bundle(
         BundleError: a record is missing or altered, or the bundle has no such size.
         EngineError: no such backend is installed, or the engine cannot run a graph.
     """
-    check_choice(engine, precision)
     sizes = bundle.manifest.image_sizes if size is None else (size,)
-
-    def open_engine(at: Bundle) -> Engine:
-        return open_first_engine(at) if engine == "auto" else engine_for(at, engine, 0, precision)
-
-    return results_of(bundle, verify_each_size(bundle, sizes, open_engine, quick))
+    return results_of(bundle, verify_each_size(bundle, sizes, open_to_verify(engine, precision), quick))
 
 
 def results_of(bundle: Bundle, found: Sequence[Verification]) -> Results:

@@ -112,16 +112,18 @@ def _measure(bundle: Bundle, threads: int, say: Callable[[str], None]) -> list[S
 
 def _time_step(bundle: Bundle, candidate: Candidate, threads: int, best: float | None) -> Speed:
     engine = engine_for(bundle, candidate.name, threads, candidate.precision)
-    session, inputs = engine.session("step"), make_step_inputs(bundle.manifest)
-    session.run(inputs, ["next_state"])
     taken: list[float] = []
-    for _ in range(CALLS):
-        start = time.perf_counter()
+    try:
+        session, inputs = engine.session("step"), make_step_inputs(bundle.manifest)
         session.run(inputs, ["next_state"])
-        taken.append((time.perf_counter() - start) * 1e3)
-        if best is not None and taken[-1] > SLOW * best:
-            break
-    engine.release("step")
+        for _ in range(CALLS):
+            start = time.perf_counter()
+            session.run(inputs, ["next_state"])
+            taken.append((time.perf_counter() - start) * 1e3)
+            if best is not None and taken[-1] > SLOW * best:
+                break
+    finally:
+        engine.close()
     return Speed(candidate.name, candidate.precision, engine.info.name, round(statistics.median(taken), 3))
 
 

@@ -136,8 +136,11 @@ def verify_each_size(
 
     def verify_at(size: tuple[int, int]) -> Verification:
         at = bundle.at(size)
-        engine = open_at(at)  # it is freed when this function returns, so that engines of two sizes need not fit
-        found = verification_of(at, engine, quick)
+        engine = open_at(at)
+        try:
+            found = verification_of(at, engine, quick)
+        finally:
+            engine.close()  # engines of two sizes need not fit at once
         store_verdict(at, engine, list(found.rungs), quick)
         return found
 

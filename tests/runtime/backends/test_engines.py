@@ -642,10 +642,10 @@ def test_onnxruntime_has_no_bf16(fp32: Bundle) -> None:
 
 def test_candidates_are_ordered_and_can_be_opened(fp32: Bundle, fp16: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fastest expected comes first, BF16 only for a bundle that allows it; what is missing is left out."""
-    assert find_candidates(fp32) == [Candidate("openvino", Precision.FP32), Candidate("onnxruntime")]
+    assert list(find_candidates(fp32)) == [Candidate("openvino", Precision.FP32), Candidate("onnxruntime")]
     able = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     own = Precision.BF16 if able else Precision.FP32
-    assert find_candidates(fp16) == [Candidate("openvino", own), Candidate("onnxruntime")]
+    assert list(find_candidates(fp16)) == [Candidate("openvino", own), Candidate("onnxruntime")]
     for candidate in find_candidates(fp16):
         assert open_engine(fp16, candidate.name, precision=candidate.precision).info.name
 
@@ -653,16 +653,16 @@ def test_candidates_are_ordered_and_can_be_opened(fp32: Bundle, fp16: Bundle, mo
         raise EngineError("not installed")
 
     monkeypatch.setattr("dit_runtime.backends.openvino.open.import_openvino", missing)
-    assert find_candidates(fp16) == [Candidate("onnxruntime")]
+    assert list(find_candidates(fp16)) == [Candidate("onnxruntime")]
     monkeypatch.setattr("dit_runtime.backends.onnxruntime.open.import_onnxruntime", missing)
-    assert find_candidates(fp16) == []
+    assert list(find_candidates(fp16)) == []
 
 
 def test_a_gpu_comes_first(fp32: Bundle, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a driver and the GPU wheel, CUDA's provider is tried before any CPU engine."""
     monkeypatch.setattr("dit_runtime.backends.onnxruntime.open.import_onnxruntime", lambda: gpu)
     monkeypatch.setattr("dit_runtime.backends.onnxruntime.open.has_nvidia_driver", lambda: True)
-    assert find_candidates(fp32)[0] == Candidate("onnxruntime-cuda")
+    assert list(find_candidates(fp32))[0] == Candidate("onnxruntime-cuda")
 
 
 # The machine

@@ -74,6 +74,8 @@ def test_a_link_out_of_the_bundle(copied: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda m: m["precision"].update(name="int8"), "precision int8: not implemented, expected fp32 or fp16"),
+        (lambda m: m["precision"].update(name="fp8"), "precision.name"),
         (lambda m: m.update(schema=99), "schema 99, this version reads 5"),
         (
             lambda m: m.pop("model"),

@@ -187,11 +187,10 @@ def _providers_for(name: str, precision: Precision) -> list[Any]:
 
 def _find_work_elsewhere(session: Any, provider: str) -> list[str]:
     """The kinds of operators in ``HEAVY`` that another provider runs. ONNX Runtime before 1.24 does not tell: empty."""
-    try:
-        assigned = session.get_provider_graph_assignment_info()
-    except AttributeError:
+    tell = getattr(session, "get_provider_graph_assignment_info", None)  # ONNX Runtime has it since 1.24
+    if tell is None:
         return []
-    kinds = {node.op_type for part in assigned if part.ep_name != provider for node in part.get_nodes()}
+    kinds = {node.op_type for part in tell() if part.ep_name != provider for node in part.get_nodes()}
     return sorted(kinds & HEAVY)
 
 

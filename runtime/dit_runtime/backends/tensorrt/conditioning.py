@@ -28,9 +28,8 @@ class DeviceTable:
         spec = device.manifest.table
         self._device, self._name, self._row = device, spec.name, bytes_of_row(spec)
         self.granule = ALIGNMENT // math.gcd(ALIGNMENT, self._row)
-        stored = device.stored.graphs
-        largest = min(profile[spec.name][2][0] for profile in stored["step"].profiles)
-        at_once = max(profile["timesteps"][2][0] for profile in stored["conditioner"].profiles)
+        largest = min(device.profiles_of("step").largest_sizes("rows"))
+        at_once = device.profiles_of("conditioner").largest_batch
         self.capacity = max(1, min(limits.table_bytes // self._row, largest))
         chunk = max(1, min(limits.conditioner_bytes // self._row, at_once))
         self._chunk = max(chunk // self.granule, 1) * self.granule

@@ -126,12 +126,7 @@ class StepGraphs:
         device = self._device
         needs = [1]
         for graph in ("step", "decoder"):
-            sizes = device.stored.graphs[graph].activation_bytes
-            needs += [
-                size
-                for size, shapes in zip(sizes, device.profiles_of(graph).ranges(), strict=True)
-                if shapes.takes(batch)
-            ]
+            needs += device.profiles_of(graph).values_at(batch, device.stored.graphs[graph].activation_bytes)
         return max(needs)
 
     def _drop_stale(self) -> None:

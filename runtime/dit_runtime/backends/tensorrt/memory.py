@@ -119,9 +119,8 @@ def _activations_at(decoder: StoredGraph, batch: int, manifest: Manifest) -> lis
 
     In the second case the batch is decoded in parts.
     """
-    ranges = decoder.profiles_of(manifest.graphs["decoder"]).ranges()
-    taken = [size for each, size in zip(ranges, decoder.activation_bytes, strict=True) if each.takes(batch)]
-    return taken or list(decoder.activation_bytes)
+    profiles = decoder.profiles_of(manifest.graphs["decoder"])
+    return profiles.values_at(batch, decoder.activation_bytes) or list(decoder.activation_bytes)
 
 
 def estimate_available_bytes(memory_bytes: int, shared: bool, free_bytes: int | None = None) -> int:
@@ -198,7 +197,7 @@ def check_engine(manifest: Manifest, stored: StoredEngine, available: int, batch
     if not taking:
         return  # the call with a batch that no profile takes raises the error
     size, branches = min(taking)
-    most = min(profile[manifest.table.name][2][0] for profile in stored.graphs["step"].profiles)
+    most = min(stored.graphs["step"].profiles_of(manifest.graphs["step"]).largest_sizes("rows"))
     steps = manifest.defaults.steps if batch is None else 1
 
     def need_at(size: int) -> Need:

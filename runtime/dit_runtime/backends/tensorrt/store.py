@@ -108,8 +108,9 @@ class StoredEngine:
         """Height and width of the tiles that the decoder was built for; None for whole images, or without a decoder."""
         if "decoder" not in self.graphs:
             return None
-        (height, width), *others = {tuple(each["latents"][2][2:]) for each in self.graphs["decoder"].profiles}
-        return None if (height, width) == latent_size or others else (height, width)
+        (size, *others) = {tuple(each["latents"][2][2:]) for each in self.graphs["decoder"].profiles}
+        height, width = size
+        return None if size == latent_size or others else (height, width)
 
     def find_plan(self, graph: str) -> Path:
         """The path of a graph's plan, with its size and SHA-256 checked against the sidecar.
