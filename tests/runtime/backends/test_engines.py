@@ -662,7 +662,7 @@ def test_a_gpu_comes_first(fp32: Bundle, gpu: Any, monkeypatch: pytest.MonkeyPat
     """With a driver and the GPU wheel, CUDA's provider is tried before any CPU engine."""
     monkeypatch.setattr("dit_runtime.backends.onnxruntime.open.import_onnxruntime", lambda: gpu)
     monkeypatch.setattr("dit_runtime.backends.onnxruntime.open.has_nvidia_driver", lambda: True)
-    assert list(find_candidates(fp32))[0] == Candidate("onnxruntime-cuda")
+    assert next(iter(find_candidates(fp32))) == Candidate("onnxruntime-cuda")
 
 
 # The machine
