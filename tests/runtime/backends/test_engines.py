@@ -25,9 +25,11 @@ from dit_runtime.backends import prepared
 from dit_runtime.backends.base import Candidate
 from dit_runtime.backends.onnxruntime import engine as onnxruntime_engine
 from dit_runtime.backends.onnxruntime import gpu as onnxruntime_gpu
+from dit_runtime.backends.onnxruntime import open as onnxruntime_open
 from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
 from dit_runtime.backends.open import BACKENDS, find_candidates, open_engine
 from dit_runtime.backends.openvino import engine as openvino_engine
+from dit_runtime.backends.openvino import open as openvino_open
 from dit_runtime.backends.openvino.engine import OpenVinoEngine
 from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle, open_bundle
@@ -205,7 +207,7 @@ def test_bf16_on_a_cpu_without_it(fp16: Bundle, monkeypatch: pytest.MonkeyPatch)
             return [item for item in found if item != "BF16"] if arguments[-1] == "OPTIMIZATION_CAPABILITIES" else found
 
     monkeypatch.setattr(openvino_engine, "import_openvino", lambda: Double(real, Core=Core))
-    monkeypatch.setattr("dit_runtime.backends.openvino.open.import_openvino", lambda: Double(real, Core=Core))
+    monkeypatch.setattr(openvino_open, "import_openvino", lambda: Double(real, Core=Core))
     assert Candidate("openvino", Precision.BF16) not in find_candidates(fp16)
     assert open_engine(fp16, "openvino").info.name.endswith(" CPU fp32")
     with pytest.raises(EngineError, match=r"no BF16 instructions .* use --precision fp32"):
@@ -652,16 +654,16 @@ def test_candidates_are_ordered_and_can_be_opened(fp32: Bundle, fp16: Bundle, mo
     def missing() -> None:
         raise EngineError("not installed")
 
-    monkeypatch.setattr("dit_runtime.backends.openvino.open.import_openvino", missing)
+    monkeypatch.setattr(openvino_open, "import_openvino", missing)
     assert list(find_candidates(fp16)) == [Candidate("onnxruntime")]
-    monkeypatch.setattr("dit_runtime.backends.onnxruntime.open.import_onnxruntime", missing)
+    monkeypatch.setattr(onnxruntime_open, "import_onnxruntime", missing)
     assert list(find_candidates(fp16)) == []
 
 
 def test_a_gpu_comes_first(fp32: Bundle, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a driver and the GPU wheel, CUDA's provider is tried before any CPU engine."""
-    monkeypatch.setattr("dit_runtime.backends.onnxruntime.open.import_onnxruntime", lambda: gpu)
-    monkeypatch.setattr("dit_runtime.backends.onnxruntime.open.has_nvidia_driver", lambda: True)
+    monkeypatch.setattr(onnxruntime_open, "import_onnxruntime", lambda: gpu)
+    monkeypatch.setattr(onnxruntime_open, "has_nvidia_driver", lambda: True)
     assert next(iter(find_candidates(fp32))) == Candidate("onnxruntime-cuda")
 
 
