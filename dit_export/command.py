@@ -195,14 +195,14 @@ def _export(request: ExportRequest, as_json: bool) -> int:
 
 
 def _format_result(result: ExportResult) -> str:
-    from dit_runtime.verify.rung import format_table
+    from dit_runtime.verify.rung import format_rungs
 
     manifest, sizes = result.manifest, result.weights_bytes
     weights = ", ".join(f"{name} {sizes[name] / 1e6:.1f} MB" for name in ("conditioner", "step", "decoder"))
     lines = [f"{result.path}: {manifest.source.name}, {manifest.precision.name}; weights: {weights}"]
     if result.rungs:
         lines.append(f"against {manifest.source.reference}, on {result.engine}:")
-        lines.append(format_table(result.rungs))
+        lines.append(format_rungs(result.rungs))
     return "\n".join(lines)
 
 

@@ -215,7 +215,7 @@ def _write_page(results: Results, path: Path) -> None:
 
 def format_results(bundle: Path, results: Results) -> str:
     """The results for a terminal: what was verified, a line for each rung, and the verdict."""
-    from dit_runtime.verify.rung import format_table
+    from dit_runtime.verify.rung import format_rungs
 
     found = results.verification
     failed = [rung.name for rung in found.rungs if not rung.passed]
@@ -224,7 +224,7 @@ def format_results(bundle: Path, results: Results) -> str:
         [
             f"{bundle}: {found.model}, {found.precision}, on {found.engine}",
             f"reference: {found.reference}",
-            format_table(found.rungs),
+            format_rungs(found.rungs),
             f"FAIL: {', '.join(failed)}" if failed else passed,
         ]
     )

@@ -15,7 +15,7 @@ from dit_runtime.backends.base import Engine, EngineOptions
 from dit_runtime.backends.open import backend_named, engine_for, find_candidates
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import EngineError, ParityError
-from dit_runtime.verify.rung import format_table
+from dit_runtime.verify.rung import format_rungs
 from dit_runtime.verify.speed import Speed, rank_by_speed
 from dit_runtime.verify.verdicts import has_passed, store_verdict
 from dit_runtime.verify.verification import verification_of
@@ -151,5 +151,5 @@ def _passes(bundle: Bundle, engine: Engine, report: _Report) -> bool:
         store_verdict(bundle, engine, rungs, quick=True)
         passed = all(rung.passed for rung in rungs)
         if not passed:
-            logger.info(format_table(rungs))
+            logger.info(format_rungs(rungs))
     return passed

@@ -133,7 +133,7 @@ class Verification:
         }
 
 
-def format_table(rungs: Sequence[Rung]) -> str:
+def format_rungs(rungs: Sequence[Rung]) -> str:
     """The rungs as a table for a terminal: the absolute gate, the error budget, the verdict, and where the error is."""
     width = max([24, *(len(rung.name) for rung in rungs)])
     lines = [f"{'rung':<{width}}  {'measured':>10}  {'limit':>10}  {'× PyTorch':>9}  {'limit':>5}  verdict"]

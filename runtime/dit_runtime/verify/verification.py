@@ -26,20 +26,8 @@ from dit_runtime.core.progress import Progress
 from dit_runtime.samplers.by_name import schedule_for
 from dit_runtime.samplers.schedule import Schedule
 from dit_runtime.verify import image_rungs, network_rungs
-from dit_runtime.verify.metrics import psnr, relative_error
 from dit_runtime.verify.replay import Replay
-from dit_runtime.verify.rung import Rung, Verification, format_table
-
-__all__ = [
-    "Rung",
-    "Verification",
-    "format_table",
-    "psnr",
-    "relative_error",
-    "trajectories_of",
-    "verification_of",
-    "verify",
-]
+from dit_runtime.verify.rung import Rung, Verification
 
 
 def trajectories_of(diffusion: DiffusionSpec) -> tuple[str, str]:

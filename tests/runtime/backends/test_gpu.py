@@ -31,7 +31,7 @@ from dit_runtime.backends.tensorrt.store import StoredEngine, read_engines
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import EngineError
 from dit_runtime.sampling.requests import ImageRequest
-from dit_runtime.verify.rung import format_table
+from dit_runtime.verify.rung import format_rungs
 from dit_runtime.verify.verification import verification_of
 
 pytestmark = pytest.mark.gpu
@@ -130,7 +130,7 @@ def latents_of(pipe: Pipeline, labels: list[Any], **settings: Any) -> list[np.nd
 def test_the_bundles_own_records(device: Device, engine: TensorRtEngine) -> None:
     """The engine matches the PyTorch reference at every shape of its profiles."""
     rungs = verification_of(device.bundle, engine).rungs
-    print(format_table(rungs))
+    print(format_rungs(rungs))
     assert [rung.name for rung in rungs if not rung.passed] == []
 
 
