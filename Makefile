@@ -45,8 +45,11 @@ demo: install
 test: install
 	$(PYTEST)
 
+# The export at real size alone, since it keeps a time and a peak of memory; then the rest on all workers.
+REAL_SIZE := tests/benchmarks/test_real_size.py
 test-slow: install
-	$(PYTEST) -m slow
+	$(BIN)/python -m pytest -m slow $(REAL_SIZE)
+	$(PYTEST) -m slow --ignore $(REAL_SIZE)
 
 # The runtime on JetPack 6's Python 3.10 with numpy 1.26, without torch: its tests, on bundles that are exported here.
 test-py310: install
