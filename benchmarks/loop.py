@@ -63,7 +63,8 @@ def run(pipe: Pipeline, engine: TimedEngine, **settings: Any) -> tuple[float, fl
 
 def time_import() -> float:
     """CPU seconds of ``import dit_runtime`` in a fresh interpreter, the median of REPEAT runs."""
-    code = "import time; s = time.process_time(); import dit_runtime; print(time.process_time() - s)"
+    code = "import sys; sys.path[:] = filter(None, sys.path)\n"  # '' would be the current folder
+    code += "import time; s = time.process_time(); import dit_runtime; print(time.process_time() - s)"
     runs = [
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(REPEAT)
     ]

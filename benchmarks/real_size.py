@@ -31,7 +31,8 @@ REPEATS = 7
 
 def time_module(module: str, *argv: str) -> dict[str, Any]:
     """Run a command's module; return its JSON result, wall seconds, and the largest process's peak memory in GB."""
-    code = f"from {module} import main; import sys; main(sys.argv[1:])"
+    code = "import sys; sys.path[:] = filter(None, sys.path)\n"  # '' would be the current folder
+    code += f"from {module} import main; main(sys.argv[1:])"
     start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code, *argv], stdout=subprocess.PIPE, text=True, check=True)
     seconds = time.monotonic() - start

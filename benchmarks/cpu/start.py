@@ -82,14 +82,16 @@ def measure_installed() -> dict[str, Any]:
     found = {}
     for name, requirements in REQUIREMENTS.items():
         with tempfile.TemporaryDirectory() as folder:
-            subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+            subprocess.run([sys.executable, "-m", "venv", folder], check=True, cwd=folder)
             pip = [f"{folder}/bin/python", "-m", "pip", "--disable-pip-version-check"]
             before = size_of(Path(folder))
             asked = [requirement.format(root=HERE.parents[1]) for requirement in requirements]
             constraints = str(HERE.parents[1] / "constraints.txt")
-            subprocess.run([*pip, "install", "--quiet", "--no-compile", "-c", constraints, *asked], check=True)
+            subprocess.run(
+                [*pip, "install", "--quiet", "--no-compile", "-c", constraints, *asked], check=True, cwd=folder
+            )
             listed = json.loads(
-                subprocess.run([*pip, "list", "--format=json"], stdout=subprocess.PIPE, check=True).stdout
+                subprocess.run([*pip, "list", "--format=json"], stdout=subprocess.PIPE, check=True, cwd=folder).stdout
             )
             names = {package["name"] for package in listed} - {"pip", "setuptools"}
             found[name] = {"mb": round((size_of(Path(folder)) - before) / 1e6, 1), "packages": len(names)}

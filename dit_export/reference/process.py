@@ -23,6 +23,7 @@ from dit_export.reference.record_settings import CHEAP_GMAC, Measurements, Recor
 from dit_runtime.bundle.macs import count_step_gmac
 from dit_runtime.bundle.manifest import name_for_size
 from dit_runtime.bundle.reader import GOLDEN
+from dit_runtime.core.children import command_of_module
 from dit_runtime.core.errors import CheckpointError, DiTError, ParityError
 from dit_runtime.core.progress import Progress, show_progress
 
@@ -43,7 +44,7 @@ def records_in_process(source: Source, folder: Path, encoder: bool, precision: s
         CheckpointError: the checkpoint cannot be read, or the process was killed.
         ParityError: the PyTorch reference itself is unusable.
     """
-    command = [sys.executable, "-m", "dit_export.reference.process", os.fspath(folder), json.dumps(encoder), precision]
+    command = command_of_module("dit_export.reference.process", os.fspath(folder), json.dumps(encoder), precision)
     finished = subprocess.run(command, input=source.to_json(), stdout=subprocess.PIPE, text=True, check=False)
     lines = finished.stdout.splitlines()
     if finished.returncode not in (0, FAILED) or not lines:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from dit_engines.engine_store import STORE_OPTION, TIMING_CACHE, BuiltGraph
 from dit_engines.external_data import check_external_data
 from dit_engines.recipe import Recipe, profiles_of
 from dit_runtime.bundle.reader import Bundle
+from dit_runtime.core.children import command_of_module
 from dit_runtime.core.errors import BuildError, OutputError
 from dit_runtime.core.files import sha256_of
 from dit_runtime.core.progress import Progress
@@ -134,7 +134,7 @@ def _run_worker(request: dict[str, Any], bar: Progress) -> tuple[dict[str, Any],
     """
     result: dict[str, Any] = {}
     advanced = 0
-    words = [sys.executable, "-m", "dit_engines.worker"]
+    words = command_of_module("dit_engines.worker")
     with (
         tempfile.TemporaryFile("w+", errors="replace") as errors,
         subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True) as process,

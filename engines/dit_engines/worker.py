@@ -1,4 +1,4 @@
-"""The process that builds one plan: ``python -m dit_engines.worker``.
+"""The process that builds one plan: the module ``dit_engines.worker``, run.
 
 When a process of its own ends, the builder's memory is free again, and a crash of the compiler is only an exit code.
 The first line of stdin is the request, as JSON. The end of stdin cancels the build, so that a builder never outlives

@@ -40,6 +40,7 @@ from dit_engines.repeat import OnDevice, measure_on_gpu
 from dit_runtime.backends.tensorrt.store import StoredEngine, read_engines, read_sidecar
 from dit_runtime.bench.parts import DECODER, GUIDED, PLAIN
 from dit_runtime.bundle.reader import Bundle, open_bundle
+from dit_runtime.core.children import command_of_module
 from dit_runtime.core.errors import BuildError, BundleError, OutputError
 from dit_runtime.core.progress import Progress
 
@@ -239,7 +240,7 @@ def test_on_a_device(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyP
     library = tmp_path / "library"
     library.mkdir()
     shutil.copyfile(Path(__file__).parents[1] / "support" / "fake_tensorrt.py", library / "tensorrt.py")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.fspath(library), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setattr(sys, "path", [os.fspath(library), *sys.path])  # a builder has its parent's
     host = BuildHost("tensorrt", "10.3.0", "8.9", "NVIDIA L4", "580.1", 24 * 10**9)
     recipe = recipe_for("l4", None, 1, (1, 2), 64, version=host.numbers)
     monkeypatch.setenv("DUMMY_ATTENTIONS", "2")
@@ -438,8 +439,13 @@ def test_the_builder_sees_the_cancellation(bundle: Bundle, tmp_path: Path) -> No
         "timing_cache_out": os.fspath(tmp_path / "timing.cache"),
         "keep_fp32": [],
     }
-    worker = [sys.executable, "-m", "dit_engines.worker"]
-    done = subprocess.run(worker, input=json.dumps(request) + "\n", capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        command_of_module("dit_engines.worker"),
+        input=json.dumps(request) + "\n",
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     *progress, last = map(json.loads, done.stdout.splitlines())
     assert done.returncode == 1
     assert "cannot be built (cancelled)" in last["error"]

@@ -266,7 +266,10 @@ def _add_noise_arguments(parser: Parser) -> None:
         "--cuda-threads", type=positive, metavar="N", help="resident threads of the GPU, for noise of large latents"
     )
     group.add_argument(
-        "--init", type=Path, metavar="FILE", help="start from this image (or latents, .npy), not from noise alone"
+        "--init",
+        type=Path,
+        metavar="FILE",
+        help="start from this image (PNG, JPEG, WebP, BMP) or latents (.npy), not from noise alone",
     )
     group.add_argument(
         "--strength", type=float, help="with --init: the share of the steps to run, above 0 to 1 (default: 0.6)"

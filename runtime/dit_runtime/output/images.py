@@ -1,21 +1,28 @@
-"""Image files: PNG written whole or not at all, and images of any format read."""
+"""Image files: PNG written whole or not at all, and images of a few formats read within bounds."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
+from dit_runtime.core.decode import read_bytes
 from dit_runtime.core.errors import OutputError, SamplingError
 from dit_runtime.core.files import replace_file
 
 Images = NDArray[np.uint8]
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # of an image to start from, as Pillow names them
+INIT_PIXELS = 89_000_000  # of an image to start from: about 0.3 GB as RGB
+PNG_PIXELS = 178_000_000  # of an image of dit-sample, which may be a grid of many
+FILE_BYTES = 1 << 29
 
 
 def write_png(path: Path, image: Images, text: Mapping[str, str] | None = None) -> None:
@@ -35,32 +42,51 @@ def read_png(path: Path) -> tuple[Images, dict[str, str]]:
     """A PNG file's image ``[H, W, 3]`` and its text chunks.
 
     Raises:
-        OutputError: missing, or not a PNG file.
+        OutputError: missing, not a PNG file, or larger than ``PNG_PIXELS``.
     """
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        with _open_image(path, ("PNG",), PNG_PIXELS) as image:
             pixels = np.asarray(image.convert("RGB"))
             text = {key: str(value) for key, value in image.text.items()}  # type: ignore[attr-defined]  # PngImageFile
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow raises errors of any kind for damaged files
         raise OutputError(f"{path}: cannot be read as a PNG image ({error}); name an image of dit-sample") from error
     return pixels, text
 
 
 def read_image(path: Path) -> Images:
-    """The image ``[H, W, 3]`` of a file to start from, in any format that Pillow reads, turned as its EXIF record says.
+    """The image ``[H, W, 3]`` of a file to start from, in one of ``FORMATS``, turned as its EXIF record says.
 
     Raises:
-        SamplingError: missing, or not an image.
+        SamplingError: missing, not such an image, or larger than ``INIT_PIXELS``.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        with _open_image(path, FORMATS, INIT_PIXELS) as image:
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except Exception as error:  # Pillow raises errors of any kind for damaged files
         raise SamplingError(
-            f"{path}: cannot be read as an image ({error}); name a PNG or JPEG file, or float32 latents in a .npy file"
+            f"{path}: cannot be read as an image ({error}); name a PNG, JPEG, WebP or BMP file of at most "
+            f"{INIT_PIXELS // 10**6} megapixels, or float32 latents in a .npy file"
         ) from error
+
+
+@contextlib.contextmanager
+def _open_image(path: Path, formats: tuple[str, ...], pixels: int) -> Iterator[Image.Image]:
+    """A regular file's image, not yet decoded, of at most ``pixels`` pixels; Pillow's warnings are not shown.
+
+    Only ``formats`` are tried, whatever the file's name says: Pillow starts Ghostscript for EPS, and more readers than
+    are needed would see what others wrote.
+    """
+    content = io.BytesIO(read_bytes(path, FILE_BYTES))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            opened = Image.open(content, formats=formats)
+        except UnidentifiedImageError as error:  # its text names the buffer
+            raise ValueError(f"not {', '.join(formats)}, or damaged") from error
+        with opened as image:
+            if image.width * image.height > pixels:
+                raise ValueError(f"{image.width} x {image.height} pixels are more than {pixels}")
+            yield image
 
 
 def grid_from_images(images: Images, columns: int | None = None) -> Images:

@@ -1,0 +1,172 @@
+"""Image files of others: a few formats only, whatever the name says, within bounds, and one line for all else."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import struct
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import BmpImagePlugin, EpsImagePlugin, Image, ImageFile, PngImagePlugin
+
+from dit_runtime.core.errors import DiTError, OutputError, SamplingError
+from dit_runtime.output import images
+from dit_runtime.output.images import FORMATS, INIT_PIXELS, PNG_PIXELS, read_image, read_png
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n0 0 32 32 rectfill\nshowpage\n%%EOF\n"
+PHOTO = np.linspace(0, 255, 32 * 48 * 3).reshape(32, 48, 3).astype(np.uint8)
+STARTS = ("subprocess.Popen", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.system")
+
+
+def encoded(kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(PHOTO).save(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
+def png_of_size(width: int, height: int) -> bytes:
+    """A PNG file whose header promises pixels that its data does not have."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = b"IDAT" + zlib.compress(bytes(1000))
+    content = b"\x89PNG\r\n\x1a\n"
+    for chunk in (header, data):
+        content += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return content
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The programs that this process starts while the test runs."""
+    events: list[str] = []
+    active = True
+
+    def hear(event: str, arguments: tuple[Any, ...]) -> None:
+        if active and event in STARTS:
+            events.append(f"{event} {arguments}")
+
+    sys.addaudithook(hear)  # which nothing removes
+    yield events
+    active = False
+
+
+def refuse_both(path: Path, *words: str) -> None:
+    """Both readers refuse a file in one line that names it."""
+    for read, kind in ((read_image, SamplingError), (read_png, OutputError)):
+        with pytest.raises(kind) as caught:
+            read(path)
+        message = str(caught.value)
+        assert message.startswith(f"{path}: cannot be read as "), message
+        assert len(message.splitlines()) == 1, message
+        assert len(message) < 500
+        assert not words or any(word in message for word in words), message
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_formats(kind: str, tmp_path: Path) -> None:
+    """The content counts, not the name."""
+    path = tmp_path / "photo.eps"
+    path.write_bytes(encoded(kind, **({"lossless": True} if kind == "WEBP" else {})))
+    found = read_image(path)
+    assert found.shape == PHOTO.shape
+    assert kind == "JPEG" or np.array_equal(found, PHOTO)
+
+
+@pytest.mark.parametrize("name", ["photo.png", "photo.eps", "photo"])
+def test_an_eps_starts_no_program(
+    name: str, started: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pillow starts ``gs`` of PATH for EPS: here one that would write a file."""
+    script, marker, path = tmp_path / "bin" / "gs", tmp_path / "ran", tmp_path / name
+    script.parent.mkdir()
+    script.write_text(f"#!/bin/sh\ntouch {marker}\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # what Pillow found of it before
+    monkeypatch.setenv("PATH", f"{script.parent}{os.pathsep}{os.environ['PATH']}")
+    for content in (EPS, b"\xc5\xd0\xd3\xc6" + struct.pack("<6I", 30, len(EPS), 0, 0, 0, 0) + b"\xff\xff" + EPS):
+        path.write_bytes(content)
+        refuse_both(path, "not PNG")
+    assert started == []
+    assert not marker.exists()
+    path.write_bytes(EPS)
+    with pytest.raises(OSError), Image.open(path) as image:  # noqa: PT011  # the test would see it: without our list it starts
+        image.load()
+    assert started
+    assert marker.exists()
+
+
+@pytest.mark.parametrize("kind", ["GIF", "TIFF", "PPM", "ICO", "PCX", "TGA", "PDF", "JPEG2000"])
+def test_other_formats_are_refused(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "photo.png"
+    path.write_bytes(encoded(kind))
+    refuse_both(path, "not PNG")
+
+
+def test_what_is_no_regular_file(tmp_path: Path) -> None:
+    """Fails by waiting for ever for the FIFO's other end, or by reading a device to its end."""
+    fifo, link = tmp_path / "fifo.png", tmp_path / "link.png"
+    os.mkfifo(fifo)
+    link.symlink_to("/dev/zero")
+    for path in (fifo, link, tmp_path):
+        refuse_both(path, "not a regular file")
+    refuse_both(tmp_path / "missing.png", "No such file")
+
+
+def test_more_pixels_than_the_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A header is refused before a pixel is decoded, whatever bound the program around us gave to Pillow."""
+
+    def load(self: object) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
+    monkeypatch.setattr(BmpImagePlugin.BmpImageFile, "load", load)
+    path = tmp_path / "bomb.png"
+    bitmap = bytearray(encoded("BMP"))
+    bitmap[18:26] = struct.pack("<ii", 100_000, 100_000)
+    for bound in (Image.MAX_IMAGE_PIXELS, None):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", bound)
+        for size in ((100_000, 100_000), (2**31 - 1, 2**31 - 1), (1, PNG_PIXELS + 1)):
+            path.write_bytes(png_of_size(*size))
+            refuse_both(path, "pixels")
+        path.write_bytes(bytes(bitmap))
+        with pytest.raises(SamplingError, match="pixels"):
+            read_image(path)
+        path.write_bytes(png_of_size(1, INIT_PIXELS + 1))
+        with pytest.raises(SamplingError, match=f"pixels are more than {INIT_PIXELS}"):
+            read_image(path)
+
+
+def test_a_file_larger_than_the_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "large.png"
+    path.write_bytes(encoded("PNG"))
+    monkeypatch.setattr(images, "FILE_BYTES", path.stat().st_size)
+    assert np.array_equal(read_image(path), PHOTO)
+    monkeypatch.setattr(images, "FILE_BYTES", path.stat().st_size - 1)
+    refuse_both(path, "larger than")
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.filterwarnings("error")
+def test_damaged_files(kind: str, tmp_path: Path) -> None:
+    """Cut anywhere, or with a byte changed anywhere, a file is an image or one of our errors, with no warning."""
+    content = encoded(kind, exif=Image.Exif()) if kind != "BMP" else encoded(kind)
+    path = tmp_path / "damaged.png"
+    random = np.random.default_rng(0)
+    places = [*range(0, 200, 3), *random.integers(0, len(content), 60).tolist()]
+    for index, place in enumerate(min(place, len(content) - 1) for place in places):
+        changed = bytearray(content)
+        if index % 2:
+            changed[place] ^= int(random.integers(1, 256))
+        else:
+            del changed[place:]
+        path.write_bytes(changed)
+        for read in (read_image, read_png):
+            with contextlib.suppress(DiTError):
+                read(path)
