@@ -102,7 +102,8 @@ def _diffusers_checkpoint(spec: ModelSpec, weights: Weights, autoencoder: Autoen
 
     with device("meta"):
         with_defaults = DiTTransformer2DModel(**config).config
-    scheduler = DDIMScheduler(**LINEAR_BETAS)
+    # Stated, as in every folder that diffusers saves.
+    scheduler = DDIMScheduler(**LINEAR_BETAS, timestep_spacing="leading")
     return checkpoint_from_parts(with_defaults, weights, autoencoder, scheduler, load_transformer, name=name)
 
 

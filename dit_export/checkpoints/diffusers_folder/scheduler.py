@@ -12,6 +12,7 @@ from diffusers import DDIMScheduler
 from dit_export.checkpoints.diffusers_modules import explain_config_errors, read_json_object
 from dit_runtime.bundle.manifest import DiffusionSpec
 from dit_runtime.core.errors import CheckpointError
+from dit_runtime.samplers.spacing import UNSTATED
 
 # Schedulers of diffusion models: the configuration describes the same forward process, whichever of them samples.
 SCHEDULERS = (
@@ -19,6 +20,8 @@ SCHEDULERS = (
     *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"),
     *("DEISMultistepScheduler", "HeunDiscreteScheduler", "LMSDiscreteScheduler"),
 )
+# Defaults of the forward process, of the classes whose defaults are not DDIMScheduler's.
+OWN_DEFAULTS = {"HeunDiscreteScheduler": {"beta_start": 0.00085, "beta_end": 0.012}}
 # The forward process of the published DiT.
 LINEAR_BETAS = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "clip_sample": False}
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
@@ -26,6 +29,9 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 def load_scheduler(path: Path) -> DDIMScheduler:
     """A ``DDIMScheduler`` with the forward process that a scheduler's configuration file describes.
+
+    What the file does not state of the forward process has the default of the file's class. Timestep spacing, offset
+    and final alpha say how to sample: unstated, they stay defaults, which diffusers does not hand to another class.
 
     Raises:
         CheckpointError: another kind of scheduler, clipping, thresholding, or a setting that is not supported.
@@ -36,6 +42,11 @@ def load_scheduler(path: Path) -> DDIMScheduler:
             f"{path}: is a {kind}; expected the scheduler of a diffusion model, such as DDIMScheduler (for velocity "
             "models see --family sit)"
         )
+    with explain_config_errors(path):
+        # diffusers' note of which values are defaults and not stated; like diffusers, forget these.
+        unstated = config.get("_use_default_values", ())
+        config = {key: value for key, value in config.items() if key not in unstated}
+    config = {**OWN_DEFAULTS.get(kind, {}), **config}
     for key in ("clip_sample", "thresholding"):
         # DDIMScheduler and DDPMScheduler clip by default: without the key in the file, they clip.
         clips = key == "clip_sample" and kind in ("DDIMScheduler", "DDPMScheduler")
@@ -95,12 +106,13 @@ def _betas_of_schedule(config: Any) -> tuple[float, ...]:
 
 
 def diffusion_from_config(config: Any, guidance_channels: int) -> DiffusionSpec:
-    """The forward process and conventions of a diffusers scheduler configuration."""
+    """The forward process and conventions of a diffusers scheduler's ``config``, which notes what is unstated."""
+    unstated = config.get("_use_default_values", ())
     return DiffusionSpec(
         betas=betas_of(config),
         prediction_type=config.prediction_type,
         guidance_channels=guidance_channels,
-        timestep_spacing=config.timestep_spacing,
+        timestep_spacing=UNSTATED if "timestep_spacing" in unstated else config.timestep_spacing,
         steps_offset=config.steps_offset,
         set_alpha_to_one=config.set_alpha_to_one,
     )

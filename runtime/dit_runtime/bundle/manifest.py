@@ -81,6 +81,7 @@ class DiffusionSpec:
         prediction_type: ``epsilon``, ``v_prediction``, or ``velocity`` for a model with a ``path``.
         guidance_channels: the number of latent channels that classifier-free guidance acts on, from the first.
         timestep_spacing, steps_offset, set_alpha_to_one: diffusers' scheduler settings of the same names.
+            A spacing of ``default`` is one that the checkpoint does not state: each sampler has its own.
         path: SiT's ``linear``, ``gvp`` or ``vp``; None for a model with betas.
     """
 

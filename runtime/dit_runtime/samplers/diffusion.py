@@ -25,6 +25,7 @@ from dit_runtime.samplers.schedule import (
 from dit_runtime.samplers.spacing import (
     NO_SIGNAL,
     OFFICIAL,
+    choose_ddim_spacing,
     choose_solver_spacing,
     cumulative_alphas,
     euler_timesteps,
@@ -61,7 +62,7 @@ def ddim(diffusion: DiffusionSpec, steps: int, eta: float = 0.0, spacing: str | 
     """
     if not 0 <= eta <= 1:
         raise SamplingError(f"eta {eta:g}: expected 0 to 1")
-    spacing = diffusion.timestep_spacing if spacing is None else spacing
+    spacing = choose_ddim_spacing(diffusion, spacing)
     alpha_bars = cumulative_alphas(diffusion)
     timesteps = space_timesteps(diffusion, steps, spacing)
     if spacing in OFFICIAL:

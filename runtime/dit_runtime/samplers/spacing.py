@@ -14,6 +14,8 @@ from dit_runtime.samplers.schedule import Float64
 DIFFUSERS = ("leading", "trailing", "linspace")
 OFFICIAL = ("official", "official-ddim")
 KARRAS = "karras"
+# The spacing of a bundle whose checkpoint states none: each sampler then has the default of its diffusers class.
+UNSTATED = "default"
 
 Int64 = NDArray[np.int64]
 
@@ -43,25 +45,32 @@ def noise_levels(diffusion: DiffusionSpec) -> Float64:
     return np.sqrt((1 - alpha_bar) / alpha_bar)
 
 
+def choose_ddim_spacing(diffusion: DiffusionSpec, spacing: str | None) -> str:
+    """The spacing of DDIM: the given one, or the bundle's own, or ``leading`` where the checkpoint states none."""
+    if spacing is not None:
+        return spacing
+    return "leading" if diffusion.timestep_spacing == UNSTATED else diffusion.timestep_spacing
+
+
 def choose_solver_spacing(diffusion: DiffusionSpec, spacing: str | None) -> str:
     """The spacing of a multistep or Euler solver: the given one, or the bundle's own.
 
-    The official code has no such solver, and its spacings suit none: a bundle with an official spacing gets
-    ``linspace``, the default of diffusers' solvers.
+    A bundle whose checkpoint states none gets ``linspace``, the default of diffusers' solvers. So does a bundle with
+    an official spacing: the official code has no such solver, and its spacings suit none.
     """
     if spacing is not None:
         return spacing
-    return "linspace" if diffusion.timestep_spacing in OFFICIAL else diffusion.timestep_spacing
+    return "linspace" if diffusion.timestep_spacing in (*OFFICIAL, UNSTATED) else diffusion.timestep_spacing
 
 
 def space_timesteps(diffusion: DiffusionSpec, steps: int, spacing: str | None = None) -> Int64:
     """The timesteps ``[steps]`` of DDIM: of diffusers' ``DDIMScheduler.set_timesteps``, or of the official code for an
-    official spacing; None is the bundle's own spacing.
+    official spacing; None is ``choose_ddim_spacing``.
 
     Raises:
         SamplingError: an unknown spacing, or a number of steps that its reference cannot run.
     """
-    spacing = diffusion.timestep_spacing if spacing is None else spacing
+    spacing = choose_ddim_spacing(diffusion, spacing)
     total = len(diffusion.betas)
     if spacing in OFFICIAL:
         return official_timesteps(total, steps, spacing)

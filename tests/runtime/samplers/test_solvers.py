@@ -200,13 +200,22 @@ def test_official_ddim_spacing_of_every_count() -> None:
             schedule_for(sampler, LEARNED, DIFFUSION, steps, spacing="official-ddim")
 
 
+@pytest.mark.parametrize("spacing", ["official", "default"])
 @pytest.mark.parametrize("sampler", SOLVERS)
-def test_solvers_of_an_official_bundle(sampler: str) -> None:
-    """The official code has no multistep solvers: its bundles space them as diffusers does by default."""
-    official = replace(DIFFUSION, timestep_spacing="official")
-    found = schedule_for(sampler, LEARNED, official, 10)
+def test_solvers_of_a_bundle_without_a_spacing_for_them(sampler: str, spacing: str) -> None:
+    """The official code has no multistep solvers, and a checkpoint may state no spacing: diffusers' default it is."""
+    found = schedule_for(sampler, LEARNED, replace(DIFFUSION, timestep_spacing=spacing), 10)
     expected = schedule_for(sampler, LEARNED, DIFFUSION, 10, spacing="linspace")
     assert found.spacing == "linspace"
+    assert np.array_equal(found.coefficients, expected.coefficients)
+
+
+def test_ddim_of_a_bundle_without_a_stated_spacing() -> None:
+    """DDIM's own default in diffusers."""
+    found = schedule_for("ddim", LEARNED, replace(DIFFUSION, timestep_spacing="default"), 10)
+    expected = schedule_for("ddim", LEARNED, DIFFUSION, 10, spacing="leading")
+    assert found.spacing == "leading"
+    assert np.array_equal(found.timesteps, expected.timesteps)
     assert np.array_equal(found.coefficients, expected.coefficients)
 
 
