@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from dit_runtime.backends.base import Engine
 from dit_runtime.backends.open import engine_for
 from dit_runtime.bundle.manifest import ENCODER, Manifest
+from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle, open_bundle
 from dit_runtime.core.errors import SamplingError
 from dit_runtime.samplers.by_name import count_skipped_steps, schedule_for
@@ -228,15 +229,25 @@ class Pipeline:
     def _decode(self, latents: Float32, tile: int | None) -> NDArray[np.uint8]:
         session = self.engine.session("decoder")
         if tile is None or tile >= max(latents.shape[2:]):
-            (images,) = session.run({"latents": latents}, ["images"])
+            # The decoder turns pixels that are not finite into black ones: the uint8 images cannot show them.
+            images, decoded = session.run({"latents": latents}, ["images", "decoded"])
+            self._check_decoded(decoded)
             return images
         factor = self.manifest.autoencoder.factor
         decoded = decode_in_tiles(lambda part: session.run({"latents": part}, ["decoded"])[0], latents, tile, factor)
-        if not np.isfinite(decoded).all():
-            raise SamplingError(
-                f"decoded pixels are not finite on {self.engine.info.name}; run dit-verify on this bundle and engine"
-            )
+        self._check_decoded(decoded)
         return images_from_decoded(decoded)
+
+    def _check_decoded(self, decoded: Float32) -> None:
+        """Raises SamplingError for pixels ``[N, 3, H, W]`` that are not finite, in any image."""
+        if np.isfinite(decoded).all():
+            return
+        cure = ""
+        if self.manifest.precision.precision_of("decoder") == Precision.FP16:
+            cure = "; where its numbers are beyond FP16's range, export again with --keep-fp32 decoder"
+        raise SamplingError(
+            f"decoded pixels are not finite on {self.engine.info.name}; run dit-verify on this bundle and engine{cure}"
+        )
 
     def encode(self, images: NDArray[np.uint8]) -> Float32:
         """Encode uint8 images ``[N, H, W, 3]`` to latents ``[N, C, h, w]``: the mean of the autoencoder's posterior.

@@ -231,3 +231,48 @@ def test_latents_that_are_no_numbers_are_never_shown(bundles: dict[str, Path]) -
     finally:
         del session.run
     assert all(np.isfinite(latents).all() for _, latents, _ in seen)
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("tile", [None, 4])
+def test_pixels_that_are_no_numbers_are_never_shown(bundles: dict[str, Path], engine: str, tile: int | None) -> None:
+    """Fails if an image whose pixels are not finite is returned, black, decoded whole or in tiles, among good ones."""
+    pytest.importorskip(engine)
+    pipe = Pipeline(bundles["fp32"], engine, threads=1)
+    latents = np.random.default_rng(0).standard_normal((3, *pipe.latent_shape)).astype(np.float32)
+    assert pipe.decode(latents, tile).std() > 0
+    latents[1, 0, 2, 2] = np.nan
+    with pytest.raises(SamplingError, match=f"decoded pixels are not finite on {engine}.*run dit-verify") as error:
+        pipe.decode(latents, tile)
+    assert "--keep-fp32" not in str(error.value)  # the decoder is FP32
+
+
+@pytest.mark.parametrize("tile", [None, 4])
+def test_a_decoder_beyond_the_range_of_fp16(bundles: dict[str, Path], tile: int | None) -> None:
+    """Fails if an FP16 decoder that overflows writes black images, or the error does not name the cure."""
+    latents = np.full((1, 4, 8, 8), 1e7, np.float32)
+    assert Pipeline(bundles["fp32"], "onnxruntime").decode(latents, tile).any()
+    with pytest.raises(SamplingError, match=r"not finite on onnxruntime .*export again with --keep-fp32 decoder"):
+        Pipeline(bundles["fp16"], "onnxruntime").decode(latents, tile)
+
+
+def test_the_check_of_pixels_decodes_once_and_changes_no_bit(bundles: dict[str, Path]) -> None:
+    """Fails if the check of pixels decodes a second time, or the images are not the decoder's own."""
+    pipe = Pipeline(bundles["fp16"], "onnxruntime", threads=1)
+    session = pipe.engine.session("decoder")
+    latents = np.random.default_rng(0).standard_normal((2, *pipe.latent_shape)).astype(np.float32)
+    (expected,) = session.run({"latents": latents}, ["images"])
+    original, calls = session.run, []
+
+    def run(inputs, outputs):
+        calls.append(outputs)
+        return original(inputs, outputs)
+
+    session.run = run
+    try:
+        found = pipe.decode(latents)
+    finally:
+        del session.run
+    assert calls == [["images", "decoded"]]
+    assert found.dtype == np.uint8
+    assert np.array_equal(found, expected)
