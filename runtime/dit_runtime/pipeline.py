@@ -19,7 +19,7 @@ from dit_runtime.bundle.reader import Bundle, open_bundle
 from dit_runtime.core.errors import SamplingError
 from dit_runtime.samplers.by_name import count_skipped_steps, schedule_for
 from dit_runtime.samplers.guidance import Branches, Guidance, branches_from_labels
-from dit_runtime.samplers.noise import CudaNoise, Float32
+from dit_runtime.samplers.noise import CudaNoise, Float32, check_seed
 from dit_runtime.samplers.schedule import Schedule
 from dit_runtime.sampling.batch import Advance, Batch
 from dit_runtime.sampling.image_to_image import (
@@ -108,7 +108,8 @@ class Pipeline:
             labels: one for each image: a class number or name, or weights of several classes
                 (``{"Sneaker": 0.7, 8: 0.3}``).
             seeds: one for each image, or a number N for the seeds N, N+1, …. A seed gives the noise of
-                ``torch.Generator().manual_seed(seed)``. An image depends on its own seed only, not on the batch.
+                ``torch.Generator().manual_seed(seed)``, from -2⁶³ to 2⁶⁴-1. An image depends on its own seed only, not
+                on the batch.
             settings: the keys of ``Settings``: ``steps``, ``guidance``, ``sampler``, ….
 
         Returns:
@@ -284,10 +285,12 @@ class Pipeline:
         count = len(labels)
         if not count:
             raise SamplingError("no labels: expected at least one class number or name")
-        if isinstance(seeds, int | np.integer):
-            seeds = range(int(seeds), int(seeds) + count)
+        if not isinstance(seeds, Sequence | np.ndarray):
+            first = check_seed(seeds)
+            seeds = range(first, first + count)
         if len(seeds) != count:
             raise SamplingError(f"{len(seeds)} seeds for {count} labels: expected one seed per label, or one number")
+        checked = [check_seed(seed) for seed in seeds]
         defaults = self.manifest.defaults
         scale = settings.get("guidance")
         given = np.asarray(defaults.guidance if scale is None else scale, np.float64)
@@ -313,7 +316,7 @@ class Pipeline:
         model, diffusion = self.manifest.model, self.manifest.diffusion
         conditioned: dict[object, Branches] = {}
         made = []
-        for index, (label, seed, value) in enumerate(zip(labels, seeds, scales, strict=True)):
+        for index, (label, seed, value) in enumerate(zip(labels, checked, scales, strict=True)):
             weights = weights_from_label(label, self.manifest)
             key = (tuple(weights.items()), value)
             if key not in conditioned:
@@ -321,7 +324,7 @@ class Pipeline:
             made.append(
                 ImageRequest(
                     labels=weights,
-                    seed=int(seed),
+                    seed=seed,
                     schedule=schedule,
                     guidance=guidances[value],
                     negative_label=against,

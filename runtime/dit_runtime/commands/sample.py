@@ -18,6 +18,7 @@ from dit_runtime.commands.common import (
     positive,
     print_json,
     run,
+    seed_number,
 )
 from dit_runtime.output.request import (
     DecodeSettings,
@@ -212,8 +213,10 @@ def _add_image_arguments(parser: Parser) -> None:
     group.add_argument("--count", type=positive, default=1, metavar="N", help="images of each label")
     group.add_argument("--from-image", type=Path, metavar="PNG", help="make an image again, from the record in it")
     seeds = group.add_mutually_exclusive_group()
-    seeds.add_argument("--seed", type=int, default=0, help="seed of the first image; the next images count up from it")
-    seeds.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="one seed for each image")
+    seeds.add_argument(
+        "--seed", type=seed_number, default=0, help="seed of the first image; the next images count up from it"
+    )
+    seeds.add_argument("--seeds", type=seed_number, nargs="+", metavar="SEED", help="one seed for each image")
 
 
 def _add_sampling_arguments(parser: Parser) -> None:

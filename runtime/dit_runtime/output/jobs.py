@@ -34,7 +34,7 @@ from dit_runtime.output.request import (
     SampleRequest,
 )
 from dit_runtime.pipeline import Pipeline
-from dit_runtime.samplers.noise import Float32
+from dit_runtime.samplers.noise import Float32, check_seed
 from dit_runtime.sampling.image_to_image import Init
 from dit_runtime.sampling.requests import ImageRequest
 from dit_runtime.sampling.settings import Settings
@@ -169,6 +169,8 @@ def _series_from_labels(pipe: Pipeline, asked: LabelledImages, inputs: InputFile
         raise SamplingError(
             f"{len(seeds)} seeds for {count} labels: expected one seed per image, or --seed for the first"
         )
+    for seed in seeds if not isinstance(seeds, range) else (seeds[0], seeds[-1]):
+        check_seed(seed)
     guidance = None if asked.guidance is None else list(asked.guidance)
     if guidance is not None and len(guidance) not in (1, count):
         raise SamplingError(f"{len(guidance)} guidance scales for {count} images: expected one, or one per image")

@@ -25,7 +25,7 @@ from dit_runtime.output.request import DecodeSettings
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.samplers.by_name import SAMPLERS
 from dit_runtime.samplers.flow import UNIFORM
-from dit_runtime.samplers.noise import Float32, noise_hash
+from dit_runtime.samplers.noise import LEAST_SEED, MOST_SEED, Float32, noise_hash
 from dit_runtime.samplers.schedule import Schedule
 from dit_runtime.sampling.image_to_image import Init
 from dit_runtime.sampling.requests import ImageRequest
@@ -171,6 +171,8 @@ def entries_from_text(path: Path, text: Mapping[str, str]) -> list[Entry]:
                 raise KeyError(missing[0])
             if type(entry["threads"]) is not int or not 0 <= entry["threads"] <= MOST_THREADS:
                 raise ValueError(f"threads {entry['threads']!r}")
+            if type(entry["seed"]) is not int or not LEAST_SEED <= entry["seed"] <= MOST_SEED:
+                raise ValueError(f"seed {entry['seed']!r:.80}")
             height, width = entry["size"]
             for number in (height, width, entry["decode_tile"] or 1, entry["decode_batch"] or 1):
                 if type(number) is not int or not 0 < number <= MOST:
@@ -248,7 +250,7 @@ def _prepare_entry(
         spacing = None if entry["spacing"] == UNIFORM else str(entry["spacing"])
         (image,) = pipe.prepare(
             [{int(label): float(weight) for label, weight in entry["label"].items()}],
-            [int(entry["seed"])],
+            [entry["seed"]],
             sampler=table or str(entry["sampler"]),
             steps=None if table else int(entry["steps"]),
             eta=0.0 if table else float(entry["eta"]),
