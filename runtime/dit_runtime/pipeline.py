@@ -17,7 +17,7 @@ from dit_runtime.bundle.manifest import ENCODER, Manifest
 from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle, open_bundle
 from dit_runtime.core.errors import SamplingError
-from dit_runtime.samplers.by_name import count_skipped_steps, schedule_for
+from dit_runtime.samplers.by_name import count_default_steps, count_skipped_steps, schedule_for
 from dit_runtime.samplers.guidance import Branches, Guidance, branches_from_labels
 from dit_runtime.samplers.noise import CudaNoise, Float32, check_seed
 from dit_runtime.samplers.schedule import Schedule
@@ -354,13 +354,14 @@ class Pipeline:
                 )
             self._check_table(given)
             return schedule_from_start(given, from_image, strength)
-        steps = defaults.steps if steps is None else steps
+        model, diffusion, sampler = self.manifest.model, self.manifest.diffusion, given or defaults.sampler
+        if steps is None:
+            steps = count_default_steps(sampler, model, diffusion, defaults.steps, spacing)
         skipped = 0
         if from_image:
             strength = STRENGTH if strength is None else strength
             skipped = count_skipped_steps(steps, strength)
-        model, diffusion = self.manifest.model, self.manifest.diffusion
-        return schedule_for(given or defaults.sampler, model, diffusion, steps, eta, spacing, skipped), strength
+        return schedule_for(sampler, model, diffusion, steps, eta, spacing, skipped), strength
 
     def _check_table(self, table: Schedule) -> None:
         """Raises SamplingError for a schedule that is for another kind of model."""

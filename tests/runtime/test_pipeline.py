@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from support.commands import run_command
 from support.optional import diffusers, torch
 
 from dit_runtime import Pipeline
 from dit_runtime.backends.conditioning import TableLimits
 from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
 from dit_runtime.bundle.reader import Bundle, open_bundle
+from dit_runtime.commands.info import bundle_info
 from dit_runtime.core.errors import SamplingError
 from dit_runtime.verify.metrics import psnr
 
@@ -281,3 +285,22 @@ def test_the_check_of_pixels_decodes_once_and_changes_no_bit(bundles: dict[str, 
     assert calls == [["images", "decoded"]]
     assert found.dtype == np.uint8
     assert np.array_equal(found, expected)
+
+
+def test_the_defaults_of_an_old_bundle_fit_its_timesteps(bundles: dict[str, Path], tmp_path: Path) -> None:
+    """Fails if a bundle with 50 default steps and 20 training timesteps cannot be sampled without naming the steps."""
+    old = Path(shutil.copytree(bundles["fp32"], tmp_path / "old.bundle"))
+    manifest = json.loads((old / "manifest.json").read_text())
+    assert manifest["defaults"]["steps"] == 50
+    manifest["diffusion"]["betas"] = manifest["diffusion"]["betas"][:20]
+    (old / "manifest.json").write_text(json.dumps(manifest))
+    pipe = Pipeline(old, "onnxruntime", threads=1)
+    # diffusers' UniPC cannot run 20 leading steps of 20.
+    assert [len(pipe.prepare([1], sampler=name)[0].schedule) for name in (None, "ddim", "unipc")] == [20, 20, 19]
+    assert pipe([1]).shape == (1, 32, 32, 3)
+    with pytest.raises(SamplingError, match="50 steps: expected 1 to 20"):
+        pipe([1], steps=50)
+    assert bundle_info(pipe.bundle)["defaults"]["steps"] == 20
+    done = run_command("dit-sample", old, "--write-table", tmp_path / "table.json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "ddim, 20 steps" in done.stdout

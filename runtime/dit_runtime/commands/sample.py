@@ -74,13 +74,15 @@ def _sample(request: SampleRequest) -> int:
 def _write_table(request: TableRequest) -> int:
     """``--write-table`` needs no engine."""
     from dit_runtime.bundle.reader import open_bundle
-    from dit_runtime.samplers.by_name import schedule_for
+    from dit_runtime.samplers.by_name import count_default_steps, schedule_for
     from dit_runtime.samplers.schedule import write_table
 
     manifest = open_bundle(request.bundle).manifest
     sampler = request.sampler or manifest.defaults.sampler
-    steps = manifest.defaults.steps if request.steps is None else request.steps
-    schedule = schedule_for(sampler, manifest.model, manifest.diffusion, steps, request.eta, request.spacing)
+    model, diffusion, steps = manifest.model, manifest.diffusion, request.steps
+    if steps is None:
+        steps = count_default_steps(sampler, model, diffusion, manifest.defaults.steps, request.spacing)
+    schedule = schedule_for(sampler, model, diffusion, steps, request.eta, request.spacing)
     write_table(schedule, request.path)
     print(f"{request.path}: {schedule.sampler}, {schedule.steps} steps, {len(schedule)} rows of 17 numbers")
     return 0
