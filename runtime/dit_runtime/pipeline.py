@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from dit_runtime.backends.base import Engine
+from dit_runtime.backends.base import Engine, check_threads
 from dit_runtime.backends.open import engine_for
 from dit_runtime.bundle.manifest import ENCODER, Manifest
 from dit_runtime.bundle.precision import Precision
@@ -56,7 +56,7 @@ class Pipeline:
 
     Raises:
         BundleError: the bundle is missing, incomplete or altered, or has no graphs for that size.
-        EngineError: the engine's name is unknown, or its library is not installed.
+        EngineError: the engine's name is unknown, its library is not installed, or there are too many threads.
     """
 
     def __init__(
@@ -71,6 +71,7 @@ class Pipeline:
         self.once = once
         self.bundle = (bundle if isinstance(bundle, Bundle) else open_bundle(bundle)).at(size)
         check_choice(engine if isinstance(engine, str) else "", precision)
+        check_threads(threads)
         self._threads = threads
         if engine != "auto":
             self.engine = engine_for(self.bundle, engine, threads, precision) if isinstance(engine, str) else engine

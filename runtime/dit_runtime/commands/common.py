@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
+from dit_runtime.backends.base import most_threads
 from dit_runtime.backends.open import BACKENDS
 from dit_runtime.core.errors import DiTError, SamplingError
 from dit_runtime.core.progress import show_progress
@@ -90,6 +91,23 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number from 1")
     return number
+
+
+def thread_count(least: int) -> Callable[[str], int]:
+    """An argparse type: threads of the CPU, from ``least`` to ``most_threads()``."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = -1
+        if not least <= number <= most_threads():
+            raise argparse.ArgumentTypeError(
+                f"got {text!r:.80}, expected a whole number from {least} to {most_threads()}"
+            )
+        return number
+
+    return parse
 
 
 def seed_number(text: str) -> int:

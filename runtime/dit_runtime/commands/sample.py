@@ -19,6 +19,7 @@ from dit_runtime.commands.common import (
     print_json,
     run,
     seed_number,
+    thread_count,
 )
 from dit_runtime.output.request import (
     DecodeSettings,
@@ -285,7 +286,7 @@ def _add_engine_arguments(parser: Parser) -> None:
     group.add_argument("--store", type=Path, metavar="DIR", help=STORE_HELP)
     group.add_argument(
         "--threads",
-        type=positive,
+        type=thread_count(1),
         help="of the CPU (default: the engine's choice; with --from-image, the number in the record)",
     )
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -20,6 +19,7 @@ import numpy as np
 
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import SamplingError
+from dit_runtime.core.machine import count_cpus
 from dit_runtime.core.version import __version__
 from dit_runtime.output.request import DecodeSettings
 from dit_runtime.pipeline import Pipeline
@@ -129,11 +129,6 @@ def entry_from_request(
         "decode_batch": decoding.batch,
         "batch": position.as_json() if position else None,
     }
-
-
-def count_cpus() -> int:
-    """CPUs that this process may use: an engine that chooses its own threads takes at most as many."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def schedule_hash(schedule: Schedule) -> str:

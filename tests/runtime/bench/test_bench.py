@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from support.commands import run_command, run_process
 
+from dit_runtime.backends.base import most_threads
 from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
 from dit_runtime.bench import benchmark
 from dit_runtime.bench.benchmark import BenchmarkRequest
@@ -69,6 +70,8 @@ def test_bad_requests_are_one_line(bundles: dict[str, Path], tmp_path: Path) -> 
     for arguments, message in [
         (["--batch", "0"], "expected whole numbers from 1"),
         (["--batch", "x"], "expected whole numbers from 1"),
+        (["--threads", "100000"], f"got '100000', expected a whole number from 0 to {most_threads()}"),
+        (["--threads", "-1"], "got '-1', expected a whole number from 0 to "),
         (["--plot", tmp_path / "plot.txt"], "plots are .png, .svg, .pdf"),
         (["--engine", "abacus"], "engine 'abacus' is unknown"),
     ]:

@@ -19,6 +19,7 @@ from support.commands import run_command, run_process
 from support.sample_command import ENGINE, dit_sample, made, pixels, record, refused, shapes, with_record
 
 from dit_runtime import Pipeline, __version__
+from dit_runtime.backends.base import most_threads
 
 PER_IMAGE = ("label", "seed", "noise", "guidance", "init", "batch")  # lists in a grid's record
 
@@ -497,6 +498,8 @@ def test_wrong_arguments(bundle: Path, noises: dict[str, Path], tmp_path: Path) 
         (["--labels", 1, 2, "--count", 2, "--seeds", 1, 2], "2 seeds for 4 labels"),
         (["--labels", 1, "--seed", 2**64], "seed 18446744073709551616: expected a whole number from -2^63 to 2^64-1"),
         (["--labels", 1, "--seed", -(2**63) - 1], "seed -9223372036854775809: expected"),
+        (["--labels", 1, "--threads", 100_000], f"got '100000', expected a whole number from 1 to {most_threads()}"),
+        (["--labels", 1, "--threads", 0], "expected a whole number from 1 to "),
         (["--labels", 1, "--seed", 1.5], "got '1.5', expected a whole number from -2^63 to 2^64-1"),
         (["--labels", 1, 2, "--seeds", 1, 2**64], "seed 18446744073709551616: expected"),
         (["--labels", 1, 2, "--seed", 2**64 - 1, "--batch-size", 1], "seed 18446744073709551616: expected"),
