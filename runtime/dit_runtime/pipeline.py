@@ -29,7 +29,7 @@ from dit_runtime.sampling.image_to_image import (
     encode_inits,
     schedule_from_start,
 )
-from dit_runtime.sampling.labels import Label, number_from_label, weights_from_label
+from dit_runtime.sampling.labels import Label, list_labels, number_from_label, weights_from_label
 from dit_runtime.sampling.requests import ImageRequest
 from dit_runtime.sampling.settings import Settings
 from dit_runtime.sampling.tiles import check_tile, decode_in_tiles, images_from_decoded
@@ -101,13 +101,13 @@ class Pipeline:
         return (self.manifest.model.latent_channels, *self.manifest.model.latent_size)
 
     def __call__(
-        self, labels: Sequence[Label], seeds: Sequence[int] | int = 0, **settings: Unpack[Settings]
+        self, labels: Sequence[Label] | Label, seeds: Sequence[int] | int = 0, **settings: Unpack[Settings]
     ) -> NDArray[np.uint8]:
         """Sample images, all in one batch.
 
         Args:
             labels: one for each image: a class number or name, or weights of several classes
-                (``{"Sneaker": 0.7, 8: 0.3}``).
+                (``{"Sneaker": 0.7, 8: 0.3}``). A label that is not in a list is one image's.
             seeds: one for each image, or a number N for the seeds N, N+1, …. A seed gives the noise of
                 ``torch.Generator().manual_seed(seed)``, from -2⁶³ to 2⁶⁴-1. An image depends on its own seed only, not
                 on the batch.
@@ -124,7 +124,7 @@ class Pipeline:
         return self.decode(self.sample_latents(images))
 
     def trajectory(
-        self, labels: Sequence[Label], seeds: Sequence[int] | int = 0, **settings: Unpack[Settings]
+        self, labels: Sequence[Label] | Label, seeds: Sequence[int] | int = 0, **settings: Unpack[Settings]
     ) -> Iterator[tuple[int, Float32, Float32]]:
         """Sample like ``__call__``, and yield ``(index, latents, denoised)`` after each completed step.
 
@@ -276,13 +276,14 @@ class Pipeline:
         return encode_inits(start, count, self.manifest, self.encode)
 
     def prepare(
-        self, labels: Sequence[Label], seeds: Sequence[int] | int = 0, **settings: Unpack[Settings]
+        self, labels: Sequence[Label] | Label, seeds: Sequence[int] | int = 0, **settings: Unpack[Settings]
     ) -> list[ImageRequest]:
         """Check the arguments of ``__call__``, and make an image request for each label, for ``stream``.
 
         Raises:
             SamplingError: an argument does not fit the model.
         """
+        labels = list_labels(labels)
         count = len(labels)
         if not count:
             raise SamplingError("no labels: expected at least one class number or name")

@@ -19,6 +19,9 @@ from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
 from dit_runtime.bundle.reader import Bundle, open_bundle
 from dit_runtime.commands.info import bundle_info
 from dit_runtime.core.errors import SamplingError
+from dit_runtime.output.inputs import InputFiles
+from dit_runtime.output.jobs import jobs_from_labels
+from dit_runtime.output.request import LabelledImages, OutputRequest
 from dit_runtime.verify.metrics import psnr
 
 
@@ -304,3 +307,17 @@ def test_the_defaults_of_an_old_bundle_fit_its_timesteps(bundles: dict[str, Path
     done = run_command("dit-sample", old, "--write-table", tmp_path / "table.json")
     assert (done.returncode, done.stderr) == (0, "")
     assert "ddim, 20 steps" in done.stdout
+
+
+def test_one_label_is_one_image(bundles: dict[str, Path]) -> None:
+    """Fails if text is taken letter by letter, or a mixture class by class, for the labels of several images."""
+    pipe = Pipeline(bundles["fp32"], "onnxruntime", threads=1)
+    for label, weights in (("class 3", {3: 1.0}), ("7", {7: 1.0}), (4, {4: 1.0}), ({3: 0.7, 5: 0.3}, {3: 0.7, 5: 0.3})):
+        assert [image.labels for image in pipe.prepare(label)] == [weights]
+        assert [image.labels for image in pipe.prepare([label, label])] == [weights] * 2
+    with pytest.raises(SamplingError, match="label 33: expected 0 to 9"):
+        pipe.prepare("33")
+    inputs, output = InputFiles(None, None, None), OutputRequest(Path("x.png"))
+    assert jobs_from_labels(pipe, LabelledImages("7", settings={"steps": 1}), inputs, output).count == 1
+    (job,) = jobs_from_labels(pipe, LabelledImages("7+3", settings={"steps": 1}), inputs, output).each
+    assert [image.labels for image in job.batch] == [{7: 0.5, 3: 0.5}]

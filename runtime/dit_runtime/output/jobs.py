@@ -161,7 +161,8 @@ class _Series:
 
 def _series_from_labels(pipe: Pipeline, asked: LabelledImages, inputs: InputFiles) -> _Series:
     """Raises SamplingError for seeds, scales, noise or images to start from that are not one per image."""
-    named: Sequence[int | str] = range(pipe.manifest.model.classes) if asked.labels == ("all",) else asked.labels
+    given = (asked.labels,) if isinstance(asked.labels, str) else asked.labels
+    named: Sequence[int | str] = range(pipe.manifest.model.classes) if given == ("all",) else given
     labels = [label for label in named for _ in range(asked.count)]
     count = len(labels)
     seeds = range(asked.seeds, asked.seeds + count) if isinstance(asked.seeds, int) else asked.seeds
