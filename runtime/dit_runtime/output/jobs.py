@@ -40,6 +40,12 @@ from dit_runtime.sampling.requests import ImageRequest
 from dit_runtime.sampling.settings import Settings
 from dit_runtime.sampling.tiles import check_tile
 
+# Endings of images that are not written: a folder of such a name is not what was meant.
+OTHER_IMAGES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".jxl", ".webp", ".avif", ".heic", ".heif", ".gif", ".apng"),
+    *(".bmp", ".tif", ".tiff", ".tga", ".ppm", ".pnm", ".ico", ".svg", ".pdf", ".npy", ".npz"),
+)
+
 
 @dataclass(frozen=True)
 class KeptImage:
@@ -115,6 +121,11 @@ def _check_output(request: SampleRequest) -> None:
     path, images = request.output.path, request.images
     if request.output.is_grid and path.is_dir():
         raise OutputError(f"{path}: is a folder, expected a file; choose another --output")
+    if path.suffix.lower() in OTHER_IMAGES and not path.is_dir():
+        raise OutputError(
+            f"{path}: a grid is written as PNG, which keeps every bit and the record of how it was made; choose "
+            f"--output {path.with_suffix('.png').name}, or a folder's name"
+        )
     if isinstance(images, RecordedImages) and path.resolve() == images.path.resolve():
         raise OutputError(f"{path}: is the image to be made again; choose another --output")
     check_writable(path if request.output.is_grid else path / "image.png")

@@ -573,6 +573,15 @@ def test_an_image_of_the_library_is_the_commands(bundle: Path, tmp_path: Path) -
     assert np.array_equal(images, np.stack([pixels(path) for path in sorted((tmp_path / "two").iterdir())]))
 
 
+@pytest.mark.parametrize("name", ["picture.jpg", "picture.JPEG", "picture.webp", "picture.tiff"])
+def test_an_output_of_another_kind(bundle: Path, text: dict[str, str], tmp_path: Path, name: str) -> None:
+    """Fails if a file of a kind that is not written becomes a folder of that name."""
+    message = f"{name}: a grid is written as PNG"
+    refused(message, bundle, "--labels", 3, "--steps", 1, "-o", tmp_path / name, folder=tmp_path)
+    recorded = with_record(tmp_path / "one.png", text)
+    refused("choose --output picture.png", bundle, "--from-image", recorded, "-o", tmp_path / name, folder=tmp_path)
+
+
 def test_a_negative_seed_is_made_again(bundle: Path, tmp_path: Path) -> None:
     """Fails if the seed -1 is not the seed 2⁶⁴ - 1, as in PyTorch, or its image cannot be made again."""
     path = tmp_path / "one.png"
