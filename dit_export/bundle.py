@@ -35,6 +35,7 @@ from dit_runtime.bundle.reader import MANIFEST, Bundle, open_bundle
 from dit_runtime.core.errors import OutputError
 from dit_runtime.core.files import check_writable, replace_folder, sha256_of
 from dit_runtime.core.progress import Progress
+from dit_runtime.samplers.by_name import count_default_steps
 
 
 def bundle_from_checkpoint(source: Source, output: Path, precision: PrecisionSpec, encoder: bool = False) -> Bundle:
@@ -103,7 +104,12 @@ def _make_manifest(checkpoint: Checkpoint, precision: PrecisionSpec, measurement
         diffusion=checkpoint.diffusion,
         autoencoder=checkpoint.autoencoder_spec,
         precision=precision,
-        defaults=checkpoint.defaults,
+        defaults=replace(
+            checkpoint.defaults,
+            steps=count_default_steps(
+                checkpoint.defaults.sampler, checkpoint.model, checkpoint.diffusion, checkpoint.defaults.steps
+            ),
+        ),
         class_names=checkpoint.class_names,
         graphs={},
         tolerances=TOLERANCES,

@@ -30,6 +30,7 @@ GIVEN = "DIT_TEST_BUNDLES"  # a folder of tests/support/exports.py, for a Python
 LONGEST = (
     "export/graphs/test_variants.py",
     "benchmarks/test_faults.py",
+    "test_children.py",
     "export/bisect/test_bisect.py",
     "engines/test_build.py",
     "runtime/sampling/test_image_to_image.py",

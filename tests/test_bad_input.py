@@ -52,6 +52,8 @@ def test_a_missing_checkpoint(tmp_path: Path) -> None:
     export_refused("nobody/nothing-of-this-name", output, "neither cached nor reachable")
     export_refused("DiT-XL/2-256", output, "add --random-weights SEED")
     export_refused("DiT-Z/2-256", output, "not a preset", "--random-weights", "0")
+    seed = str(2**64)
+    export_refused("DiT-S/2-256", output, f"seed {seed}: expected a whole number from -2^63", "--random-weights", seed)
 
 
 def test_a_truncated_checkpoint(copied: Path, tmp_path: Path) -> None:

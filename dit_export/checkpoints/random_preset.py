@@ -21,6 +21,7 @@ from dit_export.checkpoints.source import Source, refuse_options
 from dit_export.checkpoints.weights import StoredTensor, Weights
 from dit_runtime.bundle.manifest import ModelSpec
 from dit_runtime.core.errors import CheckpointError
+from dit_runtime.samplers.noise import check_seed
 
 
 def _has_no_path(location: Location) -> bool:
@@ -35,10 +36,11 @@ def _load(source: Source, location: Location) -> Checkpoint:
             "with patch size and image size, such as DiT-XL/2-256"
         )
     assert source.random_seed is not None
+    check_seed(source.random_seed)
     conditioning = source.conditioning or "adaln-zero"
     family = _family_of(source, preset, conditioning)
     autoencoder: Autoencoder = (
-        random_autoencoder(source.random_seed + 1) if source.autoencoder is None else autoencoder_for(source)
+        random_autoencoder((source.random_seed + 1) % 2**64) if source.autoencoder is None else autoencoder_for(source)
     )
     learned = source.learned_variance is not False
     latent = preset.image_side // spec_of_autoencoder(autoencoder).factor

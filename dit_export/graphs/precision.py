@@ -8,6 +8,7 @@ timestep features, softmax and the sampler.
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -63,13 +64,14 @@ def check_units(precision: PrecisionSpec, model: ModelSpec) -> None:
 def read_keep_list(items: Sequence[str]) -> tuple[str, ...]:
     """The units that ``--keep-fp32`` names, each once.
 
-    ``items`` are names of units, or files with one name a line, where ``#`` begins a comment.
+    ``items`` are names of units, or files with one name a line, where ``#`` begins a comment. The files are UTF-8, or
+    UTF-16 with a byte order mark.
 
     Raises:
         CheckpointError: a file is missing or is not such a list.
     """
     units: list[str] = []
-    for item in items:
+    for item in (items,) if isinstance(items, str) else items:
         path = Path(item)
         if path.is_file():
             units += _units_from_file(path)
@@ -84,7 +86,10 @@ def _units_from_file(path: Path) -> list[str]:
     if path.stat().st_size > KEEP_LIST_BYTES:
         raise CheckpointError(f"--keep-fp32 {path}: {path.stat().st_size} bytes, expected a list of units' names")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        content = path.read_bytes()
+        # Editors and shells of Windows write a byte order mark, and PowerShell's redirection UTF-16.
+        encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+        lines = content.decode(encoding).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"--keep-fp32 {path}: not a list of units' names ({error})") from error
     names = [name for line in lines if (name := line.partition("#")[0].strip())]

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from dit_runtime.backends.base import Engine
+from dit_runtime.backends.base import Engine, check_threads
 from dit_runtime.backends.open import engine_for
 from dit_runtime.bundle.manifest import ENCODER, Manifest
+from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle, open_bundle
 from dit_runtime.core.errors import SamplingError
-from dit_runtime.samplers.by_name import count_skipped_steps, schedule_for
+from dit_runtime.samplers.by_name import count_default_steps, count_skipped_steps, schedule_for
 from dit_runtime.samplers.guidance import Branches, Guidance, branches_from_labels
-from dit_runtime.samplers.noise import CudaNoise, Float32
+from dit_runtime.samplers.noise import CudaNoise, Float32, check_seed
 from dit_runtime.samplers.schedule import Schedule
 from dit_runtime.sampling.batch import Advance, Batch
 from dit_runtime.sampling.image_to_image import (
@@ -28,7 +29,7 @@ from dit_runtime.sampling.image_to_image import (
     encode_inits,
     schedule_from_start,
 )
-from dit_runtime.sampling.labels import Label, number_from_label, weights_from_label
+from dit_runtime.sampling.labels import Label, list_labels, number_from_label, weights_from_label
 from dit_runtime.sampling.requests import ImageRequest
 from dit_runtime.sampling.settings import Settings
 from dit_runtime.sampling.tiles import check_tile, decode_in_tiles, images_from_decoded
@@ -55,7 +56,7 @@ class Pipeline:
 
     Raises:
         BundleError: the bundle is missing, incomplete or altered, or has no graphs for that size.
-        EngineError: the engine's name is unknown, or its library is not installed.
+        EngineError: the engine's name is unknown, its library is not installed, or there are too many threads.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Pipeline:
         self.once = once
         self.bundle = (bundle if isinstance(bundle, Bundle) else open_bundle(bundle)).at(size)
         check_choice(engine if isinstance(engine, str) else "", precision)
+        check_threads(threads)
         self._threads = threads
         if engine != "auto":
             self.engine = engine_for(self.bundle, engine, threads, precision) if isinstance(engine, str) else engine
@@ -99,15 +101,16 @@ class Pipeline:
         return (self.manifest.model.latent_channels, *self.manifest.model.latent_size)
 
     def __call__(
-        self, labels: Sequence[Label], seeds: Sequence[int] | int = 0, **settings: Unpack[Settings]
+        self, labels: Sequence[Label] | Label, seeds: Sequence[int] | int = 0, **settings: Unpack[Settings]
     ) -> NDArray[np.uint8]:
         """Sample images, all in one batch.
 
         Args:
             labels: one for each image: a class number or name, or weights of several classes
-                (``{"Sneaker": 0.7, 8: 0.3}``).
+                (``{"Sneaker": 0.7, 8: 0.3}``). A label that is not in a list is one image's.
             seeds: one for each image, or a number N for the seeds N, N+1, …. A seed gives the noise of
-                ``torch.Generator().manual_seed(seed)``. An image depends on its own seed only, not on the batch.
+                ``torch.Generator().manual_seed(seed)``, from -2⁶³ to 2⁶⁴-1. An image depends on its own seed only, not
+                on the batch.
             settings: the keys of ``Settings``: ``steps``, ``guidance``, ``sampler``, ….
 
         Returns:
@@ -121,7 +124,7 @@ class Pipeline:
         return self.decode(self.sample_latents(images))
 
     def trajectory(
-        self, labels: Sequence[Label], seeds: Sequence[int] | int = 0, **settings: Unpack[Settings]
+        self, labels: Sequence[Label] | Label, seeds: Sequence[int] | int = 0, **settings: Unpack[Settings]
     ) -> Iterator[tuple[int, Float32, Float32]]:
         """Sample like ``__call__``, and yield ``(index, latents, denoised)`` after each completed step.
 
@@ -228,15 +231,25 @@ class Pipeline:
     def _decode(self, latents: Float32, tile: int | None) -> NDArray[np.uint8]:
         session = self.engine.session("decoder")
         if tile is None or tile >= max(latents.shape[2:]):
-            (images,) = session.run({"latents": latents}, ["images"])
+            # The decoder turns pixels that are not finite into black ones: the uint8 images cannot show them.
+            images, decoded = session.run({"latents": latents}, ["images", "decoded"])
+            self._check_decoded(decoded)
             return images
         factor = self.manifest.autoencoder.factor
         decoded = decode_in_tiles(lambda part: session.run({"latents": part}, ["decoded"])[0], latents, tile, factor)
-        if not np.isfinite(decoded).all():
-            raise SamplingError(
-                f"decoded pixels are not finite on {self.engine.info.name}; run dit-verify on this bundle and engine"
-            )
+        self._check_decoded(decoded)
         return images_from_decoded(decoded)
+
+    def _check_decoded(self, decoded: Float32) -> None:
+        """Raises SamplingError for pixels ``[N, 3, H, W]`` that are not finite, in any image."""
+        if np.isfinite(decoded).all():
+            return
+        cure = ""
+        if self.manifest.precision.precision_of("decoder") == Precision.FP16:
+            cure = "; where its numbers are beyond FP16's range, export again with --keep-fp32 decoder"
+        raise SamplingError(
+            f"decoded pixels are not finite on {self.engine.info.name}; run dit-verify on this bundle and engine{cure}"
+        )
 
     def encode(self, images: NDArray[np.uint8]) -> Float32:
         """Encode uint8 images ``[N, H, W, 3]`` to latents ``[N, C, h, w]``: the mean of the autoencoder's posterior.
@@ -263,20 +276,23 @@ class Pipeline:
         return encode_inits(start, count, self.manifest, self.encode)
 
     def prepare(
-        self, labels: Sequence[Label], seeds: Sequence[int] | int = 0, **settings: Unpack[Settings]
+        self, labels: Sequence[Label] | Label, seeds: Sequence[int] | int = 0, **settings: Unpack[Settings]
     ) -> list[ImageRequest]:
         """Check the arguments of ``__call__``, and make an image request for each label, for ``stream``.
 
         Raises:
             SamplingError: an argument does not fit the model.
         """
+        labels = list_labels(labels)
         count = len(labels)
         if not count:
             raise SamplingError("no labels: expected at least one class number or name")
-        if isinstance(seeds, int | np.integer):
-            seeds = range(int(seeds), int(seeds) + count)
+        if not isinstance(seeds, Sequence | np.ndarray):
+            first = check_seed(seeds)
+            seeds = range(first, first + count)
         if len(seeds) != count:
             raise SamplingError(f"{len(seeds)} seeds for {count} labels: expected one seed per label, or one number")
+        checked = [check_seed(seed) for seed in seeds]
         defaults = self.manifest.defaults
         scale = settings.get("guidance")
         given = np.asarray(defaults.guidance if scale is None else scale, np.float64)
@@ -302,7 +318,7 @@ class Pipeline:
         model, diffusion = self.manifest.model, self.manifest.diffusion
         conditioned: dict[object, Branches] = {}
         made = []
-        for index, (label, seed, value) in enumerate(zip(labels, seeds, scales, strict=True)):
+        for index, (label, seed, value) in enumerate(zip(labels, checked, scales, strict=True)):
             weights = weights_from_label(label, self.manifest)
             key = (tuple(weights.items()), value)
             if key not in conditioned:
@@ -310,7 +326,7 @@ class Pipeline:
             made.append(
                 ImageRequest(
                     labels=weights,
-                    seed=int(seed),
+                    seed=seed,
                     schedule=schedule,
                     guidance=guidances[value],
                     negative_label=against,
@@ -340,13 +356,14 @@ class Pipeline:
                 )
             self._check_table(given)
             return schedule_from_start(given, from_image, strength)
-        steps = defaults.steps if steps is None else steps
+        model, diffusion, sampler = self.manifest.model, self.manifest.diffusion, given or defaults.sampler
+        if steps is None:
+            steps = count_default_steps(sampler, model, diffusion, defaults.steps, spacing)
         skipped = 0
         if from_image:
             strength = STRENGTH if strength is None else strength
             skipped = count_skipped_steps(steps, strength)
-        model, diffusion = self.manifest.model, self.manifest.diffusion
-        return schedule_for(given or defaults.sampler, model, diffusion, steps, eta, spacing, skipped), strength
+        return schedule_for(sampler, model, diffusion, steps, eta, spacing, skipped), strength
 
     def _check_table(self, table: Schedule) -> None:
         """Raises SamplingError for a schedule that is for another kind of model."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import shutil
 import subprocess
 import sys
@@ -13,10 +14,15 @@ import dit_export
 import pytest
 import torch
 from dit_export import ExportRequest, ExportResult, api, command, export, verify
+from dit_export.bundle import _make_manifest
+from dit_export.checkpoints.sources import Source, load_checkpoint
+from dit_export.graphs.precision import FP32
+from dit_export.reference.record_settings import Measurements
 from safetensors.torch import load_file, save_file
 
 from dit_runtime.bundle.reader import open_bundle
 from dit_runtime.core.errors import CheckpointError, DiTError, EngineError, OutputError, SamplingError
+from dit_runtime.samplers.by_name import schedule_for
 
 
 def test_the_package_imports_no_torch() -> None:
@@ -190,3 +196,19 @@ def test_errors_are_raised(checkpoint: Path, bundles: dict[str, Path], tmp_path:
         verify(bundles["fp32"], "turbo")
     with pytest.raises(EngineError, match="name the engine too"):
         verify(bundles["fp32"], "auto", precision="bf16")
+
+
+@pytest.mark.parametrize(("offset", "steps"), [(0, 20), (1, 19)])
+def test_the_defaults_fit_few_training_timesteps(checkpoint: Path, tmp_path: Path, offset: int, steps: int) -> None:
+    """Fails if a model of 20 training timesteps is exported with 50 default steps, which it cannot sample.
+
+    With diffusers' offset of 1, 20 steps of leading spacing would end at timestep 20, which there is not.
+    """
+    copied = Path(shutil.copytree(checkpoint, tmp_path / "few"))
+    file = copied / "scheduler" / "scheduler_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "num_train_timesteps": 20, "steps_offset": offset}))
+    found = load_checkpoint(Source(str(copied)))
+    defaults = _make_manifest(found, FP32, Measurements()).defaults
+    assert (defaults.sampler, defaults.steps) == ("ddim", steps)
+    assert schedule_for("ddim", found.model, found.diffusion, defaults.steps).steps == steps

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from support.commands import run_command
 from support.optional import diffusers, torch
 
 from dit_runtime import Pipeline
 from dit_runtime.backends.conditioning import TableLimits
 from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
 from dit_runtime.bundle.reader import Bundle, open_bundle
+from dit_runtime.commands.info import bundle_info
 from dit_runtime.core.errors import SamplingError
+from dit_runtime.output.inputs import InputFiles
+from dit_runtime.output.jobs import jobs_from_labels
+from dit_runtime.output.request import LabelledImages, OutputRequest
 from dit_runtime.verify.metrics import psnr
 
 
@@ -177,6 +184,11 @@ def test_arguments_that_do_not_fit(bundles: dict[str, Path]) -> None:
         ({"labels": [-1]}, "label -1"),
         ({"labels": ["cat"]}, "label 'cat'"),
         ({"labels": [1, 2], "seeds": [1]}, "1 seeds for 2 labels"),
+        ({"labels": [1, 2], "seeds": [1, 2**64]}, r"seed 18446744073709551616: expected a whole number from -2\^63"),
+        ({"labels": [1, 2], "seeds": 2**64 - 1}, "seed 18446744073709551616: expected"),
+        ({"labels": [1], "seeds": 1.5}, "seed 1.5: expected"),
+        ({"labels": [1], "seeds": [1.5]}, "seed 1.5: expected"),
+        ({"labels": [1, 2], "seeds": "12"}, "seed '1': expected"),
         ({"labels": [1], "steps": 0}, "0 steps: expected 1 to 1000"),
         ({"labels": [1], "steps": 1001}, "1001 steps"),
         ({"labels": [1], "guidance": float("nan")}, "guidance nan"),
@@ -231,3 +243,81 @@ def test_latents_that_are_no_numbers_are_never_shown(bundles: dict[str, Path]) -
     finally:
         del session.run
     assert all(np.isfinite(latents).all() for _, latents, _ in seen)
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("tile", [None, 4])
+def test_pixels_that_are_no_numbers_are_never_shown(bundles: dict[str, Path], engine: str, tile: int | None) -> None:
+    """Fails if an image whose pixels are not finite is returned, black, decoded whole or in tiles, among good ones."""
+    pytest.importorskip(engine)
+    pipe = Pipeline(bundles["fp32"], engine, threads=1)
+    latents = np.random.default_rng(0).standard_normal((3, *pipe.latent_shape)).astype(np.float32)
+    assert pipe.decode(latents, tile).std() > 0
+    latents[1, 0, 2, 2] = np.nan
+    with pytest.raises(SamplingError, match=f"decoded pixels are not finite on {engine}.*run dit-verify") as error:
+        pipe.decode(latents, tile)
+    assert "--keep-fp32" not in str(error.value)  # the decoder is FP32
+
+
+@pytest.mark.parametrize("tile", [None, 4])
+def test_a_decoder_beyond_the_range_of_fp16(bundles: dict[str, Path], tile: int | None) -> None:
+    """Fails if an FP16 decoder that overflows writes black images, or the error does not name the cure."""
+    latents = np.full((1, 4, 8, 8), 1e7, np.float32)
+    assert Pipeline(bundles["fp32"], "onnxruntime").decode(latents, tile).any()
+    with pytest.raises(SamplingError, match=r"not finite on onnxruntime .*export again with --keep-fp32 decoder"):
+        Pipeline(bundles["fp16"], "onnxruntime").decode(latents, tile)
+
+
+def test_the_check_of_pixels_decodes_once_and_changes_no_bit(bundles: dict[str, Path]) -> None:
+    """Fails if the check of pixels decodes a second time, or the images are not the decoder's own."""
+    pipe = Pipeline(bundles["fp16"], "onnxruntime", threads=1)
+    session = pipe.engine.session("decoder")
+    latents = np.random.default_rng(0).standard_normal((2, *pipe.latent_shape)).astype(np.float32)
+    (expected,) = session.run({"latents": latents}, ["images"])
+    original, calls = session.run, []
+
+    def run(inputs, outputs):
+        calls.append(outputs)
+        return original(inputs, outputs)
+
+    session.run = run
+    try:
+        found = pipe.decode(latents)
+    finally:
+        del session.run
+    assert calls == [["images", "decoded"]]
+    assert found.dtype == np.uint8
+    assert np.array_equal(found, expected)
+
+
+def test_the_defaults_of_an_old_bundle_fit_its_timesteps(bundles: dict[str, Path], tmp_path: Path) -> None:
+    """Fails if a bundle with 50 default steps and 20 training timesteps cannot be sampled without naming the steps."""
+    old = Path(shutil.copytree(bundles["fp32"], tmp_path / "old.bundle"))
+    manifest = json.loads((old / "manifest.json").read_text())
+    assert manifest["defaults"]["steps"] == 50
+    manifest["diffusion"]["betas"] = manifest["diffusion"]["betas"][:20]
+    (old / "manifest.json").write_text(json.dumps(manifest))
+    pipe = Pipeline(old, "onnxruntime", threads=1)
+    # diffusers' UniPC cannot run 20 leading steps of 20.
+    assert [len(pipe.prepare([1], sampler=name)[0].schedule) for name in (None, "ddim", "unipc")] == [20, 20, 19]
+    assert pipe([1]).shape == (1, 32, 32, 3)
+    with pytest.raises(SamplingError, match="50 steps: expected 1 to 20"):
+        pipe([1], steps=50)
+    assert bundle_info(pipe.bundle)["defaults"]["steps"] == 20
+    done = run_command("dit-sample", old, "--write-table", tmp_path / "table.json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "ddim, 20 steps" in done.stdout
+
+
+def test_one_label_is_one_image(bundles: dict[str, Path]) -> None:
+    """Fails if text is taken letter by letter, or a mixture class by class, for the labels of several images."""
+    pipe = Pipeline(bundles["fp32"], "onnxruntime", threads=1)
+    for label, weights in (("class 3", {3: 1.0}), ("7", {7: 1.0}), (4, {4: 1.0}), ({3: 0.7, 5: 0.3}, {3: 0.7, 5: 0.3})):
+        assert [image.labels for image in pipe.prepare(label)] == [weights]
+        assert [image.labels for image in pipe.prepare([label, label])] == [weights] * 2
+    with pytest.raises(SamplingError, match="label 33: expected 0 to 9"):
+        pipe.prepare("33")
+    inputs, output = InputFiles(None, None, None), OutputRequest(Path("x.png"))
+    assert jobs_from_labels(pipe, LabelledImages("7", settings={"steps": 1}), inputs, output).count == 1
+    (job,) = jobs_from_labels(pipe, LabelledImages("7+3", settings={"steps": 1}), inputs, output).each
+    assert [image.labels for image in job.batch] == [{7: 0.5, 3: 0.5}]

@@ -18,10 +18,31 @@ from dit_runtime.backends.conditioning import ConditioningTable, TableLimits
 from dit_runtime.backends.profiles import BatchShape, Profiles
 from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle
+from dit_runtime.core.errors import EngineError
+from dit_runtime.core.machine import count_cpus
 from dit_runtime.samplers.noise import Float32
 
 Array = NDArray[Any]
 Int32 = NDArray[np.int32]
+
+THREADS_ANYWHERE = 64  # so many are taken on any machine, so that an image made on a larger one can be made again
+THREADS_A_CPU = 4
+
+
+def most_threads() -> int:
+    """Most threads of the CPU that an engine takes here.
+
+    Threads wait for each other in a loop: far more threads than CPUs take minutes for a step, and then gigabytes.
+    """
+    return max(THREADS_ANYWHERE, THREADS_A_CPU * count_cpus())
+
+
+def check_threads(threads: int) -> None:
+    """Raises EngineError for threads of the CPU outside 0 to ``most_threads()``; 0 is the engine's choice."""
+    if type(threads) is not int or not 0 <= threads <= most_threads():
+        raise EngineError(
+            f"{threads!r:.80} threads: expected 0, for the engine's choice, to {most_threads()} on this machine"
+        )
 
 
 @dataclass(frozen=True)
@@ -43,6 +64,9 @@ class EngineInfo:
         tile: height and width in latent pixels of the tiles that the decoder takes; None for whole images.
         loop_on_device: whether latents stay on the device for the whole loop. A call of a session then does less work
             than a step of the loop.
+
+    Raises:
+        EngineError: too many threads.
     """
 
     name: str
@@ -57,6 +81,9 @@ class EngineInfo:
     profiles: Mapping[str, Profiles] = field(default_factory=dict)
     tile: tuple[int, int] | None = None
     loop_on_device: bool = False
+
+    def __post_init__(self) -> None:
+        check_threads(self.threads)
 
     def has_branches(self, count: int) -> bool:
         """Whether the step can run with ``count`` guidance branches."""

@@ -12,8 +12,11 @@ from dit_runtime.bench.parts import compare_with_gemm, time_images, time_parts
 from dit_runtime.bench.timing import Timing, memory_use
 from dit_runtime.bundle.reader import Bundle, open_bundle
 from dit_runtime.core.environment import describe_environment
+from dit_runtime.samplers.by_name import count_default_steps
 from dit_runtime.verify.auto import choose_engine
+from dit_runtime.verify.verification import trajectories_of
 
+STEPS = 50
 SWEEP_STEPS = (10, 25, 50)
 
 
@@ -28,7 +31,7 @@ class BenchmarkRequest:
         store: where engines and verdicts are kept; None is the bundle's own folder.
         threads: of the CPU; 0 lets the engine choose.
         batches: images in a call, each timed by itself, in rising order.
-        steps: of a whole image.
+        steps: of a whole image; None is ``STEPS``, or fewer where the model has fewer training timesteps.
         repeat: timed calls of each part.
         image_runs: timed runs of whole images; 0 leaves them out.
         sweep: also time other step counts and image sizes, with the smallest batch.
@@ -41,7 +44,7 @@ class BenchmarkRequest:
     store: Path | None = None
     threads: int = 0
     batches: tuple[int, ...] = (1,)
-    steps: int = 50
+    steps: int | None = None
     repeat: int = 20
     image_runs: int = 3
     sweep: bool = False
@@ -61,7 +64,8 @@ def benchmark(request: BenchmarkRequest) -> dict[str, Any]:
     """
     bundle = open_bundle(request.bundle, request.store)
     engine = _open_engine(request, bundle)
-    parts = {batch: time_parts(bundle, engine, batch, request.steps, request.repeat) for batch in request.batches}
+    steps = _count_steps(bundle, STEPS) if request.steps is None else request.steps
+    parts = {batch: time_parts(bundle, engine, batch, steps, request.repeat) for batch in request.batches}
     report: dict[str, Any] = {
         "bundle": bundle.digest,
         "model": bundle.manifest.source.name,
@@ -69,17 +73,17 @@ def benchmark(request: BenchmarkRequest) -> dict[str, Any]:
         "precision": bundle.manifest.precision.name,
         "engine": engine.info.name,
         "verified": True,
-        "steps": request.steps,
+        "steps": steps,
         "environment": describe_environment(request.threads),
         "parts": {batch: _json_from_timings(timings) for batch, timings in parts.items()},
     }
     if request.image_runs > 0:
         report["pictures"] = {
-            batch: time_images(bundle, engine, batch, request.steps, request.image_runs) for batch in request.batches
+            batch: time_images(bundle, engine, batch, steps, request.image_runs) for batch in request.batches
         }
     if request.sweep:
         report["step_counts"] = _time_step_counts(request, bundle, engine)
-        report["sizes"] = _time_sizes(request, bundle, engine)
+        report["sizes"] = _time_sizes(request, bundle, engine, steps)
     if request.gemm:
         report["gemm"] = compare_with_gemm(bundle, engine, parts)
     report["memory_bytes"] = memory_use()
@@ -91,18 +95,26 @@ def _open_engine(request: BenchmarkRequest, bundle: Bundle) -> Engine:
 
 
 def _time_step_counts(request: BenchmarkRequest, bundle: Bundle, engine: Engine) -> dict[int, Any]:
-    """Whole images of other step counts."""
+    """Whole images of other step counts, of those that the model has."""
     runs = max(request.image_runs, 1)
-    return {steps: time_images(bundle, engine, request.batches[0], steps, runs) for steps in SWEEP_STEPS}
+    counts = dict.fromkeys(_count_steps(bundle, steps) for steps in SWEEP_STEPS)
+    return {steps: time_images(bundle, engine, request.batches[0], steps, runs) for steps in counts}
 
 
-def _time_sizes(request: BenchmarkRequest, bundle: Bundle, engine: Engine) -> dict[str, Any]:
+def _count_steps(bundle: Bundle, steps: int) -> int:
+    """``steps``, or as many as both the timed schedule and the bundle's own sampler can run."""
+    manifest = bundle.manifest
+    samplers = (trajectories_of(manifest.diffusion)[0], manifest.defaults.sampler)
+    return min(count_default_steps(name, manifest.model, manifest.diffusion, steps) for name in samplers)
+
+
+def _time_sizes(request: BenchmarkRequest, bundle: Bundle, engine: Engine, steps: int) -> dict[str, Any]:
     """The parts at each image size of the bundle; ``engine`` is the one of the size in use."""
     found = {}
     for size in bundle.manifest.image_sizes:
         at = bundle.at(size)
         own = engine if size == bundle.manifest.image_size else _open_engine(request, at)
-        timings = time_parts(at, own, request.batches[0], request.steps, request.repeat)
+        timings = time_parts(at, own, request.batches[0], steps, request.repeat)
         found[f"{size[0]}x{size[1]}"] = {"tokens": at.manifest.model.tokens, **_json_from_timings(timings)}
     return found
 

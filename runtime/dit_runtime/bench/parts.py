@@ -59,7 +59,7 @@ def time_parts(bundle: Bundle, engine: Engine, batch: int, steps: int, repeat: i
         work[name] = partial(engine.session("step").run, inputs, ["next_state", "denoised"])
     height, width = engine.info.tile or model.latent_size
     latents = {"latents": state[:, 0, :, :height, :width].copy()}
-    work[DECODER] = partial(engine.session("decoder").run, latents, ["images"])
+    work[DECODER] = partial(engine.session("decoder").run, latents, ["images", "decoded"])  # as a pipeline asks
     found = dict(time_calls(work, repeat, f"timing parts, batch {batch}"))
     for name, timing in time_calls(whole, max(repeat // 4, 3), f"timing loops, batch {batch}").items():
         found[name] = timing.of_each(steps)

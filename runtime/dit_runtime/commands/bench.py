@@ -15,6 +15,7 @@ from dit_runtime.commands.common import (
     positive,
     print_json,
     run,
+    thread_count,
 )
 
 EXAMPLES = (
@@ -67,9 +68,11 @@ def _parser() -> Parser:
     parser.add_argument("--engine", default="auto", help=ENGINE_HELP)
     parser.add_argument("--precision", choices=PRECISIONS, metavar="{fp32,bf16}", help=PRECISION_HELP)
     parser.add_argument("--store", type=Path, metavar="DIR", help=STORE_HELP)
-    parser.add_argument("--threads", type=int, default=0, help="of the CPU; 0 lets the engine choose")
+    parser.add_argument("--threads", type=thread_count(0), default=0, help="of the CPU; 0 lets the engine choose")
     parser.add_argument("--batch", type=_batches, default="1", help="images in a call, one number or several: 1,2,4")
-    parser.add_argument("--steps", type=positive, default=50, help="sampling steps of a whole image")
+    parser.add_argument(
+        "--steps", type=positive, help="sampling steps of a whole image (default: 50, or what the model has)"
+    )
     parser.add_argument("--repeat", type=positive, default=20, help="timed calls of each part, after the warm-up")
     parser.add_argument("--pictures", type=int, default=3, help="timed runs of whole images; 0 leaves them out")
     parser.add_argument("--sweep", action="store_true", help="also time whole images of other step counts and sizes")

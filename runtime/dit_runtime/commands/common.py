@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
+from dit_runtime.backends.base import most_threads
 from dit_runtime.backends.open import BACKENDS
-from dit_runtime.core.errors import DiTError
+from dit_runtime.core.errors import DiTError, SamplingError
 from dit_runtime.core.progress import show_progress
 from dit_runtime.core.version import __version__
 
 INTERRUPTED = 130
+LONGEST_NUMBER = 100  # characters
 ENGINE_HELP = (
     f"auto, {', '.join(BACKENDS)}; auto takes TensorRT if dit-build made an engine for this GPU, "
     "else the fastest of the others here"
@@ -89,6 +91,35 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number from 1")
     return number
+
+
+def thread_count(least: int) -> Callable[[str], int]:
+    """An argparse type: threads of the CPU, from ``least`` to ``most_threads()``."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = -1
+        if not least <= number <= most_threads():
+            raise argparse.ArgumentTypeError(
+                f"got {text!r:.80}, expected a whole number from {least} to {most_threads()}"
+            )
+        return number
+
+    return parse
+
+
+def seed_number(text: str) -> int:
+    """An argparse type: a seed that PyTorch takes."""
+    from dit_runtime.samplers.noise import check_seed
+
+    try:
+        return check_seed(int(text) if len(text) <= LONGEST_NUMBER else text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r:.80}, expected a whole number from -2^63 to 2^64-1") from None
+    except SamplingError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:

@@ -9,6 +9,7 @@ from typing import Any
 from dit_runtime.backends.tensorrt.store import describe_platform, read_engines
 from dit_runtime.bundle.reader import GOLDEN, Bundle
 from dit_runtime.core.machine import describe_machine
+from dit_runtime.samplers.by_name import count_default_steps
 from dit_runtime.verify.verdicts import Verdict, read_verdicts
 
 PARTS = ("conditioner", "step", "decoder", "encoder")
@@ -29,7 +30,9 @@ def bundle_info(bundle: Bundle) -> dict[str, Any]:
         "image_sizes": [list(size) for size in manifest.image_sizes],
         "defaults": {
             "sampler": manifest.defaults.sampler,
-            "steps": manifest.defaults.steps,
+            "steps": count_default_steps(
+                manifest.defaults.sampler, manifest.model, manifest.diffusion, manifest.defaults.steps
+            ),
             "guidance": manifest.defaults.guidance,
         },
         "weights_bytes": {name: manifest.files[graph.weights].bytes for name, graph in manifest.graphs.items()},

@@ -18,6 +18,8 @@ from dit_runtime.commands.common import (
     positive,
     print_json,
     run,
+    seed_number,
+    thread_count,
 )
 from dit_runtime.output.request import (
     DecodeSettings,
@@ -73,13 +75,15 @@ def _sample(request: SampleRequest) -> int:
 def _write_table(request: TableRequest) -> int:
     """``--write-table`` needs no engine."""
     from dit_runtime.bundle.reader import open_bundle
-    from dit_runtime.samplers.by_name import schedule_for
+    from dit_runtime.samplers.by_name import count_default_steps, schedule_for
     from dit_runtime.samplers.schedule import write_table
 
     manifest = open_bundle(request.bundle).manifest
     sampler = request.sampler or manifest.defaults.sampler
-    steps = manifest.defaults.steps if request.steps is None else request.steps
-    schedule = schedule_for(sampler, manifest.model, manifest.diffusion, steps, request.eta, request.spacing)
+    model, diffusion, steps = manifest.model, manifest.diffusion, request.steps
+    if steps is None:
+        steps = count_default_steps(sampler, model, diffusion, manifest.defaults.steps, request.spacing)
+    schedule = schedule_for(sampler, model, diffusion, steps, request.eta, request.spacing)
     write_table(schedule, request.path)
     print(f"{request.path}: {schedule.sampler}, {schedule.steps} steps, {len(schedule)} rows of 17 numbers")
     return 0
@@ -212,8 +216,10 @@ def _add_image_arguments(parser: Parser) -> None:
     group.add_argument("--count", type=positive, default=1, metavar="N", help="images of each label")
     group.add_argument("--from-image", type=Path, metavar="PNG", help="make an image again, from the record in it")
     seeds = group.add_mutually_exclusive_group()
-    seeds.add_argument("--seed", type=int, default=0, help="seed of the first image; the next images count up from it")
-    seeds.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="one seed for each image")
+    seeds.add_argument(
+        "--seed", type=seed_number, default=0, help="seed of the first image; the next images count up from it"
+    )
+    seeds.add_argument("--seeds", type=seed_number, nargs="+", metavar="SEED", help="one seed for each image")
 
 
 def _add_sampling_arguments(parser: Parser) -> None:
@@ -283,7 +289,7 @@ def _add_engine_arguments(parser: Parser) -> None:
     group.add_argument("--store", type=Path, metavar="DIR", help=STORE_HELP)
     group.add_argument(
         "--threads",
-        type=positive,
+        type=thread_count(1),
         help="of the CPU (default: the engine's choice; with --from-image, the number in the record)",
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,3 +86,8 @@ def has_nvidia_driver() -> bool:
     except OSError:
         return False
     return True
+
+
+def count_cpus() -> int:
+    """CPUs that this process may use: an engine that chooses its own threads takes at most as many."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

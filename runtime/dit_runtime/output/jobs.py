@@ -34,11 +34,17 @@ from dit_runtime.output.request import (
     SampleRequest,
 )
 from dit_runtime.pipeline import Pipeline
-from dit_runtime.samplers.noise import Float32
+from dit_runtime.samplers.noise import Float32, check_seed
 from dit_runtime.sampling.image_to_image import Init
 from dit_runtime.sampling.requests import ImageRequest
 from dit_runtime.sampling.settings import Settings
 from dit_runtime.sampling.tiles import check_tile
+
+# Endings of images that are not written: a folder of such a name is not what was meant.
+OTHER_IMAGES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".jxl", ".webp", ".avif", ".heic", ".heif", ".gif", ".apng"),
+    *(".bmp", ".tif", ".tiff", ".tga", ".ppm", ".pnm", ".ico", ".svg", ".pdf", ".npy", ".npz"),
+)
 
 
 @dataclass(frozen=True)
@@ -115,6 +121,11 @@ def _check_output(request: SampleRequest) -> None:
     path, images = request.output.path, request.images
     if request.output.is_grid and path.is_dir():
         raise OutputError(f"{path}: is a folder, expected a file; choose another --output")
+    if path.suffix.lower() in OTHER_IMAGES and not path.is_dir():
+        raise OutputError(
+            f"{path}: a grid is written as PNG, which keeps every bit and the record of how it was made; choose "
+            f"--output {path.with_suffix('.png').name}, or a folder's name"
+        )
     if isinstance(images, RecordedImages) and path.resolve() == images.path.resolve():
         raise OutputError(f"{path}: is the image to be made again; choose another --output")
     check_writable(path if request.output.is_grid else path / "image.png")
@@ -161,7 +172,8 @@ class _Series:
 
 def _series_from_labels(pipe: Pipeline, asked: LabelledImages, inputs: InputFiles) -> _Series:
     """Raises SamplingError for seeds, scales, noise or images to start from that are not one per image."""
-    named: Sequence[int | str] = range(pipe.manifest.model.classes) if asked.labels == ("all",) else asked.labels
+    given = (asked.labels,) if isinstance(asked.labels, str) else asked.labels
+    named: Sequence[int | str] = range(pipe.manifest.model.classes) if given == ("all",) else given
     labels = [label for label in named for _ in range(asked.count)]
     count = len(labels)
     seeds = range(asked.seeds, asked.seeds + count) if isinstance(asked.seeds, int) else asked.seeds
@@ -169,6 +181,8 @@ def _series_from_labels(pipe: Pipeline, asked: LabelledImages, inputs: InputFile
         raise SamplingError(
             f"{len(seeds)} seeds for {count} labels: expected one seed per image, or --seed for the first"
         )
+    for seed in seeds if not isinstance(seeds, range) else (seeds[0], seeds[-1]):
+        check_seed(seed)
     guidance = None if asked.guidance is None else list(asked.guidance)
     if guidance is not None and len(guidance) not in (1, count):
         raise SamplingError(f"{len(guidance)} guidance scales for {count} images: expected one, or one per image")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -20,12 +19,13 @@ import numpy as np
 
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import SamplingError
+from dit_runtime.core.machine import count_cpus
 from dit_runtime.core.version import __version__
 from dit_runtime.output.request import DecodeSettings
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.samplers.by_name import SAMPLERS
 from dit_runtime.samplers.flow import UNIFORM
-from dit_runtime.samplers.noise import Float32, noise_hash
+from dit_runtime.samplers.noise import LEAST_SEED, MOST_SEED, Float32, noise_hash
 from dit_runtime.samplers.schedule import Schedule
 from dit_runtime.sampling.image_to_image import Init
 from dit_runtime.sampling.requests import ImageRequest
@@ -131,11 +131,6 @@ def entry_from_request(
     }
 
 
-def count_cpus() -> int:
-    """CPUs that this process may use: an engine that chooses its own threads takes at most as many."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def schedule_hash(schedule: Schedule) -> str:
     """The identity of a schedule's numbers: 16 hexadecimal digits of SHA-256."""
     scales = (schedule.initial, schedule.start)
@@ -171,6 +166,8 @@ def entries_from_text(path: Path, text: Mapping[str, str]) -> list[Entry]:
                 raise KeyError(missing[0])
             if type(entry["threads"]) is not int or not 0 <= entry["threads"] <= MOST_THREADS:
                 raise ValueError(f"threads {entry['threads']!r}")
+            if type(entry["seed"]) is not int or not LEAST_SEED <= entry["seed"] <= MOST_SEED:
+                raise ValueError(f"seed {entry['seed']!r:.80}")
             height, width = entry["size"]
             for number in (height, width, entry["decode_tile"] or 1, entry["decode_batch"] or 1):
                 if type(number) is not int or not 0 < number <= MOST:
@@ -248,7 +245,7 @@ def _prepare_entry(
         spacing = None if entry["spacing"] == UNIFORM else str(entry["spacing"])
         (image,) = pipe.prepare(
             [{int(label): float(weight) for label, weight in entry["label"].items()}],
-            [int(entry["seed"])],
+            [entry["seed"]],
             sampler=table or str(entry["sampler"]),
             steps=None if table else int(entry["steps"]),
             eta=0.0 if table else float(entry["eta"]),

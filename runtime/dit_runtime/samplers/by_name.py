@@ -101,6 +101,31 @@ def schedule_for(
     return DIFFUSION[sampler](arguments)
 
 
+def count_default_steps(
+    sampler: str, model: ModelSpec, diffusion: DiffusionSpec, steps: int, spacing: str | None = None
+) -> int:
+    """How many steps a sampler takes where the caller names no number.
+
+    Args:
+        sampler, model, diffusion, spacing: as ``schedule_for``.
+        steps: the usual number.
+
+    Returns:
+        ``steps``, or for a model of few training timesteps the largest number below it that the sampler can run. Where
+        it can run none, ``steps``, so that ``schedule_for`` says why.
+    """
+    total = len(diffusion.betas)
+    if not total or 2 * steps <= total:
+        return steps
+    for count in range(min(steps, total), 0, -1):
+        try:
+            schedule_for(sampler, model, diffusion, count, spacing=spacing)
+        except SamplingError:
+            continue
+        return count
+    return steps
+
+
 def _check_name(sampler: str, eta: float, diffusion: DiffusionSpec) -> None:
     """Raises SamplingError for a sampler that does not exist, takes no eta, or is for other models."""
     if sampler in ADAPTIVE:

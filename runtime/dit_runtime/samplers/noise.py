@@ -31,6 +31,7 @@ UInt64 = NDArray[np.uint64]
 
 VECTOR = 16  # on the CPU, draws of at least this many values take PyTorch's vectorized path
 TOGETHER = 4096  # values of several streams that are drawn at once; more would overflow the processor's caches
+LEAST_SEED, MOST_SEED = -(1 << 63), (1 << 64) - 1  # of torch.Generator.manual_seed
 BLOCK = 256  # CUDA threads of a block
 ANY_DEVICE = 4096  # CUDA threads resident on any device of at least four multiprocessors
 
@@ -75,10 +76,30 @@ def noise_hash(noise: ArrayLike) -> str:
     return hashlib.sha256(np.asarray(noise, "<f4").tobytes()).hexdigest()[:16]
 
 
+def check_seed(seed: object) -> int:
+    """A seed that ``torch.Generator().manual_seed`` accepts, as it is. A negative one stands for itself plus 2⁶⁴.
+
+    Raises:
+        SamplingError: the seed is no whole number, or is outside ``LEAST_SEED`` to ``MOST_SEED``.
+    """
+    expected = "expected a whole number from -2^63 to 2^64-1, as torch.Generator.manual_seed takes"
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
+        raise SamplingError(f"seed {seed!r:.80}: {expected}")
+    number = int(seed)
+    if not LEAST_SEED <= number <= MOST_SEED:
+        shown = str(number) if number.bit_length() <= 128 else f"of {number.bit_length()} bits"
+        raise SamplingError(f"seed {shown}: {expected}")
+    return number
+
+
 class TorchNoise:
-    """The CPU's stream: ``torch.Generator().manual_seed(seed)`` and consecutive ``torch.randn``."""
+    """The CPU's stream: ``torch.Generator().manual_seed(seed)`` and consecutive ``torch.randn``.
+
+    Raises SamplingError for a seed that PyTorch refuses.
+    """
 
     def __init__(self, seed: int) -> None:
+        seed = check_seed(seed)
         self._twister = np.random.MT19937(0)
         # PyTorch seeds its twister with the low 32 bits, as RandomState does; numpy's other way differs.
         np.random.RandomState(self._twister).seed(seed & 0xFFFFFFFF)
@@ -122,7 +143,7 @@ class CudaNoise:
     """The CUDA stream: ``torch.Generator("cuda").manual_seed(seed)`` and consecutive ``torch.randn(device="cuda")``.
 
     Arguments:
-        seed: its low 64 bits count.
+        seed: one that ``check_seed`` accepts.
         resident_threads: ``multi_processor_count * max_threads_per_multi_processor`` of the device, as
             ``torch.cuda.get_device_properties()`` has them. A draw of more values than threads depends on this number,
             since each thread then draws again. None stands for any device of four or more multiprocessors: a draw of
@@ -137,7 +158,7 @@ class CudaNoise:
                 f"resident_threads is {resident_threads}, expected a positive multiple of {BLOCK}: "
                 "the device's multi_processor_count × max_threads_per_multi_processor"
             )
-        self._key = seed & 0xFFFFFFFFFFFFFFFF
+        self._key = check_seed(seed) & MOST_SEED
         self._threads = resident_threads
         self._counter = 0  # of Philox blocks; PyTorch's offset counts their four words
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -11,6 +11,11 @@ from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.core.errors import SamplingError
 
 Label = int | str | Mapping[int | str, float]
+
+
+def list_labels(labels: Sequence[Label] | Label) -> Sequence[Label]:
+    """The labels of several images. One label alone, whose characters or classes are no labels, is a list of one."""
+    return [labels] if isinstance(labels, str | int | np.integer | Mapping) else labels
 
 
 def weights_from_label(label: Label, manifest: Manifest) -> dict[int, float]:

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from dit_runtime.backends.base import Engine, EngineOptions
+from dit_runtime.backends.base import Engine, EngineOptions, check_threads
 from dit_runtime.backends.open import backend_named, engine_for, find_candidates
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import EngineError, ParityError
@@ -64,6 +64,7 @@ def choose_engine(bundle: Bundle, threads: int = 0, name: str = AUTO, precision:
         EngineError: no engine is installed, or no engine can run the bundle.
     """
     check_choice(name, precision)
+    check_threads(threads)
     report, failed = _Report(), list[str]()
     if name != AUTO:
         engine = engine_for(bundle, name, threads, precision)

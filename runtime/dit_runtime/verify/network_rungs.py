@@ -29,6 +29,7 @@ VECTORS = {
     "adaln-zero": ("attention shift", "attention scale", "attention gate", "MLP shift", "MLP scale", "MLP gate"),
     "adaln": ("attention shift", "attention scale", "MLP shift", "MLP scale"),
 }
+NAMED_UNITS = 4  # of so many units that need FP32, the rung "FP16 range" names each
 
 
 def fp16_range(replay: Replay) -> Rung:
@@ -39,13 +40,18 @@ def fp16_range(replay: Replay) -> Rung:
     # The residual stream after a block is FP32 in every precision.
     units = {unit: value for unit, value in units.items() if not unit.rpartition(".")[2].isdecimal()}
     worst = max(units, key=lambda unit: units[unit], default="nothing")
-    largest = units.get(worst, 0.0)
+    largest, margin = units.get(worst, 0.0), replay.budget.tolerance_of("fp16_range")
+    beyond = [unit for unit, value in units.items() if value and not FP16_MAX / value >= margin]
+    cure = ""
+    if beyond:
+        kept = f"--keep-fp32 {' '.join(beyond)}" if len(beyond) <= NAMED_UNITS else "--keep-fp32"
+        cure = f"; export again with {kept}, or with the list that dit-export --bisect finds"
     return Rung(
         "FP16 range",
         FP16_MAX / largest if largest else float("inf"),
-        replay.budget.tolerance_of("fp16_range"),
+        margin,
         "times",
-        f"{worst} reaches {largest:.4g} of {FP16_MAX:g}",
+        f"{worst} reaches {largest:.4g} of {FP16_MAX:g}{cure}",
         axis="unit",
         series={"magnitude": list(units.values())},
     )

@@ -292,6 +292,14 @@ def test_the_list_is_read_as_it_is_written(tmp_path: Path) -> None:
         read_keep_list([str(tmp_path / "gone.txt")])
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_list_with_a_byte_order_mark(tmp_path: Path, encoding: str) -> None:
+    """Fails if a list that a program of Windows saved names a unit that begins with the mark, or cannot be read."""
+    file = tmp_path / "keep.txt"
+    file.write_text("blocks.1.attn\nblocks.0.mlp # größer\n", encoding=encoding)
+    assert read_keep_list([str(file)]) == read_keep_list(str(file)) == ("blocks.1.attn", "blocks.0.mlp")
+
+
 def test_a_name_of_nothing_is_refused(bundles: dict[str, Path], checkpoint: Path, tmp_path: Path) -> None:
     """A unit that the model does not have would keep nothing, silently."""
     model = open_bundle(bundles["fp16"]).manifest.model

@@ -611,6 +611,9 @@ def test_what_the_engine_cannot_do(bench: Bench) -> None:
     # More images than the decoder takes at once are decoded in parts.
     many = np.random.default_rng(1).standard_normal((6, 4, 8, 8), np.float32)
     assert np.array_equal(bench.pipe.decode(many), bench.host.decode(many))
+    many[5, 0, 1, 1] = np.nan  # in the last part
+    with pytest.raises(SamplingError, match=r"decoded pixels are not finite on tensorrt 10\.3\.0 Double"):
+        bench.pipe.decode(many)
 
 
 def test_too_little_memory(bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,8 +21,9 @@ import numpy as np
 import pytest
 from support.optional import torch
 
+from dit_runtime import Pipeline
 from dit_runtime.backends import prepared
-from dit_runtime.backends.base import Candidate
+from dit_runtime.backends.base import Candidate, most_threads
 from dit_runtime.backends.onnxruntime import engine as onnxruntime_engine
 from dit_runtime.backends.onnxruntime import gpu as onnxruntime_gpu
 from dit_runtime.backends.onnxruntime import open as onnxruntime_open
@@ -35,6 +36,7 @@ from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle, open_bundle
 from dit_runtime.core import machine as cpu
 from dit_runtime.core.errors import BundleError, EngineError
+from dit_runtime.verify.auto import choose_engine
 from dit_runtime.verify.metrics import relative_error
 from dit_runtime.verify.verification import verification_of
 
@@ -696,3 +698,18 @@ def test_available_memory_heeds_a_containers_limit(tmp_path: Path) -> None:
     assert cpu.read_available_memory(tmp_path) == 5000 << 10
     (group / "memory.max").write_text("4000\n")
     assert cpu.read_available_memory(tmp_path) == 1100
+
+
+@pytest.mark.parametrize("threads", [100_000, most_threads() + 1, -1, 2.5])
+def test_threads_are_bounded(bundles: dict[str, Path], threads: Any) -> None:
+    """Fails if gigabytes of threads are made, or the refusal comes only when the engine is first used."""
+    bundle = open_bundle(bundles["fp32"])
+    message = f"{threads} threads: expected 0, for the engine's choice, to {most_threads()}"
+    for name in ("auto", "onnxruntime", "openvino"):
+        with pytest.raises(EngineError, match=f"^{message}"):
+            Pipeline(bundle, name, threads=threads)
+        with pytest.raises(EngineError, match=f"^{message}"):
+            choose_engine(bundle, threads, name)
+    for make in (OnnxRuntimeEngine, OpenVinoEngine):
+        with pytest.raises(EngineError, match=f"^{message}"):
+            make(bundle, threads=threads)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from support.commands import run_command, run_process
 
+from dit_runtime.backends.base import most_threads
+from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
+from dit_runtime.bench import benchmark
+from dit_runtime.bench.benchmark import BenchmarkRequest
 from dit_runtime.bench.gemm import measure_gemm_rates, shapes_of
 from dit_runtime.bench.timing import memory_use, time_calls, timing_of
 from dit_runtime.bundle.reader import open_bundle
+from dit_runtime.verify.auto import Choice
 
 
 def test_the_report_adds_up(bundles: dict[str, Path], tmp_path: Path) -> None:
@@ -47,11 +53,25 @@ def test_the_report_adds_up(bundles: dict[str, Path], tmp_path: Path) -> None:
     assert "## step counts, batch 1" in page
 
 
+def test_few_training_timesteps(bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the default steps, or those of the sweep, are more than the model has."""
+    bundle = open_bundle(bundles["fp32"])
+    few = replace(bundle.manifest.diffusion, betas=bundle.manifest.diffusion.betas[:20])
+    bundle = replace(bundle, manifest=replace(bundle.manifest, diffusion=few))
+    monkeypatch.setattr(benchmark, "open_bundle", lambda path, store: bundle)
+    monkeypatch.setattr(benchmark, "choose_engine", lambda *_: Choice(OnnxRuntimeEngine(bundle, threads=1), "named"))
+    report = benchmark.benchmark(BenchmarkRequest(bundle.path, repeat=1, image_runs=1, sweep=True, gemm=False))
+    assert report["steps"] == 20
+    assert set(report["step_counts"]) == {10, 20}
+
+
 def test_bad_requests_are_one_line(bundles: dict[str, Path], tmp_path: Path) -> None:
     """Impossible batches, plots of unknown kind, and unknown engines are refused before anything is timed."""
     for arguments, message in [
         (["--batch", "0"], "expected whole numbers from 1"),
         (["--batch", "x"], "expected whole numbers from 1"),
+        (["--threads", "100000"], f"got '100000', expected a whole number from 0 to {most_threads()}"),
+        (["--threads", "-1"], "got '-1', expected a whole number from 0 to "),
         (["--plot", tmp_path / "plot.txt"], "plots are .png, .svg, .pdf"),
         (["--engine", "abacus"], "engine 'abacus' is unknown"),
     ]:

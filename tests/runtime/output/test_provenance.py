@@ -19,6 +19,7 @@ from support.commands import run_command, run_process
 from support.sample_command import ENGINE, dit_sample, made, pixels, record, refused, shapes, with_record
 
 from dit_runtime import Pipeline, __version__
+from dit_runtime.backends.base import most_threads
 
 PER_IMAGE = ("label", "seed", "noise", "guidance", "init", "batch")  # lists in a grid's record
 
@@ -251,6 +252,9 @@ def test_damaged_records(bundle: Path, text: dict[str, str], tmp_path: Path) -> 
         ({"dit.batch": "[1, 0, [[1, 2]]]"}, "record is damaged: its batch does not fit"),
         ({"dit.seed": "9" * 5000}, "its record is damaged"),
         ({"dit.seed": "[" * 100_000}, "its record is damaged"),
+        ({"dit.seed": "7.5"}, "its record is damaged (ValueError: seed 7.5)"),
+        ({"dit.seed": "true"}, "its record is damaged (ValueError: seed True)"),
+        ({"dit.seed": str(7 + 2**64)}, "its record is damaged (ValueError: seed 18446744073709551623)"),
         ({"dit.label": "3"}, "the image's record is damaged"),
         ({"dit.label": "{}"}, "expected distinct classes"),
         ({"dit.label": '{"30": 1.0}'}, "label 30: expected 0 to 9"),
@@ -492,6 +496,14 @@ def test_wrong_arguments(bundle: Path, noises: dict[str, Path], tmp_path: Path) 
         (["--labels", 1, "--guidance", 0, "--sampler", "ddpm"], "guidance 0 with sampler ddpm"),
         (["--labels", 1, 2, "--seeds", 1, 2, 3], "3 seeds for 2 labels"),
         (["--labels", 1, 2, "--count", 2, "--seeds", 1, 2], "2 seeds for 4 labels"),
+        (["--labels", 1, "--seed", 2**64], "seed 18446744073709551616: expected a whole number from -2^63 to 2^64-1"),
+        (["--labels", 1, "--seed", -(2**63) - 1], "seed -9223372036854775809: expected"),
+        (["--labels", 1, "--threads", 100_000], f"got '100000', expected a whole number from 1 to {most_threads()}"),
+        (["--labels", 1, "--threads", 0], "expected a whole number from 1 to "),
+        (["--labels", 1, "--seed", 1.5], "got '1.5', expected a whole number from -2^63 to 2^64-1"),
+        (["--labels", 1, 2, "--seeds", 1, 2**64], "seed 18446744073709551616: expected"),
+        (["--labels", 1, 2, "--seed", 2**64 - 1, "--batch-size", 1], "seed 18446744073709551616: expected"),
+        (["--labels", 1, "--seed", "9" * 5000], "expected a whole number from -2^63 to 2^64-1"),
         (["--labels", 1, 2, "--seed", 1, "--seeds", 1, 2], "not allowed with argument"),
         (["--labels", 10], "label 10: expected 0 to 9"),
         (["--labels", 1, 2, "cat", "--batch-size", 1], "label 'cat': 0 classes have that name"),
@@ -559,6 +571,25 @@ def test_an_image_of_the_library_is_the_commands(bundle: Path, tmp_path: Path) -
     made(bundle, "--labels", 3, "1+2", "--seeds", 5, 6, "--steps", 4, "--guidance", 2, 3, "-o", tmp_path / "two")
     images = Pipeline(bundle, "onnxruntime", threads=1)([3, {1: 0.5, 2: 0.5}], [5, 6], steps=4, guidance=[2, 3])
     assert np.array_equal(images, np.stack([pixels(path) for path in sorted((tmp_path / "two").iterdir())]))
+
+
+@pytest.mark.parametrize("name", ["picture.jpg", "picture.JPEG", "picture.webp", "picture.tiff"])
+def test_an_output_of_another_kind(bundle: Path, text: dict[str, str], tmp_path: Path, name: str) -> None:
+    """Fails if a file of a kind that is not written becomes a folder of that name."""
+    message = f"{name}: a grid is written as PNG"
+    refused(message, bundle, "--labels", 3, "--steps", 1, "-o", tmp_path / name, folder=tmp_path)
+    recorded = with_record(tmp_path / "one.png", text)
+    refused("choose --output picture.png", bundle, "--from-image", recorded, "-o", tmp_path / name, folder=tmp_path)
+
+
+def test_a_negative_seed_is_made_again(bundle: Path, tmp_path: Path) -> None:
+    """Fails if the seed -1 is not the seed 2⁶⁴ - 1, as in PyTorch, or its image cannot be made again."""
+    path = tmp_path / "one.png"
+    made(bundle, "--labels", 3, "--seed", -1, "--steps", 2, "-o", path)
+    made(bundle, "--labels", 3, "--seed", 2**64 - 1, "--steps", 2, "-o", tmp_path / "same.png")
+    assert record(path)["dit.seed"] == -1
+    assert record(path)["dit.noise"] == record(tmp_path / "same.png")["dit.noise"]
+    assert "the same as" in made(bundle, "--from-image", path, "-o", tmp_path / "again.png")
 
 
 def test_the_threads_of_an_image_are_used_again(bundle: Path, tmp_path: Path) -> None:

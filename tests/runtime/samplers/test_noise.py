@@ -24,6 +24,7 @@ from dit_runtime.samplers.noise import (
     CudaNoise,
     Noise,
     TorchNoise,
+    check_seed,
     draw_normals,
     noise_hash,
 )
@@ -35,7 +36,7 @@ RARE_LIMIT = 1e-6  # measured: 9.5e-7, two last places; 4 of 24.6 million draws 
 CUDA_LIMIT = 1e-6  # measured: 9.6e-7 over the values published at full precision below
 PRINTED = 5.1e-5  # four decimals, and CUDA_LIMIT
 
-SEEDS = [0, 1, 42, 2**31, 2**32 - 1, 2**32 + 7]
+SEEDS = [0, 1, 42, 2**31, 2**32 - 1, 2**32 + 7, -1, -(2**63), 2**64 - 1]  # the last three are PyTorch's bounds
 SIZES = [*range(1, 41), 255, 256, 257, 4096, 16384 + 5]
 
 
@@ -431,3 +432,23 @@ def test_noise_hash() -> None:
     for same in (np.asfortranarray(values), values.astype(">f4"), values.astype(np.float16), values[:, ::-1][:, ::-1]):
         assert noise_hash(same) == expected
     assert noise_hash(values.T) != expected
+
+
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1, 10**5000, 1.5, 7.0, True, "7", None, [7]], ids=range(9))
+def test_seeds_that_pytorch_refuses(seed: Any) -> None:
+    """Fails if a seed that PyTorch refuses gives the noise of another one, on either device."""
+    with pytest.raises((RuntimeError, ValueError, TypeError, OverflowError)):
+        torch_generator(seed)
+    for kind in (TorchNoise, CudaNoise):
+        with pytest.raises(SamplingError, match=r"^seed .{1,90}: expected a whole number from -2\^63 to 2\^64-1"):
+            kind(seed)
+
+
+def test_negative_seeds_wrap() -> None:
+    """A negative seed is the one that PyTorch makes of it; numpy's whole numbers are taken too."""
+    for seed in (-1, -(2**63)):
+        wrapped = torch_generator(seed).initial_seed()
+        assert wrapped == seed + 2**64
+        for kind in (TorchNoise, CudaNoise):
+            assert np.array_equal(kind(seed).normal((16,)), kind(wrapped).normal((16,)))
+    assert check_seed(np.uint64(2**64 - 1)) == 2**64 - 1

@@ -359,6 +359,12 @@ def test_numbers_too_large_for_fp16(bundles: dict[str, Path]) -> None:
         rung = network_rungs.fp16_range(Replay(replace(bundle, manifest=manifest), engine))
         assert rung.passed is passes
         assert ("blocks.1.mlp reaches 4e+04 of 65504" in rung.detail) is not passes
+        assert (
+            "--keep-fp32 blocks.1.mlp, or with the list that dit-export --bisect finds" in rung.detail
+        ) is not passes
+    everywhere = replace(bundle.manifest, magnitudes=dict.fromkeys(bundle.manifest.magnitudes, 1e6))
+    rung = network_rungs.fp16_range(Replay(replace(bundle, manifest=everywhere), engine))
+    assert rung.detail.endswith("; export again with --keep-fp32, or with the list that dit-export --bisect finds")
     fp32 = open_bundle(bundles["fp32"])
     assert next(iter(verify(fp32, OnnxRuntimeEngine(fp32, threads=1)))).name != "FP16 range"
 

@@ -19,6 +19,7 @@ from dit_runtime.backends.tensorrt.cuda import DeviceFacts
 from dit_runtime.backends.tensorrt.store import StoredEngine, StoredGraph
 from dit_runtime.bundle.manifest import GraphSpec, Manifest
 from dit_runtime.core.errors import EngineError
+from dit_runtime.samplers.by_name import count_default_steps
 
 # Memory that sampling must leave to others, in bytes. On a Jetson the system, its desktop and the CUDA context use the
 # same memory; on a card only the context and the library do. Assumed, not measured: the driver's figure of free memory
@@ -198,7 +199,9 @@ def check_engine(manifest: Manifest, stored: StoredEngine, available: int, batch
         return  # the call with a batch that no profile takes raises the error
     size, branches = min(taking)
     most = min(stored.graphs["step"].profiles_of(manifest.graphs["step"]).largest_sizes("rows"))
-    steps = manifest.defaults.steps if batch is None else 1
+    defaults, steps = manifest.defaults, 1
+    if batch is None:
+        steps = count_default_steps(defaults.sampler, manifest.model, manifest.diffusion, defaults.steps)
 
     def need_at(size: int) -> Need:
         rows = min(most, (size + branches - 1) * steps)
