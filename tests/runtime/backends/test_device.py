@@ -355,8 +355,8 @@ def test_nothing_is_waited_for_within_the_loop(bench: Bench) -> None:
         assert calls["enqueue"] == 1  # the decoder
         counts.append((calls["synchronize"], calls["upload"], calls["download"]))
     # Waits: the run inputs' memory, the latents, the batch's end, the decoder's context, the images. Uploads: two
-    # images, the first row, the inputs of the other rows, the decoder's latents. Downloads: state, denoised, images, and
-    # the decoder's floats, which tell whether its pixels are finite.
+    # images, the first row, the inputs of the other rows, the decoder's latents. Downloads: state, denoised,
+    # images, and the decoder's floats, which tell whether its pixels are finite.
     assert counts[0] == counts[1] == (5, 5, 4)
 
 
