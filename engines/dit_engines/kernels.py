@@ -24,13 +24,13 @@ _TENSOR = re.compile(r"Dimensions: \[(?P<Dimensions>[\d,\-]*)\][^}]*?Datatype: (
 _NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 _SUBGRAPH = re.compile(r"_myl(\d+)_\d+$")
 _PROFILE = re.compile(r" \[profile (\d+)\]$")
-# Words for each datatype: in a format, or in the name of a tactic such as sm80_xmma_gemm_f16f16_f16f32_f32_tn_n.
-# The least precise last: a kernel with inputs of several datatypes multiplies in the first that is there.
+# Words for each datatype: in a format, or in the name of a tactic such as sm80_xmma_gemm_f16f16_f16f32_f32_tn_n, whose
+# first word is the factors' datatype and whose others are the sum's and the result's.
 _WORDS = {
-    Precision.FP32: ("FP32", "f32f32", "tf32"),
-    Precision.BF16: ("BF16", "bf16bf16"),
-    Precision.FP16: ("FP16", "f16f16", "h16816", "h1688", "h884"),
-    Precision.INT8: ("INT8", "i8i8"),
+    Precision.FP32: ("FP32", "f32f32", "tf32", "sgemm", "s1688gemm_f32", "s1688gemm_tf32"),
+    Precision.BF16: ("BF16", "bf16bf16", "gemm_bf16", "tensorop_bf16"),
+    Precision.FP16: ("FP16", "f16f16", "h16816", "h1688", "h884", "hgemm", "gemm_f16", "tensorop_f16"),
+    Precision.INT8: ("INT8", "i8i8", "gemm_s8", "i16832", "imma"),
 }
 FUSED_ATTENTION = "_gemm_mha"
 # The name of a generated kernel lists its operations: __myl_MoveTranSlic. These move data, and Cast changes its type.
@@ -110,20 +110,22 @@ def kernels_from_log(message: str) -> list[Kernel]:
 
 
 def kernel_from_layer(layer: Mapping[str, Any]) -> Kernel:
-    """A kernel from a layer of the inspector's JSON. A missing field counts as unknown."""
+    """A kernel from a layer of the inspector's JSON. A missing field counts as unknown.
+
+    The datatype of the products is that of the weights; where the layer lists no weights, the one that the tactic's
+    name tells; and where the name tells none, that of the factors among the inputs (``_datatype_of_factors``).
+    """
     name, metadata = str(layer.get("Name", "")), str(layer.get("Metadata") or "")
     constants = [_sizes_and_datatype_of(item) for item in _mappings_in(layer.get("Constants"))]
-    matrices = [(sizes, dtype) for sizes, dtype in constants if sum(size > 1 for size in sizes) >= 2]
+    matrices = [(sizes, dtype) for sizes, dtype in constants if _is_matrix(sizes)]
     weights, dtype = sum(math.prod(sizes) for sizes, _ in matrices), ""
     own = layer.get("Weights")
     if matrices:
         dtype = max(matrices, key=lambda item: math.prod(item[0]))[1]
     elif isinstance(own, Mapping):
-        weights, dtype = int(own.get("Count", 0)), _datatype_from_text(str(own.get("Type", "")))
-    if not dtype:
-        inputs = {found for _, found in map(_sizes_and_datatype_of, _mappings_in(layer.get("Inputs")))}
-        known = [TENSORRT_DATATYPES[precision] for precision in _WORDS if TENSORRT_DATATYPES[precision] in inputs]
-        dtype = known[0] if known else _datatype_from_text(str(layer.get("TacticName") or ""))
+        weights, dtype = _count_from(own.get("Count")), _datatype_from_text(str(own.get("Type", "")))
+    dtype = dtype or _datatype_from_tactic(str(layer.get("TacticName") or ""))
+    dtype = dtype or _datatype_of_factors([_sizes_and_datatype_of(item) for item in _mappings_in(layer.get("Inputs"))])
     subgraph, profile = _SUBGRAPH.search(name), _PROFILE.search(name)
     return Kernel(
         name=name,
@@ -137,9 +139,12 @@ def kernel_from_layer(layer: Mapping[str, Any]) -> Kernel:
 
 
 def split_by_profile(kernels: Sequence[Kernel], count: int) -> list[list[Kernel]]:
-    """Split kernels by their optimization profile, which is read from their names.
+    """Split kernels by their optimization profile.
 
-    The compiled subgraphs are numbered through all profiles, and every profile has the same number of them.
+    A listing has the kernels of every profile, told apart by ``[profile 1]`` in their names or by the numbers of their
+    compiled subgraphs, which run through all profiles, as many for each. Or it has one set of kernels, for all profiles,
+    as TensorRT 10's inspector does without a context ("layer information is not specified per profile", Polygraphy's
+    ``polygraphy/backend/trt/util.py``): then every profile has this set.
 
     Args:
         kernels: of all profiles.
@@ -153,7 +158,15 @@ def split_by_profile(kernels: Sequence[Kernel], count: int) -> list[list[Kernel]
         if kernel.profile is None and kernel.subgraph is not None:
             profile = numbers.index(kernel.subgraph) // each
         found[min(profile, count - 1)].append(kernel)
-    return found
+    if any(kernel.profile is not None for kernel in kernels) or _have_common_nodes(found):
+        return found
+    return [list(kernels) for _ in range(count)]
+
+
+def _have_common_nodes(groups: Sequence[Sequence[Kernel]]) -> bool:
+    """Whether all groups of kernels compute some same ONNX node, as those of several profiles do."""
+    nodes = [{node for kernel in group for node in kernel.nodes} for group in groups]
+    return bool(set.intersection(*nodes))
 
 
 def _mappings_in(value: Any) -> list[Mapping[str, Any]]:
@@ -165,13 +178,48 @@ def _sizes_and_datatype_of(item: Mapping[str, Any]) -> tuple[list[int], str]:
     return [size for size in item.get("Dimensions") or [] if isinstance(size, int)], _datatype_from_text(str(told))
 
 
+def _is_matrix(sizes: Sequence[int]) -> bool:
+    """Whether a tensor has two axes longer than 1; a dynamic axis, -1, counts as longer. A scalar or bias has none."""
+    return sum(size != 1 for size in sizes) >= 2
+
+
+def _count_from(value: Any) -> int:
+    return value if isinstance(value, int) else 0
+
+
+def _datatype_of_factors(inputs: Sequence[tuple[list[int], str]]) -> str:
+    """The datatype in which a kernel multiplies, from its inputs' sizes and datatypes; empty where they do not tell.
+
+    TensorRT lists the scalars alpha and beta, the bias and a residual beside the factors: a GEMM in FP16 has
+    ``gemm_alpha [1] Float``, and where the FP32 residual stream is added in the same kernel, a matrix in Float too. Both
+    factors of a product have one datatype, so where matrices have several, the datatype of two of them is meant.
+    """
+    told = [dtype for sizes, dtype in inputs if dtype and (_is_matrix(sizes) or not sizes)]
+    if len(set(told)) == 1:
+        return told[0]
+    twice = [dtype for dtype in dict.fromkeys(told) if told.count(dtype) > 1]
+    return twice[0] if len(twice) == 1 else ""
+
+
+def _datatype_from_tactic(text: str) -> str:
+    """TensorRT's name of the factors' datatype in a tactic's name, which comes first there; empty where it has none."""
+    found = [
+        (match.start(), TENSORRT_DATATYPES[precision])
+        for precision, words in _WORDS.items()
+        for word in words
+        if (match := re.search(rf"(?<![a-z]){word}", text))
+    ]
+    return min(found)[1] if found else ""
+
+
 def _datatype_from_text(text: str) -> str:
-    """TensorRT's name of the datatype that a format or a tactic's name tells; empty where it tells none."""
+    """TensorRT's name of the datatype that a field tells; the field's first word where it is another one."""
     named = set(re.findall(r"\w+", text))
-    for precision, words in _WORDS.items():
-        name = TENSORRT_DATATYPES[precision]
-        if name in named or any(re.search(rf"(?<![a-z]){word}", text) for word in words):
+    for name in (TENSORRT_DATATYPES[precision] for precision in _WORDS):
+        if name in named:
             return name
+    if found := _datatype_from_tactic(text):
+        return found
     return "" if not text or text.startswith("N/A") else text.split()[0] if text[0].isupper() else ""
 
 

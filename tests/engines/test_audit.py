@@ -225,8 +225,8 @@ def test_damaged_layers_are_not_told() -> None:
 def test_profiles_are_told_apart() -> None:
     """Subgraphs are numbered through the profiles; TensorRT's own kernels name theirs."""
 
-    def kernel(name: str) -> Kernel:
-        return kernel_from_layer({"Name": name, "LayerType": "kgen"})
+    def kernel(name: str, node: str = "blocks.0/Add") -> Kernel:
+        return kernel_from_layer({"Name": name, "LayerType": "kgen", "Metadata": f"[ONNX Layer: {node}]"})
 
     two = [kernel(f"k_myl{number}_7") for number in (0, 1, 2, 3)]  # two subgraphs in each of two profiles
     assert [[item.name for item in own] for own in split_by_profile(two, 2)] == [
@@ -237,6 +237,68 @@ def test_profiles_are_told_apart() -> None:
     assert len(one) == 1
     named = [kernel("conv"), kernel("conv [profile 1]")]
     assert [len(own) for own in split_by_profile(named, 2)] == [1, 1]
+
+
+def test_kernels_listed_once_are_every_profiles() -> None:
+    """One set of kernels without a profile, as TensorRT 10 lists it, is the set of each profile: none looks empty."""
+    once = [kernel_from_layer(layer) for layer in layers_of_10()]
+    assert split_by_profile(once, 3) == [once] * 3
+    halves = [
+        kernel_from_layer({"Name": f"k_myl{number}_0", "Metadata": f"[ONNX Layer: blocks.{number}/Add]"})
+        for number in range(4)
+    ]
+    assert split_by_profile(halves, 2) == [halves, halves]
+    audit = audit_of(once, [WORK, WORK], 0, [1, 2], FP16.keep_fp32)
+    assert [profile.unread for profile in audit.profiles] == [0, 0]
+    assert [profile.activation_bytes for profile in audit.profiles] == [1, 2]
+
+
+def gemm(*inputs: tuple[str, list[int], str], **fields: Any) -> str:
+    """The datatype that is read from a GEMM's record; ``inputs`` are name, dimensions and datatype."""
+    given = [{"Name": name, "Dimensions": sizes, "Format/Datatype": dtype} for name, sizes, dtype in inputs]
+    return kernel_from_layer({"Name": "g", "LayerType": "gemm", "Inputs": given, **fields}).dtype
+
+
+SCALARS = (("g_alpha", [1], "Float"), ("g_beta", [1], "Float"))
+
+
+@pytest.mark.parametrize("dtype", ["Half", "Float"])
+def test_scalars_biases_and_residuals_are_no_factors(dtype: str) -> None:
+    """TensorRT 10 lists them in FP32 beside the factors of any product; the factors, or the tactic, are what counts."""
+    x, w = ("x", [-1, 64], dtype), ("w", [64, 192], dtype)
+    bias, residual = ("b", [192], "Float"), ("r", [-1, 192], "Float")
+    assert gemm(x, w, *SCALARS) == dtype
+    assert gemm(x, w, bias, *SCALARS) == dtype
+    assert gemm(x, w, residual, *SCALARS) == dtype
+    assert gemm(x, *SCALARS) == dtype
+    word = {"Half": "f16f16_f16f32", "Float": "f32f32_f32f32"}[dtype]
+    assert gemm(x, residual, *SCALARS, TacticName=f"sm80_xmma_gemm_{word}_f32_tn_n_tilesize64x64x32") == dtype
+    assert gemm(x, residual, Weights={"Type": dtype, "Count": 12288}) == dtype
+
+
+def test_what_does_not_tell_is_unknown() -> None:
+    """An activation in FP16 beside a residual in FP32, without weights or tactic, is neither FP16 nor FP32."""
+    assert gemm(("x", [-1, 64], "Half"), ("r", [-1, 192], "Float"), *SCALARS) == ""
+    assert gemm(*SCALARS) == ""
+    assert gemm(("x", [-1, 64], "N/A due to dynamic shapes"), *SCALARS, TacticName="Unknown tactic") == ""
+
+
+@pytest.mark.parametrize(
+    ("tactic", "dtype"),
+    [
+        ("sm80_xmma_gemm_f16f16_f16f32_f32_tn_n_tilesize64x64x32_stage6", "Half"),
+        ("sm90_xmma_gemm_f16f16_f32f32_f32_tn_n_tilesize128x128x64", "Half"),  # the sum and the result are FP32
+        ("sm80_xmma_gemm_f32f32_tf32f32_f32_tn_n", "Float"),
+        ("cutlass_80_tensorop_f16_s16816gemm_f16_128x64_32x6_tn_align8", "Half"),
+        ("cutlass_80_simt_sgemm_128x64_8x5_tn_align1", "Float"),
+        ("ampere_h16816gemm_128x64_ldg8_stages_64x3_tn", "Half"),
+        ("sm80_xmma_gemm_bf16bf16_bf16f32_f32_tn_n", "BFloat16"),
+        ("sm80_xmma_gemm_i8i8_i8i32_f32_tn_n", "Int8"),
+        ("__myl_MulAddCast_myl0_3", ""),
+    ],
+)
+def test_tactics_name_the_factors_first(tactic: str, dtype: str) -> None:
+    assert kernel_from_layer({"Name": "g", "TacticName": tactic}).dtype == dtype
 
 
 def test_work_is_the_models(bundles: dict[str, Path]) -> None:
