@@ -1,14 +1,15 @@
-"""An engine from a bundle: its graphs compiled and audited, and stored only when the audit passes."""
+"""An engine from a bundle: its graphs compiled and audited, and stored unless the audit refuses one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dit_engines.audit import find_unknowns
 from dit_engines.build_host import BuildHost, build_host_for
-from dit_engines.compile import check_audit, compile_graphs
+from dit_engines.compile import compile_graphs, judge_audit
 from dit_engines.engine_store import (
     STORE_OPTION,
     TIMING_CACHE,
@@ -56,7 +57,7 @@ def engine_from_bundle(
         say: told when this process has to wait for another.
 
     Raises:
-        BuildError: the library is missing, a graph cannot be built, or the engine does not pass its audit.
+        BuildError: the library is missing, a graph cannot be built, or the audit refuses the engine.
         BundleError: a file of the bundle is missing or altered.
         OutputError: the store cannot be written, or is full.
     """
@@ -75,13 +76,15 @@ def engine_from_bundle(
         why = explain_rebuild(store, identity)
         with replace_folder(folder, STORE_OPTION) as temporary:
             if twin is not None:
-                built = link_plans(twin, temporary)
-                for graph in built:
-                    check_audit(bundle, graph)  # the other bundle may have asked for less
+                linked = link_plans(twin, temporary)  # the other bundle may have asked for less: judged again
+                built = tuple(replace(graph, doubts=judge_audit(bundle, graph, host.library)) for graph in linked)
                 why = (f"{twin.folder.name} has the same plans, made for another export of the same graphs",)
             else:
                 cache = timing_cache or find_timing_cache(store, host)
-                built = compile_graphs(bundle, recipe, host, graphs, temporary, cache)
+                try:
+                    built = compile_graphs(bundle, recipe, host, graphs, temporary, cache)
+                except BuildError as error:
+                    raise BuildError(f"{error}{_keep_messages(temporary, folder)}") from error
             digest = sha256_of(temporary / TIMING_CACHE)
             write_sidecar(temporary, sidecar_of(bundle, recipe, host, identity, built, digest))
     return BuiltEngine(
@@ -117,9 +120,26 @@ def as_json(engine: BuiltEngine) -> dict[str, Any]:
         "reused": engine.reused,
         "explanation": list(engine.explanation),
         "notes": [note for built in engine.graphs for note in find_unknowns(built.audit, built.graph)],
+        "doubts": [doubt for built in engine.graphs for doubt in built.doubts],
         "timing_cache": engine.timing_cache,
         "graphs": graphs,
     }
+
+
+def _keep_messages(temporary: Path, folder: Path) -> str:
+    """Keep the builder's messages of an engine that is not stored, beside its place in the store.
+
+    Returns:
+        What the error's message says of it; empty where the builder said nothing.
+    """
+    told = [path for path in temporary.iterdir() if path.suffix == ".log" or path.name.endswith(".layers.json")]
+    if not told:
+        return ""
+    kept = folder.parent / f"{folder.name}.refused"
+    with replace_folder(kept, STORE_OPTION) as target:
+        for path in told:
+            path.replace(target / path.name)
+    return f"; what the builder said is in {kept}"
 
 
 def _digest_of(path: Path) -> str:

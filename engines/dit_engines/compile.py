@@ -9,12 +9,13 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dit_engines.audit import audit_from_json, find_problems
 from dit_engines.build_host import BuildHost
-from dit_engines.engine_store import STORE_OPTION, TIMING_CACHE, BuiltGraph
+from dit_engines.engine_store import LAYERS, LOG, STORE_OPTION, TIMING_CACHE, BuiltGraph
 from dit_engines.external_data import check_external_data
 from dit_engines.recipe import Recipe, profiles_of
 from dit_runtime.bundle.reader import Bundle
@@ -45,8 +46,11 @@ def compile_graphs(
         folder: where ``GRAPH.plan`` and ``timing.cache`` are written.
         timing_cache: of the first graph.
 
+    Beside each plan are ``GRAPH.log``, the builder's messages, and where the plan was inspected ``GRAPH.layers.json``,
+    the inspector's JSON. They are written before the audit judges.
+
     Raises:
-        BuildError: a graph cannot be built or does not pass its audit, or the builder kept TF32 on.
+        BuildError: a graph cannot be built or its audit refuses it, or the builder kept TF32 on.
         BundleError: a file of the bundle is missing or altered.
         OutputError: the folder cannot be written, or is full.
     """
@@ -54,21 +58,34 @@ def compile_graphs(
     with Progress("building", STEPS * len(graphs)) as bar:
         for graph in graphs:
             bar.describe(f"building {graph} for {recipe.target} {recipe.compute_capability}")
-            built.append(_compile_graph(bundle, recipe, host, graph, folder, timing_cache, bar))
-            check_audit(bundle, built[-1])
+            made = _compile_graph(bundle, recipe, host, graph, folder, timing_cache, bar)
+            built.append(replace(made, doubts=judge_audit(bundle, made, host.library)))
             timing_cache = folder / TIMING_CACHE
     return tuple(built)
 
 
-def check_audit(bundle: Bundle, built: BuiltGraph) -> None:
-    """Raises BuildError when a plan is not what the bundle's precision asks for."""
+def judge_audit(bundle: Bundle, built: BuiltGraph, library: str) -> tuple[str, ...]:
+    """Judge whether a plan is what the bundle's precision asks for.
+
+    The log of TensorRT-RTX, whose builder this audit was proven on, is believed: a problem refuses the engine. What
+    TensorRT's inspector lists has changed with its releases, and TensorRT may leave an attention unfused because that
+    is faster on its GPU: a problem is a doubt, the engine is stored, and ``dit-verify`` decides.
+
+    Returns:
+        A line for each doubt.
+
+    Raises:
+        BuildError: a plan of TensorRT-RTX has a problem.
+    """
     manifest, precision = bundle.manifest, bundle.manifest.precision
     weights = manifest.files[manifest.graphs[built.graph].weights].bytes
-    if found := find_problems(built.audit, built.graph, manifest.model, precision, weights):
+    found = tuple(find_problems(built.audit, built.graph, manifest.model, precision, weights))
+    if found and library != "tensorrt":
         raise BuildError(
             f"{bundle.path}: the engine is not the {precision.name} that was asked for: {'; '.join(found)}; nothing "
             "was stored; export the bundle again"
         )
+    return found
 
 
 def _compile_graph(
@@ -95,6 +112,8 @@ def _compile_graph(
         "auxiliary_streams": recipe.auxiliary_streams,
         "timing_cache": None if timing_cache is None else os.fspath(timing_cache),
         "timing_cache_out": os.fspath(folder / TIMING_CACHE),
+        "log": os.fspath(folder / LOG.format(graph)),
+        "layers": os.fspath(folder / LAYERS.format(graph)),
         "keep_fp32": bundle.manifest.precision.keep_fp32 if graph == "step" else (),  # other graphs are one unit each
     }
     start = time.monotonic()

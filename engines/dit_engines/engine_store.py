@@ -28,12 +28,17 @@ from dit_runtime.core.errors import EngineError, OutputError
 from dit_runtime.core.files import sha256_of
 
 TIMING_CACHE = "timing.cache"
+# Beside a graph's plan: the builder's messages, and the inspector's JSON where the plan could be inspected.
+LOG, LAYERS = "{}.log", "{}.layers.json"
 STORE_OPTION = "--store"
 
 
 @dataclass(frozen=True)
 class BuiltGraph:
-    """A compiled graph: its plan's size and hash, profiles, audit, and the seconds that the build took."""
+    """A compiled graph: its plan's size and hash, profiles, audit, and the seconds that the build took.
+
+    ``doubts`` are what the audit found in a plan that is stored all the same (``compile.judge_audit``).
+    """
 
     graph: str
     plan: str
@@ -42,6 +47,7 @@ class BuiltGraph:
     seconds: float
     profiles: tuple[Profile, ...]
     audit: Audit
+    doubts: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """The graph as the sidecar has it."""
@@ -123,7 +129,7 @@ def sidecar_of(
     graphs: Sequence[BuiltGraph],
     timing_cache: str,
 ) -> dict[str, Any]:
-    """The sidecar of an engine that passed its audit; TF32 was off in every build."""
+    """The sidecar of an engine that its audit did not refuse; TF32 was off in every build."""
     return {
         "schema": SCHEMA,
         "bundle": bundle.digest,
@@ -166,7 +172,14 @@ def _engine_from_sidecar(stored: StoredEngine, raw: Mapping[str, Any], recipe: R
         audit = audit_from_json(item["audit"])
         graphs.append(
             BuiltGraph(
-                own.graph, own.plan, own.plan_bytes, own.plan_sha256, float(item["seconds"]), own.profiles, audit
+                graph=own.graph,
+                plan=own.plan,
+                plan_bytes=own.plan_bytes,
+                plan_sha256=own.plan_sha256,
+                seconds=float(item["seconds"]),
+                profiles=own.profiles,
+                audit=audit,
+                doubts=tuple(map(str, item["doubts"])),
             )
         )
     builder = f"{stored.library} {stored.version}"
@@ -190,8 +203,13 @@ def find_twin(store: Path, identity: Mapping[str, Any], recipe: Recipe) -> Built
 
 
 def link_plans(engine: BuiltEngine, folder: Path) -> tuple[BuiltGraph, ...]:
-    """Put an engine's plans and timing cache into another folder too: as links, or as copies where links fail."""
-    for name in (*(graph.plan for graph in engine.graphs), TIMING_CACHE):
+    """Put an engine's plans and timing cache into another folder too: as links, or as copies where links fail.
+
+    The builder's messages and the inspector's JSON come too where they are there.
+    """
+    told = [name.format(graph.graph) for graph in engine.graphs for name in (LOG, LAYERS)]
+    told = [name for name in told if (engine.folder / name).is_file() and not (engine.folder / name).is_symlink()]
+    for name in (*(graph.plan for graph in engine.graphs), TIMING_CACHE, *told):
         try:
             os.link(engine.folder / name, folder / name)
         except OSError:

@@ -142,8 +142,8 @@ def split_by_profile(kernels: Sequence[Kernel], count: int) -> list[list[Kernel]
     """Split kernels by their optimization profile.
 
     A listing has the kernels of every profile, told apart by ``[profile 1]`` in their names or by the numbers of their
-    compiled subgraphs, which run through all profiles, as many for each. Or it has one set of kernels, for all profiles,
-    as TensorRT 10's inspector does without a context ("layer information is not specified per profile", Polygraphy's
+    compiled subgraphs, which run through all profiles, as many for each. Or it has one set of kernels for all
+    profiles, as TensorRT 10's inspector lists them ("layer information is not specified per profile", Polygraphy's
     ``polygraphy/backend/trt/util.py``): then every profile has this set.
 
     Args:
@@ -191,8 +191,8 @@ def _datatype_of_factors(inputs: Sequence[tuple[list[int], str]]) -> str:
     """The datatype in which a kernel multiplies, from its inputs' sizes and datatypes; empty where they do not tell.
 
     TensorRT lists the scalars alpha and beta, the bias and a residual beside the factors: a GEMM in FP16 has
-    ``gemm_alpha [1] Float``, and where the FP32 residual stream is added in the same kernel, a matrix in Float too. Both
-    factors of a product have one datatype, so where matrices have several, the datatype of two of them is meant.
+    ``gemm_alpha [1] Float``, and where the FP32 residual stream is added in the same kernel, a matrix in Float too.
+    Both factors of a product have one datatype, so where matrices have several, the datatype of two of them is meant.
     """
     told = [dtype for sizes, dtype in inputs if dtype and (_is_matrix(sizes) or not sizes)]
     if len(set(told)) == 1:

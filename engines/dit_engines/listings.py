@@ -39,6 +39,9 @@ def format_engine(engine: BuiltEngine, bundle: Bundle, need: Need, explain: bool
             names = ", ".join(f"{item.name.split(' ')[0]} {item.share:.1%}" for item in largest[:3])
             lines.append(f"largest kernels of the step by multiply-adds: {names}")
         lines += find_unknowns(built.audit, built.graph)
+    if doubts := [doubt for built in engine.graphs for doubt in built.doubts]:
+        lines += [f"doubt: {doubt}" for doubt in doubts]
+        lines.append(f"the audit doubts this engine; dit-verify decides: dit-verify {bundle.path} --engine tensorrt")
     lines.append(f"sampling {recipe.batch} with {recipe.branches[-1]} branches needs {need.describe()}")
     return "\n".join(lines)
 

@@ -83,10 +83,13 @@ class _Share:
 def _build_plan(request: dict[str, Any], cancelled: threading.Event) -> dict[str, Any]:
     library = tensorrt_api.import_library(request["library"])
     layers: list[str] = []
+    log_lines: list[str] = []
     memory: dict[str, list[int]] = {"Weights": [], "Activation": []}
     share = _Share()
 
     def log(severity: str, message: str) -> None:
+        if severity != "verbose" or message.startswith("Layers:"):
+            log_lines.append(f"{severity}: {message}")
         if message.startswith("Layers:"):
             layers.append(message)
         elif found := _MEMORY.search(message):
@@ -97,37 +100,43 @@ def _build_plan(request: dict[str, Any], cancelled: threading.Event) -> dict[str
         return not cancelled.is_set()
 
     cache = request["timing_cache"]
-    built = tensorrt_api.plan_from_onnx(
-        library,
-        Path(request["onnx"]),
-        request["profiles"],
-        log=log,
-        report=report,
-        workspace_bytes=request["workspace_bytes"],
-        optimization_level=request["optimization_level"],
-        compute_capability=request["compute_capability"] if library.name == "tensorrt_rtx" else None,
-        auxiliary_streams=request["auxiliary_streams"],
-        timing_cache=None if cache is None else Path(cache).read_bytes(),
-    )
+    try:
+        built = tensorrt_api.plan_from_onnx(
+            library,
+            Path(request["onnx"]),
+            request["profiles"],
+            log=log,
+            report=report,
+            workspace_bytes=request["workspace_bytes"],
+            optimization_level=request["optimization_level"],
+            compute_capability=request["compute_capability"] if library.name == "tensorrt_rtx" else None,
+            auxiliary_streams=request["auxiliary_streams"],
+            timing_cache=None if cache is None else Path(cache).read_bytes(),
+        )
+    finally:
+        _write(Path(request["log"]), "\n".join(log_lines).encode(errors="backslashreplace") + b"\n")
     plan = tensorrt_api.bytes_of_plan(built.plan)
     _write(Path(request["plan"]), plan)
     _write(Path(request["timing_cache_out"]), built.timing_cache)
     kernels = kernels_from_log("\n".join(layers))
     activations, weights = memory["Activation"], max(memory["Weights"], default=plan.nbytes)
     if library.name == "tensorrt":  # it builds on its GPU, so the plan can be loaded here
-        kernels, activations = _inspect_plan(library, plan.data)
+        listing, activations = _inspect_plan(library, plan.data)
+        _write(Path(request["layers"]), listing.encode(errors="backslashreplace"))
+        kernels = [kernel_from_layer(layer.details) for layer in tensorrt_api.layers_from_json(listing)]
     audit = _audit_plan(kernels, activations, weights, request)
     return {"plan_bytes": plan.nbytes, "tf32": built.tf32, "audit": asdict(audit)}
 
 
-def _inspect_plan(library: tensorrt_api.TensorRT, plan: memoryview) -> tuple[list[Kernel], list[int]]:
-    """Kernels and activation memory of a plan that this process built."""
+def _inspect_plan(library: tensorrt_api.TensorRT, plan: memoryview) -> tuple[str, list[int]]:
+    """The inspector's JSON and the activation memory of a plan that this process built."""
     own_logger = tensorrt_api.make_logger(library, lambda *_: None)
     runtime = tensorrt_api.make_runtime(library, own_logger)
     engine = tensorrt_api.engine_from_plan(runtime, plan)
     profiles = range(len(tensorrt_api.profiles_of(library, engine)))
-    kernels = [kernel_from_layer(layer.details) for layer in tensorrt_api.layers_of(library, engine)]
-    return kernels, [tensorrt_api.activation_bytes_of(engine, index) for index in profiles]
+    return tensorrt_api.listing_of(library, engine), [
+        tensorrt_api.activation_bytes_of(engine, index) for index in profiles
+    ]
 
 
 def _audit_plan(kernels: Sequence[Kernel], activations: Sequence[int], weights: int, request: dict[str, Any]) -> Audit:

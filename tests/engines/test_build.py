@@ -21,7 +21,7 @@ import pytest
 from support.bundles import edit_graph, signed
 from support.commands import run_command, run_process
 
-from dit_engines.build import engine_from_bundle, graphs_of
+from dit_engines.build import as_json, engine_from_bundle, graphs_of
 from dit_engines.build_host import BuildHost, build_host_for
 from dit_engines.compile import CANCEL_SECONDS, _run_worker
 from dit_engines.engine_store import (
@@ -92,6 +92,7 @@ def test_the_command_builds_and_audits(bundle: Bundle, report: dict[str, Any]) -
     assert [profile["synchronizations"] for profile in step["profiles"]] == [0, 0]
     assert all(profile["activation_bytes"] > 0 for profile in step["profiles"])
     assert report["notes"] == []  # the datatype of every product was read
+    assert report["doubts"] == []
     for graph in graphs.values():
         for profile in graph["audit"]["profiles"]:
             assert profile["known_share"] == 1
@@ -101,7 +102,7 @@ def test_the_command_builds_and_audits(bundle: Bundle, report: dict[str, Any]) -
     assert 0.9 * onnx_bytes < step["weights_bytes"] < 1.1 * onnx_bytes
     folder = Path(report["folder"])
     assert {path.name for path in folder.iterdir()} == {
-        *(f"{name}.plan" for name in graphs),
+        *(f"{name}.{kind}" for name in graphs for kind in ("plan", "log")),
         "engine.json",
         TIMING_CACHE,
     }
@@ -207,7 +208,7 @@ def test_fp32_declared_fp16_fails(bundles: dict[str, Path], tmp_path: Path) -> N
         BuildError, match=r"conditioner, profile 0: 0\.0% of the multiply-adds are FP16, expected at least 99%"
     ):
         engine_from_bundle(open_bundle(path), recipe_for("rtx", "8.9", 2, (1, 2), 64), tmp_path / "store")
-    assert not list((tmp_path / "store").glob("*"))
+    assert not list((tmp_path / "store").glob("*/engine.json"))
 
 
 def test_fp32_queries_fail(bundles: dict[str, Path], tmp_path: Path) -> None:
@@ -231,16 +232,24 @@ def test_fp32_queries_fail(bundles: dict[str, Path], tmp_path: Path) -> None:
         del graph.value_info[:]
 
     edit_graph(path, "step", change)
-    with pytest.raises(BuildError, match="1 of 2 attentions fused"):
+    with pytest.raises(BuildError, match=r"1 of 2 attentions fused.* what the builder said is in .*\.refused"):
         engine_from_bundle(signed(path), recipe_for("rtx", "8.9", 2, (1, 2), 64), tmp_path / "store")
+    (kept,) = (tmp_path / "store").iterdir()
+    assert {path.name for path in kept.iterdir()} == {"conditioner.log", "step.log"}
+    assert "_gemm_mha" in (kept / "step.log").read_text()
 
 
-def test_on_a_device(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TensorRT on its GPU (a double of both): one profile, audited through the inspector, tied to GPU and driver."""
+def pretend_tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put ``fake_tensorrt`` in TensorRT's place, for this process and the builders that it starts."""
     library = tmp_path / "library"
     library.mkdir()
     shutil.copyfile(Path(__file__).parents[1] / "support" / "fake_tensorrt.py", library / "tensorrt.py")
     monkeypatch.setattr(sys, "path", [os.fspath(library), *sys.path])  # a builder has its parent's
+
+
+def test_on_a_device(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT on its GPU (a double of both): one profile, audited through the inspector, tied to GPU and driver."""
+    pretend_tensorrt(tmp_path, monkeypatch)
     host = BuildHost("tensorrt", "10.3.0", "8.9", "NVIDIA L4", "580.1", 24 * 10**9)
     recipe = recipe_for("l4", None, 1, (1, 2), 64, version=host.numbers)
     monkeypatch.setenv("DUMMY_ATTENTIONS", "2")
@@ -255,6 +264,21 @@ def test_on_a_device(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyP
     )
     assert find_timing_cache(tmp_path / "store", host) == built.folder / TIMING_CACHE
     assert find_timing_cache(tmp_path / "store", later) is None
+    assert [graph.doubts for graph in built.graphs] == [()] * 3
+    layers = json.loads((built.folder / "step.layers.json").read_text())
+    assert layers["Layers"][0]["Name"] == "all"
+
+
+def test_a_doubt_on_a_device_is_stored(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT may leave an attention unfused: the engine is stored, the doubt is told, also when it is used again."""
+    pretend_tensorrt(tmp_path, monkeypatch)
+    host = BuildHost("tensorrt", "10.3.0", "8.9", "NVIDIA L4", "580.1", 24 * 10**9)
+    recipe = recipe_for("l4", None, 1, (1, 2), 64, version=host.numbers)
+    monkeypatch.setenv("DUMMY_ATTENTIONS", "1")
+    for reused in (False, True):
+        built = engine_from_bundle(bundle, recipe, tmp_path / "store", host)
+        assert built.reused == reused
+        assert as_json(built)["doubts"] == ["step, profile 0: 1 of 2 attentions fused"]
 
 
 def test_the_timing_cache_is_pinned(bundle: Bundle, engine: BuiltEngine, host: BuildHost, tmp_path: Path) -> None:
@@ -437,6 +461,8 @@ def test_the_builder_sees_the_cancellation(bundle: Bundle, tmp_path: Path) -> No
         "auxiliary_streams": None,
         "timing_cache": None,
         "timing_cache_out": os.fspath(tmp_path / "timing.cache"),
+        "log": os.fspath(tmp_path / "step.log"),
+        "layers": os.fspath(tmp_path / "step.layers.json"),
         "keep_fp32": [],
     }
     done = subprocess.run(
@@ -450,7 +476,7 @@ def test_the_builder_sees_the_cancellation(bundle: Bundle, tmp_path: Path) -> No
     assert done.returncode == 1
     assert "cannot be built (cancelled)" in last["error"]
     assert len(progress) <= 1
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["step.log"]
 
 
 def test_a_builder_that_dies(bundle: Bundle, tmp_path: Path) -> None:

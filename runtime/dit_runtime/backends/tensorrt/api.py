@@ -353,12 +353,11 @@ def enqueue(context: IExecutionContext, stream: int) -> None:
         raise EngineError("the engine could not be started")
 
 
-def layers_of(library: TensorRT, engine: ICudaEngine) -> list[Layer]:
-    """All kernels of all profiles, from the engine's inspector. It needs a loaded engine, and so the engine's GPU."""
+def listing_of(library: TensorRT, engine: ICudaEngine) -> str:
+    """The inspector's JSON of an engine's kernels. It needs a loaded engine, and so the engine's GPU."""
     trt = library.module
     inspector: EngineInspector = engine.create_engine_inspector()
-    text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
-    return layers_from_json(text)
+    return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
 
 def layers_from_json(text: str) -> list[Layer]:

@@ -23,7 +23,7 @@ from dit_runtime.core.decode import Amount, DecodeError, Natural, Positive, deco
 from dit_runtime.core.errors import EngineError
 from dit_runtime.core.files import sha256_of
 
-SCHEMA = 1
+SCHEMA = 2
 SIDECAR = "engine.json"
 SIDECAR_LIMIT = 16 << 20  # bytes: far more than any sidecar has, and quick to read
 PRODUCTS = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
@@ -252,7 +252,7 @@ def read_sidecar(folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class GraphRecord:
-    """A graph's entry in ``engine.json``. Only ``dit-build`` uses ``seconds`` and ``audit``."""
+    """A graph's entry in ``engine.json``. Only ``dit-build`` uses ``seconds``, ``audit`` and ``doubts``."""
 
     graph: str
     plan: str
@@ -263,6 +263,7 @@ class GraphRecord:
     audit: dict[str, Any]
     weights_bytes: Natural
     activation_bytes: tuple[Natural, ...]
+    doubts: tuple[str, ...]
 
 
 @dataclass(frozen=True)
