@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import tomllib
 from support.commands import run_command
 
 ROOT = Path(__file__).parents[1]
@@ -115,3 +117,38 @@ def test_the_readme_links_and_commands() -> None:
         name = line.split()[0]
         for option in re.findall(r"(?<=\s)--[a-z][\w-]*", line):
             assert option in helps[name], (name, option)
+
+
+# Extras that a device installs, and the wheels' platforms there: JetPack 6 and 7, datacenter GPUs, PCs.
+JETSON, SERVER = "aarch64", "x86_64"
+RESOLVED = [
+    ("jetson6", JETSON, "3.10", "12.8."),
+    ("jetson7", JETSON, "3.12", "13."),
+    *(("rtx-cu12", SERVER, python, "12.") for python in ("3.10", "3.12")),
+    *(("rtx-cu13", machine, python, "13.") for machine in (JETSON, SERVER) for python in ("3.10", "3.12")),
+]
+
+
+@pytest.mark.slow  # asks the package index
+@pytest.mark.parametrize(("extra", "machine", "python", "cuda"), RESOLVED)
+def test_an_extra_resolves_on_its_device(extra: str, machine: str, python: str, cuda: str, tmp_path: Path) -> None:
+    """pip finds wheels for all that an extra asks for, and CUDA's bindings are of the generation that works there."""
+    metadata = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [*metadata["dependencies"], *metadata["optional-dependencies"][extra]]
+    platforms = [f"--platform=manylinux_2_{minor}_{machine}" for minor in (17, 24, 27, 28, 31, 34, 35)]
+    words = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--only-binary=:all:"]
+    words += [*platforms, f"--python-version={python}", "--target", str(tmp_path / "x"), *wanted]
+    done = subprocess.run([*words, "--report", str(tmp_path / "report.json")], capture_output=True, text=True)
+    if done.returncode and not is_index_reachable():
+        pytest.skip("no package index is reachable")
+    assert done.returncode == 0, done.stderr
+    items = json.loads((tmp_path / "report.json").read_text())["install"]
+    versions = {item["metadata"]["name"].replace("_", "-"): item["metadata"]["version"] for item in items}
+    print(versions)
+    assert versions["cuda-bindings"].startswith(cuda)
+
+
+def is_index_reachable() -> bool:
+    """Whether pip gets an answer for a package that every index has."""
+    words = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--no-deps", "pip"]
+    return subprocess.run(words, capture_output=True).returncode == 0
