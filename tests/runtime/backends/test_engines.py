@@ -557,6 +557,14 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     return runtime
 
 
+def test_both_wheels_of_onnx_runtime(fp32: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where both wheels are installed the CPU works; a GPU provider that is missing says that they are the reason."""
+    monkeypatch.setattr(onnxruntime_gpu, "_is_installed", lambda name: True)
+    open_engine(fp32, "onnxruntime").close()
+    with pytest.raises(EngineError, match="onnxruntime and onnxruntime-gpu are both installed and overwrite"):
+        open_engine(fp32, "onnxruntime-cuda")
+
+
 @pytest.mark.parametrize("provider", GPU)
 def test_a_provider_that_is_not_there_is_refused(provider: str, fp32: Bundle) -> None:
     """The real CPU wheel has no GPU provider: asking for one names what there is and what to install."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -164,13 +163,7 @@ class _OnnxRuntimeSession:
 
 
 def import_onnxruntime() -> Any:
-    """Import ONNX Runtime. Raises EngineError where it is not installed, or installed in two variants."""
-    variants = [name for name in ("onnxruntime", "onnxruntime-gpu") if _is_installed(name)]
-    if len(variants) == 2:
-        raise EngineError(
-            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files; keep one: "
-            "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'dit-export[cpu]' or 'dit-export[gpu]'"
-        )
+    """Import ONNX Runtime. Raises EngineError where it is not installed."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -178,11 +171,3 @@ def import_onnxruntime() -> Any:
             "no inference engine is installed; on a CPU: pip install 'dit-export[cpu]' (ONNX Runtime)"
         ) from error
     return onnxruntime
-
-
-def _is_installed(distribution: str) -> bool:
-    try:
-        importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True

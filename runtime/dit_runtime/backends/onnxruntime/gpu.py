@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
+import importlib.metadata
 import io
 import os
 from collections.abc import Mapping, Sequence
@@ -196,11 +197,21 @@ def _find_work_elsewhere(session: Any, provider: str) -> list[str]:
 
 def _error_for(runtime: Any, name: str, why: str) -> EngineError:
     present = [provider for provider in runtime.get_available_providers() if provider != "AzureExecutionProvider"]
+    if all(map(_is_installed, ("onnxruntime", "onnxruntime-gpu"))):
+        why += "; onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files"
     return EngineError(
         f"onnxruntime-{name}: {PROVIDERS[name]} cannot be used ({why}); ONNX Runtime {runtime.__version__} here has "
         f"{', '.join(present)}; {PROVIDERS[name]} needs an NVIDIA GPU and its driver; {INSTALL[name]}, or use "
         "--engine onnxruntime"
     )
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def reason_of(error: Exception) -> str:
