@@ -62,6 +62,10 @@ def engine_from_bundle(
         OutputError: the store cannot be written, or is full.
     """
     host = host or build_host_for(recipe.target, recipe.compute_capability)
+    if timing_cache is not None and not host.times_kernels:
+        raise BuildError(
+            f"{timing_cache}: a timing cache with {host.library}, which times no kernels; leave --timing-cache out"
+        )
     store = store or bundle.engines
     graphs = graphs_of(bundle)
     identity = identity_of(bundle, recipe, host, graphs, None if timing_cache is None else _digest_of(timing_cache))
@@ -85,7 +89,7 @@ def engine_from_bundle(
                     built = compile_graphs(bundle, recipe, host, graphs, temporary, cache)
                 except BuildError as error:
                     raise BuildError(f"{error}{_keep_messages(temporary, folder)}") from error
-            digest = sha256_of(temporary / TIMING_CACHE)
+            digest = sha256_of(temporary / TIMING_CACHE) if host.times_kernels else None
             write_sidecar(temporary, sidecar_of(bundle, recipe, host, identity, built, digest))
     return BuiltEngine(
         folder=folder,

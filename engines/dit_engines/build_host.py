@@ -38,6 +38,19 @@ class BuildHost:
     workspace_bytes: int = 4 * GIB
 
     @property
+    def times_kernels(self) -> bool:
+        """Whether the library times kernels when it builds, and so has a timing cache. TensorRT-RTX does not."""
+        return self.library == "tensorrt"
+
+    @property
+    def tactic_bytes(self) -> int | None:
+        """The most device memory that the builder may take to time kernels; None where GPU and system are apart.
+
+        By default TensorRT may take all of the memory, and on a Jetson the system's own is in it.
+        """
+        return self.memory_bytes // 2 if self.shared_memory and self.memory_bytes is not None else None
+
+    @property
     def numbers(self) -> tuple[int, ...]:
         """The version as numbers."""
         return tensorrt_api.TensorRT(None, self.library, self.version).numbers

@@ -43,7 +43,7 @@ def compile_graphs(
         recipe: shapes and limits.
         host: library and GPU.
         graphs: names in the manifest.
-        folder: where ``GRAPH.plan`` and ``timing.cache`` are written.
+        folder: where ``GRAPH.plan`` and, by TensorRT, ``timing.cache`` are written.
         timing_cache: of the first graph.
 
     Beside each plan are ``GRAPH.log``, the builder's messages, and where the plan was inspected ``GRAPH.layers.json``,
@@ -60,7 +60,7 @@ def compile_graphs(
             bar.describe(f"building {graph} for {recipe.target} {recipe.compute_capability}")
             made = _compile_graph(bundle, recipe, host, graph, folder, timing_cache, bar)
             built.append(replace(made, doubts=judge_audit(bundle, made, host.library)))
-            timing_cache = folder / TIMING_CACHE
+            timing_cache = folder / TIMING_CACHE if host.times_kernels else None
     return tuple(built)
 
 
@@ -110,6 +110,7 @@ def _compile_graph(
         "workspace_bytes": recipe.workspace_bytes,
         "optimization_level": recipe.optimization_level,
         "auxiliary_streams": recipe.auxiliary_streams,
+        "tactic_bytes": host.tactic_bytes,
         "timing_cache": None if timing_cache is None else os.fspath(timing_cache),
         "timing_cache_out": os.fspath(folder / TIMING_CACHE),
         "log": os.fspath(folder / LOG.format(graph)),

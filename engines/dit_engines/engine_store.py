@@ -22,6 +22,7 @@ from dit_engines.audit import Audit, audit_from_json
 from dit_engines.build_host import BuildHost
 from dit_engines.recipe import Recipe, profiles_of
 from dit_runtime.backends.profiles import Profile
+from dit_runtime.backends.tensorrt.api import BUILDER_FLAGS
 from dit_runtime.backends.tensorrt.store import SCHEMA, SIDECAR, StoredEngine, engine_from_sidecar, read_sidecar
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import EngineError, OutputError
@@ -70,7 +71,7 @@ class BuiltEngine:
         graphs: the compiled graphs.
         reused: whether the engine or its plans were in the store before.
         explanation: why they were not: each field that differs from the nearest engine in the store.
-        timing_cache: the SHA-256 of the cache after the build.
+        timing_cache: the SHA-256 of the cache after the build; None by TensorRT-RTX, which has none.
     """
 
     folder: Path
@@ -103,6 +104,7 @@ def identity_of(
         "driver": host.driver,
         "image size": list(manifest.image_size),
         "timing cache": timing_cache,
+        "builder flags": list(BUILDER_FLAGS[host.library]),
         **{name.replace("_", " "): value for name, value in recipe.as_json().items()},
     }
     for name in graphs:
@@ -127,7 +129,7 @@ def sidecar_of(
     host: BuildHost,
     identity: Mapping[str, Any],
     graphs: Sequence[BuiltGraph],
-    timing_cache: str,
+    timing_cache: str | None,
 ) -> dict[str, Any]:
     """The sidecar of an engine that its audit did not refuse; TF32 was off in every build."""
     return {
@@ -142,7 +144,7 @@ def sidecar_of(
         "driver": host.driver,
         "recipe": recipe.as_json(),
         "identity": dict(identity),
-        "timing_cache": {"file": TIMING_CACHE, "sha256": timing_cache},
+        "timing_cache": None if timing_cache is None else {"file": TIMING_CACHE, "sha256": timing_cache},
         "tf32": False,
         "graphs": [graph.as_json() for graph in graphs],
     }
@@ -190,7 +192,7 @@ def _engine_from_sidecar(stored: StoredEngine, raw: Mapping[str, Any], recipe: R
         recipe,
         tuple(graphs),
         reused=True,
-        timing_cache=raw["timing_cache"]["sha256"],
+        timing_cache=raw["timing_cache"]["sha256"] if raw["timing_cache"] else None,
     )
 
 
@@ -208,8 +210,9 @@ def link_plans(engine: BuiltEngine, folder: Path) -> tuple[BuiltGraph, ...]:
     The builder's messages and the inspector's JSON come too where they are there.
     """
     told = [name.format(graph.graph) for graph in engine.graphs for name in (LOG, LAYERS)]
+    told = [TIMING_CACHE, *told]
     told = [name for name in told if (engine.folder / name).is_file() and not (engine.folder / name).is_symlink()]
-    for name in (*(graph.plan for graph in engine.graphs), TIMING_CACHE, *told):
+    for name in (*(graph.plan for graph in engine.graphs), *told):
         try:
             os.link(engine.folder / name, folder / name)
         except OSError:

@@ -125,7 +125,7 @@ def measure_on_gpu(bundle: Bundle, recipe: Recipe, host: BuildHost) -> Measure |
     identity = identity_of(bundle, recipe, host, graphs_of(bundle), None)
 
     def measure(folder: Path, graphs: Sequence[BuiltGraph]) -> OnDevice:
-        digest = sha256_of(folder / TIMING_CACHE)
+        digest = sha256_of(folder / TIMING_CACHE) if host.times_kernels else None
         write_sidecar(folder, sidecar_of(bundle, recipe, host, identity, graphs, digest))
         engine = TensorRtEngine(bundle, read_engine(folder), import_library(host.library), CudaRuntime())
         try:

@@ -112,12 +112,14 @@ def _build_plan(request: dict[str, Any], cancelled: threading.Event) -> dict[str
             compute_capability=request["compute_capability"] if library.name == "tensorrt_rtx" else None,
             auxiliary_streams=request["auxiliary_streams"],
             timing_cache=None if cache is None else Path(cache).read_bytes(),
+            tactic_bytes=request["tactic_bytes"],
         )
     finally:
         _write(Path(request["log"]), "\n".join(log_lines).encode(errors="backslashreplace") + b"\n")
     plan = tensorrt_api.bytes_of_plan(built.plan)
     _write(Path(request["plan"]), plan)
-    _write(Path(request["timing_cache_out"]), built.timing_cache)
+    if built.timing_cache is not None:
+        _write(Path(request["timing_cache_out"]), built.timing_cache)
     kernels = kernels_from_log("\n".join(layers))
     activations, weights = memory["Activation"], max(memory["Weights"], default=plan.nbytes)
     if library.name == "tensorrt":  # it builds on its GPU, so the plan can be loaded here

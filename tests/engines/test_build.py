@@ -104,7 +104,6 @@ def test_the_command_builds_and_audits(bundle: Bundle, report: dict[str, Any]) -
     assert {path.name for path in folder.iterdir()} == {
         *(f"{name}.{kind}" for name in graphs for kind in ("plan", "log")),
         "engine.json",
-        TIMING_CACHE,
     }
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]  # no lock, nothing temporary
     assert read_sidecar(folder)["tf32"] is False
@@ -281,14 +280,35 @@ def test_a_doubt_on_a_device_is_stored(bundle: Bundle, tmp_path: Path, monkeypat
         assert as_json(built)["doubts"] == ["step, profile 0: 1 of 2 attentions fused"]
 
 
-def test_the_timing_cache_is_pinned(bundle: Bundle, engine: BuiltEngine, host: BuildHost, tmp_path: Path) -> None:
+def test_the_timing_cache_is_pinned(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next build begins with the last one's cache while it has its digest; one that cannot be read is an error."""
-    folder = copied(engine, tmp_path)
-    assert find_timing_cache(tmp_path, host) == folder / TIMING_CACHE
+    pretend_tensorrt(tmp_path, monkeypatch)
+    monkeypatch.setenv("DUMMY_ATTENTIONS", "2")
+    host = BuildHost("tensorrt", "10.3.0", "8.9", "NVIDIA L4", "580.1", 24 * 10**9)
+    recipe = recipe_for("l4", None, 1, (1,), 64, version=host.numbers)
+    store = tmp_path / "store"
+    folder = engine_from_bundle(bundle, recipe, store, host).folder
+    assert find_timing_cache(store, host) == folder / TIMING_CACHE
     (folder / TIMING_CACHE).write_bytes(b"altered")
-    assert find_timing_cache(tmp_path, host) is None
+    assert find_timing_cache(store, host) is None
     with pytest.raises(BuildError, match=r"cannot be read as a timing cache \(No such file or directory\)"):
-        engine_from_bundle(bundle, engine.recipe, tmp_path, host, tmp_path / "none")
+        engine_from_bundle(bundle, recipe, store, host, tmp_path / "none")
+
+
+def test_rtx_takes_no_timing_cache(bundle: Bundle, engine: BuiltEngine, host: BuildHost, tmp_path: Path) -> None:
+    """TensorRT-RTX times no kernels: it leaves no cache, and one that is named is refused."""
+    assert engine.timing_cache is None
+    assert not (engine.folder / TIMING_CACHE).exists()
+    assert find_timing_cache(engine.folder.parent, host) is None
+    with pytest.raises(BuildError, match="a timing cache with tensorrt_rtx, which times no kernels; leave --timing"):
+        engine_from_bundle(bundle, engine.recipe, tmp_path, host, engine.folder / "step.log")
+
+
+def test_rtx_plans_need_no_memory_of_their_own(bundle: Bundle, engine: BuiltEngine, host: BuildHost) -> None:
+    """The flag that lets a CUDA graph capture a plan of TensorRT-RTX is set, and decides which engine it is."""
+    fields = identity_of(bundle, engine.recipe, host, graphs_of(bundle), None)
+    assert fields["builder flags"] == ["REQUIRE_USER_ALLOCATION"]
+    assert read_sidecar(engine.folder)["identity"]["builder flags"] == ["REQUIRE_USER_ALLOCATION"]
 
 
 def test_repeated_builds_are_compared(bundle: Bundle) -> None:
@@ -459,6 +479,7 @@ def test_the_builder_sees_the_cancellation(bundle: Bundle, tmp_path: Path) -> No
         "workspace_bytes": 1 << 30,
         "optimization_level": None,
         "auxiliary_streams": None,
+        "tactic_bytes": None,
         "timing_cache": None,
         "timing_cache_out": os.fspath(tmp_path / "timing.cache"),
         "log": os.fspath(tmp_path / "step.log"),

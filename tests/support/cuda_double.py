@@ -9,6 +9,7 @@ memory that was not written holds 0xFF (NaN, −1), and addresses are never used
 from __future__ import annotations
 
 import functools
+import gc
 import hashlib
 import itertools
 import json
@@ -59,8 +60,9 @@ class Work:
 class Machine:
     """Device and pinned memory, streams with their queues, events, graphs; and counts of what was called."""
 
-    def __init__(self, facts: DeviceFacts = FACTS, version: str = VERSION) -> None:
+    def __init__(self, facts: DeviceFacts = FACTS, version: str = VERSION, library: str = "tensorrt") -> None:
         self.facts = facts
+        self.capturable = True  # what TensorRT-RTX says of its contexts
         self.memory: dict[int, np.ndarray] = {}
         self.written: dict[int, np.ndarray] = {}  # which bytes of it were
         self.weights: dict[str, list[int]] = {}  # of each graph, its engines' bytes
@@ -75,7 +77,7 @@ class Machine:
         self._handles = itertools.count(1)
         self._next = 0x7000_0000_0000
         self.cuda = Cuda(self)
-        self.library = TensorRT(module(self), "tensorrt", version)
+        self.library = TensorRT(module(self), library, version)
 
     @property
     def used(self) -> int:
@@ -303,6 +305,8 @@ class Cuda:
         self._machine.called("end_capture", allowed_in_capture=True)
         if stream not in self._machine.capturing:
             raise Misuse("end of a capture that was not begun")
+        if gc.isenabled():
+            raise Misuse("a capture in which garbage may be collected, and with it another engine's memory be freed")
         works, _ = self._machine.capturing.pop(stream)
         handle = next(self._machine._handles)
         self._machine.graphs[handle] = works
@@ -370,10 +374,66 @@ class Engine:
     def get_device_memory_size_for_profile_v2(self, index: int) -> int:
         return self.description["activations"][index]
 
-    def create_execution_context(self, strategy: str) -> Context:
-        if strategy != "user managed":
+    def create_runtime_config(self) -> RuntimeConfig:
+        if self.machine.library.name != "tensorrt_rtx":
+            raise AttributeError("create_runtime_config")
+        return RuntimeConfig(self)
+
+    def create_execution_context(self, how: Any) -> Context:
+        if self.machine.library.name != "tensorrt_rtx":
+            if how != "user managed":
+                raise Misuse("a context that allocates memory of its own")
+            return Context(self)
+        if how.strategy != "user managed":
             raise Misuse("a context that allocates memory of its own")
+        if how.dynamic_shapes_kernel_specialization_strategy != "eager":
+            raise Misuse("a context whose kernels are replaced while a CUDA graph may be captured")
+        known = set() if how.cache is None else how.cache.kernels
+        if self.description["graph"] not in known:
+            self.machine.calls["compile"] += 1
+            known.add(self.description["graph"])
         return Context(self)
+
+
+class RuntimeConfig:
+    """``IRuntimeConfig`` of TensorRT-RTX."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._machine = engine.machine
+        self.strategy: str | None = None
+        self.dynamic_shapes_kernel_specialization_strategy: str | None = None
+        self.cache: RuntimeCache | None = None
+
+    def set_execution_context_allocation_strategy(self, strategy: str) -> None:
+        self.strategy = strategy
+
+    def create_runtime_cache(self) -> RuntimeCache:
+        return RuntimeCache(self._machine)
+
+    def set_runtime_cache(self, cache: RuntimeCache) -> bool:
+        self.cache = cache
+        return True
+
+
+class RuntimeCache:
+    """``IRuntimeCache`` of TensorRT-RTX: the graphs whose kernels were compiled, for one driver."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self.kernels: set[str] = set()
+
+    def serialize(self) -> bytes:
+        return json.dumps([self._machine.facts.driver, sorted(self.kernels)]).encode()
+
+    def deserialize(self, content: bytes) -> bool:
+        try:
+            driver, kernels = json.loads(content)
+        except ValueError:
+            return False
+        if driver != self._machine.facts.driver:
+            return False
+        self.kernels = set(kernels)
+        return True
 
 
 class Context:
@@ -387,6 +447,8 @@ class Context:
         self.memory: Range | None = None
         self.warm: list[Any] = []
         self.captured: Any = None
+        self.asked = False  # whether it can be captured
+        self.nvtx_verbosity = "detailed"
 
     def bound(self) -> Any:
         return (self.profile, dict(self.shapes), dict(self.addresses), self.memory)
@@ -399,8 +461,14 @@ class Context:
             if (context := this()) is not None:
                 context.profile = index
 
+        if not 0 <= index < self.engine.num_optimization_profiles:
+            raise RuntimeError("set_optimization_profile_async failed")  # the bindings never return False
         self.machine.queue(stream, Work("the switch of a profile", run))
-        return 0 <= index < self.engine.num_optimization_profiles
+        return True
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        self.asked = True
+        return self.machine.capturable
 
     def set_device_memory(self, address: int, size: int) -> None:
         self._check_idle("the memory for activations")
@@ -457,7 +525,11 @@ class Context:
                 if name < other and written and _overlap(own, theirs):
                     raise Misuse(f"{name} and {other} overlap")
         bound = self.bound()
+        if stream not in machine.capturing and self.nvtx_verbosity != "none":
+            raise Misuse("a context that describes each kernel to a profiler")
         if stream in machine.capturing:
+            if machine.library.name == "tensorrt_rtx" and not (self.asked and machine.capturable):
+                raise Misuse("a context of TensorRT-RTX was captured that did not say that it can be")
             if bound not in self.warm:
                 raise Misuse("a context was captured that has not been run so before")
             if self.captured is not None:
@@ -546,6 +618,8 @@ def module(machine: Machine) -> SimpleNamespace:
         Runtime=Runtime,
         TensorIOMode=SimpleNamespace(INPUT="input", OUTPUT="output"),
         ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="user managed"),
+        DynamicShapesKernelSpecializationStrategy=SimpleNamespace(EAGER="eager"),
+        ProfilingVerbosity=SimpleNamespace(NONE="none"),
         nptype=np.dtype,
     )
 

@@ -80,8 +80,15 @@ CHUNKS_LIMIT = 1e-6  # measured: 4.8e-8
 class Bench:
     """A bundle on the double and on ONNX Runtime."""
 
-    def __init__(self, path: Path, folder: Path, recipe: Recipe = RECIPES["ranges"], **options: Any) -> None:
-        self.machine = Machine()
+    def __init__(
+        self,
+        path: Path,
+        folder: Path,
+        recipe: Recipe = RECIPES["ranges"],
+        library: str = "tensorrt",
+        **options: Any,
+    ) -> None:
+        self.machine = Machine(library=library)
         self.bundle: Bundle = open_bundle(path)
         self.stored = stored_on(self.machine, self.bundle, folder / "plans", recipe)
         self.engine = self.made(**options)
@@ -448,6 +455,52 @@ def test_without_graphs(bundles: dict[str, Path], tmp_path: Path) -> None:
     assert bench.machine.calls["begin_capture"] == 0
     bench.engine.close()
     bench.machine.check_closed()
+
+
+@pytest.fixture
+def rtx(bundles: dict[str, Path], tmp_path: Path) -> Iterator[Bench]:
+    """The FP32 bundle on TensorRT-RTX; at the end everything must be given back."""
+    bench = Bench(bundles["fp32"], tmp_path, library="tensorrt_rtx")
+    yield bench
+    bench.engine.close()
+    bench.machine.check_closed()
+
+
+def test_rtx_compiles_each_graph_once(rtx: Bench) -> None:
+    """All contexts of a plan share what was compiled, and the next engine finds it beside the plan."""
+    rtx.same([1, 2, 3], 5, **SETTINGS["interval"])
+    assert rtx.machine.calls["compile"] == 3
+    rtx.engine.close()
+    (kept,) = rtx.stored.folder.glob("step-*.kernels")
+
+    def compiled() -> int:
+        before = rtx.machine.calls["compile"]
+        engine = rtx.made()
+        Pipeline(rtx.bundle, engine)([1], **SETTINGS["ddim"])
+        engine.close()
+        return rtx.machine.calls["compile"] - before
+
+    assert compiled() == 0
+    kept.write_bytes(b"damaged")
+    assert compiled() == 1
+    assert compiled() == 0
+    content = kept.read_bytes()
+    elsewhere = kept.with_name("elsewhere")
+    kept.rename(elsewhere)
+    kept.symlink_to(elsewhere)
+    assert compiled() == 1  # a link is not followed, and is replaced by a file
+    assert not kept.is_symlink()
+    assert elsewhere.read_bytes() == content
+    rtx.machine.facts = replace(rtx.machine.facts, driver="another")
+    assert compiled() == 3
+    rtx.engine = rtx.made()
+
+
+def test_rtx_that_cannot_be_captured(rtx: Bench) -> None:
+    """A context of TensorRT-RTX that says it cannot be captured runs without a CUDA graph."""
+    rtx.machine.capturable = False
+    rtx.same([1, 2, 3], 5, **SETTINGS["interval"])
+    assert rtx.machine.calls["begin_capture"] == 0
 
 
 def test_threads_take_turns(bench: Bench) -> None:
@@ -931,8 +984,43 @@ def test_an_error_of_cuda_says_what_was_done() -> None:
     with pytest.raises(EngineError) as failure:
         runtime.allocate(1 << 30)
     assert str(failure.value) == (
-        "CUDA, allocating 1073741824 bytes: cudaErrorMemoryAllocation (out of memory); use a smaller batch"
+        "CUDA, allocating 1073741824 bytes: cudaErrorMemoryAllocation (out of memory); use a smaller batch; on a "
+        "Jetson with free memory, drop the file cache (sudo sysctl vm.drop_caches=3) or reboot"
     )
+
+
+def test_a_driver_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's error 35 says which package to change, on JetPack 6 and elsewhere."""
+    runtime = object.__new__(cuda.CudaRuntime)
+    runtime._rt = Failing()
+    monkeypatch.setattr(Failing.Status, "name", "cudaErrorInsufficientDriver")
+    with pytest.raises(EngineError, match=r"35\): there is none, .*; on JetPack 6 pip install 'cuda-bindings==12.8"):
+        runtime.allocate(1)
+
+
+def test_a_profile_that_is_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bindings raise RuntimeError where the library refuses a profile; its logger's reason is in the line."""
+    from support.cuda_double import Context
+
+    def refuse(self: Context, index: int, stream: int) -> bool:
+        self.engine.logger.log(1, "CUDA is out of memory")
+        raise RuntimeError("set_optimization_profile_async failed")
+
+    monkeypatch.setattr(Context, "set_optimization_profile_async", refuse)
+    with pytest.raises(EngineError, match=r"no execution context .*profile 0: set_opt.* \(CUDA is out of memory\)"):
+        bench.pipe([1], **SETTINGS["ddim"])
+
+
+def test_a_runtime_that_cannot_start(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where CUDA cannot start the bindings raise TypeError: one line with the logger's reason and the next step."""
+
+    def fail(logger: Any) -> None:
+        logger.log(1, "CUDA initialization failure with error: 35")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    monkeypatch.setattr(bench.machine.library.module, "Runtime", fail)
+    with pytest.raises(EngineError, match=r"runtime of tensorrt 10.3.0 cannot start .*nvidia-smi \(CUDA init.*: 35\)"):
+        bench.made()
 
 
 def test_plans_of_other_graphs_are_refused(bench: Bench) -> None:

@@ -20,7 +20,7 @@ from support.dummy_library import write_dummy_library
 
 import dit_runtime
 from dit_runtime.backends.tensorrt import api as tensorrt_api
-from dit_runtime.core.errors import EngineError
+from dit_runtime.core.errors import BuildError, EngineError
 
 SOURCE = Path(tensorrt_api.__file__)
 GENERATIONS = ["tensorrt-10.3", "tensorrt-10.16", "tensorrt-11.4", "tensorrt_rtx"]
@@ -43,6 +43,12 @@ RTX_ALONE = {
     "ICudaEngine.create_runtime_config",
     "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
     "IRuntimeConfig.set_execution_context_allocation_strategy",
+    "IRuntimeConfig.create_runtime_cache",
+    "IRuntimeConfig.set_runtime_cache",
+    "IRuntimeCache.deserialize",
+    "IRuntimeCache.serialize",
+    "IExecutionContext.is_stream_capturable",
+    "BuilderFlag.REQUIRE_USER_ALLOCATION",
     "ComputeCapability",
     "IBuilderConfig.num_compute_capabilities",
     "IBuilderConfig.set_compute_capability",
@@ -308,6 +314,7 @@ def test_a_context_has_no_memory_of_its_own_and_no_kernels_to_come(name: str) ->
     module = SimpleNamespace(
         ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="user managed"),
         DynamicShapesKernelSpecializationStrategy=SimpleNamespace(EAGER="eager"),
+        ProfilingVerbosity=SimpleNamespace(NONE="none"),
     )
     given: list[Any] = []
 
@@ -329,3 +336,22 @@ def test_a_context_has_no_memory_of_its_own_and_no_kernels_to_come(name: str) ->
     else:
         (config,) = given
         assert (config.strategy, config.dynamic_shapes_kernel_specialization_strategy) == ("user managed", "eager")
+
+
+def test_a_builder_that_cannot_start(tmp_path: Path) -> None:
+    """Where CUDA cannot start the bindings raise TypeError: one line with the logger's reason."""
+
+    class Logger:
+        INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
+
+    class Builder:
+        def __init__(self, logger: Any) -> None:
+            logger.log(Logger.ERROR, "CUDA initialization failure with error: 35")
+            raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    module = SimpleNamespace(ILogger=Logger, IProgressMonitor=object, Builder=Builder)
+    library = tensorrt_api.TensorRT(module, "tensorrt", "10.3.0")
+    with pytest.raises(BuildError, match=r"builder of tensorrt 10.3.0 cannot start \(CUDA init.* error: 35\)"):
+        tensorrt_api.plan_from_onnx(
+            library, tmp_path / "x.onnx", [], log=print, report=lambda *_: True, workspace_bytes=1
+        )

@@ -26,6 +26,10 @@ LIBRARIES = {
     "tensorrt_rtx": "pip install 'dit-export[rtx]'",
 }
 
+# Builder flags that are set besides the defaults. TensorRT-RTX needs this one for plans that a CUDA graph captures
+# (release notes of 1.2); without it, it may allocate memory while it runs.
+BUILDER_FLAGS = {"tensorrt": (), "tensorrt_rtx": ("REQUIRE_USER_ALLOCATION",)}
+
 # Objects of the libraries, under their classes' own names: the libraries have no types of their own to import.
 Builder: TypeAlias = Any
 EngineInspector: TypeAlias = Any
@@ -36,6 +40,7 @@ IHostMemory: TypeAlias = Any
 ILogger: TypeAlias = Any
 INetworkDefinition: TypeAlias = Any
 IOptimizationProfile: TypeAlias = Any
+IRuntimeCache: TypeAlias = Any
 IRuntimeConfig: TypeAlias = Any
 ITensor: TypeAlias = Any
 ITimingCache: TypeAlias = Any
@@ -79,10 +84,13 @@ class Layer(NamedTuple):
 
 
 class Built(NamedTuple):
-    """The result of a build: the plan, the timing cache after the build, and whether TF32 was on."""
+    """The result of a build: the plan, the timing cache after the build, and whether TF32 was on.
+
+    TensorRT-RTX times no kernels, so it has no timing cache.
+    """
 
     plan: IHostMemory  # not bytes, which would be a second copy
-    timing_cache: bytes
+    timing_cache: bytes | None
     tf32: bool
 
 
@@ -141,6 +149,7 @@ def plan_from_onnx(
     compute_capability: str | None = None,
     auxiliary_streams: int | None = None,
     timing_cache: bytes | None = None,
+    tactic_bytes: int | None = None,
 ) -> Built:
     """Compile a strongly typed ONNX file to a plan. TF32 is off.
 
@@ -154,7 +163,8 @@ def plan_from_onnx(
         optimization_level: 0 to 5; None is the library's default.
         compute_capability: such as ``8.9``, of another GPU to compile for. Only TensorRT-RTX can; None is the GPU here.
         auxiliary_streams: the most auxiliary streams; None lets the library choose.
-        timing_cache: from an earlier build by the same library on the same device; None is empty.
+        timing_cache: from an earlier build by the same library on the same device; None is empty. TensorRT only.
+        tactic_bytes: the most device memory that the builder may take to time kernels; None is the library's default.
 
     Raises:
         BuildError: the file cannot be parsed or compiled, a profile is refused, or the build was cancelled.
@@ -185,7 +195,7 @@ def plan_from_onnx(
             return None
 
     own_logger = make_logger(library, note)
-    builder: Builder = trt.Builder(own_logger)
+    builder: Builder = _make_builder(library, own_logger, errors)
     # TensorRT 10 needs this flag. In 11 every network is strongly typed, and the flag is ignored.
     network: INetworkDefinition = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser: OnnxParser = trt.OnnxParser(network, own_logger)
@@ -195,7 +205,11 @@ def plan_from_onnx(
         raise BuildError(f"{onnx}: cannot be parsed ({'; '.join(reasons or errors) or 'no reason given'})")
     config: IBuilderConfig = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes)
+    if tactic_bytes is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.TACTIC_DRAM, tactic_bytes)
     config.clear_flag(trt.BuilderFlag.TF32)  # it is on by default, and FP32 products would lose 13 bits
+    if library.name == "tensorrt_rtx":
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the audit reads datatypes
     monitor = Monitor()
     config.progress_monitor = monitor
@@ -205,11 +219,13 @@ def plan_from_onnx(
         config.max_aux_streams = auxiliary_streams
     if compute_capability is not None:
         _set_compute_capability(library, config, compute_capability)
-    cache: ITimingCache = config.create_timing_cache(timing_cache or b"")
-    if not config.set_timing_cache(cache, ignore_mismatch=False):
-        log("warning", "the timing cache is of another device or version and is not used")
-        cache = config.create_timing_cache(b"")
-        config.set_timing_cache(cache, ignore_mismatch=False)
+    cache: ITimingCache = None
+    if library.name == "tensorrt":
+        cache = config.create_timing_cache(timing_cache or b"")
+        if not config.set_timing_cache(cache, ignore_mismatch=False):
+            log("warning", "the timing cache is of another device or version and is not used")
+            cache = config.create_timing_cache(b"")
+            config.set_timing_cache(cache, ignore_mismatch=False)
     _pin(network, profiles)
     for shapes in profiles:
         profile: IOptimizationProfile = builder.create_optimization_profile()
@@ -221,7 +237,22 @@ def plan_from_onnx(
     if plan is None:
         reason = "cancelled" if cancelled else "; ".join(errors) or "no reason given"
         raise BuildError(f"{onnx}: cannot be built ({reason})")
-    return Built(plan, bytes(cache.serialize()), bool(config.get_flag(trt.BuilderFlag.TF32)))
+    serialized = None if cache is None else bytes(cache.serialize())
+    return Built(plan, serialized, bool(config.get_flag(trt.BuilderFlag.TF32)))
+
+
+def _make_builder(library: TensorRT, own_logger: ILogger, errors: Sequence[str]) -> Builder:
+    try:
+        return library.module.Builder(own_logger)
+    except (TypeError, RuntimeError) as error:  # the bindings raise TypeError where CUDA cannot start
+        raise BuildError(_describe_failed_start("builder", library, errors or [str(error)])) from error
+
+
+def _describe_failed_start(what: str, library: TensorRT, reasons: Sequence[str]) -> str:
+    return (
+        f"the {what} of {library.name} {library.version} cannot start ({'; '.join(reasons)}); check that the GPU's "
+        "driver is there and new enough for this version: nvidia-smi"
+    )
 
 
 def _set_compute_capability(library: TensorRT, config: IBuilderConfig, capability: str) -> None:
@@ -246,8 +277,15 @@ def _pin(network: INetworkDefinition, profiles: Sequence[Shapes]) -> None:
 
 
 def make_runtime(library: TensorRT, own_logger: ILogger) -> Runtime:
-    """Make the library's runtime. It must outlive its engines. Plans that contain host code are refused."""
-    runtime: Runtime = library.module.Runtime(own_logger)
+    """Make the library's runtime. It must outlive its engines. Plans that contain host code are refused.
+
+    Raises:
+        EngineError: CUDA or the library cannot start; its logger gets the reason.
+    """
+    try:
+        runtime: Runtime = library.module.Runtime(own_logger)
+    except (TypeError, RuntimeError) as error:  # the bindings raise TypeError where CUDA cannot start
+        raise EngineError(_describe_failed_start("runtime", library, [str(error)])) from error
     runtime.engine_host_code_allowed = False
     return runtime
 
@@ -297,28 +335,69 @@ def activation_bytes_of(engine: ICudaEngine, profile_index: int) -> int:
     return int(engine.get_device_memory_size_for_profile_v2(profile_index))
 
 
-def make_context(library: TensorRT, engine: ICudaEngine, profile_index: int, stream: int) -> IExecutionContext:
+def make_runtime_cache(library: TensorRT, engine: ICudaEngine) -> IRuntimeCache | None:
+    """Make an empty cache for the kernels that TensorRT-RTX compiles on the GPU; None for TensorRT, which has none."""
+    if library.name != "tensorrt_rtx":
+        return None
+    runtime_config: IRuntimeConfig = engine.create_runtime_config()
+    cache: IRuntimeCache = runtime_config.create_runtime_cache()
+    return cache
+
+
+def fill_runtime_cache(cache: IRuntimeCache, content: bytes) -> bool:
+    """Load what ``bytes_of_runtime_cache`` gave. False where the library refuses it: of another GPU or version."""
+    return bool(cache.deserialize(content))
+
+
+def bytes_of_runtime_cache(cache: IRuntimeCache) -> bytes:
+    """A runtime cache's content, to be kept in a file."""
+    return bytes(cache.serialize())
+
+
+def make_context(
+    library: TensorRT, engine: ICudaEngine, profile_index: int, stream: int, cache: IRuntimeCache | None = None
+) -> IExecutionContext:
     """Make an execution context for a profile, without memory of its own. Synchronize ``stream`` before its first use.
 
+    Args:
+        library: the engine's.
+        engine: deserialized.
+        profile_index: of the optimization profile.
+        stream: on which the context switches to the profile.
+        cache: from ``make_runtime_cache``; the contexts of an engine share it.
+
     Raises:
-        EngineError: the library refuses.
+        EngineError: the library refuses; its logger gets the reason.
     """
+    try:
+        context = _make_context(library, engine, cache)
+        if context is None or not context.set_optimization_profile_async(profile_index, stream):
+            raise EngineError(f"no execution context for optimization profile {profile_index}")
+    except RuntimeError as error:  # the bindings raise it where the library returns false
+        raise EngineError(f"no execution context for optimization profile {profile_index}: {error}") from error
+    # A plan of detailed verbosity, which the audit needs, would describe each kernel to a profiler at each run.
+    context.nvtx_verbosity = library.module.ProfilingVerbosity.NONE
+    return context
+
+
+def _make_context(library: TensorRT, engine: ICudaEngine, cache: IRuntimeCache | None) -> IExecutionContext:
     trt = library.module
     strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-    if library.name == "tensorrt_rtx":
-        # By default TensorRT-RTX starts with kernels for any shape, and compiles kernels for the given shape meanwhile.
-        # A CUDA graph that is captured in that time would keep the slower kernels.
-        runtime_config: IRuntimeConfig = engine.create_runtime_config()
-        runtime_config.set_execution_context_allocation_strategy(strategy)
-        runtime_config.dynamic_shapes_kernel_specialization_strategy = (
-            trt.DynamicShapesKernelSpecializationStrategy.EAGER
-        )
-        context: IExecutionContext = engine.create_execution_context(runtime_config)
-    else:
-        context = engine.create_execution_context(strategy)
-    if context is None or not context.set_optimization_profile_async(profile_index, stream):
-        raise EngineError(f"no execution context for optimization profile {profile_index}")
-    return context
+    if library.name != "tensorrt_rtx":
+        return engine.create_execution_context(strategy)
+    # By default TensorRT-RTX starts with kernels for any shape, and compiles kernels for the given shape meanwhile.
+    # A CUDA graph that is captured in that time would keep the slower kernels.
+    runtime_config: IRuntimeConfig = engine.create_runtime_config()
+    runtime_config.set_execution_context_allocation_strategy(strategy)
+    runtime_config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+    if cache is not None:
+        runtime_config.set_runtime_cache(cache)
+    return engine.create_execution_context(runtime_config)
+
+
+def is_capturable(library: TensorRT, context: IExecutionContext, stream: int) -> bool:
+    """Whether a CUDA graph can capture a context's work. A context of TensorRT that was run once always can be."""
+    return library.name != "tensorrt_rtx" or bool(context.is_stream_capturable(stream))
 
 
 def give_memory(context: IExecutionContext, address: int, size: int) -> None:

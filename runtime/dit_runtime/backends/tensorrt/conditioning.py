@@ -70,7 +70,7 @@ class DeviceTable:
         values = inputs_from_conditions(conditions)
         fit = device.find_fit("conditioner", {name: value.shape for name, value in values.items()})
         loaded = device.load("conditioner")
-        context = loaded.context_for(fit.profile, cuda, stream)
+        context = device.context_for(loaded, fit.profile)
         device.give_activations(context, loaded, fit.profile)
         layout = Layout({name: (value.shape, value.dtype) for name, value in values.items()})
         self._inputs.reserve(layout.size)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import importlib.metadata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +21,11 @@ from dit_runtime.core.errors import EngineError
 from dit_runtime.core.machine import read_available_memory
 
 ALIGNMENT = 256  # bytes: TensorRT asks it of every address, and every allocation has it
+
+# Since L4T 36.4.7 a Jetson may refuse a large allocation although memory is free (NvMap error 12).
+OUT_OF_MEMORY = (
+    "use a smaller batch; on a Jetson with free memory, drop the file cache (sudo sysctl vm.drop_caches=3) or reboot"
+)
 
 Bytes = NDArray[np.uint8]
 
@@ -264,10 +270,12 @@ class CudaRuntime:
         except RuntimeError as error:  # of cuda-bindings up to 12.8, where libcuda cannot be loaded
             raise _error_without_driver(str(error)) from error
         if status != self._rt.cudaError_t.cudaSuccess:
-            if status.name in ("cudaErrorInsufficientDriver", "cudaErrorNoDevice"):
+            if status.name == "cudaErrorInsufficientDriver":
+                raise _error_of_old_driver()
+            if status.name == "cudaErrorNoDevice":
                 raise _error_without_driver(status.name)
             (_, text) = self._rt.cudaGetErrorString(status)
-            advice = "use a smaller batch" if status.name == "cudaErrorMemoryAllocation" else "run dit-verify"
+            advice = OUT_OF_MEMORY if status.name == "cudaErrorMemoryAllocation" else "run dit-verify"
             raise EngineError(f"CUDA, {doing}: {status.name} ({text.decode('utf-8', 'replace')}); {advice}")
         return values[0] if len(values) == 1 else tuple(values)
 
@@ -281,6 +289,19 @@ def _error_without_driver(reason: str) -> EngineError:
     return EngineError(
         f"no NVIDIA driver that works here ({reason}); install one (on a Jetson it comes with JetPack), or choose "
         "another engine"
+    )
+
+
+def _error_of_old_driver() -> EngineError:
+    """The error where the driver is older than the CUDA runtime that cuda-bindings has in it (CUDA's error 35)."""
+    try:
+        has = f"cuda-bindings {importlib.metadata.version('cuda-bindings')} has"
+    except importlib.metadata.PackageNotFoundError:
+        has = "cuda-bindings has"
+    return EngineError(
+        "no NVIDIA driver that works here (cudaErrorInsufficientDriver, 35): there is none, or it is older than the "
+        f"CUDA runtime that {has} in it; on JetPack 6 pip install 'cuda-bindings==12.8.*', elsewhere install or update "
+        "the driver (CUDA 13 needs 580 or later), or pip install 'cuda-bindings<13'"
     )
 
 

@@ -6,10 +6,12 @@ activations of all of them. Threads may share an engine; the lock lets one call 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import mmap
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +20,9 @@ from dit_runtime.backends.profiles import Fit, Profiles, Shape
 from dit_runtime.backends.tensorrt import api as tensorrt_api
 from dit_runtime.backends.tensorrt.api import TensorRT
 from dit_runtime.backends.tensorrt.buffers import DeviceBuffer
-from dit_runtime.backends.tensorrt.cuda import Cuda
+from dit_runtime.backends.tensorrt.cuda import Cuda, DeviceFacts
 from dit_runtime.backends.tensorrt.memory import available_bytes_of, check_engine, describe_bytes
+from dit_runtime.backends.tensorrt.runtime_cache import RuntimeCache
 from dit_runtime.backends.tensorrt.store import StoredEngine, StoredGraph
 from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.core.errors import EngineError
@@ -29,17 +32,24 @@ SMALL_BYTES = 32 << 20
 
 
 class LoadedPlan:
-    """A plan on the device: ``engine`` is the library's object, ``tensors`` are its inputs and outputs by name."""
+    """A plan on the device.
 
-    def __init__(self, library: TensorRT, runtime: Any, plan: memoryview) -> None:
+    Attributes:
+        engine: the library's object.
+        tensors: its inputs and outputs by name.
+        cache: the kernels that were compiled for the GPU.
+    """
+
+    def __init__(self, library: TensorRT, runtime: Any, content: memoryview, path: Path, facts: DeviceFacts) -> None:
         self._library = library
-        self.engine = tensorrt_api.engine_from_plan(runtime, plan)
+        self.engine = tensorrt_api.engine_from_plan(runtime, content)
         self.tensors = tensorrt_api.tensors_of(library, self.engine)
+        self.cache = RuntimeCache(library, self.engine, path, facts)
         self._contexts: dict[int, Any] = {}
 
     def make_context(self, profile: int, cuda: Cuda, stream: int) -> Any:
         """Make an execution context that only one captured graph uses."""
-        context = tensorrt_api.make_context(self._library, self.engine, profile, stream)
+        context = tensorrt_api.make_context(self._library, self.engine, profile, stream, self.cache.content)
         cuda.synchronize(stream)  # until the context has switched to the profile
         return context
 
@@ -88,7 +98,10 @@ class Device:
         self._said: list[str] = []
         # The logger must outlive the runtime, and the runtime its engines.
         self._logger = tensorrt_api.make_logger(library, self._note)
-        self._runtime = tensorrt_api.make_runtime(library, self._logger)
+        try:
+            self._runtime = tensorrt_api.make_runtime(library, self._logger)
+        except EngineError as error:
+            raise EngineError(f"{name}: {error} ({self._describe_errors()})") from error
         self.stream = cuda.create_stream()
         self.activations = DeviceBuffer(cuda, self.stream, self.make_room)
         self.running: str | None = None
@@ -140,7 +153,7 @@ class Device:
                 # Hash the same bytes that are deserialized.
                 self.stored.check_plan(graph, hashlib.sha256(content).hexdigest())
                 try:
-                    loaded = LoadedPlan(self.library, self._runtime, content)
+                    loaded = LoadedPlan(self.library, self._runtime, content, plan, self.cuda.read_device())
                 except EngineError as error:
                     advice = "run dit-build again, or free memory"
                     raise EngineError(f"{plan}: {error} ({self._describe_errors()}); {advice}") from error
@@ -156,6 +169,27 @@ class Device:
                 )
         return loaded
 
+    def context_for(self, loaded: LoadedPlan, profile: int) -> Any:
+        """The context of a profile for calls that are not captured. Raises EngineError where the library refuses."""
+        with self._explaining():
+            return loaded.context_for(profile, self.cuda, self.stream)
+
+    def make_context(self, loaded: LoadedPlan, profile: int) -> Any:
+        """A context that only one captured graph uses. Raises EngineError where the library refuses."""
+        with self._explaining():
+            return loaded.make_context(profile, self.cuda, self.stream)
+
+    @contextlib.contextmanager
+    def _explaining(self) -> Iterator[None]:
+        """Add what the library's logger was told to an error of the library."""
+        self._said.clear()
+        try:
+            yield
+        except EngineError as error:
+            raise EngineError(
+                f"{self.name}: {error} ({self._describe_errors()}); run dit-verify on this engine"
+            ) from error
+
     def count_loads(self, graph: str) -> int:
         """How often a graph has been loaded so far; 0 if the graph is not on the device now."""
         return self._loads[graph] if graph in self._loaded else 0
@@ -164,7 +198,8 @@ class Device:
         """Free a graph's weights, contexts and CUDA graphs. Loops keep their latents and their conditioning tables."""
         self.cuda.synchronize(self.stream)  # until the graph's last call is done
         self._drop(graph)
-        self._loaded.pop(graph, None)
+        if (loaded := self._loaded.pop(graph, None)) is not None:
+            loaded.cache.keep()
 
     def check_memory(self, batch: int) -> None:
         """Check before the step is first loaded that the device has memory for a batch.
@@ -231,13 +266,8 @@ class Device:
         Raises:
             EngineError: the library refuses. The message has the library's own errors.
         """
-        self._said.clear()
-        try:
+        with self._explaining():
             tensorrt_api.enqueue(context, self.stream)
-        except EngineError as error:
-            raise EngineError(
-                f"{self.name}: {error} ({self._describe_errors()}); run dit-verify on this engine"
-            ) from error
 
     def give_activations(self, context: Any, loaded: LoadedPlan, profile: int) -> None:
         """Give a context the shared memory block for activations, made as large as this context needs."""

@@ -6,9 +6,11 @@ graph's last node copies ``next_state`` over ``state``.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import math
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +92,7 @@ class StepGraphs:
         loaded = device.load("step")
         device.activations.reserve(self._activation_bytes(batch))
         self._drop_stale()
-        context = loaded.make_context(fit.profile, cuda, stream)
+        context = device.make_context(loaded, fit.profile)
         device.give_activations(context, loaded, fit.profile)
         addresses = {
             **self._at,
@@ -104,19 +106,21 @@ class StepGraphs:
             # Run once before the capture: the library's first run also loads kernels, which must not be captured.
             device.start(context)
             cuda.synchronize(stream)
-            graph = self._capture(context, fit)
+            if tensorrt_api.is_capturable(device.library, context, stream):
+                graph = self._capture(context, fit)
         self._steps[batch, branches] = _Step(context, graph)
         return self._steps[batch, branches]
 
     def _capture(self, context: Any, fit: Fit) -> int:
         device = self._device
-        device.cuda.begin_capture(device.stream)
-        try:
-            self._queue(context, fit)
-            return device.cuda.end_capture(device.stream)
-        except BaseException:
-            device.cuda.abandon_capture(device.stream)
-            raise
+        with _no_collection():
+            device.cuda.begin_capture(device.stream)
+            try:
+                self._queue(context, fit)
+                return device.cuda.end_capture(device.stream)
+            except BaseException:
+                device.cuda.abandon_capture(device.stream)
+                raise
 
     def _activation_bytes(self, batch: int) -> int:
         """Bytes for the activations of the step and of the decoder at this batch.
@@ -140,3 +144,15 @@ class StepGraphs:
         self._device.cuda.synchronize(self._device.stream)  # until its last launch is done
         if step.graph is not None:
             self._device.cuda.destroy_graph(step.graph)
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Collect no garbage within a capture: another engine that is collected frees memory, which ends the capture."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -40,7 +40,7 @@ class TensorRtSession:
         fit = device.find_fit(self._graph, {name: array.shape for name, array in arrays.items()})
         loaded = device.load(self._graph)
         cuda.synchronize(stream)  # an interrupted call may have left queued work of this context
-        context = loaded.context_for(fit.profile, cuda, stream)
+        context = device.context_for(loaded, fit.profile)
         device.give_activations(context, loaded, fit.profile)
         taken = {name: array for name, array in arrays.items() if name in loaded.tensors}
         for name, array in taken.items():

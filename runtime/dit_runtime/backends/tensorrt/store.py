@@ -281,7 +281,7 @@ class EngineRecord:
     driver: str | None
     recipe: dict[str, Any]
     identity: dict[str, Any]
-    timing_cache: dict[str, str]
+    timing_cache: dict[str, str] | None
     tf32: bool
     graphs: tuple[GraphRecord, ...]
 
