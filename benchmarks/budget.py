@@ -41,8 +41,9 @@ from dit_runtime.bundle.reader import (
 )
 from dit_runtime.core.environment import describe_environment
 from dit_runtime.core.errors import EngineError
-from dit_runtime.core.files import replace_file, sha256_of
+from dit_runtime.core.files import sha256_of
 from dit_runtime.core.progress import Progress
+from dit_runtime.core.replace import replace_file
 from dit_runtime.verify.replay import Replay
 from dit_runtime.verify.rung import Rung
 from dit_runtime.verify.verification import verification_of

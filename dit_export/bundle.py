@@ -33,8 +33,9 @@ from dit_runtime.bundle.manifest import (
 )
 from dit_runtime.bundle.reader import MANIFEST, Bundle, open_bundle
 from dit_runtime.core.errors import OutputError
-from dit_runtime.core.files import check_writable, replace_folder, sha256_of
+from dit_runtime.core.files import sha256_of
 from dit_runtime.core.progress import Progress
+from dit_runtime.core.replace import check_writable, replace_folder
 from dit_runtime.samplers.by_name import count_default_steps
 
 

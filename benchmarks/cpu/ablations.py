@@ -34,7 +34,7 @@ from dit_runtime.bundle.precision import Precision, precision_named
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.environment import describe_environment
 from dit_runtime.core.errors import EngineError
-from dit_runtime.core.files import replace_file
+from dit_runtime.core.replace import replace_file
 from dit_runtime.samplers.by_name import schedule_for
 from dit_runtime.samplers.guidance import branch_rows, guidance_weights
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dit_runtime.core.files import replace_file
+from dit_runtime.core.replace import replace_file
 
 HERE = Path(__file__).parent
 REFERENCE = "diffusers, eager FP32"

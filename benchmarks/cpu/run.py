@@ -262,7 +262,7 @@ def compare(args: argparse.Namespace, work: Path) -> None:
     from dit_runtime.bench.gemm import measure_gemm_rates, shapes_of
     from dit_runtime.bundle.macs import count_step_gmac
     from dit_runtime.core.environment import describe_environment
-    from dit_runtime.core.files import replace_file
+    from dit_runtime.core.replace import replace_file
 
     prepare(work, args.model)
     wanted = [part.strip() for part in args.only.split(",")] if args.only else [""]

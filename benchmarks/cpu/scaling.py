@@ -35,7 +35,7 @@ from dit_runtime.bundle.manifest import ModelSpec
 from dit_runtime.bundle.precision import Precision, precision_named
 from dit_runtime.core.environment import describe_environment
 from dit_runtime.core.errors import EngineError
-from dit_runtime.core.files import replace_file
+from dit_runtime.core.replace import replace_file
 from dit_runtime.samplers.guidance import guidance_weights
 
 HERE = Path(__file__).parent

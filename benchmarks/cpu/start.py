@@ -115,7 +115,7 @@ def main() -> None:
         run_way(args.way, work, args.started)
         return
     from dit_runtime.core.environment import describe_environment
-    from dit_runtime.core.files import replace_file
+    from dit_runtime.core.replace import replace_file
 
     target = HERE / "start.json"
     report: dict[str, Any] = {

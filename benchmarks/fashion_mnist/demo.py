@@ -18,7 +18,7 @@ import numpy as np
 from evaluator import CLASS_NAMES, frechet_distance, judge, load_evaluator, reference_statistics, statistics_of
 
 from dit_runtime import Pipeline
-from dit_runtime.core.files import replace_file
+from dit_runtime.core.replace import replace_file
 from dit_runtime.verify.metrics import psnr
 
 HERE = Path(__file__).parent

@@ -36,8 +36,8 @@ from dit_runtime.backends.open import open_engine
 from dit_runtime.bundle.reader import Bundle, open_bundle
 from dit_runtime.core.environment import describe_environment
 from dit_runtime.core.errors import BundleError, EngineError
-from dit_runtime.core.files import replace_file
 from dit_runtime.core.progress import Progress
+from dit_runtime.core.replace import replace_file
 
 HERE = Path(__file__).parent
 Z95 = 1.959964  # the standard normal distribution's 97.5 % point

@@ -15,7 +15,7 @@ import matplotlib as mpl
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from dit_runtime.core.files import replace_file
+from dit_runtime.core.replace import replace_file
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from dit_runtime import Pipeline
 from dit_runtime.bundle.macs import count_gmac
 from dit_runtime.bundle.manifest import ModelSpec
-from dit_runtime.core.files import replace_file
+from dit_runtime.core.replace import replace_file
 
 HERE = Path(__file__).parent
 DEMO = HERE.parent / "fashion_mnist"

@@ -10,7 +10,7 @@ from dit_export.bisect.fp32_weights import weights_from_checkpoint
 from dit_export.bisect.kernel_cost import measure_kernel_cost
 from dit_export.checkpoints.sources import Source, load_checkpoint
 from dit_runtime.bundle.reader import Bundle
-from dit_runtime.core.files import check_writable, replace_file
+from dit_runtime.core.replace import check_writable, replace_file
 
 
 def find_keep_list(bundle: Bundle, source: Source | None, output: Path) -> Bisection:

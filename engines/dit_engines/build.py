@@ -29,7 +29,8 @@ from dit_engines.recipe import Recipe
 from dit_runtime.bundle.manifest import ENCODER
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import BuildError
-from dit_runtime.core.files import check_writable, replace_folder, sha256_of
+from dit_runtime.core.files import sha256_of
+from dit_runtime.core.replace import check_writable, replace_folder
 
 BUILT_GRAPHS = ("conditioner", "step", "decoder", ENCODER)  # the probe is for ONNX Runtime and OpenVINO only
 

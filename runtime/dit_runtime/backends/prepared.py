@@ -24,8 +24,9 @@ from dit_runtime.bundle.manifest import FileSpec
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.decode import DecodeError, decode, read_json
 from dit_runtime.core.errors import OutputError
-from dit_runtime.core.files import replace_folder, sha256_of
+from dit_runtime.core.files import sha256_of
 from dit_runtime.core.machine import read_processor
+from dit_runtime.core.replace import replace_folder
 
 logger = logging.getLogger(__name__)
 

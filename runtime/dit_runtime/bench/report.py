@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_runtime.core.errors import OutputError
-from dit_runtime.core.files import replace_file
+from dit_runtime.core.replace import replace_file
 
 PLOTS = (".png", ".svg", ".pdf")
 

@@ -88,7 +88,7 @@ def _parser() -> Parser:
 def _check_outputs(markdown: Path | None, plot: Path | None) -> None:
     """Raises OutputError, before minutes of timing, for a file that cannot be written."""
     from dit_runtime.bench.report import check_plot
-    from dit_runtime.core.files import check_writable
+    from dit_runtime.core.replace import check_writable
 
     for file in (markdown, plot):
         if file is not None:
@@ -99,7 +99,7 @@ def _check_outputs(markdown: Path | None, plot: Path | None) -> None:
 
 def _write_outputs(report: dict[str, Any], markdown: Path | None, plot: Path | None) -> None:
     from dit_runtime.bench.report import draw_plot, markdown_from_report
-    from dit_runtime.core.files import replace_file
+    from dit_runtime.core.replace import replace_file
 
     if markdown is not None:
         with replace_file(markdown) as file:

@@ -198,14 +198,14 @@ def _write_records(request: RecordsRequest) -> int:
 def _check_page(path: Path) -> None:
     """Say before the work that the page cannot be made."""
     from dit_runtime.core.extras import check_extra
-    from dit_runtime.core.files import check_writable
+    from dit_runtime.core.replace import check_writable
 
     check_extra("--report", "report", "jinja2", "matplotlib")
     check_writable(path, "--report")
 
 
 def _write_page(results: Results, path: Path) -> None:
-    from dit_runtime.core.files import replace_file
+    from dit_runtime.core.replace import replace_file
     from dit_runtime.verify.report import page
 
     with replace_file(path) as file:

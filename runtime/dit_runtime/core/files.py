@@ -1,92 +1,9 @@
-"""Atomic writes: after an interruption a file is the old one or the new one, never a part of one."""
+"""Hashes of files."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-
-from dit_runtime.core.errors import OutputError
-
-
-@contextlib.contextmanager
-def replace_file(path: Path) -> Iterator[Path]:
-    """A temporary file beside ``path``: it replaces ``path`` when the block succeeds, and is removed otherwise.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        yield temporary
-        temporary.chmod(0o666 & ~_get_umask())
-        temporary.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror or error}); choose another --output") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def replace_folder(path: Path, option: str = "--output") -> Iterator[Path]:
-    """A temporary folder beside ``path``: it replaces ``path`` when the block succeeds, and is removed otherwise.
-
-    ``option`` is the command's option that names the folder, for the message.
-
-    Raises:
-        OutputError: the folder cannot be written.
-    """
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        temporary.chmod(0o777 & ~_get_umask())
-        yield temporary
-        if path.exists():
-            # rename(2) does not replace a folder with content: the old one goes aside first, and back after a failure.
-            aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-            path.replace(aside)
-            try:
-                temporary.replace(path)
-            except BaseException:
-                aside.replace(path)
-                raise
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            temporary.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror or error}); choose another {option}") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def check_writable(path: Path, option: str = "--output") -> None:
-    """Say before the work that a file or folder cannot be written at ``path``.
-
-    ``option`` is the command's option that names the path, for the message.
-
-    Raises:
-        OutputError: the nearest path above that exists is not a folder, or cannot be written to.
-    """
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise OutputError(f"{path}: {parent} cannot be written to; choose another {option}")
-
-
-def _get_umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def sha256_of(path: Path) -> str:

@@ -16,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from dit_runtime.core.decode import read_bytes
 from dit_runtime.core.errors import OutputError, SamplingError
-from dit_runtime.core.files import replace_file
+from dit_runtime.core.replace import replace_file
 
 Images = NDArray[np.uint8]
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # of an image to start from, as Pillow names them

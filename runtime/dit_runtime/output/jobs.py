@@ -8,7 +8,7 @@ from typing import Any
 
 from dit_runtime.bundle.reader import open_bundle
 from dit_runtime.core.errors import OutputError, SamplingError
-from dit_runtime.core.files import check_writable
+from dit_runtime.core.replace import check_writable
 from dit_runtime.output.inputs import (
     InputFiles,
     RecordedFile,

@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from dit_runtime.core.decode import Range, decode, read_json
 from dit_runtime.core.errors import SamplingError
-from dit_runtime.core.files import replace_file
+from dit_runtime.core.replace import replace_file
 
 COEFFICIENTS = 17
 

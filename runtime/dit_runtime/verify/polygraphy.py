@@ -16,7 +16,7 @@ from dit_runtime.bundle.manifest import ENCODER
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import OutputError
 from dit_runtime.core.extras import check_extra
-from dit_runtime.core.files import replace_file
+from dit_runtime.core.replace import replace_file
 from dit_runtime.samplers.guidance import guidance_weights
 from dit_runtime.samplers.schedule import (
     B_E,

@@ -28,9 +28,9 @@ from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.decode import Amount, DecodeError, decode, read_json
 from dit_runtime.core.errors import EngineError, OutputError
-from dit_runtime.core.files import replace_file
 from dit_runtime.core.machine import describe_machine, has_nvidia_driver
 from dit_runtime.core.progress import Progress
+from dit_runtime.core.replace import replace_file
 from dit_runtime.samplers.guidance import guidance_weights
 from dit_runtime.samplers.schedule import COEFFICIENTS
 

@@ -19,8 +19,8 @@ from dit_runtime.backends.base import Engine
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.decode import DecodeError, Positive, decode, read_json
 from dit_runtime.core.errors import OutputError
-from dit_runtime.core.files import replace_file
 from dit_runtime.core.machine import describe_machine
+from dit_runtime.core.replace import replace_file
 from dit_runtime.core.version import __version__
 from dit_runtime.verify.rung import Rung, Verification
 from dit_runtime.verify.verification import verification_of
