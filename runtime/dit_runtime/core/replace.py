@@ -206,7 +206,10 @@ def _make(temporary: Path, is_folder: bool) -> int | None:
     """A descriptor; None where another process took the file or folder for one that a killed process left."""
     if is_folder:
         os.mkdir(temporary)
-        handle = os.open(temporary, os.O_RDONLY)
+        try:
+            handle = os.open(temporary, os.O_RDONLY)
+        except FileNotFoundError:
+            return None
     else:
         handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     _lock(handle)

@@ -181,6 +181,28 @@ def test_only_what_dead_writers_left_is_removed(tmp_path: Path) -> None:
         assert folder.exists()
 
 
+@pytest.mark.parametrize("moment", ["mkdir", "_lock"])
+def test_a_temporary_folder_taken_for_a_dead_ones(moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its making and its lock another process may remove it: another is made."""
+    owner = os if moment == "mkdir" else replace
+    original, taken = getattr(owner, moment), list[Path]()
+
+    def take(*args: object) -> None:
+        if moment == "mkdir":
+            original(*args)
+        if not taken:
+            taken.extend(tmp_path.glob(".out.*"))
+            replace._remove_if_left(taken[0])
+            assert not taken[0].exists()
+        if moment != "mkdir":
+            original(*args)
+
+    monkeypatch.setattr(owner, moment, take)
+    replace_with_new(tmp_path / "out")
+    assert taken
+    assert read(tmp_path / "out") == NEW
+
+
 def test_a_folder_that_was_set_aside(tmp_path: Path) -> None:
     """It comes back where its place is empty, and goes where the new one is in place."""
     target = tmp_path / "out"
