@@ -6,8 +6,10 @@ With them the next start is fast, and the weights are mapped from a file and not
     STORE/BACKEND/KEY/*                the files of one graph in the backend's own form
     STORE/BACKEND/.KEY.lock            held while a process makes the files: a second process waits
 
-KEY is the hash of the facts, so a graph that another machine or version made is never opened. The folder may be deleted
-at any time. A file is given to the backend's library only when it has the size and hash that ``prepared.json`` says.
+KEY is the hash of the facts, so a graph that another machine or version made is never opened. A file is given to the
+backend's library only when it has the size and hash that ``prepared.json`` says. The folder may be deleted or altered
+at any time, also between that check and the moment when the library has read the files: the graph is made again then,
+or the engine works without.
 """
 
 from __future__ import annotations
@@ -19,16 +21,20 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from dit_runtime.bundle.manifest import FileSpec
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.decode import DecodeError, decode, read_json
-from dit_runtime.core.errors import OutputError
+from dit_runtime.core.errors import DiTError, OutputError
 from dit_runtime.core.files import sha256_of
 from dit_runtime.core.machine import read_processor
-from dit_runtime.core.replace import replace_folder
+from dit_runtime.core.replace import is_temporary, replace_folder
 
 logger = logging.getLogger(__name__)
+
+Model = TypeVar("Model")
+Stamps = dict[str, tuple[int, ...]]  # by file name: what changes with the file's content
 
 SIDECAR = "prepared.json"
 SIDECAR_LIMIT = 1 << 20  # bytes: far more than any ``prepared.json`` has, and quick to read
@@ -80,67 +86,125 @@ def facts_of(bundle: Bundle, graph: str, version: str, form: Mapping[str, str]) 
     return Facts(bundle.digest, bundle.manifest.graphs[graph].file, dict(form), version, cpu.model, cpu.flags)
 
 
-def prepare_graph(folder: Path, facts: Facts, make: Callable[[Path], None]) -> Path | None:
-    """Find a prepared graph and check its files, or make it.
+@dataclass(frozen=True)
+class CheckedGraph:
+    """A prepared graph whose files were as they were written when they were checked."""
+
+    folder: Path
+    stamps: Stamps
+
+    def is_unchanged(self) -> bool:
+        """Whether the files are those that were checked."""
+        try:
+            return _stamps_of(self.folder) == self.stamps
+        except OSError:
+            return False
+
+
+def load_prepared(
+    folder: Path,
+    facts: Facts,
+    make: Callable[[Path], None],
+    load: Callable[[Path], Model],
+    found: CheckedGraph | None = None,
+) -> Model | None:
+    """Load a prepared graph. It is made first where there is none, and again where it changes while it is loaded.
 
     Args:
         folder: the folder of the backend's prepared graphs, ``STORE/BACKEND``.
         facts: from ``facts_of``.
         make: writes the files into the empty folder that it is given.
+        load: opens the files in the graph's folder.
+        found: from ``find_prepared``, a moment ago.
 
     Returns:
-        The graph's folder. None where there is no such graph and none can be written, as in a read-only bundle or on a
-        full disk. That is not reported, because the engine works without prepared graphs.
+        What ``load`` returns; None where there is no graph that can be made and loaded. The caller then works without.
+    """
+    for _ in range(2):
+        checked = found or prepare_graph(folder, facts, make)
+        found = None
+        if checked is None:
+            return None
+        try:
+            model = load(checked.folder)
+        except Exception as error:  # noqa: BLE001  # the libraries have no exceptions in common
+            if checked.is_unchanged():
+                reason = (str(error).splitlines() or [type(error).__name__])[-1]
+                logger.info(f"{checked.folder}: cannot be loaded ({reason}), so not used")
+                return None
+            continue
+        if checked.is_unchanged():
+            return model
+    return None
+
+
+def prepare_graph(folder: Path, facts: Facts, make: Callable[[Path], None]) -> CheckedGraph | None:
+    """Find a prepared graph and check its files, or make it. The arguments are those of ``load_prepared``.
+
+    Returns:
+        None where there is no such graph and none can be written, as in a read-only bundle or on a full disk. That is
+        not reported, because the engine works without prepared graphs.
     """
     target = _folder_of(folder, facts)
-    if _is_whole(target, facts):
-        return target
+    if (found := _check_graph(target, facts)) is not None:
+        return found
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / f".{target.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed, also by the end of the process
-            if _is_whole(target, facts):  # another process made it meanwhile
-                return target
+            if (found := _check_graph(target, facts)) is not None:  # another process made it meanwhile
+                return found
             made_again = f"{target}: damaged, so made again" if target.exists() else _describe_other(folder, facts)
             with replace_folder(target) as temporary:
                 make(temporary)
+                stamps = _stamps_of(temporary)  # before the hashes: what is altered between them is seen
                 files = {
                     file.name: FileSpec(file.stat().st_size, sha256_of(file)) for file in sorted(temporary.iterdir())
                 }
                 sidecar = json.dumps(asdict(Prepared(**vars(facts), files=files)), indent=1) + "\n"
                 (temporary / SIDECAR).write_text(sidecar, encoding="utf-8")
-    except (OSError, OutputError):
+    except OutputError:
+        return None
+    except DiTError:
+        raise
+    except Exception:  # noqa: BLE001  # a library's, on a full disk: what else is wrong, the caller meets again
         return None
     if made_again:
         logger.info(made_again)
-    return target
+    return CheckedGraph(target, stamps)
 
 
-def find_prepared(folder: Path, facts: Facts) -> Path | None:
-    """The folder of a prepared graph whose files are as they were written; None where there is none."""
-    target = _folder_of(folder, facts)
-    return target if _is_whole(target, facts) else None
+def find_prepared(folder: Path, facts: Facts) -> CheckedGraph | None:
+    """A prepared graph whose files are as they were written; None where there is none."""
+    return _check_graph(_folder_of(folder, facts), facts)
 
 
 def _folder_of(folder: Path, facts: Facts) -> Path:
     return folder / hashlib.sha256(json.dumps(asdict(facts), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _is_whole(target: Path, facts: Facts) -> bool:
-    """Whether a folder holds the graph of these facts, and every file in it is as it was written."""
+def _check_graph(target: Path, facts: Facts) -> CheckedGraph | None:
+    """The graph in a folder; None where it is not of these facts, or a file in it is not as it was written."""
     prepared = _read_sidecar(target)
     if prepared is None or prepared != Prepared(**vars(facts), files=prepared.files):
-        return False
+        return None
     try:
-        present = {path.name for path in target.iterdir()} - {SIDECAR}
-        return present == set(prepared.files) and all(
+        stamps = _stamps_of(target)
+        whole = set(stamps) == set(prepared.files) and all(
             not (path := target / name).is_symlink()
             and path.stat().st_size == file.bytes
             and sha256_of(path) == file.sha256
             for name, file in prepared.files.items()
         )
     except OSError:
-        return False
+        return None
+    return CheckedGraph(target, stamps) if whole else None
+
+
+def _stamps_of(folder: Path) -> Stamps:
+    """Raises OSError where the folder or a file in it is missing."""
+    found = {path.name: path.lstat() for path in folder.iterdir() if path.name != SIDECAR}
+    return {name: (each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns) for name, each in found.items()}
 
 
 def _read_sidecar(target: Path) -> Prepared | None:
@@ -155,7 +219,7 @@ def _read_sidecar(target: Path) -> Prepared | None:
 
 def _describe_other(folder: Path, facts: Facts) -> str | None:
     """A line about the same graph of another version or processor; None where there is no such graph."""
-    for path in sorted(folder.glob(f"*/{SIDECAR}")):
+    for path in sorted(path for path in folder.glob(f"*/{SIDECAR}") if not is_temporary(path.parent)):
         found = _read_sidecar(path.parent)
         if found is not None and found.source == facts.source:
             other, here = (f"{each.version} on {each.processor}" for each in (found, facts))

@@ -19,7 +19,7 @@ from dit_runtime.backends.onnxruntime.gpu import (
     reason_of,
     run_bound,
 )
-from dit_runtime.backends.prepared import facts_of, prepare_graph
+from dit_runtime.backends.prepared import facts_of, load_prepared
 from dit_runtime.bundle.manifest import SIZED_GRAPHS
 from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle
@@ -113,13 +113,16 @@ class OnnxRuntimeEngine:
                 options.add_session_config_entry("session.disable_prepacking", "1")
         elif self._folder is not None:
             facts = facts_of(self._bundle, graph, f"onnxruntime {self._runtime.__version__}", {"weights": "packed"})
-            folder = prepare_graph(self._folder, facts, lambda target: self._write(path, target))
-            if folder is not None:
-                path = folder / "model.onnx"
-                # The prepared graph is optimized already.
-                options.graph_optimization_level = self._runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        session = self._open(path, options)
-        return lambda inputs, outputs: session.run(list(outputs), dict(inputs))
+            prepared = load_prepared(self._folder, facts, lambda target: self._write(path, target), self._open_prepared)
+            if prepared is not None:
+                return functools.partial(_run, prepared)
+        return functools.partial(_run, self._open(path, options))
+
+    def _open_prepared(self, folder: Path) -> Any:
+        options = self._make_options()
+        # The prepared graph is optimized already.
+        options.graph_optimization_level = self._runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        return self._open(folder / "model.onnx", options)
 
     def _write(self, path: Path, folder: Path) -> None:
         options = self._make_options()
@@ -140,6 +143,11 @@ class OnnxRuntimeEngine:
 
     def _open(self, path: Path, options: Any) -> Any:
         return self._runtime.InferenceSession(os.fspath(path), options, providers=[CPU])
+
+
+def _run(session: Any, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
+    found: list[Array] = session.run(list(outputs), dict(inputs))
+    return found
 
 
 class _OnnxRuntimeSession:

@@ -25,7 +25,7 @@ from dit_runtime.backends.base import Array, EngineInfo
 from dit_runtime.backends.conditioning import TableLimits
 from dit_runtime.backends.host_loop import HostLoop
 from dit_runtime.backends.openvino.passes import ARRANGEMENT, rearrange
-from dit_runtime.backends.prepared import Facts, facts_of, find_prepared, prepare_graph
+from dit_runtime.backends.prepared import CheckedGraph, Facts, facts_of, find_prepared, load_prepared
 from dit_runtime.bundle.manifest import ENCODER, GraphSpec
 from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle
@@ -39,6 +39,7 @@ ROWS = "rows"  # an axis of any length: the step only looks rows of the conditio
 AUTOENCODER = ("decoder", ENCODER)
 
 Key = tuple[tuple[int, ...], ...]
+Source = Path | CheckedGraph | None
 
 
 class OpenVinoEngine:
@@ -97,7 +98,7 @@ class OpenVinoEngine:
         if pinning is not None:
             self._properties["ENABLE_CPU_PINNING"] = pinning
         self._sessions: dict[str, _OpenVinoSession] = {}
-        self._sources: dict[str, Future[Path | None]] = {}
+        self._sources: dict[str, Future[Source]] = {}
 
     def _choose(self, asked: Precision | None) -> Precision:
         if asked not in (None, *PRECISIONS):
@@ -155,32 +156,39 @@ class OpenVinoEngine:
             "EXECUTION_MODE_HINT": "PERFORMANCE" if lowered else "ACCURACY",
         }
         with self._explain_errors(f"{self.bundle.path}: {self.info.name} cannot load the {graph}"):
-            model = self._load_model(graph, fp16)
-            model.reshape({name: list(shape) for name, shape in shapes.items()})
-            return self._core.compile_model(model, "CPU", properties)
+            return self._load(graph, lambda model: self._compile_model(model, shapes, properties))
 
-    def _find_source(self, graph: str) -> Path | None:
-        """Find and check the file to read a graph from: a prepared graph, or an FP32 bundle's own graph; else None."""
+    def _compile_model(self, model: Any, shapes: Mapping[str, Sequence[int]], properties: dict[str, Any]) -> Any:
+        model.reshape({name: list(shape) for name, shape in shapes.items()})
+        return self._core.compile_model(model, "CPU", properties)
+
+    def _find_source(self, graph: str) -> Source:
+        """Find and check what to read a graph from: a prepared graph, or an FP32 bundle's own file; else None."""
         if self.bundle.manifest.precision.name != Precision.FP16:
             return self.bundle.graph(graph)  # OpenVINO maps its weights
-        folder = None if self._folder is None else find_prepared(self._folder, self._facts_for(graph))
-        return None if folder is None else folder / MODEL
+        return None if self._folder is None else find_prepared(self._folder, self._facts_for(graph))
 
     def _facts_for(self, graph: str) -> Facts:
         form = {"precision": str(self.info.precision), "arrangement": ARRANGEMENT}
         return facts_of(self.bundle, graph, f"openvino {self.info.version}", form)
 
-    def _load_model(self, graph: str, fp16: bool) -> Any:
-        """Load a graph as OpenVINO's model, without FP16 tensors."""
+    def _load(self, graph: str, compiled: Callable[[Any], Any]) -> Any:
+        """Load a graph as OpenVINO's model, without FP16 tensors, and compile it, which reads the mapped weights."""
         checked = self._sources.pop(graph, None)
         source = self._find_source(graph) if checked is None else checked.result()
-        if source is not None and source.exists():  # prepared graphs may be deleted at any time
-            return self._core.read_model(source) if fp16 else self._read(source)
+        if isinstance(source, Path):
+            return compiled(self._read(source))
         if self._folder is not None:
-            folder = prepare_graph(self._folder, self._facts_for(graph), lambda target: self._write(graph, target))
-            if folder is not None:
-                return self._core.read_model(folder / MODEL)
-        return self._retype(graph)
+            found = load_prepared(
+                self._folder,
+                self._facts_for(graph),
+                lambda target: self._write(graph, target),
+                lambda folder: compiled(self._core.read_model(folder / MODEL)),
+                source,
+            )
+            if found is not None:
+                return found
+        return compiled(self._retype(graph))
 
     def _read(self, path: Path) -> Any:
         """Read a graph, and rearrange it for BF16.
@@ -291,12 +299,12 @@ class _OpenVinoSession:
             return self._requests[key]
 
 
-def _start_check(check: Callable[[], Path | None]) -> Future[Path | None]:
+def _start_check(check: Callable[[], Source]) -> Future[Source]:
     """Start a check in a daemon thread, for which the end of the process does not wait.
 
     Hashing the gigabytes of a step takes as long as compiling a conditioner, so both are done at the same time.
     """
-    result: Future[Path | None] = Future()
+    result: Future[Source] = Future()
 
     def run() -> None:
         try:
