@@ -31,11 +31,12 @@ from dit_runtime.bundle.manifest import (
     PrecisionSpec,
     SourceSpec,
 )
-from dit_runtime.bundle.reader import MANIFEST, Bundle, open_bundle
+from dit_runtime.bundle.reader import ENGINES, GOLDEN, MANIFEST, MANIFEST_LIMIT, Bundle, open_bundle
+from dit_runtime.core.decode import DecodeError, read_json
 from dit_runtime.core.errors import OutputError
 from dit_runtime.core.files import sha256_of
 from dit_runtime.core.progress import Progress
-from dit_runtime.core.replace import check_writable, replace_folder
+from dit_runtime.core.replace import check_writable, recover_folder, replace_folder
 from dit_runtime.samplers.by_name import count_default_steps
 
 
@@ -56,8 +57,8 @@ def bundle_from_checkpoint(source: Source, output: Path, precision: PrecisionSpe
         OutputError: ``output`` cannot be written, or holds something that is not a bundle.
         ParityError: the PyTorch reference itself is unusable.
     """
-    if output.exists() and not (output / MANIFEST).is_file():
-        raise OutputError(f"{output}: exists and is not a bundle, so it is not replaced; choose another --output")
+    recover_folder(output)
+    check_replaceable(output)
     check_writable(output)
     checkpoint = load_checkpoint(source)  # a mistake is reported before the work
     check_units(precision, checkpoint.model)
@@ -72,7 +73,38 @@ def bundle_from_checkpoint(source: Source, output: Path, precision: PrecisionSpe
             _make_manifest(checkpoint, precision, measurements), graphs=graphs, files=_hash_files(folder)
         )
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        check_replaceable(output)  # again: an export may take hours
     return open_bundle(output)
+
+
+def check_replaceable(output: Path) -> None:
+    """Check that an export may replace what is at ``output``: nothing, or a bundle, even a damaged one.
+
+    ``manifest.json`` is a common name. So a folder is a bundle when its manifest says so, or when it holds nothing else
+    than bundles do.
+
+    Raises:
+        OutputError: something else is there.
+    """
+    if output.is_symlink():
+        raise OutputError(f"{output}: is a link, so it is not replaced; choose --output {output.resolve()}")
+    if not output.exists():
+        return
+    if not (output / MANIFEST).is_file() or not (_names_a_bundle(output / MANIFEST) or _holds_only_a_bundle(output)):
+        raise OutputError(f"{output}: exists and is not a bundle, so it is not replaced; choose another --output")
+
+
+def _names_a_bundle(manifest: Path) -> bool:
+    try:
+        found = read_json(manifest, MANIFEST_LIMIT)
+    except DecodeError:
+        return False
+    return isinstance(found, dict) and {"schema", "producer", "graphs", "files"} <= set(found)
+
+
+def _holds_only_a_bundle(folder: Path) -> bool:
+    names = {path.name for path in folder.iterdir()}
+    return all(name in (MANIFEST, "graphs", ENGINES) or name.partition("-")[0] == GOLDEN for name in names)
 
 
 def write_graphs(

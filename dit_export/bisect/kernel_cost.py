@@ -15,6 +15,7 @@ from dit_export.bisect.precision_trials import PrecisionTrials
 from dit_runtime.bundle.manifest import FileSpec
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.files import sha256_of
+from dit_runtime.core.replace import scratch_folder
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,7 @@ def measure_kernel_cost(
 
     host = build_host_for("rtx")
     recipe = recipe_for("rtx", host.compute_capability, 1, (2,), rows=1024, library=host.library)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
+    with scratch_folder(Path(tempfile.gettempdir()), "dit-export") as folder:
         step = PrecisionTrials(bundle, weights or {}).make_mixed_graph("step", units)
         ir.save(step, folder / "step.onnx", external_data="step.weights")
         manifest = bundle.manifest

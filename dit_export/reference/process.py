@@ -26,6 +26,7 @@ from dit_runtime.bundle.reader import GOLDEN
 from dit_runtime.core.children import command_of_module
 from dit_runtime.core.errors import CheckpointError, DiTError, ParityError
 from dit_runtime.core.progress import Progress, show_progress
+from dit_runtime.core.replace import hold_folder
 
 FAILED = 3  # exit status after an error that the last line tells
 ERRORS = {kind.__name__: kind for kind in (CheckpointError, ParityError)}
@@ -83,7 +84,8 @@ def _main() -> int:
     folder, encoder, precision = sys.argv[1:]
     source = Source.from_json(sys.stdin.read())
     try:
-        result = asdict(make_records(source, Path(folder), json.loads(encoder), precision))
+        with hold_folder(Path(folder)):  # the parent may be killed, and another export begin
+            result = asdict(make_records(source, Path(folder), json.loads(encoder), precision))
     except DiTError as error:
         print(json.dumps({"error": type(error).__name__, "message": str(error)}))
         return FAILED

@@ -32,6 +32,7 @@ from dit_runtime.bench.parts import (
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import OutputError
 from dit_runtime.core.files import sha256_of
+from dit_runtime.core.replace import scratch_folder
 from dit_runtime.verify.verification import verification_of
 
 STEPS, CALLS = 20, 20  # of a timed loop, and of each part
@@ -107,10 +108,10 @@ def repeat_builds(
     on_device: list[OnDevice] = []
     try:
         for _ in range(builds):
-            with tempfile.TemporaryDirectory(prefix="dit-build-") as name:
-                run = compile_graphs(bundle, recipe, host, graphs_of(bundle), Path(name), timing_cache)
+            with scratch_folder(Path(tempfile.gettempdir()), "dit-build") as folder:
+                run = compile_graphs(bundle, recipe, host, graphs_of(bundle), folder, timing_cache)
                 if measure is not None:
-                    on_device.append(measure(Path(name), run))
+                    on_device.append(measure(folder, run))
                 runs.append(run)
     except OSError as error:
         raise OutputError(f"no room for plans ({error}); set TMPDIR to a folder on another disk") from error

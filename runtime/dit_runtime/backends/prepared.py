@@ -29,7 +29,7 @@ from dit_runtime.core.decode import DecodeError, decode, read_json
 from dit_runtime.core.errors import DiTError, OutputError
 from dit_runtime.core.files import sha256_of
 from dit_runtime.core.machine import read_processor
-from dit_runtime.core.replace import is_temporary, replace_folder
+from dit_runtime.core.replace import replace_folder
 
 logger = logging.getLogger(__name__)
 
@@ -219,7 +219,7 @@ def _read_sidecar(target: Path) -> Prepared | None:
 
 def _describe_other(folder: Path, facts: Facts) -> str | None:
     """A line about the same graph of another version or processor; None where there is no such graph."""
-    for path in sorted(path for path in folder.glob(f"*/{SIDECAR}") if not is_temporary(path.parent)):
+    for path in sorted(path for path in folder.glob(f"*/{SIDECAR}") if path.parent.name[0] != "."):
         found = _read_sidecar(path.parent)
         if found is not None and found.source == facts.source:
             other, here = (f"{each.version} on {each.processor}" for each in (found, facts))

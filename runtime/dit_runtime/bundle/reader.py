@@ -44,6 +44,7 @@ from dit_runtime.bundle.manifest import (
 from dit_runtime.core.decode import DecodeError, json_from_bytes, read_bytes, schema_of
 from dit_runtime.core.errors import BundleError
 from dit_runtime.core.files import sha256_of
+from dit_runtime.core.replace import recover_folder
 
 __all__ = [
     "CONDITIONINGS",
@@ -141,8 +142,28 @@ class Bundle:
 
         Raises:
             BundleError: the manifest does not name the file, or the file is missing, altered or a link out of the
-                bundle.
+                bundle; or the bundle was replaced after it was opened.
         """
+        try:
+            return self._check_file(name)
+        except BundleError:
+            self.check_in_place()
+            raise
+
+    def check_in_place(self) -> None:
+        """Check that the folder still holds this bundle, and not another one that an export put in its place.
+
+        Raises:
+            BundleError: the manifest is of another bundle, so files that were opened by name may be of either.
+        """
+        try:
+            found = sha256_of(self.path / MANIFEST)
+        except OSError:
+            return  # it is missing, and whoever needs it says so
+        if found != self.digest:
+            raise BundleError(f"{self.path}: was replaced by another export while it was in use; run the command again")
+
+    def _check_file(self, name: str) -> Path:
         spec = self.manifest.files.get(name)
         if spec is None:
             raise BundleError(f"{self.path}: the manifest names no file {name!r}; export the bundle again")
@@ -169,7 +190,9 @@ class Bundle:
         """The arrays of a golden record by name: ``golden/NAME.npz``, at the size in use. Raises as ``file``."""
         path = self.file(self._file_of_record(name))
         with np.load(path, allow_pickle=False) as stored:
-            return dict(stored)
+            found = dict(stored)
+        self.check_in_place()
+        return found
 
     def has_records(self, name: str) -> bool:
         """Whether the bundle has a golden record of that name, at the size in use."""
@@ -196,6 +219,7 @@ def open_bundle(path: str | Path, store: Path | None = None) -> Bundle:
         BundleError: the folder is no bundle, or its manifest is damaged, inconsistent or of another schema.
     """
     folder = Path(path)
+    recover_folder(folder)
     manifest_path = folder / MANIFEST
     if not folder.exists():
         raise BundleError(f"{folder}: no such bundle; make one with dit-export CHECKPOINT -o {folder}")

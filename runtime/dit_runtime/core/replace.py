@@ -6,7 +6,7 @@
 
 TOKEN is random, and the second half of it follows from the rest of the name: no file of anybody else is named so by
 chance. Who writes holds a lock (flock) on the temporary file or folder, which ends with the process. The next writer in
-the same folder removes temporary ones that nobody holds.
+the same folder removes temporary ones that nobody holds. Who lists a folder leaves names that begin with a dot out.
 """
 
 from __future__ import annotations
@@ -148,11 +148,6 @@ def check_writable(path: Path, option: str = "--output") -> None:
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise OutputError(f"{path}: {parent} cannot be written to; choose another {option}")
-
-
-def is_temporary(path: Path) -> bool:
-    """Whether a path has the name of something that is being written, or is about to be removed."""
-    return any(_target_of(path.name, kind) is not None for kind in (TEMPORARY, OLD))
 
 
 def _check_name(path: Path) -> None:

@@ -176,7 +176,8 @@ def has_passed(bundle: Bundle, engine: Engine, full: bool = False) -> bool | Non
 
 def read_verdicts(bundle: Bundle) -> list[Verdict]:
     """Read all verdicts on a bundle, of this machine and others, the latest first."""
-    read = [_read(path) for path in sorted((bundle.engines / VERDICTS).glob("*.json"))]
+    paths = sorted((bundle.engines / VERDICTS).glob("[!.]*.json"))  # a temporary file's name begins with a dot
+    read = [_read(path) for path in paths]
     found = [verdict for verdict in read if verdict is not None and verdict.bundle == bundle.digest]
     return sorted(found, key=lambda verdict: verdict.time, reverse=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from dit_runtime.backends.tensorrt.store import SIDECAR, StoredEngine, read_engine, read_engines
 from dit_runtime.bundle.manifest import GraphSpec, TensorSpec
 from dit_runtime.core.errors import EngineError
+from dit_runtime.core.replace import replace_folder
 
 DIGEST = "d" * 64
 PLAN = b"a plan"
@@ -74,6 +76,9 @@ def engine(tmp_path: Path) -> StoredEngine:
 def test_a_sound_engine_is_read(tmp_path: Path, engine: StoredEngine) -> None:
     """Every field of the sidecar arrives typed, and the plan's path is given once its hash is checked."""
     assert read_engines(bundle_at(tmp_path / "b")) == [engine]
+    with replace_folder(engine.folder) as temporary:  # another process's, being written
+        shutil.copytree(engine.folder, temporary, dirs_exist_ok=True)
+        assert read_engines(bundle_at(tmp_path / "b")) == [engine]
     assert (engine.library, engine.version, engine.gpu, engine.image_size) == ("tensorrt", "10.3.0", "Orin", (32, 48))
     step = engine.graphs["step"]
     assert step.profiles[0] == {"rows": ((1, 1), (1, 1), (1, 4))}

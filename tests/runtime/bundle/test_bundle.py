@@ -8,13 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dit_runtime.backends.open import open_engine
 from dit_runtime.bundle.manifest import manifest_from_json
-from dit_runtime.bundle.reader import open_bundle
+from dit_runtime.bundle.reader import Bundle, open_bundle
+from dit_runtime.core import replace
 from dit_runtime.core.errors import BundleError
+from dit_runtime.core.replace import replace_folder
+from dit_runtime.verify.speed import make_step_inputs
 
 
 @pytest.fixture
@@ -114,3 +119,50 @@ def test_nothing_there(tmp_path: Path) -> None:
     for path in (tmp_path / "none", tmp_path):
         with pytest.raises(BundleError, match="make one with dit-export"):
             open_bundle(path)
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_replaced_while_an_engine_opens_it(
+    name: str, copied: Path, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An export after the check of the hashes: the library would read the graph of one bundle, weights of another."""
+    bundle = open_bundle(copied)
+    engine = open_engine(bundle, name, threads=1)
+    check = Bundle._check_file
+
+    def check_and_replace(self: Bundle, file: str) -> Path:
+        found = check(self, file)
+        if file == self.manifest.graphs["step"].file:
+            with replace_folder(copied) as folder:
+                shutil.copytree(bundles["fp16"], folder, dirs_exist_ok=True)
+        return found
+
+    monkeypatch.setattr(Bundle, "_check_file", check_and_replace)
+    with pytest.raises(BundleError, match=r"copied.bundle: was replaced by another export while it was in use; run"):
+        engine.session("step").run(make_step_inputs(bundle.manifest), ["denoised"])
+
+
+def test_replaced_after_it_was_opened(copied: Path, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bundle is not damaged, so it is not called altered; a record of the other bundle is not taken for its own."""
+    bundle, load = open_bundle(copied), np.load
+
+    def replace_and_load(path: Path, **options: Any) -> Any:
+        with replace_folder(copied) as folder:
+            shutil.copytree(bundles["fp16"], folder, dirs_exist_ok=True)
+        return load(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "load", replace_and_load)
+        with pytest.raises(BundleError, match="was replaced by another export"):
+            bundle.records("ddim")
+    with pytest.raises(BundleError, match="was replaced by another export"):
+        bundle.file("graphs/step.weights")
+    assert open_bundle(copied).digest == open_bundle(bundles["fp16"]).digest
+
+
+def test_a_bundle_that_was_set_aside(copied: Path) -> None:
+    """Whoever opens a bundle next puts it back after an export was killed between two renames."""
+    digest = open_bundle(copied).digest
+    copied.rename(replace._name_beside(copied, replace.OLD))
+    assert open_bundle(copied).digest == digest
+    assert [path.name for path in copied.parent.iterdir()] == [copied.name]

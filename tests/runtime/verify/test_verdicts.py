@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from support.engines import info_of
 
 from dit_runtime.core.machine import describe_machine
+from dit_runtime.core.replace import replace_file
 from dit_runtime.verify import speed
 from dit_runtime.verify.rung import Rung
 from dit_runtime.verify.verdicts import has_passed, path_of_verdict, read_verdicts, store_verdict
@@ -40,6 +42,9 @@ def test_a_verdict_is_read_as_it_was_written(bundle: Any) -> None:
     (verdict,) = read_verdicts(bundle)
     assert (verdict.engine, verdict.image_size, verdict.machine) == ("an engine", (32, 32), describe_machine())
     assert verdict.failed == ("overflow",)
+    with replace_file(path_of_verdict(bundle, ENGINE)) as file:  # another process's, being written
+        shutil.copyfile(path_of_verdict(bundle, ENGINE), file)
+        assert read_verdicts(bundle) == [verdict]
     assert has_passed(bundle, ENGINE) is False
     store_verdict(bundle, ENGINE, RUNGS[:2], quick=False)
     assert has_passed(bundle, ENGINE, full=True) is True

@@ -23,7 +23,7 @@ from dit_runtime.backends.prepared import facts_of, load_prepared
 from dit_runtime.bundle.manifest import SIZED_GRAPHS
 from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle
-from dit_runtime.core.errors import EngineError
+from dit_runtime.core.errors import DiTError, EngineError
 
 Call = Callable[[Mapping[str, Array], Sequence[str]], list[Array]]
 
@@ -89,10 +89,13 @@ class OnnxRuntimeEngine:
     def _load(self, graph: str) -> Call:
         path = self._bundle.graph(graph)
         try:
-            return self._load_on_cpu(graph, path) if self._provider is None else self._load_on_gpu(graph, path)
-        except EngineError:
+            loaded = self._load_on_cpu(graph, path) if self._provider is None else self._load_on_gpu(graph, path)
+            self._bundle.check_in_place()
+            return loaded
+        except DiTError:
             raise
         except Exception as error:  # ONNX Runtime's exception types are not public
+            self._bundle.check_in_place()
             raise EngineError(
                 f"{path}: {self.info.name} cannot load the graph ({reason_of(error)}); install the onnxruntime of the "
                 "constraints file, or use another engine"

@@ -156,7 +156,9 @@ class OpenVinoEngine:
             "EXECUTION_MODE_HINT": "PERFORMANCE" if lowered else "ACCURACY",
         }
         with self._explain_errors(f"{self.bundle.path}: {self.info.name} cannot load the {graph}"):
-            return self._load(graph, lambda model: self._compile_model(model, shapes, properties))
+            loaded = self._load(graph, lambda model: self._compile_model(model, shapes, properties))
+        self.bundle.check_in_place()
+        return loaded
 
     def _compile_model(self, model: Any, shapes: Mapping[str, Sequence[int]], properties: dict[str, Any]) -> Any:
         model.reshape({name: list(shape) for name, shape in shapes.items()})
@@ -247,6 +249,7 @@ class OpenVinoEngine:
         try:
             yield
         except RuntimeError as error:  # OpenVINO raises no other type
+            self.bundle.check_in_place()
             raise EngineError(
                 f"{what} ({_reason_of(error)}); install the openvino of the constraints file or use another engine"
             ) from error

@@ -48,7 +48,7 @@ def engine_from_store(
     facts = cuda.read_device()
     built = [engine for engine in read_engines(bundle, store, damaged.append) if engine.library == library.name]
     refused: list[EngineError] = []
-    for stored in sorted(built, key=lambda engine: (engine.folder / SIDECAR).stat().st_mtime, reverse=True):
+    for stored in sorted(built, key=_time_of, reverse=True):
         try:
             stored.check_device(library.name, library.version, facts.compute_capability, facts.name)
             if whole:
@@ -66,6 +66,13 @@ def engine_from_store(
         f"{folder}: no engine of {PRODUCTS[library.name]} for images of {height}x{width}"
         f"{f' ({damaged[0]})' if damaged else ''}; run dit-build {bundle.path} --target {target}"
     )
+
+
+def _time_of(engine: StoredEngine) -> float:
+    try:
+        return (engine.folder / SIDECAR).stat().st_mtime
+    except OSError:  # removed a moment ago; to load it will say so
+        return 0.0
 
 
 def _check_whole(bundle: Bundle, stored: StoredEngine, name: str) -> None:

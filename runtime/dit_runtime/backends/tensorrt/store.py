@@ -211,6 +211,8 @@ def read_engines(
     """
     engines = []
     for folder in sorted((store or bundle.engines).glob(f"*/{SIDECAR}")):
+        if folder.parent.name.startswith("."):
+            continue  # being written, or about to be removed
         try:
             engine = read_engine(folder.parent)
         except EngineError as error:
