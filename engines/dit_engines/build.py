@@ -14,6 +14,7 @@ from dit_engines.engine_store import (
     STORE_OPTION,
     TIMING_CACHE,
     BuiltEngine,
+    clear_lock,
     explain_rebuild,
     find_engine,
     find_timing_cache,
@@ -30,7 +31,7 @@ from dit_runtime.bundle.manifest import ENCODER
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import BuildError
 from dit_runtime.core.files import sha256_of
-from dit_runtime.core.replace import check_writable, replace_folder
+from dit_runtime.core.replace import check_writable, clear_litter, replace_folder
 
 BUILT_GRAPHS = ("conditioner", "step", "decoder", ENCODER)  # the probe is for ONNX Runtime and OpenVINO only
 
@@ -71,7 +72,9 @@ def engine_from_bundle(
     graphs = graphs_of(bundle)
     identity = identity_of(bundle, recipe, host, graphs, None if timing_cache is None else _digest_of(timing_cache))
     folder = store / folder_name(bundle, recipe, identity)
+    clear_litter(store)
     if (engine := find_engine(folder, recipe)) is not None:
+        clear_lock(folder)
         return engine
     check_writable(folder, STORE_OPTION)
     with lock_store(folder, say) as waited:

@@ -282,7 +282,7 @@ def lock_store(folder: Path, say: Callable[[str], None]) -> Iterator[bool]:
     Raises:
         OutputError: the store cannot be written, or the lock's file is a link.
     """
-    path = folder.parent / f".{folder.name}.lock"
+    path = _lock_of(folder)
     lock = FileLock(path)
     waited = False
     try:
@@ -302,3 +302,16 @@ def lock_store(folder: Path, say: Callable[[str], None]) -> Iterator[bool]:
     finally:
         path.unlink(missing_ok=True)  # while the lock is held: filelock takes no lock on a file that is gone
         lock.release()
+
+
+def clear_lock(folder: Path) -> None:
+    """Remove the lock's file of an engine that a killed process left."""
+    path = _lock_of(folder)
+    if path.is_symlink() or not path.is_file():
+        return
+    with contextlib.suppress(OSError, Timeout), FileLock(path).acquire(blocking=False):
+        path.unlink(missing_ok=True)
+
+
+def _lock_of(folder: Path) -> Path:
+    return folder.parent / f".{folder.name}.lock"

@@ -176,8 +176,8 @@ def stop_everywhere(
 
 
 def names_in(folder: Path) -> set[str]:
-    """All paths in a folder, without locks, which stay."""
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix != ".lock"}
+    """All paths in a folder."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
 def describe_state(folder: Path) -> str:

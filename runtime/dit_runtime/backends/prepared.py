@@ -29,7 +29,7 @@ from dit_runtime.core.decode import DecodeError, decode, read_json
 from dit_runtime.core.errors import DiTError, OutputError
 from dit_runtime.core.files import sha256_of
 from dit_runtime.core.machine import read_processor
-from dit_runtime.core.replace import replace_folder
+from dit_runtime.core.replace import clear_litter, replace_folder
 
 logger = logging.getLogger(__name__)
 
@@ -145,9 +145,9 @@ def prepare_graph(folder: Path, facts: Facts, make: Callable[[Path], None]) -> C
         None where there is no such graph and none can be written, as in a read-only bundle or on a full disk. That is
         not reported, because the engine works without prepared graphs.
     """
-    target = _folder_of(folder, facts)
-    if (found := _check_graph(target, facts)) is not None:
+    if (found := find_prepared(folder, facts)) is not None:
         return found
+    target = _folder_of(folder, facts)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / f".{target.name}.lock").open("w") as lock:
@@ -176,6 +176,7 @@ def prepare_graph(folder: Path, facts: Facts, make: Callable[[Path], None]) -> C
 
 def find_prepared(folder: Path, facts: Facts) -> CheckedGraph | None:
     """A prepared graph whose files are as they were written; None where there is none."""
+    clear_litter(folder)
     return _check_graph(_folder_of(folder, facts), facts)
 
 

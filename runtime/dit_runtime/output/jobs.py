@@ -8,7 +8,7 @@ from typing import Any
 
 from dit_runtime.bundle.reader import open_bundle
 from dit_runtime.core.errors import OutputError, SamplingError
-from dit_runtime.core.replace import check_writable
+from dit_runtime.core.replace import check_writable, clear_litter
 from dit_runtime.output.inputs import (
     InputFiles,
     RecordedFile,
@@ -129,6 +129,7 @@ def _check_output(request: SampleRequest) -> None:
     if isinstance(images, RecordedImages) and path.resolve() == images.path.resolve():
         raise OutputError(f"{path}: is the image to be made again; choose another --output")
     check_writable(path if request.output.is_grid else path / "image.png")
+    clear_litter(path.parent if request.output.is_grid else path)  # also where every image is there already
 
 
 def jobs_from_labels(pipe: Pipeline, asked: LabelledImages, inputs: InputFiles, output: OutputRequest) -> Jobs:

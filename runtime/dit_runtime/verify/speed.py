@@ -30,7 +30,7 @@ from dit_runtime.core.decode import Amount, DecodeError, decode, read_json
 from dit_runtime.core.errors import EngineError, OutputError
 from dit_runtime.core.machine import describe_machine, has_nvidia_driver
 from dit_runtime.core.progress import Progress
-from dit_runtime.core.replace import replace_file
+from dit_runtime.core.replace import clear_litter, replace_file
 from dit_runtime.samplers.guidance import guidance_weights
 from dit_runtime.samplers.schedule import COEFFICIENTS
 
@@ -70,6 +70,7 @@ def rank_by_speed(bundle: Bundle, threads: int = 0, say: Callable[[str], None] =
         EngineError: no engine is installed, or none can run the step.
     """
     path = _path_of_record(bundle, threads)
+    clear_litter(path.parent)
     speeds = _read(path)
     if speeds is None:
         speeds = _measure(bundle, threads, say)

@@ -20,7 +20,7 @@ from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.decode import DecodeError, Positive, decode, read_json
 from dit_runtime.core.errors import OutputError
 from dit_runtime.core.machine import describe_machine
-from dit_runtime.core.replace import replace_file
+from dit_runtime.core.replace import clear_litter, replace_file
 from dit_runtime.core.version import __version__
 from dit_runtime.verify.rung import Rung, Verification
 from dit_runtime.verify.verification import verification_of
@@ -102,6 +102,7 @@ def store_verdict(bundle: Bundle, engine: Engine, rungs: list[Rung], quick: bool
 
     A quick verdict that passes does not replace a full one, which has more rungs.
     """
+    clear_litter(bundle.engines / VERDICTS)
     passed = all(rung.passed for rung in rungs)
     if quick and passed and has_passed(bundle, engine, full=True) is not None:
         return

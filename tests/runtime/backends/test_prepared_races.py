@@ -9,11 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.stops import stop_everywhere
 
 from dit_runtime.backends import prepared
 from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
-from dit_runtime.backends.prepared import Facts, find_prepared, load_prepared, prepare_graph
+from dit_runtime.backends.prepared import Facts, load_prepared, prepare_graph
 from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import open_bundle
 from dit_runtime.core.errors import BundleError
@@ -100,23 +99,6 @@ def test_what_cannot_be_made(tmp_path: Path) -> None:
     name.write_text("a file in the graph's place")
     assert load_prepared(tmp_path, FACTS, make, read) == "nodes1 2 3"
     assert load_prepared(name / "model", FACTS, make, read) is None  # below a file
-
-
-def test_a_process_that_ends_while_it_prepares(tmp_path: Path) -> None:
-    """There is a whole graph or none, and the next process makes it and clears what was left."""
-
-    def check() -> None:
-        found = find_prepared(tmp_path, FACTS)
-        assert found is None or read(found.folder) == "nodes1 2 3"
-
-    def work() -> None:
-        assert load_prepared(tmp_path, FACTS, make, read) == "nodes1 2 3"
-
-    def reset() -> None:
-        for path in tmp_path.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-    assert stop_everywhere(work, reset, check, tmp_path) > 15
 
 
 @changed

@@ -1,4 +1,4 @@
-"""Files and folders are replaced whole: whatever stops the writer, and whenever."""
+"""Files and folders are replaced whole; what stops the writer is in ``test_writers.py``."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.stops import names_in, run_forked, stop_everywhere
+from support.stops import names_in
 
 from dit_runtime.core import replace
 from dit_runtime.core.errors import OutputError
-from dit_runtime.core.replace import check_writable, clear_litter, recover_folder, replace_file, replace_folder
+from dit_runtime.core.replace import check_writable, clear_litter, replace_file, replace_folder
 
-OLD, NEW = {"in/b": "old"}, {"a": "new", "in/b": "new"}
+NEW = {"a": "new", "in/b": "new"}
 
 
 def write(folder: Path, files: dict[str, str]) -> None:
@@ -35,59 +34,6 @@ def read(folder: Path) -> dict[str, str]:
 def replace_with_new(target: Path) -> None:
     with replace_folder(target) as folder:
         write(folder, NEW)
-
-
-@pytest.fixture
-def no_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on NFS, macOS or an old glibc."""
-    monkeypatch.setattr(replace, "exchange", lambda *_: False)
-
-
-@pytest.mark.parametrize("old", [True, False])
-def test_a_file_stopped_anywhere(old: bool, tmp_path: Path) -> None:
-    target = tmp_path / "out" / "file.txt"
-
-    def reset() -> None:
-        shutil.rmtree(target.parent, ignore_errors=True)
-        if old:
-            target.parent.mkdir()
-            target.write_text("old")
-
-    def work() -> None:
-        with replace_file(target) as file:
-            file.write_text("new")
-
-    def check() -> None:
-        assert (target.read_text() if target.exists() else None) in ("new", "old" if old else None)
-
-    assert stop_everywhere(work, reset, check, tmp_path) > 5
-
-
-@pytest.mark.parametrize("old", [True, False])
-def test_a_folder_stopped_anywhere(old: bool, tmp_path: Path) -> None:
-    check_folder_stopped_anywhere(old, tmp_path, lambda target: None)
-
-
-def test_a_folder_stopped_anywhere_without_exchange(no_exchange: None, tmp_path: Path) -> None:
-    """The old folder is missing after a kill at the worst moment: who reads it next puts it back."""
-    check_folder_stopped_anywhere(True, tmp_path, recover_folder)
-
-
-def check_folder_stopped_anywhere(old: bool, tmp_path: Path, recover: Callable[[Path], None]) -> None:
-    target = tmp_path / "out"
-
-    def reset() -> None:
-        for path in tmp_path.iterdir():
-            shutil.rmtree(path)
-        if old:
-            target.mkdir()
-            write(target, OLD)
-
-    def check() -> None:
-        recover(target)
-        assert (read(target) if target.exists() else None) in (NEW, OLD if old else None)
-
-    assert stop_everywhere(lambda: replace_with_new(target), reset, check, tmp_path) > 10
 
 
 def test_a_reader_always_finds_a_folder(tmp_path: Path) -> None:
@@ -112,29 +58,24 @@ def test_a_reader_always_finds_a_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("exchanged", [True, False])
-def test_two_writers_at_once(exchanged: bool, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_three_writers_at_once(exchanged: bool, tmp_path: Path) -> None:
     """Each folder is one writer's, whole, and nobody's temporary folder is taken for a dead one's."""
-    if not exchanged:
-        request.getfixturevalue("no_exchange")
     target = tmp_path / "out"
-
-    def work(text: str) -> None:
+    code = f"""if True:
+        import sys
+        from pathlib import Path
+        from dit_runtime.core import replace
+        if not {exchanged}:
+            replace.exchange = lambda *_: False
         for _ in range(30):
             replace._cleared.clear()  # as a process of its own would look each time
-            with replace_folder(target) as folder:
-                write(folder, {"a": text, "in/b": text})
-
-    children = []
-    for text in ("one", "two", "three"):
-        if (child := os.fork()) == 0:
-            code = 1
-            try:
-                work(text)
-                code = 0
-            finally:
-                os._exit(code)
-        children.append(child)
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0, 0]
+            with replace.replace_folder(Path({os.fspath(target)!r})) as folder:
+                (folder / "a").write_text(sys.argv[1])
+                (folder / "in").mkdir()
+                (folder / "in" / "b").write_text(sys.argv[1])
+    """
+    processes = [subprocess.Popen([sys.executable, "-c", code, text]) for text in ("one", "two", "three")]
+    assert [process.wait(60) for process in processes] == [0, 0, 0]
     assert len(set(read(target).values())) == 1
     assert names_in(tmp_path) == {"out", "out/a", "out/in", "out/in/b"}
 
@@ -142,14 +83,18 @@ def test_two_writers_at_once(exchanged: bool, request: pytest.FixtureRequest, tm
 def litter_in(folder: Path) -> set[str]:
     """What a killed writer of a file and one of a folder leave."""
 
-    def work() -> None:
+    code = f"""if True:
+        import os
+        from pathlib import Path
+        from dit_runtime.core.replace import replace_file, replace_folder
+        folder = Path({os.fspath(folder)!r})
         with replace_file(folder / "file.txt") as file, replace_folder(folder / "out") as temporary:
-            write(temporary, NEW)
+            (temporary / "a").write_text("new")
             file.write_text("half")
             os.kill(os.getpid(), 9)
-
+    """
     before = names_in(folder)
-    assert run_forked(work) == (-9, False)
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
     return names_in(folder) - before
 
 
@@ -225,8 +170,8 @@ def test_without_locks_nothing_is_removed(tmp_path: Path, monkeypatch: pytest.Mo
     def flock(*_: object) -> None:
         raise OSError(9, "no locks")
 
-    monkeypatch.setattr(fcntl, "flock", flock)
     litter = litter_in(tmp_path)
+    monkeypatch.setattr(fcntl, "flock", flock)
     replace_with_new(tmp_path / "out")
     assert litter <= names_in(tmp_path)
     assert read(tmp_path / "out") == NEW
