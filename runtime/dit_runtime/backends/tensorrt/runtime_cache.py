@@ -16,7 +16,7 @@ from dit_runtime.backends.tensorrt import api as tensorrt_api
 from dit_runtime.backends.tensorrt.api import TensorRT
 from dit_runtime.backends.tensorrt.cuda import DeviceFacts
 from dit_runtime.core.errors import OutputError
-from dit_runtime.core.files import replace_file
+from dit_runtime.core.replace import replace_file
 
 logger = logging.getLogger(__name__)
 
