@@ -30,6 +30,7 @@ from dit_runtime.bundle.manifest import ENCODER
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import BuildError
 from dit_runtime.core.files import check_writable, replace_folder, sha256_of
+from dit_runtime.core.reading import TIMING_CACHE_BYTES, FileError
 
 BUILT_GRAPHS = ("conditioner", "step", "decoder", ENCODER)  # the probe is for ONNX Runtime and OpenVINO only
 
@@ -148,9 +149,9 @@ def _keep_messages(temporary: Path, folder: Path) -> str:
 
 def _digest_of(path: Path) -> str:
     try:
-        return sha256_of(path)
-    except OSError as error:
+        return sha256_of(path, TIMING_CACHE_BYTES)
+    except FileError as error:
         raise BuildError(
-            f"{path}: cannot be read as a timing cache ({error.strerror}); leave --timing-cache out, or name the "
+            f"{path}: cannot be read as a timing cache ({error}); leave --timing-cache out, or name the "
             f"{TIMING_CACHE} in an engine's folder"
         ) from error

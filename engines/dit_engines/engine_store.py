@@ -27,6 +27,7 @@ from dit_runtime.backends.tensorrt.store import SCHEMA, SIDECAR, StoredEngine, e
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import EngineError, OutputError
 from dit_runtime.core.files import sha256_of
+from dit_runtime.core.reading import TIMING_CACHE_BYTES, FileError
 
 TIMING_CACHE = "timing.cache"
 # Beside a graph's plan: the builder's messages, and the inspector's JSON where the plan could be inspected.
@@ -232,9 +233,13 @@ def find_timing_cache(store: Path, host: BuildHost) -> Path | None:
             raw = read_sidecar(folder)
             path, digest = folder / TIMING_CACHE, raw["timing_cache"]["sha256"]
             made = tuple(raw[name] for name in ("library", "version", "compute_capability", "gpu", "driver"))
-            if made == wanted and not path.is_symlink() and sha256_of(path) == digest:
+            if (
+                made == wanted
+                and not path.is_symlink()
+                and sha256_of(path, TIMING_CACHE_BYTES, within=folder) == digest
+            ):
                 found.append((path.stat().st_mtime, path))
-        except (EngineError, OSError, KeyError, TypeError):
+        except (EngineError, OSError, FileError, KeyError, TypeError):
             continue
     return max(found)[1] if found else None
 

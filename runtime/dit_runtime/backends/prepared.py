@@ -26,11 +26,11 @@ from dit_runtime.core.decode import DecodeError, decode, read_json
 from dit_runtime.core.errors import OutputError
 from dit_runtime.core.files import replace_folder, sha256_of
 from dit_runtime.core.machine import read_processor
+from dit_runtime.core.reading import SIDECAR_BYTES, FileError
 
 logger = logging.getLogger(__name__)
 
 SIDECAR = "prepared.json"
-SIDECAR_LIMIT = 1 << 20  # bytes: far more than any ``prepared.json`` has, and quick to read
 
 
 @dataclass(frozen=True)
@@ -135,10 +135,10 @@ def _is_whole(target: Path, facts: Facts) -> bool:
         return present == set(prepared.files) and all(
             not (path := target / name).is_symlink()
             and path.stat().st_size == file.bytes
-            and sha256_of(path) == file.sha256
+            and sha256_of(path, file.bytes, within=target) == file.sha256
             for name, file in prepared.files.items()
         )
-    except OSError:
+    except (OSError, FileError):
         return False
 
 
@@ -147,7 +147,7 @@ def _read_sidecar(target: Path) -> Prepared | None:
     if target.is_symlink() or path.is_symlink():
         return None
     try:
-        return decode(Prepared, read_json(path, SIDECAR_LIMIT))
+        return decode(Prepared, read_json(path, SIDECAR_BYTES, within=target))
     except DecodeError:
         return None
 

@@ -41,9 +41,10 @@ from dit_runtime.bundle.manifest import (
     manifest_from_json,
     name_for_size,
 )
-from dit_runtime.core.decode import DecodeError, json_from_bytes, read_bytes, schema_of
+from dit_runtime.core.decode import json_from_bytes, schema_of
 from dit_runtime.core.errors import BundleError
 from dit_runtime.core.files import sha256_of
+from dit_runtime.core.reading import MANIFEST_BYTES, FileError, leads_outside, read_file
 
 __all__ = [
     "CONDITIONINGS",
@@ -74,7 +75,6 @@ __all__ = [
 ]
 
 MANIFEST = "manifest.json"
-MANIFEST_LIMIT = 16 << 20  # bytes: far more than any manifest has, and quick to read
 ENGINES = "engines"
 GOLDEN = "golden"
 UNGUIDED = "unguided"  # name of the record of a trajectory without guidance, by a sampler that draws noise
@@ -147,13 +147,17 @@ class Bundle:
         if spec is None:
             raise BundleError(f"{self.path}: the manifest names no file {name!r}; export the bundle again")
         path = self.path.joinpath(*PurePosixPath(name).parts)
-        if _leads_outside(self.path, path):
+        if leads_outside(path, self.path):
             raise BundleError(f"{path}: is a link out of the bundle; a bundle must hold its own files")
         if not path.is_file():
             raise BundleError(f"{path}: missing, but named in {MANIFEST}; copy or export the bundle again")
         if (size := path.stat().st_size) != spec.bytes:
             raise BundleError(f"{path}: {size} bytes, expected {spec.bytes}; copy or export the bundle again")
-        if (found := sha256_of(path)) != spec.sha256:
+        try:
+            found = sha256_of(path, spec.bytes, within=self.path)
+        except FileError as error:
+            raise BundleError(f"{path}: {error}; copy or export the bundle again") from error
+        if found != spec.sha256:
             raise BundleError(
                 f"{path}: altered (SHA-256 {found[:12]}…, expected {spec.sha256[:12]}…); copy the bundle again"
             )
@@ -199,13 +203,13 @@ def open_bundle(path: str | Path, store: Path | None = None) -> Bundle:
     manifest_path = folder / MANIFEST
     if not folder.exists():
         raise BundleError(f"{folder}: no such bundle; make one with dit-export CHECKPOINT -o {folder}")
-    if not manifest_path.is_file() or _leads_outside(folder, manifest_path):
+    if not manifest_path.is_file() or leads_outside(manifest_path, folder):
         raise BundleError(f"{folder}: not a bundle (no {MANIFEST}); make one with dit-export CHECKPOINT -o {folder}")
     try:
-        text = read_bytes(manifest_path, MANIFEST_LIMIT)
+        text = read_file(manifest_path, MANIFEST_BYTES, within=folder)
         raw = json_from_bytes(text)
         schema = schema_of(raw)
-    except DecodeError as error:
+    except FileError as error:
         raise BundleError(f"{manifest_path}: not a manifest ({error}); copy or export the bundle again") from error
     if schema != SCHEMA:
         raise BundleError(
@@ -218,7 +222,3 @@ def open_bundle(path: str | Path, store: Path | None = None) -> Bundle:
     except ValueError as error:
         raise BundleError(f"{manifest_path}: damaged manifest ({error}); copy or export the bundle again") from error
     return Bundle(folder, manifest, hashlib.sha256(text).hexdigest(), store=store)
-
-
-def _leads_outside(folder: Path, path: Path) -> bool:
-    return not path.resolve().is_relative_to(folder.resolve())

@@ -13,12 +13,13 @@ import functools
 import json
 import math
 import reprlib
-import stat
 import sys
 import types
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from dit_runtime.core.reading import FileError, read_file
 
 T = TypeVar("T")
 
@@ -33,7 +34,7 @@ _short.maxlevel, _short.maxlist, _short.maxdict = 1, 3, 3
 _short.maxstring = _short.maxlong = _short.maxother = 60
 
 
-class DecodeError(ValueError):
+class DecodeError(FileError):
     """A file or its JSON is not what was declared. The message is one line, without the file's name."""
 
 
@@ -48,24 +49,6 @@ class Range:
 Positive = Annotated[int, Range(1)]
 Natural = Annotated[int, Range(0)]
 Amount = Annotated[float, Range(0)]
-
-
-def read_bytes(path: Path, limit_bytes: int) -> bytes:
-    """The content of a regular file of at most ``limit_bytes``; links are followed.
-
-    Raises:
-        DecodeError: the file cannot be read, is not a regular file, or is larger.
-    """
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its other end
-            raise DecodeError("not a regular file")
-        with path.open("rb") as file:
-            content = file.read(limit_bytes + 1)
-    except OSError as error:
-        raise DecodeError(f"cannot be read ({error.strerror or error})") from error
-    if len(content) > limit_bytes:
-        raise DecodeError(f"larger than {limit_bytes} bytes")
-    return content
 
 
 def json_from_bytes(content: bytes) -> Any:
@@ -84,9 +67,17 @@ def json_from_bytes(content: bytes) -> Any:
         raise DecodeError("not JSON: nested too deeply") from error
 
 
-def read_json(path: Path, limit_bytes: int) -> Any:
-    """The values of a JSON file. Raises DecodeError as ``read_bytes`` and ``json_from_bytes`` do."""
-    return json_from_bytes(read_bytes(path, limit_bytes))
+def read_json(path: Path, limit_bytes: int, within: Path | None = None) -> Any:
+    """The values of a JSON file, opened as ``open_file`` does.
+
+    Raises:
+        DecodeError: the file cannot be read, or as ``json_from_bytes``.
+    """
+    try:
+        content = read_file(path, limit_bytes, within)
+    except FileError as error:
+        raise DecodeError(str(error)) from error.__cause__
+    return json_from_bytes(content)
 
 
 def schema_of(raw: object) -> int:

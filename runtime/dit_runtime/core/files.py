@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dit_runtime.core.errors import OutputError
+from dit_runtime.core.reading import FileError, open_file
 
 
 @contextlib.contextmanager
@@ -89,10 +90,17 @@ def _get_umask() -> int:
     return mask
 
 
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
+def sha256_of(path: Path, limit_bytes: int | None = None, within: Path | None = None) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal. The file is opened as ``open_file`` does.
+
+    Raises:
+        FileError: the file cannot be opened or read.
+    """
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    try:
+        with open_file(path, limit_bytes, within) as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise FileError(f"cannot be read ({error.strerror or error})") from error
     return digest.hexdigest()

@@ -14,15 +14,14 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from dit_runtime.core.decode import read_bytes
 from dit_runtime.core.errors import OutputError, SamplingError
 from dit_runtime.core.files import replace_file
+from dit_runtime.core.reading import IMAGE_BYTES, read_file
 
 Images = NDArray[np.uint8]
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # of an image to start from, as Pillow names them
 INIT_PIXELS = 89_000_000  # of an image to start from: about 0.3 GB as RGB
 PNG_PIXELS = 178_000_000  # of an image of dit-sample, which may be a grid of many
-FILE_BYTES = 1 << 29
 
 
 def write_png(path: Path, image: Images, text: Mapping[str, str] | None = None) -> None:
@@ -76,7 +75,7 @@ def _open_image(path: Path, formats: tuple[str, ...], pixels: int) -> Iterator[I
     Only ``formats`` are tried, whatever the file's name says: Pillow starts Ghostscript for EPS, and more readers than
     are needed would see what others wrote.
     """
-    content = io.BytesIO(read_bytes(path, FILE_BYTES))
+    content = io.BytesIO(read_file(path, IMAGE_BYTES))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

@@ -15,11 +15,10 @@ from PIL import Image
 
 from dit_runtime.core.decode import DecodeError, Positive, decode, read_json
 from dit_runtime.core.errors import ResultsError
+from dit_runtime.core.reading import RESULTS_BYTES
 from dit_runtime.verify.results import Images, Results
 from dit_runtime.verify.rung import Rung, Verification
 from dit_runtime.verify.verdicts import Number, RungRecord
-
-RESULTS_LIMIT = 256 << 20  # bytes; images of 1024 pixels are a tenth of it
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def read_results(path: Path) -> Results:
         ResultsError: the file cannot be read, is damaged, or holds something else.
     """
     try:
-        return results_from_record(decode(ResultsRecord, read_json(path, RESULTS_LIMIT)))
+        return results_from_record(decode(ResultsRecord, read_json(path, RESULTS_BYTES)))
     except DecodeError as error:
         raise ResultsError(f"{path}: {error}; make the file with dit-verify BUNDLE --json > FILE") from error
 

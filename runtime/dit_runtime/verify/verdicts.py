@@ -21,12 +21,12 @@ from dit_runtime.core.decode import DecodeError, Positive, decode, read_json
 from dit_runtime.core.errors import OutputError
 from dit_runtime.core.files import replace_file
 from dit_runtime.core.machine import describe_machine
+from dit_runtime.core.reading import VERDICT_BYTES
 from dit_runtime.core.version import __version__
 from dit_runtime.verify.rung import Rung, Verification
 from dit_runtime.verify.verification import verification_of
 
 VERDICTS = "verdicts"
-VERDICT_LIMIT = 16 << 20  # bytes: far more than any verdict has, and quick to read
 
 Number = float | Literal["nan", "inf", "-inf"]  # JSON has only finite numbers
 
@@ -168,7 +168,7 @@ def has_passed(bundle: Bundle, engine: Engine, full: bool = False) -> bool | Non
     Returns:
         None where there is no verdict.
     """
-    verdict = _read(path_of_verdict(bundle, engine))
+    verdict = _read(path_of_verdict(bundle, engine), bundle.engines)
     if verdict is None or (verdict.bundle, verdict.engine) != (bundle.digest, engine.info.name):
         return None
     return None if full and verdict.quick else verdict.passed
@@ -176,13 +176,13 @@ def has_passed(bundle: Bundle, engine: Engine, full: bool = False) -> bool | Non
 
 def read_verdicts(bundle: Bundle) -> list[Verdict]:
     """Read all verdicts on a bundle, of this machine and others, the latest first."""
-    read = [_read(path) for path in sorted((bundle.engines / VERDICTS).glob("*.json"))]
+    read = [_read(path, bundle.engines) for path in sorted((bundle.engines / VERDICTS).glob("*.json"))]
     found = [verdict for verdict in read if verdict is not None and verdict.bundle == bundle.digest]
     return sorted(found, key=lambda verdict: verdict.time, reverse=True)
 
 
-def _read(path: Path) -> Verdict | None:
+def _read(path: Path, store: Path) -> Verdict | None:
     try:
-        return decode(Verdict, read_json(path, VERDICT_LIMIT))
+        return decode(Verdict, read_json(path, VERDICT_BYTES, within=store))
     except DecodeError:
         return None

@@ -146,9 +146,9 @@ def test_more_pixels_than_the_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_file_larger_than_the_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "large.png"
     path.write_bytes(encoded("PNG"))
-    monkeypatch.setattr(images, "FILE_BYTES", path.stat().st_size)
+    monkeypatch.setattr(images, "IMAGE_BYTES", path.stat().st_size)
     assert np.array_equal(read_image(path), PHOTO)
-    monkeypatch.setattr(images, "FILE_BYTES", path.stat().st_size - 1)
+    monkeypatch.setattr(images, "IMAGE_BYTES", path.stat().st_size - 1)
     refuse_both(path, "larger than")
 
 

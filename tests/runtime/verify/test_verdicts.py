@@ -73,8 +73,8 @@ def test_a_damaged_verdict_is_none(bundle: Any, change: str) -> None:
 def test_a_damaged_record_of_speeds_is_none(tmp_path: Path, content: str) -> None:
     """Times that cannot be read whole are measured anew."""
     path = tmp_path / "speeds.json"
-    assert speed._read(path) is None
+    assert speed._read(path, tmp_path) is None
     path.write_text('[{"name": "a", "precision": null, "engine": "a b", "step_ms": 2}]')
-    assert speed._read(path) == [speed.Speed("a", None, "a b", 2.0)]
+    assert speed._read(path, tmp_path) == [speed.Speed("a", None, "a b", 2.0)]
     path.write_text(content)
-    assert speed._read(path) is None
+    assert speed._read(path, tmp_path) is None

@@ -22,10 +22,10 @@ from dit_runtime.bundle.reader import ENGINES, MANIFEST, Bundle
 from dit_runtime.core.decode import Amount, DecodeError, Natural, Positive, decode, read_json, schema_of
 from dit_runtime.core.errors import EngineError
 from dit_runtime.core.files import sha256_of
+from dit_runtime.core.reading import SIDECAR_BYTES, FileError
 
 SCHEMA = 2
 SIDECAR = "engine.json"
-SIDECAR_LIMIT = 16 << 20  # bytes: far more than any sidecar has, and quick to read
 PRODUCTS = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 
 Sizes = tuple[Natural, ...]  # a shape in the sidecar
@@ -119,7 +119,11 @@ class StoredEngine:
             EngineError: the engine has no plan of the graph, or the file is not the one that was built.
         """
         path = self.locate_plan(graph)
-        self.check_plan(graph, sha256_of(path))
+        try:
+            found = sha256_of(path, self.graphs[graph].plan_bytes, within=self.folder)
+        except FileError as error:
+            raise EngineError(f"{path}: {error}; run {self._make_command()}") from error
+        self.check_plan(graph, found)
         return path
 
     def locate_plan(self, graph: str) -> Path:
@@ -241,7 +245,7 @@ def read_sidecar(folder: Path) -> dict[str, Any]:
     try:
         if folder.is_symlink() or path.is_symlink():
             raise DecodeError("a link")
-        raw: dict[str, Any] = read_json(path, SIDECAR_LIMIT)
+        raw: dict[str, Any] = read_json(path, SIDECAR_BYTES, within=folder)
         schema = schema_of(raw)
     except DecodeError as error:
         raise EngineError(f"{path}: not a sidecar ({error}); remove {folder} and run dit-build again") from error
