@@ -8,7 +8,7 @@
     engines/               the engine store, which other commands add; not part of the bundle's digest
 
 A bundle is untrusted. No file of it is opened before its size and hash match the manifest, and no path in it may lead
-outside the folder.
+outside the folder. In a hub cache its files are links to the cache's blobs, which is allowed.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class Bundle:
         if spec is None:
             raise BundleError(f"{self.path}: the manifest names no file {name!r}; export the bundle again")
         path = self.path.joinpath(*PurePosixPath(name).parts)
-        if leads_outside(path, self.path):
+        if leads_outside(self.path, path):
             raise BundleError(f"{path}: is a link out of the bundle; a bundle must hold its own files")
         if not path.is_file():
             raise BundleError(f"{path}: missing, but named in {MANIFEST}; copy or export the bundle again")
@@ -203,7 +203,7 @@ def open_bundle(path: str | Path, store: Path | None = None) -> Bundle:
     manifest_path = folder / MANIFEST
     if not folder.exists():
         raise BundleError(f"{folder}: no such bundle; make one with dit-export CHECKPOINT -o {folder}")
-    if not manifest_path.is_file() or leads_outside(manifest_path, folder):
+    if not manifest_path.is_file() or leads_outside(folder, manifest_path):
         raise BundleError(f"{folder}: not a bundle (no {MANIFEST}); make one with dit-export CHECKPOINT -o {folder}")
     try:
         text = read_file(manifest_path, MANIFEST_BYTES, within=folder)

@@ -28,6 +28,8 @@ NOISE_BYTES = 4 * GIB  # as many images at once as a machine can sample
 TIMING_CACHE_BYTES = GIB
 GRAPH_BYTES = 2 * GIB  # of an ONNX file without its weights; protobuf reads no more
 
+HUB_REPOSITORIES = ("models--", "datasets--", "spaces--")  # how the folders of a hub cache's repositories begin
+
 _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
@@ -90,21 +92,29 @@ def check_file(path: str | Path, limit_bytes: int | None, within: Path | None = 
     open_file(path, limit_bytes, within).close()
 
 
-def leads_outside(path: str | Path, folder: str | Path) -> bool:
-    """Whether links, or the path itself, lead out of ``folder``; a name that no file can have does too.
+def leads_outside(folder: Path, path: Path) -> bool:
+    """Whether a path in a folder is, once its links are followed, anywhere but in that folder.
 
-    A file that is missing leads where its folder does.
+    The snapshots of a Hugging Face hub cache hold links: ``models--OWNER--NAME/snapshots/COMMIT/FILE`` leads to
+    ``models--OWNER--NAME/blobs/HASH``. The blobs of a folder's own repository count as inside the folder; those of
+    another repository do not. A path that cannot be followed, such as a link to itself, leads outside.
     """
     try:
-        inside, real = os.path.realpath(folder), os.path.realpath(path)
-    except ValueError:
+        inside, target = folder.resolve(), path.resolve()
+    except (OSError, RuntimeError, ValueError):
         return True
-    return real != inside and not real.startswith(inside.rstrip(os.sep) + os.sep)
+    if target.is_relative_to(inside):
+        return target.is_symlink()  # only a link in a circle still is one
+    for snapshot in (inside, *inside.parents):
+        repository = snapshot.parent.parent
+        if snapshot.parent.name == "snapshots" and repository.name.startswith(HUB_REPOSITORIES):
+            return target.parent != repository / "blobs"
+    return True
 
 
 def _path_inside(path: str | Path, within: Path) -> str:
     """The path without links. Raises FileError where it leads out of ``within``, OSError where there is no file."""
     real = os.path.realpath(path, strict=True)
-    if leads_outside(real, within):
+    if leads_outside(within, Path(real)):
         raise FileError(f"a link out of {within}")
     return real
