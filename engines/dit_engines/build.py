@@ -152,6 +152,6 @@ def _digest_of(path: Path) -> str:
         return sha256_of(path, TIMING_CACHE_BYTES)
     except FileError as error:
         raise BuildError(
-            f"{path}: cannot be read as a timing cache ({error}); leave --timing-cache out, or name the "
+            f"{path}: not a timing cache ({error}); leave --timing-cache out, or name the "
             f"{TIMING_CACHE} in an engine's folder"
         ) from error

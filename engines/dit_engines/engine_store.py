@@ -26,8 +26,8 @@ from dit_runtime.backends.tensorrt.api import BUILDER_FLAGS
 from dit_runtime.backends.tensorrt.store import SCHEMA, SIDECAR, StoredEngine, engine_from_sidecar, read_sidecar
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import EngineError, OutputError
-from dit_runtime.core.files import sha256_of
-from dit_runtime.core.reading import TIMING_CACHE_BYTES, FileError
+from dit_runtime.core.files import check_place, sha256_of
+from dit_runtime.core.reading import TIMING_CACHE_BYTES, FileError, check_file
 
 TIMING_CACHE = "timing.cache"
 # Beside a graph's plan: the builder's messages, and the inspector's JSON where the plan could be inspected.
@@ -209,13 +209,21 @@ def link_plans(engine: BuiltEngine, folder: Path) -> tuple[BuiltGraph, ...]:
     """Put an engine's plans and timing cache into another folder too: as links, or as copies where links fail.
 
     The builder's messages and the inspector's JSON come too where they are there.
+
+    Raises:
+        OutputError: a file of the engine is missing, or not a plain file.
     """
     told = [name.format(graph.graph) for graph in engine.graphs for name in (LOG, LAYERS)]
     told = [TIMING_CACHE, *told]
     told = [name for name in told if (engine.folder / name).is_file() and not (engine.folder / name).is_symlink()]
     for name in (*(graph.plan for graph in engine.graphs), *told):
         try:
+            check_file(engine.folder / name, None, within=engine.folder)
             os.link(engine.folder / name, folder / name)
+        except FileError as error:
+            raise OutputError(
+                f"{engine.folder / name}: {error}; remove {engine.folder} and run dit-build again"
+            ) from error
         except OSError:
             shutil.copyfile(engine.folder / name, folder / name)
     return tuple(replace(graph, seconds=0.0) for graph in engine.graphs)
@@ -285,9 +293,10 @@ def lock_store(folder: Path, say: Callable[[str], None]) -> Iterator[bool]:
     ``say`` is told once when it has to wait.
 
     Raises:
-        OutputError: the store cannot be written, or the lock's file is a link.
+        OutputError: the store cannot be written, or the lock's file is a link or no plain file.
     """
     path = folder.parent / f".{folder.name}.lock"
+    check_place(path, folder.parent, STORE_OPTION)
     lock = FileLock(path)
     waited = False
     try:

@@ -12,11 +12,13 @@ at any time. A file is given to the backend's library only when it has the size 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from dit_runtime.bundle.manifest import FileSpec
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.decode import DecodeError, decode, read_json
 from dit_runtime.core.errors import OutputError
-from dit_runtime.core.files import replace_folder, sha256_of
+from dit_runtime.core.files import check_place, replace_folder, sha256_of
 from dit_runtime.core.machine import read_processor
 from dit_runtime.core.reading import SIDECAR_BYTES, FileError
 
@@ -95,9 +97,9 @@ def prepare_graph(folder: Path, facts: Facts, make: Callable[[Path], None]) -> P
     if _is_whole(target, facts):
         return target
     try:
+        check_place(lock := folder / f".{target.name}.lock", within=folder.parent)
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / f".{target.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed, also by the end of the process
+        with _hold_lock(lock):
             if _is_whole(target, facts):  # another process made it meanwhile
                 return target
             made_again = f"{target}: damaged, so made again" if target.exists() else _describe_other(folder, facts)
@@ -113,6 +115,16 @@ def prepare_graph(folder: Path, facts: Facts, make: Callable[[Path], None]) -> P
     if made_again:
         logger.info(made_again)
     return target
+
+
+@contextlib.contextmanager
+def _hold_lock(path: Path) -> Iterator[None]:
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # ended with the process too
+        yield
+    finally:
+        os.close(handle)
 
 
 def find_prepared(folder: Path, facts: Facts) -> Path | None:

@@ -14,6 +14,7 @@ outside the folder. In a hub cache its files are links to the cache's blobs, whi
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -44,7 +45,7 @@ from dit_runtime.bundle.manifest import (
 from dit_runtime.core.decode import json_from_bytes, schema_of
 from dit_runtime.core.errors import BundleError
 from dit_runtime.core.files import sha256_of
-from dit_runtime.core.reading import MANIFEST_BYTES, FileError, leads_outside, read_file
+from dit_runtime.core.reading import MANIFEST_BYTES, FileError, kind_of, leads_outside, open_file, read_file
 
 __all__ = [
     "CONDITIONINGS",
@@ -149,11 +150,12 @@ class Bundle:
         path = self.path.joinpath(*PurePosixPath(name).parts)
         if leads_outside(self.path, path):
             raise BundleError(f"{path}: is a link out of the bundle; a bundle must hold its own files")
-        if not path.is_file():
+        if kind_of(path) is None:
             raise BundleError(f"{path}: missing, but named in {MANIFEST}; copy or export the bundle again")
-        if (size := path.stat().st_size) != spec.bytes:
-            raise BundleError(f"{path}: {size} bytes, expected {spec.bytes}; copy or export the bundle again")
         try:
+            with open_file(path, None, within=self.path) as file:
+                if (size := os.fstat(file.fileno()).st_size) != spec.bytes:
+                    raise FileError(f"{size} bytes, expected {spec.bytes}")
             found = sha256_of(path, spec.bytes, within=self.path)
         except FileError as error:
             raise BundleError(f"{path}: {error}; copy or export the bundle again") from error
@@ -201,10 +203,14 @@ def open_bundle(path: str | Path, store: Path | None = None) -> Bundle:
     """
     folder = Path(path)
     manifest_path = folder / MANIFEST
-    if not folder.exists():
+    if kind_of(folder) is None:
         raise BundleError(f"{folder}: no such bundle; make one with dit-export CHECKPOINT -o {folder}")
-    if not manifest_path.is_file() or leads_outside(folder, manifest_path):
+    if kind_of(manifest_path) is None:
         raise BundleError(f"{folder}: not a bundle (no {MANIFEST}); make one with dit-export CHECKPOINT -o {folder}")
+    if store is None and leads_outside(folder, folder / ENGINES):
+        raise BundleError(
+            f"{folder / ENGINES}: is a link out of the bundle; remove it, or name the folder that you mean with --store"
+        )
     try:
         text = read_file(manifest_path, MANIFEST_BYTES, within=folder)
         raw = json_from_bytes(text)

@@ -6,22 +6,27 @@ import contextlib
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from dit_runtime.core.errors import OutputError
-from dit_runtime.core.reading import FileError, open_file
+from dit_runtime.core.reading import FileError, kind_of, leads_outside, open_file
 
 
 @contextlib.contextmanager
-def replace_file(path: Path) -> Iterator[Path]:
+def replace_file(path: Path, within: Path | None = None) -> Iterator[Path]:
     """A temporary file beside ``path``: it replaces ``path`` when the block succeeds, and is removed otherwise.
+
+    ``within`` is the store that the file belongs to, as ``check_place`` has it; None is a file that the user named.
 
     Raises:
         OutputError: the file cannot be written.
     """
     temporary = None
+    if within is not None:
+        check_place(path, within)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
@@ -79,9 +84,27 @@ def check_writable(path: Path, option: str = "--output") -> None:
     Raises:
         OutputError: the nearest path above that exists is not a folder, or cannot be written to.
     """
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    parent = next(folder for folder in path.absolute().parents if kind_of(folder))
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise OutputError(f"{path}: {parent} cannot be written to; choose another {option}")
+
+
+def check_place(path: Path, within: Path, option: str = "--store") -> None:
+    """Check where a file of a store is written: whoever made the store must not choose another place for it.
+
+    ``option`` is the command's option that names the store, for the message.
+
+    Raises:
+        OutputError: a link leads out of the store, or a link, a pipe, a device or a folder is there.
+    """
+    try:
+        plain = stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        plain = True  # nothing is there
+    if not plain or leads_outside(within, path):
+        raise OutputError(
+            f"{path.parent}: cannot be written ({path.name} is a link or no plain file); choose another {option}"
+        )
 
 
 def _get_umask() -> int:

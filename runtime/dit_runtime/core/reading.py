@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 MIB, GIB = 1 << 20, 1 << 30
 # The most bytes of each kind of file: far more than any of them has, and little enough to be held in memory. A graph,
@@ -90,6 +90,15 @@ def read_file(path: str | Path, limit_bytes: int, within: Path | None = None) ->
 def check_file(path: str | Path, limit_bytes: int | None, within: Path | None = None) -> None:
     """Check a file that a library opens by its name. Arguments and errors are those of ``open_file``."""
     open_file(path, limit_bytes, within).close()
+
+
+def kind_of(path: Path) -> Literal["file", "folder", "other"] | None:
+    """What a path names, once links are followed; None where nothing is, or no file can have such a name."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):  # Path.exists raises some of them
+        return None
+    return "file" if stat.S_ISREG(mode) else "folder" if stat.S_ISDIR(mode) else "other"
 
 
 def leads_outside(folder: Path, path: Path) -> bool:

@@ -74,7 +74,7 @@ def rank_by_speed(bundle: Bundle, threads: int = 0, say: Callable[[str], None] =
     if speeds is None:
         speeds = _measure(bundle, threads, say)
         text = json.dumps([asdict(speed) for speed in speeds], indent=1) + "\n"
-        with contextlib.suppress(OutputError), replace_file(path) as file:
+        with contextlib.suppress(OutputError), replace_file(path, bundle.engines) as file:
             file.write_text(text, encoding="utf-8")
     return speeds
 

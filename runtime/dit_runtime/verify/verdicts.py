@@ -115,7 +115,7 @@ def store_verdict(bundle: Bundle, engine: Engine, rungs: list[Rung], quick: bool
         passed=passed,
         rungs=tuple(RungRecord(**rung.as_json()) for rung in rungs),
     )
-    with contextlib.suppress(OutputError), replace_file(path_of_verdict(bundle, engine)) as file:
+    with contextlib.suppress(OutputError), replace_file(path_of_verdict(bundle, engine), bundle.engines) as file:
         file.write_text(json.dumps(asdict(verdict), indent=1, allow_nan=False) + "\n")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -69,6 +70,41 @@ def test_a_link_out_of_the_bundle(copied: Path, tmp_path: Path) -> None:
     path.symlink_to(tmp_path / "elsewhere.onnx")
     with pytest.raises(BundleError, match="link out of the bundle"):
         open_bundle(copied).file("graphs/step.onnx")
+
+
+@pytest.mark.parametrize(
+    ("replace", "message"),
+    [
+        (lambda path: os.mkfifo(path), "not a regular file"),
+        (lambda path: path.symlink_to("/dev/zero"), "link out of"),
+        (lambda path: path.mkdir(), "not a regular file"),
+        (lambda path: path.symlink_to(path.name), r"link out of the bundle|not a bundle \("),
+    ],
+    ids=["pipe", "device", "folder", "loop"],
+)
+@pytest.mark.parametrize("name", ["manifest.json", "graphs/step.onnx"])
+def test_a_file_that_is_no_regular_file(copied: Path, name: str, replace: Callable[[Path], None], message: str) -> None:
+    """Fails by waiting for a pipe's other end, or by reading a device without end."""
+    (copied / name).unlink()
+    replace(copied / name)
+    with pytest.raises(BundleError, match=message):
+        open_bundle(copied).file(name)
+
+
+def test_a_store_that_is_a_link_out_of_the_bundle(copied: Path, tmp_path: Path) -> None:
+    """Who made a bundle does not choose a folder elsewhere that commands write to."""
+    (tmp_path / "elsewhere").mkdir()
+    (copied / "engines").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BundleError, match=r"engines: is a link out of the bundle; remove it, or .* with --store"):
+        open_bundle(copied)
+    assert open_bundle(copied, tmp_path / "elsewhere").engines == tmp_path / "elsewhere"
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "\ud800", "none", "../none"])
+def test_a_name_that_no_bundle_has(tmp_path: Path, name: str) -> None:
+    """Any text on the command line is a name that is not there."""
+    with pytest.raises(BundleError, match="no such bundle"):
+        open_bundle(tmp_path / name)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -63,6 +66,43 @@ def test_a_damaged_verdict_is_none(bundle: Any, change: str) -> None:
     path.write_text(changed[change] if isinstance(changed[change], str) else json.dumps(changed[change]))
     assert has_passed(bundle, ENGINE) is None
     assert len(read_verdicts(bundle)) == (change == "other engine")
+
+
+def giant(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(20 << 30)  # sparse: it takes no space
+
+
+@pytest.mark.parametrize(
+    "replace",
+    [lambda path: path.symlink_to("/dev/zero"), giant, os.mkfifo, Path.mkdir],
+    ids=["endless", "giant", "pipe", "folder"],
+)
+def test_a_verdict_that_is_not_read(bundle: Any, replace: Callable[[Path], None]) -> None:
+    """Fails by reading without end, by waiting for ever, or by the memory that 20 GB take."""
+    path = path_of_verdict(bundle, ENGINE)
+    path.parent.mkdir()
+    replace(path)
+    tracemalloc.start()
+    assert has_passed(bundle, ENGINE) is None
+    assert read_verdicts(bundle) == []
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+
+
+def test_links_in_the_store_lead_nowhere(bundle: Any, tmp_path: Path) -> None:
+    """A verdict from outside the store is not believed, and none is written outside it."""
+    store_verdict(bundle, ENGINE, RUNGS[:2], quick=False)
+    path = path_of_verdict(bundle, ENGINE)
+    outside = tmp_path.parent / f"{tmp_path.name}-outside"
+    path.parent.rename(outside)
+    path.parent.symlink_to(outside)
+    (before,) = outside.iterdir()
+    content = before.read_text()
+    assert has_passed(bundle, ENGINE) is None
+    assert read_verdicts(bundle) == []
+    store_verdict(bundle, ENGINE, RUNGS, quick=False)
+    assert [item.read_text() for item in outside.iterdir()] == [content]
 
 
 @pytest.mark.parametrize(
