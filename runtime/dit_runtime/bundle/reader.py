@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from dit_runtime.bundle.consistency import check_consistency
 from dit_runtime.bundle.manifest import (
     CONDITIONINGS,
     ENCODER,
@@ -38,7 +39,6 @@ from dit_runtime.bundle.manifest import (
     PrecisionSpec,
     SourceSpec,
     TensorSpec,
-    check_consistency,
     manifest_from_json,
     name_for_size,
 )
