@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 Place = tuple[str | int, ...]
@@ -28,10 +29,14 @@ HOSTILE: tuple[Any, ...] = (
 
 @dataclass(frozen=True)
 class Mutation:
-    """A changed document, and what was changed in it."""
+    """A changed document: what was changed in it, and its text, which is made when it is asked for."""
 
     name: str
-    text: str
+    make: Callable[[], str]
+
+    @property
+    def text(self) -> str:
+        return self.make()
 
 
 def places(raw: Any, here: Place = ()) -> Iterator[Place]:
@@ -52,16 +57,17 @@ def places(raw: Any, here: Place = ()) -> Iterator[Place]:
 def mutate(raw: Any) -> Iterator[Mutation]:
     """Each value replaced by each of ``HOSTILE`` and by its neighbours, removed, doubled, or with another beside it."""
     for place in ((), *places(raw)):
-        for value in (*HOSTILE, *_nearby(value_at(raw, place))):
-            yield Mutation(f"{describe(place)} = {describe_value(value)}", replaced(raw, place, value))
+        here = value_at(raw, place)
+        for value in (*HOSTILE, *_nearby(here)):
+            yield Mutation(f"{describe(place)} = {describe_value(value)}", partial(replaced, raw, place, value))
         if place:
-            yield Mutation(f"{describe(place)} removed", changed(raw, place, lambda inner, key: inner.pop(key)))
-        if isinstance(value_at(raw, place), dict):
-            yield Mutation(f"{describe(place)} with one more", replaced(raw, (*place, "more"), 1))
-            inside = json.dumps(value_at(raw, place))[1:-1]
-            yield Mutation(f"{describe(place)} twice", replaced(raw, place, Raw(f"{{{inside}, {inside}}}")))
-        if isinstance(value_at(raw, place), list):
-            yield Mutation(f"{describe(place)} doubled", replaced(raw, place, value_at(raw, place) * 2))
+            yield Mutation(f"{describe(place)} removed", partial(removed, raw, place))
+        if isinstance(here, dict):
+            yield Mutation(f"{describe(place)} with one more", partial(replaced, raw, (*place, "more"), 1))
+            inside = json.dumps(here)[1:-1]
+            yield Mutation(f"{describe(place)} twice", partial(replaced, raw, place, Raw(f"{{{inside}, {inside}}}")))
+        if isinstance(here, list):
+            yield Mutation(f"{describe(place)} doubled", partial(replaced, raw, place, here * 2))
 
 
 def _nearby(value: Any) -> tuple[Any, ...]:
@@ -82,7 +88,7 @@ def value_at(raw: Any, place: Place) -> Any:
     return raw
 
 
-def changed(raw: Any, place: Place, change: Any) -> str:
+def changed(raw: Any, place: Place, change: Callable[[Any, Any], object]) -> str:
     """The text of a copy in which ``change(inner, key)`` changed what ``place`` leads to."""
     if not place:
         return json.dumps(raw)
@@ -97,6 +103,11 @@ def replaced(raw: Any, place: Place, value: Any) -> str:
     plain = mark if isinstance(value, Raw) else value
     text = changed(raw, place, lambda inner, key: inner.__setitem__(key, plain)) if place else json.dumps(plain)
     return text.replace(json.dumps(mark), value) if isinstance(value, Raw) else text
+
+
+def removed(raw: Any, place: Place) -> str:
+    """The text of a copy without the value at ``place``."""
+    return changed(raw, place, lambda inner, key: inner.pop(key))
 
 
 def describe(place: Place) -> str:

@@ -104,9 +104,9 @@ def _check_amount(content: bytes) -> None:
         depths = depth + steps.cumsum(dtype=np.int64)
         depth, deepest = int(depths[-1]), max(deepest, int(depths.max()))
     if deepest > MOST_DEPTH:
-        raise DecodeError(f"not JSON that is read here: nested {deepest} levels deep, expected {MOST_DEPTH} at most")
+        raise DecodeError(f"not JSON: nested {deepest} levels deep, expected {MOST_DEPTH} at most")
     if len(outside) > MOST_VALUES:
-        raise DecodeError(f"not JSON that is read here: about {len(outside)} values, expected {MOST_VALUES} at most")
+        raise DecodeError(f"not JSON: about {len(outside)} values, expected {MOST_VALUES} at most")
 
 
 def read_json(path: Path, limit_bytes: int, within: Path | None = None) -> Any:

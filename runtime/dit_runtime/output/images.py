@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import math
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from dit_runtime.core.errors import OutputError, SamplingError
 from dit_runtime.core.files import replace_file
+from dit_runtime.core.images import image_from_bytes
 from dit_runtime.core.reading import IMAGE_BYTES, read_file
 
 Images = NDArray[np.uint8]
@@ -44,7 +42,7 @@ def read_png(path: Path) -> tuple[Images, dict[str, str]]:
         OutputError: missing, not a PNG file, or larger than ``PNG_PIXELS``.
     """
     try:
-        with _open_image(path, ("PNG",), PNG_PIXELS) as image:
+        with image_from_bytes(read_file(path, IMAGE_BYTES), ("PNG",), PNG_PIXELS) as image:
             pixels = np.asarray(image.convert("RGB"))
             text = {key: str(value) for key, value in image.text.items()}  # type: ignore[attr-defined]  # PngImageFile
     except Exception as error:  # Pillow raises errors of any kind for damaged files
@@ -59,33 +57,13 @@ def read_image(path: Path) -> Images:
         SamplingError: missing, not such an image, or larger than ``INIT_PIXELS``.
     """
     try:
-        with _open_image(path, FORMATS, INIT_PIXELS) as image:
+        with image_from_bytes(read_file(path, IMAGE_BYTES), FORMATS, INIT_PIXELS) as image:
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except Exception as error:  # Pillow raises errors of any kind for damaged files
         raise SamplingError(
             f"{path}: cannot be read as an image ({error}); name a PNG, JPEG, WebP or BMP file of at most "
             f"{INIT_PIXELS // 10**6} megapixels, or float32 latents in a .npy file"
         ) from error
-
-
-@contextlib.contextmanager
-def _open_image(path: Path, formats: tuple[str, ...], pixels: int) -> Iterator[Image.Image]:
-    """A regular file's image, not yet decoded, of at most ``pixels`` pixels; Pillow's warnings are not shown.
-
-    Only ``formats`` are tried, whatever the file's name says: Pillow starts Ghostscript for EPS, and more readers than
-    are needed would see what others wrote.
-    """
-    content = io.BytesIO(read_file(path, IMAGE_BYTES))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            opened = Image.open(content, formats=formats)
-        except UnidentifiedImageError as error:  # its text names the buffer
-            raise ValueError(f"not {', '.join(formats)}, or damaged") from error
-        with opened as image:
-            if image.width * image.height > pixels:
-                raise ValueError(f"{image.width} x {image.height} pixels are more than {pixels}")
-            yield image
 
 
 def grid_from_images(images: Images, columns: int | None = None) -> Images:

@@ -157,6 +157,7 @@ def _versions_of(distribution: str) -> Iterator[str]:
 
 def _read(path: Path, store: Path) -> list[Speed] | None:
     try:
-        return list(decode(tuple[Speed, ...], read_json(path, SPEEDS_BYTES, within=store))) or None
+        found = list(decode(tuple[Speed, ...], read_json(path, SPEEDS_BYTES, within=store)))
     except DecodeError:
         return None
+    return found if found and all(speed.name in BACKENDS for speed in found) else None

@@ -195,11 +195,11 @@ def test_a_message_is_short(value: Any) -> None:
         (b'{"\\ud800": 1}', "not JSON: it holds half a surrogate pair"),
         (b'["\\udc00\\ud800"]', "not JSON: it holds half a surrogate pair"),
         (b'"\xed\xa0\x80"', "not JSON: 'utf-8' codec"),
-        (b"[" * 100_000, "not JSON that is read here: nested 100000 levels deep, expected 32 at most"),
-        (b'{"a":' * 100_000, "not JSON that is read here: nested 100000 levels deep"),
-        (b"[" * 33 + b"]" * 33, "not JSON that is read here: nested 33 levels deep"),
-        (b'["' + b"\\" * 4 + b'",' + b"[" * 33, "not JSON that is read here: nested 34 levels deep"),
-        (b"[" + b"[]," * 3_000_000 + b"[]]", "not JSON that is read here: about 9000004 values"),
+        (b"[" * 100_000, "not JSON: nested 100000 levels deep, expected 32 at most"),
+        (b'{"a":' * 100_000, "not JSON: nested 100000 levels deep"),
+        (b"[" * 33 + b"]" * 33, "not JSON: nested 33 levels deep"),
+        (b'["' + b"\\" * 4 + b'",' + b"[" * 33, "not JSON: nested 34 levels deep"),
+        (b"[" + b"[]," * 3_000_000 + b"[]]", "not JSON: about 9000004 values"),
     ],
 )
 def test_text_that_is_not_json(tmp_path: Path, content: bytes, message: str) -> None:
