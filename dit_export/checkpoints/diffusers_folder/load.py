@@ -43,7 +43,9 @@ def _load(source: Source, location: Location) -> Checkpoint:
     scheduler = load_scheduler(folder / "scheduler" / "scheduler_config.json")
     sha256 = check_sha256(files_of_module(folder / "transformer", source.variant), source.sha256)
     tensors = read_transformer_weights(folder / "transformer", config, source.variant)
-    own = load_autoencoder(folder / "vae", source.variant) if source.autoencoder is None else None
+    own = None
+    if source.autoencoder is None:
+        own = load_autoencoder(folder / "vae", source.variant, source.autoencoder_scaling)
     names = index.get("id2label") or {}
     if not isinstance(names, dict):
         raise CheckpointError(f"{folder}/model_index.json: id2label is no object; expected class names by number")
@@ -95,4 +97,6 @@ def checkpoint_from_parts(
     )
 
 
-FORMAT = CheckpointFormat(options=frozenset({"variant", "sha256"}), recognizes=_is_folder, load=_load)
+FORMAT = CheckpointFormat(
+    options=frozenset({"variant", "sha256", "autoencoder_scaling"}), recognizes=_is_folder, load=_load
+)

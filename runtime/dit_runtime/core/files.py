@@ -89,6 +89,14 @@ def check_writable(path: Path, option: str = "--output") -> None:
         raise OutputError(f"{path}: {parent} cannot be written to; choose another {option}")
 
 
+def named(path: Path) -> Path:
+    """A path whose last part is a name: ``.`` and ``..`` are followed. A link keeps its own name.
+
+    A hub cache's files are links to files that are named by a hash.
+    """
+    return path.resolve() if path.name in ("", "..") else path
+
+
 def check_place(path: Path, within: Path, option: str = "--store") -> None:
     """Check where a file of a store is written: whoever made the store must not choose another place for it.
 

@@ -425,7 +425,7 @@ def test_nothing_is_written_for_a_bad_file(tmp_path: Path, vae: str) -> None:
         ({"image_sizes": ((32, 32), (32, 32))}, "one is there twice"),
         ({"guidance_channels": 5}, "guidance on 5 channels: expected at most 4"),
         ({"sha256": "ab" * 32}, "SHA-256 .*, expected abab.*it is not the file that was pinned"),
-        ({"autoencoder": "/nowhere"}, "no such folder"),
+        ({"autoencoder": "/nowhere"}, "no such file or folder"),
     ],
 )
 def test_options_that_do_not_fit(tmp_path: Path, vae: str, options: dict[str, object], message: str) -> None:
