@@ -43,7 +43,8 @@ def autoencoder_for(source: Source) -> Autoencoder:
     Raises:
         CheckpointError: it cannot be found or read.
     """
-    name, path = source.autoencoder or OFFICIAL_VAE, Path(source.autoencoder or OFFICIAL_VAE)
+    name = OFFICIAL_VAE if source.autoencoder is None else source.autoencoder
+    path = Path(name)
     if path.is_file():
         return checked_autoencoder(path, autoencoder_from_file(path, source.autoencoder_scaling))
     if not path.is_dir():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,7 @@ def _describe_missing(name: str) -> str:
     except OSError as error:
         return f"no such file or folder ({parent}: {error.strerror})"
     near = [other for other in names if other.casefold().startswith(wrong.casefold())] if wrong else []
-    near += [other for other in difflib.get_close_matches(wrong, names) if other not in near]
+    near += [other for other in difflib.get_close_matches(wrong, names, cutoff=0.7) if other not in near]
     return f"no such file or folder; {parent} has {', '.join(near[:5])}" if near else "no such file or folder"
 
 
@@ -68,7 +70,7 @@ def download_repository(hub_id: str, patterns: Sequence[str], is_complete: Calla
         is_complete: whether a folder of the cache holds all that is needed; the hub is then not asked.
 
     Raises:
-        CheckpointError: the repository is neither cached nor reachable.
+        CheckpointError: the repository is neither cached nor reachable, or has no such files.
     """
     from huggingface_hub import snapshot_download
 
@@ -81,15 +83,41 @@ def download_repository(hub_id: str, patterns: Sequence[str], is_complete: Calla
                 return folder
         except Exception:  # noqa: BLE001, S110  # not cached: its exception types vary with the version
             pass
-        return Path(snapshot_download(name, **options))
+        with _quiet():
+            folder = Path(snapshot_download(name, **options))
     except Exception as error:
         raise CheckpointError(f"{hub_id}: {_explain(error, revision)}") from error
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{hub_id}: the hub's repository has no diffusers files ({', '.join(patterns)}); if it has a weights file, "
+            "download it and give its path"
+        )
+    return folder
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep huggingface_hub from writing: its errors become ours, and its progress bars are for terminals."""
+    from huggingface_hub import utils
+
+    verbosity, quiet = utils.logging.get_verbosity(), not (sys.stderr.isatty() or utils.are_progress_bars_disabled())
+    utils.logging.set_verbosity(utils.logging.ERROR)
+    if quiet:
+        utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        utils.logging.set_verbosity(verbosity)
+        if quiet:
+            utils.enable_progress_bars()
 
 
 def _explain(error: Exception, revision: str) -> str:
     """Why a download failed and what to do. The hub's own first line names a status and an address."""
     from huggingface_hub import errors
 
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, errors.HfHubHTTPError):
+        error = error.__cause__  # why the hub was not asked further
     if isinstance(error, errors.GatedRepoError):
         return "the hub asks to accept this repository's terms; accept them on its page, then log in with hf auth login"
     if isinstance(error, errors.RepositoryNotFoundError):
@@ -102,5 +130,7 @@ def _explain(error: Exception, revision: str) -> str:
         return "not in the hub's cache, and the hub cannot be reached; go online, or give a folder that you downloaded"
     if isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403):
         return "the hub refuses access; log in with hf auth login"
+    if isinstance(error, errors.HfHubHTTPError):
+        return f"the hub answers with status {error.response.status_code}; try again later"
     reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-    return f"the download from the hub failed ({reason}); try again: what is there already is kept"
+    return f"the download from the hub failed ({reason}); try again: whole files are kept"
