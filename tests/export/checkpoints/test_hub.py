@@ -14,7 +14,7 @@ import torch
 from dit_export.checkpoints.autoencoders import autoencoder_for
 from dit_export.checkpoints.sources import Source, load_checkpoint
 from dit_export.request import ExportRequest
-from huggingface_hub import constants
+from huggingface_hub import constants, snapshot_download
 from safetensors.torch import load_file, save_file
 from support.hub_cache import snapshot_from_folder
 from support.hub_server import COMMIT, HubServer, running_hub
@@ -151,12 +151,19 @@ def test_a_download_that_breaks_off(hub: HubServer, monkeypatch: pytest.MonkeyPa
     assert [name for name, _ in hub.downloads] == [f"transformer/{WEIGHTS}"]
 
 
-def test_a_cache_that_lacks_weights_is_not_complete(hub: HubServer, cache: Path) -> None:
-    """Older versions of huggingface_hub take a folder of the cache for whole that is not: the weights are counted."""
+def test_a_cache_that_lacks_weights_is_not_complete(
+    hub: HubServer, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Old versions of huggingface_hub take any folder of the cache for whole: ours looks for the weights in it."""
     load_checkpoint(Source(HUB_ID))
+    snapshot = cache / "models--owner--dit" / "snapshots" / COMMIT
+
+    def old_download(*args: object, local_files_only: bool = False, **options: object) -> str:
+        return str(snapshot) if local_files_only else snapshot_download(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", old_download)
     for part in ("transformer", "vae"):
-        (cache / "models--owner--dit" / "snapshots" / COMMIT / part / WEIGHTS).unlink()
-        shutil.rmtree(cache / "models--owner--dit" / "trees", ignore_errors=True)
+        (snapshot / part / WEIGHTS).unlink()
         assert load_checkpoint(Source(HUB_ID)).name == HUB_ID
 
 
