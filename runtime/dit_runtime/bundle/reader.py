@@ -44,7 +44,7 @@ from dit_runtime.bundle.manifest import (
 )
 from dit_runtime.core.decode import json_from_bytes, schema_of
 from dit_runtime.core.errors import BundleError
-from dit_runtime.core.files import sha256_of
+from dit_runtime.core.files import add_name, sha256_of
 from dit_runtime.core.reading import MANIFEST_BYTES, FileError, kind_of, leads_outside, open_file, read_file
 
 __all__ = [
@@ -77,6 +77,7 @@ __all__ = [
 
 MANIFEST = "manifest.json"
 ENGINES = "engines"
+PLAIN = "plain"  # in the engine store: hard links to the graphs of a bundle whose files are links
 GOLDEN = "golden"
 UNGUIDED = "unguided"  # name of the record of a trajectory without guidance, by a sampler that draws noise
 TILE = "tile_"  # a record of one tile of the decoder has this name and the tile's side in latent pixels
@@ -166,10 +167,22 @@ class Bundle:
         return path
 
     def graph(self, name: str) -> Path:
-        """The path of a graph's ONNX file, with that file and the graph's weights checked. Raises as ``file``."""
+        """The path of a graph's ONNX file, with that file and the graph's weights checked. Raises as ``file``.
+
+        In a hub cache it is another name of the file, in the engine store: most libraries refuse weights behind a link.
+        """
         spec = self.manifest.graphs[name]
-        self.file(spec.weights)
-        return self.file(spec.file)
+        weights, path = self.file(spec.weights), self.file(spec.file)
+        if not (weights.is_symlink() or path.is_symlink()):
+            return path
+        plain = self.engines / PLAIN / self.digest[:16]
+        named = {name: plain.joinpath(*PurePosixPath(name).parts) for name in (spec.weights, spec.file)}
+        try:
+            add_name(weights, named[spec.weights])
+            add_name(path, named[spec.file])
+        except OSError:
+            return path  # a store that cannot be written: some libraries do follow the links
+        return named[spec.file]
 
     def records(self, name: str) -> dict[str, np.ndarray[Any, Any]]:
         """The arrays of a golden record by name: ``golden/NAME.npz``, at the size in use. Raises as ``file``."""

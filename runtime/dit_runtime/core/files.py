@@ -115,6 +115,25 @@ def check_place(path: Path, within: Path, option: str = "--store") -> None:
         )
 
 
+def add_name(file: Path, name: Path) -> None:
+    """Give what a link leads to another name: a hard link, or a copy where there can be none.
+
+    Raises:
+        OSError: ``name`` cannot be written.
+    """
+    source = file.resolve()
+    if name.is_file() and not name.is_symlink() and (name.samefile(source) or sha256_of(name) == sha256_of(source)):
+        return
+    name.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{name.name}.", dir=name.parent) as folder:
+        temporary = Path(folder) / name.name
+        try:
+            os.link(source, temporary)
+        except OSError:  # another file system, one without hard links, or a file of another user
+            shutil.copyfile(source, temporary)
+        temporary.replace(name)
+
+
 def _get_umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -9,13 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.hub_cache import snapshot_from_folder
 
 from dit_runtime.bundle.manifest import manifest_from_json
 from dit_runtime.bundle.reader import open_bundle
 from dit_runtime.core.errors import BundleError
+from dit_runtime.pipeline import Pipeline
 
 
 @pytest.fixture
@@ -70,6 +73,41 @@ def test_a_link_out_of_the_bundle(copied: Path, tmp_path: Path) -> None:
     path.symlink_to(tmp_path / "elsewhere.onnx")
     with pytest.raises(BundleError, match="link out of the bundle"):
         open_bundle(copied).file("graphs/step.onnx")
+
+
+def test_a_bundle_in_a_hub_cache(bundles: dict[str, Path], tmp_path: Path) -> None:
+    """Its files are links to blobs: it opens, its graphs have plain files, and nothing is copied."""
+    snapshot = snapshot_from_folder(bundles["fp32"], tmp_path)
+    bundle = open_bundle(snapshot)
+    bundle.check()
+    for _ in range(2):
+        for name, spec in bundle.manifest.graphs.items():
+            path = bundle.graph(name)
+            for file, link in ((path, spec.file), (path.with_name(Path(spec.weights).name), spec.weights)):
+                assert not file.is_symlink()
+                assert file.samefile(snapshot / link)
+    cached, own = (Pipeline(path, "onnxruntime", threads=1) for path in (snapshot, bundles["fp32"]))
+    assert np.array_equal(cached(3, steps=2), own(3, steps=2))
+
+
+def test_a_hub_cache_that_cannot_be_linked(
+    bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store on another file system has copies, made anew where they were altered; one that is read-only has none."""
+
+    def refuse(*_: object) -> None:
+        raise OSError("another file system")
+
+    monkeypatch.setattr("os.link", refuse)
+    snapshot = snapshot_from_folder(bundles["fp32"], tmp_path / "cache")
+    bundle = open_bundle(snapshot, tmp_path / "store")
+    for _ in range(2):
+        path = bundle.graph("decoder")
+        assert path.is_relative_to(tmp_path / "store")
+        assert path.read_bytes() == (snapshot / "graphs" / "decoder.onnx").read_bytes()
+        path.write_bytes(b"altered")
+    (tmp_path / "file").touch()
+    assert open_bundle(snapshot, tmp_path / "file" / "store").graph("decoder") == snapshot / "graphs" / "decoder.onnx"
 
 
 @pytest.mark.parametrize(
