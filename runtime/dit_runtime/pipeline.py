@@ -31,7 +31,7 @@ from dit_runtime.sampling.image_to_image import (
 )
 from dit_runtime.sampling.labels import Label, list_labels, number_from_label, weights_from_label
 from dit_runtime.sampling.requests import ImageRequest
-from dit_runtime.sampling.settings import Settings
+from dit_runtime.sampling.settings import Settings, check_whole, scales_from_setting
 from dit_runtime.sampling.tiles import check_tile, decode_in_tiles, images_from_decoded
 from dit_runtime.verify.auto import Choice, check_choice, choose_engine
 
@@ -287,18 +287,18 @@ class Pipeline:
         count = len(labels)
         if not count:
             raise SamplingError("no labels: expected at least one class number or name")
-        if not isinstance(seeds, Sequence | np.ndarray):
+        if isinstance(seeds, np.ndarray):
+            seeds = seeds.tolist()
+        if isinstance(seeds, str | bytes) or not isinstance(seeds, Iterable):
             first = check_seed(seeds)
             seeds = range(first, first + count)
+        seeds = list(seeds)
         if len(seeds) != count:
             raise SamplingError(f"{len(seeds)} seeds for {count} labels: expected one seed per label, or one number")
         checked = [check_seed(seed) for seed in seeds]
         defaults = self.manifest.defaults
         scale = settings.get("guidance")
-        given = np.asarray(defaults.guidance if scale is None else scale, np.float64)
-        if given.shape not in ((), (count,)):
-            raise SamplingError(f"{given.size} guidance scales for {count} labels: expected one per label, or one")
-        scales: list[float] = np.broadcast_to(given, count).tolist()
+        scales = scales_from_setting(defaults.guidance if scale is None else scale, count)
         interval = settings.get("guidance_interval") or (0.0, 1.0)
         shape = settings.get("guidance_schedule") or "constant"
         guidances = {value: Guidance(value, interval, shape) for value in scales}
@@ -356,9 +356,14 @@ class Pipeline:
                 )
             self._check_table(given)
             return schedule_from_start(given, from_image, strength)
-        model, diffusion, sampler = self.manifest.model, self.manifest.diffusion, given or defaults.sampler
+        model, diffusion, sampler = (
+            self.manifest.model,
+            self.manifest.diffusion,
+            defaults.sampler if given is None else given,
+        )
         if steps is None:
             steps = count_default_steps(sampler, model, diffusion, defaults.steps, spacing)
+        steps = check_whole(steps, "steps")
         skipped = 0
         if from_image:
             strength = STRENGTH if strength is None else strength
