@@ -87,8 +87,11 @@ def _units_from_file(path: Path) -> list[str]:
         content = read_file(path, KEEP_LIST_BYTES)
         # Editors and shells of Windows write a byte order mark, and PowerShell's redirection UTF-16.
         encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
-        lines = content.decode(encoding).splitlines()
-    except (FileError, UnicodeDecodeError) as error:
+        text = content.decode(encoding)
+        if "\0" in text:  # UTF-16 without a byte order mark, UTF-32, or no text
+            raise ValueError("it holds the character NUL; save it as UTF-8")
+        lines = text.splitlines()
+    except (FileError, ValueError) as error:
         raise CheckpointError(f"--keep-fp32 {path}: not a list of units' names ({error})") from error
     names = [name for line in lines if (name := line.partition("#")[0].strip())]
     if wrong := next((name for name in names if len(name.split()) > 1), None):

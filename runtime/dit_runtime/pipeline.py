@@ -233,22 +233,22 @@ class Pipeline:
         if tile is None or tile >= max(latents.shape[2:]):
             # The decoder turns pixels that are not finite into black ones: the uint8 images cannot show them.
             images, decoded = session.run({"latents": latents}, ["images", "decoded"])
-            self._check_decoded(decoded)
+            self._check_finite(decoded, "decoded pixels", "decoder")
             return images
         factor = self.manifest.autoencoder.factor
         decoded = decode_in_tiles(lambda part: session.run({"latents": part}, ["decoded"])[0], latents, tile, factor)
-        self._check_decoded(decoded)
+        self._check_finite(decoded, "decoded pixels", "decoder")
         return images_from_decoded(decoded)
 
-    def _check_decoded(self, decoded: Float32) -> None:
-        """Raises SamplingError for pixels ``[N, 3, H, W]`` that are not finite, in any image."""
-        if np.isfinite(decoded).all():
+    def _check_finite(self, values: Float32, what: str, unit: str) -> None:
+        """Raises SamplingError for results of the decoder or the encoder that are not finite, in any image."""
+        if np.isfinite(values).all():
             return
         cure = ""
-        if self.manifest.precision.precision_of("decoder") == Precision.FP16:
-            cure = "; where its numbers are beyond FP16's range, export again with --keep-fp32 decoder"
+        if self.manifest.precision.precision_of(unit) == Precision.FP16:
+            cure = f"; where its numbers are beyond FP16's range, export again with --keep-fp32 {unit}"
         raise SamplingError(
-            f"decoded pixels are not finite on {self.engine.info.name}; run dit-verify on this bundle and engine{cure}"
+            f"{what} are not finite on {self.engine.info.name}; run dit-verify on this bundle and engine{cure}"
         )
 
     def encode(self, images: NDArray[np.uint8]) -> Float32:
@@ -257,7 +257,7 @@ class Pipeline:
         Each image has its own call of the encoder, so that its latents do not depend on the other images.
 
         Raises:
-            SamplingError: the bundle has no encoder.
+            SamplingError: the bundle has no encoder, or the latents are not finite.
         """
         if ENCODER not in self.manifest.graphs:
             raise SamplingError(
@@ -265,7 +265,9 @@ class Pipeline:
                 "dit-export --encoder, or start from latents"
             )
         session = self.engine.session(ENCODER)
-        return np.concatenate([session.run({"images": image[None]}, ["mean"])[0] for image in images])
+        latents = np.concatenate([session.run({"images": image[None]}, ["mean"])[0] for image in images])
+        self._check_finite(latents, "encoded latents", ENCODER)
+        return latents
 
     def inits(self, start: Start, count: int) -> list[Init]:
         """Check and encode the setting ``init`` for ``count`` images once, to use it in several calls.
