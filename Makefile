@@ -2,6 +2,7 @@
 # make lint    install into .venv; ruff and mypy
 # make test    install into .venv and run the suite (no GPU, no network beyond the package index)
 # make test-slow    what takes longer: real size, further exports and builds, whole grids and sweeps
+# make fuzz MINUTES=10    what is read, with many changes of real files, and under the fuzzer atheris where it installs
 # make test-py310   the runtime's tests on Python 3.10
 # make bench   the real-size figures of DiT-XL/2
 PYTHON ?= python3
@@ -22,7 +23,7 @@ BINDINGS := \
   cuda-bindings-13.5=cuda-bindings==13.5.0 \
   cuda-pathfinder=cuda-pathfinder==1.9.0
 
-.PHONY: demo test test-slow test-py310 gpu-test lint bench install clean
+.PHONY: demo test test-slow fuzz test-py310 gpu-test lint bench install clean
 
 install: $(VENV)/installed
 
@@ -50,6 +51,12 @@ REAL_SIZE := tests/benchmarks/test_real_size.py
 test-slow: install
 	$(BIN)/python -m pytest -m slow $(REAL_SIZE)
 	$(PYTEST) -m slow --ignore $(REAL_SIZE)
+
+MINUTES ?= 10
+fuzz: install
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check 'atheris>=3.0' || \
+	  echo "no atheris for this Python: the property tests alone" >&2
+	$(BIN)/python tests/fuzz/run.py $(MINUTES)
 
 # The runtime on JetPack 6's Python 3.10 with numpy 1.26, without torch: its tests, on bundles that are exported here.
 test-py310: install

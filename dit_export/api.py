@@ -93,6 +93,7 @@ def export(
     family: str | None = None,
     heads: int | None = None,
     vae: str | os.PathLike[str] | None = None,
+    vae_scaling: Sequence[float] | None = None,
     variant: str | None = None,
     sha256: str | None = None,
     path: str | None = None,
@@ -126,7 +127,8 @@ def export(
         family: ``diffusers``, ``official`` or ``sit``; None means official for files, as the name says for presets, and
             diffusers otherwise.
         heads: the number of attention heads of a file whose shapes are not the paper's.
-        vae: the autoencoder's folder or hub id; None means the pipeline's own, or for files the official one.
+        vae: the autoencoder's folder, file or hub id; None means the pipeline's own, or for files the official one.
+        vae_scaling: of an autoencoder that is a file: its latents' scaling factor, and maybe their shift.
         variant: the variant of a diffusers folder's weights files, such as ``fp16``.
         sha256: the SHA-256 that the transformer's weights must have, in hexadecimal digits.
         path: the path of a SiT: ``linear``, ``gvp`` or ``vp``; None means linear.
@@ -156,6 +158,7 @@ def export(
         family=family,
         heads=heads,
         vae=None if vae is None else os.fspath(vae),
+        vae_scaling=None if vae_scaling is None else tuple(vae_scaling),
         variant=variant,
         sha256=sha256,
         path=path,

@@ -31,11 +31,12 @@ from dit_runtime.bundle.manifest import (
     PrecisionSpec,
     SourceSpec,
 )
-from dit_runtime.bundle.reader import ENGINES, GOLDEN, MANIFEST, MANIFEST_LIMIT, Bundle, open_bundle
+from dit_runtime.bundle.reader import ENGINES, GOLDEN, MANIFEST, Bundle, open_bundle
 from dit_runtime.core.decode import DecodeError, read_json
 from dit_runtime.core.errors import OutputError
 from dit_runtime.core.files import sha256_of
 from dit_runtime.core.progress import Progress
+from dit_runtime.core.reading import MANIFEST_BYTES
 from dit_runtime.core.replace import check_writable, recover_folder, replace_folder
 from dit_runtime.samplers.by_name import count_default_steps
 
@@ -96,7 +97,7 @@ def check_replaceable(output: Path) -> None:
 
 def _names_a_bundle(manifest: Path) -> bool:
     try:
-        found = read_json(manifest, MANIFEST_LIMIT)
+        found = read_json(manifest, MANIFEST_BYTES)
     except DecodeError:
         return False
     return isinstance(found, dict) and {"schema", "producer", "graphs", "files"} <= set(found)

@@ -9,6 +9,7 @@ from pathlib import Path
 from dit_export.api import ExportResult, check_installed, export_request
 from dit_export.request import ALL, ExportRequest
 from dit_runtime.commands.common import Parser, image_size, positive, print_json, run
+from dit_runtime.core.files import named
 
 EXAMPLES = (
     "dit-export facebook/DiT-XL-2-256 --fp16 -o dit-xl.bundle",
@@ -70,8 +71,16 @@ def _add_checkpoint_options(parser: Parser) -> None:
     group.add_argument("--heads", type=positive, help="number of attention heads, for shapes that the paper lacks")
     group.add_argument(
         "--vae",
-        metavar="FOLDER",
-        help="the autoencoder's folder or hub id (default: the pipeline's own; for files stabilityai/sd-vae-ft-mse)",
+        metavar="FOLDER|FILE",
+        help="the autoencoder's folder, file or hub id (default: the pipeline's own; for files "
+        "stabilityai/sd-vae-ft-mse)",
+    )
+    group.add_argument(
+        "--vae-scaling",
+        type=float,
+        nargs="+",
+        metavar=("FACTOR", "SHIFT"),
+        help="of a VAE that is a file: how its latents are scaled, such as 0.18215 for Stable Diffusion 1's",
     )
     group.add_argument("--variant", help="variant of a diffusers folder's weights files, such as fp16")
     group.add_argument("--sha256", metavar="HEX", help="refuse the transformer's weights unless this is their SHA-256")
@@ -161,6 +170,7 @@ def _request_from_arguments(args: argparse.Namespace) -> ExportRequest:
         family=args.family,
         heads=args.heads,
         vae=args.vae,
+        vae_scaling=None if args.vae_scaling is None else tuple(args.vae_scaling),
         variant=args.variant,
         sha256=args.sha256,
         path=args.path,
@@ -226,7 +236,7 @@ def _bisect(path: Path, request: ExportRequest | None, output: Path | None, as_j
     from dit_runtime.bundle.reader import open_bundle
 
     bundle = open_bundle(path)
-    output = output or Path(f"{path.resolve().stem}.keep.txt")
+    output = output or Path(f"{named(path).stem}.keep.txt")
     found = find_keep_list(bundle, None if request is None else request.checkpoint, output)
     if as_json:
         print_json({"bundle": str(path), "output": str(output) if found.findings else None, **found.as_json()})

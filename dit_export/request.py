@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,6 +11,7 @@ from dit_export.checkpoints.source import Source
 from dit_runtime.bundle.manifest import PrecisionSpec
 from dit_runtime.bundle.precision import EXPORTED, Precision
 from dit_runtime.core.errors import CheckpointError
+from dit_runtime.core.files import named
 from dit_runtime.sampling.tiles import check_tile
 
 ALL = "all"
@@ -30,7 +32,9 @@ class ExportRequest:
         family: ``diffusers``, ``official`` or ``sit``; None means official for files, as the name says for presets, and
             diffusers otherwise.
         heads: the number of attention heads of a file whose shapes are not the paper's.
-        vae: the autoencoder's folder or hub id; None means the pipeline's own, or for files and SiT the official one.
+        vae: the autoencoder's folder, file or hub id; None means the pipeline's own, or for files and SiT the official
+            one.
+        vae_scaling: of an autoencoder that is a file: its latents' scaling factor, and maybe their shift.
         variant: the variant of a diffusers folder's weights files, such as ``fp16``.
         sha256: the SHA-256 that the transformer's weights must have, in hexadecimal digits.
         path: the path of a SiT: ``linear``, ``gvp`` or ``vp``; None means linear.
@@ -57,6 +61,7 @@ class ExportRequest:
     family: str | None = None
     heads: int | None = None
     vae: str | None = None
+    vae_scaling: tuple[float, ...] | None = None
     variant: str | None = None
     sha256: str | None = None
     path: str | None = None
@@ -84,6 +89,10 @@ class ExportRequest:
         channels = self.guidance_channels
         if (isinstance(channels, str) and channels != ALL) or (isinstance(channels, int) and channels < 1):
             raise CheckpointError(f"guidance channels {channels!r}: expected a number from 1, such as 3, or {ALL!r}")
+        scaling = self.vae_scaling
+        if scaling is not None and not (len(scaling) in (1, 2) and all(map(math.isfinite, scaling)) and scaling[0] > 0):
+            shown = " ".join(f"{value:g}" for value in scaling)
+            raise CheckpointError(f"VAE scaling {shown}: expected a factor above 0, such as 0.18215, and maybe a shift")
         for tile in self.decode_tiles:
             check_tile(tile)
 
@@ -95,7 +104,7 @@ class ExportRequest:
         path = Path(self.source)
         name = self.source.replace("@", "-").replace("/", "-")
         if path.exists():
-            name = path.resolve().stem if path.is_file() else path.resolve().name
+            name = named(path).stem if path.is_file() else named(path).name
         return Path(f"{name or 'checkpoint'}-{self.precision}.bundle")
 
     @property
@@ -108,6 +117,7 @@ class ExportRequest:
             family=self.family,
             heads=self.heads,
             autoencoder=self.vae,
+            autoencoder_scaling=self.vae_scaling,
             variant=self.variant,
             sha256=self.sha256,
             path=self.path,

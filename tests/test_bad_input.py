@@ -48,8 +48,8 @@ def export_refused(source: Path | str, output: Path, message: str, *flags: str) 
 def test_a_missing_checkpoint(tmp_path: Path) -> None:
     """A path that is not there, a hub id that cannot be had, a preset without weights, an unknown preset."""
     output = tmp_path / "out.bundle"
-    export_refused(tmp_path / "none", output, "no such checkpoint")
-    export_refused("nobody/nothing-of-this-name", output, "neither cached nor reachable")
+    export_refused(tmp_path / "none", output, "no such file or folder")
+    export_refused("nobody/nothing-of-this-name", output, "not in the hub's cache")
     export_refused("DiT-XL/2-256", output, "add --random-weights SEED")
     export_refused("DiT-Z/2-256", output, "not a preset", "--random-weights", "0")
     seed = str(2**64)

@@ -56,6 +56,8 @@ NOT_MEASURED = {
     "1e-5": "diffusers' default of norm_eps",
     "1e-6": "the official code's ε",
     "95 %": "the intervals' level",
+    "0.18215": "Stable Diffusion's scaling factor, by its configuration",
+    "0.13025": "SDXL's",
 }
 SOURCE = re.compile(r"(?:[Pp]rinted|[Hh]eld) by\s+((?:`[^`]+`(?:, | and )?)+)")
 

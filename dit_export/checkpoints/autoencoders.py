@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import nn
 
+from dit_export.checkpoints.autoencoder_file import AUTOENCODERS, Autoencoder, autoencoder_from_file, refuse_scaling
 from dit_export.checkpoints.diffusers_modules import freeze, load_module, read_json_object
-from dit_export.checkpoints.hub import download_snapshot
+from dit_export.checkpoints.hub import check_hub_id, download_repository
 from dit_export.checkpoints.random_weights import SkippedInitialization, randomize
 from dit_export.checkpoints.source import Source
+from dit_export.checkpoints.weights import PICKLES, SAFE, files_of_module
 from dit_runtime.bundle.manifest import AutoencoderSpec
 from dit_runtime.core.errors import CheckpointError
 
-Autoencoder: TypeAlias = AutoencoderKL | AutoencoderTiny
-AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+__all__ = ["AUTOENCODERS", "Autoencoder", "autoencoder_for", "load_autoencoder", "spec_of_autoencoder"]
+
 OFFICIAL_VAE = "stabilityai/sd-vae-ft-mse"  # the official sample.py's
+
+HUB_FILES = ("config.json", "diffusion_pytorch_model*", "vae/*")
 
 # The Stable Diffusion VAE, which every published DiT uses.
 STABLE_DIFFUSION_VAE: dict[str, Any] = {
@@ -39,43 +43,83 @@ def autoencoder_for(source: Source) -> Autoencoder:
     Raises:
         CheckpointError: it cannot be found or read.
     """
-    name = source.autoencoder or OFFICIAL_VAE
-    folder = Path(name)
-    if not folder.is_dir():
+    name = OFFICIAL_VAE if source.autoencoder is None else source.autoencoder
+    path = Path(name)
+    if path.is_file():
+        return checked_autoencoder(path, autoencoder_from_file(path, source.autoencoder_scaling))
+    if not path.is_dir():
         try:
-            patterns = ("config.json", "diffusion_pytorch_model*", "vae/*")
-            folder = download_snapshot(name, patterns, required=("config.json",))
+            check_hub_id(name, "the autoencoder's folder, file or hub id")
+            path = download_repository(name, HUB_FILES, lambda found: is_complete_autoencoder(found, source.variant))
         except CheckpointError as error:
-            raise CheckpointError(
-                f"autoencoder {error}; a file has no autoencoder of its own: name a folder with --vae"
-            ) from error
-    return load_autoencoder(folder, source.variant)
+            hint = "" if source.autoencoder else "; a file has no autoencoder of its own: name one with --vae"
+            raise CheckpointError(f"autoencoder {error}{hint}") from error
+    return load_autoencoder(path, source.variant, source.autoencoder_scaling)
 
 
-def load_autoencoder(folder: Path, variant: str | None) -> Autoencoder:
+def load_autoencoder(folder: Path, variant: str | None, scaling: tuple[float, ...] | None = None) -> Autoencoder:
     """An ``AutoencoderKL`` or ``AutoencoderTiny`` from its own folder, or from a pipeline's folder with a ``vae``.
+
+    Args:
+        folder: with a ``config.json`` and weights, or with one weights file alone.
+        variant: of the weights files; in a pipeline, the transformer alone may have it.
+        scaling: of latents, for a weights file alone; see ``autoencoder_from_file``.
 
     Raises:
         CheckpointError: another class, images that are not RGB, or a scaling that is not supported.
     """
-    if not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
-        folder = folder / "vae"
-    kind = read_json_object(folder / "config.json").get("_class_name")
+    folder = _own_folder(folder)
+    config = folder / "config.json"
+    if not config.is_file():
+        files = sorted(path for path in folder.glob("*") if path.suffix in (SAFE, *PICKLES) and path.is_file())
+        if len(files) == 1:
+            return checked_autoencoder(files[0], autoencoder_from_file(files[0], scaling))
+        shown = f"; name one of its files: {', '.join(file.name for file in files[:10])}" if files else ""
+        raise CheckpointError(f"{config}: missing; expected an autoencoder's folder{shown}")
+    kind = read_json_object(config).get("_class_name")
     if kind not in AUTOENCODERS:
         raise CheckpointError(f"{folder}: is a {kind}; expected an {' or an '.join(AUTOENCODERS)}")
-    if variant is not None and not list(folder.glob(f"*.{variant}.*")):
-        variant = None  # in a pipeline, the transformer alone may have this variant
-    autoencoder: Autoencoder = load_module(folder, AUTOENCODERS[kind], variant)
+    refuse_scaling(config, scaling)
+    autoencoder: Autoencoder = load_module(folder, AUTOENCODERS[kind], _variant_of(folder, variant))
+    return checked_autoencoder(folder, autoencoder)
+
+
+def checked_autoencoder(path: Path, autoencoder: Autoencoder) -> Autoencoder:
+    """The same autoencoder, which ``path`` holds.
+
+    Raises:
+        CheckpointError: its images are not RGB, or its scaling is not supported.
+    """
     config = autoencoder.config
     if (config.in_channels, config.out_channels) != (3, 3):
-        raise CheckpointError(f"{folder}: {config.in_channels} to {config.out_channels} channels; expected RGB images")
+        raise CheckpointError(f"{path}: {config.in_channels} to {config.out_channels} channels; expected RGB images")
     if not isinstance(config.scaling_factor, int | float) or not 0 < config.scaling_factor < float("inf"):
-        raise CheckpointError(f"{folder}: scaling_factor is {config.scaling_factor!r}; expected a number above 0")
+        raise CheckpointError(f"{path}: scaling_factor is {config.scaling_factor!r}; expected a number above 0")
     if config.get("latents_mean") is not None or config.get("latents_std") is not None:
         raise CheckpointError(
-            f"{folder}: latents_mean and latents_std are not supported; expected a scaling_factor and a shift_factor"
+            f"{path}: latents_mean and latents_std are not supported; expected a scaling_factor and a shift_factor"
         )
     return autoencoder
+
+
+def _own_folder(folder: Path) -> Path:
+    """The autoencoder's folder in a pipeline's folder; any other folder itself."""
+    inner = folder / "vae"
+    return inner if not (folder / "config.json").is_file() and (inner / "config.json").is_file() else folder
+
+
+def _variant_of(folder: Path, variant: str | None) -> str | None:
+    """The variant, if the folder has weights of it."""
+    return variant if variant is not None and list(folder.glob(f"*.{variant}.*")) else None
+
+
+def is_complete_autoencoder(folder: Path, variant: str | None) -> bool:
+    """Whether a folder of the hub cache holds an autoencoder's configuration and all of its weights."""
+    own = _own_folder(folder)
+    try:
+        return (own / "config.json").is_file() and bool(files_of_module(own, _variant_of(own, variant)))
+    except CheckpointError:
+        return False
 
 
 def random_autoencoder(seed: int) -> AutoencoderKL:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,9 @@ from torch import nn
 
 from dit_export.checkpoints.key_errors import SUPPORTED
 from dit_export.checkpoints.weights import SAFE, files_of_module, read_pickle
+from dit_runtime.core.decode import DecodeError, read_json
 from dit_runtime.core.errors import CheckpointError
+from dit_runtime.core.reading import CONFIG_BYTES
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -26,9 +27,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; {SUPPORTED}")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error}); download or copy it again") from error
+        value = read_json(path, CONFIG_BYTES)
+    except DecodeError as error:
+        raise CheckpointError(f"{path}: {error}; download or copy it again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: not a JSON object; download or copy it again")
     return value

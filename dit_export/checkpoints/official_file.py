@@ -105,4 +105,6 @@ def official_checkpoint(
     )
 
 
-FORMAT = CheckpointFormat(options=frozenset({"heads", "path", "sha256"}), recognizes=_is_weights_file, load=_load)
+FORMAT = CheckpointFormat(
+    options=frozenset({"heads", "path", "sha256", "autoencoder_scaling"}), recognizes=_is_weights_file, load=_load
+)

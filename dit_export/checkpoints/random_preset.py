@@ -37,6 +37,8 @@ def _load(source: Source, location: Location) -> Checkpoint:
         )
     assert source.random_seed is not None
     check_seed(source.random_seed)
+    if source.autoencoder is None:
+        refuse_options(source, {"autoencoder_scaling"})
     conditioning = source.conditioning or "adaln-zero"
     family = _family_of(source, preset, conditioning)
     autoencoder: Autoencoder = (
@@ -110,5 +112,7 @@ def _diffusers_checkpoint(spec: ModelSpec, weights: Weights, autoencoder: Autoen
 
 
 FORMAT = CheckpointFormat(
-    options=frozenset({"path", "conditioning", "classes", "learned_variance"}), recognizes=_has_no_path, load=_load
+    options=frozenset({"path", "conditioning", "classes", "learned_variance", "autoencoder_scaling"}),
+    recognizes=_has_no_path,
+    load=_load,
 )

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from dit_runtime.core.errors import CheckpointError
 
-# Options that only some formats of checkpoint take, and what they are for. ``learned_variance`` is --fixed-variance.
+# Options that only some formats of checkpoint take, and what they are for.
 OPTION_PURPOSES = {
     "heads": "describe a file with the official names",
     "path": "describe a SiT",
@@ -17,7 +17,9 @@ OPTION_PURPOSES = {
     "conditioning": "describe a preset",
     "classes": "describe a preset",
     "learned_variance": "describe a preset",
+    "autoencoder_scaling": "describe a VAE that is a file",
 }
+OPTION_NAMES = {"learned_variance": "fixed-variance", "autoencoder_scaling": "vae-scaling"}
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Source:
         family: ``diffusers``, ``official`` or ``sit``; None means official for files, sit for presets of SiT, and
             diffusers otherwise.
         heads: the number of attention heads, for shapes that the paper does not list.
-        autoencoder: a folder or hub id with the VAE; None means the pipeline's own VAE or the official default.
+        autoencoder: a folder, file or hub id with the VAE; None means the pipeline's own VAE or the official default.
+        autoencoder_scaling: the scaling factor of the latents of a VAE that is a file, and maybe their shift.
         variant: the variant of a diffusers folder's weights files, such as ``fp16``.
         sha256: the hash that the transformer's weights file must have.
         path: the path of a SiT: ``linear``, ``gvp`` or ``vp``; None means linear.
@@ -48,6 +51,7 @@ class Source:
     family: str | None = None
     heads: int | None = None
     autoencoder: str | None = None
+    autoencoder_scaling: tuple[float, ...] | None = None
     variant: str | None = None
     sha256: str | None = None
     path: str | None = None
@@ -65,7 +69,9 @@ class Source:
     def from_json(text: str) -> Source:
         values = json.loads(text)
         sizes = tuple((int(h), int(w)) for h, w in values["image_sizes"])
-        return Source(**{**values, "image_sizes": sizes, "tiles": tuple(values["tiles"])})
+        scaling = values["autoencoder_scaling"]
+        tuples = {"autoencoder_scaling": None if scaling is None else tuple(scaling), "tiles": tuple(values["tiles"])}
+        return Source(**{**values, "image_sizes": sizes, **tuples})
 
 
 def refuse_options(source: Source, options: Collection[str]) -> None:
@@ -77,5 +83,5 @@ def refuse_options(source: Source, options: Collection[str]) -> None:
     values = asdict(source)
     for option in OPTION_PURPOSES:
         if option in options and values[option] is not None:
-            name = "fixed-variance" if option == "learned_variance" else option
+            name = OPTION_NAMES.get(option, option)
             raise CheckpointError(f"{source.name}: --{name} is there to {OPTION_PURPOSES[option]}; leave it out")

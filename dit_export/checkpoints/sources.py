@@ -10,16 +10,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from dit_export.checkpoints import official_file, random_preset
+from dit_export.checkpoints.autoencoders import is_complete_autoencoder
 from dit_export.checkpoints.checkpoint import Checkpoint, check_guidance_channels, checkpoint_at_sizes
 from dit_export.checkpoints.diffusers_folder import load as diffusers_folder
 from dit_export.checkpoints.families import FAMILIES
 from dit_export.checkpoints.formats import Location
-from dit_export.checkpoints.hub import HUB_ID, download_snapshot
+from dit_export.checkpoints.hub import check_hub_id, download_repository, hub_id_of_snapshot
 from dit_export.checkpoints.key_errors import SUPPORTED
 from dit_export.checkpoints.presets import preset_from_name
 from dit_export.checkpoints.source import OPTION_PURPOSES, Source, refuse_options
+from dit_export.checkpoints.weights import files_of_module
 from dit_runtime.bundle.manifest import CONDITIONINGS, PATHS
 from dit_runtime.core.errors import CheckpointError
+from dit_runtime.core.files import named
 
 __all__ = ["FORMATS", "Checkpoint", "Source", "load_checkpoint"]
 
@@ -29,7 +32,8 @@ FORMATS = (
     diffusers_folder.FORMAT,
     official_file.FORMAT,
 )
-# Of a hub repository with a pipeline: the files to download, and the files without which the cache is incomplete.
+# Of a hub repository with a pipeline: the files to download, and the files without which the cache is incomplete,
+# beside the weights.
 PIPELINE_FILES = ("model_index.json", "transformer/*", "vae/*", "scheduler/*")
 PIPELINE_PARTS = ("model_index.json", "transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json")
 
@@ -81,12 +85,28 @@ def _locate(source: Source) -> Location:
         return Location(None, source.name)
     path = Path(source.name)
     if path.is_dir():
-        return Location(path, path.resolve().name)
+        return _location_of_folder(path)
     if path.is_file():
         return Location(path, path.stem)
     if preset_from_name(source.name) is not None:
         raise CheckpointError(f"{source.name}: a preset has no weights of its own; add --random-weights SEED")
-    if not HUB_ID.fullmatch(source.name):
-        raise CheckpointError(f"{source.name}: no such checkpoint; {SUPPORTED}, a hub id or a preset")
-    folder = download_snapshot(source.name, PIPELINE_FILES, required=PIPELINE_PARTS)
+    check_hub_id(source.name, f"{SUPPORTED.removeprefix('expected ')}, a hub id or a preset")
+    folder = download_repository(source.name, PIPELINE_FILES, lambda found: _is_complete(found, source))
     return Location(folder, source.name.partition("@")[0], revision=folder.name)
+
+
+def _location_of_folder(path: Path) -> Location:
+    """A folder under the name that the user gave it, or, in a hub cache, under its repository's name."""
+    cached = hub_id_of_snapshot(path)
+    if cached is not None:
+        return Location(path, cached[0], revision=cached[1])
+    return Location(path, named(path).name)
+
+
+def _is_complete(folder: Path, source: Source) -> bool:
+    """Whether a folder of the hub cache has a pipeline's configurations and the transformer's and the VAE's weights."""
+    try:
+        files_of_module(folder / "transformer", source.variant)
+    except CheckpointError:
+        return False
+    return all((folder / part).is_file() for part in PIPELINE_PARTS) and is_complete_autoencoder(folder, source.variant)

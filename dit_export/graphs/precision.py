@@ -17,10 +17,10 @@ import torch
 from dit_runtime.bundle.manifest import ENCODER, ModelSpec, PrecisionSpec
 from dit_runtime.bundle.precision import Precision, is_kept
 from dit_runtime.core.errors import CheckpointError
+from dit_runtime.core.reading import KEEP_LIST_BYTES, FileError, kind_of, read_file
 
 # First and last layer are 0.4 % of the demo's step weights, less in larger models, and see the latents themselves.
 FP16_KEEPS_FP32 = ("patch_embed", "final")
-KEEP_LIST_BYTES = 1 << 20  # of a keep-list file; the longest sensible one is a thousandth of it
 
 FP32 = PrecisionSpec(Precision.FP32, ())
 FP16 = PrecisionSpec(Precision.FP16, FP16_KEEPS_FP32)
@@ -73,7 +73,7 @@ def read_keep_list(items: Sequence[str]) -> tuple[str, ...]:
     units: list[str] = []
     for item in (items,) if isinstance(items, str) else items:
         path = Path(item)
-        if path.is_file():
+        if kind_of(path) in ("file", "other"):
             units += _units_from_file(path)
         elif path.suffix == ".txt" or len(path.parts) > 1:
             raise CheckpointError(f"--keep-fp32 {item}: no such file; make one with dit-export --bisect BUNDLE")
@@ -83,14 +83,15 @@ def read_keep_list(items: Sequence[str]) -> tuple[str, ...]:
 
 
 def _units_from_file(path: Path) -> list[str]:
-    if path.stat().st_size > KEEP_LIST_BYTES:
-        raise CheckpointError(f"--keep-fp32 {path}: {path.stat().st_size} bytes, expected a list of units' names")
     try:
-        content = path.read_bytes()
+        content = read_file(path, KEEP_LIST_BYTES)
         # Editors and shells of Windows write a byte order mark, and PowerShell's redirection UTF-16.
         encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
-        lines = content.decode(encoding).splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        text = content.decode(encoding)
+        if "\0" in text:  # UTF-16 without a byte order mark, UTF-32, or no text
+            raise ValueError("it holds the character NUL; save it as UTF-8")
+        lines = text.splitlines()
+    except (FileError, ValueError) as error:
         raise CheckpointError(f"--keep-fp32 {path}: not a list of units' names ({error})") from error
     names = [name for line in lines if (name := line.partition("#")[0].strip())]
     if wrong := next((name for name in names if len(name.split()) > 1), None):

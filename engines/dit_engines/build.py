@@ -31,6 +31,7 @@ from dit_runtime.bundle.manifest import ENCODER
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import BuildError
 from dit_runtime.core.files import sha256_of
+from dit_runtime.core.reading import TIMING_CACHE_BYTES, FileError
 from dit_runtime.core.replace import check_writable, clear_litter, replace_folder
 
 BUILT_GRAPHS = ("conditioner", "step", "decoder", ENCODER)  # the probe is for ONNX Runtime and OpenVINO only
@@ -152,9 +153,9 @@ def _keep_messages(temporary: Path, folder: Path) -> str:
 
 def _digest_of(path: Path) -> str:
     try:
-        return sha256_of(path)
-    except OSError as error:
+        return sha256_of(path, TIMING_CACHE_BYTES)
+    except FileError as error:
         raise BuildError(
-            f"{path}: cannot be read as a timing cache ({error.strerror}); leave --timing-cache out, or name the "
+            f"{path}: not a timing cache ({error}); leave --timing-cache out, or name the "
             f"{TIMING_CACHE} in an engine's folder"
         ) from error

@@ -23,10 +23,20 @@ from dit_engines.build_host import BuildHost
 from dit_engines.recipe import Recipe, profiles_of
 from dit_runtime.backends.profiles import Profile
 from dit_runtime.backends.tensorrt.api import BUILDER_FLAGS
-from dit_runtime.backends.tensorrt.store import SCHEMA, SIDECAR, StoredEngine, engine_from_sidecar, read_sidecar
+from dit_runtime.backends.tensorrt.store import (
+    SCHEMA,
+    SIDECAR,
+    EngineRecord,
+    StoredEngine,
+    engine_from_record,
+    read_record,
+)
 from dit_runtime.bundle.reader import Bundle
+from dit_runtime.core.decode import DecodeError
 from dit_runtime.core.errors import EngineError, OutputError
 from dit_runtime.core.files import sha256_of
+from dit_runtime.core.reading import TIMING_CACHE_BYTES, FileError, check_file
+from dit_runtime.core.replace import check_place
 
 TIMING_CACHE = "timing.cache"
 # Beside a graph's plan: the builder's messages, and the inspector's JSON where the plan could be inspected.
@@ -158,30 +168,30 @@ def write_sidecar(folder: Path, sidecar: Mapping[str, Any]) -> None:
 def find_engine(folder: Path, recipe: Recipe) -> BuiltEngine | None:
     """The engine in ``folder``; None when its sidecar is damaged or a plan does not have its hash."""
     try:
-        raw = read_sidecar(folder)
-        stored = engine_from_sidecar(folder, raw)
+        record = read_record(folder)
+        stored = engine_from_record(folder, record)
         for graph in stored.graphs:
             stored.find_plan(graph)
-        return _engine_from_sidecar(stored, raw, recipe)
-    except (EngineError, KeyError, TypeError, ValueError):
+        return _engine_from_record(stored, record, recipe)
+    except (EngineError, DecodeError):
         return None
 
 
-def _engine_from_sidecar(stored: StoredEngine, raw: Mapping[str, Any], recipe: Recipe) -> BuiltEngine:
+def _engine_from_record(stored: StoredEngine, record: EngineRecord, recipe: Recipe) -> BuiltEngine:
+    """Raises DecodeError for a damaged audit."""
     graphs = []
-    for item in raw["graphs"]:
-        own = stored.graphs[item["graph"]]
-        audit = audit_from_json(item["audit"])
+    for item in record.graphs:
+        own, audit = stored.graphs[item.graph], audit_from_json(item.audit)
         graphs.append(
             BuiltGraph(
                 graph=own.graph,
                 plan=own.plan,
                 plan_bytes=own.plan_bytes,
                 plan_sha256=own.plan_sha256,
-                seconds=float(item["seconds"]),
+                seconds=item.seconds,
                 profiles=own.profiles,
                 audit=audit,
-                doubts=tuple(map(str, item["doubts"])),
+                doubts=item.doubts,
             )
         )
     builder = f"{stored.library} {stored.version}"
@@ -192,7 +202,7 @@ def _engine_from_sidecar(stored: StoredEngine, raw: Mapping[str, Any], recipe: R
         recipe,
         tuple(graphs),
         reused=True,
-        timing_cache=raw["timing_cache"]["sha256"] if raw["timing_cache"] else None,
+        timing_cache=record.timing_cache.sha256 if record.timing_cache is not None else None,
     )
 
 
@@ -208,13 +218,21 @@ def link_plans(engine: BuiltEngine, folder: Path) -> tuple[BuiltGraph, ...]:
     """Put an engine's plans and timing cache into another folder too: as links, or as copies where links fail.
 
     The builder's messages and the inspector's JSON come too where they are there.
+
+    Raises:
+        OutputError: a file of the engine is missing, or not a plain file.
     """
     told = [name.format(graph.graph) for graph in engine.graphs for name in (LOG, LAYERS)]
     told = [TIMING_CACHE, *told]
     told = [name for name in told if (engine.folder / name).is_file() and not (engine.folder / name).is_symlink()]
     for name in (*(graph.plan for graph in engine.graphs), *told):
         try:
+            check_file(engine.folder / name, None, within=engine.folder)
             os.link(engine.folder / name, folder / name)
+        except FileError as error:
+            raise OutputError(
+                f"{engine.folder / name}: {error}; remove {engine.folder} and run dit-build again"
+            ) from error
         except OSError:
             shutil.copyfile(engine.folder / name, folder / name)
     return tuple(replace(graph, seconds=0.0) for graph in engine.graphs)
@@ -229,12 +247,17 @@ def find_timing_cache(store: Path, host: BuildHost) -> Path | None:
     wanted = (host.library, host.version, host.compute_capability, host.gpu, host.driver)
     for folder in _folders_of(store):
         try:
-            raw = read_sidecar(folder)
-            path, digest = folder / TIMING_CACHE, raw["timing_cache"]["sha256"]
-            made = tuple(raw[name] for name in ("library", "version", "compute_capability", "gpu", "driver"))
-            if made == wanted and not path.is_symlink() and sha256_of(path) == digest:
+            record = read_record(folder)
+            path = folder / TIMING_CACHE
+            made = (record.library, record.version, record.compute_capability, record.gpu, record.driver)
+            if (
+                made == wanted
+                and record.timing_cache is not None
+                and not path.is_symlink()
+                and sha256_of(path, TIMING_CACHE_BYTES, within=folder) == record.timing_cache.sha256
+            ):
                 found.append((path.stat().st_mtime, path))
-        except (EngineError, OSError, KeyError, TypeError):
+        except (EngineError, OSError, FileError):
             continue
     return max(found)[1] if found else None
 
@@ -244,7 +267,7 @@ def explain_rebuild(store: Path, identity: Mapping[str, Any]) -> tuple[str, ...]
     nearest: list[str] | None = None
     for folder, found in _identities_in(store):
         fields = [
-            f"{name}: {_short_text(found.get(name))} → {_short_text(identity.get(name))}"
+            f"{_short_text(name)}: {_short_text(found.get(name))} → {_short_text(identity.get(name))}"
             for name in {**found, **identity}
             if found.get(name) != identity.get(name)
         ]
@@ -265,8 +288,7 @@ def _short_text(value: Any) -> str:
 def _identities_in(store: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     for folder in _folders_of(store):
         with contextlib.suppress(EngineError):
-            if isinstance(found := read_sidecar(folder).get("identity"), dict):
-                yield folder, found
+            yield folder, read_record(folder).identity
 
 
 def _folders_of(store: Path) -> list[Path]:
@@ -280,9 +302,10 @@ def lock_store(folder: Path, say: Callable[[str], None]) -> Iterator[bool]:
     ``say`` is told once when it has to wait.
 
     Raises:
-        OutputError: the store cannot be written, or the lock's file is a link.
+        OutputError: the store cannot be written, or the lock's file is a link or no plain file.
     """
     path = _lock_of(folder)
+    check_place(path, folder.parent, STORE_OPTION)
     lock = FileLock(path)
     waited = False
     try:

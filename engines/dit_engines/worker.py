@@ -24,6 +24,7 @@ from dit_engines.graph_work import work_of_graph
 from dit_engines.kernels import Kernel, kernel_from_layer, kernels_from_log
 from dit_runtime.backends.tensorrt import api as tensorrt_api
 from dit_runtime.core.errors import DiTError
+from dit_runtime.core.reading import TIMING_CACHE_BYTES, FileError, read_file
 
 _MEMORY = re.compile(r"Total (Weights|Activation) Memory: (\d+)")
 
@@ -38,6 +39,8 @@ def main() -> None:
         _say({"result": _build_plan(request, cancelled)})
     except DiTError as error:
         _fail(str(error), full=False)
+    except FileError as error:
+        _fail(f"{request['timing_cache']}: {error}", full=False)
     except OSError as error:
         _fail(f"cannot be written ({error.strerror or error})", full=True)
 
@@ -111,7 +114,7 @@ def _build_plan(request: dict[str, Any], cancelled: threading.Event) -> dict[str
             optimization_level=request["optimization_level"],
             compute_capability=request["compute_capability"] if library.name == "tensorrt_rtx" else None,
             auxiliary_streams=request["auxiliary_streams"],
-            timing_cache=None if cache is None else Path(cache).read_bytes(),
+            timing_cache=None if cache is None else read_file(cache, TIMING_CACHE_BYTES),
             tactic_bytes=request["tactic_bytes"],
         )
     finally:

@@ -31,7 +31,7 @@ from dit_runtime.sampling.image_to_image import (
 )
 from dit_runtime.sampling.labels import Label, list_labels, number_from_label, weights_from_label
 from dit_runtime.sampling.requests import ImageRequest
-from dit_runtime.sampling.settings import Settings
+from dit_runtime.sampling.settings import Settings, check_whole, scales_from_setting
 from dit_runtime.sampling.tiles import check_tile, decode_in_tiles, images_from_decoded
 from dit_runtime.verify.auto import Choice, check_choice, choose_engine
 
@@ -233,22 +233,22 @@ class Pipeline:
         if tile is None or tile >= max(latents.shape[2:]):
             # The decoder turns pixels that are not finite into black ones: the uint8 images cannot show them.
             images, decoded = session.run({"latents": latents}, ["images", "decoded"])
-            self._check_decoded(decoded)
+            self._check_finite(decoded, "decoded pixels", "decoder")
             return images
         factor = self.manifest.autoencoder.factor
         decoded = decode_in_tiles(lambda part: session.run({"latents": part}, ["decoded"])[0], latents, tile, factor)
-        self._check_decoded(decoded)
+        self._check_finite(decoded, "decoded pixels", "decoder")
         return images_from_decoded(decoded)
 
-    def _check_decoded(self, decoded: Float32) -> None:
-        """Raises SamplingError for pixels ``[N, 3, H, W]`` that are not finite, in any image."""
-        if np.isfinite(decoded).all():
+    def _check_finite(self, values: Float32, what: str, unit: str) -> None:
+        """Raises SamplingError for results of the decoder or the encoder that are not finite, in any image."""
+        if np.isfinite(values).all():
             return
         cure = ""
-        if self.manifest.precision.precision_of("decoder") == Precision.FP16:
-            cure = "; where its numbers are beyond FP16's range, export again with --keep-fp32 decoder"
+        if self.manifest.precision.precision_of(unit) == Precision.FP16:
+            cure = f"; where its numbers are beyond FP16's range, export again with --keep-fp32 {unit}"
         raise SamplingError(
-            f"decoded pixels are not finite on {self.engine.info.name}; run dit-verify on this bundle and engine{cure}"
+            f"{what} are not finite on {self.engine.info.name}; run dit-verify on this bundle and engine{cure}"
         )
 
     def encode(self, images: NDArray[np.uint8]) -> Float32:
@@ -257,7 +257,7 @@ class Pipeline:
         Each image has its own call of the encoder, so that its latents do not depend on the other images.
 
         Raises:
-            SamplingError: the bundle has no encoder.
+            SamplingError: the bundle has no encoder, or the latents are not finite.
         """
         if ENCODER not in self.manifest.graphs:
             raise SamplingError(
@@ -265,7 +265,9 @@ class Pipeline:
                 "dit-export --encoder, or start from latents"
             )
         session = self.engine.session(ENCODER)
-        return np.concatenate([session.run({"images": image[None]}, ["mean"])[0] for image in images])
+        latents = np.concatenate([session.run({"images": image[None]}, ["mean"])[0] for image in images])
+        self._check_finite(latents, "encoded latents", ENCODER)
+        return latents
 
     def inits(self, start: Start, count: int) -> list[Init]:
         """Check and encode the setting ``init`` for ``count`` images once, to use it in several calls.
@@ -287,18 +289,18 @@ class Pipeline:
         count = len(labels)
         if not count:
             raise SamplingError("no labels: expected at least one class number or name")
-        if not isinstance(seeds, Sequence | np.ndarray):
+        if isinstance(seeds, np.ndarray):
+            seeds = seeds.tolist()
+        if isinstance(seeds, str | bytes) or not isinstance(seeds, Iterable):
             first = check_seed(seeds)
             seeds = range(first, first + count)
+        seeds = list(seeds)
         if len(seeds) != count:
             raise SamplingError(f"{len(seeds)} seeds for {count} labels: expected one seed per label, or one number")
         checked = [check_seed(seed) for seed in seeds]
         defaults = self.manifest.defaults
         scale = settings.get("guidance")
-        given = np.asarray(defaults.guidance if scale is None else scale, np.float64)
-        if given.shape not in ((), (count,)):
-            raise SamplingError(f"{given.size} guidance scales for {count} labels: expected one per label, or one")
-        scales: list[float] = np.broadcast_to(given, count).tolist()
+        scales = scales_from_setting(defaults.guidance if scale is None else scale, count)
         interval = settings.get("guidance_interval") or (0.0, 1.0)
         shape = settings.get("guidance_schedule") or "constant"
         guidances = {value: Guidance(value, interval, shape) for value in scales}
@@ -356,9 +358,14 @@ class Pipeline:
                 )
             self._check_table(given)
             return schedule_from_start(given, from_image, strength)
-        model, diffusion, sampler = self.manifest.model, self.manifest.diffusion, given or defaults.sampler
+        model, diffusion, sampler = (
+            self.manifest.model,
+            self.manifest.diffusion,
+            defaults.sampler if given is None else given,
+        )
         if steps is None:
             steps = count_default_steps(sampler, model, diffusion, defaults.steps, spacing)
+        steps = check_whole(steps, "steps")
         skipped = 0
         if from_image:
             strength = STRENGTH if strength is None else strength

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -291,7 +292,7 @@ def test_the_timing_cache_is_pinned(bundle: Bundle, tmp_path: Path, monkeypatch:
     assert find_timing_cache(store, host) == folder / TIMING_CACHE
     (folder / TIMING_CACHE).write_bytes(b"altered")
     assert find_timing_cache(store, host) is None
-    with pytest.raises(BuildError, match=r"cannot be read as a timing cache \(No such file or directory\)"):
+    with pytest.raises(BuildError, match=r"not a timing cache \(cannot be read \(No such file"):
         engine_from_bundle(bundle, recipe, store, host, tmp_path / "none")
 
 
@@ -434,6 +435,15 @@ for _ in range(20):
         assert "KeyboardInterrupt" in errors
         assert [path.name for path in tmp_path.iterdir()] == [".engine.lock"]
     assert said == []
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir], ids=["pipe", "folder"])
+def test_no_plain_file_in_the_place_of_the_lock(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    """A lock that is no file is refused at once, and left as it is."""
+    make(tmp_path / ".engine.lock")
+    with pytest.raises(OutputError, match="link or no plain file"), lock_store(tmp_path / "engine", print):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == [".engine.lock"]
 
 
 def test_a_link_in_the_place_of_the_lock(tmp_path: Path) -> None:

@@ -188,7 +188,20 @@ def test_arguments_that_do_not_fit(bundles: dict[str, Path]) -> None:
         ({"labels": [1, 2], "seeds": 2**64 - 1}, "seed 18446744073709551616: expected"),
         ({"labels": [1], "seeds": 1.5}, "seed 1.5: expected"),
         ({"labels": [1], "seeds": [1.5]}, "seed 1.5: expected"),
-        ({"labels": [1, 2], "seeds": "12"}, "seed '1': expected"),
+        ({"labels": [1, 2], "seeds": "12"}, "seed '12': expected"),
+        ({"labels": [1], "seeds": "1e3"}, "seed '1e3': expected"),
+        ({"labels": [1], "seeds": np.array([1.0])}, "seed 1.0: expected"),
+        ({"labels": None}, "label None: expected a class number or name"),
+        ({"labels": 3.0}, "label 3.0: expected a class number or name"),
+        ({"labels": True}, "label True: expected a class number or name"),
+        ({"labels": np.array([True])}, "label True: expected a class number or name"),
+        ({"labels": b"3"}, "label b'3': expected a class number or name"),
+        ({"labels": {3: "much"}}, "expected distinct classes with finite weights"),
+        ({"labels": [1], "steps": 2.0}, "steps 2.0: expected a whole number"),
+        ({"labels": [1], "steps": True}, "steps True: expected a whole number"),
+        ({"labels": [1], "steps": "2"}, "steps '2': expected a whole number"),
+        ({"labels": [1], "guidance": "much"}, "guidance 'much': expected one number"),
+        ({"labels": [1], "sampler": ""}, "sampler '' is unknown"),
         ({"labels": [1], "steps": 0}, "0 steps: expected 1 to 1000"),
         ({"labels": [1], "steps": 1001}, "1001 steps"),
         ({"labels": [1], "guidance": float("nan")}, "guidance nan"),
@@ -203,6 +216,16 @@ def test_arguments_that_do_not_fit(bundles: dict[str, Path]) -> None:
     for arguments, message in wrong:
         with pytest.raises(SamplingError, match=message):
             pipe.trajectory(**arguments)
+
+
+def test_labels_and_seeds_in_every_form(pipe: Pipeline) -> None:
+    """Lists, tuples, ranges, iterators and arrays, and one label or seed alone, which need not be Python's int."""
+    for labels in ([3, 4], (3, 4), range(3, 5), iter((3, 4)), np.array([3, 4], np.uint8), ["3", "class 4"]):
+        found = pipe.prepare(labels, np.int64(5), steps=np.int64(2))
+        assert [(image.labels, image.seed) for image in found] == [({3: 1.0}, 5), ({4: 1.0}, 6)]
+    for seeds in (5, np.array(5), np.array([5, 6], np.uint64), iter((5, 6)), range(5, 7)):
+        assert [image.seed for image in pipe.prepare([3, 4], seeds, steps=2)] == [5, 6]
+    assert pipe.prepare(np.array(3), -1, steps=2)[0].labels == {3: 1.0}
 
 
 def test_a_batch_the_engine_cannot_take(bundles: dict[str, Path]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from diffusers import DDIMScheduler, DiTTransformer2DModel
@@ -40,10 +41,13 @@ def _load(source: Source, location: Location) -> Checkpoint:
     if (kind := index.get("_class_name")) != "DiTPipeline":
         raise CheckpointError(f"{folder}: is a {kind}; {SUPPORTED}")
     config = read_transformer_config(folder / "transformer")
-    scheduler = load_scheduler(folder / "scheduler" / "scheduler_config.json")
+    scheduler_file = folder / "scheduler" / "scheduler_config.json"
+    scheduler = load_scheduler(scheduler_file)
     sha256 = check_sha256(files_of_module(folder / "transformer", source.variant), source.sha256)
     tensors = read_transformer_weights(folder / "transformer", config, source.variant)
-    own = load_autoencoder(folder / "vae", source.variant) if source.autoencoder is None else None
+    own = None
+    if source.autoencoder is None:
+        own = load_autoencoder(folder / "vae", source.variant, source.autoencoder_scaling)
     names = index.get("id2label") or {}
     if not isinstance(names, dict):
         raise CheckpointError(f"{folder}/model_index.json: id2label is no object; expected class names by number")
@@ -58,6 +62,19 @@ def _load(source: Source, location: Location) -> Checkpoint:
         revision=location.revision,
         weights_sha256=sha256,
         class_names=classes if names else (),
+        sampler=_sampler_of(read_json_object(scheduler_file)),
+    )
+
+
+def _sampler_of(config: Mapping[str, Any]) -> str:
+    """The sampler that a folder's own scheduler is; DDIM where none here is that scheduler."""
+    kind, order = config.get("_class_name"), config.get("solver_order", 2)
+    if kind == "DPMSolverMultistepScheduler":
+        multistep = {2: "dpmpp-2m", 3: "dpmpp-3m"}.get(order, "ddim")
+        names = {"dpmsolver++": multistep, "sde-dpmsolver++": "dpmpp-2m-sde"}
+        return names.get(config.get("algorithm_type", "dpmsolver++"), "ddim")
+    return {"UniPCMultistepScheduler": "unipc", "EulerAncestralDiscreteScheduler": "euler-ancestral"}.get(
+        str(kind), "ddim"
     )
 
 
@@ -72,8 +89,12 @@ def checkpoint_from_parts(
     revision: str | None = None,
     weights_sha256: str | None = None,
     class_names: tuple[str, ...] = (),
+    sampler: str = "ddim",
 ) -> Checkpoint:
-    """A checkpoint of the diffusers family; ``config`` is the transformer's, ``transformer`` loads its module."""
+    """A checkpoint of the diffusers family; ``config`` is the transformer's, ``transformer`` loads its module.
+
+    ``sampler`` is the default one.
+    """
     spec = spec_from_config(config)
     return Checkpoint(
         name=name,
@@ -86,7 +107,7 @@ def checkpoint_from_parts(
         channels=spec.output_channels,
         numerics=Numerics(frequency_shift=1.0, mlp_eps=config.norm_eps),
         diffusion=diffusion_from_config(scheduler.config, spec.latent_channels),
-        defaults=FAMILIES["diffusers"].defaults,
+        defaults=replace(FAMILIES["diffusers"].defaults, sampler=sampler),
         weights=weights,
         autoencoder=autoencoder,
         class_names=class_names,
@@ -95,4 +116,6 @@ def checkpoint_from_parts(
     )
 
 
-FORMAT = CheckpointFormat(options=frozenset({"variant", "sha256"}), recognizes=_is_folder, load=_load)
+FORMAT = CheckpointFormat(
+    options=frozenset({"variant", "sha256", "autoencoder_scaling"}), recognizes=_is_folder, load=_load
+)

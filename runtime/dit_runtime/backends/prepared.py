@@ -14,11 +14,13 @@ or the engine works without.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -29,7 +31,8 @@ from dit_runtime.core.decode import DecodeError, decode, read_json
 from dit_runtime.core.errors import DiTError, OutputError
 from dit_runtime.core.files import sha256_of
 from dit_runtime.core.machine import read_processor
-from dit_runtime.core.replace import clear_litter, replace_folder
+from dit_runtime.core.reading import SIDECAR_BYTES, FileError
+from dit_runtime.core.replace import check_place, clear_litter, replace_folder
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +40,6 @@ Model = TypeVar("Model")
 Stamps = dict[str, tuple[int, ...]]  # by file name: what changes with the file's content
 
 SIDECAR = "prepared.json"
-SIDECAR_LIMIT = 1 << 20  # bytes: far more than any ``prepared.json`` has, and quick to read
 
 
 @dataclass(frozen=True)
@@ -149,9 +151,9 @@ def prepare_graph(folder: Path, facts: Facts, make: Callable[[Path], None]) -> C
         return found
     target = _folder_of(folder, facts)
     try:
+        check_place(lock := folder / f".{target.name}.lock", within=folder.parent)
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / f".{target.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed, also by the end of the process
+        with _hold_lock(lock):
             if (found := _check_graph(target, facts)) is not None:  # another process made it meanwhile
                 return found
             made_again = f"{target}: damaged, so made again" if target.exists() else _describe_other(folder, facts)
@@ -174,6 +176,16 @@ def prepare_graph(folder: Path, facts: Facts, make: Callable[[Path], None]) -> C
     return CheckedGraph(target, stamps)
 
 
+@contextlib.contextmanager
+def _hold_lock(path: Path) -> Iterator[None]:
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # ended with the process too
+        yield
+    finally:
+        os.close(handle)
+
+
 def find_prepared(folder: Path, facts: Facts) -> CheckedGraph | None:
     """A prepared graph whose files are as they were written; None where there is none."""
     clear_litter(folder)
@@ -194,10 +206,10 @@ def _check_graph(target: Path, facts: Facts) -> CheckedGraph | None:
         whole = set(stamps) == set(prepared.files) and all(
             not (path := target / name).is_symlink()
             and path.stat().st_size == file.bytes
-            and sha256_of(path) == file.sha256
+            and sha256_of(path, file.bytes, within=target) == file.sha256
             for name, file in prepared.files.items()
         )
-    except OSError:
+    except (OSError, FileError):
         return None
     return CheckedGraph(target, stamps) if whole else None
 
@@ -213,7 +225,7 @@ def _read_sidecar(target: Path) -> Prepared | None:
     if target.is_symlink() or path.is_symlink():
         return None
     try:
-        return decode(Prepared, read_json(path, SIDECAR_LIMIT))
+        return decode(Prepared, read_json(path, SIDECAR_BYTES, within=target))
     except DecodeError:
         return None
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import PurePosixPath
-from typing import Any
+from typing import Annotated, Any
 
-from dit_runtime.bundle.precision import EXPORTED, Precision, is_kept
-from dit_runtime.core.decode import Amount, Natural, Positive, decode
+from dit_runtime.bundle.precision import Precision, is_kept
+from dit_runtime.core.decode import Amount, Natural, Range, decode
 
 SCHEMA = 5
 GRAPHS = ("conditioner", "step", "probe", "decoder")
@@ -20,6 +19,12 @@ ENCODER = "encoder"
 SIZED_GRAPHS = ("step", "probe")  # each is traced for one latent size; the other graphs take any size
 CONDITIONINGS = ("adaln-zero", "adaln", "cross-attention", "in-context")
 PATHS = ("linear", "gvp", "vp")
+
+# Far above any model's: with larger numbers a damaged manifest would cost memory or time before it is found out.
+Side = Annotated[int, Range(1, 1 << 16)]  # of latents; the graphs take no more
+Width = Annotated[int, Range(1, 1 << 16)]
+Count = Annotated[int, Range(1, 1 << 12)]  # channels, blocks, heads
+Steps = Annotated[int, Range(1, 10_000)]
 
 
 @dataclass(frozen=True)
@@ -38,14 +43,14 @@ class ModelSpec:
     """
 
     conditioning: str
-    latent_channels: Positive
-    latent_size: tuple[Positive, Positive]
-    patch_size: Positive
-    width: Positive
-    depth: Positive
-    heads: Positive
-    mlp_width: Positive
-    classes: Natural
+    latent_channels: Count
+    latent_size: tuple[Side, Side]
+    patch_size: Side
+    width: Width
+    depth: Count
+    heads: Count
+    mlp_width: Annotated[int, Range(1, 1 << 20)]
+    classes: Annotated[int, Range(0, 1 << 24)]
     learned_variance: bool
 
     @property
@@ -123,7 +128,7 @@ class AutoencoderSpec:
     name: str
     scaling_factor: float
     shift_factor: float
-    factor: Positive
+    factor: Annotated[int, Range(1, 256)]
 
 
 @dataclass(frozen=True)
@@ -153,7 +158,7 @@ class DefaultsSpec:
     """The defaults of sampling."""
 
     sampler: str
-    steps: Positive
+    steps: Steps
     guidance: float
 
 
@@ -185,7 +190,7 @@ class Manifest:
     producer: dict[str, str]
     source: SourceSpec
     model: ModelSpec
-    sizes: tuple[tuple[Positive, Positive], ...]
+    sizes: tuple[tuple[Side, Side], ...]
     diffusion: DiffusionSpec
     autoencoder: AutoencoderSpec
     precision: PrecisionSpec
@@ -226,43 +231,6 @@ def name_for_size(name: str, size: tuple[int, int]) -> str:
 def manifest_from_json(raw: Mapping[str, Any]) -> Manifest:
     """Decode a manifest. Raises DecodeError where a value does not have the type that ``Manifest`` declares.
 
-    ``check_consistency`` checks that the values fit each other.
+    ``consistency.check_consistency`` checks that the values fit each other.
     """
     return decode(Manifest, raw)
-
-
-def check_consistency(manifest: Manifest) -> None:
-    """Raises ValueError where values of a manifest do not fit each other."""
-    model, diffusion = manifest.model, manifest.diffusion
-    for name in manifest.files:
-        parts = PurePosixPath(name).parts
-        if not parts or name.startswith("/") or ".." in parts or "\\" in name or ":" in name:
-            raise ValueError(f"file name {name!r} leads outside the bundle")
-    if manifest.precision.name not in EXPORTED:
-        raise ValueError(f"precision {manifest.precision.name}: not implemented, expected {' or '.join(EXPORTED)}")
-    if model.conditioning not in CONDITIONINGS:
-        raise ValueError(f"conditioning {model.conditioning!r}")
-    if not manifest.sizes or manifest.sizes[0] != model.latent_size:
-        raise ValueError(f"sizes {manifest.sizes} do not begin with {model.latent_size}")
-    expected = [*GRAPHS, *(name_for_size(name, size) for size in manifest.sizes[1:] for name in SIZED_GRAPHS)]
-    if missing := [name for name in expected if name not in manifest.graphs]:
-        raise ValueError(f"no graph {missing[0]!r}")
-    table = [tensor.name for tensor in manifest.graphs["conditioner"].outputs]
-    for name in expected:
-        inputs = [tensor.name for tensor in manifest.graphs[name].inputs]
-        if name.startswith(SIZED_GRAPHS) and (len(table) != 1 or table[0] not in inputs):
-            raise ValueError(f"graph {name!r} does not take the conditioner's output")
-    for graph in manifest.graphs.values():
-        for file in (graph.file, graph.weights):
-            if file not in manifest.files:
-                raise ValueError(f"graph file {file!r} has no hash")
-    for limits in (manifest.tolerances, manifest.thresholds):
-        if manifest.precision.name not in limits:
-            raise ValueError(f"no limits for {manifest.precision.name!r}")
-    if (diffusion.prediction_type == "velocity") != (diffusion.path in PATHS):
-        raise ValueError(f"prediction type {diffusion.prediction_type!r} with path {diffusion.path!r}")
-    *betas, last = diffusion.betas or (0.5,)
-    if diffusion.path is None and not (diffusion.betas and all(0 < beta < 1 for beta in betas) and 0 < last <= 1):
-        raise ValueError("betas must lie between 0 and 1")
-    if len(manifest.class_names) not in (0, model.classes):
-        raise ValueError(f"{len(manifest.class_names)} class names for {model.classes} classes")

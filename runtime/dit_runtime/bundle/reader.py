@@ -8,18 +8,20 @@
     engines/               the engine store, which other commands add; not part of the bundle's digest
 
 A bundle is untrusted. No file of it is opened before its size and hash match the manifest, and no path in it may lead
-outside the folder.
+outside the folder. In a hub cache its files are links to the cache's blobs, which is allowed.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
+from dit_runtime.bundle.consistency import check_consistency
 from dit_runtime.bundle.manifest import (
     CONDITIONINGS,
     ENCODER,
@@ -37,13 +39,13 @@ from dit_runtime.bundle.manifest import (
     PrecisionSpec,
     SourceSpec,
     TensorSpec,
-    check_consistency,
     manifest_from_json,
     name_for_size,
 )
-from dit_runtime.core.decode import DecodeError, json_from_bytes, read_bytes, schema_of
+from dit_runtime.core.decode import json_from_bytes, schema_of
 from dit_runtime.core.errors import BundleError
-from dit_runtime.core.files import sha256_of
+from dit_runtime.core.files import add_name, sha256_of
+from dit_runtime.core.reading import MANIFEST_BYTES, FileError, kind_of, leads_outside, open_file, read_file
 from dit_runtime.core.replace import recover_folder
 
 __all__ = [
@@ -75,8 +77,8 @@ __all__ = [
 ]
 
 MANIFEST = "manifest.json"
-MANIFEST_LIMIT = 16 << 20  # bytes: far more than any manifest has, and quick to read
 ENGINES = "engines"
+PLAIN = "plain"  # in the engine store: hard links to the graphs of a bundle whose files are links
 GOLDEN = "golden"
 UNGUIDED = "unguided"  # name of the record of a trajectory without guidance, by a sampler that draws noise
 TILE = "tile_"  # a record of one tile of the decoder has this name and the tile's side in latent pixels
@@ -157,8 +159,8 @@ class Bundle:
             BundleError: the manifest is of another bundle, so files that were opened by name may be of either.
         """
         try:
-            found = sha256_of(self.path / MANIFEST)
-        except OSError:
+            found = sha256_of(self.path / MANIFEST, MANIFEST_BYTES, within=self.path)
+        except FileError:
             return  # it is missing, and whoever needs it says so
         if found != self.digest:
             raise BundleError(f"{self.path}: was replaced by another export while it was in use; run the command again")
@@ -168,23 +170,40 @@ class Bundle:
         if spec is None:
             raise BundleError(f"{self.path}: the manifest names no file {name!r}; export the bundle again")
         path = self.path.joinpath(*PurePosixPath(name).parts)
-        if _leads_outside(self.path, path):
+        if leads_outside(self.path, path):
             raise BundleError(f"{path}: is a link out of the bundle; a bundle must hold its own files")
-        if not path.is_file():
+        if kind_of(path) is None:
             raise BundleError(f"{path}: missing, but named in {MANIFEST}; copy or export the bundle again")
-        if (size := path.stat().st_size) != spec.bytes:
-            raise BundleError(f"{path}: {size} bytes, expected {spec.bytes}; copy or export the bundle again")
-        if (found := sha256_of(path)) != spec.sha256:
+        try:
+            with open_file(path, None, within=self.path) as file:
+                if (size := os.fstat(file.fileno()).st_size) != spec.bytes:
+                    raise FileError(f"{size} bytes, expected {spec.bytes}")
+            found = sha256_of(path, spec.bytes, within=self.path)
+        except FileError as error:
+            raise BundleError(f"{path}: {error}; copy or export the bundle again") from error
+        if found != spec.sha256:
             raise BundleError(
                 f"{path}: altered (SHA-256 {found[:12]}…, expected {spec.sha256[:12]}…); copy the bundle again"
             )
         return path
 
     def graph(self, name: str) -> Path:
-        """The path of a graph's ONNX file, with that file and the graph's weights checked. Raises as ``file``."""
+        """The path of a graph's ONNX file, with that file and the graph's weights checked. Raises as ``file``.
+
+        In a hub cache it is another name of the file, in the engine store: most libraries refuse weights behind a link.
+        """
         spec = self.manifest.graphs[name]
-        self.file(spec.weights)
-        return self.file(spec.file)
+        weights, path = self.file(spec.weights), self.file(spec.file)
+        if not (weights.is_symlink() or path.is_symlink()):
+            return path
+        plain = self.engines / PLAIN / self.digest[:16]
+        named = {name: plain.joinpath(*PurePosixPath(name).parts) for name in (spec.weights, spec.file)}
+        try:
+            add_name(weights, named[spec.weights])
+            add_name(path, named[spec.file])
+        except OSError:
+            return path  # a store that cannot be written: some libraries do follow the links
+        return named[spec.file]
 
     def records(self, name: str) -> dict[str, np.ndarray[Any, Any]]:
         """The arrays of a golden record by name: ``golden/NAME.npz``, at the size in use. Raises as ``file``."""
@@ -221,15 +240,19 @@ def open_bundle(path: str | Path, store: Path | None = None) -> Bundle:
     folder = Path(path)
     recover_folder(folder)
     manifest_path = folder / MANIFEST
-    if not folder.exists():
+    if kind_of(folder) is None:
         raise BundleError(f"{folder}: no such bundle; make one with dit-export CHECKPOINT -o {folder}")
-    if not manifest_path.is_file() or _leads_outside(folder, manifest_path):
+    if kind_of(manifest_path) is None:
         raise BundleError(f"{folder}: not a bundle (no {MANIFEST}); make one with dit-export CHECKPOINT -o {folder}")
+    if store is None and leads_outside(folder, folder / ENGINES):
+        raise BundleError(
+            f"{folder / ENGINES}: is a link out of the bundle; remove it, or name the folder that you mean with --store"
+        )
     try:
-        text = read_bytes(manifest_path, MANIFEST_LIMIT)
+        text = read_file(manifest_path, MANIFEST_BYTES, within=folder)
         raw = json_from_bytes(text)
         schema = schema_of(raw)
-    except DecodeError as error:
+    except FileError as error:
         raise BundleError(f"{manifest_path}: not a manifest ({error}); copy or export the bundle again") from error
     if schema != SCHEMA:
         raise BundleError(
@@ -242,7 +265,3 @@ def open_bundle(path: str | Path, store: Path | None = None) -> Bundle:
     except ValueError as error:
         raise BundleError(f"{manifest_path}: damaged manifest ({error}); copy or export the bundle again") from error
     return Bundle(folder, manifest, hashlib.sha256(text).hexdigest(), store=store)
-
-
-def _leads_outside(folder: Path, path: Path) -> bool:
-    return not path.resolve().is_relative_to(folder.resolve())

@@ -79,7 +79,7 @@ def _write_table(request: TableRequest) -> int:
     from dit_runtime.samplers.schedule import write_table
 
     manifest = open_bundle(request.bundle).manifest
-    sampler = request.sampler or manifest.defaults.sampler
+    sampler = manifest.defaults.sampler if request.sampler is None else request.sampler
     model, diffusion, steps = manifest.model, manifest.diffusion, request.steps
     if steps is None:
         steps = count_default_steps(sampler, model, diffusion, manifest.defaults.steps, request.spacing)

@@ -13,12 +13,15 @@ import functools
 import json
 import math
 import reprlib
-import stat
 import sys
 import types
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
+
+from dit_runtime.core.reading import FileError, read_file
 
 T = TypeVar("T")
 
@@ -28,12 +31,21 @@ WORDS = {
     **{NoneType: "null", Any: "a value"},
 }
 
+MOST_DEPTH = 32  # of lists and objects inside each other; our own files have 8 at most
+MOST_VALUES = 4_000_000  # our own largest file, the results of a large model, has a hundredth of it
+
+_LONGEST_WHOLE = 20  # characters of a whole number of 64 bits
+_NO_MARKS = bytes(set(range(256)) - set(b'[]{},"'))
+_STEPS = np.zeros(256, np.int8)
+_STEPS[list(b"[{")], _STEPS[list(b"]}")] = 1, -1
+_PIECE = 1 << 20  # bytes
+
 _short = reprlib.Repr()  # of a value in a message: one line of at most some hundred characters
 _short.maxlevel, _short.maxlist, _short.maxdict = 1, 3, 3
 _short.maxstring = _short.maxlong = _short.maxother = 60
 
 
-class DecodeError(ValueError):
+class DecodeError(FileError):
     """A file or its JSON is not what was declared. The message is one line, without the file's name."""
 
 
@@ -50,43 +62,64 @@ Natural = Annotated[int, Range(0)]
 Amount = Annotated[float, Range(0)]
 
 
-def read_bytes(path: Path, limit_bytes: int) -> bytes:
-    """The content of a regular file of at most ``limit_bytes``; links are followed.
-
-    Raises:
-        DecodeError: the file cannot be read, is not a regular file, or is larger.
-    """
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its other end
-            raise DecodeError("not a regular file")
-        with path.open("rb") as file:
-            content = file.read(limit_bytes + 1)
-    except OSError as error:
-        raise DecodeError(f"cannot be read ({error.strerror or error})") from error
-    if len(content) > limit_bytes:
-        raise DecodeError(f"larger than {limit_bytes} bytes")
-    return content
-
-
 def json_from_bytes(content: bytes) -> Any:
-    """The values of a JSON text in UTF-8.
+    """The values of a JSON text in UTF-8: numbers are finite and whole ones have at most 64 bits, text is Unicode.
 
     Raises:
-        DecodeError: not JSON, NaN or an infinity in it, a key twice in one object, or nested too deeply to read.
+        DecodeError: not JSON, another number or text in it, a key twice in one object, more than ``MOST_DEPTH`` levels
+            or ``MOST_VALUES`` values.
     """
+    _check_amount(content)
     try:
-        return json.loads(content.decode(), parse_constant=_refuse_constant, object_pairs_hook=_object_from_pairs)
+        raw = json.loads(
+            content.decode(),
+            parse_constant=_refuse_constant,
+            parse_float=_finite_from_text,
+            parse_int=_whole_from_text,
+            object_pairs_hook=_object_from_pairs,
+        )
+        if b"\\u" in content:
+            json.dumps(raw, ensure_ascii=False).encode()  # half a surrogate pair has no code
     except DecodeError:
         raise
+    except UnicodeEncodeError as error:
+        raise DecodeError("not JSON: it holds half a surrogate pair, which is no character") from error
     except ValueError as error:
         raise DecodeError(f"not JSON: {error}") from error
-    except RecursionError as error:
-        raise DecodeError("not JSON: nested too deeply") from error
+    return raw
 
 
-def read_json(path: Path, limit_bytes: int) -> Any:
-    """The values of a JSON file. Raises DecodeError as ``read_bytes`` and ``json_from_bytes`` do."""
-    return json_from_bytes(read_bytes(path, limit_bytes))
+def _check_amount(content: bytes) -> None:
+    """Check how deep and how much a JSON text is before it is parsed.
+
+    A parser recurses, and two bytes can be an object of fifty.
+    """
+    if b"\\" in content:
+        content = content.replace(b"\\\\", b"").replace(b'\\"', b"")
+    marks = content.translate(None, _NO_MARKS).replace(b'""', b"")
+    outside = b"".join(marks.split(b'"')[::2])
+    depth = deepest = 0
+    for start in range(0, len(outside), _PIECE):
+        steps = _STEPS[np.frombuffer(outside[start : start + _PIECE], np.uint8)]
+        depths = depth + steps.cumsum(dtype=np.int64)
+        depth, deepest = int(depths[-1]), max(deepest, int(depths.max()))
+    if deepest > MOST_DEPTH:
+        raise DecodeError(f"not JSON: nested {deepest} levels deep, expected {MOST_DEPTH} at most")
+    if len(outside) > MOST_VALUES:
+        raise DecodeError(f"not JSON: about {len(outside)} values, expected {MOST_VALUES} at most")
+
+
+def read_json(path: Path, limit_bytes: int, within: Path | None = None) -> Any:
+    """The values of a JSON file, opened as ``open_file`` does.
+
+    Raises:
+        DecodeError: the file cannot be read, or as ``json_from_bytes``.
+    """
+    try:
+        content = read_file(path, limit_bytes, within)
+    except FileError as error:
+        raise DecodeError(str(error)) from error.__cause__
+    return json_from_bytes(content)
 
 
 def schema_of(raw: object) -> int:
@@ -182,7 +215,7 @@ def _choices(kind: Any) -> list[tuple[Any, Any]] | None:
 
 
 def _wrong(kind: Any, raw: Any, where: str) -> DecodeError:
-    return DecodeError(f"{where}: got {_short.repr(raw)}, expected {_expected(kind)}".removeprefix(": "))
+    return DecodeError(f"{where}: got {show(raw)}, expected {_expected(kind)}".removeprefix(": "))
 
 
 def _expected(kind: Any) -> str:
@@ -200,11 +233,30 @@ def _expected(kind: Any) -> str:
     return "an object" if origin is dict or dataclasses.is_dataclass(kind) else WORDS[kind]
 
 
+def show(value: object) -> str:
+    """A value in a message: one line of at most some hundred characters."""
+    return _short.repr(value)
+
+
 def _inside(where: str, name: str) -> str:
     """The place of a field or key: ``model.depth``, ``files['a.onnx']``."""
     if not (name.isascii() and name.isidentifier() and len(name) < 60):
-        return f"{where}[{_short.repr(name)}]"
+        return f"{where}[{show(name)}]"
     return f"{where}.{name}" if where else name
+
+
+def _finite_from_text(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise DecodeError(f"not JSON: it holds {show(text)}, which is beyond every floating-point number")
+    return number
+
+
+def _whole_from_text(text: str) -> int:
+    number = int(text) if len(text) <= _LONGEST_WHOLE else 2**64
+    if not -(2**63) <= number < 2**64:
+        raise DecodeError(f"not JSON: it holds {show(text)}, which is beyond 64 bits")
+    return number
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -215,6 +267,6 @@ def _object_from_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise DecodeError(f"not JSON: key {_short.repr(key)} is there twice")
+            raise DecodeError(f"not JSON: key {show(key)} is there twice")
         found[key] = value
     return found

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dit_runtime.core.errors import OutputError
+from dit_runtime.core.reading import kind_of, leads_outside
 
 TEMPORARY, OLD = "tmp", "old"
 NAMES = re.compile(
@@ -39,14 +40,17 @@ _cleared = set[str]()  # folders in which this process has looked for what kille
 
 
 @contextlib.contextmanager
-def replace_file(path: Path) -> Iterator[Path]:
+def replace_file(path: Path, within: Path | None = None) -> Iterator[Path]:
     """A temporary file beside ``path``: it replaces ``path`` when the block succeeds, and is removed otherwise.
 
-    A link is replaced, not what it leads to.
+    A link is replaced, not what it leads to. ``within`` is the store that the file belongs to, as ``check_place`` has
+    it; None is a file that the user named.
 
     Raises:
         OutputError: the file cannot be written, or ``path`` is something else than a file.
     """
+    if within is not None:
+        check_place(path, within)
     try:
         _check_name(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,6 +137,24 @@ def clear_litter(folder: Path) -> None:
             _remove_if_left(folder / name)
 
 
+def check_place(path: Path, within: Path, option: str = "--store") -> None:
+    """Check where a file of a store is written: whoever made the store must not choose another place for it.
+
+    ``option`` is the command's option that names the store, for the message.
+
+    Raises:
+        OutputError: a link leads out of the store, or a link, a pipe, a device or a folder is there.
+    """
+    try:
+        plain = stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        plain = True  # nothing is there
+    if not plain or leads_outside(within, path):
+        raise OutputError(
+            f"{path.parent}: cannot be written ({path.name} is a link or no plain file); choose another {option}"
+        )
+
+
 def check_writable(path: Path, option: str = "--output") -> None:
     """Say before the work that a file or folder cannot be written at ``path``.
 
@@ -145,7 +167,7 @@ def check_writable(path: Path, option: str = "--output") -> None:
         _check_name(path)
     except OSError as error:
         raise OutputError(f"{path}: {error.strerror}; choose another {option}") from error
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    parent = next(folder for folder in path.absolute().parents if kind_of(folder))
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise OutputError(f"{path}: {parent} cannot be written to; choose another {option}")
 

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import math
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from dit_runtime.core.decode import read_bytes
 from dit_runtime.core.errors import OutputError, SamplingError
+from dit_runtime.core.images import image_from_bytes
+from dit_runtime.core.reading import IMAGE_BYTES, read_file
 from dit_runtime.core.replace import replace_file
 
 Images = NDArray[np.uint8]
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # of an image to start from, as Pillow names them
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # Pillow's names of pixels of at most 8 bits that RGB can hold
+GREY_16 = ("I;16", "I;16B", "I;16L", "I")  # of 16 bits; ``I`` is how older versions read a PNG of that kind
+TRANSPARENT = "it has transparent pixels; put it on a background and save it without transparency"
 INIT_PIXELS = 89_000_000  # of an image to start from: about 0.3 GB as RGB
 PNG_PIXELS = 178_000_000  # of an image of dit-sample, which may be a grid of many
-FILE_BYTES = 1 << 29
 
 
 def write_png(path: Path, image: Images, text: Mapping[str, str] | None = None) -> None:
@@ -45,7 +45,7 @@ def read_png(path: Path) -> tuple[Images, dict[str, str]]:
         OutputError: missing, not a PNG file, or larger than ``PNG_PIXELS``.
     """
     try:
-        with _open_image(path, ("PNG",), PNG_PIXELS) as image:
+        with image_from_bytes(read_file(path, IMAGE_BYTES), ("PNG",), PNG_PIXELS) as image:
             pixels = np.asarray(image.convert("RGB"))
             text = {key: str(value) for key, value in image.text.items()}  # type: ignore[attr-defined]  # PngImageFile
     except Exception as error:  # Pillow raises errors of any kind for damaged files
@@ -56,12 +56,16 @@ def read_png(path: Path) -> tuple[Images, dict[str, str]]:
 def read_image(path: Path) -> Images:
     """The image ``[H, W, 3]`` of a file to start from, in one of ``FORMATS``, turned as its EXIF record says.
 
+    Grey becomes RGB, and 16 bits become the nearest of 8 bits where Pillow gives all 16: in grey images. Pixels are
+    taken as sRGB: color profiles and gamma are not applied, as diffusers does not.
+
     Raises:
-        SamplingError: missing, not such an image, or larger than ``INIT_PIXELS``.
+        SamplingError: missing, not such an image, larger than ``INIT_PIXELS``, or an image whose RGB pixels are not
+            determined: with transparent pixels, CMYK, or of several frames.
     """
     try:
-        with _open_image(path, FORMATS, INIT_PIXELS) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        with image_from_bytes(read_file(path, IMAGE_BYTES), FORMATS, INIT_PIXELS) as image:
+            return _pixels_of(image)
     except Exception as error:  # Pillow raises errors of any kind for damaged files
         raise SamplingError(
             f"{path}: cannot be read as an image ({error}); name a PNG, JPEG, WebP or BMP file of at most "
@@ -69,24 +73,26 @@ def read_image(path: Path) -> Images:
         ) from error
 
 
-@contextlib.contextmanager
-def _open_image(path: Path, formats: tuple[str, ...], pixels: int) -> Iterator[Image.Image]:
-    """A regular file's image, not yet decoded, of at most ``pixels`` pixels; Pillow's warnings are not shown.
-
-    Only ``formats`` are tried, whatever the file's name says: Pillow starts Ghostscript for EPS, and more readers than
-    are needed would see what others wrote.
-    """
-    content = io.BytesIO(read_bytes(path, FILE_BYTES))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            opened = Image.open(content, formats=formats)
-        except UnidentifiedImageError as error:  # its text names the buffer
-            raise ValueError(f"not {', '.join(formats)}, or damaged") from error
-        with opened as image:
-            if image.width * image.height > pixels:
-                raise ValueError(f"{image.width} x {image.height} pixels are more than {pixels}")
-            yield image
+def _pixels_of(image: Image.Image) -> Images:
+    """An opened image as ``[H, W, 3]``. Raises ValueError as ``read_image`` says."""
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format in ("PNG", "WEBP"):  # the further images of a phone's JPEG are previews
+        raise ValueError(f"it has {frames} frames; save the one that you mean")
+    transparent = image.info.get("transparency")
+    turned = ImageOps.exif_transpose(image)
+    if turned.mode in GREY_16:
+        grey = np.asarray(turned).astype(np.int64)
+        if isinstance(transparent, int) and (grey == transparent).any():
+            raise ValueError(TRANSPARENT)
+        eight: Images = ((grey * 255 + 32767) // 65535).clip(0, 255).astype(np.uint8)
+        return np.repeat(eight[..., None], 3, axis=2)
+    if turned.mode not in MODES:
+        raise ValueError(f"its pixels are {turned.mode}; convert it to RGB")
+    if "A" in turned.getbands() or transparent is not None:
+        *_, alpha = turned.convert("RGBA").split()
+        if alpha.getextrema() != (255, 255):
+            raise ValueError(TRANSPARENT)
+    return np.asarray(turned.convert("RGB"))
 
 
 def grid_from_images(images: Images, columns: int | None = None) -> Images:

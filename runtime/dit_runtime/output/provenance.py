@@ -13,11 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
 from dit_runtime.bundle.reader import Bundle
+from dit_runtime.core.decode import DecodeError, Range, decode, json_from_bytes
 from dit_runtime.core.errors import SamplingError
 from dit_runtime.core.machine import count_cpus
 from dit_runtime.core.version import __version__
@@ -40,6 +41,8 @@ KEYS = (
 # A record with larger numbers is damaged: it would cost memory before anything else is found wrong with it.
 MOST_THREADS = 1024
 MOST = 100_000  # images, pixels, branches, rows
+MOST_ROWS = 10_000_000  # of all images of a file together
+Limited = Annotated[int, Range(1, MOST)]
 PER_IMAGE = ("label", "seed", "noise", "guidance", "init", "batch")
 # These say where an image was made and not what is in it: for them alone no image is made again.
 CIRCUMSTANCES = ("batch", "decode_batch", "threads", "cpus", "version")
@@ -67,12 +70,8 @@ class BatchPosition:
 
     @staticmethod
     def from_json(value: Any) -> BatchPosition:
-        """Raises ValueError or TypeError for a value that ``as_json`` does not give, or a number above ``MOST``."""
+        """The position in an entry that ``entries_from_text`` gave."""
         size, index, runs = value
-        if not all(type(number) is int for number in (size, index, *(number for run in runs for number in run))):
-            raise TypeError(f"batch {value}")
-        if not 0 <= index < size <= MOST or not all(0 < g <= MOST and 0 < rows <= MOST for g, rows in runs):
-            raise ValueError(f"batch {value}")
         return BatchPosition(size, index, tuple(g for g, rows in runs for _ in range(rows)))
 
 
@@ -152,32 +151,83 @@ def entries_from_text(path: Path, text: Mapping[str, str]) -> list[Entry]:
         SamplingError: the file has no record, or one that this version does not write.
     """
     try:
-        values = {key.removeprefix(PREFIX): json.loads(text[key]) for key in text if key.startswith(PREFIX)}
+        values = {key.removeprefix(PREFIX): _value_from_text(key, text[key]) for key in text if key.startswith(PREFIX)}
         if not values:
             raise SamplingError(f"{path}: has no record of how it was made; expected an image that dit-sample wrote")
-        if not isinstance(values["seed"], list):
-            values.update({key: [values[key]] for key in PER_IMAGE})
-        count = len(values["seed"])
-        if not count:
-            raise ValueError("no images")
-        entries = [{**values, **{key: values[key][index] for key in PER_IMAGE}} for index in range(count)]
-        for entry in entries:
-            if missing := [key for key in KEYS if key not in entry]:
-                raise KeyError(missing[0])
-            if type(entry["threads"]) is not int or not 0 <= entry["threads"] <= MOST_THREADS:
-                raise ValueError(f"threads {entry['threads']!r}")
-            if type(entry["seed"]) is not int or not LEAST_SEED <= entry["seed"] <= MOST_SEED:
-                raise ValueError(f"seed {entry['seed']!r:.80}")
-            height, width = entry["size"]
-            for number in (height, width, entry["decode_tile"] or 1, entry["decode_batch"] or 1):
-                if type(number) is not int or not 0 < number <= MOST:
-                    raise ValueError(f"size or decoding {number!r}")
-            BatchPosition.from_json(entry["batch"])
-    except (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:
+        return _entries_from_values(values)
+    except DecodeError as error:
         raise SamplingError(
-            f"{path}: its record is damaged ({type(error).__name__}: {error}); expected an image that dit-sample wrote"
+            f"{path}: its record is damaged ({error}); expected an image that dit-sample wrote"
         ) from error
+
+
+def _value_from_text(key: str, text: str) -> Any:
+    try:
+        return json_from_bytes(text.encode(errors="surrogatepass"))
+    except DecodeError as error:
+        raise DecodeError(f"{key}: {error}") from error
+
+
+def _entries_from_values(values: Entry) -> list[Entry]:
+    """Raises DecodeError for values that ``text_from_entries`` does not give."""
+    if missing := [key for key in KEYS if key not in values]:
+        raise DecodeError(f"{missing[0]}: missing")
+    if type(values["seed"]) is not list:
+        values = {**values, **{key: [values[key]] for key in PER_IMAGE}}
+    lists = {key: decode(list[Any], values[key], key) for key in PER_IMAGE}
+    count = len(lists["seed"])
+    if not 0 < count <= MOST or any(len(items) != count for items in lists.values()):
+        raise DecodeError(f"{', '.join(PER_IMAGE)}: got {sorted({*map(len, lists.values())})} values, expected as many")
+    entries = [{**values, **{key: items[index] for key, items in lists.items()}} for index in range(count)]
+    rows = 0
+    for entry in entries:
+        record = decode(_EntryRecord, {key: entry[key] for key in KEYS})
+        rows += _check_batch(*record.batch)
+    if rows > MOST_ROWS:
+        raise DecodeError(f"batch: got {rows} rows in all images, expected {MOST_ROWS} at most")
     return entries
+
+
+def _check_batch(size: int, index: int, runs: Sequence[tuple[int, int]]) -> int:
+    """The number of rows of a position in a batch. Raises DecodeError for an image that is not in its batch."""
+    if index >= size:
+        raise DecodeError(f"batch: got image {index} of {size}, expected a smaller number than {size}")
+    return sum(rows for _, rows in runs)
+
+
+@dataclass(frozen=True)
+class _EntryRecord:
+    """The types of an entry's values."""
+
+    version: str
+    model: str
+    bundle: str
+    precision: str
+    engine: str
+    threads: Annotated[int, Range(0, MOST_THREADS)]
+    cpus: Annotated[int, Range(0, MOST)]
+    label: dict[str, float]
+    negative_label: int | None
+    seed: Annotated[int, Range(LEAST_SEED, MOST_SEED)]
+    noise_device: Literal["cpu", "cuda"]
+    noise_dtype: Literal["float32", "float16"]
+    cuda_threads: int | None
+    noise: str
+    noise_given: bool
+    sampler: str
+    spacing: str
+    steps: Limited
+    eta: float
+    table: str
+    guidance: float
+    guidance_interval: tuple[float, float]
+    guidance_schedule: str
+    init: str | None
+    strength: float | None
+    size: tuple[Limited, Limited]
+    decode_tile: Limited | None
+    decode_batch: Limited | None
+    batch: tuple[Limited, Annotated[int, Range(0, MOST)], tuple[tuple[Limited, Limited], ...]]
 
 
 def is_same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:

@@ -24,6 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from dit_runtime.core.decode import Range, decode, read_json
 from dit_runtime.core.errors import SamplingError
+from dit_runtime.core.reading import TABLE_BYTES
 from dit_runtime.core.replace import replace_file
 
 COEFFICIENTS = 17
@@ -32,7 +33,6 @@ COEFFICIENTS = 17
 # row would cancel to nothing.
 LARGEST = 1e6
 
-TABLE_LIMIT = 64 << 20  # bytes: far more than any sampler table has, and quick to read
 OPTIONAL = ("sampler", "spacing", "rows", "initial", "start", "draws_noise", "completes_step", "skipped")
 
 # Columns of a row.
@@ -212,7 +212,7 @@ def read_table(path: Path) -> Schedule:
         SamplingError: the file cannot be read, or the step graph cannot run its rows.
     """
     try:
-        raw = read_json(path, TABLE_LIMIT)
+        raw = read_json(path, TABLE_BYTES)
         if type(raw) is dict:
             raw = {**{name: None for name in OPTIONAL if name not in raw}, **raw}
         with np.errstate(over="ignore"):  # what float32 cannot hold is refused by its name

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypedDict
 
+import numpy as np
+
+from dit_runtime.core.errors import SamplingError
 from dit_runtime.samplers.noise import Float32
 from dit_runtime.samplers.schedule import Schedule
 from dit_runtime.sampling.image_to_image import Start
@@ -48,3 +51,26 @@ class Settings(TypedDict, total=False):
     cuda_threads: int | None
     init: Start | None
     strength: float | None
+
+
+def check_whole(value: object, what: str) -> int:
+    """A whole number of Python or numpy. Raises SamplingError for anything else, such as 2.0, "2" or True."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise SamplingError(f"{what} {value!r:.80}: expected a whole number")
+    return int(value)
+
+
+def scales_from_setting(guidance: object, count: int) -> list[float]:
+    """The guidance scale of each of ``count`` images.
+
+    Raises:
+        SamplingError: ``guidance`` holds no numbers, or another number of them than one or ``count``.
+    """
+    try:
+        given = np.asarray(guidance, np.float64)
+    except (TypeError, ValueError) as error:
+        raise SamplingError(f"guidance {guidance!r:.80}: expected one number, or one for each label") from error
+    if given.shape not in ((), (count,)):
+        raise SamplingError(f"{given.size} guidance scales for {count} labels: expected one per label, or one")
+    scales: list[float] = np.broadcast_to(given, count).tolist()
+    return scales

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import base64
-import binascii
-import io
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from dit_runtime.core.decode import DecodeError, Positive, decode, read_json
 from dit_runtime.core.errors import ResultsError
-from dit_runtime.verify.results import Images, Results
+from dit_runtime.core.images import image_from_bytes
+from dit_runtime.core.reading import RESULTS_BYTES
+from dit_runtime.verify.results import KEPT_IMAGES, Images, Results
 from dit_runtime.verify.rung import Rung, Verification
 from dit_runtime.verify.verdicts import Number, RungRecord
 
-RESULTS_LIMIT = 256 << 20  # bytes; images of 1024 pixels are a tenth of it
+MOST_PIXELS = 89_000_000  # of an image
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def read_results(path: Path) -> Results:
         ResultsError: the file cannot be read, is damaged, or holds something else.
     """
     try:
-        return results_from_record(decode(ResultsRecord, read_json(path, RESULTS_LIMIT)))
+        return results_from_record(decode(ResultsRecord, read_json(path, RESULTS_BYTES)))
     except DecodeError as error:
         raise ResultsError(f"{path}: {error}; make the file with dit-verify BUNDLE --json > FILE") from error
 
@@ -118,6 +117,8 @@ def _check_verdict(printed: bool, computed: bool, where: str) -> None:
 
 def _images_from_records(records: tuple[ImageRecord, ...]) -> Images | None:
     """The engine's images and the reference's, uint8 ``[N, H, W, 3]`` each; None where there are none."""
+    if len(records) > KEPT_IMAGES:
+        raise DecodeError(f"images: got {len(records)}, expected {KEPT_IMAGES} at most")
     pairs = [
         [_pixels_from_png(png, f"images[{index}].{side}") for side, png in asdict(record).items()]
         for index, record in enumerate(records)
@@ -134,8 +135,7 @@ def _images_from_records(records: tuple[ImageRecord, ...]) -> Images | None:
 def _pixels_from_png(text: str, where: str) -> NDArray[np.uint8]:
     """The pixels ``[H, W, 3]`` of a PNG file in base64."""
     try:
-        with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=("PNG",)) as image:
+        with image_from_bytes(base64.b64decode(text, validate=True), ("PNG",), MOST_PIXELS) as image:
             return np.asarray(image.convert("RGB"), np.uint8)
-    # Pillow raises SyntaxError for a damaged chunk of a PNG file.
-    except (OSError, ValueError, SyntaxError, binascii.Error, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow raises errors of any kind for damaged files
         raise DecodeError(f"{where}: got a damaged image, expected a PNG file in base64") from error

@@ -30,13 +30,13 @@ from dit_runtime.core.decode import Amount, DecodeError, decode, read_json
 from dit_runtime.core.errors import EngineError, OutputError
 from dit_runtime.core.machine import describe_machine, has_nvidia_driver
 from dit_runtime.core.progress import Progress
+from dit_runtime.core.reading import SPEEDS_BYTES
 from dit_runtime.core.replace import clear_litter, replace_file
 from dit_runtime.samplers.guidance import guidance_weights
 from dit_runtime.samplers.schedule import COEFFICIENTS
 
 SPEEDS = "speeds"
 LEAST_ENGINE = "onnxruntime"  # the engine that a machine without any should install
-RECORD_LIMIT = 1 << 20  # bytes: far more than any record has, and quick to read
 CALLS = 3  # timed calls, after one that is not timed
 SLOW = 2.0  # an engine this many times slower than the fastest so far is not timed further
 NEAR = 1.1  # engines within this factor count as equally fast, and the one that is expected to be faster comes first
@@ -71,11 +71,11 @@ def rank_by_speed(bundle: Bundle, threads: int = 0, say: Callable[[str], None] =
     """
     path = _path_of_record(bundle, threads)
     clear_litter(path.parent)
-    speeds = _read(path)
+    speeds = _read(path, bundle.engines)
     if speeds is None:
         speeds = _measure(bundle, threads, say)
         text = json.dumps([asdict(speed) for speed in speeds], indent=1) + "\n"
-        with contextlib.suppress(OutputError), replace_file(path) as file:
+        with contextlib.suppress(OutputError), replace_file(path, bundle.engines) as file:
             file.write_text(text, encoding="utf-8")
     return speeds
 
@@ -156,8 +156,9 @@ def _versions_of(distribution: str) -> Iterator[str]:
         yield importlib.metadata.version(distribution)
 
 
-def _read(path: Path) -> list[Speed] | None:
+def _read(path: Path, store: Path) -> list[Speed] | None:
     try:
-        return list(decode(tuple[Speed, ...], read_json(path, RECORD_LIMIT))) or None
+        found = list(decode(tuple[Speed, ...], read_json(path, SPEEDS_BYTES, within=store)))
     except DecodeError:
         return None
+    return found if found and all(speed.name in BACKENDS for speed in found) else None

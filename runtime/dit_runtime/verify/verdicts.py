@@ -20,13 +20,13 @@ from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.decode import DecodeError, Positive, decode, read_json
 from dit_runtime.core.errors import OutputError
 from dit_runtime.core.machine import describe_machine
+from dit_runtime.core.reading import VERDICT_BYTES
 from dit_runtime.core.replace import clear_litter, replace_file
 from dit_runtime.core.version import __version__
 from dit_runtime.verify.rung import Rung, Verification
 from dit_runtime.verify.verification import verification_of
 
 VERDICTS = "verdicts"
-VERDICT_LIMIT = 16 << 20  # bytes: far more than any verdict has, and quick to read
 
 Number = float | Literal["nan", "inf", "-inf"]  # JSON has only finite numbers
 
@@ -116,7 +116,7 @@ def store_verdict(bundle: Bundle, engine: Engine, rungs: list[Rung], quick: bool
         passed=passed,
         rungs=tuple(RungRecord(**rung.as_json()) for rung in rungs),
     )
-    with contextlib.suppress(OutputError), replace_file(path_of_verdict(bundle, engine)) as file:
+    with contextlib.suppress(OutputError), replace_file(path_of_verdict(bundle, engine), bundle.engines) as file:
         file.write_text(json.dumps(asdict(verdict), indent=1, allow_nan=False) + "\n")
 
 
@@ -169,7 +169,7 @@ def has_passed(bundle: Bundle, engine: Engine, full: bool = False) -> bool | Non
     Returns:
         None where there is no verdict.
     """
-    verdict = _read(path_of_verdict(bundle, engine))
+    verdict = _read(path_of_verdict(bundle, engine), bundle.engines)
     if verdict is None or (verdict.bundle, verdict.engine) != (bundle.digest, engine.info.name):
         return None
     return None if full and verdict.quick else verdict.passed
@@ -178,13 +178,13 @@ def has_passed(bundle: Bundle, engine: Engine, full: bool = False) -> bool | Non
 def read_verdicts(bundle: Bundle) -> list[Verdict]:
     """Read all verdicts on a bundle, of this machine and others, the latest first."""
     paths = sorted((bundle.engines / VERDICTS).glob("[!.]*.json"))  # a temporary file's name begins with a dot
-    read = [_read(path) for path in paths]
+    read = [_read(path, bundle.engines) for path in paths]
     found = [verdict for verdict in read if verdict is not None and verdict.bundle == bundle.digest]
     return sorted(found, key=lambda verdict: verdict.time, reverse=True)
 
 
-def _read(path: Path) -> Verdict | None:
+def _read(path: Path, store: Path) -> Verdict | None:
     try:
-        return decode(Verdict, read_json(path, VERDICT_LIMIT))
+        return decode(Verdict, read_json(path, VERDICT_BYTES, within=store))
     except DecodeError:
         return None

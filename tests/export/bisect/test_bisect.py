@@ -300,6 +300,18 @@ def test_a_list_with_a_byte_order_mark(tmp_path: Path, encoding: str) -> None:
     assert read_keep_list([str(file)]) == read_keep_list(str(file)) == ("blocks.1.attn", "blocks.0.mlp")
 
 
+def test_a_list_that_is_no_utf_8(tmp_path: Path) -> None:
+    """UTF-16 without a byte order mark, and what is no text: one line, not the name of a unit with NULs in it."""
+    file = tmp_path / "keep.txt"
+    for content in ("decoder\n".encode("utf-16-le"), "decoder\n".encode("utf-32"), b"decoder\0", b"d\xe9coder"):
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"keep.txt: not a list of units' names"):
+            read_keep_list([str(file)])
+    for content in (b"decoder\r\nblocks.0\r\n", b"decoder\rblocks.0", b"\tdecoder \t# why\n\n  blocks.0"):
+        file.write_bytes(content)
+        assert read_keep_list([str(file)]) == ("decoder", "blocks.0")
+
+
 def test_a_name_of_nothing_is_refused(bundles: dict[str, Path], checkpoint: Path, tmp_path: Path) -> None:
     """A unit that the model does not have would keep nothing, silently."""
     model = open_bundle(bundles["fp16"]).manifest.model

@@ -14,7 +14,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DPMSolverMultistepScheduler
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
 from dit_export.checkpoints.diffusers_folder.transformer import official_from_diffusers
 from dit_export.checkpoints.random_weights import randomize
 from dit_export.checkpoints.sources import Checkpoint, Source, load_checkpoint
@@ -425,7 +434,7 @@ def test_nothing_is_written_for_a_bad_file(tmp_path: Path, vae: str) -> None:
         ({"image_sizes": ((32, 32), (32, 32))}, "one is there twice"),
         ({"guidance_channels": 5}, "guidance on 5 channels: expected at most 4"),
         ({"sha256": "ab" * 32}, "SHA-256 .*, expected abab.*it is not the file that was pinned"),
-        ({"autoencoder": "/nowhere"}, "no such folder"),
+        ({"autoencoder": "/nowhere"}, "no such file or folder"),
     ],
 )
 def test_options_that_do_not_fit(tmp_path: Path, vae: str, options: dict[str, object], message: str) -> None:
@@ -511,6 +520,26 @@ def test_another_diffusion_scheduler(checkpoint: Path, copied: Path) -> None:
     assert found.diffusion.betas == plain.diffusion.betas
     assert found.scheduler is not None
     assert not found.scheduler.config.clip_sample
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "options", "sampler"),
+    [
+        (DPMSolverMultistepScheduler, {}, "dpmpp-2m"),
+        (DPMSolverMultistepScheduler, {"solver_order": 3}, "dpmpp-3m"),
+        (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}, "dpmpp-2m-sde"),
+        (UniPCMultistepScheduler, {}, "unipc"),
+        (EulerAncestralDiscreteScheduler, {}, "euler-ancestral"),
+        (DDIMScheduler, {"clip_sample": False}, "ddim"),
+        (EulerDiscreteScheduler, {}, "ddim"),
+    ],
+)
+def test_a_folders_own_scheduler_is_the_default_sampler(
+    copied: Path, scheduler: type[SchedulerMixin], options: dict[str, object], sampler: str
+) -> None:
+    """Without ``--sampler``, ``dit-sample`` samples as the folder's pipeline does; DDIM where no sampler does."""
+    scheduler(**SCHEDULER_BETAS, **options).save_pretrained(copied / "scheduler")
+    assert load_checkpoint(Source(str(copied))).defaults.sampler == sampler
 
 
 def test_a_partial_cache_is_completed(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

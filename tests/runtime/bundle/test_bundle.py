@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.hub_cache import snapshot_from_folder
 
 from dit_runtime.backends.open import open_engine
 from dit_runtime.bundle.manifest import manifest_from_json
@@ -19,6 +21,7 @@ from dit_runtime.bundle.reader import Bundle, open_bundle
 from dit_runtime.core import replace
 from dit_runtime.core.errors import BundleError
 from dit_runtime.core.replace import replace_folder
+from dit_runtime.pipeline import Pipeline
 from dit_runtime.verify.speed import make_step_inputs
 
 
@@ -74,6 +77,76 @@ def test_a_link_out_of_the_bundle(copied: Path, tmp_path: Path) -> None:
     path.symlink_to(tmp_path / "elsewhere.onnx")
     with pytest.raises(BundleError, match="link out of the bundle"):
         open_bundle(copied).file("graphs/step.onnx")
+
+
+def test_a_bundle_in_a_hub_cache(bundles: dict[str, Path], tmp_path: Path) -> None:
+    """Its files are links to blobs: it opens, its graphs have plain files, and nothing is copied."""
+    snapshot = snapshot_from_folder(bundles["fp32"], tmp_path)
+    bundle = open_bundle(snapshot)
+    bundle.check()
+    for _ in range(2):
+        for name, spec in bundle.manifest.graphs.items():
+            path = bundle.graph(name)
+            for file, link in ((path, spec.file), (path.with_name(Path(spec.weights).name), spec.weights)):
+                assert not file.is_symlink()
+                assert file.samefile(snapshot / link)
+    cached, own = (Pipeline(path, "onnxruntime", threads=1) for path in (snapshot, bundles["fp32"]))
+    assert np.array_equal(cached(3, steps=2), own(3, steps=2))
+
+
+def test_a_hub_cache_that_cannot_be_linked(
+    bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store on another file system has copies, made anew where they were altered; one that is read-only has none."""
+
+    def refuse(*_: object) -> None:
+        raise OSError("another file system")
+
+    monkeypatch.setattr("os.link", refuse)
+    snapshot = snapshot_from_folder(bundles["fp32"], tmp_path / "cache")
+    bundle = open_bundle(snapshot, tmp_path / "store")
+    for _ in range(2):
+        path = bundle.graph("decoder")
+        assert path.is_relative_to(tmp_path / "store")
+        assert path.read_bytes() == (snapshot / "graphs" / "decoder.onnx").read_bytes()
+        path.write_bytes(b"altered")
+    (tmp_path / "file").touch()
+    assert open_bundle(snapshot, tmp_path / "file" / "store").graph("decoder") == snapshot / "graphs" / "decoder.onnx"
+
+
+@pytest.mark.parametrize(
+    ("replace", "message"),
+    [
+        (lambda path: os.mkfifo(path), "not a regular file"),
+        (lambda path: path.symlink_to("/dev/zero"), "link out of"),
+        (lambda path: path.mkdir(), "not a regular file"),
+        (lambda path: path.symlink_to(path.name), r"link out of the bundle|not a bundle \("),
+    ],
+    ids=["pipe", "device", "folder", "loop"],
+)
+@pytest.mark.parametrize("name", ["manifest.json", "graphs/step.onnx"])
+def test_a_file_that_is_no_regular_file(copied: Path, name: str, replace: Callable[[Path], None], message: str) -> None:
+    """Fails by waiting for a pipe's other end, or by reading a device without end."""
+    (copied / name).unlink()
+    replace(copied / name)
+    with pytest.raises(BundleError, match=message):
+        open_bundle(copied).file(name)
+
+
+def test_a_store_that_is_a_link_out_of_the_bundle(copied: Path, tmp_path: Path) -> None:
+    """Who made a bundle does not choose a folder elsewhere that commands write to."""
+    (tmp_path / "elsewhere").mkdir()
+    (copied / "engines").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BundleError, match=r"engines: is a link out of the bundle; remove it, or .* with --store"):
+        open_bundle(copied)
+    assert open_bundle(copied, tmp_path / "elsewhere").engines == tmp_path / "elsewhere"
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "\ud800", "none", "../none"])
+def test_a_name_that_no_bundle_has(tmp_path: Path, name: str) -> None:
+    """Any text on the command line is a name that is not there."""
+    with pytest.raises(BundleError, match="no such bundle"):
+        open_bundle(tmp_path / name)
 
 
 @pytest.mark.parametrize(

@@ -146,9 +146,9 @@ def test_more_pixels_than_the_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_file_larger_than_the_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "large.png"
     path.write_bytes(encoded("PNG"))
-    monkeypatch.setattr(images, "FILE_BYTES", path.stat().st_size)
+    monkeypatch.setattr(images, "IMAGE_BYTES", path.stat().st_size)
     assert np.array_equal(read_image(path), PHOTO)
-    monkeypatch.setattr(images, "FILE_BYTES", path.stat().st_size - 1)
+    monkeypatch.setattr(images, "IMAGE_BYTES", path.stat().st_size - 1)
     refuse_both(path, "larger than")
 
 
@@ -170,3 +170,107 @@ def test_damaged_files(kind: str, tmp_path: Path) -> None:
         for read in (read_image, read_png):
             with contextlib.suppress(DiTError):
                 read(path)
+
+
+def png_of(rows: np.ndarray, color: int, *chunks: bytes) -> bytes:
+    """A PNG file written by hand: uint8 or uint16 rows ``[H, W]`` or ``[H, W, C]`` of a color type."""
+    depth = 8 * rows.dtype.itemsize
+    header = struct.pack(">IIBBBBB", rows.shape[1], rows.shape[0], depth, color, 0, 0, 0)
+    data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows.astype(rows.dtype.newbyteorder(">"))))
+    content = b"\x89PNG\r\n\x1a\n"
+    for chunk in (b"IHDR" + header, *chunks, b"IDAT" + data, b"IEND"):
+        content += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return content
+
+
+def grey_ramp(kind: str) -> np.ndarray:
+    return np.linspace(0, np.iinfo(kind).max, 32 * 48).reshape(32, 48).astype(kind)
+
+
+def stacked(grey: np.ndarray) -> np.ndarray:
+    return np.repeat(grey[..., None], 3, axis=2)
+
+
+def test_pixels_of_every_kind(tmp_path: Path) -> None:
+    """Each kind of pixels gives the values that its format defines: written by hand, computed without Pillow."""
+    deep, color = grey_ramp("u2"), PHOTO.astype(">u2") * 257
+    opaque = np.full_like(PHOTO[..., :1], 255)
+    levels = np.array([round(value / 65535 * 255) for value in deep.ravel().tolist()]).reshape(deep.shape)
+    palette = np.arange(48, dtype=np.uint8).reshape(16, 3) * 5
+    index = np.arange(32 * 48, dtype=np.uint8).reshape(32, 48) % 16
+    for name, content, expected in (
+        ("16-bit grey", png_of(deep, 0), stacked(levels)),
+        (
+            "16-bit grey with another transparent value",
+            png_of(deep | 1, 0, b"tRNS\0\0"),
+            stacked(levels),
+        ),
+        ("16-bit RGB", png_of(color, 2), PHOTO),
+        ("16-bit grey, opaque", png_of(np.stack([deep, np.full_like(deep, 65535)], 2), 4), stacked(deep >> 8)),
+        ("8-bit grey", png_of(grey_ramp("u1"), 0), stacked(grey_ramp("u1"))),
+        ("opaque", png_of(np.concatenate([PHOTO, opaque], 2), 6), PHOTO),
+        ("grey, opaque", png_of(np.concatenate([PHOTO[..., :1], opaque], 2), 4), stacked(PHOTO[..., 0])),
+        ("palette", png_of(index, 3, b"PLTE" + palette.tobytes()), palette[index]),
+        ("opaque palette", png_of(index, 3, b"PLTE" + palette.tobytes(), b"tRNS\xff\xff"), palette[index]),
+        ("gamma", png_of(PHOTO, 2, b"gAMA" + struct.pack(">I", 100000)), PHOTO),
+    ):
+        (tmp_path / "start.png").write_bytes(content)
+        found = read_image(tmp_path / "start.png")
+        assert (found.dtype, found.shape) == (np.uint8, PHOTO.shape), name
+        assert np.abs(found.astype(int) - expected).max() <= ("another" in name), name  # that one's values are odd
+
+
+@pytest.mark.parametrize(("kind", "deep"), [("PNG", False), ("PNG", True), ("JPEG", False), ("WEBP", False)])
+def test_the_exif_record_turns_an_image(kind: str, deep: bool, tmp_path: Path) -> None:
+    """Each of the eight orientations, as the EXIF standard defines them, for 8 bits and for 16-bit grey."""
+    stored = grey_ramp("u2") if deep else PHOTO
+    options: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {"quality": 100} if kind == "JPEG" else {}
+    turns = {
+        1: lambda a: a,
+        2: lambda a: a[:, ::-1],
+        3: lambda a: a[::-1, ::-1],
+        4: lambda a: a[::-1],
+        5: lambda a: a.swapaxes(0, 1),
+        6: lambda a: a[::-1].swapaxes(0, 1),
+        7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+        8: lambda a: a.swapaxes(0, 1)[::-1],
+    }
+    for orientation, turn in turns.items():
+        record = Image.Exif()
+        record[0x0112] = orientation
+        Image.fromarray(stored).save(tmp_path / "start", format=kind, exif=record, **options)
+        expected = turn(stacked(np.rint(stored / 257)) if deep else PHOTO)
+        found = read_image(tmp_path / "start")
+        assert found.shape == expected.shape
+        assert np.abs(found.astype(float) - expected).max() <= (2 if kind == "JPEG" else 0)  # measured: 1 and 0
+
+
+def test_pixels_that_are_not_determined(tmp_path: Path) -> None:
+    """Transparency in each of its forms, CMYK, frames: refused, and what to do is said."""
+    deep, half = grey_ramp("u2"), np.full_like(PHOTO[..., :1], 254)
+    palette, index = b"PLTE" + bytes(range(48)), np.arange(32 * 48, dtype=np.uint8).reshape(32, 48) % 16
+    photo = Image.fromarray(PHOTO)
+    animated = {"save_all": True, "append_images": [Image.fromarray(255 - PHOTO)]}
+    for message, content in (
+        ("it has transparent pixels", png_of(np.concatenate([PHOTO, half], 2), 6)),
+        ("it has transparent pixels", png_of(np.concatenate([PHOTO[..., :1], half], 2), 4)),
+        ("it has transparent pixels", png_of(np.stack([deep, deep], 2), 4)),
+        ("it has transparent pixels", png_of(deep, 0, b"tRNS" + struct.pack(">H", deep[3, 3]))),
+        ("it has transparent pixels", png_of(grey_ramp("u1"), 0, b"tRNS\0\x05")),
+        ("it has transparent pixels", png_of(PHOTO, 2, b"tRNS" + PHOTO[3, 3].astype(">u2").tobytes())),
+        ("it has transparent pixels", png_of(index, 3, palette, b"tRNS\xff\x80")),
+        ("it has transparent pixels", written(Image.fromarray(np.concatenate([PHOTO, half], 2)), "WEBP")),
+        ("its pixels are CMYK; convert it to RGB", written(photo.convert("CMYK"), "JPEG")),
+        ("it has 2 frames", written(photo, "WEBP", **animated)),
+        ("it has 2 frames", written(photo, "PNG", **animated)),
+    ):
+        (tmp_path / "start.png").write_bytes(content)
+        with pytest.raises(SamplingError, match=message) as caught:
+            read_image(tmp_path / "start.png")
+        assert "\n" not in str(caught.value)
+
+
+def written(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **options)
+    return buffer.getvalue()

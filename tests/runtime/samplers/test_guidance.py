@@ -143,6 +143,23 @@ def test_labels_are_named_with_their_weights(pipe: Pipeline) -> None:
     assert all(weights_from_label(label, pipe.manifest) == {7: 1.0} for label in ("7", 7, "class 7"))
 
 
+def test_classes_of_one_name(pipe: Pipeline) -> None:
+    """ImageNet has two cranes: the error has their numbers. For an unknown name the error has what is near it."""
+    names = ("crane", "tench, Tinca tinca", "golden retriever", *map(str, range(3, 9)), "Crane, a bird")
+    manifest = replace(pipe.manifest, class_names=names)
+    for label in ("crane", "CRANE ", "crane+tench", {"crane": 1.0}):
+        with pytest.raises(SamplingError, match=r"label 'crane ?': 2 classes have that name, 0, 9; expected one of"):
+            weights_from_label(label if isinstance(label, dict) else label.lower(), manifest)
+    assert weights_from_label("a bird", manifest) == {9: 1.0}
+    for label, near in (
+        ("golden retreiver", "golden retriever$"),
+        ("tinca", "tench, Tinca tinca$"),
+        ("xyz", "crane; tench"),
+    ):
+        with pytest.raises(SamplingError, match=f"0 classes have that name; expected a number or one of: {near}"):
+            weights_from_label(label, manifest)
+
+
 def test_weights_of_one_need_no_null_branch(pipe: Pipeline) -> None:
     """Fails if the rounding of 0.7 + 0.2 + 0.1 costs a null branch, or a sum other than 1 goes without one."""
     for labels, branch_count in (("0:0.7+1:0.2+2:0.1", 3), ("0:0.7+1:0.2", 3), ("0:0.5+1:0.5", 2)):

@@ -150,6 +150,15 @@ def test_the_encoder_is_diffusers(folder: Path, autoencoder: diffusers.Autoencod
         assert np.array_equal(found[1:2], pipe.encode(images[1:2]))
 
 
+def test_encoded_latents_that_are_no_numbers(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if an encoder that overflows is not named, or is named only after the first step as the step's fault."""
+    session = pipe.engine.session("encoder")
+    latents = np.full((1, *pipe.latent_shape), np.inf, np.float32)
+    monkeypatch.setattr(session, "run", lambda inputs, outputs: [latents])
+    with pytest.raises(SamplingError, match="encoded latents are not finite on onnxruntime"):
+        pipe([3], init=np.zeros((32, 32, 3), np.uint8), steps=2)
+
+
 def test_one_image_for_all_or_one_each(pipe: Pipeline) -> None:
     """Fails if images, their latents, and what ``inits`` makes of either do not start the same way."""
     first, second = photo(1), photo(2)

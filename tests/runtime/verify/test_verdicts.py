@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -70,16 +73,57 @@ def test_a_damaged_verdict_is_none(bundle: Any, change: str) -> None:
     assert len(read_verdicts(bundle)) == (change == "other engine")
 
 
+def giant(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(20 << 30)  # sparse: it takes no space
+
+
+@pytest.mark.parametrize(
+    "replace",
+    [lambda path: path.symlink_to("/dev/zero"), giant, os.mkfifo, Path.mkdir],
+    ids=["endless", "giant", "pipe", "folder"],
+)
+def test_a_verdict_that_is_not_read(bundle: Any, replace: Callable[[Path], None]) -> None:
+    """Fails by reading without end, by waiting for ever, or by the memory that 20 GB take."""
+    path = path_of_verdict(bundle, ENGINE)
+    path.parent.mkdir()
+    replace(path)
+    tracemalloc.start()
+    assert has_passed(bundle, ENGINE) is None
+    assert read_verdicts(bundle) == []
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+
+
+def test_links_in_the_store_lead_nowhere(bundle: Any, tmp_path: Path) -> None:
+    """A verdict from outside the store is not believed, and none is written outside it."""
+    store_verdict(bundle, ENGINE, RUNGS[:2], quick=False)
+    path = path_of_verdict(bundle, ENGINE)
+    outside = tmp_path.parent / f"{tmp_path.name}-outside"
+    path.parent.rename(outside)
+    path.parent.symlink_to(outside)
+    (before,) = outside.iterdir()
+    content = before.read_text()
+    assert has_passed(bundle, ENGINE) is None
+    assert read_verdicts(bundle) == []
+    store_verdict(bundle, ENGINE, RUNGS, quick=False)
+    assert [item.read_text() for item in outside.iterdir()] == [content]
+
+
 @pytest.mark.parametrize(
     "content",
-    ["[]", "{}", "[1]", '[{"name": "a"}]', "[" * 100_000]
-    + [json.dumps([{"name": "a", "precision": None, "engine": "a b", "step_ms": wrong}]) for wrong in (-1, "1", 1e999)],
+    ["[]", "{}", "[1]", '[{"name": "openvino"}]', "[" * 100_000]
+    + [
+        json.dumps([{"name": "openvino", "precision": None, "engine": "a b", "step_ms": wrong}])
+        for wrong in (-1, "1", 1e999)
+    ]
+    + ['[{"name": "another", "precision": null, "engine": "a b", "step_ms": 2}]'],
 )
 def test_a_damaged_record_of_speeds_is_none(tmp_path: Path, content: str) -> None:
     """Times that cannot be read whole are measured anew."""
     path = tmp_path / "speeds.json"
-    assert speed._read(path) is None
-    path.write_text('[{"name": "a", "precision": null, "engine": "a b", "step_ms": 2}]')
-    assert speed._read(path) == [speed.Speed("a", None, "a b", 2.0)]
+    assert speed._read(path, tmp_path) is None
+    path.write_text('[{"name": "openvino", "precision": null, "engine": "a b", "step_ms": 2}]')
+    assert speed._read(path, tmp_path) == [speed.Speed("openvino", None, "a b", 2.0)]
     path.write_text(content)
-    assert speed._read(path) is None
+    assert speed._read(path, tmp_path) is None

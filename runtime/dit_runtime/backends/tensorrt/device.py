@@ -26,6 +26,7 @@ from dit_runtime.backends.tensorrt.runtime_cache import RuntimeCache
 from dit_runtime.backends.tensorrt.store import StoredEngine, StoredGraph
 from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.core.errors import EngineError
+from dit_runtime.core.reading import open_file
 
 # Device memory for contexts, CUDA graphs and the library's kernels, in bytes. Assumed, not measured.
 SMALL_BYTES = 32 << 20
@@ -146,7 +147,7 @@ class Device:
         try:
             # The file is mapped. On a Jetson, a copy would take memory that the weights need.
             with (
-                plan.open("rb") as file,
+                open_file(plan, self.stored.graphs[graph].plan_bytes, within=self.stored.folder) as file,
                 mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
                 memoryview(mapped) as content,
             ):

@@ -26,6 +26,7 @@ from dit_runtime.samplers.by_name import count_default_steps
 # is better, where there is a driver.
 SYSTEM_BYTES = 2_000_000_000
 CONTEXT_BYTES = 500_000_000
+MOST_TRIED = 4096  # the largest batch that is offered in place of one that does not fit
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def check_fits(need_at: Callable[[int], Need], batch: int, available: int) -> Ne
         except EngineError:  # no profile takes so small a batch
             return False
 
-    smaller = next((size for size in range(batch - 1, 0, -1) if fits(size)), None)
+    smaller = next((size for size in range(min(batch - 1, MOST_TRIED), 0, -1) if fits(size)), None)
     if smaller is None:
         advice = "not even batch 1 fits; decode in tiles (--decode-tile), or make smaller images"
     else:

@@ -11,24 +11,24 @@ is used.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from dit_runtime.backends.profiles import Profile, Profiles
 from dit_runtime.bundle.manifest import GraphSpec, Manifest
 from dit_runtime.bundle.reader import ENGINES, MANIFEST, Bundle
-from dit_runtime.core.decode import Amount, DecodeError, Natural, Positive, decode, read_json, schema_of
+from dit_runtime.core.decode import Amount, DecodeError, Natural, Positive, Range, decode, read_json, schema_of, show
 from dit_runtime.core.errors import EngineError
 from dit_runtime.core.files import sha256_of
+from dit_runtime.core.reading import SIDECAR_BYTES, FileError
 
 SCHEMA = 2
 SIDECAR = "engine.json"
-SIDECAR_LIMIT = 16 << 20  # bytes: far more than any sidecar has, and quick to read
 PRODUCTS = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 
-Sizes = tuple[Natural, ...]  # a shape in the sidecar
+Sizes = tuple[Annotated[int, Range(0, 1 << 20)], ...]  # a shape in the sidecar; the graphs take no longer axis
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,11 @@ class StoredEngine:
             EngineError: the engine has no plan of the graph, or the file is not the one that was built.
         """
         path = self.locate_plan(graph)
-        self.check_plan(graph, sha256_of(path))
+        try:
+            found = sha256_of(path, self.graphs[graph].plan_bytes, within=self.folder)
+        except FileError as error:
+            raise EngineError(f"{path}: {error}; run {self._make_command()}") from error
+        self.check_plan(graph, found)
         return path
 
     def locate_plan(self, graph: str) -> Path:
@@ -230,11 +234,11 @@ def read_engine(folder: Path) -> StoredEngine:
     Raises:
         EngineError: there is no sidecar, or it is damaged or of another schema.
     """
-    return engine_from_sidecar(folder, read_sidecar(folder))
+    return engine_from_record(folder, read_record(folder))
 
 
 def read_sidecar(folder: Path) -> dict[str, Any]:
-    """Read a sidecar's JSON, with the fields that only ``dit-build`` uses.
+    """Read a sidecar's JSON.
 
     Raises:
         EngineError: there is no sidecar, or it is not JSON or of another schema.
@@ -243,7 +247,7 @@ def read_sidecar(folder: Path) -> dict[str, Any]:
     try:
         if folder.is_symlink() or path.is_symlink():
             raise DecodeError("a link")
-        raw: dict[str, Any] = read_json(path, SIDECAR_LIMIT)
+        raw: dict[str, Any] = read_json(path, SIDECAR_BYTES, within=folder)
         schema = schema_of(raw)
     except DecodeError as error:
         raise EngineError(f"{path}: not a sidecar ({error}); remove {folder} and run dit-build again") from error
@@ -269,6 +273,14 @@ class GraphRecord:
 
 
 @dataclass(frozen=True)
+class CacheRecord:
+    """The timing cache of a build: its file's name and hash."""
+
+    file: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class EngineRecord:
     """The content of ``engine.json``. Only ``dit-build`` uses ``identity``, ``timing_cache`` and ``tf32``."""
 
@@ -283,17 +295,35 @@ class EngineRecord:
     driver: str | None
     recipe: dict[str, Any]
     identity: dict[str, Any]
-    timing_cache: dict[str, str] | None
+    timing_cache: CacheRecord | None
     tf32: bool
     graphs: tuple[GraphRecord, ...]
 
 
-def engine_from_sidecar(folder: Path, raw: Mapping[str, Any]) -> StoredEngine:
-    """Make a ``StoredEngine`` from a sidecar's JSON. Raises EngineError where a value is missing or invalid."""
+def read_record(folder: Path) -> EngineRecord:
+    """Read the whole content of a sidecar.
+
+    Raises:
+        EngineError: there is no sidecar, or it is damaged or of another schema.
+    """
+    raw = read_sidecar(folder)
     try:
-        record = decode(EngineRecord, raw)
+        return decode(EngineRecord, raw)
+    except DecodeError as error:
+        raise _damaged(folder, error) from error
+
+
+def _damaged(folder: Path, error: ValueError) -> EngineError:
+    return EngineError(f"{folder / SIDECAR}: damaged ({error}); remove {folder} and run dit-build again")
+
+
+def engine_from_record(folder: Path, record: EngineRecord) -> StoredEngine:
+    """Make a ``StoredEngine`` from a sidecar's content. Raises EngineError where its values do not fit each other."""
+    try:
         if not record.graphs:
             raise ValueError("graphs: got none, expected at least one")
+        if len({graph.graph for graph in record.graphs}) != len(record.graphs):
+            raise ValueError("graphs: got one twice, expected each once")
         return StoredEngine(
             folder=folder,
             bundle=record.bundle,
@@ -308,20 +338,22 @@ def engine_from_sidecar(folder: Path, raw: Mapping[str, Any]) -> StoredEngine:
             graphs={graph.graph: _graph_from_record(graph) for graph in record.graphs},
         )
     except ValueError as error:
-        raise EngineError(f"{folder / SIDECAR}: damaged ({error}); remove {folder} and run dit-build again") from error
+        raise _damaged(folder, error) from error
 
 
 def _graph_from_record(record: GraphRecord) -> StoredGraph:
     """Raises ValueError for a plan outside the engine's folder, and for profiles that no plan can have."""
     plan = record.plan
-    if plan in ("", ".", "..") or "\\" in plan or Path(plan).name != plan:
-        raise ValueError(f"plan {plan!r} is outside its engine's folder")
+    if plan in ("", ".", "..") or "\\" in plan or Path(plan).name != plan or not plan.isprintable():
+        raise ValueError(f"plan {show(plan)} is outside its engine's folder")
     if not record.profiles or len(record.activation_bytes) != len(record.profiles):
         raise ValueError(f"{len(record.activation_bytes)} activation sizes for {len(record.profiles)} profiles")
     for profile in record.profiles:
         for name, (least, usual, largest) in profile.items():
             if not len(least) == len(usual) == len(largest) or not all(map(_rises, least, usual, largest)):
-                raise ValueError(f"profile of {name!r}: {least}, {usual}, {largest} does not rise")
+                raise ValueError(f"profile of {show(name)}: {show([least, usual, largest])} does not rise")
+        if record.graph == "decoder" and len(profile.get("latents", ((),))[0]) != len("NCHW"):
+            raise ValueError("profile of the decoder: expected latents of four axes")
     return StoredGraph(
         graph=record.graph,
         plan=plan,
