@@ -58,9 +58,9 @@ def bundle_from_checkpoint(source: Source, output: Path, precision: PrecisionSpe
         OutputError: ``output`` cannot be written, or holds something that is not a bundle.
         ParityError: the PyTorch reference itself is unusable.
     """
+    check_writable(output)
     recover_folder(output)
     check_replaceable(output)
-    check_writable(output)
     checkpoint = load_checkpoint(source)  # a mistake is reported before the work
     check_units(precision, checkpoint.model)
     with replace_folder(output) as folder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,8 +104,9 @@ class ExportRequest:
             return self.output
         path = Path(self.source)
         name = self.source.replace("@", "-").replace("/", "-")
-        if path.exists():
-            name = named(path).stem if path.is_file() else named(path).name
+        with contextlib.suppress(OSError, ValueError):  # such a name is refused when the checkpoint is read
+            if path.exists():
+                name = named(path).stem if path.is_file() else named(path).name
         return Path(f"{name or 'checkpoint'}-{self.precision}.bundle")
 
     @property

@@ -10,7 +10,7 @@ from torch import nn
 
 from dit_export.checkpoints.autoencoder_file import AUTOENCODERS, Autoencoder, autoencoder_from_file, refuse_scaling
 from dit_export.checkpoints.diffusers_modules import freeze, load_module, read_json_object
-from dit_export.checkpoints.hub import check_hub_id, download_repository
+from dit_export.checkpoints.hub import check_hub_id, download_repository, find_local
 from dit_export.checkpoints.random_weights import SkippedInitialization, randomize
 from dit_export.checkpoints.source import Source
 from dit_export.checkpoints.weights import PICKLES, SAFE, files_of_module
@@ -44,10 +44,10 @@ def autoencoder_for(source: Source) -> Autoencoder:
         CheckpointError: it cannot be found or read.
     """
     name = OFFICIAL_VAE if source.autoencoder is None else source.autoencoder
-    path = Path(name)
-    if path.is_file():
+    path = find_local(name)
+    if path is not None and path.is_file():
         return checked_autoencoder(path, autoencoder_from_file(path, source.autoencoder_scaling))
-    if not path.is_dir():
+    if path is None:
         try:
             check_hub_id(name, "the autoencoder's folder, file or hub id")
             path = download_repository(name, HUB_FILES, lambda found: is_complete_autoencoder(found, source.variant))

@@ -17,6 +17,15 @@ HUB_ID = re.compile(r"([\w-][\w.-]*)/[\w.-]+(@[\w./-]+)?")
 CACHED = re.compile(r"models--(.+)")  # the folder of a repository in a hub cache; -- stands for the slash
 
 
+def find_local(name: str) -> Path | None:
+    """The file or folder of that name; None where there is none, or none that can be seen."""
+    with contextlib.suppress(OSError, ValueError):  # a name that is too long, or a folder that may not be entered
+        path = Path(name)
+        if name and (path.is_dir() or path.is_file()):
+            return path
+    return None
+
+
 def check_hub_id(name: str, expected: str) -> None:
     """Check that a name which is nothing in the file system can only mean a repository of the hub.
 
@@ -27,7 +36,7 @@ def check_hub_id(name: str, expected: str) -> None:
     """
     match = HUB_ID.fullmatch(name)
     if match is None or name.endswith((SAFE, *PICKLES)):
-        raise CheckpointError(f"{name}: {_describe_missing(name)}; expected {expected}")
+        raise CheckpointError(f"{name or repr(name):.300}: {_describe_missing(name)}; expected {expected}")
     if match[2] is None and Path(match[1]).is_dir():
         raise CheckpointError(
             f"{name}: {_describe_missing(name)}; expected {expected}; {name}@main is the hub's repository"
@@ -37,17 +46,19 @@ def check_hub_id(name: str, expected: str) -> None:
 def _describe_missing(name: str) -> str:
     """What is wrong with a path that does not exist, with the names that are near its first wrong part."""
     path = Path(name)
-    if path.is_symlink():
-        return f"is a link to {path.readlink()}, which is not there"
-    if path.exists():
-        return "neither a file nor a folder"
-    parent = next(folder for folder in path.parents or [Path()] if folder.exists())
-    wrong = path.relative_to(parent).parts[0] if path.parts else ""
+    if not path.parts:
+        return "no name"
     try:
+        if path.is_symlink():
+            return f"is a link to {path.readlink()}, which is not there"
+        if path.exists():
+            return "neither a file nor a folder"
+        parent = next(folder for folder in path.parents if folder.exists())
         names = sorted(other.name for other in parent.iterdir())
-    except OSError as error:
-        return f"no such file or folder ({parent}: {error.strerror})"
-    near = [other for other in names if other.casefold().startswith(wrong.casefold())] if wrong else []
+    except (OSError, ValueError) as error:
+        return f"cannot be opened ({getattr(error, 'strerror', error)})"
+    wrong = path.relative_to(parent).parts[0]
+    near = [other for other in names if other.casefold().startswith(wrong.casefold())]
     near += [other for other in difflib.get_close_matches(wrong, names, cutoff=0.7) if other not in near]
     return f"no such file or folder; {parent} has {', '.join(near[:5])}" if near else "no such file or folder"
 

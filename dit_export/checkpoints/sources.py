@@ -15,7 +15,7 @@ from dit_export.checkpoints.checkpoint import Checkpoint, check_guidance_channel
 from dit_export.checkpoints.diffusers_folder import load as diffusers_folder
 from dit_export.checkpoints.families import FAMILIES
 from dit_export.checkpoints.formats import Location
-from dit_export.checkpoints.hub import check_hub_id, download_repository, hub_id_of_snapshot
+from dit_export.checkpoints.hub import check_hub_id, download_repository, find_local, hub_id_of_snapshot
 from dit_export.checkpoints.key_errors import SUPPORTED
 from dit_export.checkpoints.presets import preset_from_name
 from dit_export.checkpoints.source import OPTION_PURPOSES, Source, refuse_options
@@ -83,11 +83,9 @@ def _locate(source: Source) -> Location:
     """
     if source.random_seed is not None:
         return Location(None, source.name)
-    path = Path(source.name)
-    if path.is_dir():
-        return _location_of_folder(path)
-    if path.is_file():
-        return Location(path, path.stem)
+    path = find_local(source.name)
+    if path is not None:
+        return _location_of_folder(path) if path.is_dir() else Location(path, path.stem)
     if preset_from_name(source.name) is not None:
         raise CheckpointError(f"{source.name}: a preset has no weights of its own; add --random-weights SEED")
     check_hub_id(source.name, f"{SUPPORTED.removeprefix('expected ')}, a hub id or a preset")

@@ -161,10 +161,13 @@ def check_writable(path: Path, option: str = "--output") -> None:
     ``option`` is the command's option that names the path, for the message.
 
     Raises:
-        OutputError: the path has no name, or the nearest path above that exists is not a folder or cannot be written.
+        OutputError: the path has no name or one that is too long, or the nearest path above that exists is not a folder
+            or cannot be written.
     """
     try:
         _check_name(path)
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            path.lstat()
     except OSError as error:
         raise OutputError(f"{path}: {error.strerror}; choose another {option}") from error
     parent = next(folder for folder in path.absolute().parents if kind_of(folder))

@@ -218,12 +218,14 @@ def test_a_mistyped_path_is_never_asked_of_the_hub(
         ("/nowhere/dit", "no such file or folder; expected"),
         ("owner\\dit", "no such file or folder; expected"),
         ("gone", "is a link to nowhere, which is not there; expected"),
+        ("/dev/null", "neither a file nor a folder; expected"),
+        ("a" * 300, "cannot be opened (File name too long); expected"),
+        ("", "no name; expected"),  # a shell's variable that is empty is not the default
     ):
         assert message in refusal(name), name
         with pytest.raises(CheckpointError) as caught:
             autoencoder_for(Source("none", autoencoder=name))
-        assert str(caught.value).startswith(f"autoencoder {name}: {message}")
-    with pytest.raises(CheckpointError, match=r"config.json: missing; expected an autoencoder's folder"):
-        autoencoder_for(Source("none", autoencoder=""))  # a shell's empty variable is not the default
+        assert str(caught.value).startswith(f"autoencoder {name or repr(name)}: {message}")
+        assert ExportRequest(name).bundle_path.suffix == ".bundle"
     assert "runs/dit-xk@main is the hub's repository" in refusal("runs/dit-xk")
     assert "the hub was asked" in refusal("runs/dit-xk@main")

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from dit_runtime.core.errors import OutputError
 from dit_runtime.core.reading import leads_outside
+from dit_runtime.core.replace import check_writable
 
 
 @pytest.fixture
@@ -62,6 +64,18 @@ def test_blobs_that_lie_elsewhere_are_outside(repository: Path, tmp_path: Path) 
     (repository / "blobs").rename(tmp_path / "moved")
     (repository / "blobs").symlink_to(tmp_path)
     assert leads_outside(snapshot, snapshot / "link")
+
+
+def test_a_path_that_cannot_be(tmp_path: Path) -> None:
+    """A name that is too long, and a file in the place of a folder, are told before the work."""
+    (tmp_path / "file").touch()
+    for path, reason in (
+        (tmp_path / ("a" * 300), "File name too long"),
+        (tmp_path / "file" / "x", "cannot be written to"),
+    ):
+        with pytest.raises(OutputError, match=reason):
+            check_writable(path)
+    check_writable(tmp_path / "new" / "folder")
 
 
 def test_an_ordinary_folder_has_no_blobs(tmp_path: Path) -> None:
