@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from dit_runtime.bundle.manifest import PrecisionSpec
 from dit_runtime.bundle.precision import EXPORTED, Precision
 from dit_runtime.core.errors import CheckpointError
 from dit_runtime.core.files import named
+from dit_runtime.core.reading import kind_of
 from dit_runtime.sampling.tiles import check_tile
 
 ALL = "all"
@@ -104,9 +104,8 @@ class ExportRequest:
             return self.output
         path = Path(self.source)
         name = self.source.replace("@", "-").replace("/", "-")
-        with contextlib.suppress(OSError, ValueError):  # such a name is refused when the checkpoint is read
-            if path.exists():
-                name = named(path).stem if path.is_file() else named(path).name
+        if kind_of(path) is not None:
+            name = named(path).stem if path.is_file() else named(path).name
         return Path(f"{name or 'checkpoint'}-{self.precision}.bundle")
 
     @property

@@ -12,6 +12,7 @@ from typing import Any
 
 from dit_export.checkpoints.weights import PICKLES, SAFE
 from dit_runtime.core.errors import CheckpointError
+from dit_runtime.core.reading import kind_of
 
 HUB_ID = re.compile(r"([\w-][\w.-]*)/[\w.-]+(@[\w./-]+)?")
 CACHED = re.compile(r"models--(.+)")  # the folder of a repository in a hub cache; -- stands for the slash
@@ -19,11 +20,7 @@ CACHED = re.compile(r"models--(.+)")  # the folder of a repository in a hub cach
 
 def find_local(name: str) -> Path | None:
     """The file or folder of that name; None where there is none, or none that can be seen."""
-    with contextlib.suppress(OSError, ValueError):  # a name that is too long, or a folder that may not be entered
-        path = Path(name)
-        if name and (path.is_dir() or path.is_file()):
-            return path
-    return None
+    return Path(name) if name and kind_of(Path(name)) in ("file", "folder") else None
 
 
 def check_hub_id(name: str, expected: str) -> None:
