@@ -6,11 +6,25 @@
     assert result.passed
     verify(result.bundle, engine="openvino")
 
-Importing this package imports no torch; ``export`` imports it when it is called.
+Importing this package imports no torch; ``export`` imports it when it is called. The names of ``__all__`` are imported
+when they are asked for: a command answers Ctrl-C before it imports numpy.
 """
 
-from dit_export.api import ExportResult, export, verify
-from dit_export.request import ExportRequest
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from dit_runtime.core.version import __version__
+
+if TYPE_CHECKING:
+    from dit_export.api import ExportResult, export, verify
+    from dit_export.request import ExportRequest
+else:
+    _HOMES = {"ExportResult": "api", "export": "api", "verify": "api", "ExportRequest": "request"}
+
+    def __getattr__(name: str) -> object:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
 
 __all__ = ["ExportRequest", "ExportResult", "__version__", "export", "verify"]

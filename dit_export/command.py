@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from dit_export.api import ExportResult, check_installed, export_request
+from dit_export.checkpoints.libraries import import_libraries
 from dit_export.request import ALL, ExportRequest
-from dit_runtime.commands.common import Parser, image_size, positive, print_json, run
+from dit_runtime.commands.common import Parser, image_size, positive, print_json, run, say
 from dit_runtime.core.files import named
 
 EXAMPLES = (
@@ -35,6 +35,7 @@ def _main(argv: list[str] | None) -> int:
     if args.keep_fp32 and not args.fp16:
         parser.error("--keep-fp32 is for FP16 graphs, whose other units are FP16; add --fp16")
     check_installed()
+    import_libraries()
     request = None if args.checkpoint is None else _request_from_arguments(args)
     if args.bisect is not None:
         return _bisect(args.bisect, request, args.output, args.json)
@@ -189,17 +190,16 @@ def _request_from_arguments(args: argparse.Namespace) -> ExportRequest:
 def _export(request: ExportRequest, as_json: bool) -> int:
     result = export_request(request)
     if result.not_verified is not None:
-        print(f"dit-export: parity was not checked: {result.not_verified}", file=sys.stderr)
+        say("dit-export", f"parity was not checked: {result.not_verified}")
     if as_json:
         print_json(result.as_json())
     else:
         print(_format_result(result))
     failed = [rung.name for rung in result.rungs if not rung.passed]
     if failed:
-        print(
-            f"dit-export: {result.path} was written, but does not match PyTorch on {result.engine}: "
-            f"{', '.join(failed)}",
-            file=sys.stderr,
+        say(
+            "dit-export",
+            f"{result.path} was written, but does not match PyTorch on {result.engine}: {', '.join(failed)}",
         )
     return 1 if failed else 0
 
@@ -243,3 +243,7 @@ def _bisect(path: Path, request: ExportRequest | None, output: Path | None, as_j
     else:
         print(format_bisection(found, bundle, output))
     return 0
+
+
+if __name__ == "__main__":
+    main()

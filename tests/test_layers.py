@@ -37,6 +37,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("dry_run",),
         ("api", "dry_run_report"),
         ("command",),
+        ("entry",),
     ),
 }
 ORDER = ("dit_runtime", "dit_engines", "dit_export")

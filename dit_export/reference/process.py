@@ -1,35 +1,31 @@
 """Makes golden records in a process of its own, which never imports the modules and graphs that are exported.
 
 When the process ends, its memory is free again for tracing. Its last line on stdout is JSON: the measurements, or the
-error that stopped it.
+error that stopped it. The module ``child`` is what it runs.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dit_export.checkpoints.sources import Source, load_checkpoint
+from dit_export.reference.child import FAILED
 from dit_export.reference.golden import write_records
 from dit_export.reference.record_settings import CHEAP_GMAC, Measurements, RecordSettings
 from dit_runtime.bundle.macs import count_step_gmac
 from dit_runtime.bundle.manifest import name_for_size
 from dit_runtime.bundle.reader import GOLDEN
-from dit_runtime.core.children import command_of_module
-from dit_runtime.core.errors import CheckpointError, DiTError, ParityError
-from dit_runtime.core.progress import Progress, show_progress
-from dit_runtime.core.replace import hold_folder
+from dit_runtime.core.children import command_of_module, run_child
+from dit_runtime.core.errors import CheckpointError, DiTError
+from dit_runtime.core.progress import Progress
 
-FAILED = 3  # exit status after an error that the last line tells
-ERRORS = {kind.__name__: kind for kind in (CheckpointError, ParityError)}
+ERRORS = {kind.__name__: kind for kind in DiTError.__subclasses__()}
 
 
 def records_in_process(source: Source, folder: Path, encoder: bool, precision: str) -> Measurements:
@@ -44,16 +40,17 @@ def records_in_process(source: Source, folder: Path, encoder: bool, precision: s
     Raises:
         CheckpointError: the checkpoint cannot be read, or the process was killed.
         ParityError: the PyTorch reference itself is unusable.
+        DiTError: the records cannot be written.
     """
-    command = command_of_module("dit_export.reference.process", os.fspath(folder), json.dumps(encoder), precision)
-    finished = subprocess.run(command, input=source.to_json(), stdout=subprocess.PIPE, text=True, check=False)
+    command = command_of_module("dit_export.reference.child", os.fspath(folder), json.dumps(encoder), precision)
+    finished = run_child(command, source.to_json())
     lines = finished.stdout.splitlines()
     if finished.returncode not in (0, FAILED) or not lines:
         raise CheckpointError(
             f"{source.name}: the reference process ended with {finished.returncode}; "
             "most likely it ran out of memory, or was killed"
         )
-    result: dict[str, Any] = json.loads(lines[-1])  # libraries may have printed lines before
+    result: dict[str, Any] = json.loads(lines[-1])
     if finished.returncode == FAILED:
         raise ERRORS.get(result["error"], DiTError)(result["message"])
     return Measurements(**result)
@@ -76,22 +73,3 @@ def make_records(source: Source, folder: Path, encoder: bool, precision: str) ->
             measurements = found if measurements is None else measurements.add_size(found, size)
     assert measurements is not None
     return measurements
-
-
-def _main() -> int:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C, and ends this process
-    show_progress()
-    folder, encoder, precision = sys.argv[1:]
-    source = Source.from_json(sys.stdin.read())
-    try:
-        with hold_folder(Path(folder)):  # the parent may be killed, and another export begin
-            result = asdict(make_records(source, Path(folder), json.loads(encoder), precision))
-    except DiTError as error:
-        print(json.dumps({"error": type(error).__name__, "message": str(error)}))
-        return FAILED
-    print(json.dumps(result))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(_main())

@@ -15,6 +15,7 @@ from dit_runtime.commands.common import (
     positive,
     print_json,
     run,
+    say,
 )
 
 if TYPE_CHECKING:  # imported after the arguments are parsed
@@ -251,7 +252,7 @@ def _can_be_verified(bundle: Bundle, request: BuildRequest) -> bool:
 
 
 def _say(line: str) -> None:
-    print(f"dit-build: {line}", file=sys.stderr)
+    say("dit-build", line)
 
 
 def _version(text: str) -> tuple[int, ...]:
@@ -266,3 +267,7 @@ def _numbers(text: str) -> tuple[int, ...]:
         return tuple(int(item) for item in text.split(","))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected whole numbers such as 1,2") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -19,7 +19,7 @@ from dit_engines.engine_store import LAYERS, LOG, STORE_OPTION, TIMING_CACHE, Bu
 from dit_engines.external_data import check_external_data
 from dit_engines.recipe import Recipe, profiles_of
 from dit_runtime.bundle.reader import Bundle
-from dit_runtime.core.children import command_of_module
+from dit_runtime.core.children import command_of_module, start_child
 from dit_runtime.core.errors import BuildError, OutputError
 from dit_runtime.core.files import sha256_of
 from dit_runtime.core.progress import Progress
@@ -157,7 +157,7 @@ def _run_worker(request: dict[str, Any], bar: Progress) -> tuple[dict[str, Any],
     words = command_of_module("dit_engines.worker")
     with (
         tempfile.TemporaryFile("w+", errors="replace") as errors,
-        subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+        start_child(words, stderr=errors) as process,
     ):
         assert process.stdin is not None
         assert process.stdout is not None

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import sys
 import threading
 from collections.abc import Sequence
@@ -23,15 +22,20 @@ from dit_engines.audit import Audit, audit_of
 from dit_engines.graph_work import work_of_graph
 from dit_engines.kernels import Kernel, kernel_from_layer, kernels_from_log
 from dit_runtime.backends.tensorrt import api as tensorrt_api
-from dit_runtime.core.errors import DiTError
+from dit_runtime.core.errors import DiTError, explain
 from dit_runtime.core.reading import TIMING_CACHE_BYTES, FileError, read_file
+from dit_runtime.core.streams import guarded_streams
 
 _MEMORY = re.compile(r"Total (Weights|Activation) Memory: (\d+)")
 
 
 def main() -> None:
     """Build the plan that stdin asks for."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
+    with guarded_streams(keep_stderr=True):  # a library that prints would write into the answer
+        _answer()
+
+
+def _answer() -> None:
     request = json.loads(sys.stdin.readline())
     cancelled = threading.Event()
     threading.Thread(target=_wait_for_end, args=(cancelled,), daemon=True).start()
@@ -43,6 +47,8 @@ def main() -> None:
         _fail(f"{request['timing_cache']}: {error}", full=False)
     except OSError as error:
         _fail(f"cannot be written ({error.strerror or error})", full=True)
+    except Exception as error:  # noqa: BLE001  # the parent says it, whatever it is
+        _fail(explain(error), full=False)
 
 
 def _fail(reason: str, full: bool) -> None:

@@ -471,7 +471,7 @@ def test_ctrl_c_leaves_nothing(bundle: Bundle, engine: BuiltEngine, tmp_path: Pa
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert time.monotonic() - start < CANCEL_SECONDS  # measured: 0.3 s; it was not killed
-    assert errors == "dit-build: interrupted; nothing half-written was left behind\n"
+    assert errors == ""
     assert not alive(builder)
     assert [path.name for path in tmp_path.iterdir()] == [engine.folder.name]
     assert find_engine(tmp_path / engine.folder.name, engine.recipe) is not None

@@ -14,7 +14,6 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, TextIO
 
 import pytest
@@ -137,12 +136,12 @@ def references_in_this_process() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(process, "command_of_module", lambda module, *arguments: [module, *arguments])
-        patch.setattr(process, "subprocess", SimpleNamespace(run=run_module, PIPE=subprocess.PIPE))
+        patch.setattr(process, "run_child", run_module)
         yield
 
 
-def run_module(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-    """``subprocess.run`` of a module with arguments, ``[MODULE, …]``, in this process."""
+def run_module(command: list[str], text: str) -> subprocess.CompletedProcess[str]:
+    """``run_child`` of a module with arguments, ``[MODULE, …]``, in this process."""
     import torch
 
     module, *arguments = command
@@ -153,7 +152,7 @@ def run_module(command: list[str], **options: Any) -> subprocess.CompletedProces
 
     threads, stdin = torch.get_num_threads(), sys.stdin
     with tempfile.TemporaryFile("w+", encoding="utf-8") as sys.stdin:
-        sys.stdin.write(options["input"])
+        sys.stdin.write(text)
         sys.stdin.seek(0)
         try:
             done = run_here(main, [module, *arguments])

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from dit_runtime.backends.openvino.engine import import_openvino
 from dit_runtime.bundle.manifest import ModelSpec
 from dit_runtime.bundle.precision import Precision
 from dit_runtime.samplers.noise import Float32
@@ -77,8 +78,8 @@ def _product_by_numpy(left: Float32, forth: Float32, back: Float32) -> Callable[
 def _product_by_openvino(
     left: Float32, forth: Float32, back: Float32, precision: str, threads: int
 ) -> Callable[[], Any]:
-    import openvino
-    from openvino import opset13
+    openvino = import_openvino()
+    opset13 = openvino.opset13
 
     parameter = opset13.parameter(list(left.shape), np.float32)
     product = opset13.matmul(parameter, opset13.constant(forth), False, False)

@@ -126,3 +126,7 @@ def _batches(text: str) -> tuple[int, ...]:
     if not batches or batches[0] < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected whole numbers from 1, such as 1,2,4")
     return batches
+
+
+if __name__ == "__main__":
+    main()

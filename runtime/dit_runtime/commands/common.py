@@ -6,19 +6,23 @@ import argparse
 import contextlib
 import json
 import logging
+import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from types import FrameType
 from typing import Any, NoReturn
 
 from dit_runtime.backends.base import most_threads
 from dit_runtime.backends.open import BACKENDS
-from dit_runtime.core.errors import DiTError, SamplingError
+from dit_runtime.core.entry import INTERRUPTED, answer_stops, forget_stops, interrupt, was_stopped
+from dit_runtime.core.errors import SamplingError, explain
+from dit_runtime.core.libraries import quiet_libraries
 from dit_runtime.core.progress import show_progress
+from dit_runtime.core.streams import DEBUG, guarded_streams, write_safely
+from dit_runtime.core.text import LONGEST, one_line
 from dit_runtime.core.version import __version__
 
-INTERRUPTED = 130
 LONGEST_NUMBER = 100  # characters
 ENGINE_HELP = (
     f"auto, {', '.join(BACKENDS)}; auto takes TensorRT if dit-build made an engine for this GPU, "
@@ -38,7 +42,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message}; see {self.prog} --help", file=sys.stderr)
+        say(self.prog, f"{one_line(message, LONGEST - 40)}; see {self.prog} --help")
         sys.exit(1)
 
 
@@ -52,26 +56,48 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
 def run(name: str, work: Callable[[], int]) -> NoReturn:
     """Run a command's work and exit with the code that it returns.
 
-    A ``DiTError`` is one line on stderr and exit code 1; Ctrl-C or SIGTERM is one line and exit code 130.
+    What a user or a file can cause is one line on stderr and exit code 1. Ctrl-C, SIGTERM and SIGHUP are exit code 130,
+    and silence. Any other error is a fault of ours: one line that says so, and exit code 1; the environment variable
+    ``DIT_DEBUG`` shows its traceback. Results that cannot be printed are an error too, unless nobody reads them.
     """
-    signal.signal(signal.SIGTERM, _interrupt)
-    signal.signal(signal.SIGALRM, _interrupt)
+    forget_stops()
+    answer_stops(interrupt)
+    signal.signal(signal.SIGALRM, interrupt)
     sys.unraisablehook = _interrupt_again
-    try:
-        with _shown_log():
-            code = work()
-    except DiTError as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        code = 1
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted; nothing half-written was left behind", file=sys.stderr)
-        code = INTERRUPTED
+    with quiet_libraries(), guarded_streams() as finish:
+        code = _code_of(name, work)
+        if (error := finish()) is not None and code != INTERRUPTED:
+            say(name, f"stdout: the results could not be printed ({error.strerror}); files that it wrote are complete")
+            code = code or 1
     sys.exit(code)
 
 
+def _code_of(name: str, work: Callable[[], int]) -> int:
+    """What ``work`` returns; after an error, which is said, 1."""
+    try:
+        with _shown_log():
+            return work()
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except SystemExit as end:  # of argparse
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except Exception as error:  # noqa: BLE001  # whatever it is, a user sees no traceback
+        if was_stopped():  # in the midst of an import, for one, KeyboardInterrupt becomes an ImportError
+            return INTERRUPTED
+        if os.environ.get(DEBUG):
+            traceback.print_exc()
+        say(name, explain(error))
+        return 1
+
+
+def say(name: str, text: object) -> None:
+    """Print one line on stderr, as the command ``name`` says it."""
+    write_safely(sys.stderr, f"{name}: {one_line(text)}\n")
+
+
 def print_json(value: Any) -> None:
-    """Print one JSON document on stdout."""
-    print(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
+    """Print one JSON document on stdout, in ASCII."""
+    print(json.dumps(value, indent=1, allow_nan=False))
 
 
 def image_size(text: str) -> tuple[int, int]:
@@ -122,10 +148,6 @@ def seed_number(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt
-
-
 def _interrupt_again(unraisable: sys.UnraisableHookArgs) -> None:
     """Python drops an exception in a weak reference's callback or a ``__del__``: an interrupt there comes again."""
     if isinstance(unraisable.exc_value, KeyboardInterrupt):
@@ -138,7 +160,7 @@ class _Lines(logging.Handler):
     """What the library found out, a line each on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(record.getMessage(), file=sys.stderr)
+        write_safely(sys.stderr, f"{one_line(record.getMessage())}\n")
 
 
 @contextlib.contextmanager

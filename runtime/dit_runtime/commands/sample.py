@@ -18,6 +18,7 @@ from dit_runtime.commands.common import (
     positive,
     print_json,
     run,
+    say,
     seed_number,
     thread_count,
 )
@@ -62,7 +63,7 @@ def _sample(request: SampleRequest) -> int:
 
     jobs = jobs_from_request(request)
     for warning in jobs.warnings:
-        print(f"dit-sample: {warning}", file=sys.stderr)
+        say("dit-sample", warning)
     with Progress("sampling", count_work(jobs)) as bar:
         written = write_images(jobs, request.output, bar)
     if request.output.list_all:
@@ -323,3 +324,7 @@ def _add_output_arguments(parser: Parser) -> None:
         "--write-table", type=Path, metavar="JSON", help="write the named sampler's table, and make no image"
     )
     group.add_argument("--json", action="store_true", help="print the files and how they were made as JSON")
+
+
+if __name__ == "__main__":
+    main()

@@ -239,3 +239,7 @@ def format_records(bundle: Bundle, folder: Path, written: list[Path]) -> str:
         f"--load-inputs {folder}/step-inputs.json --load-outputs {folder}/step-outputs.json "
         f"--rtol {limit:g} --atol {limit:g}"
     )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,11 +1,20 @@
-"""Children: how a module of ours is started in an interpreter of its own."""
+"""Children: how a module of ours is started in an interpreter of its own, and ended with this process."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
+import signal
+import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+from dit_runtime.core.streams import stderr_of_children
+
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 PACKAGES = ("dit_runtime", "dit_engines", "dit_export")
 
 
@@ -17,9 +26,50 @@ def command_of_module(module: str, *arguments: str) -> list[str]:
     """
     code = (
         f"import sys; sys.path[:] = {_find_import_path()!a}; import runpy; "
+        f"from dit_runtime.core.children import end_with_parent; end_with_parent(); "
         f"runpy.run_module({module!a}, run_name='__main__', alter_sys=True)"
     )
     return [sys.executable, "-c", code, *arguments]
+
+
+def start_child(command: Sequence[str], **options: Any) -> subprocess.Popen[str]:
+    """Start a child with text pipes for stdin and stdout; ``options`` are ``subprocess.Popen``'s.
+
+    Ctrl-C in a terminal is for all its processes. The parent answers it: the child has it blocked from its first
+    instruction on.
+    """
+    options = {"stderr": stderr_of_children(), **options}
+    with _blocked(signal.SIGINT):
+        return subprocess.Popen(
+            list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", errors="replace", **options
+        )
+
+
+def run_child(command: Sequence[str], text: str) -> subprocess.CompletedProcess[str]:
+    """Run a child on ``text`` as its stdin, and wait for it; an interrupt ends it."""
+    with start_child(command) as process:
+        try:
+            out, _ = process.communicate(text)
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(process.args, process.returncode, out)
+
+
+def end_with_parent() -> None:
+    """Let the system end this process when its parent is gone, where it can: even a killed parent leaves no child."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def _blocked(number: signal.Signals) -> Iterator[None]:
+    """Hold a signal back meanwhile; processes that are started in here never get it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _find_import_path() -> list[str]:

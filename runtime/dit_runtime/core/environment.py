@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,9 +33,9 @@ def describe_environment(threads: int = 0, root: Path = Path("/"), run: RunComma
     """
     run = run or _run_command
     found: dict[str, Any] = {
-        "system": platform.platform(),
+        "system": _describe_system(),
         "python": platform.python_version(),
-        "processor": platform.processor() or platform.machine(),
+        "processor": platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": threads,
         "libraries": {"numpy": np.__version__, **_read_versions()},
@@ -59,6 +60,13 @@ def describe_environment(threads: int = 0, root: Path = Path("/"), run: RunComma
                 dict(zip(names, (value.strip() for value in line.split(",")), strict=True)) for line in lines
             ]
     return found
+
+
+def _describe_system() -> str:
+    """System, release, architecture and C library. ``platform.platform`` starts ``uname`` on Python 3.10."""
+    system = os.uname()
+    library = "".join(platform.libc_ver())
+    return "-".join([system.sysname, system.release, system.machine, *([f"with-{library}"] if library else [])])
 
 
 def _describe_jetson(root: Path, run: RunCommand) -> dict[str, Any]:
@@ -109,6 +117,8 @@ def _read_text(path: Path) -> str:
 
 def _run_command(command: Sequence[str]) -> str:
     """The stdout of a command; raises OSError if it is not installed, fails or does not answer in 10 s."""
+    if shutil.which(command[0]) is None:  # no process is forked to find that out
+        raise FileNotFoundError(f"{command[0]} is not installed")
     try:
         done = subprocess.run(list(command), capture_output=True, text=True, timeout=10, check=True)
     except subprocess.SubprocessError as error:

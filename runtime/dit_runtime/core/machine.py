@@ -23,7 +23,7 @@ class Processor:
 
 def read_processor(root: Path = Path("/")) -> Processor:
     """The processor of this machine; ``root`` is the folder that has ``proc``."""
-    model = platform.processor() or platform.machine()
+    model = platform.machine()  # platform.processor() would start uname
     with contextlib.suppress(OSError):
         for line in (root / "proc" / "cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             key, _, value = line.partition(":")

@@ -5,8 +5,11 @@ from __future__ import annotations
 import sys
 import time
 
-WIDTH = 24
+from dit_runtime.core.streams import write_safely
+from dit_runtime.core.text import one_line
 
+WIDTH = 24
+LONGEST_LABEL = 60
 
 _asked = False  # by the program: a library draws nothing in another program's terminal
 
@@ -25,7 +28,7 @@ class Progress:
 
     def __init__(self, label: str, total: int) -> None:
         self._label, self._total, self._done = label, max(total, 1), 0
-        self._shown = _asked and sys.stderr.isatty()
+        self._shown = _asked and sys.stderr is not None and sys.stderr.isatty()
         self._start = time.monotonic()
         self._drawn = 0.0
 
@@ -35,8 +38,7 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         if self._shown:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
+            write_safely(sys.stderr, "\r\x1b[K")
 
     def advance(self, count: int = 1) -> None:
         """So many more pieces are done."""
@@ -61,7 +63,16 @@ class Progress:
         spent = time.monotonic() - self._start
         share = min(self._done / self._total, 1.0)
         filled = round(share * WIDTH)
-        left = f"{spent / share - spent:.0f} s left" if share > 0 else "…"
-        bar = "█" * filled + "░" * (WIDTH - filled)
-        sys.stderr.write(f"\r\x1b[K{self._label} {bar} {self._done}/{self._total}  {spent:.0f} s, {left}")
-        sys.stderr.flush()
+        left = f"{spent / share - spent:.0f} s left" if share > 0 else "..."
+        full, empty = "█░" if _can_print("█░") else "#-"
+        bar = full * filled + empty * (WIDTH - filled)
+        label = one_line(self._label, LONGEST_LABEL)
+        write_safely(sys.stderr, f"\r\x1b[K{label} {bar} {self._done}/{self._total}  {spent:.0f} s, {left}")
+
+
+def _can_print(text: str) -> bool:
+    try:
+        text.encode(sys.stderr.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -406,7 +406,7 @@ def test_a_write_that_is_cut_short(bundle: Path, tmp_path: Path, monkeypatch: py
             patch.setattr(Image.Image, "save", save)
             done = dit_sample(bundle, *arguments, "--overwrite", "--guidance", 1)
         assert (done.code, done.out) == (130, "")
-        assert done.err == "dit-sample: interrupted; nothing half-written was left behind\n"
+        assert done.err == ""
         assert (sorted(tmp_path.rglob("*")), old.read_bytes()) == (before, content)
         made(bundle, *arguments, "--overwrite", "--guidance", 1)
         assert opened.read() == content  # replaced at once, not written over
@@ -431,7 +431,7 @@ def test_ctrl_c_in_a_folder(bundle: Path, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert errors.strip() == "dit-sample: interrupted; nothing half-written was left behind"
+    assert errors == ""
     first = times(folder)
     assert 2 <= len(first) < 20
     assert all(pixels(folder / name).shape == (32, 32, 3) for name in first)

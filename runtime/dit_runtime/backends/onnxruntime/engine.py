@@ -24,6 +24,7 @@ from dit_runtime.bundle.manifest import SIZED_GRAPHS
 from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import DiTError, EngineError
+from dit_runtime.core.libraries import switch_telemetry_off
 
 Call = Callable[[Mapping[str, Array], Sequence[str]], list[Array]]
 
@@ -141,7 +142,7 @@ class OnnxRuntimeEngine:
     def _make_options(self) -> Any:
         options = self._runtime.SessionOptions()
         options.intra_op_num_threads = self.info.threads
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # an error is raised too, with the same text
         return options
 
     def _open(self, path: Path, options: Any) -> Any:
@@ -175,6 +176,7 @@ class _OnnxRuntimeSession:
 
 def import_onnxruntime() -> Any:
     """Import ONNX Runtime. Raises EngineError where it is not installed."""
+    switch_telemetry_off()
     try:
         import onnxruntime
     except ImportError as error:

@@ -30,6 +30,7 @@ from dit_runtime.bundle.manifest import ENCODER, GraphSpec
 from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import EngineError
+from dit_runtime.core.libraries import without_module
 from dit_runtime.core.machine import check_memory, read_processor
 
 PRECISIONS = (Precision.FP32, Precision.BF16)
@@ -356,7 +357,10 @@ def _reason_of(error: RuntimeError) -> str:
 def import_openvino() -> Any:
     """Import OpenVINO. Raises EngineError where it is not installed."""
     try:
-        import openvino
+        # Imported with it, OpenVINO tells google-analytics.com so, from a process that it forks for that, and writes an
+        # identity into the home folder. It has no switch, but does without.
+        with without_module("openvino_telemetry"):
+            import openvino
     except ImportError as error:
         raise EngineError("OpenVINO is not installed; pip install 'dit-export[openvino]'") from error
     return openvino

@@ -1,0 +1,10 @@
+"""What the command's script calls; importing this module imports next to nothing."""
+
+from typing import NoReturn
+
+from dit_runtime.core.entry import start
+
+
+def export() -> NoReturn:
+    """``dit-export``."""
+    start("dit_export.command")
