@@ -10,11 +10,9 @@ Importing this package imports no torch; ``export`` imports it when it is called
 when they are asked for: a command answers Ctrl-C before it imports numpy.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING
-
 from dit_runtime.core.version import __version__
 
+TYPE_CHECKING = False  # as typing has it, which is not imported here
 if TYPE_CHECKING:
     from dit_export.api import ExportResult, export, verify
     from dit_export.request import ExportRequest
@@ -24,6 +22,8 @@ else:
     def __getattr__(name: str) -> object:
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
         return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 

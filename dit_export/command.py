@@ -205,6 +205,7 @@ def _export(request: ExportRequest, as_json: bool) -> int:
 
 
 def _format_result(result: ExportResult) -> str:
+    from dit_runtime.core.text import join_lines
     from dit_runtime.verify.rung import format_rungs
 
     manifest, sizes = result.manifest, result.weights_bytes
@@ -212,20 +213,22 @@ def _format_result(result: ExportResult) -> str:
     lines = [f"{result.path}: {manifest.source.name}, {manifest.precision.name}; weights: {weights}"]
     if result.rungs:
         lines.append(f"against {manifest.source.reference}, on {result.engine}:")
-        lines.append(format_rungs(result.rungs))
-    return "\n".join(lines)
+        lines += format_rungs(result.rungs).split("\n")
+    return join_lines(lines)
 
 
 def _dry_run(request: ExportRequest, as_json: bool) -> int:
     """Print what the export would make: nothing is converted, traced or written."""
     from dit_export.dry_run import dry_run_of_request
     from dit_export.dry_run_report import format_dry_run
+    from dit_runtime.core.text import join_lines
 
     checkpoint, estimate = dry_run_of_request(request)
     if as_json:
         print_json({"source": checkpoint.name, "reference": checkpoint.reference, **estimate.as_json()})
     else:
-        print(f"{checkpoint.name}\nreference: {checkpoint.reference}\n{format_dry_run(estimate)}")
+        head = [checkpoint.name, f"reference: {checkpoint.reference}"]
+        print(f"{join_lines(head)}\n{format_dry_run(estimate)}")
     return 0
 
 

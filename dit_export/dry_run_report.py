@@ -7,6 +7,7 @@ from textwrap import fill
 
 from dit_export.dry_run import DryRun, Roofline, SizeEstimate
 from dit_runtime.bundle.manifest import ENCODER
+from dit_runtime.core.text import join_lines
 
 COLUMNS = 110
 LABEL = 14  # columns of a fact's name
@@ -16,7 +17,8 @@ WORK_OF = {"conditioner": "a row of the table", "step": "a branch", "decoder": "
 def format_dry_run(estimate: DryRun) -> str:
     """A dry run as text for a terminal; sentences are at most 110 columns wide."""
     facts = _facts_of(estimate)
-    lines = [fill(f"{name:<{LABEL}}{text}", COLUMNS, subsequent_indent=" " * LABEL) for name, text in facts.items()]
+    filled = [fill(f"{name:<{LABEL}}{text}", COLUMNS, subsequent_indent=" " * LABEL) for name, text in facts.items()]
+    lines = "\n".join(filled).split("\n")
     lines += ["", f"{'graph':<12} {'parameters':>10} {'FP32':>10} {'FP16':>10} {'GMAC':>9}"]
     lines += [
         f"{graph.name:<12} {_show_count(graph.parameters):>10} {_show_bytes(graph.fp32_bytes):>10} "
@@ -25,7 +27,7 @@ def format_dry_run(estimate: DryRun) -> str:
     ]
     for size in estimate.sizes:
         lines += _lines_of_size(size)
-    return "\n".join(lines)
+    return join_lines(lines)
 
 
 def _facts_of(estimate: DryRun) -> dict[str, str]:

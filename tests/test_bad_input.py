@@ -207,7 +207,7 @@ def test_no_torch_installed(checkpoint: Path) -> None:
     ),
 )
 def test_ctrl_c_in_an_export(checkpoint: Path, tmp_path: Path, moment: float, stop: signal.Signals) -> None:
-    """Interrupted early (reference) or later (tracing): exit 130 in silence, no folder left, an older bundle untouched."""
+    """Interrupted early (reference) or later (tracing): 130 in silence, no folder left, an older bundle untouched."""
     output = tmp_path / "out.bundle"
     output.mkdir()
     (output / "manifest.json").write_text("the old one")

@@ -7,6 +7,7 @@ from pathlib import Path
 from dit_export.bisect.bisection import Bisection
 from dit_export.bisect.kernel_cost import KernelCost
 from dit_runtime.bundle.reader import Bundle
+from dit_runtime.core.text import join_lines
 from dit_runtime.verify.budget import FP16_MAX
 
 EMULATION = (
@@ -42,7 +43,7 @@ def format_bisection(bisection: Bisection, bundle: Bundle, output: Path) -> str:
     lines.append(EMULATION)
     if bisection.findings:
         lines.append(f"{output}: now dit-export CHECKPOINT --fp16 --keep-fp32 {output}")
-    return "\n".join(lines)
+    return join_lines(lines)
 
 
 def _describe_cost(cost: KernelCost | None) -> str:

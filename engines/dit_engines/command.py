@@ -161,13 +161,14 @@ def _print_targets(json: bool) -> int:
 def _print_trtexec(request: BuildRequest) -> int:
     from dit_engines.trtexec import trtexec_commands
     from dit_runtime.bundle.reader import open_bundle
+    from dit_runtime.core.text import printable
 
     bundle = open_bundle(request.bundle).at(request.size)
     commands = trtexec_commands(bundle, _recipe_for(request))
     if request.json:
         print_json(commands)
     else:
-        print("\n".join(commands))
+        print("\n".join(map(printable, commands)))
     return 0
 
 

@@ -8,6 +8,7 @@ from dit_engines.recipe import Recipe
 from dit_runtime.backends.tensorrt.memory import Need
 from dit_runtime.backends.tensorrt.store import describe_platform
 from dit_runtime.bundle.reader import Bundle
+from dit_runtime.core.text import join_lines
 
 
 def format_engine(engine: BuiltEngine, bundle: Bundle, need: Need, explain: bool) -> str:
@@ -43,7 +44,7 @@ def format_engine(engine: BuiltEngine, bundle: Bundle, need: Need, explain: bool
         lines += [f"doubt: {doubt}" for doubt in doubts]
         lines.append(f"the audit doubts this engine; dit-verify decides: dit-verify {bundle.path} --engine tensorrt")
     lines.append(f"sampling {recipe.batch} with {recipe.branches[-1]} branches needs {need.describe()}")
-    return "\n".join(lines)
+    return join_lines(lines)
 
 
 def profile_name(built: BuiltGraph, index: int, recipe: Recipe) -> str:

@@ -33,6 +33,7 @@ from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import OutputError
 from dit_runtime.core.files import sha256_of
 from dit_runtime.core.replace import scratch_folder
+from dit_runtime.core.text import join_lines
 from dit_runtime.verify.verification import verification_of
 
 STEPS, CALLS = 20, 20  # of a timed loop, and of each part
@@ -166,13 +167,13 @@ def format_spread(spread: Spread) -> str:
         sizes = _range_text([size / 1e6 for size in graph.plan_bytes], ".2f")
         lines.append(f"{graph.graph:<14} {_range_text(graph.seconds, '.1f'):>13} {sizes:>13} {plans:>12} {kernels:>15}")
     if spread.on_device is None:
-        return "\n".join([*lines, "parity error and time: not measured, since the plans are for another machine"])
+        return join_lines([*lines, "parity error and time: not measured, since the plans are for another machine"])
     columns = {
         "parity error": _range_text([each.error for each in spread.on_device], ".2e"),
         "step ms": _range_text([each.step_ms for each in spread.on_device], ".3f"),
         "decoder ms": _range_text([each.decoder_ms for each in spread.on_device], ".3f"),
     }
-    return "\n".join([*lines, *(f"{name}: {values}" for name, values in columns.items())])
+    return join_lines([*lines, *(f"{name}: {values}" for name, values in columns.items())])
 
 
 def _range_text(values: Sequence[float], form: str) -> str:

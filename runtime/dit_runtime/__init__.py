@@ -3,11 +3,9 @@
 The names of ``__all__`` are imported when they are asked for: a command answers Ctrl-C before it imports numpy.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING
-
 from dit_runtime.core.version import __version__
 
+TYPE_CHECKING = False  # as typing has it, which is not imported here
 if TYPE_CHECKING:
     from dit_runtime.bundle.reader import Bundle, open_bundle
     from dit_runtime.core.errors import DiTError
@@ -30,6 +28,8 @@ else:
     def __getattr__(name: str) -> object:
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
         return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 

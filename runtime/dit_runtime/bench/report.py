@@ -8,6 +8,7 @@ from typing import Any
 
 from dit_runtime.core.errors import OutputError
 from dit_runtime.core.replace import replace_file
+from dit_runtime.core.text import join_lines
 
 PLOTS = (".png", ".svg", ".pdf")
 
@@ -99,7 +100,7 @@ def text_from_report(report: dict[str, Any]) -> str:
         for row in table:
             others = [text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True)]
             lines.append("  ".join([row[0].ljust(widths[0]), *others]).rstrip())
-    return "\n".join(lines)
+    return join_lines(lines)
 
 
 def markdown_from_report(report: dict[str, Any]) -> str:

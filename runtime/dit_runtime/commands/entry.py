@@ -1,8 +1,11 @@
 """What the commands' scripts call; importing this module imports next to nothing."""
 
-from typing import NoReturn
+from __future__ import annotations
 
-from dit_runtime.core.entry import start
+from dit_runtime.core.entry import TYPE_CHECKING, start
+
+if TYPE_CHECKING:
+    from typing import NoReturn
 
 
 def sample() -> NoReturn:

@@ -9,6 +9,7 @@ from typing import Any
 from dit_runtime.backends.tensorrt.store import describe_platform, read_engines
 from dit_runtime.bundle.reader import GOLDEN, Bundle
 from dit_runtime.core.machine import describe_machine
+from dit_runtime.core.text import join_lines
 from dit_runtime.samplers.by_name import count_default_steps
 from dit_runtime.verify.verdicts import Verdict, read_verdicts
 
@@ -90,7 +91,7 @@ def _engines_of(bundle: Bundle) -> tuple[list[dict[str, Any]], list[str]]:
 
 def format_info(path: Path, info: dict[str, Any]) -> str:
     """The facts of ``bundle_info`` for a terminal."""
-    return "\n".join([*_model_lines(path, info), *_engine_lines(info), *_verdict_lines(path, info)])
+    return join_lines([*_model_lines(path, info), *_engine_lines(info), *_verdict_lines(path, info)])
 
 
 def _model_lines(path: Path, info: dict[str, Any]) -> Iterator[str]:

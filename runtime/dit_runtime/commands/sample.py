@@ -22,6 +22,7 @@ from dit_runtime.commands.common import (
     seed_number,
     thread_count,
 )
+from dit_runtime.core.text import join_lines
 from dit_runtime.output.request import (
     DecodeSettings,
     InputPaths,
@@ -86,7 +87,8 @@ def _write_table(request: TableRequest) -> int:
         steps = count_default_steps(sampler, model, diffusion, manifest.defaults.steps, request.spacing)
     schedule = schedule_for(sampler, model, diffusion, steps, request.eta, request.spacing)
     write_table(schedule, request.path)
-    print(f"{request.path}: {schedule.sampler}, {schedule.steps} steps, {len(schedule)} rows of 17 numbers")
+    line = f"{request.path}: {schedule.sampler}, {schedule.steps} steps, {len(schedule)} rows of 17 numbers"
+    print(join_lines([line]))
     return 0
 
 
@@ -103,7 +105,7 @@ def _json_from_written(written: Written) -> dict[str, Any]:
 def _text_from_written(request: SampleRequest, written: Written) -> str:
     output = request.output.path
     if not written.count:
-        return f"{output}: every image is there already; --overwrite makes them again"
+        return join_lines([f"{output}: every image is there already; --overwrite makes them again"])
     entry = written.entries[0]
     strength = "" if entry["strength"] is None else f" at strength {entry['strength']:g}"
     text = (
@@ -111,13 +113,15 @@ def _text_from_written(request: SampleRequest, written: Written) -> str:
         f"{entry['guidance']:g}, {entry['precision']} on {entry['engine']}, {written.seconds:.1f} s"
     )
     if not isinstance(request.images, RecordedImages):
-        return text
+        return join_lines([text])
     original = request.images.path
     if written.difference is None:
-        return f"{text}\narranged differently from {original}: not compared"
-    if written.difference:
-        return f"{text}\ndiffers by up to {written.difference} of 255 levels"
-    return f"{text}\nthe same as {original}"
+        compared = f"arranged differently from {original}: not compared"
+    elif written.difference:
+        compared = f"differs by up to {written.difference} of 255 levels"
+    else:
+        compared = f"the same as {original}"
+    return join_lines([text, compared])
 
 
 def _parse(argv: list[str] | None) -> SampleRequest | TableRequest:

@@ -215,16 +215,17 @@ def _write_page(results: Results, path: Path) -> None:
 
 def format_results(bundle: Path, results: Results) -> str:
     """The results for a terminal: what was verified, a line for each rung, and the verdict."""
+    from dit_runtime.core.text import join_lines
     from dit_runtime.verify.rung import format_rungs
 
     found = results.verification
     failed = [rung.name for rung in found.rungs if not rung.passed]
     passed = f"pass{', quick' if found.quick else ''}: this engine matches the reference here"
-    return "\n".join(
+    return join_lines(
         [
             f"{bundle}: {found.model}, {found.precision}, on {found.engine}",
             f"reference: {found.reference}",
-            format_rungs(found.rungs),
+            *format_rungs(found.rungs).split("\n"),
             f"FAIL: {', '.join(failed)}" if failed else passed,
         ]
     )
@@ -232,12 +233,16 @@ def format_results(bundle: Path, results: Results) -> str:
 
 def format_records(bundle: Bundle, folder: Path, written: list[Path]) -> str:
     """The files that were written, and the command that compares the step with them."""
+    from dit_runtime.core.text import join_lines
+
     limit = bundle.manifest.tolerances[bundle.manifest.precision.name]["forward"]
-    return (
-        f"{folder}: {', '.join(path.name for path in written)}\n"
-        f"polygraphy run {bundle.path / bundle.manifest.graphs['step'].file} --onnxrt "
-        f"--load-inputs {folder}/step-inputs.json --load-outputs {folder}/step-outputs.json "
-        f"--rtol {limit:g} --atol {limit:g}"
+    return join_lines(
+        [
+            f"{folder}: {', '.join(path.name for path in written)}",
+            f"polygraphy run {bundle.path / bundle.manifest.graphs['step'].file} --onnxrt "
+            f"--load-inputs {folder}/step-inputs.json --load-outputs {folder}/step-outputs.json "
+            f"--rtol {limit:g} --atol {limit:g}",
+        ]
     )
 
 

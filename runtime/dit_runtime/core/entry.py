@@ -1,15 +1,22 @@
-"""Where a command begins and ends: signals are answered before anything else is imported, and after all is done."""
+"""Where a command begins and ends: signals are answered before anything else is imported, and after all is done.
+
+This module imports what every interpreter has imported already. The package's own ``__init__`` does the same.
+"""
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # signal itself imports enum, functools and collections first
 import os
-import signal
 import sys
-from types import FrameType
-from typing import NoReturn
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import FrameType
+    from typing import Any, NoReturn
 
 INTERRUPTED = 130
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, the system's or a scheduler's end, a lost terminal
+STOPS = (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP)  # Ctrl-C, the system's or a scheduler's end, a lost terminal
 
 _stopped = False
 
@@ -21,6 +28,10 @@ def start(module: str) -> NoReturn:
     """
     try:
         answer_stops(_leave)
+        import atexit
+
+        # Registered first, it runs last. While the interpreter is taken apart, a signal would find no answer.
+        atexit.register(answer_stops, _signal.SIG_IGN)
         __import__(module)
         sys.modules[module].main()
     except KeyboardInterrupt:  # before the first line, or after the last
@@ -30,11 +41,11 @@ def start(module: str) -> NoReturn:
     sys.exit(0)
 
 
-def answer_stops(answer: signal._HANDLER) -> None:
+def answer_stops(answer: Callable[[int, FrameType | None], Any] | int) -> None:
     """Let ``answer`` be called on every signal of ``STOPS`` that this process was not started to ignore."""
     for number in STOPS:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, answer)
+        if _signal.getsignal(number) != _signal.SIG_IGN:
+            _signal.signal(number, answer)
 
 
 def interrupt(signum: int, frame: FrameType | None) -> NoReturn:

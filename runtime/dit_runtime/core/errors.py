@@ -91,8 +91,18 @@ def explain(error: Exception) -> str:
 
 def explain_os_error(error: OSError) -> str:
     """An error of the system as a message: which file, what is wrong, and what to do next."""
+    if not error.filename and error.errno == errno.ENOENT and not _has_current_folder():
+        return "the current folder does not exist any more; change to another one"
     names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
     reason = error.strerror or str(error) or type(error).__name__
     what = f"{' and '.join(names)}: {reason}" if names else f"a file cannot be used: {reason}"
     advice = _NEXT.get(error.errno or 0)
     return one_line(f"{what}; {advice}" if advice else what)
+
+
+def _has_current_folder() -> bool:
+    try:
+        Path.cwd()
+    except OSError:
+        return False
+    return True

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Iterable
 
 LONGEST = 500  # characters of a message
+LONGEST_LINE = 2000  # characters of a line of a table or a list
 _LONG_WORD = re.compile(r"\S{161,}")  # a path or a name that leaves the rest of a message no room
 _WORD = 80  # characters that are kept of such a word
 _ESCAPED = 100_000  # characters that are looked at, so that a name of a gigabyte takes no time
@@ -34,15 +35,9 @@ def printable(text: str) -> str:
     )
 
 
-def shown(value: Any, longest: int = LONGEST) -> Any:
-    """A JSON-like value with each of its texts as ``one_line`` makes it, for a table in a terminal."""
-    if isinstance(value, str):
-        return one_line(value, longest)
-    if isinstance(value, dict):
-        return {shown(key, longest): shown(item, longest) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(shown(item, longest) for item in value)
-    return value
+def join_lines(lines: Iterable[str]) -> str:
+    """The lines of a text for a terminal: each is printable, stays one line whatever its names hold, and is bounded."""
+    return "\n".join(_cut(printable(_cut(line, _ESCAPED)), LONGEST_LINE) for line in lines)
 
 
 def _cut(text: str, longest: int) -> str:

@@ -152,5 +152,6 @@ def _passes(bundle: Bundle, engine: Engine, report: _Report) -> bool:
         store_verdict(bundle, engine, rungs, quick=True)
         passed = all(rung.passed for rung in rungs)
         if not passed:
-            logger.info(format_rungs(rungs))
+            for line in format_rungs(rungs).split("\n"):
+                logger.info(line)
     return passed

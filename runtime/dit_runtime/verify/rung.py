@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dit_runtime.core.text import join_lines
+
 AT_LEAST = ("dB", "share", "SSIM", "times")  # the units in which a larger value is better
 
 
@@ -146,7 +148,7 @@ def format_rungs(rungs: Sequence[Rung]) -> str:
             f"{ratio:>9}  {threshold:>5}  {verdict:<7}"
         )
         lines.append(f"{line}  {rung.detail}".rstrip())
-    return "\n".join(lines)
+    return join_lines(lines)
 
 
 def _plain(value: Any) -> Any:
