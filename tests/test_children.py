@@ -1,4 +1,7 @@
-"""No child of a command imports what lies in the current folder, which may be a bundle of somebody else's."""
+"""No child of a command imports what lies in the current folder, which may be a bundle of somebody else's.
+
+Besides, a build and an export open no socket and start nothing but such children.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.commands import MODULES
+from support.commands import ENTRIES
+from support.watch import run_watched
 
 import dit_runtime
 from dit_runtime.core.children import command_of_module
@@ -36,9 +40,10 @@ def plant(folder: Path) -> Path:
 def run_script(command: str, scripts: Path, folder: Path, *argv: str | Path) -> str:
     """A command in ``folder``, as the script runs it that an installation makes; its output, with exit code 0."""
     script = scripts / command
-    script.write_text(f"import sys\nfrom {MODULES[command]} import main\nsys.exit(main())\n")
-    done = subprocess.run([sys.executable, script, *argv], cwd=folder, capture_output=True, text=True, check=False)
+    script.write_text(f"import sys\n{ENTRIES[command]}\nsys.exit(main())\n")
+    done, events = run_watched([sys.executable, script, *argv], scripts / "watch", cwd=folder)
     assert done.returncode == 0, done.stderr + done.stdout
+    assert events == []
     return done.stdout
 
 

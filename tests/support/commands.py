@@ -26,6 +26,14 @@ MODULES = {
     "dit-verify": "dit_runtime.commands.verify",
     "dit-bench": "dit_runtime.commands.bench",
 }
+# How an installation's script gets each command's main.
+ENTRIES = {
+    "dit-export": "from dit_export.entry import export as main",
+    "dit-build": "from dit_engines.entry import build as main",
+    "dit-sample": "from dit_runtime.commands.entry import sample as main",
+    "dit-verify": "from dit_runtime.commands.entry import verify as main",
+    "dit-bench": "from dit_runtime.commands.entry import bench as main",
+}
 
 
 def bindings(name: str) -> Path:
