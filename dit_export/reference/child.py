@@ -1,6 +1,6 @@
 """The reference process itself: ``dit_export.reference.process`` starts this module, and reads its last line.
 
-It says every error in that line, whatever its kind, and prints nothing but its progress.
+That is a JSON document: the measurements, or the error that stopped it, whatever its kind.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from dit_runtime.core.progress import show_progress
 from dit_runtime.core.replace import hold_folder
 from dit_runtime.core.streams import guarded_streams
 
-FAILED = 3  # exit status after an error that the last line tells
-
 
 def main() -> int:
     """Make the records that the arguments and stdin ask for."""
@@ -29,7 +27,7 @@ def main() -> int:
         except Exception as error:  # noqa: BLE001  # the parent says it, whatever it is
             kind = type(error) if isinstance(error, DiTError) else DiTError
             print(json.dumps({"error": kind.__name__, "message": explain(error)}))
-            return FAILED
+            return 1
         print(json.dumps(result))
     return 0
 

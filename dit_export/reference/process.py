@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from dit_export.checkpoints.sources import Source, load_checkpoint
-from dit_export.reference.child import FAILED
 from dit_export.reference.golden import write_records
 from dit_export.reference.record_settings import CHEAP_GMAC, Measurements, RecordSettings
 from dit_runtime.bundle.macs import count_step_gmac
@@ -44,16 +43,24 @@ def records_in_process(source: Source, folder: Path, encoder: bool, precision: s
     """
     command = command_of_module("dit_export.reference.child", os.fspath(folder), json.dumps(encoder), precision)
     finished = run_child(command, source.to_json())
-    lines = finished.stdout.splitlines()
-    if finished.returncode not in (0, FAILED) or not lines:
+    result = _read_answer(finished.stdout)
+    if "error" in result:
+        raise ERRORS.get(result["error"], DiTError)(result["message"])
+    if finished.returncode or not result:
         raise CheckpointError(
             f"{source.name}: the reference process ended with {finished.returncode}; "
             "most likely it ran out of memory, or was killed"
         )
-    result: dict[str, Any] = json.loads(lines[-1])
-    if finished.returncode == FAILED:
-        raise ERRORS.get(result["error"], DiTError)(result["message"])
     return Measurements(**result)
+
+
+def _read_answer(out: str) -> dict[str, Any]:
+    """The document on the last line, since libraries may print lines before it; empty if the process was killed."""
+    try:
+        answer: dict[str, Any] = json.loads(out.splitlines()[-1])
+    except (IndexError, ValueError):
+        return {}
+    return answer
 
 
 def make_records(source: Source, folder: Path, encoder: bool, precision: str) -> Measurements:
