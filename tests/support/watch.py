@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+STRACE = ("strace", "-f", "-qq", "--seccomp-bpf")  # a filter: only calls that are traced take longer
 # Every Python reads it when it starts. Of a program, what matters is its first word.
 HOOK = """
 import os, sys
@@ -46,10 +47,12 @@ def run_watched(
     folder.mkdir(exist_ok=True)
     log, trace = folder / "audit.log", folder / "trace"
     (folder / "sitecustomize.py").write_text(HOOK.replace("{log!r}", repr(str(log))))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
+    # An empty entry would be the current folder.
+    paths = [str(folder), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     words = [str(word) for word in argv]
     if can_trace():
-        words = ["strace", "-f", "-qq", "-o", str(trace), "-e", "trace=socket,execve,execveat", *words]
+        words = [*STRACE, "-o", str(trace), "-e", "trace=socket,execve,execveat", *words]
     done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment, **options)  # type: ignore[call-overload]
     events = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     found = [f"{event} {told}" for event, told in events if not _is_ours(event, told)]
@@ -64,7 +67,7 @@ def run_watched(
 @cache
 def can_trace() -> bool:
     """Whether strace is installed, and this system lets it trace."""
-    words = ["strace", "-qq", "-e", "trace=none", "true"]
+    words = [*STRACE, "-e", "trace=socket", "true"]
     return shutil.which("strace") is not None and subprocess.run(words, capture_output=True).returncode == 0
 
 
