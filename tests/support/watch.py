@@ -25,7 +25,7 @@ def note(event, arguments):
     elif event == "socket.__new__":
         told = str(int(arguments[1]))
     elif event.startswith("socket.") or event in ("os.fork", "os.forkpty", "pty.spawn"):
-        told = repr(arguments[-1])
+        told = repr(arguments)
     else:
         return
     import json
