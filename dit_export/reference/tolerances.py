@@ -3,7 +3,8 @@
 ``TOLERANCES`` are absolute limits, the net below the error budget: max |Δ| over the largest reference magnitude, if the
 name does not say otherwise. Beside each limit stands the largest value measured with ONNX Runtime on a CPU: on the
 committed Fashion-MNIST model (``make demo`` prints it) and, for FP16, on DiT-XL/2 with random weights (``dit-verify``).
-The values for BF16 were measured with OpenVINO on the Fashion-MNIST model.
+The values for BF16 were measured with OpenVINO on the Fashion-MNIST model. Where PyTorch's own error is so large that
+the error budget allows more than a limit here, the budget's is the limit: see ``Budget.limits_of``.
 
 ``THRESHOLDS`` are the limits of the error budget: how many times PyTorch's own error in the same precision an engine's
 error may be. Each is twice the largest ratio over ten draws of seeds, timesteps, labels and guidance scales, on two

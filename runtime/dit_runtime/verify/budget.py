@@ -66,6 +66,18 @@ class Budget:
             return None
         return least * worst_gain_of(guidance) / math.hypot(guidance, guidance - 1)
 
+    def limits_of(self, kind: str, record: str, count: int, threshold: float | None) -> list[float]:
+        """The absolute limit of each of ``count`` members: the tolerance, or what the budget allows where that is more.
+
+        A tolerance takes the reference to be far more exact than itself. Where PyTorch's own error is not, as in the
+        last steps of diffusers' DDPM, whose FP32 arrays lose digits at low noise, the tolerance would judge the
+        reference; there the budget, which divides by that error, is the limit. Members whose floor is unknown have the
+        tolerance.
+        """
+        allowed = [floor * (threshold or 0.0) for floor in self.floors.get(record, ())][:count]
+        tolerance = self.tolerance_of(kind)
+        return [max(tolerance, limit) for limit in allowed] + [tolerance] * (count - len(allowed))
+
     def ratios_of(self, record: str, errors: Sequence[float]) -> list[float]:
         """Each error divided by PyTorch's own.
 
@@ -132,7 +144,9 @@ class Series:
 def compare_series(
     budget: Budget, name: str, kind: str, record: str, series: Series, guidance: float = 1.0, detail: str = ""
 ) -> Rung:
-    """Compare a series: its largest error with the tolerance, its largest ratio with the threshold.
+    """Compare a series: each error with its limit, the largest ratio with the threshold.
+
+    The rung's value and limit are those of the member that uses most of its limit.
 
     Args:
         budget: the limits and the floors.
@@ -147,9 +161,11 @@ def compare_series(
     pairs = list(zip(series.found, series.expected, strict=True))
     errors = [relative_l2(*pair) for pair in pairs]
     largest = [relative_error(*pair, scale) for pair, scale in zip(pairs, scales, strict=True)]
-    ratios, limit = budget.ratios_of(record, errors), budget.tolerance_of(kind)
+    ratios = budget.ratios_of(record, errors)
     threshold = budget.threshold_of(kind, guidance) if ratios else None
-    beyond = [error > limit for error in largest]
+    limits = budget.limits_of(kind, record, len(errors), threshold)
+    beyond = [not error <= limit for error, limit in zip(largest, limits, strict=True)]
+    closest = int(np.argmax([error / max(limit, 1e-300) for error, limit in zip(largest, limits, strict=True)]))
     if threshold is not None:
         beyond[: len(ratios)] = [wide or ratio > threshold for wide, ratio in zip(beyond, ratios, strict=False)]
     first = series.labels[beyond.index(True)] if True in beyond else None
@@ -165,8 +181,8 @@ def compare_series(
     flat = [np.concatenate([np.ravel(one) for one in side]) for side in (series.found, series.expected)]
     return Rung(
         name,
-        max(largest),
-        limit,
+        largest[closest],
+        limits[closest],
         "relative",
         "; ".join([*where, *([detail] if detail else [])]),
         ratio=max(ratios) if ratios else None,

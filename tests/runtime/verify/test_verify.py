@@ -264,6 +264,28 @@ def test_the_budget_is_a_gate_beside_the_absolute_one() -> None:
         budget.tolerance_of("forward")
 
 
+def test_the_absolute_limit_is_not_finer_than_the_reference_itself() -> None:
+    """Fails if a step is held to 2e-5 where PyTorch in FP32 is itself 2.3e-5 off, as diffusers' DDPM of 100 training
+    timesteps is in its step 49 of 50: the demo's model there is 2.29e-5 off, no worse than PyTorch."""
+    expected = [np.ones(4), np.ones(4), np.ones(4)]
+    budget = Budget("fp32", {"teacher_forced": 2e-5}, {"teacher_forced": 4.9}, {"ddpm step": (1e-6, 2.3e-5)})
+
+    def rung_of(*errors: float) -> Rung:
+        found = [one + error for one, error in zip(expected, errors, strict=True)]
+        series = Series("step", ["step 1", "step 2", "step 3"], found, expected)
+        return compare_series(budget, "ddpm teacher-forced", "teacher_forced", "ddpm step", series)
+
+    right = rung_of(1e-6, 2.29e-5, 1e-6)
+    assert right.passed
+    assert (right.value, right.limit) == (pytest.approx(2.29e-5), pytest.approx(11.27e-5))
+    assert rung_of(1e-6, 1.2e-4, 1e-6).first_over == "step 2"  # 5.2 times PyTorch's own error
+    assert rung_of(2.29e-5, 1e-6, 1e-6).first_over == "step 1"  # 23 times: within neither limit
+    unmeasured = rung_of(1e-6, 2.29e-5, 2.29e-5)  # PyTorch's own error is not known: the absolute limit alone
+    assert unmeasured.first_over == "step 3"
+    assert (unmeasured.value, unmeasured.limit) == (pytest.approx(2.29e-5), 2e-5)
+    assert not unmeasured.passed
+
+
 def test_a_bundle_says_what_each_precision_may_be_off(bundles: dict[str, Path]) -> None:
     """Floors of all three precisions are in the bundle, the coarser the larger; an engine that computes in BF16 is
     held to BF16's."""
