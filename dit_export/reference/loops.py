@@ -55,20 +55,24 @@ def diffusers_ddim(
 def diffusers_ddpm(
     config: Any, steps: int, learned: bool, generators: Generators, betas: Sequence[float] | None = None
 ) -> Iterator[LoopStep]:
-    """``DDPMScheduler`` with the official spacing as custom timesteps: it then agrees with the official code.
+    """``DDPMScheduler`` as the checkpoint's configuration has it, if that states a ``variance_type``.
 
-    With ``betas`` the scheduler's arrays are made from them in float64.
+    Otherwise with the official spacing as custom timesteps and the official variance: it then agrees with the official
+    code. With ``betas`` the scheduler's arrays are made from them in float64.
     """
-    scheduler: Any = DDPMScheduler.from_config(
-        config, variance_type="learned_range" if learned else "fixed_large", clip_sample=False
-    )
+    stated = config.get("variance_type")
+    variance_type = stated or ("learned_range" if learned else "fixed_large")
+    scheduler: Any = DDPMScheduler.from_config(config, variance_type=variance_type, clip_sample=False)
     if betas is not None:
         scheduler = _copy_in_float64(scheduler, betas)
-    scheduler.set_timesteps(timesteps=official_timesteps(config.num_train_timesteps, steps)[::-1])
+    if stated is None:
+        scheduler.set_timesteps(timesteps=official_timesteps(config.num_train_timesteps, steps)[::-1])
+    else:
+        scheduler.set_timesteps(steps)
     for t in scheduler.timesteps:
 
         def advance(e: Tensor, v: Tensor, z: Tensor, t: Tensor = t) -> tuple[Tensor, Tensor]:
-            output = torch.cat([e, v], dim=1) if learned else e
+            output = torch.cat([e, v], dim=1) if variance_type == "learned_range" else e
             with _draw_in_float32() if betas is not None else contextlib.nullcontext():
                 result = scheduler.step(output, t, z, generator=generators)
             return result.prev_sample, result.pred_original_sample

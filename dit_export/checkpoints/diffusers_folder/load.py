@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from diffusers import DDIMScheduler, DiTTransformer2DModel
 from dit_export.checkpoints.autoencoders import Autoencoder, autoencoder_for, load_autoencoder
 from dit_export.checkpoints.checkpoint import Checkpoint
 from dit_export.checkpoints.diffusers_folder.scheduler import diffusion_from_config, load_scheduler
+from dit_export.checkpoints.diffusers_folder.scheduler_options import options_of_config, own_sampler
 from dit_export.checkpoints.diffusers_folder.transformer import (
     official_from_diffusers,
     read_transformer_config,
@@ -62,19 +63,7 @@ def _load(source: Source, location: Location) -> Checkpoint:
         revision=location.revision,
         weights_sha256=sha256,
         class_names=classes if names else (),
-        sampler=_sampler_of(read_json_object(scheduler_file)),
-    )
-
-
-def _sampler_of(config: Mapping[str, Any]) -> str:
-    """The sampler that a folder's own scheduler is; DDIM where none here is that scheduler."""
-    kind, order = config.get("_class_name"), config.get("solver_order", 2)
-    if kind == "DPMSolverMultistepScheduler":
-        multistep = {2: "dpmpp-2m", 3: "dpmpp-3m"}.get(order, "ddim")
-        names = {"dpmsolver++": multistep, "sde-dpmsolver++": "dpmpp-2m-sde"}
-        return names.get(config.get("algorithm_type", "dpmsolver++"), "ddim")
-    return {"UniPCMultistepScheduler": "unipc", "EulerAncestralDiscreteScheduler": "euler-ancestral"}.get(
-        str(kind), "ddim"
+        sampler=own_sampler(read_json_object(scheduler_file)["_class_name"], options_of_config(scheduler.config)),
     )
 
 
@@ -96,6 +85,12 @@ def checkpoint_from_parts(
     ``sampler`` is the default one.
     """
     spec = spec_from_config(config)
+    diffusion = diffusion_from_config(scheduler.config, spec.latent_channels)
+    if diffusion.options.variance_type == "learned_range" and not spec.learned_variance:
+        raise CheckpointError(
+            f"{name}: the scheduler's variance_type is 'learned_range', but the transformer predicts no variance: it "
+            f"has {spec.output_channels} output channels; set variance_type to fixed_small or fixed_large"
+        )
     return Checkpoint(
         name=name,
         revision=revision,
@@ -106,7 +101,7 @@ def checkpoint_from_parts(
         sizes=(spec.latent_size,),
         channels=spec.output_channels,
         numerics=Numerics(frequency_shift=1.0, mlp_eps=config.norm_eps),
-        diffusion=diffusion_from_config(scheduler.config, spec.latent_channels),
+        diffusion=diffusion,
         defaults=replace(FAMILIES["diffusers"].defaults, sampler=sampler),
         weights=weights,
         autoencoder=autoencoder,

@@ -9,32 +9,38 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler
 
+from dit_export.checkpoints.diffusers_folder.scheduler_options import (
+    TABLE,
+    check_config,
+    options_of_config,
+    own_sampler,
+    take_own_values,
+)
 from dit_export.checkpoints.diffusers_modules import explain_config_errors, read_json_object
 from dit_runtime.bundle.manifest import DiffusionSpec
-from dit_runtime.core.errors import CheckpointError
+from dit_runtime.core.errors import CheckpointError, SamplingError
+from dit_runtime.samplers.options import DDIM, DDPM, check_options
 from dit_runtime.samplers.spacing import UNSTATED
 
 # Schedulers of diffusion models: the configuration describes the same forward process, whichever of them samples.
-SCHEDULERS = (
-    *("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"),
-    *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"),
-    *("DEISMultistepScheduler", "HeunDiscreteScheduler", "LMSDiscreteScheduler"),
-)
+SCHEDULERS = tuple(TABLE)
 # Defaults of the forward process, of the classes whose defaults are not DDIMScheduler's.
 OWN_DEFAULTS = {"HeunDiscreteScheduler": {"beta_start": 0.00085, "beta_end": 0.012}}
 # The forward process of the published DiT.
 LINEAR_BETAS = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "clip_sample": False}
-BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 
 def load_scheduler(path: Path) -> DDIMScheduler:
     """A ``DDIMScheduler`` with the forward process that a scheduler's configuration file describes.
 
-    What the file does not state of the forward process has the default of the file's class. Timestep spacing, offset
-    and final alpha say how to sample: unstated, they stay defaults, which diffusers does not hand to another class.
+    Its ``config`` also has what the file states for other classes, as diffusers keeps it: another class made from this
+    config gets these options. What the file does not state of the forward process has the default of the file's class.
+    Timestep spacing, offset and final alpha say how to sample: unstated, they stay defaults, which diffusers does not
+    hand to another class.
 
     Raises:
-        CheckpointError: another kind of scheduler, clipping, thresholding, or a setting that is not supported.
+        CheckpointError: another kind of scheduler, an unknown key, a value of a wrong kind, or an option that no
+            sampler table can hold.
     """
     config = read_json_object(path)
     if (kind := config.get("_class_name")) not in SCHEDULERS:
@@ -46,37 +52,61 @@ def load_scheduler(path: Path) -> DDIMScheduler:
         # diffusers' note of which values are defaults and not stated; like diffusers, forget these.
         unstated = config.get("_use_default_values", ())
         config = {key: value for key, value in config.items() if key not in unstated}
-    config = {**OWN_DEFAULTS.get(kind, {}), **config}
+    check_config(path, kind, config)
+    config = {**OWN_DEFAULTS.get(kind, {}), **take_own_values(kind, config)}
     for key in ("clip_sample", "thresholding"):
         # DDIMScheduler and DDPMScheduler clip by default: without the key in the file, they clip.
-        clips = key == "clip_sample" and kind in ("DDIMScheduler", "DDPMScheduler")
-        if config.get(key, clips):
+        if config.get(key, key == "clip_sample" and kind in (DDIM, DDPM)):
             raise CheckpointError(
                 f"{path}: {key} is not supported (it is not linear in the network's output); set it to false"
             )
-    prediction = config.get("prediction_type", "epsilon")
-    for setting, value, known in (
-        ("prediction type", prediction, ("epsilon", "v_prediction")),
-        ("beta schedule", config.get("beta_schedule", "linear"), BETA_SCHEDULES),
-        ("timestep spacing", config.get("timestep_spacing", "leading"), ("leading", "trailing", "linspace")),
-    ):
-        if value not in known:
+    if kind == DDPM and config.get("variance_type") is None:
+        config["variance_type"] = "fixed_small"
+    _check_betas(path, config)
+    names = DDIMScheduler().config.keys()
+    settings = {key: value for key, value in config.items() if key in names and not key.startswith("_")}
+    others = {key: value for key, value in config.items() if key not in names and not key.startswith("_")}
+    with explain_config_errors(path):
+        scheduler = DDIMScheduler(**{**settings, "clip_sample": False, "thresholding": False})
+        scheduler.register_to_config(**others)
+        betas = betas_of(scheduler.config)
+        options = options_of_config(scheduler.config)
+    if not all(0 < beta < 1 for beta in betas[:-1]) or not 0 < betas[-1] <= 1:
+        raise CheckpointError(f"{path}: betas are not between 0 and 1; download or copy it again")
+    try:
+        for sampler in ("ddpm", own_sampler(kind, options)):  # the golden records have a trajectory of ddpm
+            check_options(sampler, options)
+    except SamplingError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return scheduler
+
+
+def _check_betas(path: Path, config: dict[str, Any]) -> None:
+    """Raises CheckpointError where a checked configuration's numbers make no betas, or betas of pure noise for ε."""
+    trained, count = config.get("trained_betas"), config.get("num_train_timesteps", 1000)
+    start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+    if trained is not None:
+        if len(trained) != count:
             raise CheckpointError(
-                f"{path}: {setting} {value!r} is not supported; expected {' or '.join(map(repr, known))}"
+                f"{path}: {len(trained)} trained_betas with num_train_timesteps {count}; expected one for each timestep"
             )
-    if config.get("rescale_betas_zero_snr") and prediction == "epsilon":
+        if not all(0 < beta < 1 for beta in trained):
+            wrong = next(beta for beta in trained if not 0 < beta < 1)
+            raise CheckpointError(f"{path}: trained_betas holds {wrong:g}; expected numbers between 0 and 1")
+    elif config.get("beta_schedule", "linear") != "squaredcos_cap_v2" and not 0 < start <= end < 1:
+        raise CheckpointError(
+            f"{path}: beta_start {start:g} and beta_end {end:g}; expected 0 < beta_start <= beta_end < 1"
+        )
+    if config.get("rescale_betas_zero_snr") and config.get("prediction_type", "epsilon") == "epsilon":
         raise CheckpointError(
             f"{path}: rescale_betas_zero_snr with epsilon prediction: at the first timestep the noise says nothing "
             "about the image; expected prediction_type 'v_prediction', or rescale_betas_zero_snr false"
         )
-    names = DDIMScheduler().config.keys()
-    settings = {key: value for key, value in config.items() if key in names and not key.startswith("_")}
-    with explain_config_errors(path):
-        scheduler = DDIMScheduler(**{**settings, "clip_sample": False, "thresholding": False})
-        betas = betas_of(scheduler.config)
-    if not all(0 < beta <= 1 for beta in betas):
-        raise CheckpointError(f"{path}: betas are not between 0 and 1; download or copy it again")
-    return scheduler
+    low, high = config.get("sigma_min"), config.get("sigma_max")
+    if (low is not None and low <= 0) or (high is not None and high <= (low or 0)):
+        raise CheckpointError(
+            f"{path}: sigma_min {low} and sigma_max {high}; expected numbers above 0, the second larger, or null"
+        )
 
 
 def betas_of(config: Any) -> tuple[float, ...]:
@@ -115,4 +145,5 @@ def diffusion_from_config(config: Any, guidance_channels: int) -> DiffusionSpec:
         timestep_spacing=UNSTATED if "timestep_spacing" in unstated else config.timestep_spacing,
         steps_offset=config.steps_offset,
         set_alpha_to_one=config.set_alpha_to_one,
+        options=options_of_config(config),
     )

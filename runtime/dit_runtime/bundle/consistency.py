@@ -108,6 +108,8 @@ def _check_diffusion(manifest: Manifest) -> None:
         raise ValueError("betas must lie between 0 and 1")
     if len(diffusion.betas) > MOST_BETAS or (diffusion.path is not None and diffusion.betas):
         raise ValueError(f"{len(diffusion.betas)} betas with path {show(diffusion.path)}")
+    if (diffusion.options.first_timestep or 0) >= max(len(diffusion.betas), 1):
+        raise ValueError(f"first_timestep {diffusion.options.first_timestep} of {len(diffusion.betas)} timesteps")
     if abs(diffusion.steps_offset) > len(diffusion.betas):
         raise ValueError(f"steps_offset {diffusion.steps_offset} for {len(diffusion.betas)} training timesteps")
     if diffusion.guidance_channels > manifest.model.latent_channels:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any
+from dataclasses import asdict, dataclass, field, fields
+from typing import Annotated, Any, Literal
 
 from dit_runtime.bundle.precision import Precision, is_kept
 from dit_runtime.core.decode import Amount, Natural, Range, decode
@@ -78,6 +78,45 @@ class ModelSpec:
 
 
 @dataclass(frozen=True)
+class SchedulerOptions:
+    """What a diffusers scheduler's configuration states about steps, by diffusers' own names.
+
+    None is an option that the configuration does not state, or states as diffusers' solvers have it by default.
+    ``dit_runtime.samplers.options`` says what each sampler does with each. ``first_timestep`` is the one number that
+    diffusers has no name for: where noise levels are given and timesteps follow, the timestep of the first level, which
+    in diffusers hangs on the last digit of a float32.
+    """
+
+    variance_type: (
+        Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned_range", "learned"] | None
+    ) = None
+    algorithm_type: Literal["dpmsolver", "sde-dpmsolver", "sde-dpmsolver++"] | None = None
+    solver_order: Annotated[int, Range(1, 3)] | None = None
+    solver_type: Literal["heun", "bh1"] | None = None
+    lower_order_final: bool | None = None
+    euler_at_final: bool | None = None
+    use_karras_sigmas: bool | None = None
+    use_exponential_sigmas: bool | None = None
+    use_beta_sigmas: bool | None = None
+    use_lu_lambdas: bool | None = None
+    use_flow_sigmas: bool | None = None
+    use_dynamic_shifting: bool | None = None
+    sigma_min: Amount | None = None
+    sigma_max: Amount | None = None
+    shift_terminal: float | None = None
+    final_sigmas_type: Literal["sigma_min"] | None = None
+    lambda_min_clipped: float | None = None
+    predict_x0: bool | None = None
+    disable_corrector: tuple[Natural, ...] | None = None
+    beta_schedule: Literal["squaredcos_cap_v2"] | None = None
+    first_timestep: Natural | None = None
+
+    def stated(self) -> dict[str, Any]:
+        """The options that are stated, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
 class DiffusionSpec:
     """The forward process, the quantity that the network predicts, and the reference scheduler's conventions.
 
@@ -88,6 +127,7 @@ class DiffusionSpec:
         timestep_spacing, steps_offset, set_alpha_to_one: diffusers' scheduler settings of the same names.
             A spacing of ``default`` is one that the checkpoint does not state: each sampler has its own.
         path: SiT's ``linear``, ``gvp`` or ``vp``; None for a model with betas.
+        options: the options of diffusers' scheduler; the file leaves them out where nothing is stated.
     """
 
     betas: tuple[float, ...]
@@ -97,6 +137,7 @@ class DiffusionSpec:
     steps_offset: int
     set_alpha_to_one: bool
     path: str | None = None
+    options: SchedulerOptions = SchedulerOptions()
 
 
 @dataclass(frozen=True)
@@ -220,7 +261,11 @@ class Manifest:
         return tuple((height * factor, width * factor) for height, width in self.sizes)
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        values = asdict(self)
+        del values["diffusion"]["options"]
+        if stated := self.diffusion.options.stated():
+            values["diffusion"]["options"] = stated
+        return json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def name_for_size(name: str, size: tuple[int, int]) -> str:
@@ -233,4 +278,14 @@ def manifest_from_json(raw: Mapping[str, Any]) -> Manifest:
 
     ``consistency.check_consistency`` checks that the values fit each other.
     """
-    return decode(Manifest, raw)
+    return decode(Manifest, _with_unstated_options(raw))
+
+
+def _with_unstated_options(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The manifest with every option of a scheduler that the file leaves out."""
+    diffusion = raw.get("diffusion") if type(raw) is dict else None
+    options = diffusion.get("options", {}) if type(diffusion) is dict else None
+    if type(options) is not dict or type(diffusion) is not dict:
+        return raw
+    unstated = {item.name: None for item in fields(SchedulerOptions)}
+    return {**raw, "diffusion": {**diffusion, "options": {**unstated, **options}}}

@@ -237,8 +237,8 @@ def _add_sampling_arguments(parser: Parser) -> None:
     )
     group.add_argument(
         "--spacing",
-        help="of timesteps: leading, trailing, linspace, karras, official or official-ddim (default: the bundle's; "
-        "ddpm: official)",
+        help="of timesteps: leading, trailing, linspace, karras, lu, exponential, official, official-ddim (default: "
+        "the bundle's; ddpm: official)",
     )
     group.add_argument("--eta", type=float, default=0.0, help="DDIM's stochasticity, 0 to 1")
     group.add_argument(

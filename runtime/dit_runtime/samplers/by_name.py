@@ -13,6 +13,7 @@ from dit_runtime.bundle.manifest import DiffusionSpec, ModelSpec
 from dit_runtime.core.errors import SamplingError
 from dit_runtime.samplers.diffusion import ddim, ddpm, dpm_solver_pp, euler_ancestral, unipc
 from dit_runtime.samplers.flow import flow_ode, flow_sde
+from dit_runtime.samplers.options import SolverSettings, check_options, settings_for
 from dit_runtime.samplers.schedule import Schedule, skip_steps
 
 
@@ -32,6 +33,10 @@ class SamplerArguments:
         """The path of a velocity model."""
         return self.diffusion.path or ""
 
+    def settings(self, sampler: str, order: int = 2) -> SolverSettings:
+        """The settings of a multistep solver."""
+        return settings_for(sampler, order, self.diffusion)
+
 
 Make = Callable[[SamplerArguments], Schedule]
 
@@ -39,10 +44,12 @@ Make = Callable[[SamplerArguments], Schedule]
 DIFFUSION: dict[str, Make] = {
     "ddim": lambda a: skip_steps(ddim(a.diffusion, a.steps, a.eta, a.spacing), a.skipped),
     "ddpm": lambda a: skip_steps(ddpm(a.diffusion, a.steps, a.learned_variance, a.spacing), a.skipped),
-    "dpmpp-2m": lambda a: dpm_solver_pp(a.diffusion, a.steps, 2, False, a.spacing, a.skipped),
-    "dpmpp-2m-sde": lambda a: dpm_solver_pp(a.diffusion, a.steps, 2, True, a.spacing, a.skipped),
-    "dpmpp-3m": lambda a: dpm_solver_pp(a.diffusion, a.steps, 3, False, a.spacing, a.skipped),
-    "unipc": lambda a: unipc(a.diffusion, a.steps, a.spacing, a.skipped),
+    "dpmpp-2m": lambda a: dpm_solver_pp(a.diffusion, a.steps, a.settings("dpmpp-2m"), False, a.spacing, a.skipped),
+    "dpmpp-2m-sde": lambda a: dpm_solver_pp(
+        a.diffusion, a.steps, a.settings("dpmpp-2m-sde"), True, a.spacing, a.skipped
+    ),
+    "dpmpp-3m": lambda a: dpm_solver_pp(a.diffusion, a.steps, a.settings("dpmpp-3m", 3), False, a.spacing, a.skipped),
+    "unipc": lambda a: unipc(a.diffusion, a.steps, a.settings("unipc"), a.spacing, a.skipped),
     "euler-ancestral": lambda a: skip_steps(euler_ancestral(a.diffusion, a.steps, a.spacing), a.skipped),
 }
 # Samplers for velocity models; their steps are uniform, without a spacing.
@@ -82,8 +89,9 @@ def schedule_for(
         diffusion: the bundle's forward process.
         steps: sampling steps; ``heun`` and ``sde-heun`` evaluate the network twice in each.
         eta: DDIM's stochasticity, 0 to 1.
-        spacing: ``leading``, ``trailing``, ``linspace``, ``karras``, ``official`` or ``official-ddim``, where the
-            sampler's reference has it; None takes the bundle's own, and for ``ddpm`` the official respacing.
+        spacing: ``leading``, ``trailing``, ``linspace``, ``karras``, ``lu``, ``exponential``, ``official`` or
+            ``official-ddim``, where the sampler's reference has it; None takes the bundle's own, and for ``ddpm`` the
+            official respacing, unless the checkpoint states a ``variance_type``.
         skipped: leave out so many of the first steps, to start from an image (``count_skipped_steps``). The other
             steps stay as they are, except that a sampler's memory begins empty.
 
@@ -95,6 +103,7 @@ def schedule_for(
     if sampler in FLOW:
         _check_uniform_steps(sampler, steps, spacing)
         return FLOW[sampler](arguments)
+    check_options(sampler, diffusion.options)
     total = len(diffusion.betas)
     if not 1 <= steps <= total:
         raise SamplingError(f"{steps} steps: expected 1 to {total}, the number of training timesteps")

@@ -10,6 +10,7 @@ import numpy as np
 
 from dit_runtime.bundle.manifest import DiffusionSpec
 from dit_runtime.core.errors import SamplingError
+from dit_runtime.samplers.options import LEVELS, SolverSettings
 from dit_runtime.samplers.schedule import (
     NOTHING,
     S0,
@@ -23,18 +24,22 @@ from dit_runtime.samplers.schedule import (
     schedule_from_rows,
 )
 from dit_runtime.samplers.spacing import (
+    DIFFUSERS,
     NO_SIGNAL,
     OFFICIAL,
     choose_ddim_spacing,
+    choose_multistep_spacing,
     choose_solver_spacing,
     cumulative_alphas,
     euler_timesteps,
     multistep_timesteps,
-    official_timesteps,
+    noise_levels,
     space_timesteps,
 )
 
-FEW_STEPS = 15  # with fewer steps, diffusers' multistep solvers lower their order at the end
+FEW_STEPS = 15  # with fewer steps, diffusers' DPM-Solver++ lowers its order at the end
+NO_STEP = 1e-6  # in log(α/σ): a step to the level where the latents are already changes nothing
+LEAST_VARIANCE = 1e-20
 
 
 def clean_and_noise(prediction_type: str, alpha: float, sigma: float) -> tuple[Float64, Float64]:
@@ -82,61 +87,81 @@ def ddim(diffusion: DiffusionSpec, steps: int, eta: float = 0.0, spacing: str | 
 
 
 def ddpm(diffusion: DiffusionSpec, steps: int, learned_variance: bool, spacing: str | None = None) -> Schedule:
-    """Ancestral sampling of a respaced DDPM, as in the official code (``respace.py``, ``gaussian_diffusion.py``).
+    """Ancestral sampling of a respaced DDPM.
 
-    A learned variance interpolates log β̃ and log β (Nichol & Dhariwal 2021, arXiv 2102.09672, equation 15). Without a
-    learned variance it is the official default, "fixed large". Noise is drawn at every row but the last.
+    Where the checkpoint states no ``variance_type``, this is the official code (``respace.py``,
+    ``gaussian_diffusion.py``): official spacing, a learned variance, or without one the official default "fixed large".
+    Where it states one, this is diffusers' ``DDPMScheduler``, which has DDIM's spacings too. A learned variance
+    interpolates log β̃ and log β (Nichol & Dhariwal 2021, arXiv 2102.09672, equation 15). Noise is drawn at every row
+    but that of timestep 0.
+
+    Raises:
+        SamplingError: a spacing that it does not have, or a learned variance of a model that predicts none.
     """
-    spacing = OFFICIAL[0] if spacing is None else spacing
-    if spacing not in OFFICIAL:
-        raise SamplingError(f"timestep spacing {spacing!r} with sampler ddpm: expected one of {', '.join(OFFICIAL)}")
+    stated = diffusion.options.variance_type
+    known = OFFICIAL if stated is None else (*DIFFUSERS, *OFFICIAL)
+    spacing = OFFICIAL[0] if spacing is None and stated is None else choose_ddim_spacing(diffusion, spacing)
+    if spacing not in known:
+        raise SamplingError(f"timestep spacing {spacing!r} with sampler ddpm: expected one of {', '.join(known)}")
+    if stated == "learned_range" and not learned_variance:
+        raise SamplingError(
+            "variance_type 'learned_range' with sampler ddpm: this model predicts no variance; choose another sampler, "
+            "or set fixed_small or fixed_large in scheduler_config.json and export again"
+        )
+    variance_type = stated or ("learned_range" if learned_variance else "fixed_large")
     alpha_bars = cumulative_alphas(diffusion)
-    timesteps = official_timesteps(len(alpha_bars), steps, spacing)
+    timesteps = space_timesteps(diffusion, steps, spacing)
     kept = alpha_bars[timesteps]
     before = np.append(kept[1:], 1.0)
     betas = 1 - kept / before
-    posterior = betas * (1 - before) / (1 - kept)
+    # diffusers' least variance, of a step to the image.
+    posterior = np.maximum(betas * (1 - before) / (1 - kept), LEAST_VARIANCE)
     rows = []
-    for index, (now, then, beta) in enumerate(zip(kept, before, betas, strict=True)):
+    for t, now, then, beta, least in zip(timesteps, kept, before, betas, posterior, strict=True):
         x_0, _ = clean_and_noise(diffusion.prediction_type, np.sqrt(now), np.sqrt(1 - now))
         mean = (beta * np.sqrt(then) * x_0 + (1 - then) * np.sqrt(1 - beta) * S0) / (1 - now)
-        if index == steps - 1:
+        if t == 0:
             rows.append(make_row(x_0, mean))
             continue
-        high, low = np.log(beta), np.log(posterior[index])
+        high, low = np.log(beta), np.log(least)
         # Half of fraction·high + (1 − fraction)·low, with fraction = (v + 1)/2.
-        log_sigma = ((low + high) / 4, (high - low) / 4) if learned_variance else (high / 2, 0.0)
-        rows.append(make_row(x_0, mean, noise=1.0, log_sigma=log_sigma))
-    return schedule_from_rows(
-        "ddpm", spacing, timesteps, rows, _signal_and_noise(kept), draws=np.arange(steps) < steps - 1
-    )
+        learned = ((low + high) / 4, (high - low) / 4)
+        fixed = (high / 2 if variance_type == "fixed_large" else low / 2, 0.0)
+        rows.append(make_row(x_0, mean, noise=1.0, log_sigma=learned if variance_type == "learned_range" else fixed))
+    return schedule_from_rows("ddpm", spacing, timesteps, rows, _signal_and_noise(kept), draws=timesteps > 0)
 
 
 def dpm_solver_pp(
     diffusion: DiffusionSpec,
     steps: int,
-    order: int,
+    settings: SolverSettings,
     stochastic: bool = False,
     spacing: str | None = None,
     skipped: int = 0,
 ) -> Schedule:
     """DPM-Solver++ multistep (Lu et al. 2022, arXiv 2211.01095), as diffusers' ``DPMSolverMultistepScheduler``.
 
-    This is the midpoint variant, which ends at x₀. ``order`` is 2 or 3. ``stochastic`` is SDE-DPM-Solver++ 2M, which
-    draws noise at every row, the last included. With fewer than 15 steps the order falls towards the end. The memory
-    holds the last two x₀. After ``skipped`` steps the order rises from 1, as after diffusers' ``set_begin_index``.
+    ``stochastic`` is SDE-DPM-Solver++ 2M, which draws noise at every row, the last included. The memory holds the last
+    two x₀. After ``skipped`` steps the order rises from 1, as after diffusers' ``set_begin_index``.
     """
     check_skipped(skipped, steps)
-    spacing = choose_solver_spacing(diffusion, spacing)
-    timesteps, levels = multistep_timesteps(diffusion, steps, spacing)
-    alphas, sigmas, log_snr = _half_log_snr(np.append(levels, 0.0))
+    spacing = choose_multistep_spacing(diffusion, spacing, settings)
+    timesteps, levels = multistep_timesteps(diffusion, steps, spacing, settings)
+    end = 0.0 if settings.ends_at_zero else float(noise_levels(diffusion)[0])
+    alphas, sigmas, log_snr = _half_log_snr(np.append(levels, end))
+    falls = settings.lower_order_final and steps < FEW_STEPS
     rows = []
     for i in range(skipped, steps):
         x_0, _ = clean_and_noise(diffusion.prediction_type, alphas[i], sigmas[i])
-        last = i == steps - 1
-        lower = 2 if steps < FEW_STEPS and i == steps - 2 else order
-        used = 1 if last else min(order, i - skipped + 1, lower)
+        used = min(settings.order, i - skipped + 1)
         h = log_snr[i + 1] - log_snr[i]
+        if i == steps - 1 and (settings.ends_at_zero or settings.euler_at_final or falls):
+            used = 1
+        elif i == steps - 2 and falls:
+            used = min(used, 2)
+        if abs(h) < NO_STEP:
+            rows.append(make_row(x_0, S0))
+            continue
         slope, curvature = NOTHING, NOTHING
         if used >= 2:
             r_0 = (log_snr[i] - log_snr[i - 1]) / h
@@ -149,60 +174,73 @@ def dpm_solver_pp(
         ratio = sigmas[i + 1] / sigmas[i]
         if stochastic:
             gain = -np.expm1(-2 * h)
-            z = ratio * np.exp(-h) * S0 + alphas[i + 1] * gain * (x_0 + slope / 2)
+            weight = 1 - gain / (2 * h) if settings.solver_type == "heun" else gain / 2
+            z = ratio * np.exp(-h) * S0 + alphas[i + 1] * (gain * x_0 + weight * slope)
             rows.append(make_row(x_0, z, x_0, noise=sigmas[i + 1] * np.sqrt(gain)))
             continue
         gain = -np.expm1(-h)
         z = ratio * S0 + alphas[i + 1] * gain * x_0
         if used == 2:
-            z = z + alphas[i + 1] * gain / 2 * slope
+            weight = 1 - gain / h if settings.solver_type == "heun" else gain / 2
+            z = z + alphas[i + 1] * weight * slope
         elif used == 3:
             z = z + alphas[i + 1] * ((1 - gain / h) * slope - ((h - gain) / h**2 - 0.5) * curvature)
-        rows.append(make_row(x_0, z, x_0, S1 if i > skipped and order == 3 else NOTHING))
-    name = "dpmpp-2m-sde" if stochastic else f"dpmpp-{order}m"
+        rows.append(make_row(x_0, z, x_0, S1 if i > skipped and settings.order == 3 else NOTHING))
+    name = "dpmpp-2m-sde" if stochastic else f"dpmpp-{settings.order}m"
     initial = np.stack([alphas, sigmas], 1)[skipped:-1]
     return schedule_from_rows(name, spacing, timesteps[skipped:], rows, initial, draws=stochastic, skipped=skipped)
 
 
-def unipc(diffusion: DiffusionSpec, steps: int, spacing: str | None = None, skipped: int = 0) -> Schedule:
-    """UniPC of order 2 with corrector and B(h) = e^h − 1 (Zhao et al. 2023, arXiv 2302.04867; diffusers' ``bh2``).
+def unipc(
+    diffusion: DiffusionSpec, steps: int, settings: SolverSettings, spacing: str | None = None, skipped: int = 0
+) -> Schedule:
+    """UniPC with corrector (Zhao et al. 2023, arXiv 2302.04867), as diffusers' ``UniPCMultistepScheduler``.
 
-    The network's output of a step first corrects the latents that it was computed at, then predicts the next latents.
-    The part of the correction that is known a step earlier is kept in the memory (s₁), beside the last x₀ (s₂). After
-    ``skipped`` steps the first step corrects nothing and the order rises from 1, as after diffusers'
-    ``set_begin_index``.
+    B(h) is e^h − 1 (``bh2``) or h (``bh1``). The network's output of a step first corrects the latents that it was
+    computed at, then predicts the next latents. The part of the correction that is known a step earlier is kept in the
+    memory (s₁), beside the last x₀ (s₂). After ``skipped`` steps the first step corrects nothing and the order rises
+    from 1, as after diffusers' ``set_begin_index``.
     """
     check_skipped(skipped, steps)
-    spacing = choose_solver_spacing(diffusion, spacing)
-    timesteps, levels = multistep_timesteps(diffusion, steps, spacing)
-    alphas, sigmas, log_snr = _half_log_snr(np.append(levels, 0.0))
+    spacing = choose_multistep_spacing(diffusion, spacing, settings)
+    timesteps, levels = multistep_timesteps(diffusion, steps, spacing, settings)
+    lowest = float(levels[-1] if spacing in LEVELS.values() else noise_levels(diffusion)[0])
+    end = 0.0 if settings.ends_at_zero else lowest
+    alphas, sigmas, log_snr = _half_log_snr(np.append(levels, end))
     rows, correction = [], 0.0  # weight of the newest x₀ in the correction of this step's latents
     for i in range(skipped, steps):
         x_0, _ = clean_and_noise(diffusion.prediction_type, alphas[i], sigmas[i])
-        corrected = S1 + correction * x_0 if i > skipped else S0
+        corrects = i > skipped and i - 1 not in settings.uncorrected
+        corrected = S1 + correction * x_0 if corrects else S0
+        order = min(settings.order, i - skipped + 1, steps - i if settings.lower_order_final else settings.order)
         h = log_snr[i + 1] - log_snr[i]
+        if abs(h) < NO_STEP:
+            rows.append(make_row(x_0, corrected))
+            continue
         gain = -alphas[i + 1] * np.expm1(-h)
+        scale = alphas[i + 1] * h if settings.solver_type == "bh1" else gain  # −α·B(−h)
         base = sigmas[i + 1] / sigmas[i] * corrected + gain * x_0
-        if i == steps - 1:
-            rows.append(make_row(x_0, base))
-            break
         slope, r = NOTHING, 0.0
-        order = min(2, steps - i, i - skipped + 1)
         if order == 2:
             r = (log_snr[i - 1] - log_snr[i]) / h
             slope = (S2 - x_0) / r
-        earlier, correction = _corrector_weights(h, r, order)
-        correction *= gain
-        z = base + gain / 2 * slope
-        rows.append(make_row(x_0, z, base + gain * earlier * slope - correction * x_0, x_0))
+        z = base + scale / 2 * slope if order == 2 else base
+        if i == steps - 1:
+            rows.append(make_row(x_0, z))
+            break
+        earlier, correction = 0.0, scale / 2
+        if order == 2:
+            earlier, correction = (gain * weight for weight in _corrector_weights(h, r))
+        rows.append(make_row(x_0, z, base + earlier * slope - correction * x_0, x_0))
     initial = np.stack([alphas, sigmas], 1)[skipped:-1]
     return schedule_from_rows("unipc", spacing, timesteps[skipped:], rows, initial, skipped=skipped)
 
 
-def _corrector_weights(h: float, r: float, order: int) -> tuple[float, float]:
-    """Weights of the earlier and the newest difference in UniC (equation 9 of the paper; data prediction, so −h)."""
-    if order == 1:
-        return 0.0, 0.5
+def _corrector_weights(h: float, r: float) -> tuple[float, float]:
+    """Weights of the earlier and the newest difference in UniC-2 (equation 9 of the paper; data prediction, so −h).
+
+    They are relative to 1 − e⁻ʰ; B(h) cancels out.
+    """
     phi_1 = np.expm1(-h)
     phi_2 = phi_1 / -h - 1
     phi_3 = phi_2 / -h - 1 / 2

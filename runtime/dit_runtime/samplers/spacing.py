@@ -9,11 +9,12 @@ from numpy.typing import NDArray
 
 from dit_runtime.bundle.manifest import DiffusionSpec
 from dit_runtime.core.errors import SamplingError
+from dit_runtime.samplers.options import LEVELS, SolverSettings
 from dit_runtime.samplers.schedule import Float64
 
 DIFFUSERS = ("leading", "trailing", "linspace")
 OFFICIAL = ("official", "official-ddim")
-KARRAS = "karras"
+KARRAS, LU, EXPONENTIAL = LEVELS.values()  # noise levels are chosen, and the timesteps follow from them
 # The spacing of a bundle whose checkpoint states none: each sampler then has the default of its diffusers class.
 UNSTATED = "default"
 
@@ -77,7 +78,7 @@ def space_timesteps(diffusion: DiffusionSpec, steps: int, spacing: str | None = 
     if spacing == "leading":
         timesteps = np.arange(steps, dtype=np.float64)[::-1] * (total // steps) + diffusion.steps_offset
     elif spacing == "trailing":
-        timesteps = _trailing_timesteps(total, steps)
+        timesteps = np.arange(total, 0, -total / steps).round() - 1.0
     elif spacing == "linspace":
         timesteps = np.linspace(0, total - 1, steps).round()[::-1]
     else:
@@ -85,24 +86,37 @@ def space_timesteps(diffusion: DiffusionSpec, steps: int, spacing: str | None = 
     return _check_timesteps(timesteps, steps, total, spacing, diffusion.steps_offset)
 
 
-def multistep_timesteps(diffusion: DiffusionSpec, steps: int, spacing: str | None = None) -> tuple[Float64, Float64]:
+def choose_multistep_spacing(diffusion: DiffusionSpec, spacing: str | None, settings: SolverSettings) -> str:
+    """The spacing of a multistep solver: the given one, or that of the levels in its settings, or the bundle's own."""
+    return choose_solver_spacing(diffusion, settings.levels if spacing is None else spacing)
+
+
+def multistep_timesteps(
+    diffusion: DiffusionSpec, steps: int, spacing: str, settings: SolverSettings
+) -> tuple[Float64, Float64]:
     """Timesteps and σ ``[steps]`` of diffusers' multistep schedulers, which space one point more and drop the last.
 
     Raises:
         SamplingError: as ``space_timesteps``, or σ does not fall with every step.
     """
-    spacing = choose_solver_spacing(diffusion, spacing)
     total, sigmas = len(diffusion.betas), noise_levels(diffusion)
-    if spacing == KARRAS:
-        return _karras_levels(sigmas, steps)
+    if spacing in LEVELS.values():
+        return _spaced_levels(diffusion, sigmas, steps, spacing, settings)
+    # Timesteps whose log(α/σ), which is −log σ here, is below the least are left out.
+    last = total - int((-np.log(sigmas) < settings.lambda_min).sum())
     if spacing == "leading":
-        points = np.arange(1, steps + 1, dtype=np.float64)[::-1] * (total // (steps + 1)) + diffusion.steps_offset
+        points = np.arange(1, steps + 1, dtype=np.float64)[::-1] * (last // (steps + 1)) + diffusion.steps_offset
     elif spacing == "trailing":
-        points = _trailing_timesteps(total, steps)
+        points = np.arange(last, 0, -total / steps).round() - 1.0
     elif spacing == "linspace":
-        points = np.linspace(0, total - 1, steps + 1).round()[::-1][:-1]
+        points = np.linspace(0, last - 1, steps + 1).round()[::-1][:-1]
     else:
-        raise _unsupported_spacing(spacing, (*DIFFUSERS, KARRAS))
+        raise _unsupported_spacing(spacing, (*DIFFUSERS, *LEVELS.values()))
+    if last < total and (last < 1 or len(points) != steps):
+        raise SamplingError(
+            f"{steps} steps with {spacing} spacing: lambda_min_clipped {settings.lambda_min:g} of the checkpoint's "
+            f"scheduler leaves {len(points) if last > 0 else 0} of them, in diffusers too; use another spacing"
+        )
     timesteps = _check_timesteps(points, steps, total, spacing, diffusion.steps_offset)
     return timesteps.astype(np.float64), _check_falling(sigmas[timesteps], steps, spacing)
 
@@ -155,27 +169,43 @@ def official_timesteps(total: int, steps: int, spacing: str) -> Int64:
     return np.array(taken[::-1], np.int64)
 
 
-def _trailing_timesteps(total: int, steps: int) -> Float64:
-    return np.arange(total, 0, -total / steps).round() - 1.0
+def _spaced_levels(
+    diffusion: DiffusionSpec, sigmas: Float64, steps: int, spacing: str, settings: SolverSettings
+) -> tuple[Float64, Float64]:
+    """Timesteps and σ where σ itself is spaced: by Karras et al. 2022 (arXiv 2206.00364, equation 5 with ρ = 7), evenly
+    in log σ (``exponential``), or so from end to end of the training (``lu``: Lu et al. 2022, arXiv 2206.00927).
 
-
-def _karras_levels(sigmas: Float64, steps: int) -> tuple[Float64, Float64]:
-    """Timesteps and σ of Karras et al. 2022 (arXiv 2206.00364), equation 5 with ρ = 7, over the whole range of σ.
-
-    The network gets the nearest training timestep, as in diffusers; the sampler uses σ itself.
+    The network gets the timestep near which the level is in training, as in diffusers; the sampler uses σ itself.
     """
-    inverse_rho = 1 / 7
+    low, high = float(sigmas[0]), float(sigmas[-1])
+    if spacing != LU:
+        low = low if settings.sigma_min is None else settings.sigma_min
+        high = high if settings.sigma_max is None else settings.sigma_max
+    if not 0 < low < high:
+        raise SamplingError(
+            f"{spacing} spacing from sigma_max {high:g} to sigma_min {low:g}: expected a fall to a number above 0; "
+            "correct the two in the scheduler's configuration, or use another spacing"
+        )
     ramp = np.linspace(0, 1, steps)
-    low, high = sigmas[0] ** inverse_rho, sigmas[-1] ** inverse_rho
-    levels = (high + ramp * (low - high)) ** 7
+    if spacing == KARRAS:
+        levels = (high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7
+    else:
+        levels = np.exp(np.log(high) + ramp * (np.log(low) - np.log(high)))
     # With LEAST_ALPHA_BAR, σ does not rise everywhere: as in diffusers, the last σ below the level counts.
     below = [np.flatnonzero(sigmas < level * (1 - 1e-12)) for level in levels]
     first = np.array([min(found[-1], len(sigmas) - 2) if len(found) else 0 for found in below])
     share = np.log(levels / sigmas[first]) / np.log(sigmas[first + 1] / sigmas[first])
-    timesteps: Float64 = (first + np.clip(share, 0, 1)).round()
+    timesteps: Float64 = first + np.clip(share, 0, 1)
+    if spacing in settings.rounded:
+        timesteps = timesteps.round()
+    else:
+        timesteps = np.floor(timesteps + 1e-9)
+        if diffusion.options.first_timestep is not None and spacing == settings.levels:
+            timesteps[0] = diffusion.options.first_timestep
     if steps > 1 and timesteps[0] == timesteps[1]:
         raise SamplingError(
-            f"{steps} steps with karras spacing visit their first timestep twice, which diffusers cannot run; use fewer"
+            f"{steps} steps with {spacing} spacing visit their first timestep twice, which diffusers cannot run; use "
+            "fewer"
         )
     return timesteps, levels
 
