@@ -18,8 +18,8 @@ from dit_runtime.core.errors import CheckpointError
 from dit_runtime.core.reading import CONFIG_BYTES
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+def read_json_object(path: Path, constants: bool = False) -> dict[str, Any]:
+    """The object in a JSON file; ``constants`` lets NaN and the infinities be.
 
     Raises:
         CheckpointError: the file is missing, is not JSON, or holds no object.
@@ -27,7 +27,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; {SUPPORTED}")
     try:
-        value = read_json(path, CONFIG_BYTES)
+        value = read_json(path, CONFIG_BYTES, constants=constants)
     except DecodeError as error:
         raise CheckpointError(f"{path}: {error}; download or copy it again") from error
     if not isinstance(value, dict):

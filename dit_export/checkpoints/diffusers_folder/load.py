@@ -63,7 +63,9 @@ def _load(source: Source, location: Location) -> Checkpoint:
         revision=location.revision,
         weights_sha256=sha256,
         class_names=classes if names else (),
-        sampler=own_sampler(read_json_object(scheduler_file)["_class_name"], options_of_config(scheduler.config)),
+        sampler=own_sampler(
+            read_json_object(scheduler_file, constants=True)["_class_name"], options_of_config(scheduler.config)
+        ),
     )
 
 

@@ -42,7 +42,7 @@ def load_scheduler(path: Path) -> DDIMScheduler:
         CheckpointError: another kind of scheduler, an unknown key, a value of a wrong kind, or an option that no
             sampler table can hold.
     """
-    config = read_json_object(path)
+    config = read_json_object(path, constants=True)  # diffusers' DPM-Solver states -Infinity
     if (kind := config.get("_class_name")) not in SCHEDULERS:
         raise CheckpointError(
             f"{path}: is a {kind}; expected the scheduler of a diffusion model, such as DDIMScheduler (for velocity "

@@ -62,8 +62,10 @@ Natural = Annotated[int, Range(0)]
 Amount = Annotated[float, Range(0)]
 
 
-def json_from_bytes(content: bytes) -> Any:
+def json_from_bytes(content: bytes, constants: bool = False) -> Any:
     """The values of a JSON text in UTF-8: numbers are finite and whole ones have at most 64 bits, text is Unicode.
+
+    ``constants`` lets NaN and the infinities be, which Python writes: diffusers' files hold them.
 
     Raises:
         DecodeError: not JSON, another number or text in it, a key twice in one object, more than ``MOST_DEPTH`` levels
@@ -73,7 +75,7 @@ def json_from_bytes(content: bytes) -> Any:
     try:
         raw = json.loads(
             content.decode(),
-            parse_constant=_refuse_constant,
+            parse_constant=float if constants else _refuse_constant,
             parse_float=_finite_from_text,
             parse_int=_whole_from_text,
             object_pairs_hook=_object_from_pairs,
@@ -109,8 +111,8 @@ def _check_amount(content: bytes) -> None:
         raise DecodeError(f"not JSON: about {len(outside)} values, expected {MOST_VALUES} at most")
 
 
-def read_json(path: Path, limit_bytes: int, within: Path | None = None) -> Any:
-    """The values of a JSON file, opened as ``open_file`` does.
+def read_json(path: Path, limit_bytes: int, within: Path | None = None, constants: bool = False) -> Any:
+    """The values of a JSON file, opened as ``open_file`` does; ``constants`` as in ``json_from_bytes``.
 
     Raises:
         DecodeError: the file cannot be read, or as ``json_from_bytes``.
@@ -119,7 +121,7 @@ def read_json(path: Path, limit_bytes: int, within: Path | None = None) -> Any:
         content = read_file(path, limit_bytes, within)
     except FileError as error:
         raise DecodeError(str(error)) from error.__cause__
-    return json_from_bytes(content)
+    return json_from_bytes(content, constants)
 
 
 def schema_of(raw: object) -> int:

@@ -102,7 +102,7 @@ def test_wrong_values_and_names_are_refused(key: str, value: Any, message: str, 
 def test_no_value_of_a_wrong_kind_gets_to_diffusers(kind: str, tmp_path: Path) -> None:
     """Every option of every class, with values of every kind that JSON has: read, or refused in one line by name."""
     for key in TABLE[kind]:
-        for value in (None, True, -1, 2**70, 0.5, "", "1", [], [0.1], {}, float("nan")):
+        for value in (None, True, -1, 2**62, 0.5, "", "1", [], [0.1], {}, float("nan")):
             config = {"_class_name": kind, "clip_sample": False, key: value}
             refusal = refusal_of(tmp_path, config)
             assert refusal is None or key in refusal or "trained_betas" in refusal, refusal
