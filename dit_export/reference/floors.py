@@ -18,7 +18,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from dit_export.reference.pipeline import Reference
-from dit_runtime.bundle.reader import ENCODER, TILE, UNGUIDED
+from dit_runtime.bundle.reader import CONDITIONS, ENCODER, TILE, UNGUIDED
+from dit_runtime.verify.conditions import project, relative_norms, signs_for
 from dit_runtime.verify.metrics import relative_l2
 
 PRECISIONS = {
@@ -116,6 +117,22 @@ def _measure_network(
     table = reference.table_from_observation(seen)
     wanted = records["conditioner"]["table"]
     yield "conditioner", [_measure_error(table[:, index], wanted[:, index]) for index in range(wanted.shape[1])]
+    record = records[CONDITIONS]
+    found, _ = project_conditions(reference, record["timesteps"], record["labels"])
+    yield CONDITIONS, [float(relative_norms(found - record["projections"], record["norms"]).max())]
+
+
+def project_conditions(reference: Reference, timesteps: Any, labels: Any) -> tuple[Any, Any]:
+    """Projections ``[R, …]`` and norms ``[R]`` of the conditions' rows, in float64; see ``verify/conditions.py``."""
+    projections, norms, signs = [], [], None
+    for first in range(0, len(timesteps), CHUNK):
+        part = slice(first, first + CHUNK)
+        table = reference.compute_table(torch.from_numpy(timesteps[part]), torch.from_numpy(labels[part])).double()
+        rows = table.flatten(1).numpy()
+        signs = signs_for(rows.shape[1]) if signs is None else signs
+        projections.append(project(rows, signs))
+        norms.append(np.linalg.norm(rows, axis=1))
+    return np.concatenate(projections), np.concatenate(norms)
 
 
 def _measure_autoencoder(

@@ -17,12 +17,13 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from dit_export.checkpoints.checkpoint import Checkpoint
-from dit_export.reference.floors import floors_of
+from dit_export.reference.floors import floors_of, project_conditions
 from dit_export.reference.magnitudes import magnitudes_of
 from dit_export.reference.pipeline import Reference
 from dit_export.reference.record_settings import TILES_KEPT, TOKENS_KEPT, Measurements, RecordSettings
-from dit_runtime.bundle.reader import TILE, UNGUIDED
+from dit_runtime.bundle.reader import CONDITIONS, TILE, UNGUIDED
 from dit_runtime.core.errors import ParityError
+from dit_runtime.verify.conditions import choose_conditions
 from dit_runtime.verify.verification import trajectories_of
 
 
@@ -62,6 +63,7 @@ def write_records(
             "labels": np.concatenate([record["labels"], np.full_like(record["labels"], reference.classes)]),
             "table": reference.table_from_observation(seen).numpy(),
         }
+        records[CONDITIONS] = _record_conditions(reference)
         with magnitudes_of(reference, encoder) as magnitudes:
             for name in names:
                 records[name] = _record_trajectory(reference, settings, name, advance)
@@ -158,6 +160,14 @@ def _record_blocks(reference: Reference, settings: RecordSettings) -> dict[str, 
         "tokens": seen.tokens[0][:1, : reference.spec.tokens : stride].numpy(),
         "outputs": torch.stack([output[:, ::stride] for output in seen.blocks]).numpy(),
     }
+
+
+def _record_conditions(reference: Reference) -> dict[str, Any]:
+    """Random projections of every class's and every timestep's row of the conditioning table."""
+    timesteps, labels = choose_conditions(len(reference.checkpoint.diffusion.betas), reference.classes)
+    projections, norms = project_conditions(reference, timesteps, labels)
+    numbers = {"projections": projections.astype(np.float32), "norms": norms.astype(np.float32)}
+    return {"timesteps": timesteps, "labels": labels.astype(np.int32), **numbers}
 
 
 def _record_trajectory(

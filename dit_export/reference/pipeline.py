@@ -176,6 +176,29 @@ class Reference:
             return []
         return [*(block.adaLN_modulation for block in self.blocks), model.final_layer.adaLN_modulation]
 
+    def compute_table(self, t: Tensor, labels: Tensor) -> Tensor:
+        """The conditioning table ``[N, …]`` of timesteps ``[N]`` and labels ``[N]``, by the conditioning modules alone.
+
+        It is the table that ``observe`` gives for an evaluation of the whole network.
+        """
+        model = self.transformer
+        with self.observe() as seen:
+            if self.checkpoint.transformer is not None:
+                x = torch.zeros(len(t), 1, self.spec.width, dtype=self.dtype)
+                for block in self.blocks:
+                    block.norm1(x, timestep=t, class_labels=labels, hidden_dtype=self.dtype)
+                condition = self.blocks[0].norm1.emb(t, labels, hidden_dtype=self.dtype)
+                model.proj_out_1(nn.functional.silu(condition))
+            else:
+                embeddings: tuple[Tensor, Tensor] = model.t_embedder(t), model.y_embedder(labels)
+                as_tokens = self.spec.conditioning in ("in-context", "cross-attention")
+                condition = torch.stack(embeddings, dim=1) if as_tokens else embeddings[0] + embeddings[1]
+                if self.spec.conditioning == "in-context":
+                    seen.conditions.append(condition)
+                for module in self._find_conditioning_modules():
+                    module(condition)
+        return self.table_from_observation(seen)
+
     def table_from_observation(self, seen: Observation) -> Tensor:
         """The conditions of an evaluation of N rows, arranged as a bundle's conditioning table ``[N, …]``."""
         if self.spec.conditioning == "in-context":

@@ -50,6 +50,7 @@ from dit_runtime.core.replace import recover_folder
 
 __all__ = [
     "CONDITIONINGS",
+    "CONDITIONS",
     "ENCODER",
     "ENGINES",
     "GOLDEN",
@@ -81,6 +82,7 @@ ENGINES = "engines"
 PLAIN = "plain"  # in the engine store: hard links to the graphs of a bundle whose files are links
 GOLDEN = "golden"
 UNGUIDED = "unguided"  # name of the record of a trajectory without guidance, by a sampler that draws noise
+CONDITIONS = "conditions"  # name of the record of every class and timestep
 TILE = "tile_"  # a record of one tile of the decoder has this name and the tile's side in latent pixels
 
 

@@ -88,6 +88,12 @@ class Budget:
         return [error / max(floor, LEAST_FLOOR) for error, floor in zip(errors, floors, strict=False)]
 
 
+def worst_floor_of(budget: Budget, record: str) -> float | None:
+    """PyTorch's own largest error in a record; None where it is not known."""
+    floors = budget.floors.get(record, ())
+    return max(max(floors), LEAST_FLOOR) if floors else None
+
+
 def worst_gain_of(guidance: float) -> float:
     """The largest factor by which guidance of scale s increases an error of the branches: |s| + |s−1|."""
     return abs(guidance) + abs(guidance - 1)

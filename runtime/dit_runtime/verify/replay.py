@@ -16,6 +16,7 @@ from dit_runtime.core.errors import EngineError
 from dit_runtime.samplers.guidance import branch_rows, guidance_weights
 from dit_runtime.samplers.schedule import COEFFICIENTS
 from dit_runtime.verify.budget import budget_for, precision_for_limits
+from dit_runtime.verify.visits import ObservedEngine
 
 
 def choose_shapes(info: EngineInfo, graph: str, usual: int, branches: Sequence[int] = (1,)) -> list[BatchShape]:
@@ -72,6 +73,7 @@ class Replay:
     """Runs an engine's graphs on recorded inputs. Batches above the engine's limit run in parts.
 
     Attributes:
+        engine: the engine; what it is asked is noted in ``visits``.
         budget: the bundle's limits for this engine.
         tile: height and width of the tiles that the engine's decoder was built for; None for whole images.
 
@@ -81,7 +83,8 @@ class Replay:
     """
 
     def __init__(self, bundle: Bundle, engine: Engine) -> None:
-        self.bundle, self.engine, self.model = bundle, engine, bundle.manifest.model
+        self.bundle, self.engine, self.model = bundle, ObservedEngine(engine), bundle.manifest.model
+        self.visits = self.engine.visits
         self.budget = budget_for(bundle, precision_for_limits(bundle, engine.info))
         self.tile = engine.info.tile
         self._images = "images"

@@ -9,6 +9,7 @@ The first rung that fails says where the fault is:
     noise, teacher-forced, free-running     the sampler: its noise, its single steps, whole trajectories
     decoder, uint8 images, image …          the autoencoder's decoder, and the images
     encoder                                 the autoencoder's encoder
+    classes, batches, branches, …           relations, which carry the above to inputs that no record has
 
 The records hold what the unpatched PyTorch reference computed in FP32. The limits and PyTorch's own errors come with
 the bundle (``dit_runtime.verify.budget``). Nothing here needs torch.
@@ -21,13 +22,17 @@ from collections.abc import Iterator
 from dit_runtime.backends.base import Array, Engine
 from dit_runtime.bundle.manifest import ENCODER, DiffusionSpec
 from dit_runtime.bundle.precision import Precision
-from dit_runtime.bundle.reader import UNGUIDED, Bundle
+from dit_runtime.bundle.reader import CONDITIONS, UNGUIDED, Bundle
 from dit_runtime.core.progress import Progress
 from dit_runtime.samplers.by_name import schedule_for
 from dit_runtime.samplers.schedule import Schedule
 from dit_runtime.verify import image_rungs, network_rungs
+from dit_runtime.verify.conditions import conditions
+from dit_runtime.verify.decoder_relations import decoder_batches, encoder_batches
+from dit_runtime.verify.effort import Effort, effort_for
 from dit_runtime.verify.replay import Replay
 from dit_runtime.verify.rung import Rung, Verification
+from dit_runtime.verify.step_relations import StepRelations
 
 
 def trajectories_of(diffusion: DiffusionSpec) -> tuple[str, str]:
@@ -112,6 +117,18 @@ def _rungs(replay: Replay, quick: bool, images: list[tuple[Array, Array]]) -> It
         yield from rungs
     if ENCODER in manifest.graphs:
         yield image_rungs.encoder(replay)
+    yield from relations(replay, effort_for(manifest.model, quick))
+
+
+def relations(replay: Replay, effort: Effort) -> Iterator[Rung]:
+    """What follows from the rungs above for inputs that no record has, from the bottom up."""
+    yield from conditions(replay, effort)
+    step = StepRelations(replay, effort)
+    step.visit()
+    yield from step.rungs()
+    yield from decoder_batches(replay, effort)
+    if ENCODER in replay.bundle.manifest.graphs:
+        yield encoder_batches(replay, effort)
 
 
 def _trajectory(replay: Replay, sampler: str, name: str) -> tuple[image_rungs.Record, Schedule]:
@@ -136,4 +153,8 @@ def _rung_count(replay: Replay, quick: bool) -> int:
     # trajectories and the four rungs of their images.
     always = _has_range(replay) + probed + (1 + guided) * (1 + manifest.model.learned_variance) + 5 + 6 * guided
     unguided = not (quick and guided)
-    return always + unguided + (ENCODER in manifest.graphs) + (1 + 2 * guided) * (not quick)
+    # Conditioner's calls; batches, rows, samplers and the repeated call of the step; two rungs of the decoder; with
+    # guidance its batches, branches and scales.
+    relations = replay.bundle.has_records(CONDITIONS) + 7 + 3 * guided
+    encoder = 2 * (ENCODER in manifest.graphs)
+    return always + unguided + relations + encoder + (1 + 2 * guided) * (not quick)

@@ -1,0 +1,287 @@
+"""Relations of the step: what every batch, place, branch, guidance, sampler and row of the table must give.
+
+Each rung compares calls of the step with what follows from each image's result alone (``made_images.py``). The calls go
+from shape to shape, because an engine may compile a graph for each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from dit_runtime.backends.base import Array
+from dit_runtime.backends.conditioning import bytes_of_row
+from dit_runtime.core.errors import SamplingError
+from dit_runtime.samplers.by_name import DIFFUSION_SAMPLERS, FLOW_SAMPLERS, schedule_for
+from dit_runtime.samplers.schedule import A_Z, B_E, COEFFICIENTS, INPUT, LOG_SIGMA, LOG_SIGMA_V, MATRIX, NOISE
+from dit_runtime.verify.effort import Effort, list_shapes
+from dit_runtime.verify.made_images import Expected, MadeImages, Prediction, expected_from_terms
+from dit_runtime.verify.relation import Relation
+from dit_runtime.verify.replay import Replay
+from dit_runtime.verify.rung import Rung
+
+STEPS = 4  # of the samplers whose rows are run: enough for a first, a last and a third-order row
+SMALL = 3  # batches up to this one are called with all that is tried, and many times
+MOST_EQUAL = 8  # images of a batch of equal images
+MOST_READING = 5  # images of a batch that reads all rows of the table
+SCALE = 1.5  # of guidance, where all images have the same
+
+SampledRow = tuple[str, Array]  # a sampler's name, and a row [17] of its schedule
+
+
+class StepRelations:
+    """The relations of the step. ``visit`` makes the calls; ``rungs`` gives what they came to.
+
+    Args:
+        replay: the bundle and the engine.
+        effort: how much is visited.
+    """
+
+    def __init__(self, replay: Replay, effort: Effort) -> None:
+        self.replay, self.effort = replay, effort
+        info, budget = replay.engine.info, replay.budget
+        self.shapes = list_shapes(info, effort)
+        self.made = MadeImages(replay, max(2, *(batch for batch, _ in self.shapes)))
+        self.invariance = {
+            1: Relation(budget, "batch invariance"),
+            2: Relation(budget, "batch invariance, guided"),
+        }
+        self.rows = Relation(budget, "rows of the table")
+        self.branches = Relation(budget, "branches")
+        self.guidance = Relation(budget, "guidance of each image")
+        self.sampler = Relation(budget, "sampler of each image")
+        self.repeated = Relation(budget, "repeated call")
+        self.sampled = list_sampler_rows(replay)
+        guided = max(count for _, count in self.shapes if count <= 2)
+        self.shape_of_rows = max(shape for shape in self.shapes if shape[1] == guided and shape[0] <= MOST_READING)
+        self._first = self._predict_first()
+        self._row = 0
+
+    def visit(self) -> None:
+        """Visit every shape, the rows of the table, and the first call again."""
+        self._compare_with_first("at once")
+        self._predict_all_alone()
+        for batch, branches in self.shapes:
+            if branches <= 2:
+                self._visit_batch(batch, branches)
+            if branches >= 2:
+                self._visit_branches(batch, branches)
+            if branches == 1 or (branches == 2 and batch <= SMALL):
+                self._visit_sampler(batch, branches)
+            if (batch, branches) == self.shape_of_rows:
+                self._visit_rows(batch, branches)
+            if batch <= SMALL and branches <= 2:
+                self._repeat(batch, branches)
+        self._compare_with_first("later")
+
+    def _predict_all_alone(self) -> None:
+        """Predict all that is compared alone, in one go: an engine may compile a graph again for each shape."""
+        for batch, branches in self.shapes:
+            for image, conditions in enumerate(self._conditions(list(range(batch)), branches).T):
+                for condition in conditions:
+                    self.made.predict_alone(image, int(condition))
+
+    def rungs(self) -> Iterator[Rung]:
+        """The rungs, from the bottom up."""
+        batches = {count: [batch for batch, most in self.shapes if most == count] for _, count in self.shapes}
+        for branches, relation in self.invariance.items():
+            if relation.compared:
+                yield relation.rung(f"batches {' '.join(map(str, batches[branches]))}")
+        yield self.rows.rung(f"{self.rows_read} of {self.rows_taken} rows")
+        if self.branches.compared:
+            counts = " ".join(map(str, sorted(batches)))
+            yield self.branches.rung(f"G {counts}, without weight and with")
+            yield self.guidance.rung("scales of image, branch and channel differ")
+        samplers = len(dict.fromkeys(name for name, _ in self.sampled))
+        yield self.sampler.rung(f"all slots, noise of scale 0, rows of {samplers} samplers")
+        yield self.repeated.rung(f"after {self.replay.visits.calls['step']} calls of the step")
+
+    def _visit_batch(self, batch: int, branches: int) -> None:
+        """Images beside others, in both orders, and the same image in every place."""
+        own = list(range(batch))
+        weights = np.full((branches, batch, self.channels), 1.0 if branches == 1 else SCALE)
+        weights[1:] = 1 - SCALE
+        orders = [own] if batch == 1 else [own, own[::-1]]
+        if 1 < batch <= MOST_EQUAL:
+            orders.append([batch // 2] * batch)
+        for images in orders:
+            conditions = np.array([images, [self.made.null(image) for image in images]][:branches])
+            self._check(self.invariance[branches], images, conditions, weights)
+
+    def _visit_branches(self, batch: int, branches: int) -> None:
+        """Branches with and without weight, the same for all images; then weights of each image, branch and channel."""
+        images = list(range(batch))
+        conditions = self._conditions(images, branches)
+        if batch <= SMALL or branches > 2:
+            alone = np.zeros((branches, batch, self.channels))
+            alone[0] = 1
+            self._check(self.branches, images, conditions, alone)
+            if branches > 2:
+                each = np.resize([1.3, -0.7, 0.9, -0.4, 0.6], branches)
+                self._check(self.branches, images, conditions, each[:, None, None] * np.ones_like(alone))
+        random = np.random.default_rng(batch)
+        weights = (
+            random.uniform(0.3, 1.5, (branches, batch, self.channels))
+            * np.where(np.arange(branches) % 2, -1, 1)[:, None, None]
+        )
+        for place in range(1, batch, 2):  # images with fewer branches read any row in the others
+            weights[1 + place % branches :, place] = 0
+            conditions[1 + place % branches :, place] = conditions[0, 0]
+        self._check(self.guidance, images, conditions, weights)
+
+    def _conditions(self, images: Sequence[int], branches: int) -> Array:
+        """The conditions ``[G, B]`` of images: their own, the null class, then those of the images after them."""
+        made = self.made
+        rows = [[made.own(image) for image in images], [made.null(image) for image in images]]
+        rows += [[made.own((image + more) % made.count) for image in images] for more in range(1, branches - 1)]
+        return np.array(rows[:branches])
+
+    def _visit_sampler(self, batch: int, branches: int) -> None:
+        """Every slot and coefficient, different in each image; every second image has noise of scale 0."""
+        images = list(range(batch))
+        conditions, made = self._conditions(images, branches), self.made
+        weights = np.full((branches, batch, self.channels), 1 / branches)
+        predicted = made.predict(images, conditions, weights)
+        largest = max(float(np.abs(predicted.v).max(initial=0)), 1e-3)
+        random = np.random.default_rng(batch)
+        for silent in (0, 1):
+            rows = random.uniform(0.5, 1.5, (batch, COEFFICIENTS)) * random.choice([-1, 1], (batch, COEFFICIENTS))
+            rows[:, LOG_SIGMA_V] *= 0.5 / largest if np.isfinite(largest) else 0
+            rows[silent::2, LOG_SIGMA:] = 0
+            self._check_update(images, conditions, weights, predicted, rows, [""] * batch)
+        picked = [self.sampled[(self._row + place) % len(self.sampled)] for place in range(batch)]
+        self._row += batch
+        names = [f" with a row of {name}" for name, _ in picked]
+        self._check_update(images, conditions, weights, predicted, np.stack([row for _, row in picked]), names)
+
+    def _check_update(
+        self,
+        images: list[int],
+        conditions: Array,
+        weights: Array,
+        predicted: Prediction,
+        rows: Array,
+        names: Sequence[str],
+    ) -> None:
+        made = self.made
+        rows = rows.astype(np.float32)
+        found = made.run(images, conditions, weights, rows, made.noise[images])
+        for place, image in enumerate(images):
+            e, v = predicted.e[place], predicted.v[place]
+            expected = expect_update(made.state[image], e, v, rows[place], made.noise[image])
+            parts = [*found[0][place], found[1][place]]
+            for part, one, wanted in zip(("slot 0", "slot 1", "slot 2", "denoised"), parts, expected, strict=True):
+                value = float(np.abs(one - wanted.value).max()) / max(wanted.scale, 1e-30)
+                silent = ", noise of scale 0" if part == "slot 0" and not rows[place, NOISE] else ""
+                where = f"{part}{silent} of image {place + 1} at batch {len(images)}{names[place]}"
+                self.sampler.add_exact("update", value if np.isfinite(value) else np.inf, where)
+
+    def _visit_rows(self, batch: int, branches: int) -> None:
+        """Rows of a table as long as an engine takes, next to every power of two, at the end and between."""
+        info, made, spec = self.replay.engine.info, self.made, self.replay.bundle.manifest.table
+        most = max(batch * branches, self.effort.table_bytes // bytes_of_row(spec))
+        if "step" in info.profiles:
+            profiles = info.profiles["step"]
+            most = min(most, max(profiles.values_at(batch, profiles.largest_sizes("rows")), default=1))
+        rows = list_rows(most, self.effort.rows)
+        self.rows_taken, self.rows_read = most, len(rows)
+        # Memory is taken only for the pages that are written. A row that nobody should read is zero.
+        table = np.zeros((most, *made.table.shape[1:]), made.table.dtype)
+        images = list(range(batch))
+        weights = np.full((branches, batch, self.channels), 1.0 if branches == 1 else SCALE)
+        weights[1:] = 1 - SCALE
+        conditions = self._conditions(images, branches)
+        for first in range(0, len(rows), conditions.size):
+            first = max(0, min(first, len(rows) - conditions.size))
+            group = np.random.default_rng(first).permutation(rows[first : first + conditions.size])
+            read = group.reshape(conditions.shape)
+            table[read] = made.table[conditions]
+            self._check(self.rows, images, conditions, weights, read, table)
+
+    def _predict_first(self) -> Prediction:
+        """The call that is made again after all others: two images without guidance, or one."""
+        images = list(range(min(2, max(batch for batch, _ in self.shapes))))
+        return self.made.predict(images, self._conditions(images, 1), np.ones((1, len(images), self.channels)))
+
+    def _repeat(self, batch: int, branches: int) -> None:
+        """Call the step many times."""
+        images = list(range(batch))
+        weights = np.full((branches, batch, self.channels), 1 / branches)
+        for _ in range(self.effort.repeats):
+            self.made.predict(images, self._conditions(images, branches), weights)
+
+    def _compare_with_first(self, when: str) -> None:
+        found, first = self._predict_first(), self._first
+        for place in range(len(first.e)):
+            for kind, record, one, other in (
+                ("forward", "forward_1", found.e[place], first.e[place]),
+                ("variance", "forward_1 variance", found.v[place], first.v[place]),
+            ):
+                scale, norm = float(np.abs(other).max(initial=0)), float(np.linalg.norm(other))
+                self.repeated.add(kind, record, one, other, f"{kind} of image {place + 1}, {when}", scale, norm)
+
+    def _check(
+        self,
+        relation: Relation,
+        images: list[int],
+        conditions: Array,
+        weights: Array,
+        rows: Array | None = None,
+        table: Array | None = None,
+    ) -> None:
+        """Predict, and compare each image with the sum of its branches' own results."""
+        found = self.made.predict(images, conditions, weights, rows, table)
+        for place, image in enumerate(images):
+            expected = self.made.expect(image, conditions[:, place], weights[:, place])
+            where = f"image {place + 1} at batch {len(images)}, G={len(conditions)}"
+            if rows is not None:
+                where = f"rows {' and '.join(map(str, rows[:, place]))} read by {where}"
+            relation.add("forward", "forward_1", found.e[place], expected.value, where, expected.scale, expected.norm)
+            if self.replay.model.learned_variance:
+                v = self.made.predict_alone(image, int(conditions[0, place])).v
+                scale, norm = float(np.abs(v).max()), float(np.linalg.norm(v))
+                relation.add("variance", "forward_1 variance", found.v[place], v, f"{where}, variance", scale, norm)
+
+    @property
+    def channels(self) -> int:
+        return self.replay.model.latent_channels
+
+
+def list_rows(count: int, drawn: int) -> Array:
+    """The rows of a table of ``count`` rows to read, rising: next to powers of two, the last ones, and drawn ones."""
+    powers = 2 ** np.arange(32, dtype=np.int64)
+    ends = [0, count - 2, count - 1]
+    found = np.concatenate([powers - 1, powers, powers + 1, ends, np.random.default_rng(0).integers(0, count, drawn)])
+    return np.unique(found[(found >= 0) & (found < count)])
+
+
+def list_sampler_rows(replay: Replay) -> list[SampledRow]:
+    """A first, a last and an inner row of every sampler that the model can use."""
+    manifest = replay.bundle.manifest
+    names = FLOW_SAMPLERS if manifest.diffusion.path else DIFFUSION_SAMPLERS
+    schedules = []
+    for name in names:
+        with contextlib.suppress(SamplingError):  # a noise schedule that this sampler has no formula for
+            schedules.append(schedule_for(name, manifest.model, manifest.diffusion, STEPS))
+    return [(each.sampler, each.coefficients[row]) for row in (-1, -2, 0) for each in schedules]
+
+
+def expect_update(state: Array, e: Array, v: Array, row: Array, noise: Array) -> list[Expected]:
+    """The three slots of the next state and ``denoised``, in float64 by the formula of ``samplers/schedule.py``.
+
+    Args:
+        state: ``[3, C, H, W]``.
+        e, v: ``[C, H, W]``, the network's output.
+        row: ``[17]``.
+        noise: ``[C, H, W]``.
+    """
+    s, exact, e = state.astype(np.float64), row.astype(np.float64), e.astype(np.float64)
+    matrix, inputs = exact[MATRIX:INPUT].reshape(3, 3), exact[INPUT:LOG_SIGMA]
+    terms = [[*(matrix[slot, other] * s[other] for other in range(3)), inputs[slot] * e] for slot in range(3)]
+    if exact[NOISE]:
+        depends = exact[LOG_SIGMA_V] * v.astype(np.float64) if exact[LOG_SIGMA_V] else 0
+        terms[0].append(np.exp(exact[LOG_SIGMA] + depends) * exact[NOISE] * noise)
+    terms.append([exact[A_Z] * s[0], exact[B_E] * e])
+    return [expected_from_terms(each) for each in terms]
