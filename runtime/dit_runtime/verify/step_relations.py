@@ -185,6 +185,7 @@ class StepRelations:
         if "step" in info.profiles:
             profiles = info.profiles["step"]
             most = min(most, max(profiles.values_at(batch, profiles.largest_sizes("rows")), default=1))
+        batch = max(1, min(batch, most // branches))
         rows = list_rows(most, self.effort.rows)
         self.rows_taken, self.rows_read = most, len(rows)
         # Memory is taken only for the pages that are written. A row that nobody should read is zero.

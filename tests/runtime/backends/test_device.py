@@ -234,6 +234,14 @@ def test_an_engine_without_guidance_is_verified(bundles: dict[str, Path], tmp_pa
         "ddpm free-running, unguided",
         "decoder",
         "uint8 images",
+        "classes and timesteps",
+        "conditioner calls",
+        "batch invariance",
+        "rows of the table",
+        "sampler of each image",
+        "repeated call",
+        "decoder batches",
+        "uint8 batches",
     ]
     assert len(rungs) == _rung_count(Replay(bench.bundle, bench.engine), quick=False)
     assert all(rung.passed for rung in rungs)
