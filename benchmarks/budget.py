@@ -6,7 +6,7 @@ Each draw makes new golden records from other seeds, timesteps, labels and guida
 them. The first draw has the seeds and scales of an exported bundle. Each draw then verifies FP32 and FP16 bundles of
 the Fashion-MNIST model and of a random model on every engine that is installed. The ratios of guided rungs are divided
 by the factor that ``Budget.threshold_of`` allows for their guidance scale. The threshold of a kind of rung is twice the
-largest ratio of all draws, rounded up to two digits, and at least 1. ``dit_export/reference/tolerances.py`` holds the
+largest ratio of all draws, rounded up to two digits, and at least 1. ``runtime/dit_runtime/verify/limits.py`` holds the
 thresholds.
 """
 

@@ -20,7 +20,6 @@ from dit_export.graphs.tracing import (
 )
 from dit_export.reference.process import records_in_process
 from dit_export.reference.record_settings import Measurements
-from dit_export.reference.tolerances import THRESHOLDS, TOLERANCES
 from dit_runtime.bundle.manifest import (
     ENCODER,
     SCHEMA,
@@ -39,6 +38,7 @@ from dit_runtime.core.progress import Progress
 from dit_runtime.core.reading import MANIFEST_BYTES
 from dit_runtime.core.replace import check_writable, recover_folder, replace_folder
 from dit_runtime.samplers.by_name import count_default_steps
+from dit_runtime.verify.limits import THRESHOLDS, TOLERANCES
 
 
 def bundle_from_checkpoint(source: Source, output: Path, precision: PrecisionSpec, encoder: bool = False) -> Bundle:

@@ -167,7 +167,7 @@ def _record_conditions(reference: Reference) -> dict[str, Any]:
     timesteps, labels = choose_conditions(len(reference.checkpoint.diffusion.betas), reference.classes)
     projections, norms = project_conditions(reference, timesteps, labels)
     numbers = {"projections": projections.astype(np.float32), "norms": norms.astype(np.float32)}
-    return {"timesteps": timesteps, "labels": labels.astype(np.int32), **numbers}
+    return {"timesteps": timesteps, "labels": labels, **numbers}
 
 
 def _record_trajectory(

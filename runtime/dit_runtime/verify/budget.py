@@ -3,7 +3,8 @@
     ratio = error(engine, FP32 reference) / error(PyTorch in the engine's precision, FP32 reference)
 
 For FP32 the denominator is the error of PyTorch in FP32 against PyTorch in FP64. An error is the relative L2 of a
-block, an image or a step. The denominators (``floors``) and the thresholds are in the bundle.
+block, an image or a step. The denominators (``floors``) and the thresholds are in the bundle; ``limits.py`` caps the
+thresholds and the absolute limits, because a bundle must not excuse itself.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dit_runtime.bundle.manifest import name_for_size
 from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import BundleError
+from dit_runtime.verify.limits import LARGER_IS_BETTER, THRESHOLDS, TOLERANCES
 from dit_runtime.verify.metrics import measures, relative_error, relative_l2
 from dit_runtime.verify.rung import Rung
 
@@ -29,7 +31,7 @@ FP16_MAX = 65504.0
 
 @dataclass(frozen=True)
 class Budget:
-    """The limits that a bundle sets, at one of its sizes, for an engine of one precision.
+    """The limits at one of a bundle's sizes, for an engine of one precision.
 
     Attributes:
         precision: of the engine.
@@ -109,7 +111,7 @@ def precision_for_limits(bundle: Bundle, info: EngineInfo) -> Precision:
 
 
 def budget_for(bundle: Bundle, precision: Precision) -> Budget:
-    """The error budget of a bundle at its size in use, for one precision.
+    """The error budget of a bundle at its size in use, for one precision: the stricter of its limits and our own.
 
     Raises:
         BundleError: the bundle has no limits for that precision.
@@ -124,7 +126,16 @@ def budget_for(bundle: Bundle, precision: Precision) -> Budget:
     if not bundle.default_size:
         suffix = name_for_size("", manifest.model.latent_size)
         floors = {name[: -len(suffix)]: values for name, values in floors.items() if name.endswith(suffix)}
-    return Budget(precision, manifest.tolerances[precision], manifest.thresholds.get(precision, {}), floors)
+    tolerances = _cap(manifest.tolerances[precision], TOLERANCES.get(precision, {}))
+    own = THRESHOLDS.get(precision, {})
+    thresholds = _cap({**own, **manifest.thresholds.get(precision, {})}, own)
+    return Budget(precision, tolerances, thresholds, floors)
+
+
+def _cap(limits: Mapping[str, float], own: Mapping[str, float]) -> dict[str, float]:
+    """The limits by kind of rung, none laxer than the runtime's own."""
+    strictest = {kind: max if kind in LARGER_IS_BETTER else min for kind in limits}
+    return {kind: strictest[kind](limit, own.get(kind, limit)) for kind, limit in limits.items()}
 
 
 @dataclass(frozen=True)

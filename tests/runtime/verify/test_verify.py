@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dit_export.reference.tolerances import THRESHOLDS
 from hypothesis import given
 from hypothesis import strategies as st
 from support.bundles import edit_graph, signed
@@ -36,6 +35,7 @@ from dit_runtime.verify.budget import (
     compare_series,
     worst_gain_of,
 )
+from dit_runtime.verify.limits import LARGER_IS_BETTER, THRESHOLDS, TOLERANCES
 from dit_runtime.verify.metrics import (
     cosine,
     psnr,
@@ -300,6 +300,23 @@ def test_a_bundle_says_what_each_precision_may_be_off(bundles: dict[str, Path]) 
     assert Replay(bundle, engine).budget == budget_for(bundle, Precision.BF16)
     with pytest.raises(BundleError, match="has no limits for int8, only for"):
         budget_for(bundle, Precision.INT8)
+
+
+def test_a_bundle_cannot_excuse_itself(bundles: dict[str, Path]) -> None:
+    """Limits of its manifest that are laxer than ours, or left out, do not count; stricter ones do."""
+    bundle = open_bundle(bundles["fp16"])
+    sound = budget_for(bundle, Precision.FP16)
+    lax = {kind: 0.0 if kind in LARGER_IS_BETTER else 1e9 for kind in sound.tolerances}
+
+    def judged(tolerances: dict[str, float], thresholds: dict[str, float]) -> Budget:
+        manifest = replace(bundle.manifest, tolerances={"fp16": tolerances}, thresholds={"fp16": thresholds})
+        return budget_for(replace(bundle, manifest=manifest), Precision.FP16)
+
+    assert judged(lax, {}) == judged(lax, dict.fromkeys(THRESHOLDS["fp16"], 1e9)) == sound
+    strict = judged({**lax, "forward": 1e-4, "image_psnr": 70.0}, {"forward": 0.5})
+    assert (strict.tolerances["forward"], strict.tolerances["image_psnr"]) == (1e-4, 70.0)
+    assert (strict.thresholds["forward"], strict.thresholds["blocks"]) == (0.5, THRESHOLDS["fp16"]["blocks"])
+    assert all(set(limits) >= set(LARGER_IS_BETTER[1:]) for limits in TOLERANCES.values())
 
 
 def test_thresholds_are_the_measured_ones() -> None:

@@ -1,4 +1,6 @@
-"""The limits that a bundle carries for its own verification, by the precision that an engine computes in.
+"""The limits of a verification, by the precision that an engine computes in.
+
+The exporter copies them into the manifest. A bundle may have stricter limits; it cannot have laxer ones.
 
 ``TOLERANCES`` are absolute limits, the net below the error budget: max |Δ| over the largest reference magnitude, if the
 name does not say otherwise. Beside each limit stands the largest value measured with ONNX Runtime on a CPU: on the
@@ -10,6 +12,8 @@ the error budget allows more than a limit here, the budget's is the limit: see `
 error may be. Each is twice the largest ratio over ten draws of seeds, timesteps, labels and guidance scales, on two
 models and three engines. ``benchmarks/budget.py`` prints the distribution; ``benchmarks/budget.json`` is its output.
 """
+
+LARGER_IS_BETTER = ("fp16_range", "image_psnr", "image_ssim", "image_one_level")  # kinds whose limit is a least value
 
 TOLERANCES: dict[str, dict[str, float]] = {
     "fp32": {
