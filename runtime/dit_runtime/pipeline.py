@@ -162,6 +162,7 @@ class Pipeline:
         released = False
         with Batch(self.engine, self.manifest) as batch:
             batch.add(list(enumerate(images)))
+            self._trust(images)
             while len(batch):
                 step = batch.advance(read)
                 if batch.failure is not None:
@@ -175,6 +176,13 @@ class Pipeline:
                     yield step
         if self.once:
             self.engine.release("step")
+
+    def _trust(self, images: Sequence[ImageRequest], batch: int | None = None) -> None:
+        """Let an engine that ``auto`` chose be verified at this batch, if nothing has visited it."""
+        chosen = self.__dict__.get("choice")  # an engine that was given is used as it is
+        if chosen is not None and chosen.trust is not None and images:
+            branches = max(image.branches.weights.shape[1] for image in images)
+            chosen.trust.check(len(images) if batch is None else batch, branches)
 
     def stream(self, images: Iterable[ImageRequest], batch_size: int = 16) -> Iterator[tuple[int, Float32]]:
         """Sample with continuous batching: images with different schedules and guidance share the engine's batch.
@@ -200,9 +208,11 @@ class Pipeline:
     def _stream(self, waiting: Iterator[tuple[int, ImageRequest]], batch_size: int) -> Iterator[tuple[int, Float32]]:
         with Batch(self.engine, self.manifest) as batch:
             while True:
-                batch.add(list(islice(waiting, batch_size - len(batch))))
+                joining = list(islice(waiting, batch_size - len(batch)))
+                batch.add(joining)
                 if not len(batch):
                     return
+                self._trust([image for _, image in joining], len(batch))
                 step = batch.advance()
                 for index in np.flatnonzero(step.finished):
                     yield step.keys[index], step.latents[index].copy()
@@ -222,7 +232,10 @@ class Pipeline:
             SamplingError: the tile or the batch is too small, or pixels are not finite.
         """
         check_tile(tile)
-        batch = min(len(latents), self.engine.info.max_batch or len(latents)) if batch is None else batch
+        if batch is None:
+            chosen = self.__dict__.get("choice")
+            trusted = None if chosen is None or chosen.trust is None else chosen.trust.largest_decoded()
+            batch = min(len(latents), self.engine.info.max_batch or len(latents), trusted or len(latents))
         if batch < 1:
             raise SamplingError(f"{batch} images in a call of the decoder: expected at least 1")
         parts = [self._decode(latents[start : start + batch], tile) for start in range(0, len(latents), batch)]

@@ -216,6 +216,7 @@ def _write_page(results: Results, path: Path) -> None:
 def format_results(bundle: Path, results: Results) -> str:
     """The results for a terminal: what was verified, a line for each rung, and the verdict."""
     from dit_runtime.core.text import join_lines
+    from dit_runtime.verify.coverage import format_coverage
     from dit_runtime.verify.rung import format_rungs
 
     found = results.verification
@@ -226,6 +227,7 @@ def format_results(bundle: Path, results: Results) -> str:
             f"{bundle}: {found.model}, {found.precision}, on {found.engine}",
             f"reference: {found.reference}",
             *format_rungs(found.rungs).split("\n"),
+            *format_coverage(found.coverage),
             f"FAIL: {', '.join(failed)}" if failed else passed,
         ]
     )

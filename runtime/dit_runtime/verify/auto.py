@@ -3,6 +3,7 @@
 ``auto`` tries engines that ``dit-build`` made for the GPU here first, then the others by the time of a step
 (``speed.py``). It skips engines built for tiles or without guidance; choose them with ``--engine``. An engine without a
 verdict is verified by the quick verification before it is used. An engine that does not match the reference is skipped.
+At a batch or with branches beyond those that were verified, it is verified there first.
 """
 
 from __future__ import annotations
@@ -13,15 +14,53 @@ from dataclasses import dataclass, field
 
 from dit_runtime.backends.base import Engine, EngineOptions, check_threads
 from dit_runtime.backends.open import backend_named, engine_for, find_candidates
+from dit_runtime.backends.profiles import BatchShape
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import EngineError, ParityError
+from dit_runtime.verify.coverage import Shapes, covers
 from dit_runtime.verify.rung import format_rungs
 from dit_runtime.verify.speed import Speed, rank_by_speed
-from dit_runtime.verify.verdicts import has_passed, store_verdict
-from dit_runtime.verify.verification import verification_of
+from dit_runtime.verify.verdicts import add_shape, read_verdict, store_verdict
+from dit_runtime.verify.verification import verification_of, verify_shape
 
 AUTO = "auto"
 logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Trust:
+    """The shapes at which an engine is verified. Batches and branches beyond them are verified before their use.
+
+    Attributes:
+        bundle: at the size in use.
+        engine: the opened engine.
+        shapes: by graph, the shapes.
+    """
+
+    bundle: Bundle
+    engine: Engine
+    shapes: dict[str, list[BatchShape]]
+
+    def check(self, batch: int, branches: int) -> None:
+        """Verify the step at a shape, unless it is verified.
+
+        Raises:
+            ParityError: the engine is wrong at this shape.
+        """
+        if covers(self.shapes, "step", batch, branches):
+            return
+        logger.info("%s: first use of batch %d with %d branches, verifying it", self.engine.info.name, batch, branches)
+        if failed := [rung for rung in verify_shape(self.bundle, self.engine, batch, branches) if not rung.passed]:
+            raise ParityError(
+                f"{self.engine.info.name} is wrong at a batch of {batch} with {branches} branches: {failed[0].name}, "
+                f"{failed[0].detail}; use smaller batches (--batch-size 4), or name another engine with --engine"
+            )
+        self.shapes.setdefault("step", []).append((batch, branches))
+        add_shape(self.bundle, self.engine, "step", (batch, branches))
+
+    def largest_decoded(self) -> int | None:
+        """The most images in one call of the decoder at which it is verified; None where it is not on record."""
+        return max((batch for batch, _ in self.shapes.get("decoder", ())), default=None)
 
 
 @dataclass(frozen=True)
@@ -32,11 +71,13 @@ class Choice:
         engine: the opened engine.
         why: the reason that ``auto`` chose it, or ``named``.
         found_out: a line for each engine that was timed, verified or skipped; empty where everything was on record.
+        trust: the shapes at which the engine is verified; None where nobody asked.
     """
 
     engine: Engine
     why: str
     found_out: tuple[str, ...] = ()
+    trust: Trust | None = None
 
 
 @dataclass
@@ -68,24 +109,24 @@ def choose_engine(bundle: Bundle, threads: int = 0, name: str = AUTO, precision:
     report, failed = _Report(), list[str]()
     if name != AUTO:
         engine = engine_for(bundle, name, threads, precision)
-        if _passes(bundle, engine, report):
-            return Choice(engine, "named", tuple(report.lines))
+        if (verified := _passes(bundle, engine, report)) is not None:
+            return Choice(engine, "named", tuple(report.lines), Trust(bundle, engine, verified))
         failed.append(engine.info.name)
         engine.close()
     else:
         unable: list[EngineError] = []
         for engine, why in _open_in_order(bundle, threads, report):
             try:
-                passed = _passes(bundle, engine, report)
+                verified = _passes(bundle, engine, report)
             except EngineError as error:  # such as too little memory, or no profile for the shape of a golden record
                 report.add(f"{engine.info.name} is not used: {error}")
                 unable.append(error)
                 engine.close()
                 continue
-            if passed:
+            if verified is not None:
                 if report.lines:
                     report.add(f"engine: {engine.info.name}, {why}")
-                return Choice(engine, why, tuple(report.lines))
+                return Choice(engine, why, tuple(report.lines), Trust(bundle, engine, verified))
             report.add(f"{engine.info.name} is not used: it does not match the PyTorch reference here")
             failed.append(engine.info.name)
             engine.close()
@@ -143,15 +184,19 @@ def _explain_speed(speed: Speed, others: Sequence[Speed]) -> str:
     return f"{speed.step_ms:.3g} ms a guided step{compared}" if compared else "the only one here"
 
 
-def _passes(bundle: Bundle, engine: Engine, report: _Report) -> bool:
-    """Whether the engine passes: by its stored verdict, or by the quick verification, whose verdict is then stored."""
-    passed = has_passed(bundle, engine)
+def _passes(bundle: Bundle, engine: Engine, report: _Report) -> dict[str, list[BatchShape]] | None:
+    """The shapes at which the engine is verified, by its stored verdict, or by the quick verification, whose verdict is
+    then stored; None where it does not pass."""
+    verdict = read_verdict(bundle, engine)
+    passed = None if verdict is None else verdict.passed
+    shapes: Shapes = {} if verdict is None else verdict.shapes
     if passed is None:
         report.add(f"{engine.info.name}: first use of this bundle here, verifying the engine")
-        rungs = list(verification_of(bundle, engine, quick=True).rungs)
-        store_verdict(bundle, engine, rungs, quick=True)
-        passed = all(rung.passed for rung in rungs)
+        found = verification_of(bundle, engine, quick=True)
+        rungs = list(found.rungs)
+        store_verdict(bundle, engine, rungs, quick=True, shapes=found.coverage.shapes)
+        passed, shapes = found.passed, found.coverage.shapes
         if not passed:
             for line in format_rungs(rungs).split("\n"):
                 logger.info(line)
-    return passed
+    return {graph: list(visited) for graph, visited in shapes.items()} if passed else None

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from dit_runtime.verify import plots
 from dit_runtime.verify.budget import FP16_MAX
+from dit_runtime.verify.coverage import format_coverage
 from dit_runtime.verify.results import Results, png_from_pixels
 from dit_runtime.verify.rung import Rung
 
@@ -64,6 +65,7 @@ def page(results: Results) -> str:
         found=found,
         sizes=[f"{height}×{width}" for height, width in results.image_sizes],
         failed=[rung.name for rung in found.rungs if not rung.passed],
+        coverage=format_coverage(found.coverage),
         ladder_title=LADDER,
         ladder=plots.bars(LADDER, [(rung.name, rung.used, rung.passed) for rung in found.rungs]),
         series=[plot for rung in found.rungs for plot in plots_of_rung(rung)],

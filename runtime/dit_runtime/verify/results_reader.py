@@ -14,6 +14,7 @@ from dit_runtime.core.decode import DecodeError, Positive, decode, read_json
 from dit_runtime.core.errors import ResultsError
 from dit_runtime.core.images import image_from_bytes
 from dit_runtime.core.reading import RESULTS_BYTES
+from dit_runtime.verify.coverage import Coverage
 from dit_runtime.verify.results import KEPT_IMAGES, Images, Results
 from dit_runtime.verify.rung import Rung, Verification
 from dit_runtime.verify.verdicts import Number, RungRecord
@@ -30,6 +31,15 @@ class ImageRecord:
 
 
 @dataclass(frozen=True)
+class CoverageRecord:
+    """``Coverage`` as ``Coverage.as_json`` gives it."""
+
+    shapes: dict[str, tuple[tuple[Positive, Positive], ...]]
+    counts: dict[str, tuple[int, int]]
+    left: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class ResultsRecord:
     """The results as ``Results.as_json`` gives them."""
 
@@ -42,6 +52,7 @@ class ResultsRecord:
     quick: bool
     passed: bool
     magnitudes: dict[str, float]
+    coverage: CoverageRecord
     rungs: tuple[RungRecord, ...]
     image_sizes: tuple[tuple[Positive, Positive], ...]
     machine: dict[str, str]
@@ -83,6 +94,7 @@ def results_from_record(record: ResultsRecord) -> Results:
         rungs=rungs,
         images=_images_from_records(record.images),
         magnitudes=record.magnitudes,
+        coverage=Coverage(record.coverage.shapes, record.coverage.counts, record.coverage.left),
     )
     return Results(verification, record.image_sizes, record.machine, record.environment, record.files)
 

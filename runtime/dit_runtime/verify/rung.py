@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_runtime.core.text import join_lines
+from dit_runtime.verify.coverage import Coverage
 
 AT_LEAST = ("dB", "share", "SSIM", "times")  # the units in which a larger value is better
 
@@ -102,6 +103,7 @@ class Verification:
         images: the engine's images and the reference's, uint8 ``[N, H, W, 3]`` each; None where the engine makes none
             of the recorded images.
         magnitudes: max |x| of each of the reference's units on its trajectory, as in the manifest.
+        coverage: what was visited of all that the engine takes.
     """
 
     bundle: str
@@ -114,6 +116,7 @@ class Verification:
     rungs: tuple[Rung, ...]
     images: tuple[NDArray[np.uint8], NDArray[np.uint8]] | None = None
     magnitudes: Mapping[str, float] = field(default_factory=dict)
+    coverage: Coverage = field(default_factory=Coverage)
 
     @property
     def passed(self) -> bool:
@@ -131,6 +134,7 @@ class Verification:
             "quick": self.quick,
             "passed": self.passed,
             "magnitudes": dict(self.magnitudes),
+            "coverage": self.coverage.as_json(),
             "rungs": [rung.as_json() for rung in self.rungs],
         }
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from dit_runtime.backends.base import Array
 from dit_runtime.backends.conditioning import bytes_of_row
+from dit_runtime.backends.profiles import BatchShape
 from dit_runtime.core.errors import SamplingError
 from dit_runtime.samplers.by_name import DIFFUSION_SAMPLERS, FLOW_SAMPLERS, schedule_for
 from dit_runtime.samplers.schedule import A_Z, B_E, COEFFICIENTS, INPUT, LOG_SIGMA, LOG_SIGMA_V, MATRIX, NOISE
@@ -37,12 +38,13 @@ class StepRelations:
     Args:
         replay: the bundle and the engine.
         effort: how much is visited.
+        shapes: the shapes to visit; None takes those of ``effort``.
     """
 
-    def __init__(self, replay: Replay, effort: Effort) -> None:
+    def __init__(self, replay: Replay, effort: Effort, shapes: list[BatchShape] | None = None) -> None:
         self.replay, self.effort = replay, effort
         info, budget = replay.engine.info, replay.budget
-        self.shapes = list_shapes(info, effort)
+        self.shapes = list_shapes(info, effort) if shapes is None else shapes
         self.made = MadeImages(replay, max(2, *(batch for batch, _ in self.shapes)))
         self.invariance = {
             1: Relation(budget, "batch invariance"),
@@ -54,8 +56,9 @@ class StepRelations:
         self.sampler = Relation(budget, "sampler of each image")
         self.repeated = Relation(budget, "repeated call")
         self.sampled = list_sampler_rows(replay)
-        guided = max(count for _, count in self.shapes if count <= 2)
-        self.shape_of_rows = max(shape for shape in self.shapes if shape[1] == guided and shape[0] <= MOST_READING)
+        guided = max((count for _, count in self.shapes if count <= 2), default=0)
+        reading = [shape for shape in self.shapes if shape[1] == guided and shape[0] <= MOST_READING]
+        self.shape_of_rows = max(reading, default=None)
         self._first = self._predict_first()
         self._row = 0
 
@@ -89,13 +92,15 @@ class StepRelations:
         for branches, relation in self.invariance.items():
             if relation.compared:
                 yield relation.rung(f"batches {' '.join(map(str, batches[branches]))}")
-        yield self.rows.rung(f"{self.rows_read} of {self.rows_taken} rows")
+        if self.rows.compared:
+            yield self.rows.rung(f"{self.rows_read} of {self.rows_taken} rows")
         if self.branches.compared:
             counts = " ".join(map(str, sorted(batches)))
             yield self.branches.rung(f"G {counts}, without weight and with")
             yield self.guidance.rung("scales of image, branch and channel differ")
-        samplers = len(dict.fromkeys(name for name, _ in self.sampled))
-        yield self.sampler.rung(f"all slots, noise of scale 0, rows of {samplers} samplers")
+        if self.sampler.compared:
+            samplers = len(dict.fromkeys(name for name, _ in self.sampled))
+            yield self.sampler.rung(f"all slots, noise of scale 0, rows of {samplers} samplers")
         yield self.repeated.rung(f"after {self.replay.visits.calls['step']} calls of the step")
 
     def _visit_batch(self, batch: int, branches: int) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from dit_runtime.backends.base import Engine
+from dit_runtime.backends.profiles import BatchShape
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.decode import DecodeError, Positive, decode, read_json
 from dit_runtime.core.errors import OutputError
@@ -23,6 +24,7 @@ from dit_runtime.core.machine import describe_machine
 from dit_runtime.core.reading import VERDICT_BYTES
 from dit_runtime.core.replace import clear_litter, replace_file
 from dit_runtime.core.version import __version__
+from dit_runtime.verify.coverage import Shapes
 from dit_runtime.verify.rung import Rung, Verification
 from dit_runtime.verify.verification import verification_of
 
@@ -63,6 +65,7 @@ class Verdict:
         quick: whether only the rungs of the quick verification were measured.
         passed: whether every rung passed.
         rungs: the measured rungs.
+        shapes: the shapes at which each graph ran, as ``Coverage.shapes``.
     """
 
     bundle: str
@@ -73,6 +76,7 @@ class Verdict:
     quick: bool
     passed: bool
     rungs: tuple[RungRecord, ...]
+    shapes: dict[str, tuple[tuple[Positive, Positive], ...]]
 
     @property
     def failed(self) -> tuple[str, ...]:
@@ -97,10 +101,11 @@ def path_of_verdict(bundle: Bundle, engine: Engine) -> Path:
     return bundle.engines / VERDICTS / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
 
 
-def store_verdict(bundle: Bundle, engine: Engine, rungs: list[Rung], quick: bool) -> None:
+def store_verdict(bundle: Bundle, engine: Engine, rungs: list[Rung], quick: bool, shapes: Shapes | None = None) -> None:
     """Write a verdict, unless the store cannot be written.
 
-    A quick verdict that passes does not replace a full one, which has more rungs.
+    A quick verdict that passes does not replace a full one, which has more rungs. ``shapes`` are those that were
+    visited.
     """
     clear_litter(bundle.engines / VERDICTS)
     passed = all(rung.passed for rung in rungs)
@@ -115,7 +120,20 @@ def store_verdict(bundle: Bundle, engine: Engine, rungs: list[Rung], quick: bool
         quick=quick,
         passed=passed,
         rungs=tuple(RungRecord(**rung.as_json()) for rung in rungs),
+        shapes={graph: tuple(visited) for graph, visited in (shapes or {}).items()},
     )
+    _write(bundle, engine, verdict)
+
+
+def add_shape(bundle: Bundle, engine: Engine, graph: str, shape: BatchShape) -> None:
+    """Add a visited shape to the stored verdict, if there is one."""
+    verdict = read_verdict(bundle, engine)
+    if verdict is not None:
+        visited = (*verdict.shapes.get(graph, ()), shape)
+        _write(bundle, engine, replace(verdict, shapes={**verdict.shapes, graph: visited}))
+
+
+def _write(bundle: Bundle, engine: Engine, verdict: Verdict) -> None:
     with contextlib.suppress(OutputError), replace_file(path_of_verdict(bundle, engine), bundle.engines) as file:
         file.write_text(json.dumps(asdict(verdict), indent=1, allow_nan=False) + "\n")
 
@@ -142,7 +160,7 @@ def verify_each_size(
             found = verification_of(at, engine, quick)
         finally:
             engine.close()  # engines of two sizes need not fit at once
-        store_verdict(at, engine, list(found.rungs), quick)
+        store_verdict(at, engine, list(found.rungs), quick, found.coverage.shapes)
         return found
 
     return [verify_at(size) for size in sizes]
@@ -169,10 +187,18 @@ def has_passed(bundle: Bundle, engine: Engine, full: bool = False) -> bool | Non
     Returns:
         None where there is no verdict.
     """
+    verdict = read_verdict(bundle, engine)
+    if verdict is None:
+        return None
+    return None if full and verdict.quick else verdict.passed
+
+
+def read_verdict(bundle: Bundle, engine: Engine) -> Verdict | None:
+    """Read the verdict on an engine on this machine; None where there is none."""
     verdict = _read(path_of_verdict(bundle, engine), bundle.engines)
     if verdict is None or (verdict.bundle, verdict.engine) != (bundle.digest, engine.info.name):
         return None
-    return None if full and verdict.quick else verdict.passed
+    return verdict
 
 
 def read_verdicts(bundle: Bundle) -> list[Verdict]:

@@ -18,6 +18,7 @@ the bundle (``dit_runtime.verify.budget``). Nothing here needs torch.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from dit_runtime.backends.base import Array, Engine
 from dit_runtime.bundle.manifest import ENCODER, DiffusionSpec
@@ -28,6 +29,7 @@ from dit_runtime.samplers.by_name import schedule_for
 from dit_runtime.samplers.schedule import Schedule
 from dit_runtime.verify import image_rungs, network_rungs
 from dit_runtime.verify.conditions import conditions
+from dit_runtime.verify.coverage import coverage_of
 from dit_runtime.verify.decoder_relations import decoder_batches, encoder_batches
 from dit_runtime.verify.effort import Effort, effort_for
 from dit_runtime.verify.replay import Replay
@@ -76,6 +78,7 @@ def verification_of(bundle: Bundle, engine: Engine, quick: bool = False) -> Veri
         rungs=tuple(rungs),
         images=images[0] if images else None,
         magnitudes=manifest.magnitudes,
+        coverage=coverage_of(replay.visits, engine.info, manifest, bundle.has_records(CONDITIONS)),
     )
 
 
@@ -118,6 +121,14 @@ def _rungs(replay: Replay, quick: bool, images: list[tuple[Array, Array]]) -> It
     if ENCODER in manifest.graphs:
         yield image_rungs.encoder(replay)
     yield from relations(replay, effort_for(manifest.model, quick))
+
+
+def verify_shape(bundle: Bundle, engine: Engine, batch: int, branches: int) -> list[Rung]:
+    """The relations of the step at one shape, which the verification of an engine did not visit."""
+    effort = replace(effort_for(bundle.manifest.model, quick=True), batches={branches: (batch,)})
+    step = StepRelations(Replay(bundle, engine), effort, [(batch, branches)])
+    step.visit()
+    return list(step.rungs())
 
 
 def relations(replay: Replay, effort: Effort) -> Iterator[Rung]:

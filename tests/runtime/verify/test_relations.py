@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,17 @@ import numpy as np
 import pytest
 from support.faulty_engine import Alter, Arrays, FaultyEngine, Spoil
 
+from dit_runtime import Pipeline
 from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
 from dit_runtime.bundle.reader import Bundle, open_bundle
+from dit_runtime.core.errors import ParityError
 from dit_runtime.samplers.schedule import LOG_SIGMA, NOISE
+from dit_runtime.verify.auto import Choice, Trust
+from dit_runtime.verify.coverage import coverage_of, covers
 from dit_runtime.verify.effort import FULL, QUICK, Effort
 from dit_runtime.verify.replay import Replay
-from dit_runtime.verify.verification import relations
+from dit_runtime.verify.verification import relations, verification_of
+from dit_runtime.verify.visits import Visits
 
 
 @dataclass(frozen=True)
@@ -214,6 +219,62 @@ def test_a_fault_breaks_its_relation(fault: Fault, bundle: Bundle, engine: OnnxR
     assert rung is not None
     assert (rung.name, rung.passed) == (fault.rung, False), rung.detail
     assert fault.where in rung.detail
+
+
+def test_a_shape_that_nothing_visited_is_verified_first(bundle: Bundle, engine: OnnxRuntimeEngine) -> None:
+    """``auto`` trusts an engine up to the largest batch of as many branches, and asks it before it goes beyond."""
+    spoiled = {"step": step_at(lambda batch, branches: batch == 9 or branches == 4)}
+    faulty: Any = FaultyEngine(engine, bundle.manifest, {}, spoiled)
+    trust = Trust(bundle, faulty, {"step": [(1, 1), (10, 2)]})
+    trust.check(9, 2)  # between two that were visited
+    trust.check(4, 1)
+    assert trust.shapes["step"][2:] == [(4, 1)]
+    for shape in ((9, 1), (2, 4)):
+        with pytest.raises(ParityError, match=f"wrong at a batch of {shape[0]} with {shape[1]} branches"):
+            trust.check(*shape)
+
+
+def test_the_pipeline_asks(bundle: Bundle, engine: OnnxRuntimeEngine, tmp_path: Path) -> None:
+    """Sampling and streaming on an engine that ``auto`` chose ask for their batches and branches; a named one does not;
+    and the decoder gets no more images in a call than were verified."""
+    pipe, asked = Pipeline(bundle), list[tuple[int, int]]()
+    trust = Trust(bundle, engine, {"decoder": [(2, 1)]})
+    pipe.__dict__["choice"] = Choice(engine, "tested", (), trust)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trust, "check", lambda self, *shape: asked.append(shape))
+        decoded: list[int] = []
+        decode = Pipeline._decode
+
+        def note(self: Pipeline, part: Any, tile: int | None) -> Any:
+            decoded.append(len(part))
+            return decode(self, part, tile)
+
+        patch.setattr(Pipeline, "_decode", note)
+        pipe([1, 2, 3], steps=2, guidance=2.0)
+        assert (asked, decoded) == ([(3, 2)], [2, 1])
+        list(pipe.stream(pipe.prepare([1, 2, {3: 0.5, 4: 0.5}], steps=2, guidance=2.0), batch_size=2))
+        assert asked[1:] == [(2, 2), (1, 3)]
+        Pipeline(bundle, engine)([1], steps=2)
+        assert len(asked) == 3
+
+
+def test_coverage_is_what_was_called(bundle: Bundle) -> None:
+    """The figures come from the calls; what no call visited is named, by profile where the engine has profiles."""
+    full = verification_of(bundle, OnnxRuntimeEngine(bundle, threads=1), quick=True).coverage
+    assert full.shapes["decoder"] == ((1, 1), (2, 1), (3, 1), (4, 1))
+    assert full.counts["classes and null"] == (11, 11)
+    assert full.counts["training timesteps"] == (1000, 1000)
+    assert full.counts["slots of the state"] == (3, 3)
+    assert "step: batches above 5" in full.left
+    assert covers(full.shapes, "step", 5, 2)
+    assert not covers(full.shapes, "step", 6, 2)
+    assert not covers(full.shapes, "step", 1, 4)
+    visits = Visits()
+    visits.note_shape("decoder", (3, 1))
+    few = coverage_of(visits, replace(OnnxRuntimeEngine(bundle).info, max_batch=3), bundle.manifest, compared=False)
+    assert "decoder: batches 1 to 2" in few.left
+    assert not [line for line in few.left if line.startswith("decoder: batches above")]
+    assert any("export the bundle again" in line for line in few.left)
 
 
 @pytest.mark.parametrize("effort", [QUICK, FULL], ids=["quick", "full"])
