@@ -101,7 +101,7 @@ def test_trajectory_yields_every_step(bundles: dict[str, Path]) -> None:
 
 def test_guidance_one_skips_the_null_branch(bundles: dict[str, Path]) -> None:
     """Scale 1 runs G = 1 and gives what the two-branch formula gives at scale 1."""
-    pipe = Pipeline(bundles["fp32"])
+    pipe = Pipeline(bundles["fp32"], "onnxruntime")
     calls = []
     step = pipe.engine.session("step")
     original = step.run

@@ -21,6 +21,7 @@ from dit_runtime.core.errors import EngineError, ParityError
 from dit_runtime.verify import auto
 from dit_runtime.verify import speed as choice
 from dit_runtime.verify.auto import check_choice, choose_engine, open_first_engine
+from dit_runtime.verify.coverage import Coverage
 from dit_runtime.verify.rung import Rung
 from dit_runtime.verify.speed import Speed, rank_by_speed, sort_by_speed
 from dit_runtime.verify.verdicts import store_verdict
@@ -147,7 +148,7 @@ def test_an_engine_that_cannot_be_verified_is_passed_over(
     def verification(bundle: Bundle, engine: Any, quick: bool) -> SimpleNamespace:
         if engine.info.name.startswith("openvino"):
             raise EngineError("no memory for the decoder")
-        return SimpleNamespace(rungs=(GOOD,))
+        return SimpleNamespace(rungs=(GOOD,), passed=True, coverage=Coverage())
 
     monkeypatch.setattr(auto, "verification_of", verification)
     found = choose_engine(bundle)
@@ -193,7 +194,8 @@ def test_a_read_only_bundle(
     """Where nothing can be stored the choice is the same, measured each time."""
     timed = measured({"openvino": 2.0, "onnxruntime": 1.0})
     (bundle.path / "engines").write_text("in the way of the folder")
-    monkeypatch.setattr(auto, "verification_of", lambda bundle, engine, quick: SimpleNamespace(rungs=(GOOD,)))
+    passing = SimpleNamespace(rungs=(GOOD,), passed=True, coverage=Coverage())
+    monkeypatch.setattr(auto, "verification_of", lambda bundle, engine, quick: passing)
     for _ in range(2):
         assert choose_engine(bundle).engine.info.name.startswith("onnxruntime")
     assert len(timed) == 4

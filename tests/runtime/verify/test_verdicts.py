@@ -39,7 +39,7 @@ def test_a_verdict_is_read_as_it_was_written(bundle: Any) -> None:
     """Numbers that are not finite are words in the file; the failed rungs are named."""
     store_verdict(bundle, ENGINE, RUNGS, quick=False)
     raw = json.loads(path_of_verdict(bundle, ENGINE).read_text())
-    assert list(raw) == ["bundle", "image_size", "engine", "machine", "time", "quick", "passed", "rungs"]
+    assert list(raw) == ["bundle", "image_size", "engine", "machine", "time", "quick", "passed", "rungs", "shapes"]
     assert raw["rungs"] == [json.loads(json.dumps(rung.as_json())) for rung in RUNGS]
     assert [list(rung) for rung in raw["rungs"]] == [list(rung.as_json()) for rung in RUNGS]
     (verdict,) = read_verdicts(bundle)
