@@ -152,7 +152,7 @@ def main() -> None:
                         budget = Replay(bundle, engine).budget
                         for rung in verification_of(bundle, engine).rungs:
                             kind = kind_of(rung)
-                            if kind is None or rung.threshold is None:
+                            if kind is None or rung.threshold is None or "ratio" not in rung.series:
                                 continue
                             allowed = rung.threshold / budget.thresholds[kind]
                             of_scale = 1.0 if allowed == 1 else guidance

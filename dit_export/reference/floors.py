@@ -18,7 +18,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from dit_export.reference.pipeline import Reference
-from dit_runtime.bundle.reader import CONDITIONS, ENCODER, TILE, UNGUIDED
+from dit_runtime.bundle.reader import CONDITIONS, ENCODER, STRONG, TILE, UNGUIDED
 from dit_runtime.verify.conditions import project, relative_norms, signs_for
 from dit_runtime.verify.metrics import relative_l2
 
@@ -27,6 +27,8 @@ PRECISIONS = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
 }  # by name, the dtype that is run to measure it
+RUNS = 3  # of a trajectory that draws noise, in FP16 and BF16
+MOVE = 2.0**-14  # of the further runs' first latents; FP16 rounds by up to 2⁻¹¹
 CHUNK = 64  # images in one evaluation
 
 Record = Mapping[str, Any]
@@ -63,7 +65,10 @@ def floors_of(
 
 
 def count_measurements(whole: int, steps: int, measured: int, precisions: Sequence[str]) -> int:
-    """How many times ``floors_of`` advances for trajectories of ``whole`` steps, for the progress bar."""
+    """How many times ``floors_of`` advances for trajectories of ``whole`` steps, for the progress bar.
+
+    The trajectory at a strong guidance scale advances once more for each of its steps.
+    """
     return len(precisions) * (4 + whole + 2 * steps + measured)
 
 
@@ -76,7 +81,6 @@ def _measure_floors(
     advance: Callable[[], None],
 ) -> Iterator[tuple[str, list[float]]]:
     yield from _measure_network(reference, records, advance)
-    ends = []  # the last latents of each trajectory
     for name in samplers:
         record = records[name]
         if name in samplers[:measured]:
@@ -84,15 +88,36 @@ def _measure_floors(
             yield f"{name} step", latents
             yield f"{name} denoised", denoised
             advance()
-        length = None if name == samplers[0] else steps
-        trajectory = list(islice(_run_trajectory(reference, name, record, advance), length))
+        if name != samplers[0]:
+            yield name, _measure_chaotic(reference, name, record, steps, advance)
+            continue
+        trajectory = list(_run_trajectory(reference, name, record, advance))
         yield name, _measure_trajectory(trajectory, record)
-        ends.append(trajectory[-1])
-    record = records[UNGUIDED]
-    unguided = islice(_run_trajectory(reference, samplers[-1], record, advance), steps)
-    yield UNGUIDED, _measure_trajectory(list(unguided), record)
-    yield from _measure_autoencoder(reference, records, ends[0])
+        end = trajectory[-1]
+    yield UNGUIDED, _measure_chaotic(reference, samplers[-1], records[UNGUIDED], steps, advance)
+    record = records[STRONG]
+    strong = list(_run_trajectory(reference, samplers[0], record, advance))
+    yield STRONG, _measure_trajectory(strong, record)
+    yield f"{STRONG} image", _measure_each(reference.decode(strong[-1]), record["decoded"])
+    yield from _measure_autoencoder(reference, records, end)
     advance()
+
+
+def _measure_chaotic(
+    reference: Reference, name: str, record: Record, steps: int, advance: Callable[[], None]
+) -> list[float]:
+    """The errors along a trajectory that draws noise, in each of its first ``steps`` steps: the largest of a few runs.
+
+    Where such a trajectory is chaotic, two runs in one precision are as far from each other as from FP32, and one run is
+    one draw of an error. In the further runs the first latents are moved by a fraction of FP16's rounding, so that all
+    later roundings differ. Where nothing is chaotic, the runs have nearly the same errors.
+    """
+    lowered = reference.dtype in (torch.float16, torch.bfloat16)
+    errors = []
+    for run in range(RUNS if lowered else 1):
+        trajectory = _run_trajectory(reference, name, record, (lambda: None) if run else advance, run * MOVE)
+        errors.append(_measure_trajectory(list(islice(trajectory, steps)), record))
+    return [max(each) for each in zip(*errors, strict=True)]
 
 
 def _measure_network(
@@ -186,10 +211,16 @@ def _measure_single_steps(
     return following, denoised
 
 
-def _run_trajectory(reference: Reference, name: str, record: Record, advance: Callable[[], None]) -> Iterator[Tensor]:
-    """The latents after each step of a free-running trajectory that starts from the record's first latents."""
+def _run_trajectory(
+    reference: Reference, name: str, record: Record, advance: Callable[[], None], move: float = 0.0
+) -> Iterator[Tensor]:
+    """The latents after each step of a free-running trajectory that starts from the record's first latents.
+
+    ``move``: by which the first latents are moved, relative to their size.
+    """
     generators = _restore_generators(reference, record)
     z, labels = _tensor_from_array(reference, record["latents"][0]), torch.from_numpy(record["labels"])
+    z = z * (1 + move)
     for step in reference.loop(name, int(record["steps"]), generators):
         e, v = reference.predict(z, torch.full((len(z),), step.t), labels, float(record["guidance"]))
         z, _ = step.advance(e, v, z)

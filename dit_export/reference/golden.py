@@ -21,10 +21,12 @@ from dit_export.reference.floors import floors_of, project_conditions
 from dit_export.reference.magnitudes import magnitudes_of
 from dit_export.reference.pipeline import Reference
 from dit_export.reference.record_settings import TILES_KEPT, TOKENS_KEPT, Measurements, RecordSettings
-from dit_runtime.bundle.reader import CONDITIONS, TILE, UNGUIDED
+from dit_runtime.bundle.reader import CONDITIONS, STRONG, TILE, UNGUIDED
 from dit_runtime.core.errors import ParityError
 from dit_runtime.verify.conditions import choose_conditions
 from dit_runtime.verify.verification import trajectories_of
+
+PARTS = 4  # trajectories of a size
 
 
 def write_records(
@@ -65,10 +67,13 @@ def write_records(
         }
         records[CONDITIONS] = _record_conditions(reference)
         with magnitudes_of(reference, encoder) as magnitudes:
-            for name in names:
-                records[name] = _record_trajectory(reference, settings, name, advance)
+            for part, name in enumerate(names):
+                records[name] = _record_trajectory(reference, settings, name, advance, part)
             unguided = replace(settings, images=1, guidance=1.0)
-            records[UNGUIDED] = _record_trajectory(reference, unguided, names[1], advance)
+            records[UNGUIDED] = _record_trajectory(reference, unguided, names[1], advance, 2)
+            strong = _record_trajectory(reference, settings.strong, names[0], advance, 3)
+            strong["decoded"] = reference.decode(torch.from_numpy(strong["latents"][-1])).numpy()
+            records[STRONG] = {**strong, "images": reference.images_from_decoded(torch.from_numpy(strong["decoded"]))}
             latents = torch.from_numpy(records[names[0]]["latents"][-1])
             decoded = reference.decode(latents)
             images = reference.images_from_decoded(decoded)
@@ -171,12 +176,17 @@ def _record_conditions(reference: Reference) -> dict[str, Any]:
 
 
 def _record_trajectory(
-    reference: Reference, settings: RecordSettings, name: str, advance: Callable[[], None]
+    reference: Reference, settings: RecordSettings, name: str, advance: Callable[[], None], part: int
 ) -> dict[str, Any]:
-    """A free-running trajectory of the reference's own loop."""
+    """A free-running trajectory of the reference's own loop.
+
+    Trajectories of one image have labels that ``part`` of ``PARTS`` spreads over the classes.
+    """
     seeds = settings.seed * 100 + np.arange(settings.images)
     generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
     labels = torch.linspace(0, reference.classes - 1, settings.images + 1)[1:].long()
+    if settings.images == 1:
+        labels = (labels + part * reference.classes // PARTS) % reference.classes
     z = randn_tensor((settings.images, reference.channels, *reference.spec.latent_size), generator=generators)
     latents, denoised, noises = [z], [], []
     for step in reference.loop(name, settings.steps, generators):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from dit_runtime.bundle.manifest import name_for_size
 
 GUIDANCE = 1.5  # the trajectories'
 FORWARD_GUIDANCE = 4.0
+STRONG_GUIDANCE = 8.0  # of one more trajectory: errors grow with guidance
+STRONG_IMAGES = 2
+MORE_STEPS = 2  # of a large model's trajectory at the strong scale: other timesteps than the others have
 LARGE_MODEL = 100_000_000  # parameters; the records of larger models are smaller
 CHEAP_GMAC = 1.0  # of one image's evaluation; models that need more have shorter trajectories
 TOKENS_KEPT = 32  # tokens recorded of each block's output, evenly spaced
@@ -59,7 +62,7 @@ class RecordSettings:
         cheap = count_step_gmac(checkpoint.model) <= CHEAP_GMAC
         if elements > LARGE_MODEL:
             precisions = tuple(dict.fromkeys((precision, "bf16")))
-            return RecordSettings(1, min(4, most), 2, measured=1, measured_steps=min(2, most), precisions=precisions)
+            return RecordSettings(1, min(4, most), 3, measured=1, measured_steps=min(2, most), precisions=precisions)
         images, steps = ((4, min(50, most)) if cheap else (2, min(20, most))) if first else (2, min(10, most))
         forwards = max(images, 4) if first else images
         return RecordSettings(images, steps, forwards, measured=1 + (first or cheap), measured_steps=steps)
@@ -67,7 +70,15 @@ class RecordSettings:
     @property
     def work(self) -> int:
         """How many times ``write_records`` advances, for the progress bar."""
-        return 4 + 3 * self.steps + count_measurements(self.steps, self.measured_steps, self.measured, self.precisions)
+        measured = count_measurements(self.steps, self.measured_steps, self.measured, self.precisions)
+        strong = self.strong.steps
+        return 4 + 3 * self.steps + strong + measured + strong * len(self.precisions)
+
+    @property
+    def strong(self) -> RecordSettings:
+        """The settings of the trajectory at a strong guidance scale."""
+        steps = self.steps + MORE_STEPS if self.images == 1 else self.steps
+        return replace(self, images=min(self.images, STRONG_IMAGES), steps=steps, guidance=STRONG_GUIDANCE)
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,7 @@ __all__ = [
     "PATHS",
     "SCHEMA",
     "SIZED_GRAPHS",
+    "STRONG",
     "TILE",
     "UNGUIDED",
     "AutoencoderSpec",
@@ -83,6 +84,7 @@ PLAIN = "plain"  # in the engine store: hard links to the graphs of a bundle who
 GOLDEN = "golden"
 UNGUIDED = "unguided"  # name of the record of a trajectory without guidance, by a sampler that draws noise
 CONDITIONS = "conditions"  # name of the record of every class and timestep
+STRONG = "strong"  # name of the record of a trajectory at a strong guidance scale, with its images
 TILE = "tile_"  # a record of one tile of the decoder has this name and the tile's side in latent pixels
 
 

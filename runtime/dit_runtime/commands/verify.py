@@ -222,6 +222,7 @@ def format_results(bundle: Path, results: Results) -> str:
     found = results.verification
     failed = [rung.name for rung in found.rungs if not rung.passed]
     passed = f"pass{', quick' if found.quick else ''}: this engine matches the reference here"
+    passed += f", up to guidance {found.guidance:g}" if found.guidance > 1 else ", without guidance"
     return join_lines(
         [
             f"{bundle}: {found.model}, {found.precision}, on {found.engine}",

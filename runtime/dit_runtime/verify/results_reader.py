@@ -53,6 +53,7 @@ class ResultsRecord:
     passed: bool
     magnitudes: dict[str, float]
     coverage: CoverageRecord
+    guidance: float
     rungs: tuple[RungRecord, ...]
     image_sizes: tuple[tuple[Positive, Positive], ...]
     machine: dict[str, str]
@@ -94,6 +95,7 @@ def results_from_record(record: ResultsRecord) -> Results:
         rungs=rungs,
         images=_images_from_records(record.images),
         magnitudes=record.magnitudes,
+        guidance=record.guidance,
         coverage=Coverage(record.coverage.shapes, record.coverage.counts, record.coverage.left),
     )
     return Results(verification, record.image_sizes, record.machine, record.environment, record.files)

@@ -104,6 +104,7 @@ class Verification:
             of the recorded images.
         magnitudes: max |x| of each of the reference's units on its trajectory, as in the manifest.
         coverage: what was visited of all that the engine takes.
+        guidance: the largest guidance scale whose trajectory was compared with the reference's.
     """
 
     bundle: str
@@ -117,6 +118,7 @@ class Verification:
     images: tuple[NDArray[np.uint8], NDArray[np.uint8]] | None = None
     magnitudes: Mapping[str, float] = field(default_factory=dict)
     coverage: Coverage = field(default_factory=Coverage)
+    guidance: float = 1.0
 
     @property
     def passed(self) -> bool:
@@ -134,6 +136,7 @@ class Verification:
             "quick": self.quick,
             "passed": self.passed,
             "magnitudes": dict(self.magnitudes),
+            "guidance": self.guidance,
             "coverage": self.coverage.as_json(),
             "rungs": [rung.as_json() for rung in self.rungs],
         }

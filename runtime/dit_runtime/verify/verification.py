@@ -17,13 +17,13 @@ the bundle (``dit_runtime.verify.budget``). Nothing here needs torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from dit_runtime.backends.base import Array, Engine
 from dit_runtime.bundle.manifest import ENCODER, DiffusionSpec
 from dit_runtime.bundle.precision import Precision
-from dit_runtime.bundle.reader import CONDITIONS, UNGUIDED, Bundle
+from dit_runtime.bundle.reader import CONDITIONS, STRONG, UNGUIDED, Bundle
 from dit_runtime.core.progress import Progress
 from dit_runtime.samplers.by_name import schedule_for
 from dit_runtime.samplers.schedule import Schedule
@@ -78,6 +78,7 @@ def verification_of(bundle: Bundle, engine: Engine, quick: bool = False) -> Veri
         rungs=tuple(rungs),
         images=images[0] if images else None,
         magnitudes=manifest.magnitudes,
+        guidance=_strongest_guidance(replay, [rung.name for rung in rungs]),
         coverage=coverage_of(replay.visits, engine.info, manifest, bundle.has_records(CONDITIONS)),
     )
 
@@ -118,6 +119,12 @@ def _rungs(replay: Replay, quick: bool, images: list[tuple[Array, Array]]) -> It
         both, rungs = image_rungs.images(replay, final, first)
         images.append(both)
         yield from rungs
+        if _has_strong(replay):
+            record, schedule = _trajectory(replay, first, STRONG)
+            strong, rung = image_rungs.free_running(replay, first, record, schedule)
+            yield rung
+            if replay.tile is None:
+                yield image_rungs.strong_images(replay, strong, record, first)
     if ENCODER in manifest.graphs:
         yield image_rungs.encoder(replay)
     yield from relations(replay, effort_for(manifest.model, quick))
@@ -142,10 +149,26 @@ def relations(replay: Replay, effort: Effort) -> Iterator[Rung]:
         yield encoder_batches(replay, effort)
 
 
+def _strongest_guidance(replay: Replay, names: Sequence[str]) -> float:
+    """The largest guidance scale of the trajectories that were compared with the reference."""
+    first, second = trajectories_of(replay.bundle.manifest.diffusion)
+    records = {
+        f"{first} free-running": first,
+        f"{second} free-running": second,
+        f"{first} free-running, strong": STRONG,
+    }
+    scales = [float(replay.bundle.records(record)["guidance"]) for name, record in records.items() if name in names]
+    return max(scales, default=1.0)
+
+
 def _trajectory(replay: Replay, sampler: str, name: str) -> tuple[image_rungs.Record, Schedule]:
     """A recorded trajectory of a sampler, and the sampler's schedule."""
     record, manifest = replay.bundle.records(name), replay.bundle.manifest
     return record, schedule_for(sampler, manifest.model, manifest.diffusion, int(record["steps"]))
+
+
+def _has_strong(replay: Replay) -> bool:
+    return replay.bundle.has_records(STRONG) and replay.engine.info.has_branches(2)
 
 
 def _has_range(replay: Replay) -> bool:
@@ -167,5 +190,6 @@ def _rung_count(replay: Replay, quick: bool) -> int:
     # Conditioner's calls; batches, rows, samplers and the repeated call of the step; two rungs of the decoder; with
     # guidance its batches, branches and scales.
     relations = replay.bundle.has_records(CONDITIONS) + 7 + 3 * guided
-    encoder = 2 * (ENCODER in manifest.graphs)
+    strong = _has_strong(replay) * (1 + (replay.tile is None))
+    encoder = strong + 2 * (ENCODER in manifest.graphs)
     return always + unguided + relations + encoder + (1 + 2 * guided) * (not quick)
