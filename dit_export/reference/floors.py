@@ -28,7 +28,7 @@ PRECISIONS = {
     "bf16": torch.bfloat16,
 }  # by name, the dtype that is run to measure it
 RUNS = 3  # of a trajectory that draws noise, in FP16 and BF16
-MOVE = 2.0**-14  # of the further runs' first latents; FP16 rounds by up to 2⁻¹¹
+MOVE = 2.0**-18  # of the further runs' first latents, below every error in FP16
 CHUNK = 64  # images in one evaluation
 
 Record = Mapping[str, Any]
@@ -108,9 +108,9 @@ def _measure_chaotic(
 ) -> list[float]:
     """The errors along a trajectory that draws noise, in each of its first ``steps`` steps: the largest of a few runs.
 
-    Where such a trajectory is chaotic, two runs in one precision are as far from each other as from FP32, and one run is
-    one draw of an error. In the further runs the first latents are moved by a fraction of FP16's rounding, so that all
-    later roundings differ. Where nothing is chaotic, the runs have nearly the same errors.
+    Where such a trajectory is chaotic, two runs in one precision are as far from each other as from FP32, and the error
+    of one run is chance. In the further runs the first latents are moved by less than FP16's errors, so that roundings
+    differ. Where nothing is chaotic, the runs have nearly the same errors.
     """
     lowered = reference.dtype in (torch.float16, torch.bfloat16)
     errors = []
