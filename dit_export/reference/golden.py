@@ -20,7 +20,13 @@ from dit_export.checkpoints.checkpoint import Checkpoint
 from dit_export.reference.floors import floors_of, project_conditions
 from dit_export.reference.magnitudes import magnitudes_of
 from dit_export.reference.pipeline import Reference
-from dit_export.reference.record_settings import TILES_KEPT, TOKENS_KEPT, Measurements, RecordSettings
+from dit_export.reference.record_settings import (
+    TILES_KEPT,
+    TOKENS_KEPT,
+    UNGUIDED_IMAGES,
+    Measurements,
+    RecordSettings,
+)
 from dit_runtime.bundle.reader import CONDITIONS, STRONG, TILE, UNGUIDED
 from dit_runtime.core.errors import ParityError
 from dit_runtime.verify.conditions import choose_conditions
@@ -69,7 +75,7 @@ def write_records(
         with magnitudes_of(reference, encoder) as magnitudes:
             for part, name in enumerate(names):
                 records[name] = _record_trajectory(reference, settings, name, advance, part)
-            unguided = replace(settings, images=1, guidance=1.0)
+            unguided = replace(settings, images=min(settings.images, UNGUIDED_IMAGES), guidance=1.0)
             records[UNGUIDED] = _record_trajectory(reference, unguided, names[1], advance, 2)
             strong = _record_trajectory(reference, settings.strong, names[0], advance, 3)
             strong["decoded"] = reference.decode(torch.from_numpy(strong["latents"][-1])).numpy()

@@ -15,6 +15,7 @@ GUIDANCE = 1.5  # the trajectories'
 FORWARD_GUIDANCE = 4.0
 STRONG_GUIDANCE = 8.0  # of one more trajectory: errors grow with guidance
 STRONG_IMAGES = 2
+UNGUIDED_IMAGES = 2
 MORE_STEPS = 2  # of a large model's trajectory at the strong scale: other timesteps than the others have
 LARGE_MODEL = 100_000_000  # parameters; the records of larger models are smaller
 CHEAP_GMAC = 1.0  # of one image's evaluation; models that need more have shorter trajectories
@@ -27,7 +28,7 @@ class RecordSettings:
     """How much is recorded.
 
     Attributes:
-        images, steps: images and steps of a trajectory; the trajectory without guidance has one image.
+        images, steps: images and steps of a trajectory; those without guidance and at a strong scale have two at most.
         forward_images: images of a forward.
         measured: the number of trajectories of which PyTorch's own error is measured for each single step. PyTorch's
             own error along a free-running trajectory is measured for all of them.

@@ -55,18 +55,22 @@ class Budget:
             raise BundleError(f"the manifest has no limit of {kind} for {self.precision}; export the bundle again")
         return self.tolerances[kind]
 
-    def threshold_of(self, kind: str, guidance: float = 1.0) -> float | None:
+    def threshold_of(self, kind: str, guidance: float = 1.0, draws_noise: bool = False) -> float | None:
         """The largest ratio of a kind of rung at a guidance scale s; None where the bundle has no threshold of it.
 
         The guided output is e = s·ε_c − (s−1)·ε_∅. If the errors of the two branches are independent, the error of e is
         √(s² + (s−1)²) times a branch's error. It is at most 2s−1 times a branch's error, however the two are related.
         PyTorch's error may be the first case and an engine's error the second. So the threshold is multiplied by the
         quotient of the two, which is at most √2.
+
+        A trajectory that draws noise may be chaotic. Then an engine may be as far from the reference as two of PyTorch's
+        own runs are from each other: √2 times the error of one.
         """
         least = self.thresholds.get(kind)
         if least is None:
             return None
-        return least * worst_gain_of(guidance) / math.hypot(guidance, guidance - 1)
+        quotient = worst_gain_of(guidance) / math.hypot(guidance, guidance - 1)
+        return least * max(quotient, math.sqrt(2) if draws_noise else 1.0)
 
     def limits_of(self, kind: str, record: str, count: int, threshold: float | None) -> list[float]:
         """The absolute limit of each of ``count`` members: the tolerance, or what the budget allows where that is more.
@@ -159,7 +163,14 @@ class Series:
 
 
 def compare_series(
-    budget: Budget, name: str, kind: str, record: str, series: Series, guidance: float = 1.0, detail: str = ""
+    budget: Budget,
+    name: str,
+    kind: str,
+    record: str,
+    series: Series,
+    guidance: float = 1.0,
+    detail: str = "",
+    draws_noise: bool = False,
 ) -> Rung:
     """Compare a series: each error with its limit, the largest ratio with the threshold.
 
@@ -173,13 +184,14 @@ def compare_series(
         series: the members to compare.
         guidance: the guidance scale of the series.
         detail: what was compared, for messages; the worst and the first failing member are added.
+        draws_noise: whether the series is a trajectory of a sampler that draws noise.
     """
     scales = series.scales or [0.0] * len(series.found)
     pairs = list(zip(series.found, series.expected, strict=True))
     errors = [relative_l2(*pair) for pair in pairs]
     largest = [relative_error(*pair, scale) for pair, scale in zip(pairs, scales, strict=True)]
     ratios = budget.ratios_of(record, errors)
-    threshold = budget.threshold_of(kind, guidance) if ratios else None
+    threshold = budget.threshold_of(kind, guidance, draws_noise) if ratios else None
     limits = budget.limits_of(kind, record, len(errors), threshold)
     beyond = [not error <= limit for error, limit in zip(largest, limits, strict=True)]
     closest = int(np.argmax([error / max(limit, 1e-300) for error, limit in zip(largest, limits, strict=True)]))

@@ -78,7 +78,8 @@ def free_running(replay: Replay, sampler: str, record: Record, schedule: Schedul
     if "decoded" in record:
         name, floors = f"{name}, strong", STRONG
     detail = f"of {steps}, guidance {guidance:g}"
-    return found[-1], compare_series(replay.budget, name, "free_running", floors, series, guidance, detail)
+    draws = bool(schedule.draws_noise.any())
+    return found[-1], compare_series(replay.budget, name, "free_running", floors, series, guidance, detail, draws)
 
 
 def _run_loop(replay: Replay, record: Record, schedule: Schedule) -> list[Array]:

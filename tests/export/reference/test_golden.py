@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from dit_export.checkpoints.sources import Source, load_checkpoint
-from dit_export.reference.golden import check_records
+from dit_export.reference.golden import PARTS, _record_trajectory, check_records
 from dit_export.reference.loops import OfficialDiffusion, diffusers_ddpm
 from dit_export.reference.magnitudes import magnitudes_of
 from dit_export.reference.pipeline import Reference
@@ -43,7 +43,7 @@ def test_two_exports_have_the_same_records(bundles: dict[str, Path]) -> None:
     """Records come from seeds alone: two exports, here of two precisions, have the same hashes and the same floors."""
     first, second = (open_bundle(bundles[name]).manifest for name in ("fp32", "fp16"))
     golden = {name: spec.sha256 for name, spec in first.files.items() if name.startswith("golden")}
-    assert len(golden) == 8
+    assert len(golden) == 10
     assert golden == {name: second.files[name].sha256 for name in golden}
     assert first.floors == second.floors
     assert first.magnitudes == second.magnitudes
@@ -52,8 +52,8 @@ def test_two_exports_have_the_same_records(bundles: dict[str, Path]) -> None:
 @pytest.mark.parametrize(
     ("name", "size", "expected"),
     [
-        ("DiT-XL/2-256", 0, (1, 4, 2, 1, 2)),
-        ("DiT-XL/2-256", 1, (1, 4, 2, 1, 2)),
+        ("DiT-XL/2-256", 0, (1, 4, 3, 1, 2)),
+        ("DiT-XL/2-256", 1, (1, 4, 3, 1, 2)),
         ("DiT-S/2-256", 0, (2, 20, 4, 2, 20)),
         ("DiT-S/2-256", 1, (2, 10, 2, 1, 10)),
     ],
@@ -75,6 +75,7 @@ def test_how_much_is_recorded_of_large_models(name: str, size: int, expected: tu
 def test_every_step_has_a_floor(bundles: dict[str, Path]) -> None:
     """Of both trajectories, of the one without guidance, and of the image, in each precision."""
     wanted = {"ddim": 50, "ddpm": 50, "ddim step": 50, "ddpm denoised": 50, "unguided": 50, "image": 4}
+    wanted |= {"strong": 50, "strong image": 2, "conditions": 1}
     for floors in open_bundle(bundles["fp32"]).manifest.floors.values():
         assert {name: len(floors[name]) for name in wanted} == wanted
 
@@ -202,3 +203,33 @@ def test_records_are_small(bundles: dict[str, Path]) -> None:
     settings = RecordSettings.for_checkpoint(load_checkpoint(Source("DiT-XL/2-256", random_seed=0)), "fp16")
     assert (settings.images, settings.steps, settings.forward_images) == (1, 4, 2)
     assert settings.precisions == ("fp16", "bf16")  # not FP64, which takes twice the memory
+
+
+def test_a_record_of_every_condition(bundles: dict[str, Path], reference: Reference) -> None:
+    """Its rows are those that an evaluation of the whole network computes, for every class and timestep."""
+    record = open_bundle(bundles["fp32"]).records("conditions")
+    assert set(record["labels"].tolist()) == set(range(reference.classes + 1))
+    assert set(record["timesteps"].tolist()) >= set(range(1000))
+    assert (record["timesteps"] % 1 != 0).sum() >= 60
+    some = np.array([0, 500, 1063])
+    times, labels = torch.from_numpy(record["timesteps"][some]), torch.from_numpy(record["labels"][some])
+    with reference.observe() as seen:
+        reference.predict(torch.zeros(3, 4, 8, 8), times, labels, 1.0)
+    rows = reference.table_from_observation(seen)
+    assert torch.equal(reference.compute_table(times, labels), rows)
+    flat = rows.flatten(1).double().numpy()
+    signs = np.random.PCG64(0).random_raw(flat.shape[1] * 8 // 64).astype("<u8").tobytes()
+    bits = np.array([[byte >> (7 - bit) & 1 for bit in range(8)] for byte in signs], float).reshape(-1, 8)
+    assert np.allclose(flat @ (2 * bits - 1), record["projections"][some], rtol=1e-5, atol=1e-5)  # measured: 4e-7
+    assert np.allclose(np.linalg.norm(flat, axis=1), record["norms"][some], rtol=1e-6)
+
+
+def test_labels_of_single_images_are_spread(reference: Reference) -> None:
+    """A large model's trajectories have one image each, of another class, and the strong one has other timesteps."""
+    large = RecordSettings.for_checkpoint(load_checkpoint(Source("DiT-XL/2-256", 0)), "fp16")
+    assert (large.strong.guidance, large.strong.images, large.strong.steps) == (8.0, 1, 6)
+    with torch.inference_mode():
+        parts = [
+            _record_trajectory(reference, replace(large, steps=2), "ddim", lambda: None, part) for part in range(PARTS)
+        ]
+    assert [int(part["labels"][0]) for part in parts] == [9, 1, 4, 6]

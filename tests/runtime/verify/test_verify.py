@@ -232,6 +232,8 @@ def test_guidance_multiplies_an_error_by_2s_minus_1_at_most(scale: float, errors
     assert threshold is not None
     assert 3 <= threshold + 1e-9 <= 3 * math.sqrt(2) + 1e-8
     assert budget.threshold_of("forward") == 3
+    assert budget.threshold_of("forward", 1.0, draws_noise=True) == pytest.approx(3 * math.sqrt(2))
+    assert budget.threshold_of("forward", scale, draws_noise=True) == pytest.approx(3 * math.sqrt(2))
     assert budget.threshold_of("blocks") is None
 
 
@@ -423,7 +425,9 @@ def test_the_record_of_a_verification(bundles: dict[str, Path]) -> None:
     assert {"psnr", "ssim"} <= set(rungs["image PSNR"].metrics)
     assert found.images is not None
     assert found.images[0].shape == found.images[1].shape == (4, 32, 32, 3)
-    assert psnr(*found.images) == rungs["image PSNR"].value
+    worst = min(psnr(one, wanted) for one, wanted in zip(*found.images, strict=True))
+    assert worst == rungs["image PSNR"].value
+    assert (found.guidance, rungs["image PSNR, strong"].passed) == (8.0, True)
     assert found.magnitudes["blocks.1.attn"] > 0
     raw = json.loads(json.dumps(found.as_json(), allow_nan=False))
     assert raw["passed"] is True
