@@ -201,7 +201,7 @@ def test_records_are_small(bundles: dict[str, Path]) -> None:
         sum(spec.bytes for name, spec in manifest.files.items() if name.startswith("golden")) < 5e6
     )  # measured: 0.9 MB
     settings = RecordSettings.for_checkpoint(load_checkpoint(Source("DiT-XL/2-256", random_seed=0)), "fp16")
-    assert (settings.images, settings.steps, settings.forward_images) == (1, 4, 2)
+    assert (settings.images, settings.steps, settings.forward_images) == (1, 4, 3)
     assert settings.precisions == ("fp16", "bf16")  # not FP64, which takes twice the memory
 
 
