@@ -40,7 +40,7 @@ FULL = Effort(
     (1, 2, 3, 4, 5),
     256 << 20,
     rows=24,
-    repeats=60,
+    repeats=90,
     sizes=True,
 )
 QUICK_LARGE = Effort({1: (1, 2), 2: (2,), 3: (1,)}, (1, 2), 64 << 20, rows=0, repeats=0, sizes=False)
