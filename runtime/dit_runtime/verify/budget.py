@@ -26,6 +26,8 @@ from dit_runtime.verify.rung import Rung
 
 # Rounding to float32 alone gives an error of at most half a unit in the last place, which is 2⁻²⁵ on average.
 LEAST_FLOOR = 2.0**-25
+# Where PyTorch's own error is above a tolerance, the limit is at most so many tolerances; 6 are known to be needed.
+WIDEST = 10.0
 FP16_MAX = 65504.0
 
 
@@ -78,11 +80,12 @@ class Budget:
         A tolerance takes the reference to be far more exact than itself. Where PyTorch's own error is not, as in the
         last steps of diffusers' DDPM, whose FP32 arrays lose digits at low noise, the tolerance would judge the
         reference; there the budget, which divides by that error, is the limit. Members whose floor is unknown have the
-        tolerance.
+        tolerance. No limit is above ``WIDEST`` tolerances, whatever the manifest says of PyTorch.
         """
         allowed = [floor * (threshold or 0.0) for floor in self.floors.get(record, ())][:count]
         tolerance = self.tolerance_of(kind)
-        return [max(tolerance, limit) for limit in allowed] + [tolerance] * (count - len(allowed))
+        limits = [min(max(tolerance, limit), WIDEST * tolerance) for limit in allowed]
+        return limits + [tolerance] * (count - len(allowed))
 
     def ratios_of(self, record: str, errors: Sequence[float]) -> list[float]:
         """Each error divided by PyTorch's own.

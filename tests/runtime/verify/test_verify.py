@@ -282,6 +282,8 @@ def test_the_absolute_limit_is_not_finer_than_the_reference_itself() -> None:
     assert (right.value, right.limit) == (pytest.approx(2.29e-5), pytest.approx(11.27e-5))
     assert rung_of(1e-6, 1.2e-4, 1e-6).first_over == "step 2"  # 5.2 times PyTorch's own error
     assert rung_of(2.29e-5, 1e-6, 1e-6).first_over == "step 1"  # 23 times: within neither limit
+    excused = replace(budget, floors={"ddpm step": (1e9, 1e9)})  # of a manifest that was written by hand
+    assert excused.limits_of("teacher_forced", "ddpm step", 3, 4.9) == [2e-4, 2e-4, 2e-5]
     unmeasured = rung_of(1e-6, 2.29e-5, 2.29e-5)  # PyTorch's own error is not known: the absolute limit alone
     assert unmeasured.first_over == "step 3"
     assert (unmeasured.value, unmeasured.limit) == (pytest.approx(2.29e-5), 2e-5)
