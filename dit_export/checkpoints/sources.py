@@ -13,7 +13,7 @@ from dit_export.checkpoints import official_file, random_preset
 from dit_export.checkpoints.autoencoders import is_complete_autoencoder
 from dit_export.checkpoints.checkpoint import Checkpoint, check_guidance_channels, checkpoint_at_sizes
 from dit_export.checkpoints.diffusers_folder import load as diffusers_folder
-from dit_export.checkpoints.families import FAMILIES
+from dit_export.checkpoints.families import FAMILIES, TIMES
 from dit_export.checkpoints.formats import Location
 from dit_export.checkpoints.hub import check_hub_id, download_repository, find_local, hub_id_of_snapshot
 from dit_export.checkpoints.key_errors import SUPPORTED
@@ -49,6 +49,7 @@ def load_checkpoint(source: Source) -> Checkpoint:
     for what, value, known in (
         ("path", source.path, PATHS),
         ("family", source.family, tuple(FAMILIES)),
+        ("time", source.time, TIMES),
         ("conditioning", source.conditioning, CONDITIONINGS),
     ):
         if value is not None and value not in known:

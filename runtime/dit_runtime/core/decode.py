@@ -2,7 +2,8 @@
 
 A file may come from elsewhere or be damaged. ``read_json`` gives its values or one ``DecodeError``; ``decode`` makes a
 dataclass of them, or says in one line where the first wrong value is, what it is and what was expected there:
-``graphs.step.inputs[2].dtype: got 3, expected text``. Every field must be there, and nothing else.
+``graphs.step.inputs[2].dtype: got 3, expected text``. Every field must be there that is not ``optional``,
+and nothing else.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ import numpy as np
 from dit_runtime.core.reading import FileError, read_file
 
 T = TypeVar("T")
+
+OPTIONAL = "optional"  # in the metadata of a field
 
 NoneType = type(None)
 WORDS = {
@@ -131,6 +134,25 @@ def schema_of(raw: object) -> int:
     return decode(int, raw["schema"], "schema")
 
 
+def optional(default: Any) -> Any:
+    """A field of a dataclass that JSON leaves out where it has this default: what files without it mean is known."""
+    return dataclasses.field(default=default, metadata={OPTIONAL: True})
+
+
+def without_defaults(value: Any) -> dict[str, Any]:
+    """``dataclasses.asdict`` without the ``optional`` fields that have their defaults; not those inside containers."""
+    plain = dataclasses.asdict(value)
+    for field in dataclasses.fields(value):
+        inside = getattr(value, field.name)
+        if dataclasses.is_dataclass(inside) and not isinstance(inside, type):
+            plain[field.name] = without_defaults(inside)
+    kind: Any = type(value)
+    for name, default in _optional_fields(kind).items():
+        if getattr(value, name) == default:
+            del plain[name]
+    return plain
+
+
 def decode(kind: type[T], raw: object, where: str = "") -> T:
     """A value of ``kind`` from the values that JSON has.
 
@@ -183,9 +205,9 @@ def _dataclass_from_object(kind: Any, raw: dict[str, Any], where: str) -> Any:
     hints = _fields(kind)
     if unknown := [name for name in raw if name not in hints]:
         raise DecodeError(f"{_inside(where, unknown[0])}: unknown, expected only {', '.join(hints)}")
-    if missing := [name for name in hints if name not in raw]:
+    if missing := [name for name in hints if name not in raw and name not in _optional_fields(kind)]:
         raise DecodeError(f"{_inside(where, missing[0])}: missing, expected {_expected(hints[missing[0]])}")
-    return kind(**{name: _value(hint, raw[name], _inside(where, name)) for name, hint in hints.items()})
+    return kind(**{name: _value(hint, raw[name], _inside(where, name)) for name, hint in hints.items() if name in raw})
 
 
 def _value_of_union(kind: Any, raw: Any, where: str) -> Any:
@@ -203,6 +225,12 @@ def _value_of_union(kind: Any, raw: Any, where: str) -> Any:
 def _fields(kind: Any) -> dict[str, Any]:
     hints = get_type_hints(kind, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+@functools.cache
+def _optional_fields(kind: Any) -> dict[str, Any]:
+    """The default of each field that may be left out."""
+    return {field.name: field.default for field in dataclasses.fields(kind) if field.metadata.get(OPTIONAL)}
 
 
 def _any_length(kind: Any) -> bool:
