@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, ClassVar, NoReturn
 
 import torch
 
+from dit_export.checkpoints.key_errors import short_name
 from dit_export.checkpoints.stored import StoredTensor, unreadable_tensor
 
 LARGEST_PICKLE = 1 << 24  # bytes; a training checkpoint of DiT-XL/2 with its optimizer has about 3e5
@@ -28,7 +29,7 @@ class CodeError(PickleError):
     """Reading a pickle would call something that is not known to be harmless."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(f"reading it could execute code: {name[:100]}")
+        super().__init__(f"reading it could execute code: {short_name(name)}")
 
 
 class Record:
@@ -299,4 +300,4 @@ CALLS: Mapping[str, Callable[..., Any]] = {
 def _in_short(error: Exception) -> str:
     if isinstance(error, EOFError | IndexError | struct.error):
         return "it ends early"
-    return " ".join(str(error).split())[:100] or type(error).__name__
+    return short_name(" ".join(str(error).split())) or type(error).__name__

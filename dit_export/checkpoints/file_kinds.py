@@ -111,6 +111,8 @@ def check_name(path: Path, kind: str) -> None:
     named_safe = path.suffix == SAFE
     if kind == SAFETENSORS and not named_safe:
         raise CheckpointError(f"{path}: is a safetensors file; rename it to {path.stem}.safetensors")
+    if kind in (ZIP, LEGACY) and path.suffix not in (SAFE, *PICKLES):
+        raise CheckpointError(f"{path}: is {kind}; rename it to {path.stem}.pt")
     if kind in (ZIP, LEGACY) and named_safe:
         raise CheckpointError(
             f"{path}: is {kind} (a pickle), no safetensors file; rename it to {path.stem}.pt if you trust its source"

@@ -21,6 +21,7 @@ from torch import Tensor
 from dit_export.checkpoints.allowlist_unpickler import (
     DTYPES,
     AllowlistUnpickler,
+    CodeError,
     PickleError,
     Storage,
     StorageType,
@@ -57,13 +58,13 @@ def read_torch_file(file: Path, kind: str) -> Any:
     """
     try:
         return _read_zip(file) if kind == ZIP else _read_legacy(file)
+    except CodeError as error:
+        raise CheckpointError(
+            f"{file}: not a plain weights file: {error}; save its tensors by name (model.state_dict()) on a machine "
+            "where you trust it"
+        ) from error
     except PickleError as error:
-        cure = (
-            CURE
-            if "damaged" in str(error) or "larger than" in str(error)
-            else ("save its tensors by name (model.state_dict()) on a machine where you trust it")
-        )
-        raise CheckpointError(f"{file}: not a plain weights file: {error}; {cure}") from error
+        raise CheckpointError(f"{file}: not a plain weights file: {error}; {CURE}") from error
     except OSError as error:
         raise error_for_os(file, error) from error
     except (zipfile.BadZipFile, ValueError, KeyError, struct.error, EOFError, NotImplementedError) as error:
@@ -163,7 +164,7 @@ def _storage_from_id(pid: Any) -> Storage:
         raise PickleError("it is damaged (an object that is no storage)")
     _, kind, key, _, count = pid[:5]
     if not isinstance(kind, StorageType) or kind not in STORAGES:
-        raise PickleError(f"it holds a {str(kind)[:60]}; expected floating-point weights, not quantized ones")
+        raise PickleError(f"it holds a {str(kind)[:60]}, and expected are floating-point weights, not quantized ones")
     if type(count) is not int or not isinstance(key, str) or (len(pid) == 6 and pid[5] is not None):
         raise PickleError("it is damaged (a storage without a size)")
     return key, STORAGES[kind], count

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dit_export.checkpoints.allowlist_unpickler import Record
-from dit_export.checkpoints.key_errors import describe_nearest_layout
+from dit_export.checkpoints.key_errors import describe_nearest_layout, short_name
 from dit_export.checkpoints.stored import StoredTensor
 from dit_runtime.core.errors import CheckpointError
 
@@ -85,9 +85,9 @@ def choose_weights(source: str, content: Any, wanted: str | None) -> tuple[Weigh
         )
     chosen = pool[0]
     if chosen.others:  # they may be part of the model
-        shown = ", ".join(chosen.others[:5]) + (", …" if len(chosen.others) > 5 else "")
+        shown = ", ".join(map(short_name, chosen.others[:5])) + (", …" if len(chosen.others) > 5 else "")
         raise CheckpointError(
-            f"{source}: holds {len(chosen.others)} tensors beside the weights {chosen.path} ({shown[:200]}); if they "
+            f"{source}: holds {len(chosen.others)} tensors beside the weights {chosen.path} ({shown}); if they "
             f"are no part of the model, leave them out with --weights {chosen.path}; with them it is "
             f"{describe_nearest_layout((*chosen.tensors, *chosen.others))}"
         )
@@ -108,7 +108,10 @@ def strip_wrappers(source: str, tensors: Tensors) -> dict[str, StoredTensor]:
     found: dict[str, StoredTensor] = {}
     for name, tensor in tensors.items():
         if (short := name_without_wrappers(name)) in found:
-            raise CheckpointError(f"{source}: {short} is there twice, with and without a wrapper's prefix ({name})")
+            raise CheckpointError(
+                f"{source}: {short_name(short)} is there twice, with and without a wrapper's prefix "
+                f"({short_name(name)})"
+            )
         found[short] = tensor
     return found
 
@@ -219,18 +222,19 @@ def _error_for_nameless(source: str, path: str, sets: list[WeightSet]) -> Checkp
 def _error_for_no_weights(source: str, content: Any) -> CheckpointError:
     if isinstance(content, Record):
         return CheckpointError(
-            f"{source}: is a whole pickled {content.class_name[:100]}, and reading it could execute code; save "
+            f"{source}: is a whole pickled {short_name(content.class_name)}, and reading it could execute code; save "
             "model.state_dict() instead, on a machine where you trust it"
         )
     records = [item.class_name for item in content.values() if isinstance(item, Record)] if content else []
-    keys = ", ".join(sorted(map(str, content))[:10]) if isinstance(content, dict) else type(content).__name__
-    what = f"; a pickled {records[0][:100]} could execute code and is not read" if records else ""
+    names = sorted(map(str, content))[:10] if isinstance(content, dict) else [type(content).__name__]
+    keys = ", ".join(map(short_name, names))
+    what = f"; a pickled {short_name(records[0])} could execute code and is not read" if records else ""
     return CheckpointError(
-        f"{source}: holds no state dict ({keys[:200]}){what}; expected parameters by name, or a dict of them under "
+        f"{source}: holds no state dict ({keys}){what}; expected parameters by name, or a dict of them under "
         "'ema' or 'model'"
     )
 
 
 def _list(sets: list[WeightSet]) -> str:
-    shown = [f"{one.path} ({len(one.tensors)} tensors)" for one in sets[:10]]
+    shown = [f"{short_name(one.path)} ({len(one.tensors)} tensors)" for one in sets[:10]]
     return ", ".join([*shown, "…"] if len(sets) > 10 else shown) or "none"

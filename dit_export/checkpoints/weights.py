@@ -21,6 +21,7 @@ from dit_export.checkpoints.file_kinds import (
     error_for_os,
     kind_of_file,
 )
+from dit_export.checkpoints.key_errors import short_name
 from dit_export.checkpoints.stored import StoredTensor, stored_from_tensor
 from dit_export.checkpoints.torch_files import read_torch_file
 from dit_export.checkpoints.training_arguments import arguments_from_content
@@ -53,8 +54,7 @@ class Weights(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         item = self.stored[name]
-        if item.problem is not None:
-            raise CheckpointError(f"{self.source}: {name} is {item.problem}; expected plain floating-point weights")
+        check_plain(self.source, {name: item})
         try:
             tensor = item.read()
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
@@ -105,6 +105,7 @@ def read_weights_file(file: Path, wanted: str | None = None) -> WeightsFile:
     """
     content, metadata = _read(file)
     chosen, others = choose_weights(str(file), content, wanted)
+    check_plain(str(file), chosen.tensors)
     check_distinct(str(file), chosen.tensors)
     path = chosen.path if others or (wanted is not None and wanted != WHOLE) else None
     return WeightsFile(chosen.tensors, path, others, metadata or arguments_from_content(content))
@@ -118,9 +119,24 @@ def weights_from_file(file: Path) -> dict[str, StoredTensor]:
     """
     content, _ = _read(file)
     if not isinstance(content, dict) or not all(isinstance(item, StoredTensor) for item in content.values()):
-        keys = ", ".join(sorted(map(str, content))[:10])[:200] if isinstance(content, dict) else type(content).__name__
+        names = sorted(map(str, content))[:10] if isinstance(content, dict) else [type(content).__name__]
+        keys = ", ".join(map(short_name, names))
         raise CheckpointError(f"{file}: holds no state dict ({keys}); expected parameters by name and nothing else")
+    check_plain(str(file), content)
     return strip_wrappers(str(file), {str(name): item for name, item in content.items()})
+
+
+def check_plain(source: str, tensors: Mapping[str, StoredTensor]) -> None:
+    """Check that each tensor is a plain one, whose shape says what the file holds.
+
+    Raises:
+        CheckpointError: one is not.
+    """
+    for name, item in tensors.items():
+        if item.problem is not None:
+            raise CheckpointError(
+                f"{source}: {short_name(name)} is {item.problem}; expected plain floating-point weights"
+            )
 
 
 def check_distinct(source: str, tensors: Mapping[str, StoredTensor]) -> None:
@@ -133,8 +149,8 @@ def check_distinct(source: str, tensors: Mapping[str, StoredTensor]) -> None:
     for ((storage, _, end), name), ((other, first, _), second) in pairwise(places):
         if storage == other and first < end:
             raise CheckpointError(
-                f"{source}: {name} and {second} are the same numbers of the file; save each tensor with numbers of its "
-                "own (clone it)"
+                f"{source}: {short_name(name)} and {short_name(second)} are the same numbers of the file; save each "
+                "tensor with numbers of its own (clone it)"
             )
 
 
