@@ -225,9 +225,12 @@ def _error_for_no_weights(source: str, content: Any) -> CheckpointError:
             f"{source}: is a whole pickled {short_name(content.class_name)}, and reading it could execute code; save "
             "model.state_dict() instead, on a machine where you trust it"
         )
-    records = [item.class_name for item in content.values() if isinstance(item, Record)] if content else []
-    names = sorted(map(str, content))[:10] if isinstance(content, dict) else [type(content).__name__]
-    keys = ", ".join(map(short_name, names))
+    if not isinstance(content, dict):
+        return CheckpointError(
+            f"{source}: holds no state dict but a {type(content).__name__}; expected parameters by name"
+        )
+    records = [item.class_name for item in content.values() if isinstance(item, Record)]
+    keys = ", ".join(map(short_name, sorted(map(str, content))[:10]))
     what = f"; a pickled {short_name(records[0])} could execute code and is not read" if records else ""
     return CheckpointError(
         f"{source}: holds no state dict ({keys}){what}; expected parameters by name, or a dict of them under "

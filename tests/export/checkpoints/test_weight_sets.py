@@ -123,6 +123,7 @@ def test_the_choice_is_said(tmp_path: Path, vae: str, caplog: pytest.LogCaptureF
             None,
             r"averaged weights \(shadow_params\) are a list",
         ),
+        (list(AVERAGE.values()), None, "holds no state dict but a list; expected parameters by name"),
         ({"epoch": 3, "lr": 0.1}, None, r"holds no state dict \(epoch, lr\); expected parameters by name"),
         (
             {**prefixed("model.", AVERAGE), "vae.conv.weight": torch.ones(2)},
