@@ -114,10 +114,16 @@ def read_weights_file(file: Path, wanted: str | None = None) -> WeightsFile:
 def weights_from_file(file: Path) -> dict[str, StoredTensor]:
     """The tensors of a ``.safetensors`` file or of a pickled state dict, by name, without what wrappers put in.
 
+    The dict may be inside another, under ``model`` or ``state_dict``.
+
     Raises:
         CheckpointError: the file is unreadable or something else, or holds more than tensors by name.
     """
     content, _ = _read(file)
+    for key in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
     if not isinstance(content, dict) or not all(isinstance(item, StoredTensor) for item in content.values()):
         names = sorted(map(str, content))[:10] if isinstance(content, dict) else [type(content).__name__]
         keys = ", ".join(map(short_name, names))
