@@ -176,7 +176,7 @@ FILES: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "a nested header": (
         "w.safetensors",
         lambda: safetensors(b'{"a":' + b"[" * 10**5 + b"]" * 10**5 + b"}"),
-        "too deeply",
+        "nested 100001 levels deep",
     ),
     "nothing": ("w.safetensors", lambda: b"", "is an empty file; download or copy it again"),
     "zeros": ("w.safetensors", lambda: bytes(4096), "begins with 1024 zeros"),
