@@ -336,4 +336,4 @@ def test_a_model_without_null_class(checkpoint: Path, tmp_path: Path) -> None:
         pipe([CLASSES], steps=4, guidance=2.0)
     expected = dit(weights, torch.ones(1, 4, 8, 8), torch.tensor([25]), torch.tensor([CLASSES]), **of("adaln-zero"))  # type: ignore[arg-type]
     e, _ = evaluated(pipe.bundle, np.ones((1, 4, 8, 8), np.float32), [25], [CLASSES], np.ones((1, 1, 4)))
-    assert relative_error(e, expected[:, :4].numpy()) <= FORWARD_LIMIT["fp32"]  # measured: 3.4e-7
+    assert relative_error(e, expected[:, :4].numpy()) <= FORWARD_LIMIT["fp32"]  # measured: 2.7e-7
