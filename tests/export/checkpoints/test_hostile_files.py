@@ -230,10 +230,10 @@ def test_what_is_no_file(tmp_path: Path, vae: str) -> None:
     (tmp_path / "link.pt").symlink_to(tmp_path / "nowhere")
     for name, message in {
         "folder.pt": "is a folder; expected a file with weights",
-        "pipe.pt": "is a pipe or a device; expected a regular file",
-        "device.pt": "is a pipe or a device; expected a regular file",
+        "pipe.pt": "neither a file nor a folder; expected",
+        "device.pt": "neither a file nor a folder; expected",
         "link.pt": "is a link to .*nowhere, which is not there",
-        "x" * 5000: "cannot be read|no such checkpoint",
+        "x" * 5000: "cannot be opened|no such file or folder",
     }.items():
         with pytest.raises(CheckpointError, match=message):
             loaded(tmp_path / name, vae)
