@@ -32,7 +32,7 @@ from dit_runtime.bundle.manifest import (
     SourceSpec,
 )
 from dit_runtime.bundle.reader import ENGINES, GOLDEN, MANIFEST, Bundle, open_bundle
-from dit_runtime.core.decode import DecodeError, read_json
+from dit_runtime.core.decode import DecodeError, read_json, replace_controls
 from dit_runtime.core.errors import OutputError
 from dit_runtime.core.files import sha256_of
 from dit_runtime.core.progress import Progress
@@ -132,7 +132,9 @@ def _make_manifest(checkpoint: Checkpoint, precision: PrecisionSpec, measurement
     return Manifest(
         schema=SCHEMA,
         producer={**{name: version(name) for name in packages}, "python": platform.python_version()},
-        source=SourceSpec(checkpoint.name, checkpoint.revision, checkpoint.reference, checkpoint.weights_sha256),
+        source=SourceSpec(
+            replace_controls(checkpoint.name), checkpoint.revision, checkpoint.reference, checkpoint.weights_sha256
+        ),
         model=checkpoint.model,
         sizes=checkpoint.sizes,
         diffusion=checkpoint.diffusion,
@@ -144,7 +146,7 @@ def _make_manifest(checkpoint: Checkpoint, precision: PrecisionSpec, measurement
                 checkpoint.defaults.sampler, checkpoint.model, checkpoint.diffusion, checkpoint.defaults.steps
             ),
         ),
-        class_names=checkpoint.class_names,
+        class_names=tuple(map(replace_controls, checkpoint.class_names)),
         graphs={},
         tolerances=TOLERANCES,
         thresholds=THRESHOLDS,

@@ -27,7 +27,7 @@ from dit_runtime.bundle.precision import EXPORTED
 from dit_runtime.core.decode import show
 
 COEFFICIENTS = 17  # of a row of a sampler's schedule
-SPACINGS = ("default", "leading", "trailing", "linspace", "official", "official-ddim", "uniform")
+SPACINGS = ("default", "leading", "trailing", "linspace", "official", "uniform")
 PREDICTIONS = ("epsilon", "v_prediction", "velocity")
 CONDITION_TOKENS = 2  # timestep and label
 VECTORS = {"adaln-zero": 6, "adaln": 4}  # of a block in the table

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 import reprlib
 import sys
 import types
@@ -35,13 +36,16 @@ WORDS = {
 }
 
 MOST_DEPTH = 32  # of lists and objects inside each other; our own files have 8 at most
-MOST_VALUES = 4_000_000  # our own largest file, the results of a large model, has a hundredth of it
+MOST_VALUES = 1_000_000  # our own largest file, a table of 10,000 steps, has a fifth of it
 
 _LONGEST_WHOLE = 20  # characters of a whole number of 64 bits
 _NO_MARKS = bytes(set(range(256)) - set(b'[]{},"'))
 _STEPS = np.zeros(256, np.int8)
 _STEPS[list(b"[{")], _STEPS[list(b"]}")] = 1, -1
 _PIECE = 1 << 20  # bytes
+
+# What moves a terminal's cursor, ends a line of a log, or turns the direction of writing.
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 _short = reprlib.Repr()  # of a value in a message: one line of at most some hundred characters
 _short.maxlevel, _short.maxlist, _short.maxdict = 1, 3, 3
@@ -157,7 +161,8 @@ def decode(kind: type[T], raw: object, where: str = "") -> T:
     """A value of ``kind`` from the values that JSON has.
 
     Args:
-        kind: a dataclass. Its fields are ``int``, ``float`` (a whole number becomes one), ``str``, ``bool``, ``None``,
+        kind: a dataclass. Its fields are ``int``, ``float`` (a whole number becomes one), ``str`` (without control
+            characters), ``bool``, ``None``,
             a ``Literal``, an enum by its values, ``tuple``, ``list``, ``dict`` with keys of text, another dataclass, a
             union of these, one of these ``Annotated`` with a ``Range``, or ``Any``. ``kind`` may be one of these too.
         raw: what ``read_json`` gave.
@@ -184,7 +189,7 @@ def _value(kind: Any, raw: Any, where: str) -> Any:
     elif dataclasses.is_dataclass(kind) and type(raw) is dict:
         return _dataclass_from_object(kind, raw, where)
     elif origin is dict and type(raw) is dict:
-        return {key: _value(inner[1], item, _inside(where, key)) for key, item in raw.items()}
+        return {_value(str, key, where): _value(inner[1], item, _inside(where, key)) for key, item in raw.items()}
     elif origin in (tuple, list) and type(raw) is list:
         kinds = inner[:1] * len(raw) if _any_length(kind) else inner
         if len(kinds) == len(raw):
@@ -197,6 +202,8 @@ def _value(kind: Any, raw: Any, where: str) -> Any:
         if type(raw) in (int, float) and abs(raw) <= sys.float_info.max:
             return float(raw)
     elif type(raw) is kind:
+        if kind is str and _CONTROLS.search(raw):
+            raise DecodeError(f"{where}: got {show(raw)}, expected text without control characters".removeprefix(": "))
         return raw
     raise _wrong(kind, raw, where)
 
@@ -266,6 +273,11 @@ def _expected(kind: Any) -> str:
 def show(value: object) -> str:
     """A value in a message: one line of at most some hundred characters."""
     return _short.repr(value)
+
+
+def replace_controls(text: str) -> str:
+    """The text with an underscore for each control character: what ``decode`` takes."""
+    return _CONTROLS.sub("_", text)
 
 
 def _inside(where: str, name: str) -> str:

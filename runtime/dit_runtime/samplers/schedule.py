@@ -22,7 +22,7 @@ from typing import Annotated
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dit_runtime.core.decode import Range, decode, read_json
+from dit_runtime.core.decode import Range, decode, read_json, replace_controls, show
 from dit_runtime.core.errors import SamplingError
 from dit_runtime.core.reading import TABLE_BYTES
 from dit_runtime.core.replace import replace_file
@@ -33,6 +33,7 @@ COEFFICIENTS = 17
 # row would cancel to nothing.
 LARGEST = 1e6
 
+LONGEST_NAME = 255  # characters of a sampler's name, which goes into the record of an image
 OPTIONAL = ("sampler", "spacing", "rows", "initial", "start", "draws_noise", "completes_step", "skipped")
 
 # Columns of a row.
@@ -216,7 +217,7 @@ def read_table(path: Path) -> Schedule:
         if type(raw) is dict:
             raw = {**{name: None for name in OPTIONAL if name not in raw}, **raw}
         with np.errstate(over="ignore"):  # what float32 cannot hold is refused by its name
-            schedule = _schedule_from_record(decode(_TableRecord, raw), path.stem)
+            schedule = _schedule_from_record(decode(_TableRecord, raw), replace_controls(path.stem))
         _check(schedule)
     except (ValueError, OverflowError) as error:
         if isinstance(error.__cause__, OSError):
@@ -251,6 +252,9 @@ def _schedule_from_record(record: _TableRecord, name: str) -> Schedule:
     rows = np.asarray(range(len(record.coefficients)) if record.rows is None else record.rows, np.int64)
     if not np.array_equal(rows, rows.astype(np.int32)):
         raise OverflowError("rows beyond int32")  # NumPy 1.26 would let them wrap around
+    for text in (record.sampler, record.spacing):
+        if text is not None and len(text) > LONGEST_NAME:
+            raise ValueError(f"sampler or spacing {show(text)} has {len(text)} characters")
     coefficients = np.asarray(record.coefficients, np.float32)
     count = len(coefficients)
     if coefficients.shape[1:] != (COEFFICIENTS,):

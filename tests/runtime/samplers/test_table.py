@@ -81,6 +81,7 @@ BAD_TABLES: list[tuple[str, Change, str]] = [
         r"coefficients has shape \[5, 18\], expected \[5, 17\]",
     ),
     ("one row flat", assign(coefficients=[0.0] * 17), "not a sampler table"),
+    ("a long name", assign(sampler="x" * 256), "not a sampler table"),
     ("ragged", assign(coefficients=[[0.0] * 17] * 4 + [[0.0]]), "not a sampler table"),
     ("no rows", assign(coefficients=[], rows=[]), "not a sampler table"),
     ("words", assign(coefficients="many"), "coefficients: got 'many', expected a list"),
