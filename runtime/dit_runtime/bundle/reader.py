@@ -43,10 +43,10 @@ from dit_runtime.bundle.manifest import (
     name_for_size,
 )
 from dit_runtime.core.decode import json_from_bytes, schema_of
-from dit_runtime.core.errors import BundleError
+from dit_runtime.core.errors import BundleError, OutputError
 from dit_runtime.core.files import add_name, sha256_of
 from dit_runtime.core.reading import MANIFEST_BYTES, FileError, kind_of, leads_outside, open_file, read_file
-from dit_runtime.core.replace import recover_folder
+from dit_runtime.core.replace import check_place, recover_folder
 
 __all__ = [
     "CONDITIONINGS",
@@ -199,9 +199,10 @@ class Bundle:
         plain = self.engines / PLAIN / self.digest[:16]
         named = {name: plain.joinpath(*PurePosixPath(name).parts) for name in (spec.weights, spec.file)}
         try:
-            add_name(weights, named[spec.weights])
-            add_name(path, named[spec.file])
-        except OSError:
+            for file, other in ((weights, named[spec.weights]), (path, named[spec.file])):
+                check_place(other, self.engines)
+                add_name(file, other)
+        except (OSError, OutputError):
             return path  # a store that cannot be written: some libraries do follow the links
         return named[spec.file]
 

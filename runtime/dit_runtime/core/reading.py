@@ -26,6 +26,7 @@ RESULTS_BYTES = 256 * MIB  # images of 1024 pixels are a tenth of it
 IMAGE_BYTES = 512 * MIB
 NOISE_BYTES = 4 * GIB  # as many images at once as a machine can sample
 TIMING_CACHE_BYTES = GIB
+KERNELS_BYTES = GIB  # that TensorRT-RTX compiled on a GPU
 GRAPH_BYTES = 2 * GIB  # of an ONNX file without its weights; protobuf reads no more
 
 HUB_REPOSITORIES = ("models--", "datasets--", "spaces--")  # how the folders of a hub cache's repositories begin
