@@ -142,6 +142,19 @@ def test_a_store_that_is_a_link_out_of_the_bundle(copied: Path, tmp_path: Path) 
     assert open_bundle(copied, tmp_path / "elsewhere").engines == tmp_path / "elsewhere"
 
 
+def test_other_names_of_a_caches_files_lie_in_the_store(copied: Path, tmp_path: Path) -> None:
+    """Fails by making them where a link in the store leads."""
+    snapshot, store, elsewhere = snapshot_from_folder(copied, tmp_path / "hub"), tmp_path / "store", tmp_path / "out"
+    named = open_bundle(snapshot, store).graph("step")
+    assert named.is_relative_to(store)
+    shutil.move(store / "plain", elsewhere)
+    for file in [path for path in elsewhere.rglob("*") if path.is_file()]:
+        file.unlink()
+    (store / "plain").symlink_to(elsewhere)
+    assert open_bundle(snapshot, store).graph("step").is_relative_to(snapshot)
+    assert not [path for path in elsewhere.rglob("*") if path.is_file()]
+
+
 @pytest.mark.parametrize("name", ["x" * 300, "a\0b", "\ud800", "none", "../none"])
 def test_a_name_that_no_bundle_has(tmp_path: Path, name: str) -> None:
     """Any text on the command line is a name that is not there."""
