@@ -206,6 +206,8 @@ def test_a_name_that_no_bundle_has(tmp_path: Path, name: str) -> None:
         (lambda m: m["graphs"]["probe"]["outputs"].pop(), "graphs.probe.outputs: got .*, expected"),
         (lambda m: m["files"]["graphs/step.onnx"].update(sha256="A" * 64), "expected 64 hexadecimal digits"),
         (lambda m: m["files"].update({"a\0b": {"bytes": 1, "sha256": "0" * 64}}), "text without control characters"),
+        (lambda m: m["diffusion"]["betas"].__setitem__(0, 5e-324), "damaged manifest .betas must lie"),
+        (lambda m: m["defaults"].update(sampler="a" * 501), "of 501 characters, expected 500 at most"),
         (lambda m: m["model"].update(extra=1), "model.extra: unknown, expected only conditioning"),
     ],
 )
