@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from dit_runtime.bundle.consistency import check_consistency
+from dit_runtime.bundle.graph_file import check_graph
 from dit_runtime.bundle.manifest import (
     CONDITIONINGS,
     ENCODER,
@@ -45,7 +46,15 @@ from dit_runtime.bundle.manifest import (
 from dit_runtime.core.decode import json_from_bytes, schema_of
 from dit_runtime.core.errors import BundleError, OutputError
 from dit_runtime.core.files import add_name, sha256_of
-from dit_runtime.core.reading import MANIFEST_BYTES, FileError, kind_of, leads_outside, open_file, read_file
+from dit_runtime.core.reading import (
+    GRAPH_BYTES,
+    MANIFEST_BYTES,
+    FileError,
+    kind_of,
+    leads_outside,
+    open_file,
+    read_file,
+)
 from dit_runtime.core.replace import check_place, recover_folder
 
 __all__ = [
@@ -188,12 +197,12 @@ class Bundle:
         return path
 
     def graph(self, name: str) -> Path:
-        """The path of a graph's ONNX file, with that file and the graph's weights checked. Raises as ``file``.
+        """The path of a graph's ONNX file, with that file and the graph's weights checked. Raises as ``structure``.
 
         In a hub cache it is another name of the file, in the engine store: most libraries refuse weights behind a link.
         """
         spec = self.manifest.graphs[name]
-        weights, path = self.file(spec.weights), self.file(spec.file)
+        weights, path = self.file(spec.weights), self.structure(name)
         if not (weights.is_symlink() or path.is_symlink()):
             return path
         plain = self.engines / PLAIN / self.digest[:16]
@@ -205,6 +214,22 @@ class Bundle:
         except (OSError, OutputError):
             return path  # a store that cannot be written: some libraries do follow the links
         return named[spec.file]
+
+    def structure(self, name: str) -> Path:
+        """The path of a graph's ONNX file, checked; the weights beside it are not.
+
+        Raises:
+            BundleError: as ``file``, or the file holds what no library should see (``bundle/graph_file.py``).
+        """
+        spec = self.manifest.graphs[name]
+        path = self.file(spec.file)
+        try:
+            content = read_file(path, GRAPH_BYTES, within=self.path)
+            check_graph(content, spec, self.manifest.files[spec.weights].bytes)
+        except FileError as error:
+            self.check_in_place()
+            raise BundleError(f"{path}: not a graph of a bundle ({error}); copy or export the bundle again") from error
+        return path
 
     def records(self, name: str) -> dict[str, np.ndarray[Any, Any]]:
         """The arrays of a golden record by name: ``golden/NAME.npz``, at the size in use. Raises as ``file``."""

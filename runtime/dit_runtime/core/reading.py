@@ -27,7 +27,7 @@ IMAGE_BYTES = 512 * MIB
 NOISE_BYTES = 4 * GIB  # as many images at once as a machine can sample
 TIMING_CACHE_BYTES = GIB
 KERNELS_BYTES = GIB  # that TensorRT-RTX compiled on a GPU
-GRAPH_BYTES = 2 * GIB  # of an ONNX file without its weights; protobuf reads no more
+GRAPH_BYTES = 512 * MIB  # of an ONNX file without its weights
 
 HUB_REPOSITORIES = ("models--", "datasets--", "spaces--")  # how the folders of a hub cache's repositories begin
 
