@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from dit_runtime.bundle.manifest import GraphSpec, TensorSpec
+from dit_runtime.bundle.operators import INPUTS
 from dit_runtime.core.decode import DecodeError
 
 OPSET = 20
@@ -170,14 +171,20 @@ class _Reader:
 
     def read_tensors(self, graph: _Values) -> Iterator[StoredTensor]:
         """Every tensor of the graph; checks the nodes too."""
-        yield from map(self._read_tensor, graph["initializer"])
+        made = {self.read_value(span)[0] for span in graph["input"]}
+        for span in graph["initializer"]:
+            tensor = self._read_tensor(span)
+            _add_names(made, [tensor.name], "an initializer")
+            yield tensor
         for span in graph["node"]:
             node = self._read(span, NODE, "node")
-            if (domain := _one(node, "domain", "")) not in ("", "ai.onnx"):
-                raise DecodeError(f"node {_one(node, 'name', '')!r:.60} of domain {domain!r:.60}, expected ONNX's own")
-            for inner in node["attribute"]:
-                attribute = self._read(inner, ATTRIBUTE, "attribute")
+            _check_node(node, made)
+            attributes = [self._read(inner, ATTRIBUTE, "attribute") for inner in node["attribute"]]
+            _add_names(set(), [_one(attribute, "name", "") for attribute in attributes], "an attribute")
+            for attribute in attributes:
                 yield from map(self._read_tensor, (*attribute["t"], *attribute["tensors"]))
+        if lost := [name for name in (self.read_value(span)[0] for span in graph["output"]) if name not in made]:
+            raise DecodeError(f"output {lost[0]!r:.60} is made by no node")
 
     def _read_tensor(self, span: Span) -> StoredTensor:
         tensor = self._read(span, TENSOR, "tensor")
@@ -262,6 +269,36 @@ class _Reader:
                     break
                 return value, position
         raise DecodeError("damaged: a number of more than 64 bits")
+
+
+def _check_node(node: _Values, made: set[str]) -> None:
+    """Check a node against ``made``, the names of what there is before it, and add its outputs to them.
+
+    A library that finds too few inputs can end the process: OpenVINO does at a Conv without weights.
+
+    Raises:
+        DecodeError: an operator that no bundle's graph has, another number of inputs, or an input that comes later.
+    """
+    operator, domain, inputs = _one(node, "op_type", ""), _one(node, "domain", ""), node["input"]
+    what = f"node {_one(node, 'name', '')!r:.60}"
+    if domain not in ("", "ai.onnx") or operator not in INPUTS:
+        raise DecodeError(f"{what} is {operator!r:.40} of domain {domain!r:.40}, which no graph of a bundle has")
+    least, most = INPUTS[operator]
+    if not least <= len(inputs) <= most or not all(inputs[:least]):
+        raise DecodeError(f"{what} has {len(inputs)} inputs, expected {least} to {most} of {operator}")
+    if lost := [name for name in inputs if name and name not in made]:
+        raise DecodeError(f"{what} reads {lost[0]!r:.60}, which nothing before it makes")
+    if not any(node["output"]):
+        raise DecodeError(f"{what} has no output")
+    _add_names(made, [name for name in node["output"] if name], what)
+
+
+def _add_names(known: set[str], names: list[str], what: str) -> None:
+    """Raises DecodeError for a name that is empty, or there already."""
+    for name in names:
+        if not name or name in known:
+            raise DecodeError(f"{what} has the name {name!r:.60}, which is empty or there twice")
+        known.add(name)
 
 
 def _one(values: _Values, name: str, default: Any) -> Any:

@@ -43,6 +43,8 @@ from dit_runtime.bundle.manifest import (
     manifest_from_json,
     name_for_size,
 )
+from dit_runtime.bundle.records import RECORD_BYTES, TILE, UNGUIDED, check_record, specs_of_record
+from dit_runtime.core.arrays import arrays_from_npz
 from dit_runtime.core.decode import json_from_bytes, schema_of
 from dit_runtime.core.errors import BundleError, OutputError
 from dit_runtime.core.files import add_name, sha256_of
@@ -89,8 +91,6 @@ MANIFEST = "manifest.json"
 ENGINES = "engines"
 PLAIN = "plain"  # in the engine store: hard links to the graphs of a bundle whose files are links
 GOLDEN = "golden"
-UNGUIDED = "unguided"  # name of the record of a trajectory without guidance, by a sampler that draws noise
-TILE = "tile_"  # a record of one tile of the decoder has this name and the tile's side in latent pixels
 
 
 @dataclass(frozen=True)
@@ -232,12 +232,21 @@ class Bundle:
         return path
 
     def records(self, name: str) -> dict[str, np.ndarray[Any, Any]]:
-        """The arrays of a golden record by name: ``golden/NAME.npz``, at the size in use. Raises as ``file``."""
+        """The arrays of a golden record by name: ``golden/NAME.npz``, at the size in use.
+
+        Raises:
+            BundleError: as ``file``, or its arrays are not those of such a record (``bundle/records.py``).
+        """
         path = self.file(self._file_of_record(name))
-        with np.load(path, allow_pickle=False) as stored:
-            found = dict(stored)
+        try:
+            with open_file(path, RECORD_BYTES, within=self.path) as file:
+                record = arrays_from_npz(file, specs_of_record(name, self.manifest), RECORD_BYTES)
+            check_record(name, record, self.manifest)
+        except (FileError, OSError) as error:
+            self.check_in_place()
+            raise BundleError(f"{path}: not a golden record ({error}); copy or export the bundle again") from error
         self.check_in_place()
-        return found
+        return record
 
     def has_records(self, name: str) -> bool:
         """Whether the bundle has a golden record of that name, at the size in use."""

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
 
-import numpy as np
-
+from dit_runtime.core.arrays import ArraySpec, array_from_npy
+from dit_runtime.core.decode import DecodeError
 from dit_runtime.core.errors import DiTError, SamplingError
+from dit_runtime.core.reading import NOISE_BYTES
 from dit_runtime.output.images import Images, read_image, read_png
 from dit_runtime.output.provenance import Entry, entries_from_text
 from dit_runtime.output.request import InputPaths
 from dit_runtime.samplers.noise import Float32
 from dit_runtime.samplers.schedule import Schedule, read_table
+
+ARRAYS = (ArraySpec("float32", ("N", "C", "H", "W")), ArraySpec("float32", ("C", "H", "W")))  # of several or one image
 
 
 @dataclass(frozen=True)
@@ -51,20 +53,18 @@ def read_input_files(paths: InputPaths) -> InputFiles:
 def read_array(path: Path, content: str) -> Float32:
     """The array ``[N, C, h, w]`` of a ``.npy`` file that holds one image ``[C, h, w]`` or several.
 
-    The pipeline checks its dtype, its shape and its numbers. ``content`` is what it holds, for the message.
+    The pipeline checks its shape. ``content`` is what it holds, for the message.
 
     Raises:
-        SamplingError: missing, not such a file, or an array of another number of axes.
+        SamplingError: missing, not such a file, or not finite float32 of 3 or 4 axes.
     """
     try:
-        values: Float32 = np.load(path, allow_pickle=False)
-        if values.ndim not in (3, 4):
-            raise ValueError(f"it has {values.ndim} axes")
-        return values[None] if values.ndim == 3 else values
-    except (OSError, ValueError, AttributeError, EOFError, BadZipFile) as error:
+        values: Float32 = array_from_npy(path, NOISE_BYTES, *ARRAYS)
+    except DecodeError as error:
         raise SamplingError(
-            f"{path}: cannot be read as {content} ({error}); expected float32 [N,C,H,W] of numpy.save"
+            f"{path}: cannot be read as {content} ({error}); expected finite float32 [N, C, H, W] of numpy.save"
         ) from error
+    return values[None] if values.ndim == 3 else values
 
 
 def read_recorded_file(path: Path) -> RecordedFile:

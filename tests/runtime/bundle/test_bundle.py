@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from support.hub_cache import snapshot_from_folder
 
 from dit_runtime.backends.open import open_engine
+from dit_runtime.bundle import reader
 from dit_runtime.bundle.manifest import manifest_from_json
 from dit_runtime.bundle.reader import Bundle, open_bundle
 from dit_runtime.core import replace
@@ -259,15 +260,15 @@ def test_replaced_while_an_engine_opens_it(
 
 def test_replaced_after_it_was_opened(copied: Path, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """The bundle is not damaged, so it is not called altered; a record of the other bundle is not taken for its own."""
-    bundle, load = open_bundle(copied), np.load
+    bundle, load = open_bundle(copied), reader.arrays_from_npz
 
-    def replace_and_load(path: Path, **options: Any) -> Any:
+    def replace_and_load(*arguments: Any) -> Any:
         with replace_folder(copied) as folder:
             shutil.copytree(bundles["fp16"], folder, dirs_exist_ok=True)
-        return load(path, **options)
+        return load(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(np, "load", replace_and_load)
+        patch.setattr(reader, "arrays_from_npz", replace_and_load)
         with pytest.raises(BundleError, match="was replaced by another export"):
             bundle.records("ddim")
     with pytest.raises(BundleError, match="was replaced by another export"):

@@ -14,6 +14,7 @@ from support.optional import onnx
 
 from dit_runtime.backends.open import open_engine
 from dit_runtime.bundle.graph_file import DTYPES, check_graph, read_tensors
+from dit_runtime.bundle.operators import INPUTS, MANY
 from dit_runtime.bundle.reader import Bundle, open_bundle
 from dit_runtime.core.decode import DecodeError
 from dit_runtime.core.errors import BundleError
@@ -69,17 +70,14 @@ def constant(tensor: onnx.TensorProto) -> onnx.NodeProto:
     return onnx.helper.make_node("Constant", [], ["secret"], value=tensor)
 
 
-def graph_of(node: onnx.NodeProto) -> onnx.GraphProto:
-    return onnx.helper.make_graph([node], "inner", [], [])
-
-
 def hold_in_list(model: onnx.ModelProto, tensor: onnx.TensorProto) -> None:
-    model.graph.node.add(op_type="Constant").attribute.add(name="value", type=9).tensors.append(tensor)
+    model.graph.node.add(op_type="Constant", output=["secret"]).attribute.add(name="value", type=9).tensors.append(
+        tensor
+    )
 
 
 def hold_in_subgraph(model: onnx.ModelProto, tensor: onnx.TensorProto) -> None:
-    inner = graph_of(constant(tensor))
-    model.graph.node.append(onnx.helper.make_node("If", ["x"], ["y"], then_branch=inner, else_branch=inner))
+    model.graph.node[0].attribute.add(name="body", type=5).g.node.append(constant(tensor))
 
 
 def hold_in_function(model: onnx.ModelProto, tensor: onnx.TensorProto) -> None:
@@ -92,6 +90,14 @@ def hold_in_sparse(model: onnx.ModelProto, tensor: onnx.TensorProto) -> None:
 
 def set_dims(tensor: onnx.TensorProto, *dims: int) -> None:
     tensor.dims[:] = dims
+
+
+def of_kind(model: onnx.ModelProto, operator: str) -> onnx.NodeProto:
+    return next(node for node in model.graph.node if node.op_type == operator)
+
+
+def set_input(node: onnx.NodeProto, name: str) -> None:
+    node.input[1] = name
 
 
 def by_number(tensor: onnx.TensorProto) -> None:
@@ -152,6 +158,21 @@ ALTERED: dict[str, tuple[Change, str]] = {
     "IR version 999": (lambda m: setattr(m, "ir_version", 999), "IR version 999, expected 8 to 13"),
     "no graph": (lambda m: m.ClearField("graph"), "no graph in it"),
     "another domain": (lambda m: setattr(m.graph.node[0], "domain", "com.microsoft"), "of domain 'com.microsoft'"),
+    "an operator without end": (lambda m: setattr(m.graph.node[0], "op_type", "Loop"), "is 'Loop' of domain ''"),
+    "an operator of no kind": (lambda m: m.graph.node[0].ClearField("op_type"), "is '' of domain ''"),
+    "an input less": (lambda m: of_kind(m, "Conv").ClearField("input"), r"has 0 inputs, expected 2 to 3 of Conv"),
+    "an empty input": (lambda m: set_input(of_kind(m, "MatMul"), ""), "expected 2 to 2 of MatMul"),
+    "inputs without end": (lambda m: of_kind(m, "MatMul").input.extend(["x"] * 100), "has 102 inputs"),
+    "an input of nothing": (lambda m: set_input(of_kind(m, "MatMul"), "nowhere"), "reads 'nowhere'"),
+    "a circle": (lambda m: set_input(of_kind(m, "MatMul"), m.graph.output[0].name), "which nothing before it makes"),
+    "a name made twice": (lambda m: m.graph.node.append(m.graph.node[0]), "which is empty or there twice"),
+    "an initializer twice": (lambda m: m.graph.initializer.append(inside(m)), "an initializer has the name"),
+    "an attribute twice": (
+        lambda m: of_kind(m, "Conv").attribute.append(of_kind(m, "Conv").attribute[0]),
+        "an attribute has the name",
+    ),
+    "a node of no output": (lambda m: of_kind(m, "MatMul").ClearField("output"), "has no output"),
+    "an output of nothing": (lambda m: m.graph.node.pop(), "is made by no node"),
     "no input": (lambda m: m.graph.input.pop(), "inputs: got"),
     "another input": (lambda m: setattr(m.graph.input[0], "name", "\x1b[31m\n"), "inputs: got"),
     "an output of another type": (lambda m: setattr(m.graph.output[0].type.tensor_type, "elem_type", 7), "outputs:"),
@@ -196,6 +217,13 @@ def test_the_tensors_are_those_that_onnx_finds(bundles: dict[str, Path], sized_b
             count += len(found)
     assert count > 500
     assert {onnx.TensorProto.DataType.Name(code).lower() for code in DTYPES} >= {"float", "float16", "int64", "bool"}
+
+
+def test_the_operators_take_what_onnx_says() -> None:
+    """The table of inputs is that of ONNX's own schemas at opset 20."""
+    for name, (least, most) in INPUTS.items():
+        schema = onnx.defs.get_schema(name, 20, "")
+        assert (schema.min_input, min(schema.max_input, MANY)) == (least, most), name
 
 
 def test_a_damaged_file(bundle: Bundle) -> None:
