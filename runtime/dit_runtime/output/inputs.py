@@ -10,7 +10,7 @@ from dit_runtime.core.decode import DecodeError
 from dit_runtime.core.errors import DiTError, SamplingError
 from dit_runtime.core.reading import NOISE_BYTES
 from dit_runtime.output.images import Images, read_image, read_png
-from dit_runtime.output.provenance import Entry, entries_from_text
+from dit_runtime.output.provenance import PIXELS, Entry, entries_from_text, hash_of_pixels
 from dit_runtime.output.request import InputPaths
 from dit_runtime.samplers.noise import Float32
 from dit_runtime.samplers.schedule import Schedule, read_table
@@ -34,6 +34,12 @@ class RecordedFile:
     path: Path
     pixels: Images
     entries: list[Entry]
+
+    @property
+    def is_intact(self) -> bool | None:
+        """Whether the pixels are those that were written; None where the record does not say, by an older version."""
+        recorded = self.entries[0].get(PIXELS)
+        return None if recorded is None else recorded == hash_of_pixels(self.pixels)
 
 
 def read_input_files(paths: InputPaths) -> InputFiles:
@@ -79,11 +85,15 @@ def read_recorded_file(path: Path) -> RecordedFile:
 
 
 def read_entry(file: Path) -> Entry | None:
-    """The entry of an image's file; None where there is no such file, no record, or more than one image."""
+    """The entry of an image's file.
+
+    None where there is no such file, no record, more than one image, or pixels that the record does not vouch for.
+    """
     if not file.exists():
         return None
     try:
-        (entry,) = read_recorded_file(file).entries
+        recorded = read_recorded_file(file)
+        (entry,) = recorded.entries
     except (DiTError, ValueError):
         return None
-    return entry
+    return entry if recorded.is_intact else None

@@ -46,6 +46,7 @@ def test_the_record_of_an_image(checkpoint: Path, bundle: Path, tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     found = record(path)
     assert isinstance(found.pop("dit.cpus"), int)
+    assert found.pop("dit.pixels") == hashlib.sha256(b"(32, 32, 3)" + pixels(path).tobytes()).hexdigest()
     assert len(found.pop("dit.noise")) == len(found.pop("dit.table")) == 16
     assert found == {
         "dit.version": __version__,
@@ -274,7 +275,7 @@ def test_damaged_records(bundle: Path, text: dict[str, str], tmp_path: Path) -> 
     for change, message in damage:
         path = with_record(tmp_path / "damaged.png", {**text, **change})
         refused(message, bundle, "--from-image", path, "-o", tmp_path / "again.png", folder=tmp_path)
-    for key in text:
+    for key in text.keys() - {"dit.pixels"}:  # which older versions have not
         path = with_record(tmp_path / "damaged.png", {name: value for name, value in text.items() if name != key})
         refused("damaged", bundle, "--from-image", path, "-o", tmp_path / "again.png", folder=tmp_path)
 
@@ -321,6 +322,29 @@ def test_options_that_the_record_decides(bundle: Path, tmp_path: Path, option: t
 
 def times(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in sorted(folder.iterdir())}
+
+
+def test_altered_pixels_are_made_again(bundle: Path, tmp_path: Path) -> None:
+    """Fails if a file with the right record is kept whatever its pixels, or without a record of them."""
+    folder = tmp_path / "many"
+    arguments = ["--labels", 1, 2, 3, 4, "--steps", 2, "-o", folder]
+    made(bundle, *arguments)
+    files = sorted(folder.iterdir())
+    good = [pixels(file) for file in files]
+    black, one_level, unsaid, _ = files
+    texts = [{key: json.dumps(value) for key, value in record(file).items()} for file in files]
+    with_record(black, texts[0])
+    nearly = good[1].copy()
+    nearly[0, 0, 0] ^= 1
+    with_record(one_level, texts[1], nearly)
+    with_record(unsaid, {key: text for key, text in texts[2].items() if key != "dit.pixels"}, good[2])
+    again = dit_sample(bundle, *ENGINE, "--from-image", black, "-o", tmp_path / "again.png")
+    assert again.code == 0
+    assert "has other pixels than it was written with" in again.err
+    assert "other pixels" not in dit_sample(bundle, *ENGINE, "--from-image", unsaid, "-o", tmp_path / "again.png").err
+    assert json.loads(made(bundle, *arguments, "--json"))["files"] == [str(file) for file in files[:3]]
+    assert all(np.abs(pixels(file).astype(int) - image).max() <= 1 for file, image in zip(files, good, strict=True))
+    assert json.loads(made(bundle, *arguments, "--json"))["files"] == []
 
 
 def test_a_folder_is_completed(bundle: Path, tmp_path: Path) -> None:
