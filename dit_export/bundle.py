@@ -57,6 +57,7 @@ def bundle_from_checkpoint(source: Source, output: Path, precision: PrecisionSpe
         CheckpointError: the source cannot be read or is not supported.
         OutputError: ``output`` cannot be written, or holds something that is not a bundle.
         ParityError: the PyTorch reference itself is unusable.
+        BundleError: PyTorch traced the model to operators that no bundle's graph may have.
     """
     check_writable(output)
     recover_folder(output)
@@ -74,6 +75,9 @@ def bundle_from_checkpoint(source: Source, output: Path, precision: PrecisionSpe
             _make_manifest(checkpoint, precision, measurements), graphs=graphs, files=_hash_files(folder)
         )
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        written = open_bundle(folder)
+        for name in graphs:  # so that no bundle is made that no command would open
+            written.structure(name)
         check_replaceable(output)  # again: an export may take hours
     return open_bundle(output)
 

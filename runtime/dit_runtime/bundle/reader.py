@@ -257,9 +257,11 @@ class Bundle:
         return f"{folder}/{name}.npz"
 
     def check(self) -> None:
-        """Check every file against the manifest. Raises as ``file``."""
+        """Check every file against the manifest, and the structure of every graph. Raises as ``structure``."""
         for name in self.manifest.files:
             self.file(name)
+        for name in self.manifest.graphs:
+            self.structure(name)
 
 
 def open_bundle(path: str | Path, store: Path | None = None) -> Bundle:
