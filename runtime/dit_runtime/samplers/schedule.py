@@ -34,6 +34,9 @@ COEFFICIENTS = 17
 LARGEST = 1e6
 
 LONGEST_NAME = 255  # characters of a sampler's name, which goes into the record of an image
+MOST_ROWS = 20_000  # of a sampler table: of Heun at the most steps that a velocity model takes
+MOST_STARTS = 16
+
 OPTIONAL = ("sampler", "spacing", "rows", "initial", "start", "draws_noise", "completes_step", "skipped")
 
 # Columns of a row.
@@ -215,6 +218,7 @@ def read_table(path: Path) -> Schedule:
     try:
         raw = read_json(path, TABLE_BYTES)
         if type(raw) is dict:
+            _check_lengths(raw)
             raw = {**{name: None for name in OPTIONAL if name not in raw}, **raw}
         with np.errstate(over="ignore"):  # what float32 cannot hold is refused by its name
             schedule = _schedule_from_record(decode(_TableRecord, raw), replace_controls(path.stem))
@@ -229,6 +233,17 @@ def read_table(path: Path) -> Schedule:
             "dit-sample --write-table writes it"
         ) from error
     return schedule
+
+
+def _check_lengths(raw: dict[str, object]) -> None:
+    """Raises ValueError for lists that no sampler needs: their numbers would take long to look at, and to sample with.
+
+    Each start is a draw of noise as large as the latents.
+    """
+    for name, value in raw.items():
+        most = MOST_STARTS if name == "start" else MOST_ROWS
+        if type(value) is list and len(value) > most:
+            raise ValueError(f"{name} has {len(value)} values, expected at most {most}")
 
 
 @dataclass(frozen=True)
