@@ -97,6 +97,8 @@ def export(
     variant: str | None = None,
     sha256: str | None = None,
     path: str | None = None,
+    time: str | None = None,
+    weights: str | None = None,
     guidance_channels: int | Literal["all"] | None = None,
     random_weights: int | None = None,
     conditioning: str | None = None,
@@ -124,19 +126,21 @@ def export(
             working directory.
         precision: ``fp32``, or ``fp16`` for strongly typed FP16 graphs.
         keep_fp32: with ``fp16``, units that stay FP32, such as ``blocks.17.attn``, and files that list such units.
-        family: ``diffusers``, ``official`` or ``sit``; None means official for files, as the name says for presets, and
-            diffusers otherwise.
+        family: ``diffusers``, ``official`` or ``sit``; None means as a file's training arguments say, else official
+            for files, as the name says for presets, and diffusers otherwise.
         heads: the number of attention heads of a file whose shapes are not the paper's.
         vae: the autoencoder's folder, file or hub id; None means the pipeline's own, or for files the official one.
         vae_scaling: of an autoencoder that is a file: its latents' scaling factor, and maybe their shift.
         variant: the variant of a diffusers folder's weights files, such as ``fp16``.
         sha256: the SHA-256 that the transformer's weights must have, in hexadecimal digits.
-        path: the path of a SiT: ``linear``, ``gvp`` or ``vp``; None means linear.
+        path: the path of a SiT: ``linear``, ``gvp`` or ``vp``; None means as the file says, or linear for presets.
+        time: which way the time of a SiT runs: ``noise-at-0`` or ``noise-at-1``; None means as the file says.
+        weights: which set of weights of a file is taken, such as ``ema``; None means the averaged one, or the only one.
         guidance_channels: how many latent channels guidance acts on, or ``all``; None means as the reference does.
         random_weights: the seed of a preset's random weights.
         conditioning: a preset's ``adaln-zero``, ``adaln``, ``cross-attention`` or ``in-context``; None means
             adaln-zero.
-        classes: a preset's number of classes; None means 1000.
+        classes: the number of classes, without the null class; None means as the checkpoint says, or 1000 for presets.
         fixed_variance: whether a preset has no learned variance.
         sizes: heights and widths of images in pixels; an empty sequence means the trained size.
         decode_tiles: sides in latent pixels of decoder tiles to record, for engines that are built for tiles.
@@ -162,6 +166,8 @@ def export(
         variant=variant,
         sha256=sha256,
         path=path,
+        time=time,
+        weights=weights,
         guidance_channels=guidance_channels,
         random_weights=random_weights,
         conditioning=conditioning,

@@ -31,7 +31,7 @@ from dit_runtime.bundle.manifest import (
     SourceSpec,
 )
 from dit_runtime.bundle.reader import ENGINES, GOLDEN, MANIFEST, Bundle, open_bundle
-from dit_runtime.core.decode import DecodeError, read_json
+from dit_runtime.core.decode import DecodeError, read_json, replace_controls
 from dit_runtime.core.errors import OutputError
 from dit_runtime.core.files import sha256_of
 from dit_runtime.core.progress import Progress
@@ -57,6 +57,7 @@ def bundle_from_checkpoint(source: Source, output: Path, precision: PrecisionSpe
         CheckpointError: the source cannot be read or is not supported.
         OutputError: ``output`` cannot be written, or holds something that is not a bundle.
         ParityError: the PyTorch reference itself is unusable.
+        BundleError: PyTorch traced the model to operators that no bundle's graph may have.
     """
     check_writable(output)
     recover_folder(output)
@@ -74,6 +75,9 @@ def bundle_from_checkpoint(source: Source, output: Path, precision: PrecisionSpe
             _make_manifest(checkpoint, precision, measurements), graphs=graphs, files=_hash_files(folder)
         )
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        written = open_bundle(folder)
+        for name in graphs:  # so that no bundle is made that no command would open
+            written.structure(name)
         check_replaceable(output)  # again: an export may take hours
     return open_bundle(output)
 
@@ -132,7 +136,9 @@ def _make_manifest(checkpoint: Checkpoint, precision: PrecisionSpec, measurement
     return Manifest(
         schema=SCHEMA,
         producer={**{name: version(name) for name in packages}, "python": platform.python_version()},
-        source=SourceSpec(checkpoint.name, checkpoint.revision, checkpoint.reference, checkpoint.weights_sha256),
+        source=SourceSpec(
+            replace_controls(checkpoint.name), checkpoint.revision, checkpoint.reference, checkpoint.weights_sha256
+        ),
         model=checkpoint.model,
         sizes=checkpoint.sizes,
         diffusion=checkpoint.diffusion,
@@ -144,7 +150,7 @@ def _make_manifest(checkpoint: Checkpoint, precision: PrecisionSpec, measurement
                 checkpoint.defaults.sampler, checkpoint.model, checkpoint.diffusion, checkpoint.defaults.steps
             ),
         ),
-        class_names=checkpoint.class_names,
+        class_names=tuple(map(replace_controls, checkpoint.class_names)),
         graphs={},
         tolerances=TOLERANCES,
         thresholds=THRESHOLDS,

@@ -14,7 +14,7 @@ from dit_runtime.core.files import named
 EXAMPLES = (
     "dit-export facebook/DiT-XL-2-256 --fp16 -o dit-xl.bundle",
     "dit-export DiT-XL-2-512x512.pt --vae sd-vae-ft-mse/ --fp16 --encoder -o dit-xl-512.bundle",
-    "dit-export SiT-XL-2-256.pt --family sit --vae sd-vae-ft-mse/ --size 256x256 256x384 -o sit.bundle",
+    "dit-export SiT-XL-2-256.pt --family sit --path linear --time noise-at-0 --vae sd-vae-ft-mse/ -o sit.bundle",
     "dit-export DiT-XL/2-256 --conditioning cross-attention --dry-run",
     "dit-export DiT-XL/2-256 --random-weights 0 --fp16 -o xl-random.bundle",
     "dit-export facebook/DiT-XL-2-256 --bisect dit-xl.bundle -o keep.txt",
@@ -67,7 +67,8 @@ def _add_checkpoint_options(parser: Parser) -> None:
     group = parser.add_argument_group("what the checkpoint is, if it does not tell this itself")
     group.add_argument(
         "--family",
-        help="diffusers, official or sit (default: official for files, as the name says for presets, else diffusers)",
+        help="diffusers, official or sit (default: as a file's training arguments say, else official for files; as the "
+        "name says for presets; else diffusers)",
     )
     group.add_argument("--heads", type=positive, help="number of attention heads, for shapes that the paper lacks")
     group.add_argument(
@@ -85,7 +86,18 @@ def _add_checkpoint_options(parser: Parser) -> None:
     )
     group.add_argument("--variant", help="variant of a diffusers folder's weights files, such as fp16")
     group.add_argument("--sha256", metavar="HEX", help="refuse the transformer's weights unless this is their SHA-256")
-    group.add_argument("--path", help="a SiT's path: linear, gvp or vp (default: linear)")
+    group.add_argument("--path", help="a SiT's path: linear, gvp or vp (default: as the file says)")
+    group.add_argument(
+        "--time", help="which way a SiT's time runs: noise-at-0, or noise-at-1 as REPA's (default: as the file says)"
+    )
+    group.add_argument(
+        "--weights",
+        metavar="KEY",
+        help="which weights of a file to take, such as model or ema (default: the averaged ones, or the only ones)",
+    )
+    group.add_argument(
+        "--classes", type=positive, help="number of classes, without the null class (default: as the checkpoint says)"
+    )
     group.add_argument(
         "--guidance-channels",
         type=_guidance_channels,
@@ -98,7 +110,6 @@ def _add_preset_options(parser: Parser) -> None:
     group = parser.add_argument_group("presets")
     group.add_argument("--random-weights", type=int, metavar="SEED", help="give a preset random weights with this seed")
     group.add_argument("--conditioning", help="adaln-zero, adaln, cross-attention or in-context (default: adaln-zero)")
-    group.add_argument("--classes", type=positive, help="number of classes (default: 1000)")
     group.add_argument("--fixed-variance", action="store_true", help="make a model without learned variance")
 
 
@@ -175,6 +186,8 @@ def _request_from_arguments(args: argparse.Namespace) -> ExportRequest:
         variant=args.variant,
         sha256=args.sha256,
         path=args.path,
+        time=args.time,
+        weights=args.weights,
         guidance_channels=args.guidance_channels,
         random_weights=args.random_weights,
         conditioning=args.conditioning,

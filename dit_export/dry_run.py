@@ -294,7 +294,7 @@ def _count_step_bytes(
     """
     fixed = graphs["step"].fp16_bytes - _position_bytes(model)
     # A step would read every weight of the conditioner except the label table, of which it would read one row.
-    label_tables = embedders * (model.classes + 1) * model.width * dtype_of(fp16, "conditioner").itemsize
+    label_tables = embedders * model.label_rows * model.width * dtype_of(fp16, "conditioner").itemsize
     inside = fixed + graphs["conditioner"].fp16_bytes - label_tables
     return inside, fixed + BRANCHES * _row_bytes(model, fp16)
 

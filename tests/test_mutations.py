@@ -293,7 +293,7 @@ def record(bundles: dict[str, Path]) -> dict[str, str]:
         entry_from_request(pipe, image, 0.0, DecodeSettings(), place)
         for image, place in zip(images, position, strict=True)
     ]
-    return text_from_entries(entries)
+    return text_from_entries(entries, np.zeros((8, 8, 3), np.uint8))
 
 
 @functools.cache

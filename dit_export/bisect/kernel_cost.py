@@ -52,7 +52,10 @@ def measure_kernel_cost(
             name: FileSpec((folder / name).stat().st_size, sha256_of(folder / name))
             for name in ("step.onnx", "step.weights")
         }
-        graph = replace(manifest.graphs["step"], file="step.onnx", weights="step.weights")
+        graph = manifest.graphs["step"]
+        dtypes = {value.name: value.dtype.numpy().name for value in step.graph.inputs if value.dtype is not None}
+        inputs = tuple(replace(tensor, dtype=dtypes[tensor.name]) for tensor in graph.inputs)  # the table's may be FP32
+        graph = replace(graph, file="step.onnx", weights="step.weights", inputs=inputs)
         policy = replace(manifest.precision, keep_fp32=(*manifest.precision.keep_fp32, *units))
         altered = replace(manifest, graphs={**manifest.graphs, "step": graph}, files=files, precision=policy)
         audits = []

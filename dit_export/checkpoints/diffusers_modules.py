@@ -11,8 +11,9 @@ import torch
 from diffusers.utils import logging
 from torch import nn
 
+from dit_export.checkpoints.file_kinds import error_for_os
 from dit_export.checkpoints.key_errors import SUPPORTED
-from dit_export.checkpoints.weights import SAFE, files_of_module, read_pickle
+from dit_export.checkpoints.weights import SAFE, files_of_module, weights_from_file
 from dit_runtime.core.decode import DecodeError, read_json
 from dit_runtime.core.errors import CheckpointError
 from dit_runtime.core.reading import CONFIG_BYTES
@@ -24,10 +25,12 @@ def read_json_object(path: Path, constants: bool = False) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is missing, is not JSON, or holds no object.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: missing; {SUPPORTED}")
     try:
+        if not path.exists():
+            raise CheckpointError(f"{path}: missing; {SUPPORTED}")
         value = read_json(path, CONFIG_BYTES, constants=constants)
+    except OSError as error:
+        raise error_for_os(path, error) from error
     except DecodeError as error:
         raise CheckpointError(f"{path}: {error}; download or copy it again") from error
     if not isinstance(value, dict):
@@ -59,7 +62,7 @@ def load_module(folder: Path, kind: type[Any], variant: str | None = None) -> An
     files = files_of_module(folder, variant)
     for file in files:
         if file.suffix != SAFE:
-            read_pickle(file)  # refuses a pickle that holds more than tensors, before diffusers reads it
+            weights_from_file(file)  # refuses a pickle that holds more than tensors, before diffusers reads it
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # what diffusers would warn about is an error below
     try:

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 from dit_runtime.bundle.manifest import DefaultsSpec, DiffusionSpec, ModelSpec
 
+# Which way the time of a velocity model runs: SiT's own, and that of REPA and its kin. Names and shapes are the same.
+TIMES = ("noise-at-0", "noise-at-1")
+
 
 @dataclass(frozen=True)
 class Family:
@@ -35,6 +38,8 @@ class Family:
         published = model.conditioning == "adaln-zero"
         own = self.model if published else f"the paper's {model.conditioning} DiT with the official numerics"
         text = self.reference.format(model=own, path=diffusion.path)
+        if not model.has_null:
+            text += ", no null class"
         guided = diffusion.guidance_channels
         if guided == (self.guidance_channels or model.latent_channels):
             return text

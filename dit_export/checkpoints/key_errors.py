@@ -9,8 +9,14 @@ from dit_runtime.core.errors import CheckpointError
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# Patterns of names that each layout must have. The first six layouts cannot be exported: the error says what they are.
+# Patterns of names that each layout must have. The first of those that fit best is named. All but the last two cannot
+# be exported: the error says what they are.
 KNOWN_LAYOUTS = {
+    "a training file of REPA or its kin (a SiT with projectors, whose time runs from the data at 0 to noise at 1: not "
+    "supported yet)": (r"projectors?\.\d+\.",),
+    "an encoder and decoder of DDT or its kin (a flow model of other blocks than a SiT's: not supported)": (
+        r"(decoder_blocks|encoder_blocks)\.\d+\.",
+    ),
     "a text-conditioned transformer (PixArt, SD3, Flux, Sana and others)": (
         r"(caption_projection|adaln_single|context_embedder|text_embedd|txt_in|txt_norm|caption_norm)\.",
         r".*\b(attn2|cross_attn\.kv_linear|add_k_proj|txt_mlp|txt_attn|y_proj|img_mod)\b",
@@ -34,6 +40,7 @@ KNOWN_LAYOUTS = {
         r"pos_embed$",
     ),
 }
+LONGEST_NAME = 80  # characters, of a name in a message
 SUPPORTED = (
     "expected a class-conditional DiT or SiT: a diffusers DiTPipeline folder, or a file (.pt, .safetensors) with the "
     "official names"
@@ -51,14 +58,14 @@ def check_shapes(source: str, found: Shapes, expected: Shapes) -> None:
         raise error_for_keys(source, found, missing, extra)
     wrong = [key for key in expected if tuple(found[key]) != tuple(expected[key])]
     if wrong:
-        shown = "; ".join(f"{key} {list(found[key])}, expected {list(expected[key])}" for key in wrong[:10])
+        shown = "; ".join(f"{short_name(key)} {list(found[key])}, expected {list(expected[key])}" for key in wrong[:10])
         raise CheckpointError(f"{source}: {len(wrong)} weights of another shape ({shown}{_ellipsis(wrong)})")
 
 
 def error_for_keys(source: str, found: Iterable[str], missing: list[str], extra: list[str]) -> CheckpointError:
     """The error for missing and unexpected names; it also says which known layout the names are most like."""
     parts = [
-        f"{len(keys)} {kind} ({', '.join(sorted(keys)[:10])}{_ellipsis(keys)})"
+        f"{len(keys)} {kind} ({', '.join(map(short_name, sorted(keys)[:10]))}{_ellipsis(keys)})"
         for kind, keys in (("missing keys", missing), ("unexpected keys", extra))
         if keys
     ]
@@ -74,6 +81,12 @@ def describe_nearest_layout(keys: Iterable[str]) -> str:
     }
     best = max(shares, key=lambda layout: shares[layout])
     return f"most like {best}; {SUPPORTED}" if shares[best] else f"like no layout that is known; {SUPPORTED}"
+
+
+def short_name(name: str) -> str:
+    """A name from a file as a message shows it: printable, and not long."""
+    plain = name if name.isprintable() else ascii(name)
+    return plain if len(plain) <= LONGEST_NAME else f"{plain[:LONGEST_NAME]}…"
 
 
 def _ellipsis(keys: list[str]) -> str:

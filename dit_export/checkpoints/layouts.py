@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dit_export.checkpoints.key_errors import Shapes, check_shapes, error_for_keys
 from dit_export.checkpoints.presets import PRESETS
@@ -43,7 +43,7 @@ def official_shapes(spec: ModelSpec, channels: int) -> dict[str, tuple[int, ...]
         "x_embedder.proj.bias": (d,),
         **_linear_shapes("t_embedder.mlp.0", FREQUENCIES, d),
         **_linear_shapes("t_embedder.mlp.2", d, d),
-        "y_embedder.embedding_table.weight": (spec.classes + 1, d),
+        "y_embedder.embedding_table.weight": (spec.label_rows, d),
         "pos_embed": (1, spec.tokens, d),
     }
     adaptive = spec.conditioning in MODULATIONS
@@ -89,7 +89,13 @@ ESSENTIAL = {
 
 
 def official_spec(
-    source: str, shapes: Shapes, *, heads: int | None, learned_variance: bool, grid: Callable[[int], tuple[int, int]]
+    source: str,
+    shapes: Shapes,
+    *,
+    heads: int | None,
+    learned_variance: bool,
+    has_null: Callable[[int], bool],
+    grid: Callable[[int], tuple[int, int]],
 ) -> tuple[ModelSpec, int]:
     """The model that the shapes of a file with official names describe, and the network's output channels.
 
@@ -100,6 +106,7 @@ def official_spec(
             width.
         learned_variance: whether a second half of the output channels, if there is one, is the variance; SiT does not
             use it.
+        has_null: tells whether the last of so many rows of the label table is the null class.
         grid: gives the rows and columns of the positional table for a patch size; the table's values tell them, its
             shape does not.
 
@@ -124,24 +131,25 @@ def official_spec(
             f"{source}: final_layer.linear.weight has {shapes['final_layer.linear.weight'][0]} rows for patches of "
             f"{patch}x{patch} and {channels} latent channels; expected {patch * patch * channels} or twice as many"
         )
-    if (rows := shapes["y_embedder.embedding_table.weight"][0]) < 2:
-        raise CheckpointError(f"{source}: a label table of {rows} row; expected a row per class and one for null")
-    height, columns = grid(patch)
+    rows = shapes["y_embedder.embedding_table.weight"][0]
+    null = has_null(rows)
     depth = count_blocks(source, shapes)
     spec = ModelSpec(
         conditioning=_find_conditioning(shapes, width),
         latent_channels=channels,
-        latent_size=(height * patch, columns * patch),
+        latent_size=(shapes["pos_embed"][1] * patch, patch),  # whatever has so many tokens, until the shapes fit
         patch_size=patch,
         width=width,
         depth=depth,
         heads=_find_heads(source, heads, depth, width),
         mlp_width=shapes["blocks.0.mlp.fc1.weight"][0],
-        classes=rows - 1,
+        classes=rows - null,
         learned_variance=learned_variance and outputs == 2 * channels,
+        has_null=null,
     )
     check_shapes(source, shapes, official_shapes(spec, outputs))
-    return spec, outputs
+    height, columns = grid(patch)
+    return replace(spec, latent_size=(height * patch, columns * patch)), outputs
 
 
 def count_blocks(source: str, shapes: Iterable[str]) -> int:

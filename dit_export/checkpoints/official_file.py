@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
-from typing import Any
 
 from diffusers import DDIMScheduler
 
@@ -15,60 +15,50 @@ from dit_export.checkpoints.formats import CheckpointFormat, Location
 from dit_export.checkpoints.layouts import Numerics, official_spec
 from dit_export.checkpoints.positions import grid_of_table
 from dit_export.checkpoints.source import Source, refuse_options
-from dit_export.checkpoints.weights import (
-    PICKLES,
-    SAFE,
-    Weights,
-    check_sha256,
-    read_training_arguments,
-    weights_from_file,
-)
+from dit_export.checkpoints.statements import Statements, check_model, find_conventions, has_null_row, heads_of
+from dit_export.checkpoints.weights import PICKLES, SAFE, Weights, check_sha256, read_weights_file
 from dit_runtime.bundle.manifest import PATHS, DiffusionSpec, ModelSpec
 from dit_runtime.core.errors import CheckpointError
 
+logger = logging.getLogger("dit_runtime.export")  # a command prints what is logged below dit_runtime
+
 
 def _is_weights_file(location: Location) -> bool:
-    return location.path is not None and location.path.is_file() and location.path.suffix in (SAFE, *PICKLES)
+    return location.path is not None and location.path.suffix in (SAFE, *PICKLES)
 
 
 def _load(source: Source, location: Location) -> Checkpoint:
     file = location.path
     assert file is not None
-    family = source.family or "official"
-    if family == "diffusers":
+    if source.family == "diffusers":
         raise CheckpointError(f"{file}: is a file; with --family diffusers expected a DiTPipeline folder")
-    if family != "sit":
-        refuse_options(source, {"path"})
+    read = read_weights_file(file, source.weights)
     sha256 = check_sha256([file], source.sha256)
-    weights = Weights(str(file), weights_from_file(file, ema=True))
-    _check_training_arguments(source, family, read_training_arguments(file))
+    said = Statements(str(file), read.arguments)
+    conventions = find_conventions(source, said, location.name)
+    if conventions.family != "sit":
+        refuse_options(source, {"path", "time"})
+    weights = Weights(str(file), read.tensors)
     autoencoder = autoencoder_for(source)
     factor = spec_of_autoencoder(autoencoder).factor
     spec, channels = official_spec(
         str(file),
         weights.shapes,
-        heads=source.heads,
-        learned_variance=family == "official",
+        heads=heads_of(source, said),
+        learned_variance=conventions.family == "official",
+        has_null=lambda rows: has_null_row(source, said, rows),
         grid=lambda patch: grid_of_table(source, weights, patch, factor),
     )
-    return official_checkpoint(source, family, spec, channels, weights, autoencoder, location.name, sha256)
-
-
-def _check_training_arguments(source: Source, family: str, arguments: dict[str, Any]) -> None:
-    """Check that the arguments a training checkpoint stores speak of the model that is exported.
-
-    Raises:
-        CheckpointError: they speak of another family, prediction or path.
-    """
-    model, path = str(arguments.get("model", "")), str(arguments.get("path_type", "")).lower()
-    if model.startswith("SiT") and family != "sit":
-        raise CheckpointError(f"{source.name}: was trained as {model}; export it with --family sit")
-    if family == "sit" and arguments.get("prediction", "velocity") != "velocity":
-        raise CheckpointError(
-            f"{source.name}: predicts the {arguments['prediction']}; only velocity models are supported"
-        )
-    if family == "sit" and path in PATHS and path != (source.path or PATHS[0]):
-        raise CheckpointError(f"{source.name}: was trained on the {path} path; export it with --path {path}")
+    check_model(source, said, spec, channels, factor)
+    name = location.name
+    if read.path is not None:
+        name = f"{name} (weights {read.path})"
+        logger.info("%s: took the weights %s; beside them: %s", file, read.path, ", ".join(read.others) or "none")
+    if not spec.has_null:
+        logger.info("%s: no row of the label table is the null class: the model is exported without guidance", file)
+    return official_checkpoint(
+        replace(source, path=conventions.path), conventions.family, spec, channels, weights, autoencoder, name, sha256
+    )
 
 
 def official_checkpoint(
@@ -88,6 +78,7 @@ def official_checkpoint(
     else:
         diffusion = DiffusionSpec((), "velocity", 3, "uniform", 0, True, source.path or PATHS[0])
     diffusion = replace(diffusion, guidance_channels=min(3, spec.latent_channels))
+    defaults = FAMILIES[family].defaults
     return Checkpoint(
         name=name,
         revision=None,
@@ -99,12 +90,14 @@ def official_checkpoint(
         channels=channels,
         numerics=Numerics(),
         diffusion=diffusion,
-        defaults=FAMILIES[family].defaults,
+        defaults=defaults if spec.has_null else replace(defaults, guidance=1.0),
         weights=weights,
         autoencoder=autoencoder,
     )
 
 
 FORMAT = CheckpointFormat(
-    options=frozenset({"heads", "path", "sha256", "autoencoder_scaling"}), recognizes=_is_weights_file, load=_load
+    options=frozenset({"heads", "path", "time", "weights", "classes", "sha256", "autoencoder_scaling"}),
+    recognizes=_is_weights_file,
+    load=_load,
 )

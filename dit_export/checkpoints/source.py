@@ -12,10 +12,12 @@ from dit_runtime.core.errors import CheckpointError
 OPTION_PURPOSES = {
     "heads": "describe a file with the official names",
     "path": "describe a SiT",
+    "time": "describe a SiT",
+    "weights": "choose among the sets of weights in a file",
     "variant": "choose among a diffusers folder's files",
     "sha256": "pin a file that holds weights",
     "conditioning": "describe a preset",
-    "classes": "describe a preset",
+    "classes": "say how many classes a file, folder or preset has",
     "learned_variance": "describe a preset",
     "autoencoder_scaling": "describe a VAE that is a file",
 }
@@ -29,18 +31,20 @@ class Source:
     Attributes:
         name: a diffusers folder, a ``.pt`` or ``.safetensors`` file, a hub id (``owner/name[@revision]``) or a preset.
         random_seed: the seed of a preset's random weights; None for checkpoints that have weights.
-        family: ``diffusers``, ``official`` or ``sit``; None means official for files, sit for presets of SiT, and
-            diffusers otherwise.
+        family: ``diffusers``, ``official`` or ``sit``; None means as a file's training arguments say, else official for
+            files, sit for presets of SiT, and diffusers otherwise.
         heads: the number of attention heads, for shapes that the paper does not list.
         autoencoder: a folder, file or hub id with the VAE; None means the pipeline's own VAE or the official default.
         autoencoder_scaling: the scaling factor of the latents of a VAE that is a file, and maybe their shift.
         variant: the variant of a diffusers folder's weights files, such as ``fp16``.
         sha256: the hash that the transformer's weights file must have.
-        path: the path of a SiT: ``linear``, ``gvp`` or ``vp``; None means linear.
+        path: the path of a SiT: ``linear``, ``gvp`` or ``vp``; None means as the file says, or linear for presets.
+        time: which way the time of a SiT runs, one of ``families.TIMES``; None means as the file says.
+        weights: the path of the set of weights to take from a file that holds several, such as ``ema``.
         guidance_channels: how many latent channels guidance acts on, 0 for all; None means as the reference does.
         image_sizes: heights and widths of images in pixels; an empty tuple means the trained size.
         conditioning: the conditioning of a preset; None means ``adaln-zero``.
-        classes: the number of classes of a preset; None means 1000.
+        classes: the number of classes; None means as the file says, or 1000 for presets.
         learned_variance: whether a preset learns its variance; None means that it does.
         tiles: sides of decoder tiles in latent pixels. The export records how each tile is decoded, so that engines
             built for tiles can be verified.
@@ -55,6 +59,8 @@ class Source:
     variant: str | None = None
     sha256: str | None = None
     path: str | None = None
+    time: str | None = None
+    weights: str | None = None
     guidance_channels: int | None = None
     image_sizes: tuple[tuple[int, int], ...] = ()
     conditioning: str | None = None

@@ -13,7 +13,8 @@ from dit_export.checkpoints import official_file, random_preset
 from dit_export.checkpoints.autoencoders import is_complete_autoencoder
 from dit_export.checkpoints.checkpoint import Checkpoint, check_guidance_channels, checkpoint_at_sizes
 from dit_export.checkpoints.diffusers_folder import load as diffusers_folder
-from dit_export.checkpoints.families import FAMILIES
+from dit_export.checkpoints.families import FAMILIES, TIMES
+from dit_export.checkpoints.file_kinds import PICKLES, SAFE, check_name, check_regular, kind_of_file
 from dit_export.checkpoints.formats import Location
 from dit_export.checkpoints.hub import check_hub_id, download_repository, find_local, hub_id_of_snapshot
 from dit_export.checkpoints.key_errors import SUPPORTED
@@ -49,6 +50,7 @@ def load_checkpoint(source: Source) -> Checkpoint:
     for what, value, known in (
         ("path", source.path, PATHS),
         ("family", source.family, tuple(FAMILIES)),
+        ("time", source.time, TIMES),
         ("conditioning", source.conditioning, CONDITIONINGS),
     ):
         if value is not None and value not in known:
@@ -61,6 +63,8 @@ def load_checkpoint(source: Source) -> Checkpoint:
             break
     else:
         kind = "" if location.path is None else location.path.suffix
+        if location.path is not None:
+            check_name(location.path, kind_of_file(location.path))
         raise CheckpointError(f"{source.name}: is a {kind or 'plain'} file; {SUPPORTED}")
     channels = checkpoint.model.latent_channels
     if checkpoint.autoencoder.config.latent_channels != channels:
@@ -85,7 +89,12 @@ def _locate(source: Source) -> Location:
         return Location(None, source.name)
     path = find_local(source.name)
     if path is not None:
-        return _location_of_folder(path) if path.is_dir() else Location(path, path.stem)
+        if not path.is_dir():
+            check_regular(path)  # a file that may not be read
+            return Location(path, path.stem)
+        if path.suffix in (SAFE, *PICKLES) and not (path / "model_index.json").exists():
+            raise CheckpointError(f"{path}: is a folder; expected a file with weights, or a DiTPipeline folder")
+        return _location_of_folder(path)
     if preset_from_name(source.name) is not None:
         raise CheckpointError(f"{source.name}: a preset has no weights of its own; add --random-weights SEED")
     check_hub_id(source.name, f"{SUPPORTED.removeprefix('expected ')}, a hub id or a preset")

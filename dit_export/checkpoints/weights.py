@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +12,29 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dit_export.checkpoints.file_kinds import (
+    PICKLES,
+    SAFE,
+    SAFETENSORS,
+    check_name,
+    check_regular,
+    error_for_os,
+    kind_of_file,
+)
+from dit_export.checkpoints.key_errors import short_name
+from dit_export.checkpoints.stored import StoredTensor, stored_from_tensor
+from dit_export.checkpoints.torch_files import read_torch_file
+from dit_export.checkpoints.training_arguments import arguments_from_content
+from dit_export.checkpoints.weight_sets import WHOLE, choose_weights, strip_wrappers
+from dit_runtime.core.decode import DecodeError, json_from_bytes, read_json
 from dit_runtime.core.errors import CheckpointError
 from dit_runtime.core.files import sha256_of
 
-SAFE, PICKLES = ".safetensors", (".pt", ".pth", ".ckpt", ".bin")
-# Prefixes that torch's wrappers put before every name.
-PREFIXES = ("module.", "_orig_mod.")
+__all__ = ["PICKLES", "SAFE", "StoredTensor", "Weights", "stored_from_tensor"]
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor that is not in memory yet: its shape, and a function that reads it."""
-
-    shape: tuple[int, ...]
-    read: Callable[[], Tensor]
-
-
-def stored_from_tensor(tensor: Tensor) -> StoredTensor:
-    """A tensor that is already in memory, or mapped into it."""
-    return StoredTensor(tuple(tensor.shape), lambda: tensor)
+LARGEST_HEADER = 1 << 24  # bytes, of a safetensors file; DiT-XL/2 has about 3e4
+LARGEST_INDEX = 1 << 24  # bytes, of an index of shards
 
 
 class Weights(Mapping[str, Tensor]):
@@ -54,6 +54,7 @@ class Weights(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         item = self.stored[name]
+        check_plain(self.source, {name: item})
         try:
             tensor = item.read()
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
@@ -75,34 +76,117 @@ class Weights(Mapping[str, Tensor]):
         return len(self.stored)
 
 
-def weights_from_file(file: Path, *, ema: bool = False) -> dict[str, StoredTensor]:
-    """The tensors of a ``.safetensors`` file or a pickle, by name.
+@dataclass(frozen=True)
+class WeightsFile:
+    """The weights of a file, and what it says about itself.
 
-    ``ema`` takes the ``ema`` dict of a training checkpoint that has one, as the official ``find_model`` does.
+    Attributes:
+        tensors: by name, without what wrappers put before and into the names.
+        path: which set of weights they are, if the file holds several; else None.
+        others: the paths of the other sets.
+        arguments: the arguments of the training run, or the metadata of a safetensors file; may be empty.
+    """
+
+    tensors: Mapping[str, StoredTensor]
+    path: str | None
+    others: tuple[str, ...] = ()
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+def read_weights_file(file: Path, wanted: str | None = None) -> WeightsFile:
+    """The weights in a file, described and not yet read.
+
+    Args:
+        file: a ``.safetensors`` file, or one that ``torch.save`` wrote.
+        wanted: the path of the set of weights to take; None takes the averaged one, or the only one.
 
     Raises:
-        CheckpointError: the file is unreadable or truncated, or is a pickle that holds more than tensors.
+        CheckpointError: the file is unreadable or something else, holds no such weights, or would need code to be read.
     """
-    found = _tensors_from_safetensors(file) if file.suffix == SAFE else _tensors_from_pickle(file, ema)
-    while prefix := next((one for one in PREFIXES if found and all(name.startswith(one) for name in found)), None):
-        found = {name.removeprefix(prefix): item for name, item in found.items()}
-    return found
+    content, metadata = _read(file)
+    chosen, others = choose_weights(str(file), content, wanted)
+    check_plain(str(file), chosen.tensors)
+    check_distinct(str(file), chosen.tensors)
+    path = chosen.path if others or (wanted is not None and wanted != WHOLE) else None
+    return WeightsFile(chosen.tensors, path, others, metadata or arguments_from_content(content))
 
 
-def read_training_arguments(file: Path) -> dict[str, Any]:
-    """The arguments of the training run (``args``) that a training checkpoint stores; empty if it stores none."""
-    loaded: Any = read_pickle(file) if file.suffix != SAFE else None
-    arguments = loaded.get("args") if isinstance(loaded, dict) else None
-    return vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
+def weights_from_file(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of a ``.safetensors`` file or of a pickled state dict, by name, without what wrappers put in.
+
+    The dict may be inside another, under ``model`` or ``state_dict``.
+
+    Raises:
+        CheckpointError: the file is unreadable or something else, or holds more than tensors by name.
+    """
+    content, _ = _read(file)
+    for key in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if not isinstance(content, dict) or not all(isinstance(item, StoredTensor) for item in content.values()):
+        names = sorted(map(str, content))[:10] if isinstance(content, dict) else [type(content).__name__]
+        keys = ", ".join(map(short_name, names))
+        raise CheckpointError(f"{file}: holds no state dict ({keys}); expected parameters by name and nothing else")
+    check_plain(str(file), content)
+    return strip_wrappers(str(file), {str(name): item for name, item in content.items()})
 
 
-def _tensors_from_safetensors(file: Path) -> dict[str, StoredTensor]:
+def check_plain(source: str, tensors: Mapping[str, StoredTensor]) -> None:
+    """Check that each tensor is a plain one, whose shape says what the file holds.
+
+    Raises:
+        CheckpointError: one is not.
+    """
+    for name, item in tensors.items():
+        if item.problem is not None:
+            raise CheckpointError(
+                f"{source}: {short_name(name)} is {item.problem}; expected plain floating-point weights"
+            )
+
+
+def check_distinct(source: str, tensors: Mapping[str, StoredTensor]) -> None:
+    """Check that no number of the file is part of two tensors: a small file would become a huge model.
+
+    Raises:
+        CheckpointError: two tensors share numbers.
+    """
+    places = sorted((item.place, name) for name, item in tensors.items() if item.place is not None and item.count)
+    for ((storage, _, end), name), ((other, first, _), second) in pairwise(places):
+        if storage == other and first < end:
+            raise CheckpointError(
+                f"{source}: {short_name(name)} and {short_name(second)} are the same numbers of the file; save each "
+                "tensor with numbers of its own (clone it)"
+            )
+
+
+def _read(file: Path) -> tuple[Any, dict[str, Any]]:
+    """What a file holds, and its metadata."""
+    kind = kind_of_file(file)
+    check_name(file, kind)
+    if kind == SAFETENSORS:
+        return _read_safetensors(file)
+    if file.suffix == SAFE:
+        raise CheckpointError(f"{file}: cannot be read (no safetensors header); download or copy it again")
+    return read_torch_file(file, kind), {}
+
+
+def _read_safetensors(file: Path) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
     try:
+        with file.open("rb") as raw:
+            length = int.from_bytes(raw.read(8), "little")
+            if length > LARGEST_HEADER:
+                raise ValueError(f"a header of {length} bytes, expected at most {LARGEST_HEADER}")
+            header = json_from_bytes(raw.read(length))  # refuses a name that is there twice, which the library does not
         with safe_open(file, framework="pt") as opened:
             shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    except OSError as error:
+        raise error_for_os(file, error) from error
     except Exception as error:
         raise _error_for_unreadable(str(file), error) from error
-    return {name: StoredTensor(shape, _make_reader(file, name)) for name, shape in shapes.items()}
+    return {name: StoredTensor(shape, _make_reader(file, name)) for name, shape in shapes.items()}, dict(
+        header.get("__metadata__") or {}
+    )
 
 
 def _make_reader(file: Path, name: str) -> Callable[[], Tensor]:
@@ -113,43 +197,6 @@ def _make_reader(file: Path, name: str) -> Callable[[], Tensor]:
         return tensor
 
     return read
-
-
-def _tensors_from_pickle(file: Path, ema: bool) -> dict[str, StoredTensor]:
-    loaded: Any = read_pickle(file)
-    if ema and isinstance(loaded, dict) and isinstance(loaded.get("ema"), dict):
-        loaded = loaded["ema"]
-    elif isinstance(loaded, dict):
-        for key in ("model", "state_dict"):
-            if isinstance(loaded.get(key), dict):
-                loaded = loaded[key]
-                break
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        keys = ", ".join(sorted(map(str, loaded))[:10]) if isinstance(loaded, dict) else type(loaded).__name__
-        raise CheckpointError(
-            f"{file}: holds no state dict ({keys}); expected parameters by name, or a dict of them under 'ema'"
-        )
-    return {str(name): stored_from_tensor(tensor) for name, tensor in loaded.items()}
-
-
-def read_pickle(file: Path) -> Any:
-    """The content of a ``torch.save`` file, mapped into memory.
-
-    Tensors, plain containers and the fields of an argparse Namespace are read; code is never run.
-
-    Raises:
-        CheckpointError: the file needs code to be read, or is damaged.
-    """
-    try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            warnings.simplefilter("ignore")  # about old pickle protocols
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except Exception as error:
-        # torch's own message advises the user to switch the protection off.
-        raise CheckpointError(
-            f"{file}: not a plain weights file: reading it could execute code, or it is damaged; "
-            "convert it to safetensors on a machine where you trust it"
-        ) from error
 
 
 def files_of_module(folder: Path, variant: str | None) -> list[Path]:
@@ -164,6 +211,9 @@ def files_of_module(folder: Path, variant: str | None) -> list[Path]:
     for suffix in (SAFE, ".bin"):
         single = folder / f"{stem}{infix}{suffix}"
         index = folder / f"{stem}{suffix}.index{infix}.json"
+        for file in (single, index):
+            if file.exists() and not file.is_file():
+                raise CheckpointError(f"{file}: is no regular file; expected weights")
         if single.is_file() and index.is_file():
             raise CheckpointError(
                 f"{folder}: holds both {single.name} and {index.name}; remove the one that you do not mean"
@@ -183,8 +233,8 @@ def files_of_module(folder: Path, variant: str | None) -> list[Path]:
 
 def _files_of_shards(index: Path) -> list[Path]:
     try:
-        names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        names = sorted({str(name) for name in read_json(index, LARGEST_INDEX)["weight_map"].values()})
+    except (DecodeError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: not an index of shards ({error}); download or copy it again") from error
     if not names:
         raise CheckpointError(f"{index}: names no shards; download or copy it again")
@@ -201,6 +251,8 @@ def check_sha256(files: list[Path], expected: str | None) -> str:
     Raises:
         CheckpointError: the hash is another than ``expected``.
     """
+    for file in files:
+        check_regular(file)
     found = "+".join(sha256_of(file) for file in files)
     if expected is not None and found != expected.lower():
         raise CheckpointError(

@@ -61,7 +61,7 @@ class Conditioner(nn.Module):
         super().__init__()
         self.spec = spec
         self.dtype = dtype_of(precision, "conditioner")
-        self.embedders = nn.ModuleList(Embedder(spec.width, spec.classes + 1) for _ in range(embedders))
+        self.embedders = nn.ModuleList(Embedder(spec.width, spec.label_rows) for _ in range(embedders))
         if spec.conditioning in MODULATIONS:
             rows = MODULATIONS[spec.conditioning] * spec.width
             self.blocks = nn.ModuleList(nn.Linear(spec.width, rows) for _ in range(spec.depth))

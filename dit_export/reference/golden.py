@@ -68,7 +68,7 @@ def write_records(
             advance()
         records["conditioner"] = {
             "timesteps": np.tile(record["timesteps"], 2),
-            "labels": np.concatenate([record["labels"], np.full_like(record["labels"], reference.classes)]),
+            "labels": np.concatenate([record["labels"], np.full_like(record["labels"], reference.spec.null_class)]),
             "table": reference.table_from_observation(seen).numpy(),
         }
         records[CONDITIONS] = _record_conditions(reference)

@@ -36,11 +36,11 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Labels ``[N]`` → ``[N, D]``; the last row is the null class."""
+    """Labels ``[N]`` → ``[N, D]``; the last row is the null class, if there is one."""
 
-    def __init__(self, classes: int, width: int) -> None:
+    def __init__(self, rows: int, width: int) -> None:
         super().__init__()
-        self.embedding_table = nn.Embedding(classes + 1, width)
+        self.embedding_table = nn.Embedding(rows, width)
 
     def forward(self, labels: Tensor) -> Tensor:
         embedding: Tensor = self.embedding_table(labels)
@@ -191,7 +191,7 @@ class DiT(nn.Module):
         self.channels = spec.output_channels if channels is None else channels
         self.x_embedder = PatchEmbed(spec.latent_channels, spec.width, spec.patch_size)
         self.t_embedder = TimestepEmbedder(spec.width)
-        self.y_embedder = LabelEmbedder(spec.classes, spec.width)
+        self.y_embedder = LabelEmbedder(spec.label_rows, spec.width)
         self.pos_embed = nn.Parameter(torch.zeros(1, spec.tokens, spec.width), requires_grad=False)
         self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.depth))
         self.final_layer = FinalLayer(spec, self.channels)

@@ -108,7 +108,7 @@ class Reference:
         if guidance == 1:
             output = self.evaluate(z.to(self.dtype), t, labels).to(z.dtype)
             return output[:, : self.channels], output[:, self.channels :]
-        classes = torch.cat([labels, torch.full_like(labels, self.classes)])
+        classes = torch.cat([labels, torch.full_like(labels, self.spec.null_class)])
         both = torch.cat([z, z]).to(self.dtype)
         output, null = self.evaluate(both, torch.cat([t, t]), classes).to(z.dtype).chunk(2)
         guided = self.checkpoint.diffusion.guidance_channels

@@ -16,7 +16,6 @@ from typing import Any
 from dit_engines.audit import audit_from_json, find_problems
 from dit_engines.build_host import BuildHost
 from dit_engines.engine_store import LAYERS, LOG, STORE_OPTION, TIMING_CACHE, BuiltGraph
-from dit_engines.external_data import check_external_data
 from dit_engines.recipe import Recipe, profiles_of
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.children import command_of_module, start_child
@@ -98,7 +97,6 @@ def _compile_graph(
     bar: Progress,
 ) -> BuiltGraph:
     onnx = bundle.graph(graph)
-    check_external_data(onnx)
     plan = folder / f"{graph}.plan"
     profiles = profiles_of(bundle.manifest.graphs[graph], recipe, bundle.manifest)
     request = {

@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dit_runtime.core.errors import BundleError
+
 if TYPE_CHECKING:
     import onnx
 
 Shape = tuple[int, ...]
 SHAPE_ARITHMETIC = ("Add", "Concat", "Div", "Gather", "Mul", "Reshape", "Slice", "Squeeze", "Sub", "Unsqueeze")
+MOST_SIZES = 64  # in a constant of arithmetic on shapes
 VIEWS = ("Reshape", "Squeeze", "Unsqueeze")  # the same memory under another shape
 
 
@@ -38,10 +41,23 @@ class GraphWork:
 
 
 def work_of_graph(onnx_path: Path, shapes: Mapping[str, Shape]) -> GraphWork:
-    """The work of a graph for inputs of ``shapes``. A node with an unknown shape counts for nothing."""
+    """The work of a graph for inputs of ``shapes``. A node with an unknown shape counts for nothing.
+
+    Raises:
+        BundleError: the file, from ``Bundle.structure``, has nodes that no shapes follow from.
+    """
     import onnx
 
-    model = onnx.load(onnx_path, load_external_data=False)
+    try:
+        return _work_of_model(onnx.load(onnx_path, load_external_data=False), shapes)
+    except Exception as error:  # of many types: onnx has a checker for each operator, and trusts what it has checked
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BundleError(
+            f"{onnx_path}: no shapes follow from its nodes ({reason}); copy or export the bundle again"
+        ) from error
+
+
+def _work_of_model(model: onnx.ModelProto, shapes: Mapping[str, Shape]) -> GraphWork:
     graph = model.graph
     del graph.value_info[:]
     for value in graph.input:
@@ -88,7 +104,9 @@ def _fold_constants(graph: onnx.GraphProto, shapes: Mapping[str, Shape]) -> bool
     constants = {
         tensor.name: onnx.numpy_helper.to_array(tensor)
         for tensor in graph.initializer
-        if tensor.data_type == onnx.TensorProto.INT64 and tensor.data_location != onnx.TensorProto.EXTERNAL
+        if tensor.data_type == onnx.TensorProto.INT64
+        and tensor.data_location != onnx.TensorProto.EXTERNAL
+        and math.prod(tensor.dims) <= MOST_SIZES
     }
     kept = []
     for node in graph.node:

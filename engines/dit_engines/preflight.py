@@ -39,12 +39,15 @@ def estimate_graphs(bundle: Bundle, recipe: Recipe, graphs: tuple[str, ...]) -> 
         bundle: at the size in use.
         recipe: what to build.
         graphs: names of the graphs.
+
+    Raises:
+        BundleError: a graph's file is missing, altered or damaged.
     """
     found = {}
     for name in graphs:
         graph = bundle.manifest.graphs[name]
         profiles = profiles_of(graph, recipe, bundle.manifest)
-        path = bundle.path / graph.file
+        path = bundle.structure(name)
         live = [
             work_of_graph(path, {tensor: points[2] for tensor, points in profile.items()}).live_bytes
             for profile in profiles

@@ -23,6 +23,7 @@ def trtexec_commands(bundle: Bundle, recipe: Recipe, folder: Path = Path()) -> l
 
     Raises:
         BuildError: a target of TensorRT-RTX, which trtexec does not build for.
+        BundleError: a graph is missing, altered or damaged.
     """
     if TARGETS[recipe.target].library != "tensorrt":
         raise BuildError(
@@ -36,7 +37,7 @@ def _command_for(bundle: Bundle, recipe: Recipe, graph: str, folder: Path) -> st
     spec = bundle.manifest.graphs[graph]
     words = [
         "trtexec",
-        f"--onnx={bundle.path / spec.file}",
+        f"--onnx={bundle.graph(graph)}",
         f"--saveEngine={folder / f'{graph}.plan'}",
         "--stronglyTyped",  # TensorRT 11 ignores it: it has no other kind
         "--noTF32",

@@ -34,7 +34,6 @@ from dit_engines.engine_store import (
     identity_of,
     lock_store,
 )
-from dit_engines.external_data import check_external_data
 from dit_engines.preflight import estimate_graphs, stored_graphs_from_built
 from dit_engines.recipe import profiles_of, recipe_for
 from dit_engines.repeat import OnDevice, measure_on_gpu
@@ -42,7 +41,7 @@ from dit_runtime.backends.tensorrt.store import StoredEngine, read_engines, read
 from dit_runtime.bench.parts import DECODER, GUIDED, PLAIN
 from dit_runtime.bundle.reader import Bundle, open_bundle
 from dit_runtime.core.children import command_of_module
-from dit_runtime.core.errors import BuildError, BundleError, OutputError
+from dit_runtime.core.errors import BuildError, OutputError
 from dit_runtime.core.progress import Progress
 
 pytest.importorskip("tensorrt_rtx")
@@ -575,52 +574,6 @@ def test_no_library(bundle: Bundle) -> None:
     done = subprocess.run([sys.executable, "-c", code, bundle.path], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr == ("dit-build: tensorrt_rtx is not installed for this Python; pip install 'dit-export[rtx]'\n")
-
-
-@pytest.mark.parametrize("location", ["../../../etc/passwd", "/etc/passwd", "sub/x", ""])
-def test_external_data_stays_in_its_folder(bundles: dict[str, Path], tmp_path: Path, location: str) -> None:
-    """A graph whose weights lie elsewhere, behind a link, or past its end is refused before it is parsed."""
-    path = Path(shutil.copytree(bundles["fp16"], tmp_path / "b", ignore=shutil.ignore_patterns("engines")))
-    file = path / "graphs" / "step.onnx"
-    check_external_data(file)
-
-    def change(graph: onnx.GraphProto) -> None:
-        tensor = next(item for item in graph.initializer if item.external_data)
-        next(entry for entry in tensor.external_data if entry.key == "location").value = location
-
-    edit_graph(path, "step", change)
-    with pytest.raises(BundleError, match="expected a file beside it"):
-        check_external_data(file)
-
-
-def test_external_data_of_a_constant(bundles: dict[str, Path], tmp_path: Path) -> None:
-    """A tensor in a node's attribute is looked at like a weight."""
-    path = Path(shutil.copytree(bundles["fp16"], tmp_path / "b", ignore=shutil.ignore_patterns("engines")))
-
-    def change(graph: onnx.GraphProto) -> None:
-        tensor = onnx.TensorProto(name="secret", dims=[4], data_type=onnx.TensorProto.FLOAT)
-        tensor.data_location = onnx.TensorProto.EXTERNAL
-        tensor.external_data.add(key="location", value="../secret.bin")
-        graph.node.insert(0, onnx.helper.make_node("Constant", [], ["secret"], value=tensor))
-
-    edit_graph(path, "step", change)
-    with pytest.raises(BundleError, match=r"weights at '\.\./secret.bin', expected a file beside it"):
-        check_external_data(path / "graphs" / "step.onnx")
-
-
-def test_external_data_that_ends_early(bundles: dict[str, Path], tmp_path: Path) -> None:
-    """Weights shorter than the graph says, or a symbolic link, are refused; a second name of the file is fine."""
-    path = Path(shutil.copytree(bundles["fp16"], tmp_path / "b", ignore=shutil.ignore_patterns("engines")))
-    weights = path / "graphs" / "step.weights"
-    os.link(weights, tmp_path / "second-name")
-    check_external_data(path / "graphs" / "step.onnx")
-    weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(BundleError, match="ends at byte"):
-        check_external_data(path / "graphs" / "step.onnx")
-    weights.rename(tmp_path / "elsewhere")
-    weights.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(BundleError, match="not a plain file;"):
-        check_external_data(path / "graphs" / "step.onnx")
 
 
 def test_tf32_is_refused(bundle: Bundle, host: BuildHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,6 +71,7 @@ def test_the_command_makes_the_same_request(
     monkeypatch.setattr(api, "export_request", take)
     argv = (
         "w.pt --fp16 --keep-fp32 blocks.1 decoder --family sit --heads 2 --vae v --variant fp16 --sha256 ab --path gvp "
+        "--time noise-at-0 --weights ema "
         "--guidance-channels all --random-weights 3 --conditioning adaln --classes 7 --fixed-variance "
         "--size 32x48 64x64 --decode-tile 16 24 --encoder --no-verify -o out"
     )
@@ -88,6 +89,8 @@ def test_the_command_makes_the_same_request(
             variant="fp16",
             sha256="ab",
             path="gvp",
+            time="noise-at-0",
+            weights="ema",
             guidance_channels="all",
             random_weights=3,
             conditioning="adaln",

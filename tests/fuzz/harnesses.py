@@ -19,7 +19,8 @@ import atheris
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the tests' support
 
-with atheris.instrument_imports(include=["dit_runtime", "dit_engines", "dit_export.checkpoints.weights"]):
+CHECKPOINTS = [f"dit_export.checkpoints.{name}" for name in ("weights", "torch_files", "allowlist_unpickler")]
+with atheris.instrument_imports(include=["dit_runtime", "dit_engines", *CHECKPOINTS]):
     from dit_export.checkpoints.weights import weights_from_file
 
     from dit_runtime.bundle.consistency import check_consistency

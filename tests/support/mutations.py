@@ -56,10 +56,11 @@ def places(raw: Any, here: Place = ()) -> Iterator[Place]:
 
 def mutate(raw: Any) -> Iterator[Mutation]:
     """Each value replaced by each of ``HOSTILE`` and by its neighbours, removed, doubled, or with another beside it."""
+    hostile = [(value, describe_value(value)) for value in HOSTILE]
     for place in ((), *places(raw)):
         here = value_at(raw, place)
-        for value in (*HOSTILE, *_nearby(here)):
-            yield Mutation(f"{describe(place)} = {describe_value(value)}", partial(replaced, raw, place, value))
+        for value, name in (*hostile, *((value, describe_value(value)) for value in _nearby(here))):
+            yield Mutation(f"{describe(place)} = {name}", partial(replaced, raw, place, value))
         if place:
             yield Mutation(f"{describe(place)} removed", partial(removed, raw, place))
         if isinstance(here, dict):

@@ -59,12 +59,12 @@ def record(path: Path) -> dict[str, Any]:
         return {key: json.loads(value) for key, value in image.text.items()}
 
 
-def with_record(path: Path, text: dict[str, str]) -> Path:
-    """A small image with these text chunks."""
+def with_record(path: Path, text: dict[str, str], image: np.ndarray | None = None) -> Path:
+    """An image, or a small black one, with these text chunks."""
     chunks = PngInfo()
     for key, value in text.items():
         chunks.add_text(key, value)
-    Image.new("RGB", (32, 32)).save(path, pnginfo=chunks)
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8) if image is None else image).save(path, pnginfo=chunks)
     return path
 
 

@@ -14,6 +14,8 @@ from dit_export.checkpoints.checkpoint import Checkpoint
 from dit_export.checkpoints.diffusers_folder.scheduler import diffusion_from_config, load_scheduler
 from dit_export.checkpoints.diffusers_folder.scheduler_options import options_of_config, own_sampler
 from dit_export.checkpoints.diffusers_folder.transformer import (
+    check_kind,
+    check_transformer_weights,
     official_from_diffusers,
     read_transformer_config,
     read_transformer_weights,
@@ -41,18 +43,32 @@ def _load(source: Source, location: Location) -> Checkpoint:
     index = read_json_object(folder / "model_index.json")
     if (kind := index.get("_class_name")) != "DiTPipeline":
         raise CheckpointError(f"{folder}: is a {kind}; {SUPPORTED}")
-    config = read_transformer_config(folder / "transformer")
+    check_kind(folder / "transformer")
+    tensors = read_transformer_weights(folder / "transformer", source.variant)
+    shapes = {name: item.shape for name, item in tensors.items()}
+    config = read_transformer_config(folder / "transformer", shapes)
     scheduler_file = folder / "scheduler" / "scheduler_config.json"
     scheduler = load_scheduler(scheduler_file)
     sha256 = check_sha256(files_of_module(folder / "transformer", source.variant), source.sha256)
-    tensors = read_transformer_weights(folder / "transformer", config, source.variant)
+    check_transformer_weights(folder / "transformer", config, shapes)
+    if source.classes not in (None, config.num_embeds_ada_norm):
+        raise CheckpointError(
+            f"{folder}: --classes {source.classes}, and num_embeds_ada_norm says {config.num_embeds_ada_norm} classes, "
+            "as the label table does; leave --classes out"
+        )
     own = None
     if source.autoencoder is None:
         own = load_autoencoder(folder / "vae", source.variant, source.autoencoder_scaling)
     names = index.get("id2label") or {}
     if not isinstance(names, dict):
         raise CheckpointError(f"{folder}/model_index.json: id2label is no object; expected class names by number")
-    classes = tuple(str(names.get(str(number), number)) for number in range(config.num_embeds_ada_norm))
+    count = config.num_embeds_ada_norm
+    if strangers := [key for key in names if not (key.isdecimal() and len(key) < 9 and int(key) < count)]:
+        raise CheckpointError(
+            f"{folder}/model_index.json: id2label names the class {strangers[0][:60]!r}, and the model's {count} "
+            f"classes have the numbers from 0 to {count - 1}; correct id2label, or remove it"
+        )
+    classes = tuple(str(names.get(str(number), number)) for number in range(count))
     return checkpoint_from_parts(
         config,
         official_from_diffusers(str(folder / "transformer"), tensors, config.num_layers),
@@ -114,5 +130,5 @@ def checkpoint_from_parts(
 
 
 FORMAT = CheckpointFormat(
-    options=frozenset({"variant", "sha256", "autoencoder_scaling"}), recognizes=_is_folder, load=_load
+    options=frozenset({"variant", "sha256", "classes", "autoencoder_scaling"}), recognizes=_is_folder, load=_load
 )

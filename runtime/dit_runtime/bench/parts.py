@@ -20,6 +20,7 @@ from dit_runtime.core.progress import Progress
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.samplers.by_name import schedule_for
 from dit_runtime.samplers.guidance import branch_rows, guidance_weights
+from dit_runtime.sampling.settings import Settings
 from dit_runtime.verify.verification import trajectories_of
 
 GUIDED, PLAIN, DECODER = "step, guided (G=2)", "step, not guided (G=1)", "decoder"
@@ -51,7 +52,10 @@ def time_parts(bundle: Bundle, engine: Engine, batch: int, steps: int, repeat: i
             work[f"conditioner, {steps} steps"] = partial(compute_table, engine, bundle.manifest, *pairs)
         if resident:  # a session's call uploads the whole conditioning table, the loop does not
             pipe = Pipeline(bundle, engine)
-            whole[name] = partial(pipe.sample_latents, pipe.prepare(labels.tolist(), steps=steps, guidance=scale))
+            settings: Settings = {"steps": steps, "guidance": scale}
+            if not model.has_null:
+                settings["negative_label"] = model.null_class
+            whole[name] = partial(pipe.sample_latents, pipe.prepare(labels.tolist(), **settings))
             continue
         coefficients = np.repeat(schedule.coefficients[:1], batch, axis=0)
         table = compute_table(engine, bundle.manifest, *pairs)

@@ -27,7 +27,7 @@ from dit_runtime.bundle.precision import EXPORTED
 from dit_runtime.core.decode import show
 
 COEFFICIENTS = 17  # of a row of a sampler's schedule
-SPACINGS = ("default", "leading", "trailing", "linspace", "official", "official-ddim", "uniform")
+SPACINGS = ("default", "leading", "trailing", "linspace", "official", "uniform")
 PREDICTIONS = ("epsilon", "v_prediction", "velocity")
 CONDITION_TOKENS = 2  # timestep and label
 VECTORS = {"adaln-zero": 6, "adaln": 4}  # of a block in the table
@@ -36,6 +36,8 @@ MOST_LATENTS = 1 << 26  # numbers of one image's latents: 256 MiB
 MOST_PIXELS = 1 << 30  # of one image
 MOST_ROW = 1 << 26  # numbers in a row of the conditioning table
 MOST_BETAS = 10_000
+LEAST_BETA = 1e-12  # 1 - beta is below 1 in float64
+LONGEST_TEXT = 500  # characters; the longest class name of ImageNet has 130
 
 Axes = tuple[int | str, ...]
 Tensors = dict[str, tuple[str, Axes]]  # dtype and shape by name
@@ -43,6 +45,7 @@ Tensors = dict[str, tuple[str, Axes]]  # dtype and shape by name
 
 def check_consistency(manifest: Manifest) -> None:
     """Raises ValueError where values of a manifest do not fit each other."""
+    _check_texts(manifest)
     _check_files(manifest)
     _check_model(manifest)
     _check_sizes(manifest)
@@ -52,6 +55,15 @@ def check_consistency(manifest: Manifest) -> None:
     for limits in (manifest.tolerances, manifest.thresholds):
         if manifest.precision.name not in limits:
             raise ValueError(f"no limits for {manifest.precision.name!r}")
+
+
+def _check_texts(manifest: Manifest) -> None:
+    """Check the length of what goes into messages and listings."""
+    source, names = manifest.source, (manifest.defaults.sampler, manifest.autoencoder.name)
+    lists = (manifest.class_names, manifest.precision.keep_fp32, manifest.files, manifest.graphs, manifest.magnitudes)
+    for text in (source.name, source.reference, *names, *(text for texts in lists for text in texts)):
+        if len(text) > LONGEST_TEXT:
+            raise ValueError(f"text {show(text)} of {len(text)} characters, expected {LONGEST_TEXT} at most")
 
 
 def _check_files(manifest: Manifest) -> None:
@@ -104,7 +116,9 @@ def _check_diffusion(manifest: Manifest) -> None:
     if (diffusion.prediction_type == "velocity") != (diffusion.path in PATHS):
         raise ValueError(f"prediction type {diffusion.prediction_type!r} with path {show(diffusion.path)}")
     *betas, last = diffusion.betas or (0.5,)
-    if diffusion.path is None and not (diffusion.betas and all(0 < beta < 1 for beta in betas) and 0 < last <= 1):
+    if diffusion.path is None and not (
+        diffusion.betas and all(LEAST_BETA <= beta < 1 for beta in betas) and 0 < last <= 1
+    ):
         raise ValueError("betas must lie between 0 and 1")
     if len(diffusion.betas) > MOST_BETAS or (diffusion.path is not None and diffusion.betas):
         raise ValueError(f"{len(diffusion.betas)} betas with path {show(diffusion.path)}")

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
 from dit_runtime.bundle.precision import Precision, is_kept
-from dit_runtime.core.decode import Amount, Natural, Range, decode
+from dit_runtime.core.decode import Amount, Natural, Range, decode, optional, without_defaults
 
 SCHEMA = 5
 GRAPHS = ("conditioner", "step", "probe", "decoder")
@@ -40,6 +40,7 @@ class ModelSpec:
         mlp_width: width of the MLP's hidden layer.
         classes: the number of classes, without the null class.
         learned_variance: whether the network also predicts the variance.
+        has_null: whether the label table's last row is the null class, which guidance needs.
     """
 
     conditioning: str
@@ -52,6 +53,7 @@ class ModelSpec:
     mlp_width: Annotated[int, Range(1, 1 << 20)]
     classes: Annotated[int, Range(0, 1 << 24)]
     learned_variance: bool
+    has_null: bool = optional(True)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -72,9 +74,14 @@ class ModelSpec:
         return self.latent_channels * (2 if self.learned_variance else 1)
 
     @property
+    def label_rows(self) -> int:
+        """The number of rows of the label table."""
+        return self.classes + self.has_null
+
+    @property
     def null_class(self) -> int:
-        """The label of the unconditional branch."""
-        return self.classes
+        """The label of the unconditional branch; without a null class it is 0, which records are guided away from."""
+        return self.classes if self.has_null else 0
 
 
 @dataclass(frozen=True)
@@ -89,27 +96,27 @@ class SchedulerOptions:
 
     variance_type: (
         Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned_range", "learned"] | None
-    ) = None
-    algorithm_type: Literal["dpmsolver", "sde-dpmsolver", "sde-dpmsolver++"] | None = None
-    solver_order: Annotated[int, Range(1, 3)] | None = None
-    solver_type: Literal["heun", "bh1"] | None = None
-    lower_order_final: bool | None = None
-    euler_at_final: bool | None = None
-    use_karras_sigmas: bool | None = None
-    use_exponential_sigmas: bool | None = None
-    use_beta_sigmas: bool | None = None
-    use_lu_lambdas: bool | None = None
-    use_flow_sigmas: bool | None = None
-    use_dynamic_shifting: bool | None = None
-    sigma_min: Amount | None = None
-    sigma_max: Amount | None = None
-    shift_terminal: float | None = None
-    final_sigmas_type: Literal["sigma_min"] | None = None
-    lambda_min_clipped: float | None = None
-    predict_x0: bool | None = None
-    disable_corrector: tuple[Natural, ...] | None = None
-    beta_schedule: Literal["squaredcos_cap_v2"] | None = None
-    first_timestep: Natural | None = None
+    ) = optional(None)
+    algorithm_type: Literal["dpmsolver", "sde-dpmsolver", "sde-dpmsolver++"] | None = optional(None)
+    solver_order: Annotated[int, Range(1, 3)] | None = optional(None)
+    solver_type: Literal["heun", "bh1"] | None = optional(None)
+    lower_order_final: bool | None = optional(None)
+    euler_at_final: bool | None = optional(None)
+    use_karras_sigmas: bool | None = optional(None)
+    use_exponential_sigmas: bool | None = optional(None)
+    use_beta_sigmas: bool | None = optional(None)
+    use_lu_lambdas: bool | None = optional(None)
+    use_flow_sigmas: bool | None = optional(None)
+    use_dynamic_shifting: bool | None = optional(None)
+    sigma_min: Amount | None = optional(None)
+    sigma_max: Amount | None = optional(None)
+    shift_terminal: float | None = optional(None)
+    final_sigmas_type: Literal["sigma_min"] | None = optional(None)
+    lambda_min_clipped: float | None = optional(None)
+    predict_x0: bool | None = optional(None)
+    disable_corrector: tuple[Natural, ...] | None = optional(None)
+    beta_schedule: Literal["squaredcos_cap_v2"] | None = optional(None)
+    first_timestep: Natural | None = optional(None)
 
     def stated(self) -> dict[str, Any]:
         """The options that are stated, by name."""
@@ -137,7 +144,7 @@ class DiffusionSpec:
     steps_offset: int
     set_alpha_to_one: bool
     path: str | None = None
-    options: SchedulerOptions = SchedulerOptions()
+    options: SchedulerOptions = optional(SchedulerOptions())
 
 
 @dataclass(frozen=True)
@@ -261,11 +268,7 @@ class Manifest:
         return tuple((height * factor, width * factor) for height, width in self.sizes)
 
     def to_json(self) -> str:
-        values = asdict(self)
-        del values["diffusion"]["options"]
-        if stated := self.diffusion.options.stated():
-            values["diffusion"]["options"] = stated
-        return json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        return json.dumps(without_defaults(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def name_for_size(name: str, size: tuple[int, int]) -> str:
@@ -278,14 +281,4 @@ def manifest_from_json(raw: Mapping[str, Any]) -> Manifest:
 
     ``consistency.check_consistency`` checks that the values fit each other.
     """
-    return decode(Manifest, _with_unstated_options(raw))
-
-
-def _with_unstated_options(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The manifest with every option of a scheduler that the file leaves out."""
-    diffusion = raw.get("diffusion") if type(raw) is dict else None
-    options = diffusion.get("options", {}) if type(diffusion) is dict else None
-    if type(options) is not dict or type(diffusion) is not dict:
-        return raw
-    unstated = {item.name: None for item in fields(SchedulerOptions)}
-    return {**raw, "diffusion": {**diffusion, "options": {**unstated, **options}}}
+    return decode(Manifest, raw)

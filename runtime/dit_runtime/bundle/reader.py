@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from dit_runtime.bundle.consistency import check_consistency
+from dit_runtime.bundle.graph_file import check_graph
 from dit_runtime.bundle.manifest import (
     CONDITIONINGS,
     ENCODER,
@@ -42,11 +43,21 @@ from dit_runtime.bundle.manifest import (
     manifest_from_json,
     name_for_size,
 )
+from dit_runtime.bundle.records import CONDITIONS, RECORD_BYTES, STRONG, TILE, UNGUIDED, check_record, specs_of_record
+from dit_runtime.core.arrays import arrays_from_npz
 from dit_runtime.core.decode import json_from_bytes, schema_of
-from dit_runtime.core.errors import BundleError
+from dit_runtime.core.errors import BundleError, OutputError
 from dit_runtime.core.files import add_name, sha256_of
-from dit_runtime.core.reading import MANIFEST_BYTES, FileError, kind_of, leads_outside, open_file, read_file
-from dit_runtime.core.replace import recover_folder
+from dit_runtime.core.reading import (
+    GRAPH_BYTES,
+    MANIFEST_BYTES,
+    FileError,
+    kind_of,
+    leads_outside,
+    open_file,
+    read_file,
+)
+from dit_runtime.core.replace import check_place, recover_folder
 
 __all__ = [
     "CONDITIONINGS",
@@ -82,10 +93,6 @@ MANIFEST = "manifest.json"
 ENGINES = "engines"
 PLAIN = "plain"  # in the engine store: hard links to the graphs of a bundle whose files are links
 GOLDEN = "golden"
-UNGUIDED = "unguided"  # name of the record of a trajectory without guidance, by a sampler that draws noise
-CONDITIONS = "conditions"  # name of the record of every class and timestep
-STRONG = "strong"  # name of the record of a trajectory at a strong guidance scale, with its images
-TILE = "tile_"  # a record of one tile of the decoder has this name and the tile's side in latent pixels
 
 
 @dataclass(frozen=True)
@@ -192,30 +199,56 @@ class Bundle:
         return path
 
     def graph(self, name: str) -> Path:
-        """The path of a graph's ONNX file, with that file and the graph's weights checked. Raises as ``file``.
+        """The path of a graph's ONNX file, with that file and the graph's weights checked. Raises as ``structure``.
 
         In a hub cache it is another name of the file, in the engine store: most libraries refuse weights behind a link.
         """
         spec = self.manifest.graphs[name]
-        weights, path = self.file(spec.weights), self.file(spec.file)
+        weights, path = self.file(spec.weights), self.structure(name)
         if not (weights.is_symlink() or path.is_symlink()):
             return path
         plain = self.engines / PLAIN / self.digest[:16]
         named = {name: plain.joinpath(*PurePosixPath(name).parts) for name in (spec.weights, spec.file)}
         try:
-            add_name(weights, named[spec.weights])
-            add_name(path, named[spec.file])
-        except OSError:
+            for file, other in ((weights, named[spec.weights]), (path, named[spec.file])):
+                check_place(other, self.engines)
+                add_name(file, other)
+        except (OSError, OutputError):
             return path  # a store that cannot be written: some libraries do follow the links
         return named[spec.file]
 
+    def structure(self, name: str) -> Path:
+        """The path of a graph's ONNX file, checked; the weights beside it are not.
+
+        Raises:
+            BundleError: as ``file``, or the file holds what no library should see (``bundle/graph_file.py``).
+        """
+        spec = self.manifest.graphs[name]
+        path = self.file(spec.file)
+        try:
+            content = read_file(path, GRAPH_BYTES, within=self.path)
+            check_graph(content, spec, self.manifest.files[spec.weights].bytes)
+        except FileError as error:
+            self.check_in_place()
+            raise BundleError(f"{path}: not a graph of a bundle ({error}); copy or export the bundle again") from error
+        return path
+
     def records(self, name: str) -> dict[str, np.ndarray[Any, Any]]:
-        """The arrays of a golden record by name: ``golden/NAME.npz``, at the size in use. Raises as ``file``."""
+        """The arrays of a golden record by name: ``golden/NAME.npz``, at the size in use.
+
+        Raises:
+            BundleError: as ``file``, or its arrays are not those of such a record (``bundle/records.py``).
+        """
         path = self.file(self._file_of_record(name))
-        with np.load(path, allow_pickle=False) as stored:
-            found = dict(stored)
+        try:
+            with open_file(path, RECORD_BYTES, within=self.path) as file:
+                record = arrays_from_npz(file, specs_of_record(name, self.manifest), RECORD_BYTES)
+            check_record(name, record, self.manifest)
+        except (FileError, OSError) as error:
+            self.check_in_place()
+            raise BundleError(f"{path}: not a golden record ({error}); copy or export the bundle again") from error
         self.check_in_place()
-        return found
+        return record
 
     def has_records(self, name: str) -> bool:
         """Whether the bundle has a golden record of that name, at the size in use."""
@@ -226,9 +259,11 @@ class Bundle:
         return f"{folder}/{name}.npz"
 
     def check(self) -> None:
-        """Check every file against the manifest. Raises as ``file``."""
+        """Check every file against the manifest, and the structure of every graph. Raises as ``structure``."""
         for name in self.manifest.files:
             self.file(name)
+        for name in self.manifest.graphs:
+            self.structure(name)
 
 
 def open_bundle(path: str | Path, store: Path | None = None) -> Bundle:

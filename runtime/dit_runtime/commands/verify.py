@@ -16,6 +16,7 @@ from dit_runtime.commands.common import (
     print_json,
     run,
 )
+from dit_runtime.core.errors import ParityError
 
 if TYPE_CHECKING:  # imported when the arguments are parsed, so that --help is quick
     from dit_runtime.bundle.reader import Bundle
@@ -156,7 +157,13 @@ def _verify(request: VerifyRequest) -> int:
         print_json(results.as_json())
     else:
         print(format_results(request.bundle, results))
-    return 0 if results.verification.passed else 1
+    found = results.verification
+    if failed := [rung.name for rung in found.rungs if not rung.passed]:
+        raise ParityError(
+            f"{request.bundle}: {len(failed)} of {len(found.rungs)} rungs fail on {found.engine}, the first is "
+            f"{failed[0]!r}: the fault is there; copy or export the bundle again, or use another engine"
+        )
+    return 0
 
 
 def _make_page(request: PageRequest) -> int:

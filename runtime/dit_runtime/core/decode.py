@@ -2,7 +2,8 @@
 
 A file may come from elsewhere or be damaged. ``read_json`` gives its values or one ``DecodeError``; ``decode`` makes a
 dataclass of them, or says in one line where the first wrong value is, what it is and what was expected there:
-``graphs.step.inputs[2].dtype: got 3, expected text``. Every field must be there, and nothing else.
+``graphs.step.inputs[2].dtype: got 3, expected text``. Every field must be there that is not ``optional``,
+and nothing else.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 import reprlib
 import sys
 import types
@@ -25,6 +27,8 @@ from dit_runtime.core.reading import FileError, read_file
 
 T = TypeVar("T")
 
+OPTIONAL = "optional"  # in the metadata of a field
+
 NoneType = type(None)
 WORDS = {
     **{int: "a whole number", float: "a finite number", str: "text", bool: "true or false"},
@@ -32,13 +36,16 @@ WORDS = {
 }
 
 MOST_DEPTH = 32  # of lists and objects inside each other; our own files have 8 at most
-MOST_VALUES = 4_000_000  # our own largest file, the results of a large model, has a hundredth of it
+MOST_VALUES = 1_000_000  # our own largest file, a table of 10,000 steps, has a fifth of it
 
 _LONGEST_WHOLE = 20  # characters of a whole number of 64 bits
 _NO_MARKS = bytes(set(range(256)) - set(b'[]{},"'))
 _STEPS = np.zeros(256, np.int8)
 _STEPS[list(b"[{")], _STEPS[list(b"]}")] = 1, -1
 _PIECE = 1 << 20  # bytes
+
+# What moves a terminal's cursor, ends a line of a log, or turns the direction of writing.
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 _short = reprlib.Repr()  # of a value in a message: one line of at most some hundred characters
 _short.maxlevel, _short.maxlist, _short.maxdict = 1, 3, 3
@@ -131,11 +138,31 @@ def schema_of(raw: object) -> int:
     return decode(int, raw["schema"], "schema")
 
 
+def optional(default: Any) -> Any:
+    """A field of a dataclass that JSON leaves out where it has this default: what files without it mean is known."""
+    return dataclasses.field(default=default, metadata={OPTIONAL: True})
+
+
+def without_defaults(value: Any) -> dict[str, Any]:
+    """``dataclasses.asdict`` without the ``optional`` fields that have their defaults; not those inside containers."""
+    plain = dataclasses.asdict(value)
+    for field in dataclasses.fields(value):
+        inside = getattr(value, field.name)
+        if dataclasses.is_dataclass(inside) and not isinstance(inside, type):
+            plain[field.name] = without_defaults(inside)
+    kind: Any = type(value)
+    for name, default in _optional_fields(kind).items():
+        if getattr(value, name) == default:
+            del plain[name]
+    return plain
+
+
 def decode(kind: type[T], raw: object, where: str = "") -> T:
     """A value of ``kind`` from the values that JSON has.
 
     Args:
-        kind: a dataclass. Its fields are ``int``, ``float`` (a whole number becomes one), ``str``, ``bool``, ``None``,
+        kind: a dataclass. Its fields are ``int``, ``float`` (a whole number becomes one), ``str`` (without control
+            characters), ``bool``, ``None``,
             a ``Literal``, an enum by its values, ``tuple``, ``list``, ``dict`` with keys of text, another dataclass, a
             union of these, one of these ``Annotated`` with a ``Range``, or ``Any``. ``kind`` may be one of these too.
         raw: what ``read_json`` gave.
@@ -162,7 +189,7 @@ def _value(kind: Any, raw: Any, where: str) -> Any:
     elif dataclasses.is_dataclass(kind) and type(raw) is dict:
         return _dataclass_from_object(kind, raw, where)
     elif origin is dict and type(raw) is dict:
-        return {key: _value(inner[1], item, _inside(where, key)) for key, item in raw.items()}
+        return {_value(str, key, where): _value(inner[1], item, _inside(where, key)) for key, item in raw.items()}
     elif origin in (tuple, list) and type(raw) is list:
         kinds = inner[:1] * len(raw) if _any_length(kind) else inner
         if len(kinds) == len(raw):
@@ -175,6 +202,8 @@ def _value(kind: Any, raw: Any, where: str) -> Any:
         if type(raw) in (int, float) and abs(raw) <= sys.float_info.max:
             return float(raw)
     elif type(raw) is kind:
+        if kind is str and _CONTROLS.search(raw):
+            raise DecodeError(f"{where}: got {show(raw)}, expected text without control characters".removeprefix(": "))
         return raw
     raise _wrong(kind, raw, where)
 
@@ -183,9 +212,9 @@ def _dataclass_from_object(kind: Any, raw: dict[str, Any], where: str) -> Any:
     hints = _fields(kind)
     if unknown := [name for name in raw if name not in hints]:
         raise DecodeError(f"{_inside(where, unknown[0])}: unknown, expected only {', '.join(hints)}")
-    if missing := [name for name in hints if name not in raw]:
+    if missing := [name for name in hints if name not in raw and name not in _optional_fields(kind)]:
         raise DecodeError(f"{_inside(where, missing[0])}: missing, expected {_expected(hints[missing[0]])}")
-    return kind(**{name: _value(hint, raw[name], _inside(where, name)) for name, hint in hints.items()})
+    return kind(**{name: _value(hint, raw[name], _inside(where, name)) for name, hint in hints.items() if name in raw})
 
 
 def _value_of_union(kind: Any, raw: Any, where: str) -> Any:
@@ -203,6 +232,12 @@ def _value_of_union(kind: Any, raw: Any, where: str) -> Any:
 def _fields(kind: Any) -> dict[str, Any]:
     hints = get_type_hints(kind, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+@functools.cache
+def _optional_fields(kind: Any) -> dict[str, Any]:
+    """The default of each field that may be left out."""
+    return {field.name: field.default for field in dataclasses.fields(kind) if field.metadata.get(OPTIONAL)}
 
 
 def _any_length(kind: Any) -> bool:
@@ -238,6 +273,11 @@ def _expected(kind: Any) -> str:
 def show(value: object) -> str:
     """A value in a message: one line of at most some hundred characters."""
     return _short.repr(value)
+
+
+def replace_controls(text: str) -> str:
+    """The text with an underscore for each control character: what ``decode`` takes."""
+    return _CONTROLS.sub("_", text)
 
 
 def _inside(where: str, name: str) -> str:

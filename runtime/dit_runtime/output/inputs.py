@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
 
-import numpy as np
-
+from dit_runtime.core.arrays import ArraySpec, array_from_npy
+from dit_runtime.core.decode import DecodeError
 from dit_runtime.core.errors import DiTError, SamplingError
+from dit_runtime.core.reading import NOISE_BYTES
 from dit_runtime.output.images import Images, read_image, read_png
-from dit_runtime.output.provenance import Entry, entries_from_text
+from dit_runtime.output.provenance import PIXELS, Entry, entries_from_text, hash_of_pixels
 from dit_runtime.output.request import InputPaths
 from dit_runtime.samplers.noise import Float32
 from dit_runtime.samplers.schedule import Schedule, read_table
+
+ARRAYS = (ArraySpec("float32", ("N", "C", "H", "W")), ArraySpec("float32", ("C", "H", "W")))  # of several or one image
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,12 @@ class RecordedFile:
     pixels: Images
     entries: list[Entry]
 
+    @property
+    def is_intact(self) -> bool | None:
+        """Whether the pixels are those that were written; None where the record does not say, by an older version."""
+        recorded = self.entries[0].get(PIXELS)
+        return None if recorded is None else recorded == hash_of_pixels(self.pixels)
+
 
 def read_input_files(paths: InputPaths) -> InputFiles:
     """Read the files that images are made from.
@@ -51,20 +59,18 @@ def read_input_files(paths: InputPaths) -> InputFiles:
 def read_array(path: Path, content: str) -> Float32:
     """The array ``[N, C, h, w]`` of a ``.npy`` file that holds one image ``[C, h, w]`` or several.
 
-    The pipeline checks its dtype, its shape and its numbers. ``content`` is what it holds, for the message.
+    The pipeline checks its shape. ``content`` is what it holds, for the message.
 
     Raises:
-        SamplingError: missing, not such a file, or an array of another number of axes.
+        SamplingError: missing, not such a file, or not finite float32 of 3 or 4 axes.
     """
     try:
-        values: Float32 = np.load(path, allow_pickle=False)
-        if values.ndim not in (3, 4):
-            raise ValueError(f"it has {values.ndim} axes")
-        return values[None] if values.ndim == 3 else values
-    except (OSError, ValueError, AttributeError, EOFError, BadZipFile) as error:
+        values: Float32 = array_from_npy(path, NOISE_BYTES, *ARRAYS)
+    except DecodeError as error:
         raise SamplingError(
-            f"{path}: cannot be read as {content} ({error}); expected float32 [N,C,H,W] of numpy.save"
+            f"{path}: cannot be read as {content} ({error}); expected finite float32 [N, C, H, W] of numpy.save"
         ) from error
+    return values[None] if values.ndim == 3 else values
 
 
 def read_recorded_file(path: Path) -> RecordedFile:
@@ -79,11 +85,15 @@ def read_recorded_file(path: Path) -> RecordedFile:
 
 
 def read_entry(file: Path) -> Entry | None:
-    """The entry of an image's file; None where there is no such file, no record, or more than one image."""
+    """The entry of an image's file.
+
+    None where there is no such file, no record, more than one image, or pixels that the record does not vouch for.
+    """
     if not file.exists():
         return None
     try:
-        (entry,) = read_recorded_file(file).entries
+        recorded = read_recorded_file(file)
+        (entry,) = recorded.entries
     except (DiTError, ValueError):
         return None
-    return entry
+    return entry if recorded.is_intact else None

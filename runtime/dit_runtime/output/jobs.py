@@ -290,9 +290,10 @@ def _split_into_batches(positions: Sequence[BatchPosition]) -> Iterator[list[int
 
 
 def _differences(recorded: RecordedFile, now: Mapping[str, Any]) -> tuple[str, ...]:
-    """A warning for each circumstance, other than at the time of the record, that changes the last bits."""
+    """A warning for altered pixels, and for each circumstance, other than then, that changes the last bits."""
     then = recorded.entries[0]
-    return tuple(
+    altered = f"{recorded.path} has other pixels than it was written with: the comparison is with the altered ones"
+    return (altered,) * (recorded.is_intact is False) + tuple(
         f"{recorded.path} was made with {name} {then[name]}, this is {now[name]}: the last bits may differ"
         for name in ("engine", "threads", "cpus")
         if then[name] != now[name]

@@ -2,7 +2,8 @@
 
 An *entry* is a dictionary of everything that one image was made with. The record of a file is its images' entries as
 PNG text chunks: for each key of ``KEYS`` a chunk ``dit.KEY`` with a JSON value. In a file of several images, a grid,
-the values of ``PER_IMAGE`` are lists with a value for each image, row by row; the others are alike for all images.
+the values of ``PER_IMAGE`` are lists with a value for each image, row by row; the others are alike for all images. The
+chunk ``dit.pixels`` is the hash of the file's pixels; files of older versions have none.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.decode import DecodeError, Range, decode, json_from_bytes
@@ -38,6 +40,7 @@ KEYS = (
     *("sampler", "spacing", "steps", "eta", "table", "guidance", "guidance_interval", "guidance_schedule"),
     *("init", "strength", "size", "decode_tile", "decode_batch", "batch"),
 )
+PIXELS = "pixels"
 # A record with larger numbers is damaged: it would cost memory before anything else is found wrong with it.
 MOST_THREADS = 1024
 MOST = 100_000  # images, pixels, branches, rows
@@ -137,10 +140,16 @@ def schedule_hash(schedule: Schedule) -> str:
     return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()[:16]
 
 
-def text_from_entries(entries: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """The text chunks of a file with these images: its record."""
+def hash_of_pixels(image: NDArray[np.uint8]) -> str:
+    """The SHA-256 of an image's shape and pixels ``[H, W, 3]``, in hexadecimal."""
+    return hashlib.sha256(repr(image.shape).encode() + np.ascontiguousarray(image).tobytes()).hexdigest()
+
+
+def text_from_entries(entries: Sequence[Mapping[str, Any]], image: NDArray[np.uint8]) -> dict[str, str]:
+    """The text chunks of a file with these images: its record. ``image`` is the file's, ``[H, W, 3]``."""
     first, several = entries[0], len(entries) > 1
     values = {key: [entry[key] for entry in entries] if several and key in PER_IMAGE else first[key] for key in first}
+    values[PIXELS] = hash_of_pixels(image)
     return {PREFIX + key: json.dumps(value, ensure_ascii=False) for key, value in values.items()}
 
 

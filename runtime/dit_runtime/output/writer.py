@@ -101,7 +101,7 @@ class _FolderWriter:
     def add(self, kept: KeptImage, name: str, image: Images) -> None:
         self.count += 1
         self.last_file = self._output.path / name
-        write_png(self.last_file, image, text_from_entries([kept.entry]))
+        write_png(self.last_file, image, text_from_entries([kept.entry], image))
         if self._output.list_all:
             self.files.append(self.last_file)
         if self._output.list_all or not self.entries:
@@ -137,5 +137,5 @@ class _GridWriter:
         if columns is None and self._original is not None:
             columns = self._original.pixels.shape[1] // self._images[0].shape[1]
         grid = grid_from_images(np.stack(self._images), columns)
-        write_png(self._output.path, grid, text_from_entries(self.entries))
+        write_png(self._output.path, grid, text_from_entries(self.entries, grid))
         self.files.append(self._output.path)

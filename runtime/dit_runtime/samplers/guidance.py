@@ -116,7 +116,8 @@ def branches_from_labels(
         negative: a class to guide away from, in place of the null class.
 
     Raises:
-        SamplingError: scale 0, where the sampler needs the variance, or not all channels are guided.
+        SamplingError: scale 0, where the sampler needs the variance, or not all channels are guided; or the null class
+            is needed, and the model has none.
     """
     null = model.null_class if negative is None else negative
     guided = diffusion.guidance_channels
@@ -128,7 +129,7 @@ def branches_from_labels(
                 f"guidance 0 with sampler {schedule.sampler}: the variance and the channels that are not guided come "
                 "from the conditional branch, which guidance 0 leaves out; use a small guidance, or sampler ddim"
             )
-        if not (scales != 0).any():
+        if not (scales != 0).any() and (model.has_null or negative is not None):
             alone = np.ones((len(scales), 1, channels), np.float32)
             return Branches(np.array([null], np.int32), alone, np.ones(len(scales), np.int64))
     weights = np.zeros((len(scales), count + 1, channels))
@@ -139,9 +140,21 @@ def branches_from_labels(
     # Weights such as 0.7 + 0.3 sum to 1 up to rounding, which must not cost a branch.
     weights[np.abs(weights) < 1e-12] = 0
     used = (weights != 0).any(axis=2)
+    if used[:, count].any() and negative is None and not model.has_null:
+        raise SamplingError(_no_null(guidance, labels))
     needed = np.where(used[:, count], count + 1, count)
     most = int(needed.max())
     return Branches(np.array([*labels, null][:most], np.int32), weights[:, :most].astype(np.float32), needed)
+
+
+def _no_null(guidance: Guidance, labels: Mapping[int, float]) -> str:
+    what = (
+        f"guidance {guidance.scale:g}" if guidance.scale != 1 else f"label weights that sum to {sum(labels.values()):g}"
+    )
+    return (
+        f"{what}: this model has no null class to guide away from; use guidance 1 and label weights that sum to 1, or "
+        "name a class to guide away from (--negative-label)"
+    )
 
 
 def guidance_weights(scale: float, batch: int, channels: int, guided_channels: int) -> Float32:

@@ -22,7 +22,7 @@ from typing import Annotated
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dit_runtime.core.decode import Range, decode, read_json
+from dit_runtime.core.decode import Range, decode, read_json, replace_controls, show
 from dit_runtime.core.errors import SamplingError
 from dit_runtime.core.reading import TABLE_BYTES
 from dit_runtime.core.replace import replace_file
@@ -32,6 +32,10 @@ COEFFICIENTS = 17
 # Of numbers in a schedule. DPM-Solver++ at LEAST_ALPHA_BAR needs 4096; above 8e6, 1/float32's resolution, terms of a
 # row would cancel to nothing.
 LARGEST = 1e6
+
+LONGEST_NAME = 255  # characters of a sampler's name, which goes into the record of an image
+MOST_ROWS = 20_000  # of a sampler table: of Heun at the most steps that a velocity model takes
+MOST_STARTS = 16
 
 OPTIONAL = ("sampler", "spacing", "rows", "initial", "start", "draws_noise", "completes_step", "skipped")
 
@@ -214,9 +218,10 @@ def read_table(path: Path) -> Schedule:
     try:
         raw = read_json(path, TABLE_BYTES)
         if type(raw) is dict:
+            _check_lengths(raw)
             raw = {**{name: None for name in OPTIONAL if name not in raw}, **raw}
         with np.errstate(over="ignore"):  # what float32 cannot hold is refused by its name
-            schedule = _schedule_from_record(decode(_TableRecord, raw), path.stem)
+            schedule = _schedule_from_record(decode(_TableRecord, raw), replace_controls(path.stem))
         _check(schedule)
     except (ValueError, OverflowError) as error:
         if isinstance(error.__cause__, OSError):
@@ -228,6 +233,17 @@ def read_table(path: Path) -> Schedule:
             "dit-sample --write-table writes it"
         ) from error
     return schedule
+
+
+def _check_lengths(raw: dict[str, object]) -> None:
+    """Raises ValueError for lists that no sampler needs: their numbers would take long to look at, and to sample with.
+
+    Each start is a draw of noise as large as the latents.
+    """
+    for name, value in raw.items():
+        most = MOST_STARTS if name == "start" else MOST_ROWS
+        if type(value) is list and len(value) > most:
+            raise ValueError(f"{name} has {len(value)} values, expected at most {most}")
 
 
 @dataclass(frozen=True)
@@ -251,6 +267,9 @@ def _schedule_from_record(record: _TableRecord, name: str) -> Schedule:
     rows = np.asarray(range(len(record.coefficients)) if record.rows is None else record.rows, np.int64)
     if not np.array_equal(rows, rows.astype(np.int32)):
         raise OverflowError("rows beyond int32")  # NumPy 1.26 would let them wrap around
+    for text in (record.sampler, record.spacing):
+        if text is not None and len(text) > LONGEST_NAME:
+            raise ValueError(f"sampler or spacing {show(text)} has {len(text)} characters")
     coefficients = np.asarray(record.coefficients, np.float32)
     count = len(coefficients)
     if coefficients.shape[1:] != (COEFFICIENTS,):

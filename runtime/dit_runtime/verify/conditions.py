@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from dit_runtime.backends.base import Array
 from dit_runtime.backends.conditioning import TableLimits, bytes_of_row
 from dit_runtime.bundle.reader import CONDITIONS
+from dit_runtime.bundle.records import PROJECTIONS
 from dit_runtime.verify.budget import LEAST_FLOOR
 from dit_runtime.verify.effort import Effort
 from dit_runtime.verify.relation import Relation
 from dit_runtime.verify.replay import Replay
 from dit_runtime.verify.rung import Rung
 
-PROJECTIONS = 8
 FEW = 8  # rows of a call that the rung "conditioner" has compared with the reference
 ROUNDING = 1e-13  # of a projection in float64, relative to the row
 LARGEST_POWER = 7  # calls next to powers of two up to 128 are made; beyond, the largest call

@@ -123,7 +123,7 @@ def decoder(replay: Replay) -> Rung:
     budget = replay.budget
     # Every evaluation of an image has the floor of that image.
     floors = budget.floors.get(replay.name_of_floors("decoder"), ())
-    budget = replace(budget, floors={"decoder": [floors[index] for index in asked] if floors else []})
+    budget = replace(budget, floors={"decoder": [floors[index] for index in asked] if len(floors) >= count else []})
     expected = [record["decoded"][index] for index in asked]
     labels = [f"image {index + 1}" for index in asked]
     series = Series("image", labels, found, expected, [float(np.abs(record["decoded"]).max())] * len(found))

@@ -24,6 +24,7 @@ from dit_runtime.backends.base import Array, Engine
 from dit_runtime.bundle.manifest import ENCODER, DiffusionSpec
 from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import CONDITIONS, STRONG, UNGUIDED, Bundle
+from dit_runtime.core.errors import BundleError
 from dit_runtime.core.progress import Progress
 from dit_runtime.samplers.by_name import schedule_for
 from dit_runtime.samplers.schedule import Schedule
@@ -164,7 +165,13 @@ def _strongest_guidance(replay: Replay, names: Sequence[str]) -> float:
 def _trajectory(replay: Replay, sampler: str, name: str) -> tuple[image_rungs.Record, Schedule]:
     """A recorded trajectory of a sampler, and the sampler's schedule."""
     record, manifest = replay.bundle.records(name), replay.bundle.manifest
-    return record, schedule_for(sampler, manifest.model, manifest.diffusion, int(record["steps"]))
+    schedule = schedule_for(sampler, manifest.model, manifest.diffusion, int(record["steps"]))
+    if len(schedule) != len(record["denoised"]):
+        raise BundleError(
+            f"{replay.bundle.path}: the golden record {name} has {len(record['denoised'])} evaluations of "
+            f"{int(record['steps'])} steps, expected {len(schedule)}; copy or export the bundle again"
+        )
+    return record, schedule
 
 
 def _has_strong(replay: Replay) -> bool:

@@ -36,6 +36,7 @@ from support.oracle import (
 from dit_runtime import Pipeline
 from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
 from dit_runtime.bundle.reader import Bundle, open_bundle
+from dit_runtime.core.errors import SamplingError
 from dit_runtime.verify.metrics import relative_error
 
 HEADS, CLASSES, WIDTH = 4, 10, 64
@@ -194,7 +195,7 @@ def test_rtx_builds_each_variant(variant: Bundle, tmp_path: Path) -> None:
 def test_sits_velocity_and_time(checkpoint: Path, tmp_path: Path) -> None:
     """``--family sit``: half of the output is dropped, time runs unscaled from 0 to 1, Euler's trajectory is SiT's."""
     weights = weights_of("adaln-zero")
-    bundle = exported(tmp_path, checkpoint, weights, family="sit")
+    bundle = exported(tmp_path, checkpoint, weights, family="sit", path="linear", time="noise-at-0")
     model = bundle.manifest.model
     assert (model.learned_variance, bundle.manifest.diffusion.path) == (False, "linear")
     labels = torch.tensor([1, 8])
@@ -303,7 +304,7 @@ def test_a_sit_with_the_command(checkpoint: Path, tmp_path: Path) -> None:
     file, weights = tmp_path / "sit.pt", weights_of("adaln-zero")
     torch.save({"model": {key: 2 * value for key, value in weights.items()}, "ema": weights}, file)
     done = run_command(
-        *("dit-export", file, "--family", "sit", "--path", "gvp", "--heads", str(HEADS)),
+        *("dit-export", file, "--family", "sit", "--path", "gvp", "--time", "noise-at-0", "--heads", str(HEADS)),
         *("--vae", checkpoint / "vae", "-o", tmp_path / "sit.bundle"),
     )
     assert done.returncode == 0, done.stderr + done.stdout
@@ -316,3 +317,23 @@ def test_a_sit_with_the_command(checkpoint: Path, tmp_path: Path) -> None:
     expected = dit(weights, torch.ones(1, 4, 8, 8), torch.tensor([0.25]), torch.tensor([3]), **of("adaln-zero"))  # type: ignore[arg-type]
     e, _ = evaluated(pipe.bundle, np.ones((1, 4, 8, 8), np.float32), [0.25], [3], np.ones((1, 1, 4)))
     assert relative_error(e, expected[:, :4].numpy()) <= FORWARD_LIMIT["fp32"]  # measured: 4.2e-7
+
+
+@pytest.mark.slow  # another export
+def test_a_model_without_null_class(checkpoint: Path, tmp_path: Path) -> None:
+    """Its last row is a class: the graphs give the oracle's numbers for it, records agree, guidance is refused."""
+    file, weights = tmp_path / "plain.pt", weights_of("adaln-zero")
+    torch.save({"ema": weights, "args": {"num_classes": CLASSES + 1}}, file)
+    vae = checkpoint / "vae"
+    done = run_command("dit-export", file, "--heads", HEADS, "--vae", vae, "-o", tmp_path / "plain.bundle")
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert "no row of the label table is the null class: the model is exported without guidance" in done.stderr
+    assert "FP32, no null class, on onnxruntime" in done.stdout
+    pipe = Pipeline(tmp_path / "plain.bundle", "onnxruntime", threads=1)
+    assert (pipe.manifest.model.classes, pipe.manifest.defaults.guidance) == (CLASSES + 1, 1.0)
+    assert pipe([CLASSES], steps=4).shape == (1, 32, 32, 3)
+    with pytest.raises(SamplingError, match="no null class to guide away from"):
+        pipe([CLASSES], steps=4, guidance=2.0)
+    expected = dit(weights, torch.ones(1, 4, 8, 8), torch.tensor([25]), torch.tensor([CLASSES]), **of("adaln-zero"))  # type: ignore[arg-type]
+    e, _ = evaluated(pipe.bundle, np.ones((1, 4, 8, 8), np.float32), [25], [CLASSES], np.ones((1, 1, 4)))
+    assert relative_error(e, expected[:, :4].numpy()) <= FORWARD_LIMIT["fp32"]  # measured: 2.7e-7

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from support.hub_cache import snapshot_from_folder
 
 from dit_runtime.backends.open import open_engine
+from dit_runtime.bundle import reader
 from dit_runtime.bundle.manifest import manifest_from_json
 from dit_runtime.bundle.reader import Bundle, open_bundle
 from dit_runtime.core import replace
@@ -142,6 +143,19 @@ def test_a_store_that_is_a_link_out_of_the_bundle(copied: Path, tmp_path: Path) 
     assert open_bundle(copied, tmp_path / "elsewhere").engines == tmp_path / "elsewhere"
 
 
+def test_other_names_of_a_caches_files_lie_in_the_store(copied: Path, tmp_path: Path) -> None:
+    """Fails by making them where a link in the store leads."""
+    snapshot, store, elsewhere = snapshot_from_folder(copied, tmp_path / "hub"), tmp_path / "store", tmp_path / "out"
+    named = open_bundle(snapshot, store).graph("step")
+    assert named.is_relative_to(store)
+    shutil.move(store / "plain", elsewhere)
+    for file in [path for path in elsewhere.rglob("*") if path.is_file()]:
+        file.unlink()
+    (store / "plain").symlink_to(elsewhere)
+    assert open_bundle(snapshot, store).graph("step").is_relative_to(snapshot)
+    assert not [path for path in elsewhere.rglob("*") if path.is_file()]
+
+
 @pytest.mark.parametrize("name", ["x" * 300, "a\0b", "\ud800", "none", "../none"])
 def test_a_name_that_no_bundle_has(tmp_path: Path, name: str) -> None:
     """Any text on the command line is a name that is not there."""
@@ -166,6 +180,35 @@ def test_a_name_that_no_bundle_has(tmp_path: Path, name: str) -> None:
         (lambda m: m["graphs"].pop("step"), "no graph 'step'"),
         (lambda m: m["graphs"]["step"].update(file="graphs/other.onnx"), "has no hash"),
         (lambda m: m["diffusion"].update(betas=[0.1, 2.0]), "betas must lie between 0 and 1"),
+        (lambda m: m["model"].update(heads=3), "3 heads do not divide width 64"),
+        (lambda m: m["model"].update(patch_size=3), "patch size 3 does not divide size 8x8"),
+        (lambda m: m["model"].update(latent_channels=8), "graphs.step.inputs: state is 'float32' .*expected float32"),
+        (lambda m: m["model"].update(depth=3), "graphs.conditioner.outputs: modulation is .*, expected .*20, 64"),
+        (lambda m: m["model"].update(width=128), r"modulation is .*expected float32 \['rows', 14, 128\]"),
+        (lambda m: m["model"].update(mlp_width=1 << 20), "the step's files have .* bytes, expected 134217728 at least"),
+        (
+            lambda m: (m["model"].update(classes=1 << 20), m.update(class_names=[])),
+            "the conditioner's files have .* bytes, expected 134217728",
+        ),
+        (lambda m: m["model"].update(conditioning="in-context"), "conditioner.outputs: got .*expected .'tokens'"),
+        (lambda m: m["model"].update(latent_size=[16, 16]), "sizes .* do not begin with"),
+        (lambda m: m["sizes"].append([8, 8]), "name a size twice"),
+        (lambda m: m["sizes"].append([8, 16]), "no graph 'step-8x16'"),
+        (lambda m: m["sizes"].append([65536, 65536]), "size 65536x65536 with 4 channels is more than one image's"),
+        (lambda m: m["autoencoder"].update(factor=8), "graphs.decoder.outputs: images is"),
+        (lambda m: m["diffusion"].update(guidance_channels=5), "guidance on 5 channels of 4 latent channels"),
+        (lambda m: m["diffusion"].update(steps_offset=-1001), "steps_offset -1001 for 1000 training timesteps"),
+        (lambda m: m["diffusion"].update(timestep_spacing="\ufeff"), "timestep spacing .*, expected one of default"),
+        (lambda m: m["diffusion"].update(prediction_type="x"), "prediction type 'x', expected one of epsilon"),
+        (lambda m: m["diffusion"].update(betas=[0.1] * 10_001), "10001 betas"),
+        (lambda m: m["graphs"].update(other=m["graphs"]["step"]), "unknown graph 'other'"),
+        (lambda m: m["graphs"]["decoder"]["inputs"][0]["shape"].append(4 * 10**12), "decoder.inputs: latents is"),
+        (lambda m: m["graphs"]["conditioner"]["outputs"][0].update(dtype="O"), "expected one table of float32"),
+        (lambda m: m["graphs"]["probe"]["outputs"].pop(), "graphs.probe.outputs: got .*, expected"),
+        (lambda m: m["files"]["graphs/step.onnx"].update(sha256="A" * 64), "expected 64 hexadecimal digits"),
+        (lambda m: m["files"].update({"a\0b": {"bytes": 1, "sha256": "0" * 64}}), "text without control characters"),
+        (lambda m: m["diffusion"]["betas"].__setitem__(0, 5e-324), "damaged manifest .betas must lie"),
+        (lambda m: m["defaults"].update(sampler="a" * 501), "of 501 characters, expected 500 at most"),
         (lambda m: m["model"].update(extra=1), "model.extra: unknown, expected only conditioning"),
     ],
 )
@@ -217,15 +260,15 @@ def test_replaced_while_an_engine_opens_it(
 
 def test_replaced_after_it_was_opened(copied: Path, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """The bundle is not damaged, so it is not called altered; a record of the other bundle is not taken for its own."""
-    bundle, load = open_bundle(copied), np.load
+    bundle, load = open_bundle(copied), reader.arrays_from_npz
 
-    def replace_and_load(path: Path, **options: Any) -> Any:
+    def replace_and_load(*arguments: Any) -> Any:
         with replace_folder(copied) as folder:
             shutil.copytree(bundles["fp16"], folder, dirs_exist_ok=True)
-        return load(path, **options)
+        return load(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(np, "load", replace_and_load)
+        patch.setattr(reader, "arrays_from_npz", replace_and_load)
         with pytest.raises(BundleError, match="was replaced by another export"):
             bundle.records("ddim")
     with pytest.raises(BundleError, match="was replaced by another export"):

@@ -300,3 +300,16 @@ def test_scale_zero_needs_every_channel_guided() -> None:
     with pytest.raises(SamplingError, match="channels that are not guided"):
         branches_from_labels({3: 1.0}, Guidance(0.0), schedule, LEARNED, replace(DIFFUSION, guidance_channels=3))
     assert branches_from_labels({3: 1.0}, Guidance(0.0), schedule, LEARNED, DIFFUSION).labels.tolist() == [NULL]
+
+
+def test_a_model_without_null_class_is_not_guided() -> None:
+    """Fails if a class is taken for the null class: only a class that is named can be guided away from."""
+    model = replace(LEARNED, has_null=False)
+    schedule = schedule_for("ddim", model, DIFFUSION, 4)
+    for labels, scale in (({3: 1.0}, 4.0), ({3: 1.0}, 0.0), ({3: 1.0}, 0.5), ({3: 0.7, 5: 0.7}, 1.0)):
+        with pytest.raises(SamplingError, match="this model has no null class to guide away from; use guidance 1"):
+            branches_from_labels(labels, Guidance(scale), schedule, model, DIFFUSION)
+        assert branches_from_labels(labels, Guidance(scale), schedule, model, DIFFUSION, negative=7).labels[-1] == 7
+    for labels in ({3: 1.0}, {3: 0.7, 5: 0.3}):
+        found = branches_from_labels(labels, Guidance(1.0), schedule, model, DIFFUSION)
+        assert found.labels.tolist() == list(labels)

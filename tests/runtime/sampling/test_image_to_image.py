@@ -466,7 +466,7 @@ def test_wrong_arguments(folder: Path, bundles: dict[str, Path], tmp_path: Path)
         (["--init", tmp_path], "cannot be read as an image"),
         (["--init", text], "text.png: cannot be read as an image"),
         (["--init", cut], "cut.png: cannot be read as an image"),
-        (["--init", array], "float64 [1, 4, 8, 8]; expected"),
+        (["--init", array], "cannot be read as latents (float64 [4, 8, 8], expected float32"),
         (["--init", tmp_path / "missing.npy"], "missing.npy: cannot be read as latents"),
         (["--init", wide], "an image of 32x48 pixels, expected 32x32"),
         (["--init", init, "--size", "32x48"], "an image of 32x32 pixels, expected 32x48"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -133,6 +134,7 @@ def test_the_command_says_so_and_exits_with_1(tampered: Path) -> None:
     done = run_process("dit-verify", tampered)
     assert done.returncode == 1
     assert "FAIL: ddim" in done.stdout
+    assert re.fullmatch(r"dit-verify: .* 5 of 21 rungs fail on onnxruntime .*, the first is 'ddim .*\n", done.stderr)
     done = run_command("dit-verify", tampered, "--json", "--quick")
     assert done.returncode == 1
     report = json.loads(done.stdout)

@@ -19,8 +19,9 @@ from dit_runtime.backends.onnxruntime.gpu import (
     reason_of,
     run_bound,
 )
+from dit_runtime.backends.outputs import check_outputs
 from dit_runtime.backends.prepared import facts_of, load_prepared
-from dit_runtime.bundle.manifest import SIZED_GRAPHS
+from dit_runtime.bundle.manifest import SIZED_GRAPHS, GraphSpec
 from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import DiTError, EngineError
@@ -69,7 +70,9 @@ class OnnxRuntimeEngine:
     def session(self, graph: str) -> _OnnxRuntimeSession:
         if graph not in self._sessions:
             self._sessions[graph] = _OnnxRuntimeSession(
-                functools.partial(self._load, graph), f"{self.info.name}, graph {graph}"
+                functools.partial(self._load, graph),
+                f"{self.info.name}, graph {graph}",
+                self._bundle.manifest.graphs[graph],
             )
         return self._sessions[graph]
 
@@ -157,18 +160,20 @@ def _run(session: Any, inputs: Mapping[str, Array], outputs: Sequence[str]) -> l
 class _OnnxRuntimeSession:
     """A graph that is loaded when the session is made, and loaded again when it runs after ``release``."""
 
-    def __init__(self, load: Callable[[], Call], name: str) -> None:
-        self._load, self._name = load, name
+    def __init__(self, load: Callable[[], Call], name: str, spec: GraphSpec) -> None:
+        self._load, self._name, self._spec = load, name, spec
         self._call: Call | None = load()
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
         call = self._call = self._call or self._load()
         try:
-            results = call({name: np.ascontiguousarray(value) for name, value in inputs.items()}, outputs)
+            found = call({name: np.ascontiguousarray(value) for name, value in inputs.items()}, outputs)
         except Exception as error:  # ONNX Runtime's exception types are not public
             shapes = ", ".join(f"{key} {value.dtype}{list(value.shape)}" for key, value in inputs.items())
             raise EngineError(f"{self._name} failed on {shapes}: {reason_of(error)}; try a smaller batch") from error
-        return [np.asarray(result) for result in results]
+        results = [np.asarray(result) for result in found]
+        check_outputs(self._name, self._spec, inputs, outputs, results)
+        return results
 
     def release(self) -> None:
         self._call = None

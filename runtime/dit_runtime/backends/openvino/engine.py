@@ -25,11 +25,12 @@ from dit_runtime.backends.base import Array, EngineInfo
 from dit_runtime.backends.conditioning import TableLimits
 from dit_runtime.backends.host_loop import HostLoop
 from dit_runtime.backends.openvino.passes import ARRANGEMENT, rearrange
+from dit_runtime.backends.outputs import check_outputs
 from dit_runtime.backends.prepared import CheckedGraph, Facts, facts_of, find_prepared, load_prepared
 from dit_runtime.bundle.manifest import ENCODER, GraphSpec
 from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle
-from dit_runtime.core.errors import EngineError
+from dit_runtime.core.errors import DiTError, EngineError
 from dit_runtime.core.libraries import without_module
 from dit_runtime.core.machine import check_memory, read_processor
 
@@ -249,7 +250,9 @@ class OpenVinoEngine:
     def _explain_errors(self, what: str) -> Iterator[None]:
         try:
             yield
-        except RuntimeError as error:  # OpenVINO raises no other type
+        except DiTError:
+            raise
+        except Exception as error:  # RuntimeError, or whatever numpy and OpenVINO's wrappers make of a strange graph
             self.bundle.check_in_place()
             raise EngineError(
                 f"{what} ({_reason_of(error)}); install the openvino of the constraints file or use another engine"
@@ -274,8 +277,8 @@ class _OpenVinoSession:
                 share_inputs=True,
                 share_outputs=True,
             )
-            return [np.array(found[name]) for name in outputs]  # copies: the next call overwrites the request's arrays
-        except RuntimeError as error:
+            results = [np.array(found[name]) for name in outputs]  # copies: the next call overwrites these arrays
+        except Exception as error:  # RuntimeError, or whatever numpy and OpenVINO's wrappers make of a strange graph
             shapes = ", ".join(f"{name} {value.dtype}{list(value.shape)}" for name, value in inputs.items())
             raise EngineError(
                 f"{self._engine.info.name}, graph {self._graph} failed on {shapes}: {_reason_of(error)}; try a smaller "
@@ -283,6 +286,8 @@ class _OpenVinoSession:
             ) from error
         finally:
             waiting.put(request)
+        check_outputs(f"{self._engine.info.name}, graph {self._graph}", self._spec, inputs, outputs, results)
+        return results
 
     def release(self) -> None:
         with self._lock:
@@ -348,7 +353,7 @@ def _bfloat16_from_float32(values: Array) -> Array:
     return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
 
 
-def _reason_of(error: RuntimeError) -> str:
+def _reason_of(error: Exception) -> str:
     """The last line of OpenVINO's message, which says what is wrong. The lines before it name OpenVINO's source."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

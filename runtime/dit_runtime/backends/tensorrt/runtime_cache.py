@@ -16,11 +16,10 @@ from dit_runtime.backends.tensorrt import api as tensorrt_api
 from dit_runtime.backends.tensorrt.api import TensorRT
 from dit_runtime.backends.tensorrt.cuda import DeviceFacts
 from dit_runtime.core.errors import OutputError
+from dit_runtime.core.reading import KERNELS_BYTES, FileError, read_file
 from dit_runtime.core.replace import replace_file
 
 logger = logging.getLogger(__name__)
-
-LIMIT = 1 << 30  # bytes: more than the kernels of any graph here, and the largest that is read
 
 
 class RuntimeCache:
@@ -52,7 +51,7 @@ class RuntimeCache:
         if self.content is None or (found := tensorrt_api.bytes_of_runtime_cache(self.content)) == self._kept:
             return
         try:
-            with replace_file(self._path) as temporary:
+            with replace_file(self._path, self._path.parent) as temporary:
                 temporary.write_bytes(found)
             self._kept = found
         except OutputError as error:
@@ -60,8 +59,6 @@ class RuntimeCache:
 
     def _read(self) -> bytes:
         try:
-            if self._path.is_symlink() or not self._path.is_file() or self._path.stat().st_size > LIMIT:
-                return b""
-            return self._path.read_bytes()
-        except OSError:
+            return read_file(self._path, KERNELS_BYTES, within=self._path.parent)
+        except FileError:
             return b""

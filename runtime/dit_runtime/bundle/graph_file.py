@@ -1,0 +1,342 @@
+"""Reads an ONNX file's structure and checks it, before any library reads the file or follows the paths in it.
+
+An ONNX file is a Protocol Buffers message (protobuf.dev, Encoding); the field numbers are those of ``onnx.proto``. A
+file of a bundle is refused when it holds anything that ``dit-export`` does not write: unknown fields, subgraphs,
+functions, other domains, sparse or text tensors. So no loop in it can run for ever, and no weight can lie anywhere
+else than in the bytes whose hash the manifest has.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from dit_runtime.bundle.manifest import GraphSpec, TensorSpec
+from dit_runtime.bundle.operators import INPUTS
+from dit_runtime.core.decode import DecodeError
+
+OPSET = 20
+IR_VERSIONS = range(8, 14)  # opset 20 came with 9; 13 is the newest that onnx 1.21 knows
+MOST_FIELDS = 2_000_000  # of a file: DiT-XL's step has 30,000
+MOST_AXES = 16
+MOST_VALUES = 1 << 48  # of a tensor
+DTYPES = {  # TensorProto.DataType: what a tensor may hold, as numpy names it
+    **{1: "float32", 2: "uint8", 3: "int8", 4: "uint16", 5: "int16", 6: "int32", 7: "int64", 9: "bool"},
+    **{10: "float16", 11: "float64", 12: "uint32", 13: "uint64", 16: "bfloat16"},
+}
+EXTERNAL = 1  # TensorProto.DataLocation
+
+Span = tuple[int, int]  # where a text, some bytes or a message begins and ends in the file
+
+
+class _Field(NamedTuple):
+    """A field of a message; ``refused`` are those that no bundle's graph has."""
+
+    name: str
+    kind: Literal["number", "numbers", "float", "floats", "text", "bytes", "refused"]
+    repeated: bool = False
+
+
+_Table = Mapping[int, _Field]
+_Values = dict[str, list[Any]]
+_NAME, _DOC = _Field("name", "text"), _Field("doc_string", "text")
+_NOTES = _Field("metadata_props", "bytes", repeated=True)
+
+
+def _refuse(**numbers: int) -> _Table:
+    return {number: _Field(name, "refused") for name, number in numbers.items()}
+
+
+MODEL = {
+    **{1: _Field("ir_version", "number"), 5: _Field("model_version", "number"), 6: _DOC, 14: _NOTES},
+    **{2: _Field("producer_name", "text"), 3: _Field("producer_version", "text"), 4: _Field("domain", "text")},
+    **{7: _Field("graph", "bytes"), 8: _Field("opset_import", "bytes", repeated=True)},
+    **_refuse(training_info=20, functions=25, configuration=26),
+}
+OPSET_ID = {1: _Field("domain", "text"), 2: _Field("version", "number")}
+GRAPH = {
+    **{1: _Field("node", "bytes", repeated=True), 2: _NAME, 10: _DOC, 16: _NOTES},
+    **{5: _Field("initializer", "bytes", repeated=True), 13: _Field("value_info", "bytes", repeated=True)},
+    **{11: _Field("input", "bytes", repeated=True), 12: _Field("output", "bytes", repeated=True)},
+    **_refuse(quantization_annotation=14, sparse_initializer=15),
+}
+NODE = {
+    **{1: _Field("input", "text", repeated=True), 2: _Field("output", "text", repeated=True), 3: _NAME, 6: _DOC},
+    **{4: _Field("op_type", "text"), 5: _Field("attribute", "bytes", repeated=True), 7: _Field("domain", "text")},
+    **{9: _NOTES, **_refuse(overload=8, device_configurations=10)},
+}
+ATTRIBUTE = {
+    **{1: _NAME, 2: _Field("f", "float"), 3: _Field("i", "number"), 4: _Field("s", "bytes"), 5: _Field("t", "bytes")},
+    **{7: _Field("floats", "floats"), 8: _Field("ints", "numbers"), 9: _Field("strings", "bytes", repeated=True)},
+    **{10: _Field("tensors", "bytes", repeated=True), 13: _DOC, 20: _Field("type", "number")},
+    **_refuse(g=6, graphs=11, tp=14, type_protos=15, ref_attr_name=21, sparse_tensor=22, sparse_tensors=23),
+}
+TENSOR = {
+    **{1: _Field("dims", "numbers"), 2: _Field("data_type", "number"), 8: _NAME, 9: _Field("raw_data", "bytes")},
+    **{12: _DOC, 13: _Field("external_data", "bytes", repeated=True), 14: _Field("data_location", "number")},
+    **{16: _NOTES, **_refuse(segment=3, float_data=4, int32_data=5, string_data=6, int64_data=7, double_data=10)},
+    **_refuse(uint64_data=11),
+}
+ENTRY = {1: _Field("key", "text"), 2: _Field("value", "text")}
+VALUE_INFO = {1: _NAME, 2: _Field("type", "bytes"), 3: _DOC, 4: _NOTES}
+TYPE = {1: _Field("tensor_type", "bytes"), 6: _Field("denotation", "text")}
+TENSOR_TYPE = {1: _Field("elem_type", "number"), 2: _Field("shape", "bytes")}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of an ONNX file.
+
+    Attributes:
+        name: of the tensor; one in a node's attribute may have none.
+        dtype: one of ``DTYPES``.
+        shape: its axes.
+        inline_bytes: how many bytes of it lie in the ONNX file.
+        external: key and value of each entry that says where else it lies; empty for a tensor in the file.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    inline_bytes: int
+    external: tuple[tuple[str, str], ...]
+
+    @property
+    def size_bytes(self) -> int:
+        return math.prod(self.shape) * (2 if self.dtype == "bfloat16" else np.dtype(self.dtype).itemsize)
+
+
+def check_graph(content: bytes, spec: GraphSpec, weights_bytes: int) -> None:
+    """Check an ONNX file's content before a library reads it.
+
+    Args:
+        content: of the file.
+        spec: what the manifest says about the graph.
+        weights_bytes: size of the file ``spec.weights``.
+
+    Raises:
+        DecodeError: the content is damaged, its inputs and outputs are not the manifest's, or a tensor does not lie
+            wholly in this file or in ``spec.weights`` beside it.
+    """
+    reader = _Reader(content)
+    graph = reader.read_graph()
+    for kind, tensors in (("input", spec.inputs), ("output", spec.outputs)):
+        found = [reader.read_value(span) for span in graph[kind]]
+        if expected := _find_other(found, tensors):
+            raise DecodeError(f"{kind}s: got {_show(found)}, expected {expected}")
+    beside = PurePosixPath(spec.weights)
+    location = beside.name if beside.parent == PurePosixPath(spec.file).parent else None
+    for tensor in reader.read_tensors(graph):
+        _check_tensor(tensor, location, weights_bytes)
+
+
+def read_tensors(content: bytes) -> Iterator[StoredTensor]:
+    """Every tensor of an ONNX file: initializers, then those in its nodes' attributes. Raises DecodeError."""
+    reader = _Reader(content)
+    yield from reader.read_tensors(reader.read_graph())
+
+
+class _Reader:
+    """Reads the messages of one file; in all of them together at most ``MOST_FIELDS`` fields."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content, self._left = content, MOST_FIELDS
+
+    def read_graph(self) -> _Values:
+        """The graph's fields, with the versions of the file checked."""
+        model = self._read((0, len(self._content)), MODEL, "model")
+        if (version := _one(model, "ir_version", 0)) not in IR_VERSIONS:
+            raise DecodeError(f"IR version {version}, expected {IR_VERSIONS[0]} to {IR_VERSIONS[-1]}")
+        imports = [self._read(span, OPSET_ID, "opset_import") for span in model["opset_import"]]
+        opsets = [(_one(each, "domain", ""), _one(each, "version", 0)) for each in imports]
+        if opsets not in ([("", OPSET)], [("ai.onnx", OPSET)]):
+            shown = ", ".join(f"{domain!r:.60} {number}" for domain, number in opsets[:3]) or "none"
+            raise DecodeError(f"opsets {shown}, expected ONNX's {OPSET} alone")
+        if not model["graph"]:
+            raise DecodeError("no graph in it")
+        return self._read(model["graph"][0], GRAPH, "graph")
+
+    def read_value(self, span: Span) -> tuple[str, str]:
+        """Name and dtype of an input or output."""
+        value = self._read(span, VALUE_INFO, "value_info")
+        of_type = self._read(_one(value, "type", (0, 0)), TYPE, "type")
+        tensor = self._read(_one(of_type, "tensor_type", (0, 0)), TENSOR_TYPE, "tensor_type")
+        return _one(value, "name", ""), DTYPES.get(_one(tensor, "elem_type", 0), "unknown")
+
+    def read_tensors(self, graph: _Values) -> Iterator[StoredTensor]:
+        """Every tensor of the graph; checks the nodes too."""
+        made = {self.read_value(span)[0] for span in graph["input"]}
+        for span in graph["initializer"]:
+            tensor = self._read_tensor(span)
+            _add_names(made, [tensor.name], "an initializer")
+            yield tensor
+        for span in graph["node"]:
+            node = self._read(span, NODE, "node")
+            _check_node(node, made)
+            attributes = [self._read(inner, ATTRIBUTE, "attribute") for inner in node["attribute"]]
+            _add_names(set(), [_one(attribute, "name", "") for attribute in attributes], "an attribute")
+            for attribute in attributes:
+                yield from map(self._read_tensor, (*attribute["t"], *attribute["tensors"]))
+        if lost := [name for name in (self.read_value(span)[0] for span in graph["output"]) if name not in made]:
+            raise DecodeError(f"output {lost[0]!r:.60} is made by no node")
+
+    def _read_tensor(self, span: Span) -> StoredTensor:
+        tensor = self._read(span, TENSOR, "tensor")
+        name, code, shape = _one(tensor, "name", ""), _one(tensor, "data_type", 0), tuple(tensor["dims"])
+        if code not in DTYPES:
+            raise DecodeError(f"tensor {name!r:.60} of data type {code}, expected numbers of a known type")
+        if len(shape) > MOST_AXES or any(axis < 0 for axis in shape) or math.prod(shape) > MOST_VALUES:
+            raise DecodeError(f"tensor {name!r:.60} has shape {shape[:4]}{'…' * (len(shape) > 4)}, which none can have")
+        entries = [self._read(entry, ENTRY, "external_data") for entry in tensor["external_data"]]
+        external = tuple((_one(entry, "key", ""), _one(entry, "value", "")) for entry in entries)
+        location = _one(tensor, "data_location", 0)
+        if location not in (0, EXTERNAL) or bool(external) != (location == EXTERNAL):
+            raise DecodeError(f"tensor {name!r:.60} lies at place {location} with {len(external)} entries about it")
+        start, end = _one(tensor, "raw_data", (0, 0))
+        return StoredTensor(name, DTYPES[code], shape, end - start, external)
+
+    def _read(self, span: Span, table: _Table, what: str) -> _Values:
+        """The values of a message's fields by name: numbers and text as they are, all else as its place."""
+        values: _Values = {field.name: [] for field in table.values()}
+        position, end = span
+        while position < end:
+            self._left -= 1
+            if self._left < 0:
+                raise DecodeError(f"more than {MOST_FIELDS} fields")
+            key, position = self._varint(position, end)
+            field, wire = table.get(key >> 3), key & 7
+            if field is None:
+                raise DecodeError(f"damaged: field {key >> 3} of the {what} is unknown")
+            if field.kind == "refused":
+                raise DecodeError(f"the {what} has {field.name}, which no graph of a bundle has")
+            found = values[field.name]
+            if found and not field.repeated and field.kind not in ("numbers", "floats"):
+                raise DecodeError(f"damaged: {field.name} is there twice in the {what}")
+            if wire == 0 and field.kind in ("number", "numbers"):
+                value, position = self._varint(position, end)
+                found.append(value - (1 << 64) if value >> 63 else value)
+            elif wire == 5 and field.kind in ("float", "floats"):
+                position += 4
+                found.append(0.0)  # no number of an attribute is asked for
+            elif wire == 2 and field.kind not in ("number", "float"):
+                length, position = self._varint(position, end)
+                start, position = position, position + length
+                if position <= end:
+                    found.extend(self._unpack(field, start, position, what))
+            else:
+                raise DecodeError(f"damaged: {field.name} of the {what} is encoded as kind {wire}")
+            if position > end:
+                raise DecodeError(f"damaged or cut short: {field.name} of the {what} ends after its {what}")
+        return values
+
+    def _unpack(self, field: _Field, start: int, end: int, what: str) -> list[Any]:
+        """The values of a field of some length."""
+        if field.kind == "text":
+            try:
+                return [self._content[start:end].decode()]
+            except UnicodeDecodeError as error:
+                raise DecodeError(f"damaged: {field.name} of the {what} is not text") from error
+        if field.kind == "floats":
+            return [0.0]
+        if field.kind != "numbers":
+            return [(start, end)]
+        found = []
+        self._left -= end - start  # a number takes at least a byte
+        if self._left < 0:
+            raise DecodeError(f"more than {MOST_FIELDS} fields")
+        while start < end:
+            value, start = self._varint(start, end)
+            found.append(value - (1 << 64) if value >> 63 else value)
+        return found
+
+    def _varint(self, position: int, end: int) -> tuple[int, int]:
+        """A number of at most 64 bits, and the position after it."""
+        value = 0
+        for shift in range(0, 70, 7):
+            if position >= end:
+                raise DecodeError("damaged or cut short: it ends within a number")
+            byte = self._content[position]
+            position += 1
+            value |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                if value >> 64:
+                    break
+                return value, position
+        raise DecodeError("damaged: a number of more than 64 bits")
+
+
+def _check_node(node: _Values, made: set[str]) -> None:
+    """Check a node against ``made``, the names of what there is before it, and add its outputs to them.
+
+    A library that finds too few inputs can end the process: OpenVINO does at a Conv without weights.
+
+    Raises:
+        DecodeError: an operator that no bundle's graph has, another number of inputs, or an input that comes later.
+    """
+    operator, domain, inputs = _one(node, "op_type", ""), _one(node, "domain", ""), node["input"]
+    what = f"node {_one(node, 'name', '')!r:.60}"
+    if domain not in ("", "ai.onnx") or operator not in INPUTS:
+        raise DecodeError(f"{what} is {operator!r:.40} of domain {domain!r:.40}, which no graph of a bundle has")
+    least, most = INPUTS[operator]
+    if not least <= len(inputs) <= most or not all(inputs[:least]):
+        raise DecodeError(f"{what} has {len(inputs)} inputs, expected {least} to {most} of {operator}")
+    if lost := [name for name in inputs if name and name not in made]:
+        raise DecodeError(f"{what} reads {lost[0]!r:.60}, which nothing before it makes")
+    if not any(node["output"]):
+        raise DecodeError(f"{what} has no output")
+    _add_names(made, [name for name in node["output"] if name], what)
+
+
+def _add_names(known: set[str], names: list[str], what: str) -> None:
+    """Raises DecodeError for a name that is empty, or there already."""
+    for name in names:
+        if not name or name in known:
+            raise DecodeError(f"{what} has the name {name!r:.60}, which is empty or there twice")
+        known.add(name)
+
+
+def _one(values: _Values, name: str, default: Any) -> Any:
+    return values[name][0] if values[name] else default
+
+
+def _find_other(found: list[tuple[str, str]], expected: tuple[TensorSpec, ...]) -> str:
+    """What was expected, where the found names and dtypes are others."""
+    wanted = [(tensor.name, tensor.dtype) for tensor in expected]
+    return "" if sorted(found) == sorted(wanted) else _show(wanted)
+
+
+def _show(tensors: list[tuple[str, str]]) -> str:
+    return ", ".join(f"{name!r:.40} {dtype:.20}" for name, dtype in tensors[:12]) or "none"
+
+
+def _check_tensor(tensor: StoredTensor, location: str | None, weights_bytes: int) -> None:
+    """Raises DecodeError for a tensor that is not as large as its shape, or does not lie in its file."""
+    what, size = f"tensor {tensor.name!r:.60}", tensor.size_bytes
+    if not tensor.external:
+        if tensor.inline_bytes != size:
+            raise DecodeError(f"{what} has {tensor.inline_bytes} bytes, expected {size} for {list(tensor.shape)}")
+        return
+    entries = dict(tensor.external)
+    if tensor.inline_bytes or len(entries) != len(tensor.external) or set(entries) != {"location", "offset", "length"}:
+        keys = ", ".join(f"{key!r:.40}" for key, _ in tensor.external[:6])
+        raise DecodeError(f"{what} lies outside by {keys}, expected 'location', 'offset' and 'length' once each")
+    if entries["location"] != location:
+        raise DecodeError(f"{what} lies in {entries['location']!r:.80}, expected {location!r:.80}")
+    offset, length = (_natural(entries[key]) for key in ("offset", "length"))
+    if offset is None or length is None:
+        raise DecodeError(f"{what}: offset {entries['offset']!r:.40}, length {entries['length']!r:.40}: not numbers")
+    if length != size or offset + length > weights_bytes:
+        raise DecodeError(
+            f"{what} of {size} bytes lies at {offset} to {offset + length} of {location!r:.80}, which has "
+            f"{weights_bytes}"
+        )
+
+
+def _natural(text: str) -> int | None:
+    return int(text) if re.fullmatch(r"[0-9]{1,19}", text, re.ASCII) else None

@@ -1,0 +1,35 @@
+"""The ONNX operators that a bundle's graphs may have, and how many inputs each takes, by ONNX's Operators.md.
+
+Those are left out that hold subgraphs, text, sequences or chance, and that make a tensor of any size from a number.
+"""
+
+from __future__ import annotations
+
+MANY = 1 << 16
+
+_INPUTS = {
+    (0, 0): "Constant",
+    (1, 1): (
+        "Abs Acos ArgMax ArgMin Asin Atan AveragePool Cast Ceil Celu Cos Cosh DepthToSpace Elu Erf Exp Flatten Floor "
+        "Gelu GlobalAveragePool GlobalMaxPool HardSigmoid HardSwish Identity IsInf IsNaN LRN LeakyRelu Log LogSoftmax "
+        "MaxPool Mish Neg Not Reciprocal Relu Round Selu Shape Sigmoid Sign Sin Sinh Size Softmax Softplus Softsign "
+        "SpaceToDepth Sqrt Tan Tanh ThresholdedRelu Transpose"
+    ),
+    (1, 2): (
+        "ReduceL1 ReduceL2 ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Split Squeeze Trilu"
+    ),
+    (1, 3): "Clip",
+    (1, 4): "Resize",
+    (1, MANY): "Concat Einsum Max Mean Min Sum",
+    (2, 2): (
+        "Add And CastLike CumSum Div Equal Expand Gather GatherElements GatherND Greater GreaterOrEqual Less "
+        "LessOrEqual MatMul Mod Mul Or PRelu Pow Reshape Sub Unsqueeze Xor"
+    ),
+    (2, 3): "Conv ConvTranspose DequantizeLinear Gemm LayerNormalization QuantizeLinear",
+    (2, 4): "Pad",
+    (3, 3): "GroupNormalization InstanceNormalization ScatterElements ScatterND Where",
+    (3, 5): "Slice",
+    (5, 5): "BatchNormalization",
+}
+# By operator: the least number of inputs, each of which must be there, and the most.
+INPUTS = {name: bounds for bounds, names in _INPUTS.items() for name in names.split()}

@@ -1,0 +1,203 @@
+"""What a file says of its own training decides where shapes cannot, and is compared with them where they can."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dit_export.checkpoints.sources import Source, load_checkpoint
+from safetensors.torch import load_file, save_file
+from support.official_files import loaded, weights_of
+
+from dit_runtime.core.errors import CheckpointError
+
+
+@dataclasses.dataclass
+class Arguments:
+    """As some trainers keep their arguments."""
+
+    model: str = "SiT-XL/2"
+    path_type: str = "GVP"
+    num_classes: int = 10
+
+
+class Slotted:
+    __slots__ = ("model", "num_classes", "path_type")
+
+    def __init__(self, **values: Any) -> None:
+        for name, value in values.items():
+            setattr(self, name, value)
+
+
+FORMS: dict[str, Callable[..., object]] = {
+    "namespace": argparse.Namespace,
+    "simple namespace": types.SimpleNamespace,
+    "dict": dict,
+    "dataclass": Arguments,
+    "slots": Slotted,
+    "sections": lambda model, path_type, num_classes: {
+        "model": {"model": model, "params": {"num_classes": num_classes}},
+        "transport": types.SimpleNamespace(path_type=path_type),
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def vae(checkpoint: Path) -> str:
+    return str(checkpoint / "vae")
+
+
+def saved(folder: Path, said: object, **shape: object) -> Path:
+    """A training checkpoint with these arguments; 10 classes and one for null unless ``shape`` says otherwise."""
+    torch.save({"ema": weights_of(**shape), "args": said}, folder / "w.pt")  # type: ignore[arg-type]
+    return folder / "w.pt"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_arguments_is_read(tmp_path: Path, vae: str, form: str) -> None:
+    """A SiT of SiT's own training is exported as one, on its path, without an option, and its classes are compared."""
+    values = {"model": "SiT-XL/2", "path_type": "GVP"}
+    found = loaded(saved(tmp_path, FORMS[form](**values, num_classes=10)), vae)
+    assert (found.family, found.diffusion.path, found.model.classes) == ("sit", "gvp", 10)
+    with pytest.raises(CheckpointError, match="say 12 classes, and its label table has 11 rows; say --classes 10 if"):
+        loaded(saved(tmp_path, FORMS[form](**values, num_classes=12)), vae)
+
+
+def test_metadata_of_safetensors_are_statements_too(tmp_path: Path, vae: str) -> None:
+    """Text as it is; numbers in text are numbers."""
+    save_file(weights_of(), tmp_path / "w.safetensors", {"num_classes": "11", "format": "pt"})
+    assert not loaded(tmp_path / "w.safetensors", vae).model.has_null
+    save_file(weights_of(), tmp_path / "w.safetensors", {"image_size": "256"})
+    with pytest.raises(CheckpointError, match="images of 256x256, and the positional table is of 32x32"):
+        loaded(tmp_path / "w.safetensors", vae)
+
+
+@pytest.mark.parametrize(
+    ("said", "options", "classes", "null"),
+    [
+        ({}, {}, 10, True),
+        ({"num_classes": 10}, {}, 10, True),
+        ({"num_classes": 11}, {}, 11, False),
+        ({"num_classes": "11"}, {}, 11, False),
+        ({"class_dropout_prob": 0}, {}, 11, False),
+        ({"class_dropout_prob": 0.1}, {}, 10, True),
+        ({}, {"classes": 11}, 11, False),
+        ({}, {"classes": 10}, 10, True),
+        ({"num_classes": 12}, {"classes": 10}, 10, True),  # the option decides
+    ],
+)
+def test_the_null_row_is_told(
+    tmp_path: Path, vae: str, said: dict[str, object], options: dict[str, object], classes: int, null: bool
+) -> None:
+    """Of 11 rows the last is the null class, or a class: the file or ``--classes`` says which."""
+    found = loaded(saved(tmp_path, said), vae, **options)
+    assert (found.model.classes, found.model.has_null, found.model.label_rows) == (classes, null, 11)
+    assert found.defaults.guidance == (4.0 if null else 1.0)
+    assert ("no null class" in found.reference) != null
+
+
+SIT = {"model": "SiT-XL/2"}
+CONTRADICTIONS: dict[str, tuple[dict[str, object], dict[str, object], str]] = {
+    "no such class count": ({"num_classes": 4}, {}, "say 4 classes, and its label table has 11 rows"),
+    "a dropout without a row": (
+        {"num_classes": 11, "class_dropout_prob": 0.1},
+        {},
+        "say 11 classes and a label dropout of 0.1, and its label table has 11 rows; say --classes 10",
+    ),
+    "--classes and the table": ({}, {"classes": 3}, "--classes 3, and a label table of 11 rows"),
+    "a SiT as a DiT": (SIT, {"family": "official"}, "say SiT-XL/2, --family says official"),
+    "a DiT as a SiT": ({"model": "DiT-B/4"}, {"family": "sit"}, "say DiT-B/4, --family says sit; leave --family out"),
+    "a path as a DiT": ({"path_type": "GVP"}, {"family": "official"}, "say path_type = 'GVP', --family says official"),
+    "another path": ({"path_type": "GVP"}, {"path": "linear"}, "trained on the gvp path, --path says linear"),
+    "a strange path": ({"path_type": "cosine", "prediction": "velocity"}, {}, "the path 'cosine'; expected one of"),
+    "another prediction": ({**SIT, "prediction": "score"}, {}, "predicts the score; only velocity models"),
+    "no path": ({**SIT, "prediction": "velocity"}, {}, "does not say which path it was trained on; say --path linear"),
+    "no direction": ({**SIT, "path_type": "linear"}, {}, "which way the time .* runs, .*say --time noise-at-0"),
+    "the other direction": (
+        {**SIT, "path_type": "Linear"},
+        {"time": "noise-at-1"},
+        r"noise-at-1, as REPA trains them, is not supported yet, while its training arguments \(path_type\) are SiT's",
+    ),
+    "REPA": (
+        {**SIT, "path_type": "linear", "encoder_depth": 8},
+        {"family": "sit", "time": "noise-at-0", "path": "linear"},
+        r"\(encoder_depth\) are REPA's or its kin's, whose time runs from the data at 0",
+    ),
+    "another size": ({"image_size": 256}, {}, "images of 256x256, and the positional table is of 32x32.*--size 32x32"),
+    "another patch": ({"patch_size": 4}, {}, "say patch_size = 4, and the weights' shapes say 2"),
+    "another depth": ({"depth": 28}, {}, "say depth = 28, and the weights' shapes say 2"),
+    "another model": ({"model": "DiT-XL/2"}, {"heads": None}, r"28 blocks of width 1152\), and the weights have 2 of"),
+    "other heads": ({"num_heads": 4}, {}, "say 4 heads, --heads says 2"),
+    "a variance": ({"learn_sigma": False}, {}, "say learn_sigma = False, and there are 8 output channels for 4"),
+    "another noise schedule": ({"noise_schedule": "cosine"}, {}, "noise_schedule = 'cosine', which is not supported"),
+    "another prediction of a DiT": ({"predict_xstart": True}, {}, "predict_xstart = True, which is not supported"),
+    "no number": ({"num_classes": [10]}, {}, "num_classes = a list; expected a number"),
+    "a huge number": ({"num_classes": 10**30}, {}, "num_classes = 1000.*; expected a number"),
+}
+
+
+@pytest.mark.parametrize("kind", CONTRADICTIONS)
+def test_contradictions(tmp_path: Path, vae: str, kind: str) -> None:
+    """One line that names both sides and what decides."""
+    said, options, message = CONTRADICTIONS[kind]
+    with pytest.raises(CheckpointError, match=message) as caught:
+        loaded(saved(tmp_path, argparse.Namespace(**said)), vae, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_the_file_does_not_prove_is_asked_for(tmp_path: Path, vae: str) -> None:
+    """A file of weights alone is no proof of a SiT's direction and path; a SiT's name alone is no DiT's."""
+    torch.save(weights_of(), tmp_path / "SiT-XL-2-256.pt")
+    with pytest.raises(CheckpointError, match=r"is named like a SiT.*say --family sit or --family official"):
+        loaded(tmp_path / "SiT-XL-2-256.pt", vae)
+    with pytest.raises(CheckpointError, match="say --time noise-at-0"):
+        loaded(tmp_path / "SiT-XL-2-256.pt", vae, family="sit", path="linear")
+    with pytest.raises(CheckpointError, match="noise-at-1, as REPA trains them, is not supported yet"):
+        loaded(tmp_path / "SiT-XL-2-256.pt", vae, family="sit", path="linear", time="noise-at-1")
+    found = loaded(tmp_path / "SiT-XL-2-256.pt", vae, family="sit", path="vp", time="noise-at-0")
+    assert (found.family, found.diffusion.path) == ("sit", "vp")
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("projectors.0.0.weight", "most like a training file of REPA or its kin"),
+        ("decoder_blocks.0.attn.qkv.weight", "most like an encoder and decoder of DDT or its kin"),
+    ],
+)
+def test_kin_of_repa_are_recognized(tmp_path: Path, vae: str, extra: str, message: str) -> None:
+    """Their full files have parameters that a SiT has not; the refusal says what they are."""
+    torch.save({"ema": {**weights_of(), extra: torch.ones(2, 2)}}, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match=f"1 unexpected keys .*{message}"):
+        loaded(tmp_path / "w.pt", vae, family="sit", path="linear", time="noise-at-0")
+
+
+def test_a_folders_classes_are_compared(checkpoint: Path, tmp_path: Path) -> None:
+    """``num_embeds_ada_norm``, the label table, ``--classes`` and the class names speak of the same classes."""
+    assert load_checkpoint(Source(str(checkpoint), classes=10)).model.classes == 10
+    with pytest.raises(CheckpointError, match="--classes 9, and num_embeds_ada_norm says 10 classes"):
+        load_checkpoint(Source(str(checkpoint), classes=9))
+    for part in ("model_index.json", "transformer/config.json", "scheduler/scheduler_config.json"):
+        (tmp_path / part).parent.mkdir(exist_ok=True)
+        (tmp_path / part).write_text((checkpoint / part).read_text())
+    (tmp_path / "vae").symlink_to(checkpoint / "vae")
+    name = "transformer/diffusion_pytorch_model.safetensors"
+    weights = load_file(checkpoint / name)
+    table = "norm1.emb.class_embedder.embedding_table.weight"
+    save_file(
+        {key: value[:10].clone() if key.endswith(table) else value for key, value in weights.items()}, tmp_path / name
+    )
+    with pytest.raises(CheckpointError, match="num_embeds_ada_norm says 10 classes, and the label table has 10 rows"):
+        load_checkpoint(Source(str(tmp_path)))
+    save_file(weights, tmp_path / name)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "id2label": {"0": "a", "10": "b"}}))
+    with pytest.raises(CheckpointError, match="id2label names the class '10', and the model's 10 classes"):
+        load_checkpoint(Source(str(tmp_path)))

@@ -1,0 +1,279 @@
+"""An ONNX file is checked before a library sees it: damaged, or weights elsewhere, is one line."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.bundles import edit_graph, signed
+from support.optional import onnx
+
+from dit_runtime.backends.open import open_engine
+from dit_runtime.bundle.graph_file import DTYPES, check_graph, read_tensors
+from dit_runtime.bundle.operators import INPUTS, MANY
+from dit_runtime.bundle.reader import Bundle, open_bundle
+from dit_runtime.core.decode import DecodeError
+from dit_runtime.core.errors import BundleError
+
+Change = Callable[["onnx.ModelProto"], object]
+
+
+@pytest.fixture(scope="module")
+def bundle(bundles: dict[str, Path]) -> Bundle:
+    return open_bundle(bundles["fp16"])
+
+
+@pytest.fixture
+def step(bundle: Bundle) -> onnx.ModelProto:
+    return onnx.load(bundle.structure("step"), load_external_data=False)
+
+
+def check(bundle: Bundle, content: bytes) -> None:
+    spec = bundle.manifest.graphs["step"]
+    check_graph(content, spec, bundle.manifest.files[spec.weights].bytes)
+
+
+def outside(model: onnx.ModelProto) -> onnx.TensorProto:
+    return next(tensor for tensor in model.graph.initializer if tensor.external_data)
+
+
+def inside(model: onnx.ModelProto) -> onnx.TensorProto:
+    return next(tensor for tensor in model.graph.initializer if tensor.raw_data)
+
+
+def place(key: str, value: str) -> Change:
+    """Changes an entry that says where a tensor lies."""
+
+    def change(model: onnx.ModelProto) -> None:
+        next(entry for entry in outside(model).external_data if entry.key == key).value = value
+
+    return change
+
+
+def with_tensor(hold: Callable[[onnx.ModelProto, onnx.TensorProto], object]) -> Change:
+    """Adds a tensor that lies in a file of its own, wherever ``hold`` puts it."""
+
+    def change(model: onnx.ModelProto) -> None:
+        tensor = onnx.TensorProto(name="secret", dims=[4], data_type=1, data_location=1)
+        for key, value in (("location", "../secret.bin"), ("offset", "0"), ("length", "16")):
+            tensor.external_data.add(key=key, value=value)
+        hold(model, tensor)
+
+    return change
+
+
+def constant(tensor: onnx.TensorProto) -> onnx.NodeProto:
+    return onnx.helper.make_node("Constant", [], ["secret"], value=tensor)
+
+
+def hold_in_list(model: onnx.ModelProto, tensor: onnx.TensorProto) -> None:
+    model.graph.node.add(op_type="Constant", output=["secret"]).attribute.add(name="value", type=9).tensors.append(
+        tensor
+    )
+
+
+def hold_in_subgraph(model: onnx.ModelProto, tensor: onnx.TensorProto) -> None:
+    model.graph.node[0].attribute.add(name="body", type=5).g.node.append(constant(tensor))
+
+
+def hold_in_function(model: onnx.ModelProto, tensor: onnx.TensorProto) -> None:
+    model.functions.add(name="f", domain="own").node.append(constant(tensor))
+
+
+def hold_in_sparse(model: onnx.ModelProto, tensor: onnx.TensorProto) -> None:
+    model.graph.sparse_initializer.add(dims=[1 << 40]).values.CopyFrom(tensor)
+
+
+def set_dims(tensor: onnx.TensorProto, *dims: int) -> None:
+    tensor.dims[:] = dims
+
+
+def of_kind(model: onnx.ModelProto, operator: str) -> onnx.NodeProto:
+    return next(node for node in model.graph.node if node.op_type == operator)
+
+
+def set_input(node: onnx.NodeProto, name: str) -> None:
+    node.input[1] = name
+
+
+def by_number(tensor: onnx.TensorProto) -> None:
+    tensor.ClearField("raw_data")
+    tensor.int64_data.extend([1])
+
+
+ALTERED: dict[str, tuple[Change, str]] = {
+    **{
+        f"location {location!r:.30}": (place("location", location), "lies in .*, expected 'step.weights'")
+        for location in (
+            *("", ".", "..", "/etc/passwd", "../step.weights", "./step.weights", "sub/x", "..\\step.weights"),
+            *("*/_ORT_MEM_ADDR_/*", "step.weights\0", "step.weights ", "STEP.WEIGHTS", "decoder.weights"),
+            *("conditioner.onnx", "file:step.weights", "golden/../step.weights", "\x1b[31mstep", "x" * 10_000),
+        )
+    },
+    "offset after the end": (place("offset", "99999999"), "which has"),
+    "offset is negative": (place("offset", "-1"), "not numbers"),
+    "offset is text": (place("offset", "0x10"), "not numbers"),
+    "offset in other digits": (place("offset", "٣"), "not numbers"),
+    "offset is empty": (place("offset", ""), "not numbers"),
+    "offset and length overflow": (place("offset", str((1 << 63) - 1)), "which has"),
+    "offset of a hundred digits": (place("offset", "9" * 100), "not numbers"),
+    "length is short": (place("length", "4"), "lies at 0 to 4"),
+    "length is zero": (place("length", "0"), "lies at 0 to 0"),
+    "length is missing": (lambda m: outside(m).external_data.pop(), "expected 'location', 'offset' and 'length'"),
+    "an entry twice": (lambda m: outside(m).external_data.add(key="location", value="/etc/passwd"), "once each"),
+    "an entry of another name": (lambda m: outside(m).external_data.add(key="checksum", value="0"), "'checksum'"),
+    "outside without a place": (lambda m: outside(m).ClearField("external_data"), "at place 1 with 0 entries"),
+    "a place, but inside": (lambda m: outside(m).ClearField("data_location"), "at place 0 with 3 entries"),
+    "a place that is none": (lambda m: setattr(inside(m), "data_location", 1), "at place 1 with 0"),
+    "bytes in both places": (lambda m: setattr(outside(m), "raw_data", b"1234"), "lies outside by"),
+    "a constant elsewhere": (
+        with_tensor(lambda m, t: m.graph.node.append(constant(t))),
+        r"tensor 'secret' lies in '\.\./secret.bin'",
+    ),
+    "one of several constants": (with_tensor(hold_in_list), "tensor 'secret' lies in"),
+    "in a subgraph": (with_tensor(hold_in_subgraph), "the attribute has g, which no graph of a bundle has"),
+    "in a function": (with_tensor(hold_in_function), "the model has functions"),
+    "in a sparse tensor": (with_tensor(hold_in_sparse), "the graph has sparse_initializer"),
+    "in a training step": (
+        with_tensor(lambda m, t: m.training_info.add().initialization.node.append(constant(t))),
+        "the model has training_info",
+    ),
+    "in a quantization": (lambda m: m.graph.quantization_annotation.add(tensor_name="x"), "quantization_annotation"),
+    "4 TB inside": (lambda m: set_dims(inside(m), 1 << 40), "expected [0-9]{13} for"),
+    "4 TB outside": (lambda m: set_dims(outside(m), 1 << 40), "of [0-9]{13} bytes lies at"),
+    "axes that overflow": (lambda m: set_dims(inside(m), *[1 << 32] * 4), "which none can have"),
+    "axes without end": (lambda m: set_dims(inside(m), *[1] * 100), "which none can have"),
+    "an axis below zero": (lambda m: set_dims(inside(m), -1, -8), "which none can have"),
+    "text": (lambda m: setattr(inside(m), "data_type", 8), "of data type 8"),
+    "no type": (lambda m: setattr(inside(m), "data_type", 0), "of data type 0"),
+    "numbers, not bytes": (lambda m: by_number(inside(m)), "the tensor has int64_data"),
+    "opset 999": (lambda m: setattr(m.opset_import[0], "version", 999), "opsets '' 999, expected ONNX's 20 alone"),
+    "opset -1": (lambda m: setattr(m.opset_import[0], "version", -1), "opsets '' -1"),
+    "no opset": (lambda m: m.ClearField("opset_import"), "opsets none"),
+    "an opset of its own": (lambda m: m.opset_import.add(domain="own", version=1), "opsets '' 20, 'own' 1"),
+    "IR version 999": (lambda m: setattr(m, "ir_version", 999), "IR version 999, expected 8 to 13"),
+    "no graph": (lambda m: m.ClearField("graph"), "no graph in it"),
+    "another domain": (lambda m: setattr(m.graph.node[0], "domain", "com.microsoft"), "of domain 'com.microsoft'"),
+    "an operator without end": (lambda m: setattr(m.graph.node[0], "op_type", "Loop"), "is 'Loop' of domain ''"),
+    "an operator of no kind": (lambda m: m.graph.node[0].ClearField("op_type"), "is '' of domain ''"),
+    "an input less": (lambda m: of_kind(m, "Conv").ClearField("input"), r"has 0 inputs, expected 2 to 3 of Conv"),
+    "an empty input": (lambda m: set_input(of_kind(m, "MatMul"), ""), "expected 2 to 2 of MatMul"),
+    "inputs without end": (lambda m: of_kind(m, "MatMul").input.extend(["x"] * 100), "has 102 inputs"),
+    "an input of nothing": (lambda m: set_input(of_kind(m, "MatMul"), "nowhere"), "reads 'nowhere'"),
+    "a circle": (lambda m: set_input(of_kind(m, "MatMul"), m.graph.output[0].name), "which nothing before it makes"),
+    "a name made twice": (lambda m: m.graph.node.append(m.graph.node[0]), "which is empty or there twice"),
+    "an initializer twice": (lambda m: m.graph.initializer.append(inside(m)), "an initializer has the name"),
+    "an attribute twice": (
+        lambda m: of_kind(m, "Conv").attribute.append(of_kind(m, "Conv").attribute[0]),
+        "an attribute has the name",
+    ),
+    "a node of no output": (lambda m: of_kind(m, "MatMul").ClearField("output"), "has no output"),
+    "an output of nothing": (lambda m: m.graph.node.pop(), "is made by no node"),
+    "no input": (lambda m: m.graph.input.pop(), "inputs: got"),
+    "another input": (lambda m: setattr(m.graph.input[0], "name", "\x1b[31m\n"), "inputs: got"),
+    "an output of another type": (lambda m: setattr(m.graph.output[0].type.tensor_type, "elem_type", 7), "outputs:"),
+    "an output more": (lambda m: m.graph.output.add(name="more"), "outputs: got"),
+}
+
+
+@pytest.mark.parametrize("name", ALTERED)
+def test_a_graph_that_no_library_should_see(bundle: Bundle, step: onnx.ModelProto, name: str) -> None:
+    """What dit-export does not write, and weights anywhere but in their own file, are refused in one short line."""
+    change, message = ALTERED[name]
+    check(bundle, step.SerializeToString())
+    change(step)
+    with pytest.raises(DecodeError, match=message) as raised:
+        check(bundle, step.SerializeToString())
+    assert str(raised.value).isprintable()
+    assert len(str(raised.value)) < 800
+
+
+def test_the_tensors_are_those_that_onnx_finds(bundles: dict[str, Path], sized_bundle: Path) -> None:
+    """Read without onnx, every tensor of every graph is as onnx itself reads it."""
+    count = 0
+    for path in (*bundles.values(), sized_bundle):
+        bundle = open_bundle(path)
+        for name in bundle.manifest.graphs:
+            file = bundle.structure(name)
+            model = onnx.load(file, load_external_data=False)
+            constants = [item.t for node in model.graph.node for item in node.attribute if item.HasField("t")]
+            expected = [
+                (
+                    tensor.name,
+                    str(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)),
+                    tuple(tensor.dims),
+                    len(tensor.raw_data),
+                    tuple((entry.key, entry.value) for entry in tensor.external_data),
+                )
+                for tensor in (*model.graph.initializer, *constants)
+            ]
+            read = read_tensors(file.read_bytes())
+            found = [(each.name, each.dtype, each.shape, each.inline_bytes, each.external) for each in read]
+            assert found == expected
+            count += len(found)
+    assert count > 500
+    assert {onnx.TensorProto.DataType.Name(code).lower() for code in DTYPES} >= {"float", "float16", "int64", "bool"}
+
+
+def test_the_operators_take_what_onnx_says() -> None:
+    """The table of inputs is that of ONNX's own schemas at opset 20."""
+    for name, (least, most) in INPUTS.items():
+        schema = onnx.defs.get_schema(name, 20, "")
+        assert (schema.min_input, min(schema.max_input, MANY)) == (least, most), name
+
+
+def test_a_damaged_file(bundle: Bundle) -> None:
+    """A file that is cut short is refused wherever it ends; flipped bits and noise are refused or are still a graph."""
+    content = bundle.structure("step").read_bytes()
+    chance = random.Random(0)
+    for length in (*range(40), *(chance.randrange(len(content)) for _ in range(60))):
+        with pytest.raises(DecodeError):
+            check(bundle, content[:length])
+    refused = 0
+    for _ in range(150):
+        altered = bytearray(content)
+        position = chance.randrange(min(len(altered), chance.choice((200, 1 << 30))))
+        match chance.randrange(3):
+            case 0:
+                altered[position] ^= 1 << chance.randrange(8)
+            case 1:
+                altered[position:position] = chance.randbytes(chance.randrange(1, 12))
+            case _:
+                del altered[position : position + chance.randrange(1, 40)]
+        try:
+            check(bundle, bytes(altered))
+        except DecodeError:
+            refused += 1
+    assert refused > 75  # 122: the others have other names and constants
+    for field in (b"\x0b", b"\x00", b"\xff" * 11, b"\x0a\xff\xff\xff\xff\x0f"):  # a group, field 0, numbers too large
+        with pytest.raises(DecodeError):
+            check(bundle, content + field)
+
+
+@pytest.mark.parametrize("content", [b"\x72\x00" * 101, b"\x3a\x72" + b"\x2a\x70" + b"\x0a\x6e" + b"\x01" * 110])
+def test_a_file_of_many_fields(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    """Millions of fields that say nothing, or of axes, end the reading after a second, not after an hour."""
+    monkeypatch.setattr("dit_runtime.bundle.graph_file.MOST_FIELDS", 100)
+    with pytest.raises(DecodeError, match="more than 100 fields"):
+        list(read_tensors(b"\x08\x0a\x42\x02\x10\x14" + content))
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_every_engine_is_spared(bundles: dict[str, Path], tmp_path: Path, engine: str) -> None:
+    """A hostile location, with matching hashes, reaches neither ONNX Runtime, which it would crash, nor OpenVINO."""
+    pytest.importorskip(engine)
+    path = Path(shutil.copytree(bundles["fp32"], tmp_path / "b", ignore=shutil.ignore_patterns("engines")))
+
+    def change(graph: onnx.GraphProto) -> None:
+        tensor = next(item for item in graph.initializer if item.external_data)
+        tensor.external_data[0].value = "*/_ORT_MEM_ADDR_/*"
+
+    edit_graph(path, "conditioner", change)
+    opened = open_engine(signed(path), engine, threads=1)
+    inputs = {"timesteps": np.ones(1, np.float32), "labels": np.ones(1, np.int32)}
+    with pytest.raises(BundleError, match=r"conditioner.onnx: not a graph of a bundle .tensor .*_ORT_MEM_ADDR_"):
+        opened.session("conditioner").run(inputs, [opened.bundle.manifest.table.name])
