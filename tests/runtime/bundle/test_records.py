@@ -33,7 +33,7 @@ def bundle(bundles: dict[str, Path]) -> Bundle:
 
 @pytest.fixture(scope="module")
 def recorded(bundle: Bundle) -> dict[str, Record]:
-    names = ("conditioner", "blocks", "forward_1", "forward_2", "ddim", "unguided", "images")
+    names = ("conditioner", "blocks", "forward_1", "forward_2", "ddim", "unguided", "strong", "conditions", "images")
     return {name: bundle.records(name) for name in names}
 
 
@@ -111,7 +111,10 @@ ALTERED: dict[str, tuple[str, Callable[[Record], Record], str]] = {
     "noise that is one number": ("ddim", put("noise", lambda a: np.float32(0)), r"noise: float32 \[\]"),
     "noise of five images": ("ddim", put("noise", lambda a: np.repeat(a, 2, 1)), "noise: float32"),
     "unguided with guidance": ("unguided", put("guidance", lambda a: np.float64(2)), "expected 1 to 1"),
-    "unguided of two": ("unguided", lambda r: {**r, "seeds": np.arange(2)}, r"int64 \[2\], expected int64 \[1\]"),
+    "unguided of more seeds": ("unguided", lambda r: {**r, "seeds": np.arange(3)}, "int64"),
+    "strong without images": ("strong", lambda r: {key: r[key] for key in r if key != "images"}, "images"),
+    "fewer projections": ("conditions", put("projections", lambda a: a[:, :4]), "projections: float32"),
+    "a class beyond the null": ("conditions", put("labels", lambda a: a + 1), "labels: numbers from 1 to"),
     "timesteps too late": ("forward_1", put("timesteps", spoil(1000)), "timesteps: numbers from .* expected 0 to 999"),
     "timesteps below zero": ("forward_1", put("timesteps", spoil(-1)), "timesteps: numbers from -1"),
     "timesteps of floats": ("forward_1", put("timesteps", np.float32), "timesteps: float32"),
