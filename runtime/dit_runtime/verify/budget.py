@@ -65,8 +65,8 @@ class Budget:
         PyTorch's error may be the first case and an engine's error the second. So the threshold is multiplied by the
         quotient of the two, which is at most √2.
 
-        A trajectory that draws noise may be chaotic. Then an engine may be as far from the reference as two of
-        PyTorch's own runs are from each other: √2 times the error of one.
+        A trajectory that draws noise has the quotient √2 at every scale. Its errors add up over the steps, and without
+        guidance the quotient would leave no room: sound engines of random SiT models in FP16 measured 0.62 to 1.09.
         """
         least = self.thresholds.get(kind)
         if least is None:
