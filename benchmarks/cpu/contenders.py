@@ -238,7 +238,7 @@ def main() -> None:
     args = parser.parse_args()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # lines that libraries print must not be read as answers
-    from dit_runtime.bench.timing import memory_use
+    from dit_runtime.core.machine import memory_use
 
     start = time.perf_counter()
     contender = CONTENDERS[args.contender](args.work, args.threads)

@@ -31,7 +31,7 @@ REQUIREMENTS = {
 
 def run_ours(work: Path, precision: str, started: float) -> dict[str, Any]:
     """Sample one image as dit-sample does, with DDIM and guidance."""
-    from dit_runtime.bench.timing import memory_use
+    from dit_runtime.core.machine import memory_use
     from dit_runtime.pipeline import Pipeline
 
     bundle = work / ("fp16.bundle" if precision == "bf16" else "fp32.bundle")
@@ -51,7 +51,7 @@ def run_diffusers(work: Path, mode: str, started: float) -> dict[str, Any]:
     import numpy as np
     from contenders import Diffusers
 
-    from dit_runtime.bench.timing import memory_use
+    from dit_runtime.core.machine import memory_use
 
     contender = Diffusers(work, mode, 0)
     inputs = np.load(work / "inputs.npz")

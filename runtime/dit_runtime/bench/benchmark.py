@@ -9,9 +9,10 @@ from typing import Any
 
 from dit_runtime.backends.base import Engine
 from dit_runtime.bench.parts import compare_with_gemm, time_images, time_parts
-from dit_runtime.bench.timing import Timing, memory_use
+from dit_runtime.bench.timing import Timing
 from dit_runtime.bundle.reader import Bundle, open_bundle
 from dit_runtime.core.environment import describe_environment
+from dit_runtime.core.machine import memory_use
 from dit_runtime.samplers.by_name import count_default_steps
 from dit_runtime.verify.auto import choose_engine
 from dit_runtime.verify.verification import trajectories_of

@@ -1,11 +1,10 @@
-"""Timing calls against each other: interleaved, warmed up until stable, the first call apart; and memory in use."""
+"""Timing calls against each other: interleaved, warmed up until stable, the first call apart."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -113,20 +112,3 @@ class ClockedEngine:
     def close(self) -> None:
         """As ``Engine.close``."""
         self._engine.close()
-
-
-def memory_use(status: Path = Path("/proc/self/status")) -> dict[str, int]:
-    """Bytes that this process holds: ``resident``, of which ``anonymous`` and ``file_backed``, and ``peak`` so far.
-
-    Empty where the system does not say.
-    """
-    names = {"VmRSS": "resident", "RssAnon": "anonymous", "RssFile": "file_backed", "VmHWM": "peak"}
-    found = {}
-    try:
-        for line in status.read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key in names:
-                found[names[key]] = int(value.split()[0]) * 1024
-    except OSError:
-        return {}
-    return found

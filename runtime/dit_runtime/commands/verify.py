@@ -16,6 +16,7 @@ from dit_runtime.commands.common import (
     print_json,
     run,
 )
+from dit_runtime.commands.soak import SoakRequest, duration, natural, run_soak
 from dit_runtime.core.errors import ParityError
 
 if TYPE_CHECKING:  # imported when the arguments are parsed, so that --help is quick
@@ -27,6 +28,7 @@ EXAMPLES = (
     "dit-verify my.bundle --engine onnxruntime --json > results.json",
     "dit-verify --report page.html --from results.json",
     "dit-verify my.bundle --report page.html",
+    "dit-verify my.bundle --soak 10m",
     "dit-verify my.bundle --info",
     "dit-verify my.bundle --polygraphy records/",
 )
@@ -74,7 +76,7 @@ class InfoRequest:
     as_json: bool
 
 
-Request = VerifyRequest | PageRequest | RecordsRequest | InfoRequest
+Request = VerifyRequest | PageRequest | RecordsRequest | InfoRequest | SoakRequest
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -90,6 +92,8 @@ def _main(argv: list[str] | None) -> int:
         return _show_info(request)
     if isinstance(request, RecordsRequest):
         return _write_records(request)
+    if isinstance(request, SoakRequest):
+        return run_soak(request)
     return _verify(request)
 
 
@@ -108,6 +112,9 @@ def parse_request(argv: list[str] | None) -> Request:
         return InfoRequest(args.bundle, args.store, args.json)
     if args.polygraphy is not None:
         return RecordsRequest(args.bundle, args.store, args.size, args.polygraphy, args.json)
+    if args.soak is not None or args.soak_case is not None:
+        names = (args.bundle, args.store, args.engine, args.precision)
+        return SoakRequest(*names, args.soak or 0.0, args.seed, args.soak_case, args.json)
     return VerifyRequest(
         args.bundle, args.store, args.engine, args.precision, args.size, args.quick, args.report, args.json
     )
@@ -136,6 +143,14 @@ def _parser() -> Parser:
         metavar="DIR",
         help="write the records as Polygraphy's inputs and outputs instead of verifying (extra: polygraphy)",
     )
+    add(
+        "--soak",
+        type=duration,
+        metavar="TIME",
+        help="run random work for that time instead, such as 10m, and compare with ONNX Runtime, each image alone",
+    )
+    add("--seed", type=natural, default=0, metavar="N", help="of the random work")
+    add("--soak-case", metavar="JSON", help="run a case that --soak printed")
     add("--info", action="store_true", help="say what the bundle is and which engines it has, without verifying")
     add("--store", type=Path, metavar="DIR", help=STORE_HELP)
     add("--json", action="store_true", help="print the results as JSON: all that the page shows")

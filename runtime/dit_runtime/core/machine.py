@@ -91,3 +91,20 @@ def has_nvidia_driver() -> bool:
 def count_cpus() -> int:
     """CPUs that this process may use: an engine that chooses its own threads takes at most as many."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory_use(status: Path = Path("/proc/self/status")) -> dict[str, int]:
+    """Bytes that this process holds: ``resident``, of which ``anonymous`` and ``file_backed``, and ``peak`` so far.
+
+    Empty where the system does not say.
+    """
+    names = {"VmRSS": "resident", "RssAnon": "anonymous", "RssFile": "file_backed", "VmHWM": "peak"}
+    found = {}
+    try:
+        for line in status.read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key in names:
+                found[names[key]] = int(value.split()[0]) * 1024
+    except OSError:
+        return {}
+    return found

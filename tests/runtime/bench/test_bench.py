@@ -15,8 +15,9 @@ from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
 from dit_runtime.bench import benchmark
 from dit_runtime.bench.benchmark import BenchmarkRequest
 from dit_runtime.bench.gemm import measure_gemm_rates, shapes_of
-from dit_runtime.bench.timing import memory_use, time_calls, timing_of
+from dit_runtime.bench.timing import time_calls, timing_of
 from dit_runtime.bundle.reader import open_bundle
+from dit_runtime.core.machine import memory_use
 from dit_runtime.verify.auto import Choice
 
 
