@@ -113,6 +113,8 @@ def parse_request(argv: list[str] | None) -> Request:
     if args.polygraphy is not None:
         return RecordsRequest(args.bundle, args.store, args.size, args.polygraphy, args.json)
     if args.soak is not None or args.soak_case is not None:
+        if args.quick or (args.soak and args.soak_case) or any((args.size, args.report)):
+            parser.error("--soak TIME, or --soak-case, takes --engine, --precision, --seed, --store and --json alone")
         names = (args.bundle, args.store, args.engine, args.precision)
         return SoakRequest(*names, args.soak or 0.0, args.seed, args.soak_case, args.json)
     return VerifyRequest(

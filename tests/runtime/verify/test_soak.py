@@ -164,6 +164,13 @@ def test_a_wrong_time_is_refused(text: str) -> None:
     assert "expected a time such as 90s, 10m or 1h" in done.stderr
 
 
+@pytest.mark.parametrize("option", ["--quick", "--size=32x32", "--report=page.html", "--soak-case={}"])
+def test_options_that_it_does_not_heed_are_refused(option: str) -> None:
+    done = run_command("dit-verify", "my.bundle", "--soak", "1m", option)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert "takes --engine, --precision, --seed" in done.stderr
+
+
 def test_shrinking_keeps_earlier_cases_that_matter() -> None:
     """A case that fails after another one alone comes out with that one, each as small as it can be."""
     large = SoakCase((SoakImage("unipc", 5, seed=4), SoakImage("ddpm", 7)), batch=2)
