@@ -343,18 +343,14 @@ def _onnxruntime(path: str) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-class Engine:
-    """``ICudaEngine``: only what ``tensorrt_api`` uses of it."""
+class Description:
+    """What a plan of ``plans_for`` says of itself, by the names of ``ICudaEngine``."""
 
-    def __init__(self, machine: Machine, description: dict[str, Any], logger: Any) -> None:
-        self.machine, self.description, self.logger = machine, description, logger
+    def __init__(self, description: dict[str, Any]) -> None:
+        self.description = description
         self.tensors = {tensor["name"]: tensor for tensor in description["tensors"]}
         self.num_io_tensors = len(self.tensors)
         self.num_optimization_profiles = len(description["profiles"])
-        sizes = machine.weights.setdefault(description["graph"], [])
-        sizes.append(description["weights"])
-        machine.peak = max(machine.peak, machine.used)
-        weakref.finalize(self, sizes.remove, description["weights"])
 
     def get_tensor_name(self, index: int) -> str:
         return list(self.tensors)[index]
@@ -373,6 +369,41 @@ class Engine:
 
     def get_device_memory_size_for_profile_v2(self, index: int) -> int:
         return self.description["activations"][index]
+
+    def takes(self, name: str, shape: tuple[int, ...], profile: int) -> bool:
+        """Whether a profile takes an input's shape."""
+        least, _, largest = self.get_tensor_profile_shape(name, profile)
+        return len(shape) == len(least) and all(
+            low <= size <= high for low, size, high in zip(least, shape, largest, strict=True)
+        )
+
+    def shape_of(self, name: str, inputs: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+        """The shape of a tensor where the inputs have these shapes."""
+        tensor = self.tensors[name]
+        if tensor["is_input"]:
+            return inputs[name]
+        sizes = {
+            axis: size
+            for given, shape in inputs.items()
+            for axis, size in zip(self.tensors[given]["shape"], shape, strict=True)
+        }
+        return tuple(_size(axis, sizes) for axis in tensor["shape"])
+
+    def bytes_of(self, name: str, inputs: dict[str, tuple[int, ...]]) -> int:
+        """The size of a tensor where the inputs have these shapes."""
+        return int(np.prod(self.shape_of(name, inputs))) * np.dtype(self.tensors[name]["dtype"]).itemsize
+
+
+class Engine(Description):
+    """``ICudaEngine``: only what ``tensorrt_api`` uses of it."""
+
+    def __init__(self, machine: Machine, description: dict[str, Any], logger: Any) -> None:
+        super().__init__(description)
+        self.machine, self.logger = machine, logger
+        sizes = machine.weights.setdefault(description["graph"], [])
+        sizes.append(description["weights"])
+        machine.peak = max(machine.peak, machine.used)
+        weakref.finalize(self, sizes.remove, description["weights"])
 
     def create_runtime_config(self) -> RuntimeConfig:
         if self.machine.library.name != "tensorrt_rtx":
@@ -481,11 +512,8 @@ class Context:
         self._check_idle("a shape")
         if self.profile is None:
             raise Misuse(f"the shape of {name} before the profile was chosen and the stream waited for")
-        least, _, largest = self.engine.get_tensor_profile_shape(name, self.profile)
         self.shapes[name] = tuple(shape)
-        return len(shape) == len(least) and all(
-            low <= size <= high for low, size, high in zip(least, shape, largest, strict=True)
-        )
+        return self.engine.takes(name, shape, self.profile)
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self._check_idle("an address")
@@ -495,15 +523,7 @@ class Context:
         return name in self.engine.tensors
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        tensor = self.engine.tensors[name]
-        if tensor["is_input"]:
-            return self.shapes[name]
-        sizes = {
-            axis: size
-            for given, shape in self.shapes.items()
-            for axis, size in zip(self.engine.tensors[given]["shape"], shape, strict=True)
-        }
-        return tuple(_size(axis, sizes) for axis in tensor["shape"])
+        return self.engine.shape_of(name, self.shapes)
 
     def execute_async_v3(self, stream: int) -> bool:
         machine, engine = self.machine, self.engine
@@ -516,7 +536,7 @@ class Context:
         if self.memory is None or self.memory[1] < needed:
             raise Misuse(f"{self.memory and self.memory[1]} bytes for activations, {needed} are needed")
         scratch = (self.memory[0], needed)
-        ranges = {name: (self.addresses[name], self._bytes(name)) for name in engine.tensors}
+        ranges = {name: (self.addresses[name], engine.bytes_of(name, self.shapes)) for name in engine.tensors}
         for name, own in ranges.items():
             if _overlap(own, scratch):
                 raise Misuse(f"{name} lies in the memory for activations")
@@ -538,10 +558,6 @@ class Context:
         run = functools.partial(_compute, machine, weakref.ref(self), bound, ranges, scratch)
         machine.queue(stream, Work("a network", run, tuple(ranges.values()), weakref.ref(self), scratch))
         return True
-
-    def _bytes(self, name: str) -> int:
-        shape = self.get_tensor_shape(name)
-        return int(np.prod(shape)) * np.dtype(self.engine.tensors[name]["dtype"]).itemsize
 
     def _check_idle(self, what: str) -> None:
         if self.machine.is_busy(self):
@@ -626,6 +642,13 @@ def module(machine: Machine) -> SimpleNamespace:
 
 def stored_on(machine: Machine, bundle: Bundle, folder: Path, recipe: Recipe) -> StoredEngine:
     """What ``dit-build`` would have stored for this machine, with plans that only it can run."""
+    stored = plans_for(bundle, folder, recipe, machine.library, machine.facts)
+    machine.vouched |= {graph.plan_sha256 for graph in stored.graphs.values()}
+    return stored
+
+
+def plans_for(bundle: Bundle, folder: Path, recipe: Recipe, library: TensorRT, facts: DeviceFacts) -> StoredEngine:
+    """Plans that say which graph to run, for whatever reads them in place of TensorRT."""
     folder.mkdir(parents=True, exist_ok=True)
     graphs = {}
     for number, name in enumerate(graphs_of(bundle), 1):
@@ -657,7 +680,6 @@ def stored_on(machine: Machine, bundle: Bundle, folder: Path, recipe: Recipe) ->
         )
         (folder / f"{name}.plan").write_bytes(content)
         digest = hashlib.sha256(content).hexdigest()
-        machine.vouched.add(digest)
         graphs[name] = StoredGraph(
             name, f"{name}.plan", len(content), digest, tuple(profiles), 100_000 * number, tuple(activations)
         )
@@ -665,12 +687,12 @@ def stored_on(machine: Machine, bundle: Bundle, folder: Path, recipe: Recipe) ->
         folder=folder,
         bundle=bundle.digest,
         image_size=bundle.manifest.image_size,
-        library=machine.library.name,
-        version=machine.library.version,
+        library=library.name,
+        version=library.version,
         target=recipe.target,
-        compute_capability=machine.facts.compute_capability,
-        gpu=machine.facts.name,
-        driver=machine.facts.driver,
+        compute_capability=facts.compute_capability,
+        gpu=facts.name,
+        driver=facts.driver,
         recipe={},
         graphs=graphs,
     )
