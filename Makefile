@@ -4,6 +4,8 @@
 # make test-slow    what takes longer: real size, further exports and builds, whole grids and sweeps
 # make fuzz MINUTES=10    what is read, with many changes of real files, and under the fuzzer atheris where it installs
 # make test-py310   the runtime's tests on Python 3.10
+# make gpu-test    on a device: a small engine built and verified, then all tests that need a GPU; see build/gpu-report
+# make gpu-report  packs what gpu-test found, for an issue
 # make bench   the real-size figures of DiT-XL/2
 PYTHON ?= python3
 PYTHON310 ?= python3.10
@@ -23,7 +25,7 @@ BINDINGS := \
   cuda-bindings-13.5=cuda-bindings==13.5.0 \
   cuda-pathfinder=cuda-pathfinder==1.9.0
 
-.PHONY: demo test test-slow fuzz test-py310 gpu-test lint bench install clean
+.PHONY: demo test test-slow fuzz test-py310 gpu-test gpu-report lint bench install clean
 
 install: $(VENV)/installed
 
@@ -66,11 +68,14 @@ test-py310: install
 	  filelock hypothesis onnx pytest
 	DIT_TEST_BUNDLES=build/py310 .venv-py310/bin/python -m pytest tests/runtime
 
-# On a device, in an environment that sees its TensorRT (docs/backends.md): $(PYTHON) runs the tests. Without torch,
-# DIT_BUNDLE=my.bundle takes the place of a model exported here.
+# On a device, in an environment that sees its TensorRT (docs/backends.md): $(PYTHON) runs the tests, and nothing is
+# installed. Without torch, DIT_BUNDLE=my.bundle takes the place of models exported here.
+SECONDS ?= 600
 gpu-test:
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check -e . filelock pytest
-	$(PYTHON) -m pytest -m gpu tests/runtime/backends/test_gpu.py
+	$(PYTHON) tests/support/first_run.py --seconds $(SECONDS)
+
+gpu-report:
+	$(PYTHON) tests/support/first_run.py --pack
 
 lint: install
 	$(BIN)/ruff check .

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,6 +48,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest modules first, each module's tests in their order."""
     rank = {Path(__file__).parent / name: index for index, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path, len(rank)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """On a device that is said to have a GPU (``DIT_GPU=1``), a test of it that is skipped has failed."""
+    report = yield
+    if report.skipped and os.environ.get("DIT_GPU") == "1" and item.get_closest_marker("gpu"):
+        *_, reason = report.longrepr if isinstance(report.longrepr, tuple) else (report.longrepr,)
+        report.outcome, report.longrepr = "failed", f"DIT_GPU=1, and this was skipped: {reason}"
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -480,7 +480,7 @@ def main(arguments: list[str]) -> int:
         if "DIT_BUNDLE" in os.environ:
             bundles = [Path(os.environ["DIT_BUNDLE"])]
         else:
-            subprocess.run([sys.executable, EXPORTS, made], check=True)
+            subprocess.run([sys.executable, EXPORTS, made, "fp32", "fp16"], check=True)
             bundles = [Path(made, f"{precision}.bundle") for precision in ("fp32", "fp16")]
         passed = run_checks(bundles, asked.seconds, asked.double, lambda results: show(results, asked.json))
     faulthandler.cancel_dump_traceback_later()

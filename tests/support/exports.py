@@ -1,11 +1,13 @@
 """Bundles of the tiny checkpoint, exported in this process.
 
-``python tests/support/exports.py FOLDER`` makes them for a Python that cannot export: ``DIT_TEST_BUNDLES=FOLDER``.
+``python tests/support/exports.py FOLDER [NAME…]`` makes them for a Python that cannot export:
+``DIT_TEST_BUNDLES=FOLDER``.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -32,12 +34,12 @@ def export(checkpoint: Path, output: Path, *options: str | Path) -> Path:
     return output
 
 
-def main(folder: Path) -> None:
-    """Make ``checkpoint/tiny``, and NAME.bundle of each, in ``folder``."""
+def main(folder: Path, names: Sequence[str]) -> None:
+    """Make ``checkpoint/tiny``, and NAME.bundle of each name, in ``folder``."""
     checkpoint = make_checkpoint(folder / "checkpoint" / "tiny")
-    for name in GIVEN:
+    for name in names:
         export(checkpoint, folder / f"{name}.bundle", *TINY[name])
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:] or GIVEN)

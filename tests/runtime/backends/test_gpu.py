@@ -1,14 +1,15 @@
 """On a device, with a driver and TensorRT: what ``test_device`` shows on the double, on the real thing.
 
-    python -m pytest -m gpu tests/runtime/backends/test_gpu.py
+    make gpu-test                                                       # with a first run, and one folder of all found
     DIT_BUNDLE=my.bundle python -m pytest -m gpu tests/runtime/backends/test_gpu.py
 
-The first builds engines of a tiny model, which it exports with PyTorch; a device without PyTorch is given a bundle of a
-diffusion model by ``DIT_BUNDLE``. Nothing here imports PyTorch or ONNX Runtime.
+``DIT_BUNDLE`` is a bundle of a diffusion model; without it a tiny model is exported, with PyTorch. Nothing else here
+imports PyTorch or ONNX Runtime. ``DIT_GPU=1`` makes a failure of what would be skipped.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections.abc import Iterator
@@ -18,19 +19,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.batches import mixed
 from support.commands import run_command
+from support.device import SessionsOnly, latents_of, time_steps
 
 from dit_runtime import Pipeline, open_bundle
-from dit_runtime.backends.base import Session
-from dit_runtime.backends.conditioning import TableLimits
-from dit_runtime.backends.host_loop import HostLoop
 from dit_runtime.backends.tensorrt import api as tensorrt_api
 from dit_runtime.backends.tensorrt import cuda
 from dit_runtime.backends.tensorrt.engine import TensorRtEngine
 from dit_runtime.backends.tensorrt.store import StoredEngine, read_engines
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import EngineError
-from dit_runtime.sampling.requests import ImageRequest
 from dit_runtime.verify.rung import format_rungs
 from dit_runtime.verify.verification import verification_of
 
@@ -44,36 +43,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 # What CUDA and the library keep of a device for the process once they have run: kernels, not weights. Not measured yet.
 KEPT_BYTES = 256 << 20
+TIMED_STEPS = 50
 
 
 class Device:
     """A GPU, its library, and a bundle with engines built for it."""
 
-    def __init__(self, library: tensorrt_api.TensorRT, bundle: Bundle, stored: StoredEngine) -> None:
+    def __init__(
+        self, library: tensorrt_api.TensorRT, bundle: Bundle, stored: StoredEngine, gpu: cuda.Cuda | None = None
+    ) -> None:
         self.library, self.bundle, self.stored = library, bundle, stored
-        self.cuda = cuda.CudaRuntime()
+        self.cuda = gpu or cuda.CudaRuntime()
 
     def engine(self, **options: Any) -> TensorRtEngine:
         return TensorRtEngine(self.bundle, self.stored, self.library, self.cuda, **options)
-
-
-class SessionsOnly:
-    """An engine without its resident loop: each step goes to the device and back."""
-
-    def __init__(self, engine: TensorRtEngine) -> None:
-        self.info, self._engine = replace(engine.info, loop_on_device=False), engine
-
-    def session(self, graph: str) -> Session:
-        return self._engine.session(graph)
-
-    def release(self, graph: str) -> None:
-        self._engine.release(graph)
-
-    def open_loop(self, limits: TableLimits) -> HostLoop:
-        return HostLoop(self, self._engine.bundle.manifest, limits)
-
-    def close(self) -> None:
-        self._engine.close()
 
 
 def present_library() -> tensorrt_api.TensorRT:
@@ -92,14 +75,6 @@ def present_library() -> tensorrt_api.TensorRT:
     pytest.skip("; ".join(reasons))
 
 
-def mixed(pipe: Pipeline) -> list[ImageRequest]:
-    """Images of several samplers and lengths, guided and not, one of two labels."""
-    asked: list[tuple[Any, dict[str, Any]]] = [(label, settings) for label, settings in enumerate(SETTINGS.values())]
-    asked.append(({3: 0.7, 5: 0.3}, {"sampler": "unipc", "steps": 4, "guidance": 2.0}))
-    asked.append((7, {"sampler": "euler-ancestral", "steps": 6, "guidance": 3.0, "guidance_schedule": "cosine"}))
-    return [pipe.prepare([label], seed, **settings)[0] for seed, (label, settings) in enumerate(asked)]
-
-
 @pytest.fixture(scope="module", params=[os.environ["DIT_BUNDLE"]] if "DIT_BUNDLE" in os.environ else ["fp32", "fp16"])
 def device(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Device:
     """The bundle, built here by the command itself."""
@@ -107,10 +82,12 @@ def device(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     path = Path(request.param) if "DIT_BUNDLE" in os.environ else request.getfixturevalue("bundles")[request.param]
     several = library.name == "tensorrt_rtx" or library.numbers >= (10, 8)
     store = tmp_path_factory.mktemp("store")
+    if "DIT_GPU_STORE" in os.environ:  # its texts are kept whatever happens here
+        store = Path(os.environ["DIT_GPU_STORE"]) / path.stem
     options = ["--batch", "1,4" if several else "4", "--branches", "1,2,3", "--rows", "128", "--store", store]
     done = run_command("dit-build", path, "--target", "this", *options)
+    print(done.stderr + done.stdout)  # the doubts of the audit too
     assert done.returncode == 0, done.stderr + done.stdout
-    print(done.stdout)
     bundle = open_bundle(path)
     (stored,) = read_engines(bundle, store)
     return Device(library, bundle, stored)
@@ -120,11 +97,6 @@ def device(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def engine(device: Device) -> Iterator[TensorRtEngine]:
     with device.engine() as engine:
         yield engine
-
-
-def latents_of(pipe: Pipeline, labels: list[Any], **settings: Any) -> list[np.ndarray]:
-    """Latents and denoised estimate after each step."""
-    return [value for _, *values in pipe.trajectory(labels, 5, **settings) for value in values]
 
 
 def test_the_bundles_own_records(device: Device, engine: TensorRtEngine) -> None:
@@ -210,3 +182,19 @@ def test_an_altered_plan_is_refused(device: Device, tmp_path: Path) -> None:
         pytest.raises(EngineError, match="altered"),
     ):
         Pipeline(device.bundle, engine)([1], **SETTINGS["ddim"])
+
+
+def test_the_time_of_a_step(device: Device, engine: TensorRtEngine) -> None:
+    """Printed and kept, not judged: p50 and p95 of a step, and how long the device waits for the host."""
+    found = {}
+    for batch in (1, min(4, engine.info.batch_of(4))):
+        for name, guidance in (("guided", 4.0), ("plain", 1.0)):
+            found[f"batch {batch}, {name}"] = time_steps(engine, batch, TIMED_STEPS, sampler="ddim", guidance=guidance)
+    with device.engine(captured=False) as queued:
+        found["batch 1, guided, without CUDA graphs"] = time_steps(queued, 1, TIMED_STEPS, sampler="ddim", guidance=4.0)
+    for name, times in found.items():
+        print(f"{name}: {times}")
+    if "DIT_GPU_REPORT" in os.environ:
+        file = Path(os.environ["DIT_GPU_REPORT"], f"speed-{device.bundle.path.stem}.json")
+        file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    assert all(times["step_p95_ms"] > 0 for times in found.values())
