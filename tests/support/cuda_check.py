@@ -193,6 +193,10 @@ def check_networks(device: Device) -> dict[str, Any]:
             expected = host.session(graph).run(inputs, outputs)
             for output, one, other in zip(outputs, engine.session(graph).run(inputs, outputs), expected, strict=True):
                 found[output] = float(f"{_difference(one, other):.2g}")
+        decoded = [engine.session("decoder").run({"latents": latents}, ["decoded"])[0] for _ in range(4)]
+    assert all(np.array_equal(decoded[0], other) for other in decoded), (
+        "the decoder's graph differs from its first call"
+    )
     limit = SIZE_LIMITS[device.bundle.manifest.precision.name]
     assert max(found.values()) <= limit, found
     return found
@@ -222,7 +226,7 @@ def check_equality(device: Device) -> dict[str, Any]:
                         most = max(_difference(a, b) for a, b in zip(first, other, strict=True))
                         if most:
                             wrong.append(f"{name}, {sampler}, {batch} images, {branches} branches: {most:.2g}")
-        captured = [step.graph is not None for step in engine._loops[0]._graphs._steps.values()]
+        captured = [step.graph is not None for step in engine._loops[0]._graphs._prepared.values()]
     assert not wrong, f"{len(wrong)} of {2 * compared} differ: {'; '.join(wrong[:6])}"
     assert captured, "no step was captured"
     assert all(captured), "a step was not captured"

@@ -502,6 +502,7 @@ class Context:
         return self.machine.capturable
 
     def set_device_memory(self, address: int, size: int) -> None:
+        self.machine.called("set_device_memory")
         self._check_idle("the memory for activations")
         self.machine.at(address, size)
         if address % ALIGNMENT:
@@ -509,6 +510,7 @@ class Context:
         self.memory = (address, size)
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.machine.called("set_input_shape")
         self._check_idle("a shape")
         if self.profile is None:
             raise Misuse(f"the shape of {name} before the profile was chosen and the stream waited for")
@@ -516,6 +518,7 @@ class Context:
         return self.engine.takes(name, shape, self.profile)
 
     def set_tensor_address(self, name: str, address: int) -> bool:
+        self.machine.called("set_tensor_address")
         self._check_idle("an address")
         if address % ALIGNMENT:
             raise Misuse(f"{name} at {address:#x} is not aligned")

@@ -85,7 +85,7 @@ def time_steps(engine: TensorRtEngine, batch: int, steps: int = 50, **settings: 
         "host_us": np.median(host[2:]) * 1e6,
         "running_ms": each * 1e3,
     }
-    prepared = engine._loops[-1]._graphs._steps
+    prepared = engine._loops[-1]._graphs._prepared
     graph = list(prepared.values())[-1].graph if prepared else None
     if graph is not None:
         start = time.perf_counter()

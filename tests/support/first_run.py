@@ -205,7 +205,8 @@ def scrub(text: str) -> str:
             text = text.replace(path, name)
     folders = rf"/(?:{'|'.join(PRIVATE)})/(?:[^\s/:'\",)]+/)*(?=[^\s/:'\",)])"  # up to a file's own name
     text = re.sub(folders, "…/", text)
-    for word in {platform.node(), platform.node().partition(".")[0], getpass.getuser()} - {"", "root"}:
+    words = {platform.node(), platform.node().partition(".")[0], getpass.getuser()} - {"", "root"}
+    for word in sorted(words, key=len, reverse=True):
         text = re.sub(rf"(?<![\w-]){re.escape(word)}(?![\w-])", "NAME", text)
     return text
 

@@ -357,22 +357,73 @@ def test_a_verdict_is_on_the_very_plans(bench: Bench) -> None:
     again.close()
 
 
-def test_nothing_is_waited_for_within_the_loop(bench: Bench) -> None:
-    """A run of one schedule uploads once, launches a graph a step, and waits as often for 20 steps as for 10."""
-    bench.pipe([1, 2], steps=20, sampler="ddim", guidance=1.5)  # captures, and fills the table
-    counts = []
-    for steps in (10, 20):
-        calls = bench.machine.calls
+@pytest.mark.parametrize(("sampler", "noise"), [("ddim", 0), ("ddpm", 1)])
+def test_what_the_host_calls(bench: Bench, sampler: str, noise: int) -> None:
+    """A run of one schedule uploads once, launches a graph a step and one for its images, and waits no more often for
+    20 steps than for 10.
+
+    A step is four calls: what it writes may be written, its inputs, its graph, a mark; and one more for noise, which
+    the last does not draw. For its images a run waits for the run inputs' memory, the latents, the batch's end, the
+    decoder's memory, the images; uploads two images, the first row, the inputs of the other rows, the decoder's
+    latents; and downloads state, denoised, images, and the decoder's floats, which tell whether its pixels are finite.
+    """
+    for steps in (20, 10, 20, 10):  # captures, and fills the table
+        bench.pipe([1, 2], steps=steps, sampler=sampler, guidance=1.5)
+    calls = bench.machine.calls
+    for steps in (10, 10, 20, 20):
         calls.clear()
-        bench.pipe([1, 2], steps=steps, sampler="ddim", guidance=1.5)
-        assert calls["launch"] == steps
-        assert calls["allocate"] == calls["allocate_pinned"] == calls["begin_capture"] == 0
-        assert calls["enqueue"] == 1  # the decoder
-        counts.append((calls["synchronize"], calls["upload"], calls["download"]))
-    # Waits: the run inputs' memory, the latents, the batch's end, the decoder's context, the images. Uploads: two
-    # images, the first row, the inputs of the other rows, the decoder's latents. Downloads: state, denoised,
-    # images, and the decoder's floats, which tell whether its pixels are finite.
-    assert counts[0] == counts[1] == (5, 5, 4)
+        bench.pipe([1, 2], steps=steps, sampler=sampler, guidance=1.5)
+        if calls["enqueue"]:
+            continue  # a table that was full is filled again
+        assert calls == {
+            **{"wait": steps + 1, "copy": steps - 1, "launch": steps + 1, "record": steps + 1},
+            **{"clear": 2, "upload": 5 + noise * (steps - 1), "synchronize": 5, "download": 4},
+        }
+
+
+def test_the_decoder_is_captured(bench: Bench) -> None:
+    """From the second call of a shape on a decoder's call is a CUDA graph, with the same images; padding and all."""
+    rng, calls = np.random.default_rng(0), bench.machine.calls
+    ours, host = bench.engine.session("decoder"), bench.host.engine.session("decoder")
+
+    def decode(batch: int) -> tuple[int, int]:
+        latents = {"latents": rng.standard_normal((batch, 4, 8, 8), np.float32)}
+        calls.clear()
+        for found, same in zip(ours.run(latents, ["images"]), host.run(latents, ["images"]), strict=True):
+            assert np.array_equal(found, same)
+        return calls["begin_capture"], calls["launch"]
+
+    assert [decode(batch) for batch in (4, 4, 4)] == [(0, 0), (1, 1), (0, 1)]
+    assert [decode(batch) for batch in (1, 1, 1, 4, 3)] == [(0, 0), (1, 1), (0, 1), (0, 1), (0, 0)]
+    assert decode(1) == (0, 1)
+    assert dict(calls) == {"synchronize": 2, "upload": 1, "launch": 1, "download": 1}
+    bench.pipe([1], **SETTINGS["ddim"])
+    assert decode(1) == (0, 1)
+    bench.engine.release("decoder")
+    assert not bench.machine.weights["decoder"]
+    assert [decode(batch) for batch in (1, 1, 1)] == [(0, 0), (1, 1), (0, 1)]
+
+
+def test_a_call_tells_only_what_changed(bench: Bench) -> None:
+    """Memory, shapes and addresses that a context has are not set again."""
+    calls, rng = bench.machine.calls, np.random.default_rng(0)
+
+    def compute(rows: int) -> list[int]:
+        pairs = {
+            "timesteps": rng.integers(0, 1000, rows).astype(np.float32),
+            "labels": rng.integers(0, 10, rows).astype(np.int32),
+        }
+        calls.clear()
+        (found,) = bench.engine.session("conditioner").run(pairs, ["modulation"])
+        assert np.array_equal(found, bench.host.engine.session("conditioner").run(pairs, ["modulation"])[0])
+        return [calls[name] for name in ("set_device_memory", "set_input_shape", "set_tensor_address", "enqueue")]
+
+    assert compute(6) == [1, 2, 3, 1]
+    assert compute(6) == [0, 0, 0, 1]
+    assert compute(5) == [0, 2, 2, 1]
+    bench.pipe([1], **SETTINGS["ddim"])
+    assert compute(5)[1:] == [2, 3, 1]  # the loop has used the same context, or unloaded it
+    assert compute(5) == [0, 0, 0, 1]
 
 
 def test_the_conditioner_is_gone_before_the_loop(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -452,8 +503,8 @@ def test_few_graphs_are_kept(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> N
     for labels in ([1], [1, 2], [1, 2, 3], [1]):
         bench.same(labels, 0, sampler="ddim", steps=3, guidance=1.5)
     assert bench.graphs() == [(1, 2), (3, 2)]
-    assert bench.machine.calls["begin_capture"] == 4
-    assert len(bench.machine.graphs) == 2
+    assert bench.machine.calls["begin_capture"] == 5  # once more for the decoder, whose batch of one comes again
+    assert len(bench.machine.graphs) == 3
 
 
 def test_without_graphs(bundles: dict[str, Path], tmp_path: Path) -> None:

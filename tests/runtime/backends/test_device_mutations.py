@@ -27,12 +27,13 @@ from dit_runtime.backends.conditioning import TableLimits
 from dit_runtime.backends.host_loop import HostLoop
 from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
 from dit_runtime.backends.profiles import Fit, Profiles
-from dit_runtime.backends.tensorrt import api, buffers, device, graphs, loop, session
+from dit_runtime.backends.tensorrt import buffers, device, graphs, loop, session
 from dit_runtime.backends.tensorrt.buffers import DeviceBuffer, PinnedBuffer, Staging
 from dit_runtime.backends.tensorrt.conditioning import DeviceTable
+from dit_runtime.backends.tensorrt.context import Context
 from dit_runtime.backends.tensorrt.device import Device, LoadedPlan
 from dit_runtime.backends.tensorrt.engine import TensorRtEngine
-from dit_runtime.backends.tensorrt.graphs import StepGraphs
+from dit_runtime.backends.tensorrt.graphs import Graphs, StepGraphs
 from dit_runtime.backends.tensorrt.loop import DeviceLoop
 from dit_runtime.backends.tensorrt.session import TensorRtSession
 from dit_runtime.backends.tensorrt.store import StoredEngine
@@ -88,7 +89,20 @@ def _guided(key: Any) -> tuple[int, int]:
 
 def share_graphs(call: Call) -> None:
     call.made()
-    call.args[0]._steps = OneGraph()
+    call.args[0]._prepared = OneGraph()
+
+
+def launch_any(call: Call) -> None:
+    """Take no notice of the shapes that a decoder's graph is for."""
+    own, key, *rest = call.args
+    call.original(own, "any" if own._name == "decoder" else key, *rest)
+
+
+def keep_shape(call: Call) -> None:
+    """Bind an input with the shape that it had first."""
+    own, name, address, *shape = call.args
+    first = vars(own).setdefault("first", {})
+    call.original(own, name, address, *(first.setdefault(name, each) for each in shape))
 
 
 def keep_address(call: Call) -> None:
@@ -168,10 +182,10 @@ MUTATIONS = [
         "latents are read before they are waited for",
         lambda seeder: seeder.drop(Cuda, "synchronize", DeviceLoop.read),
     ),
-    Mutation("captured without a run before", lambda seeder: seeder.drop(Device, "start", StepGraphs._prepare_step)),
+    Mutation("captured without a run before", lambda seeder: seeder.drop(Device, "start", Graphs._prepare)),
     Mutation(
         "captured before the run was waited for",
-        lambda seeder: seeder.drop(Cuda, "synchronize", StepGraphs._prepare_step),
+        lambda seeder: seeder.drop(Cuda, "synchronize", Graphs._prepare),
     ),
     Mutation(
         "waited for within a capture",
@@ -185,7 +199,7 @@ MUTATIONS = [
     Mutation(
         "one context for all graphs",
         lambda seeder: seeder.replace(
-            LoadedPlan, "make_context", lambda call: call.args[0].context_for(*call.args[1:]), StepGraphs._prepare_step
+            Device, "make_context", lambda call: call.args[0].context_for(*call.args[1:]), Graphs._prepare
         ),
     ),
     Mutation(
@@ -194,24 +208,51 @@ MUTATIONS = [
     ),
     Mutation(
         "graphs stay when the activations moved",
-        lambda seeder: seeder.lie(StepGraphs, "_drop_stale", lambda own: own._device.activations, "moves", 0),
+        lambda seeder: seeder.lie(StepGraphs, "_count_moves", lambda own: own._device.activations, "moves", 0),
     ),
     Mutation(
         "graphs stay when the table moved",
-        lambda seeder: seeder.lie(StepGraphs, "_drop_stale", lambda own: own._table._memory, "moves", 0),
+        lambda seeder: seeder.lie(StepGraphs, "_count_moves", lambda own: own._table._memory, "moves", 0),
     ),
-    Mutation("a graph is not destroyed", lambda seeder: seeder.drop(Cuda, "destroy_graph", StepGraphs._forget)),
+    Mutation(
+        "the decoder's graph stays when the activations moved",
+        lambda seeder: seeder.lie(TensorRtSession, "_count_moves", lambda own: own._device.activations, "moves", 0),
+    ),
+    Mutation(
+        "the decoder's graph stays when inputs and outputs moved",
+        lambda seeder: seeder.replace(
+            TensorRtSession, "_count_moves", lambda call: call.args[0]._device.activations.moves
+        ),
+    ),
+    Mutation(
+        "the decoder's graph outlives its weights",
+        lambda seeder: seeder.drop(Graphs, "free", TensorRtSession.free),
+    ),
+    Mutation("one graph for all the decoder's batches", lambda seeder: seeder.replace(Graphs, "launch", launch_any)),
+    Mutation(
+        "a context keeps the memory that it had first",
+        lambda seeder: seeder.drop(Context, "give_memory", when=lambda call: call.args[0]._memory is not None),
+    ),
+    Mutation(
+        "a context keeps a tensor's first address",
+        lambda seeder: seeder.drop(Context, "bind", when=lambda call: call.args[1] in call.args[0]._bound),
+    ),
+    Mutation(
+        "a context keeps a tensor's first shape",
+        lambda seeder: seeder.replace(Context, "bind", keep_shape),
+    ),
+    Mutation("a graph is not destroyed", lambda seeder: seeder.drop(Cuda, "destroy_graph", Graphs._forget)),
     Mutation(
         "a graph is destroyed before its launch is done",
-        lambda seeder: seeder.drop(Cuda, "synchronize", StepGraphs._forget),
+        lambda seeder: seeder.drop(Cuda, "synchronize", Graphs._forget),
     ),
     Mutation(
         "always the first profile, in the loop",
-        lambda seeder: seeder.alter(LoadedPlan, "make_context", lambda call: {1: 0}, StepGraphs._prepare_step),
+        lambda seeder: seeder.alter(Device, "make_context", lambda call: {2: 0}, Graphs._prepare),
     ),
     Mutation(
         "always the first profile, in sessions",
-        lambda seeder: seeder.alter(LoadedPlan, "context_for", lambda call: {1: 0}, TensorRtSession._run),
+        lambda seeder: seeder.alter(Device, "context_for", lambda call: {2: 0}, TensorRtSession._run),
     ),
     Mutation(
         "the switch of the profile is not waited for",
@@ -219,7 +260,9 @@ MUTATIONS = [
     ),
     Mutation(
         "too little memory is given for activations",
-        lambda seeder: seeder.alter(api, "give_memory", lambda call: {2: call.args[2] // 8}, Device.give_activations),
+        lambda seeder: seeder.alter(
+            Context, "give_memory", lambda call: {2: call.args[2] // 8}, Device.give_activations
+        ),
     ),
     Mutation(
         "a buffer too small for the outputs",
@@ -227,7 +270,7 @@ MUTATIONS = [
             DeviceBuffer,
             "reserve",
             lambda call: {1: call.args[1] // 2},
-            TensorRtSession._run,
+            TensorRtSession._bind,
             lambda call: call.args[0] is call.by._outputs,
         ),
     ),
@@ -237,7 +280,7 @@ MUTATIONS = [
     ),
     Mutation(
         "an output is not bound",
-        lambda seeder: seeder.drop(api, "bind", StepGraphs._prepare_step, lambda call: call.args[1] == "denoised"),
+        lambda seeder: seeder.drop(Context, "bind", Graphs._prepare, lambda call: call.args[1] == "denoised"),
     ),
     Mutation(
         "pinned memory is written while a copy still reads it",
@@ -486,6 +529,7 @@ def scenario(bundle: Bundle, folder: Path, expected: dict[str, Any]) -> None:
     fixed = stored_on(machine, bundle, folder / "fixed", FIXED)
     stages: list[tuple[StoredEngine, Use]] = [
         (plans, moved),
+        (plans, decoded),
         (fixed, padded),
         (plans, lent),
         (plans, crowded),
@@ -555,6 +599,22 @@ def moved(engine: TensorRtEngine, machine: Machine, pipe: Pipeline, expected: di
         patch.setattr(graphs, "MOST_GRAPHS", 1)
         found = pipe([3], 4, sampler="ddpm", steps=9, guidance=2.0, guidance_interval=(0.4, 1.0))
     assert np.array_equal(found, expected["ddpm"]), "with one graph: differs"
+
+
+def decoded(engine: TensorRtEngine, machine: Machine, pipe: Pipeline, expected: dict[str, Any]) -> None:
+    """The decoder's graph, after the activations' memory has moved and after its own has."""
+    latents = np.random.default_rng(3).standard_normal((4, 4, 8, 8), np.float32)
+
+    def decode(count: int) -> None:
+        found = engine.session("decoder").run({"latents": latents[:count]}, ["decoded", "images"])
+        if count == 1:
+            assert are_same(found, expected["decoded"]), "decoded again: differs"
+
+    decode(1)
+    decode(1)
+    pipe.sample_latents(pipe.prepare([1, 2, 3, 4], 3, sampler="ddim", steps=2, guidance=1.0))
+    for count in (1, 1, 4, 1, 4, 1, 2, 2, 3, 3, 1):
+        decode(count)
 
 
 def crowded(engine: TensorRtEngine, machine: Machine, pipe: Pipeline, expected: dict[str, Any]) -> None:

@@ -119,6 +119,19 @@ def test_a_replayed_graph_is_the_step(device: Device, engine: TensorRtEngine, se
                 assert np.array_equal(one, third)
 
 
+def test_a_replayed_decoder_is_the_decoder(device: Device, engine: TensorRtEngine) -> None:
+    """The decoder's graph, from the second call of a batch on, gives the images of the first call."""
+    model = device.bundle.manifest.model
+    latents = np.random.default_rng(0).standard_normal((3, model.latent_channels, *model.latent_size), np.float32)
+    session = engine.session("decoder")
+    first = {count: session.run({"latents": latents[:count]}, ["images", "decoded"]) for count in (1, 3)}
+    for count in (1, 3, 1, 3):
+        for found, same in zip(
+            session.run({"latents": latents[:count]}, ["images", "decoded"]), first[count], strict=True
+        ):
+            assert np.array_equal(found, same)
+
+
 def test_a_second_run_is_the_first(device: Device, engine: TensorRtEngine) -> None:
     """What a run leaves on the device does not show in the next, nor does a run without reading in one with."""
     pipe = Pipeline(device.bundle, engine)

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 
 from dit_runtime.backends.conditioning import Condition, TableLimits, bytes_of_row, inputs_from_conditions
-from dit_runtime.backends.tensorrt import api as tensorrt_api
 from dit_runtime.backends.tensorrt.buffers import (
     DeviceBuffer,
     Layout,
@@ -79,8 +78,8 @@ class DeviceTable:
             region = layout[name]
             put(region.view(host), value)
             cuda.upload(self._inputs.address + region.offset, region.view(host), stream)
-            tensorrt_api.bind(context, name, self._inputs.address + region.offset, region.shape)
-        tensorrt_api.bind(context, self._name, self.address + first * self._row)
+            context.bind(name, self._inputs.address + region.offset, region.shape)
+        context.bind(self._name, self.address + first * self._row)
         device.start(context)
 
     def settle(self) -> None:

@@ -20,6 +20,7 @@ from dit_runtime.backends.profiles import Fit, Profiles, Shape
 from dit_runtime.backends.tensorrt import api as tensorrt_api
 from dit_runtime.backends.tensorrt.api import TensorRT
 from dit_runtime.backends.tensorrt.buffers import DeviceBuffer
+from dit_runtime.backends.tensorrt.context import Context
 from dit_runtime.backends.tensorrt.cuda import Cuda, DeviceFacts
 from dit_runtime.backends.tensorrt.memory import available_bytes_of, check_engine, describe_bytes
 from dit_runtime.backends.tensorrt.runtime_cache import RuntimeCache
@@ -46,15 +47,15 @@ class LoadedPlan:
         self.engine = tensorrt_api.engine_from_plan(runtime, content)
         self.tensors = tensorrt_api.tensors_of(library, self.engine)
         self.cache = RuntimeCache(library, self.engine, path, facts)
-        self._contexts: dict[int, Any] = {}
+        self._contexts: dict[int, Context] = {}
 
-    def make_context(self, profile: int, cuda: Cuda, stream: int) -> Any:
+    def make_context(self, profile: int, cuda: Cuda, stream: int) -> Context:
         """Make an execution context that only one captured graph uses."""
-        context = tensorrt_api.make_context(self._library, self.engine, profile, stream, self.cache.content)
+        raw = tensorrt_api.make_context(self._library, self.engine, profile, stream, self.cache.content)
         cuda.synchronize(stream)  # until the context has switched to the profile
-        return context
+        return Context(raw)
 
-    def context_for(self, profile: int, cuda: Cuda, stream: int) -> Any:
+    def context_for(self, profile: int, cuda: Cuda, stream: int) -> Context:
         """The context of a profile for calls that are not captured; made on first use."""
         if profile not in self._contexts:
             self._contexts[profile] = self.make_context(profile, cuda, stream)
@@ -170,12 +171,12 @@ class Device:
                 )
         return loaded
 
-    def context_for(self, loaded: LoadedPlan, profile: int) -> Any:
+    def context_for(self, loaded: LoadedPlan, profile: int) -> Context:
         """The context of a profile for calls that are not captured. Raises EngineError where the library refuses."""
         with self._explaining():
             return loaded.context_for(profile, self.cuda, self.stream)
 
-    def make_context(self, loaded: LoadedPlan, profile: int) -> Any:
+    def make_context(self, loaded: LoadedPlan, profile: int) -> Context:
         """A context that only one captured graph uses. Raises EngineError where the library refuses."""
         with self._explaining():
             return loaded.make_context(profile, self.cuda, self.stream)
@@ -261,19 +262,19 @@ class Device:
             "engine that does with dit-build (--batch, --branches, --rows, --decode-tile)"
         )
 
-    def start(self, context: Any) -> None:
+    def start(self, context: Context) -> None:
         """Queue the work of a context.
 
         Raises:
             EngineError: the library refuses. The message has the library's own errors.
         """
         with self._explaining():
-            tensorrt_api.enqueue(context, self.stream)
+            tensorrt_api.enqueue(context.raw, self.stream)
 
-    def give_activations(self, context: Any, loaded: LoadedPlan, profile: int) -> None:
+    def give_activations(self, context: Context, loaded: LoadedPlan, profile: int) -> None:
         """Give a context the shared memory block for activations, made as large as this context needs."""
         self.activations.reserve(max(loaded.activation_bytes_of(profile), 1))
-        tensorrt_api.give_memory(context, self.activations.address, self.activations.size)
+        context.give_memory(self.activations.address, self.activations.size)
 
     def check_open(self) -> None:
         """Raises EngineError once the device is closed."""

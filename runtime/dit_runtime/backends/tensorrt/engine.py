@@ -16,6 +16,10 @@ from dit_runtime.backends.tensorrt.store import StoredEngine
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import EngineError
 
+# Graphs whose calls are captured as CUDA graphs too: they run in the same shape again and again, and have hundreds of
+# kernels. The step has a loop of its own.
+CAPTURED = ("decoder",)
+
 
 class TensorRtEngine:
     """An engine on plans that ``dit-build`` made, on the GPU of this machine. Close it to free the device's memory.
@@ -26,7 +30,8 @@ class TensorRtEngine:
         library: TensorRT or TensorRT-RTX, imported.
         cuda: the GPU.
         threads: for the record only; the CPU computes nothing.
-        captured: whether the loop captures its steps as CUDA graphs; False queues each kernel in every step.
+        captured: whether the loop's steps and the decoder are captured as CUDA graphs; False queues each kernel in
+            every call.
 
     Raises:
         EngineError: the plans are of another bundle, image size, library, version or GPU.
@@ -84,7 +89,8 @@ class TensorRtEngine:
         with self.device.lock:
             if graph not in self._sessions:
                 self.device.find_stored_graph(graph)
-                self._sessions[graph] = TensorRtSession(self.device, graph)
+                captured = self._captured and graph in CAPTURED
+                self._sessions[graph] = TensorRtSession(self.device, graph, captured)
             return self._sessions[graph]
 
     def open_loop(self, limits: TableLimits) -> DeviceLoop:

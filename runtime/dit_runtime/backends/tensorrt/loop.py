@@ -273,7 +273,7 @@ class DeviceLoop:
     def _advance(self, fit: Fit, layout: Layout) -> DeviceStepResult:
         """Queue the step. The copies of its inputs are queued already, some of them from the staged memory."""
         self._memory.settle()
-        self._graphs.launch(fit, layout)
+        self._graphs.launch_step(fit, layout)
         self._staging.mark_sent()
         self._number += 1
         return DeviceStepResult(self, self._count, self._number)
