@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_runtime.backends.base import Engine, check_threads
-from dit_runtime.backends.open import engine_for
 from dit_runtime.bundle.manifest import ENCODER, Manifest
 from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle, open_bundle
@@ -33,7 +32,7 @@ from dit_runtime.sampling.labels import Label, list_labels, number_from_label, w
 from dit_runtime.sampling.requests import ImageRequest
 from dit_runtime.sampling.settings import Settings, check_whole, scales_from_setting
 from dit_runtime.sampling.tiles import check_tile, decode_in_tiles, images_from_decoded
-from dit_runtime.verify.auto import Choice, check_choice, choose_engine
+from dit_runtime.verify.auto import Choice, check_choice, choose_engine, open_named_engine
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -45,7 +44,8 @@ class Pipeline:
     Args:
         bundle: a bundle's folder, or an opened bundle.
         engine: ``auto`` (the fastest engine with a passing verdict; the quick verification runs first where there is no
-            verdict), an engine's name (used without a verdict), or an ``Engine`` for this bundle at this size.
+            verdict), an engine's name (used without a verdict, unless it is weakly typed), or an ``Engine`` for this
+            bundle at this size.
         threads: threads of the CPU, for an engine that is opened here; 0 lets the engine choose.
         size: height and width of the images in pixels, one of ``manifest.image_sizes``; None is the first, or the size
             of an opened bundle.
@@ -57,6 +57,7 @@ class Pipeline:
     Raises:
         BundleError: the bundle is missing, incomplete or altered, or has no graphs for that size.
         EngineError: the engine's name is unknown, its library is not installed, or there are too many threads.
+        ParityError: an engine that is weakly typed does not match the reference.
     """
 
     def __init__(
@@ -74,7 +75,9 @@ class Pipeline:
         check_threads(threads)
         self._threads = threads
         if engine != "auto":
-            self.engine = engine_for(self.bundle, engine, threads, precision) if isinstance(engine, str) else engine
+            self.engine = (
+                open_named_engine(self.bundle, engine, threads, precision) if isinstance(engine, str) else engine
+            )
 
     @cached_property
     def engine(self) -> Engine:

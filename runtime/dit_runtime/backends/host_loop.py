@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dit_runtime.backends.base import Array, Engine, Int32, RunInputs
+from dit_runtime.backends.base import Array, Engine, Int32, RunInputs, StepResult
 from dit_runtime.backends.conditioning import (
     Condition,
     ConditioningTable,
@@ -21,7 +21,12 @@ from dit_runtime.samplers.noise import Float32
 
 
 class HostTable:
-    """The rows of a conditioning table in one array. A call of the conditioner computes part of them."""
+    """The rows of a conditioning table in one array. A call of the conditioner computes part of them.
+
+    Attributes:
+        array: ``[R, …]``.
+        fills: how often rows were computed.
+    """
 
     granule = 1
 
@@ -29,10 +34,12 @@ class HostTable:
         self._conditioner, self._name = engine.session("conditioner"), spec.name
         self.capacity = max(1, limits.table_bytes // bytes_of_row(spec))
         self._chunk = max(1, limits.conditioner_bytes // bytes_of_row(spec))
+        self.fills = 0
         self.array: Array = np.empty((0, *(int(axis) for axis in spec.shape[1:])), np.dtype(spec.dtype))
 
     def fill(self, conditions: Sequence[Condition], first: int) -> None:
         """As ``TableMemory.fill``."""
+        self.fills += 1
         if not first and len(conditions) <= self._chunk:
             self.array = self._compute(conditions)  # most runs: one call computes all rows, and no row is copied
             return
@@ -85,7 +92,7 @@ class HostLoop:
         kept = list(positions)
         self._state, self._noise = self._state[kept], self._noise[kept]
 
-    def run_row(self, inputs: RunInputs, row: int, noise: Float32 | None) -> HostStepResult:
+    def run_row(self, inputs: RunInputs, row: int, noise: Float32 | None) -> StepResult:
         """As ``Loop.run_row``."""
         if noise is not None:
             self._noise[:] = noise
@@ -94,14 +101,14 @@ class HostLoop:
 
     def run_step(
         self, coefficients: Float32, guidance: Float32, rows: Int32, noise: Float32 | None, drawing: Sequence[int]
-    ) -> HostStepResult:
+    ) -> StepResult:
         """As ``Loop.run_step``."""
         # A row that draws no noise has k = 0, so noise left from an earlier step has no effect.
         if noise is not None:
             self._noise[list(drawing)] = noise
         return self._run(coefficients, guidance, rows)
 
-    def _run(self, coefficients: Float32, guidance: Float32, rows: Int32) -> HostStepResult:
+    def _run(self, coefficients: Float32, guidance: Float32, rows: Int32) -> StepResult:
         table = self._memory.array[: len(self.table)]
         inputs = step_inputs(self._manifest, self._state, coefficients, guidance, rows, table, self._noise)
         state, denoised = self._session.run(inputs, ["next_state", "denoised"])

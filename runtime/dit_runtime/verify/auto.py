@@ -138,6 +138,23 @@ def choose_engine(bundle: Bundle, threads: int = 0, name: str = AUTO, precision:
     )
 
 
+def open_named_engine(bundle: Bundle, name: str, threads: int = 0, precision: str | None = None) -> Engine:
+    """Open an engine by its name, whatever its verdict, unless it is weakly typed: that one has to pass.
+
+    Raises:
+        ParityError: a weakly typed engine does not match the reference.
+        EngineError: the engine cannot be opened.
+    """
+    engine = engine_for(bundle, name, threads, precision)
+    if not engine.info.weakly_typed or _passes(bundle, engine, _Report()):
+        return engine
+    engine.close()
+    raise ParityError(
+        f"{bundle.path}: {engine.info.name} chooses precisions of its own, and does not match the PyTorch reference "
+        f"here; run dit-verify {bundle.path} --engine {name} to see where, or use --engine onnxruntime-cuda"
+    )
+
+
 def check_choice(name: str, precision: str | None) -> None:
     """Raises EngineError for a precision without an engine's name: ``auto`` chooses the precision itself."""
     if name == AUTO and precision is not None:

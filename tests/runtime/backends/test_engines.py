@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.batches import mixed
 from support.optional import torch
 
 from dit_runtime import Pipeline
@@ -35,7 +36,8 @@ from dit_runtime.backends.openvino.engine import OpenVinoEngine
 from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle, open_bundle
 from dit_runtime.core import machine as cpu
-from dit_runtime.core.errors import BundleError, EngineError
+from dit_runtime.core.errors import BundleError, EngineError, ParityError
+from dit_runtime.verify import auto
 from dit_runtime.verify.auto import choose_engine
 from dit_runtime.verify.metrics import relative_error
 from dit_runtime.verify.verification import verification_of
@@ -615,6 +617,74 @@ def test_the_gpu_session_binds_and_computes_the_same(fp32: Bundle, capfd: pytest
     (name, options), *_ = GpuSession.opened[0].asked
     assert (name, options["use_tf32"]) == ("CUDAExecutionProvider", "0")
     assert capfd.readouterr().out == ""  # preloading prints what it does not find
+
+
+def test_the_loop_stays_on_the_gpu(fp32: Bundle, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On ONNX Runtime's own values, of the CPU here: the latents are the host's, and are sent once a run."""
+    import onnxruntime
+
+    sent: list[tuple[int, ...]] = []
+
+    def send(array: np.ndarray, device: str, number: int) -> Any:
+        sent.append(array.shape)
+        return onnxruntime.OrtValue.ortvalue_from_numpy(array.copy(), device, number)  # a GPU has its own
+
+    plain = onnxruntime.SessionOptions()
+    plain.intra_op_num_threads = 1
+    gpu.OrtValue = SimpleNamespace(ortvalue_from_numpy=send)
+    monkeypatch.setattr(onnxruntime_gpu.Provider, "memory", "cpu")
+    monkeypatch.setattr(
+        onnxruntime_engine,
+        "open_gpu_session",
+        lambda runtime, provider, path, *_: onnxruntime.InferenceSession(
+            path, plain, providers=["CPUExecutionProvider"]
+        ),
+    )
+    resident = Pipeline(fp32, open_engine(fp32, "onnxruntime-cuda"))
+    with monkeypatch.context() as patch:
+        patch.setattr(onnxruntime_engine, "import_onnxruntime", lambda: onnxruntime)
+        host = Pipeline(fp32, OnnxRuntimeEngine(fp32, threads=1))
+    assert resident.engine.info.loop_on_device
+    settings = {"sampler": "ddpm", "steps": 9, "guidance": 2.0, "guidance_interval": (0.4, 1.0)}
+    for labels in ([3], [1, 2, 3]):
+        found, expected = (list(pipe.trajectory(labels, 5, **settings)) for pipe in (resident, host))
+        for (_, *values), (_, *others) in zip(found, expected, strict=True):
+            assert all(np.array_equal(one, other) for one, other in zip(values, others, strict=True))
+    images = mixed(host)
+    expected = dict(host.stream(images, 3))
+    for index, latents in resident.stream(images, 3):  # eight samplers, images that join and leave
+        assert np.array_equal(latents, expected[index])
+    sent.clear()
+    resident.sample_latents(resident.prepare([1, 2], 5, sampler="ddim", steps=20, guidance=2.0))
+    assert len(sent) == 3  # state, noise and the whole conditioning table
+    sent.clear()
+    resident.sample_latents(resident.prepare([1, 2], 5, sampler="ddpm", steps=20, guidance=2.0))
+    assert len(sent) == 3 + 18  # noise again in every step but the last
+    rungs = verification_of(fp32, resident.engine, quick=True).rungs
+    assert [rung.name for rung in rungs if not rung.passed] == []
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_weakly_typed_engine_has_to_pass(fp32: Bundle, fp16: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT's provider may leave the graph's FP32: it says so, and is not used unverified even where it is named."""
+    monkeypatch.setattr(GpuSession, "providers", (onnxruntime_gpu.PROVIDERS["tensorrt"], "CPUExecutionProvider"))
+    assert not open_engine(fp32, "onnxruntime-tensorrt").info.weakly_typed
+    info = open_engine(fp16, "onnxruntime-tensorrt").info
+    assert info.weakly_typed
+    assert info.name.endswith(" Tensorrt H100, weakly typed")
+    verified: list[str] = []
+
+    def passes(bundle: Bundle, engine: Any, report: Any) -> bool:
+        verified.append(engine.info.name)
+        return len(verified) > 1
+
+    monkeypatch.setattr(auto, "_passes", passes)
+    with pytest.raises(ParityError, match=r"weakly typed chooses precisions of its own, .*--engine onnxruntime-cuda"):
+        Pipeline(fp16, "onnxruntime-tensorrt")
+    assert Pipeline(fp16, "onnxruntime-tensorrt").engine.info == info
+    assert verified == [info.name] * 2
+    Pipeline(fp32, "onnxruntime-tensorrt")
+    assert len(verified) == 2
 
 
 @pytest.mark.usefixtures("gpu")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from dit_runtime.backends.onnxruntime.gpu import (
     open_provider,
     reason_of,
     run_bound,
+    run_resident,
 )
+from dit_runtime.backends.onnxruntime.loop import ResidentLoop
 from dit_runtime.backends.outputs import check_outputs
 from dit_runtime.backends.prepared import facts_of, load_prepared
 from dit_runtime.bundle.manifest import SIZED_GRAPHS, GraphSpec
@@ -55,7 +58,9 @@ class OnnxRuntimeEngine:
         self._folder = None if store is None else store / "onnxruntime"
         self._sessions: dict[str, _OnnxRuntimeSession] = {}
         device = "CPU" if self._provider is None else self._provider.device
-        name = f"onnxruntime {self._runtime.__version__} {device}"
+        # With ``trt_fp16_enable`` TensorRT may compute what the graph keeps in FP32 (residuals, adaLN) in FP16.
+        weak = provider == "tensorrt" and bundle.manifest.precision.name == Precision.FP16
+        name = f"onnxruntime {self._runtime.__version__} {device}{', weakly typed' if weak else ''}"
         self.info = EngineInfo(
             name=name,
             identity=name,
@@ -65,6 +70,8 @@ class OnnxRuntimeEngine:
             precision=Precision.FP32 if self._provider is None else bundle.manifest.precision.name,
             graphs=tuple(bundle.manifest.graphs),
             threads=threads,
+            loop_on_device=provider == "cuda",
+            weakly_typed=weak,
         )
 
     def session(self, graph: str) -> _OnnxRuntimeSession:
@@ -82,8 +89,16 @@ class OnnxRuntimeEngine:
             self._sessions[graph].release()
 
     def open_loop(self, limits: TableLimits) -> HostLoop:
-        """As ``Engine.open_loop``."""
+        """As ``Engine.open_loop``. With the CUDA provider the loop stays on the GPU."""
+        if self.info.loop_on_device:
+            run = self.session("step").run_resident
+            return ResidentLoop(self, self._bundle.manifest, limits, self._send, run)
         return HostLoop(self, self._bundle.manifest, limits)
+
+    def _send(self, array: Array) -> Any:
+        """Copy an array to the provider's memory; returns ONNX Runtime's value."""
+        assert self._provider is not None
+        return self._runtime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self._provider.memory, 0)
 
     def close(self) -> None:
         """As ``Engine.close``."""
@@ -166,14 +181,31 @@ class _OnnxRuntimeSession:
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
         call = self._call = self._call or self._load()
-        try:
+        with self._explaining(inputs):
             found = call({name: np.ascontiguousarray(value) for name, value in inputs.items()}, outputs)
-        except Exception as error:  # ONNX Runtime's exception types are not public
-            shapes = ", ".join(f"{key} {value.dtype}{list(value.shape)}" for key, value in inputs.items())
-            raise EngineError(f"{self._name} failed on {shapes}: {reason_of(error)}; try a smaller batch") from error
         results = [np.asarray(result) for result in found]
         check_outputs(self._name, self._spec, inputs, outputs, results)
         return results
+
+    def run_resident(self, values: Mapping[str, Any], inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Any]:
+        """Run with values that are on the GPU, and stay there (``gpu.run_resident``)."""
+        call = self._call = self._call or self._load()
+        assert isinstance(call, functools.partial)  # of run_bound, with session and provider
+        session, provider, _ = call.args
+        with self._explaining(inputs):
+            results = run_resident(session, provider, values, inputs, outputs)
+        shapes = [np.broadcast_to(np.float32(0), value.shape()) for value in results]  # no memory: to be checked
+        check_outputs(self._name, self._spec, inputs, outputs, shapes)
+        return results
+
+    @contextlib.contextmanager
+    def _explaining(self, inputs: Mapping[str, Array]) -> Iterator[None]:
+        """Raise EngineError, with the inputs' shapes, for an error of ONNX Runtime."""
+        try:
+            yield
+        except Exception as error:  # ONNX Runtime's exception types are not public
+            shapes = ", ".join(f"{key} {value.dtype}{list(value.shape)}" for key, value in inputs.items())
+            raise EngineError(f"{self._name} failed on {shapes}: {reason_of(error)}; try a smaller batch") from error
 
     def release(self) -> None:
         self._call = None
