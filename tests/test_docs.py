@@ -455,3 +455,20 @@ def test_the_layout_lists_every_module() -> None:
     lacking = [f"{path}: {ast.get_docstring(ast.parse((ROOT / path).read_text()))}" for path in sorted(there - listed)]
     assert not lacking, "give it a line in docs/layout.md: " + "\n".join(line.partition("\n")[0] for line in lacking)
     assert not listed - there, f"in docs/layout.md, and not there: {sorted(listed - there)}"
+
+
+def test_errors_of_devices_are_the_codes_own() -> None:
+    """Each message in the table of failures is one that the packages have; … stands for what differs."""
+    page = ROOT / "docs" / "backends.md"
+    (table,) = (block for block in BLOCKS if block.page == page and block.text.startswith("| what is printed |"))
+    sources = [*(ROOT / "runtime").rglob("*.py"), *(ROOT / "engines").rglob("*.py")]
+    nodes = [node for path in sources for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    known = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    rows = table.text.splitlines()[2:]
+    assert len(rows) >= 6
+    for row in rows:
+        spans = [span for span in re.findall(r"`([^`]+)`", row.split(" | ")[0]) if not span.startswith("sudo ")]
+        assert spans, row
+        for span in spans:
+            for part in re.split(r"…|^tensorrt\b", span):
+                assert any(part.strip() in text for text in known), f"{page.name}: no error says {part!r}"
