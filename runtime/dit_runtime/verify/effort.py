@@ -20,6 +20,7 @@ class Effort:
     Attributes:
         batches: of the step, for each number of guidance branches.
         decoded: of decoder and encoder.
+        mixed: sampling steps of each image of a batch whose images differ in sampler, steps and guidance.
         table_bytes: size of the conditioning table whose rows are read.
         rows: rows of that table that are drawn at random, besides those next to powers of two.
         repeats: further calls of the step at each small shape, before the first call is made again.
@@ -28,24 +29,26 @@ class Effort:
 
     batches: Mapping[int, tuple[int, ...]]
     decoded: tuple[int, ...]
+    mixed: tuple[int, ...]
     table_bytes: int
     rows: int
     repeats: int
     sizes: bool
 
 
-QUICK = Effort({1: (1, 2, 3, 5), 2: (2, 5), 3: (2,)}, (1, 2, 3), 64 << 20, rows=0, repeats=0, sizes=False)
+QUICK = Effort({1: (1, 2, 3, 5), 2: (2, 5), 3: (2,)}, (1, 2, 3), (3, 6, 3), 64 << 20, rows=0, repeats=0, sizes=False)
 FULL = Effort(
     {1: (*range(1, 9), 13, 32), 2: (*range(1, 9), 13, 32), 3: (1, 2, 3, 4), 4: (2,), 5: (1, 3)},
     (1, 2, 3, 4, 5),
+    (3, 6, 3, 4, 2, 3, 5),
     256 << 20,
     rows=24,
     repeats=90,
     sizes=True,
 )
-QUICK_LARGE = Effort({1: (1, 2), 2: (2,), 3: (1,)}, (1, 2), 64 << 20, rows=0, repeats=0, sizes=False)
+QUICK_LARGE = Effort({1: (1, 2), 2: (2,), 3: (1,)}, (1, 2), (2, 2), 64 << 20, rows=0, repeats=0, sizes=False)
 FULL_LARGE = Effort(
-    {1: (1, 2, 3, 4, 6), 2: (1, 2, 3, 4), 3: (1, 2)}, (1, 2, 3), 256 << 20, rows=8, repeats=0, sizes=True
+    {1: (1, 2, 3, 4, 6), 2: (1, 2, 3, 4), 3: (1, 2)}, (1, 2, 3), (3, 5, 2), 256 << 20, rows=8, repeats=0, sizes=True
 )
 
 

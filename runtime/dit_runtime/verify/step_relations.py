@@ -14,9 +14,10 @@ import numpy as np
 from dit_runtime.backends.base import Array
 from dit_runtime.backends.conditioning import bytes_of_row
 from dit_runtime.backends.profiles import BatchShape
+from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.core.errors import SamplingError
 from dit_runtime.samplers.by_name import DIFFUSION_SAMPLERS, FLOW_SAMPLERS, schedule_for
-from dit_runtime.samplers.schedule import A_Z, B_E, COEFFICIENTS, INPUT, LOG_SIGMA, LOG_SIGMA_V, MATRIX, NOISE
+from dit_runtime.samplers.schedule import A_Z, B_E, COEFFICIENTS, INPUT, LOG_SIGMA, LOG_SIGMA_V, MATRIX, NOISE, Schedule
 from dit_runtime.verify.effort import Effort, list_shapes
 from dit_runtime.verify.made_images import Expected, MadeImages, Prediction, expected_from_terms
 from dit_runtime.verify.relation import Relation
@@ -55,7 +56,7 @@ class StepRelations:
         self.guidance = Relation(budget, "guidance of each image")
         self.sampler = Relation(budget, "sampler of each image")
         self.repeated = Relation(budget, "repeated call")
-        self.sampled = list_sampler_rows(replay)
+        self.sampled = list_sampler_rows(replay.bundle.manifest)
         guided = max((count for _, count in self.shapes if count <= 2), default=0)
         reading = [shape for shape in self.shapes if shape[1] == guided and shape[0] <= MOST_READING]
         self.shape_of_rows = max(reading, default=None)
@@ -263,14 +264,19 @@ def list_rows(count: int, drawn: int) -> Array:
     return np.unique(found[(found >= 0) & (found < count)])
 
 
-def list_sampler_rows(replay: Replay) -> list[SampledRow]:
-    """A first, a last and an inner row of every sampler that the model can use."""
-    manifest = replay.bundle.manifest
+def list_schedules(manifest: Manifest, steps: int) -> list[Schedule]:
+    """A schedule of every sampler that the model can use."""
     names = FLOW_SAMPLERS if manifest.diffusion.path else DIFFUSION_SAMPLERS
     schedules = []
     for name in names:
         with contextlib.suppress(SamplingError):  # a noise schedule that this sampler has no formula for
-            schedules.append(schedule_for(name, manifest.model, manifest.diffusion, STEPS))
+            schedules.append(schedule_for(name, manifest.model, manifest.diffusion, steps))
+    return schedules
+
+
+def list_sampler_rows(manifest: Manifest) -> list[SampledRow]:
+    """A first, a last and an inner row of every sampler that the model can use."""
+    schedules = list_schedules(manifest, STEPS)
     return [(each.sampler, each.coefficients[row]) for row in (-1, -2, 0) for each in schedules]
 
 

@@ -33,6 +33,7 @@ from dit_runtime.verify.conditions import conditions
 from dit_runtime.verify.coverage import coverage_of
 from dit_runtime.verify.decoder_relations import decoder_batches, encoder_batches
 from dit_runtime.verify.effort import Effort, effort_for
+from dit_runtime.verify.loop_relations import mixed_batch
 from dit_runtime.verify.replay import Replay
 from dit_runtime.verify.rung import Rung, Verification
 from dit_runtime.verify.step_relations import StepRelations
@@ -145,6 +146,7 @@ def relations(replay: Replay, effort: Effort) -> Iterator[Rung]:
     step = StepRelations(replay, effort)
     step.visit()
     yield from step.rungs()
+    yield mixed_batch(replay, effort)
     yield from decoder_batches(replay, effort)
     if ENCODER in replay.bundle.manifest.graphs:
         yield encoder_batches(replay, effort)
@@ -194,9 +196,9 @@ def _rung_count(replay: Replay, quick: bool) -> int:
     # trajectories and the four rungs of their images.
     always = _has_range(replay) + probed + (1 + guided) * (1 + manifest.model.learned_variance) + 5 + 6 * guided
     unguided = not (quick and guided)
-    # Conditioner's calls; batches, rows, samplers and the repeated call of the step; two rungs of the decoder; with
-    # guidance its batches, branches and scales.
-    relations = replay.bundle.has_records(CONDITIONS) + 7 + 3 * guided
+    # Conditioner's calls; batches, rows, samplers and the repeated call of the step; the loop; two rungs of the
+    # decoder; with guidance the step's batches, branches and scales.
+    relations = replay.bundle.has_records(CONDITIONS) + 8 + 3 * guided
     strong = _has_strong(replay) * (1 + (replay.tile is None))
     encoder = strong + 2 * (ENCODER in manifest.graphs)
     return always + unguided + relations + encoder + (1 + 2 * guided) * (not quick)

@@ -1,0 +1,142 @@
+"""The relation of the sampling loop: what it gives each image of a mixed batch, step by step.
+
+The images have different samplers, numbers of steps, guidance and labels; one joins later, and each leaves when it is
+finished. The loop is the engine's own, which sampling uses. From each state that it had, each image's next state
+follows from the step's results with that image alone (``made_images.py``), its schedule and its noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dit_runtime.backends.base import Array
+from dit_runtime.backends.step import state_from_latents
+from dit_runtime.samplers.guidance import Guidance, branches_from_labels
+from dit_runtime.samplers.noise import Noise
+from dit_runtime.samplers.schedule import B_E, INPUT, LOG_SIGMA, LOG_SIGMA_V, NOISE
+from dit_runtime.sampling.batch import Batch
+from dit_runtime.sampling.requests import ImageRequest
+from dit_runtime.verify.effort import Effort
+from dit_runtime.verify.made_images import (
+    Expected,
+    coefficients_to_predict,
+    expected_from_terms,
+    factor_to_read_variance,
+    variance_from_latents,
+)
+from dit_runtime.verify.relation import Relation
+from dit_runtime.verify.replay import RecordedInputs, Replay
+from dit_runtime.verify.rung import Rung
+from dit_runtime.verify.step_relations import expect_update, list_schedules
+
+SCALES = (1.5, 1.0, 3.0)  # of guidance, image by image
+# Samplers, image by image: one of the third order, one that draws noise of learned variance, one without memory. The
+# first one draws no noise, so that the place of an image that draws is not its place among those that draw.
+ORDER = (
+    *("dpmpp-3m", "ddpm", "ddim", "euler-ancestral", "unipc", "dpmpp-2m-sde", "dpmpp-2m"),
+    *("heun", "sde-heun", "euler", "sde-euler"),
+)
+SEED = 31  # of the first image
+
+
+class _Image(NamedTuple):
+    """An image in the loop: the state ``[3, C, H, W]`` that it must have, and the row that comes next."""
+
+    request: ImageRequest
+    stream: Noise
+    state: Array
+    row: int
+
+
+def mixed_batch(replay: Replay, effort: Effort) -> Rung:
+    """Each image of a mixed batch, after each step of the engine's loop, against what it must be."""
+    shape = (replay.model.latent_channels, *replay.model.latent_size)
+    most = replay.engine.info.batch_of(len(effort.mixed))
+    requests = make_requests(replay, effort.mixed[:most])
+    relation, images, largest = Relation(replay.budget, "mixed batch"), dict[int, _Image](), 0
+    waiting = list(enumerate(requests))
+    factor = factor_to_read_variance(2 * replay.bundle.records("forward_1")["v"])
+    with Batch(replay.engine, replay.bundle.manifest) as batch:
+        while waiting or len(batch):
+            # All but the last image at once; it joins beside images that have begun.
+            joining = waiting[: max(1, len(waiting) - 1)]
+            waiting = waiting[len(joining) :]
+            batch.add(joining)
+            for key, request in joining:
+                latents, stream = request.make_initial_latents(shape)
+                images[key] = _Image(request, stream, state_from_latents(latents[None])[0], 0)
+            largest = max(largest, len(batch))
+            advance = batch.advance(read=True)
+            for place, key in enumerate(advance.keys):
+                state, denoised = advance.result.state[place], advance.result.denoised[place]
+                where = f"at place {place + 1} of {len(advance.keys)}"
+                _check(relation, replay, images[key], [*state, denoised], where, factor)
+                image = images[key]
+                images[key] = image._replace(state=state.copy(), row=image.row + 1)
+    samplers = " ".join(dict.fromkeys(request.schedule.sampler for request in requests))
+    return relation.rung(f"{len(requests)} images, {largest} at once, {samplers}")
+
+
+def make_requests(replay: Replay, steps: Sequence[int]) -> list[ImageRequest]:
+    """Images that differ in sampler, steps, guidance and label; one is a mixture of two labels.
+
+    Args:
+        replay: the bundle and the engine.
+        steps: sampling steps of each image.
+    """
+    manifest, branches = replay.bundle.manifest, replay.engine.info.has_branches(2)
+    classes, guided, requests = manifest.model.classes, branches and manifest.model.has_null, []
+    for image, count in enumerate(steps):
+        schedules = {each.sampler: each for each in list_schedules(manifest, count)}
+        usable = [schedules[name] for name in ORDER if name in schedules]
+        schedule = usable[image % len(usable)]
+        guidance = Guidance(SCALES[image % len(SCALES)] if guided else 1.0)
+        label = (3 * image + 1) % classes
+        labels = {label: 1.0}
+        if image == 1 and branches and classes > 1:
+            labels = {label: 0.75, (label + 1) % classes: 0.25}
+        own = branches_from_labels(labels, guidance, schedule, manifest.model, manifest.diffusion)
+        requests.append(ImageRequest(labels, SEED + image, schedule, guidance, None, own))
+    return requests
+
+
+def _check(relation: Relation, replay: Replay, image: _Image, found: list[Array], where: str, factor: Array) -> None:
+    """Compare an image's three slots and ``denoised`` with what they must be. Draws the image's noise."""
+    request, row = image.request, image.row
+    schedule, latents = request.schedule, image.state[0]
+    coefficients = schedule.coefficients[row]
+    noise = np.zeros_like(latents)
+    if schedule.draws_noise[row]:
+        noise = request.draw_noise(image.stream, latents.shape)
+    e, v = _predict(replay, request, latents, row, factor)
+    expected = expect_update(image.state, e.value, v, coefficients, noise)
+    # What e and v are apart, the sampler multiplies.
+    spread = np.exp(coefficients[LOG_SIGMA] + coefficients[LOG_SIGMA_V] * v) * coefficients[NOISE] * noise
+    spread = np.abs(spread * coefficients[LOG_SIGMA_V] * v)
+    factors = np.abs([*coefficients[INPUT:LOG_SIGMA], coefficients[B_E]]).tolist()
+    names = ("slot 0", "slot 1", "slot 2", "denoised")
+    for name, one, wanted, times in zip(names, found, expected, factors, strict=True):
+        scale, norm = wanted.scale + times * e.scale, wanted.norm + times * e.norm
+        if name == "slot 0":
+            scale, norm = scale + float(spread.max()), norm + float(np.linalg.norm(spread))
+        step = f"{name} after row {row + 1} of {schedule.sampler}, guidance {request.guidance.scale:g}, {where}"
+        relation.add("forward", "forward_1", one, wanted.value, step, scale, norm)
+
+
+def _predict(replay: Replay, request: ImageRequest, latents: Array, row: int, factor: Array) -> tuple[Expected, Array]:
+    """The guided network output of an image, from each branch alone, and the variance ``[C, H, W]`` of branch 0."""
+    branches, schedule = request.branches, request.schedule
+    time = np.array([schedule.timesteps[schedule.rows[row]]])
+    coefficients, ones = coefficients_to_predict(1, factor), np.ones_like(latents[None])
+    terms, variance = [], np.zeros_like(latents)
+    for branch in range(int(branches.needed[row])):
+        label = branches.labels[branch : branch + 1]
+        inputs = RecordedInputs(latents[None], time, label, 1.0)
+        state, e = replay.run_step(inputs, coefficients, ones)
+        if not branch:
+            variance = variance_from_latents(state[0, 0], factor)
+        terms.append(branches.weights[row, branch][:, None, None] * e[0].astype(np.float64))
+    return expected_from_terms(terms), variance
