@@ -103,7 +103,9 @@ def make_requests(replay: Replay, steps: Sequence[int]) -> list[ImageRequest]:
     return requests
 
 
-def _check(relation: Relation, replay: Replay, image: _Image, found: list[Array], where: str, factor: Array) -> None:
+def _check(
+    relation: Relation, replay: Replay, image: _Image, found: list[Array], where: str, factor: np.float32
+) -> None:
     """Compare an image's three slots and ``denoised`` with what they must be. Draws the image's noise."""
     request, row = image.request, image.row
     schedule, latents = request.schedule, image.state[0]
@@ -126,7 +128,9 @@ def _check(relation: Relation, replay: Replay, image: _Image, found: list[Array]
         relation.add("forward", "forward_1", one, wanted.value, step, scale, norm)
 
 
-def _predict(replay: Replay, request: ImageRequest, latents: Array, row: int, factor: Array) -> tuple[Expected, Array]:
+def _predict(
+    replay: Replay, request: ImageRequest, latents: Array, row: int, factor: np.float32
+) -> tuple[Expected, Array]:
     """The guided network output of an image, from each branch alone, and the variance ``[C, H, W]`` of branch 0."""
     branches, schedule = request.branches, request.schedule
     time = np.array([schedule.timesteps[schedule.rows[row]]])
