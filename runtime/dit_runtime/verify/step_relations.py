@@ -125,12 +125,14 @@ class StepRelations:
             alone[0] = 1
             self._check(self.branches, images, conditions, alone)
             if branches > 2:
-                each = np.resize([1.3, -0.7, 0.9, -0.4, 0.6], branches)
-                self._check(self.branches, images, conditions, each[:, None, None] * np.ones_like(alone))
+                # Every branch with weights of both signs, small and as large as strong guidance has.
+                each = np.resize([1.3, -0.7, 0.9, -0.4, 0.6], branches)[:, None, None] * np.ones_like(alone)
+                self._check(self.branches, images, conditions, each)
+                self._check(self.branches, images, conditions, -6 * each)
         random = np.random.default_rng(batch)
         weights = (
             random.uniform(0.3, 1.5, (branches, batch, self.channels))
-            * np.where(np.arange(branches) % 2, -1, 1)[:, None, None]
+            * np.where((np.arange(branches)[:, None] + np.arange(batch)) % 2, -1, 1)[:, :, None]
         )
         for place in range(1, batch, 2):  # images with fewer branches read any row in the others
             weights[1 + place % branches :, place] = 0

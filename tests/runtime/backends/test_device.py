@@ -240,6 +240,7 @@ def test_an_engine_without_guidance_is_verified(bundles: dict[str, Path], tmp_pa
         "rows of the table",
         "sampler of each image",
         "repeated call",
+        "mixed batch",
         "decoder batches",
         "uint8 batches",
     ]

@@ -1,88 +1,37 @@
-"""Faults of a sampling loop whose images differ: the step is sound, and what the loop gives it is not."""
+"""Faults of a sampling loop on a device: the step is sound, and what the loop gives it is not.
+
+``tests/benchmarks/test_faults.py`` has the same faults in the loop on the host.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
+from engine_mistakes import LOOP_FAULTS, in_loop
 from support.cuda_double import Machine, stored_on
 
 from dit_engines.recipe import Recipe
-from dit_runtime.backends.host_loop import HostLoop
-from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
 from dit_runtime.backends.tensorrt.engine import TensorRtEngine
 from dit_runtime.backends.tensorrt.loop import DeviceLoop
-from dit_runtime.bundle.reader import Bundle, open_bundle
+from dit_runtime.bundle.reader import open_bundle
 from dit_runtime.verify.effort import QUICK
 from dit_runtime.verify.loop_relations import mixed_batch
 from dit_runtime.verify.replay import Replay
 from dit_runtime.verify.rung import Rung
 
 RECIPE = Recipe("this", "8.7", (1, 4), (1, 2), 64)
-Run = Callable[..., Any]
-LOOPS = {"host": HostLoop, "device": DeviceLoop}
+# Of the loop's three methods, the everyday run has one fault each.
+EVERYDAY = (
+    "the loop puts noise to the first images",
+    "the loop keeps other images than those that remain",
+    "the loop loses an image that joins",
+)
 
 
-def use_first_guidance(run: Run, loop: Any, coefficients: Any, guidance: Any, *others: Any) -> Any:
-    return run(loop, coefficients, np.repeat(guidance[:, :1], guidance.shape[1], axis=1), *others)
-
-
-def use_first_coefficients(run: Run, loop: Any, coefficients: Any, *others: Any) -> Any:
-    return run(loop, np.repeat(coefficients[:1], len(coefficients), axis=0), *others)
-
-
-def use_second_rows_for_third(run: Run, loop: Any, coefficients: Any, guidance: Any, rows: Any, *others: Any) -> Any:
-    rows = rows.copy()
-    rows[:, 2:3] = rows[:, 1:2]
-    return run(loop, coefficients, guidance, rows, *others)
-
-
-def put_noise_first(run: Run, loop: Any, coefficients: Any, guidance: Any, rows: Any, noise: Any, drawing: Any) -> Any:
-    """Noise goes to the first positions instead of those that draw it."""
-    return run(loop, coefficients, guidance, rows, noise, list(range(len(drawing)))[::-1])
-
-
-def keep_noise(run: Run, loop: Any, coefficients: Any, guidance: Any, rows: Any, noise: Any, drawing: Any) -> Any:
-    """The noise of the first step is drawn for all."""
-    first = loop.__dict__.setdefault("first_noise", noise)
-    return run(loop, coefficients, guidance, rows, None if noise is None else first[: len(noise)], drawing)
-
-
-def keep_first(keep: Run, loop: Any, positions: Sequence[int]) -> None:
-    """The images that remain are the first ones."""
-    keep(loop, list(range(len(positions))))
-
-
-def forget_when_joined(add: Run, loop: Any, latents: Any) -> None:
-    """An image that joins takes the latents of zero instead of its own."""
-    add(loop, np.zeros_like(latents) if hasattr(loop, "begun") else latents)
-    loop.begun = True
-
-
-FAULTS = {
-    "guidance of the first image": ("run_step", use_first_guidance),
-    "coefficients of the first image": ("run_step", use_first_coefficients),
-    "rows of another image": ("run_step", use_second_rows_for_third),
-    "noise of another image": ("run_step", put_noise_first),
-    "noise of the first step": ("run_step", keep_noise),
-    "another image leaves": ("keep", keep_first),
-    "an image that joins is lost": ("add", forget_when_joined),
-}
-
-
-@pytest.fixture(scope="module")
-def bundle(bundles: dict[str, Path]) -> Bundle:
-    return open_bundle(bundles["fp32"])
-
-
-def judged(bundle: Bundle, kind: str, folder: Path) -> Rung:
-    """The rung on ONNX Runtime's loop on the host, or on TensorRT's on the double of a device."""
-    if kind == "host":
-        return mixed_batch(Replay(bundle, OnnxRuntimeEngine(bundle, threads=1)), QUICK)
-    machine = Machine()
+def judged(path: Path, folder: Path) -> Rung:
+    """The rung of TensorRT's loop on the double of a device."""
+    bundle, machine = open_bundle(path), Machine()
     stored = stored_on(machine, bundle, folder / "plans", RECIPE)
     engine = TensorRtEngine(bundle, stored, machine.library, machine.cuda)
     rung = mixed_batch(Replay(bundle, engine), QUICK)
@@ -91,24 +40,29 @@ def judged(bundle: Bundle, kind: str, folder: Path) -> Rung:
     return rung
 
 
-@pytest.mark.parametrize("kind", LOOPS)
-def test_a_sound_loop_keeps_it(bundle: Bundle, kind: str, tmp_path: Path) -> None:
-    """Images that join and leave, with samplers of their own, are what they are alone, on the host and on a device."""
-    rung = judged(bundle, kind, tmp_path)
+def test_a_sound_loop_on_a_device_keeps_it(bundles: dict[str, Path], tmp_path: Path) -> None:
+    """Images that join and leave, with samplers of their own, are what they are alone."""
+    rung = judged(bundles["fp32"], tmp_path)
     assert rung.passed
     assert rung.value < 1e-6  # measured: 1.5e-7
     assert "3 images, 3 at once, dpmpp-3m ddpm ddim" in rung.detail
 
 
-@pytest.mark.parametrize("kind", LOOPS)
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_faulty_loop_breaks_it(
-    bundle: Bundle, name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "name",
+    [
+        # The others change what the same method is given.
+        pytest.param(name, marks=() if name in EVERYDAY else pytest.mark.slow)
+        for name in LOOP_FAULTS
+    ],
+)
+def test_a_faulty_loop_on_a_device_breaks_it(
+    bundles: dict[str, Path], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A loop that gives the step another image's numbers fails, on the host and on a device."""
-    method, change = FAULTS[name]
-    original = getattr(LOOPS[kind], method)
-    monkeypatch.setattr(LOOPS[kind], method, lambda loop, *args: change(original, loop, *args))
-    rung = judged(bundle, kind, tmp_path)
+    """A loop that gives the step another image's numbers, or loses an image, fails."""
+    change, method = LOOP_FAULTS[name]
+    for patch in in_loop(change, method, DeviceLoop):
+        monkeypatch.setattr(*patch)
+    rung = judged(bundles["fp32"], tmp_path)
     assert not rung.passed
     assert "after row" in rung.detail
