@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any, Literal, NamedTuple
 
@@ -24,12 +24,18 @@ from dit_runtime.core.decode import DecodeError
 OPSET = 20
 IR_VERSIONS = range(8, 14)  # opset 20 came with 9; 13 is the newest that onnx 1.21 knows
 MOST_FIELDS = 2_000_000  # of a file: DiT-XL's step has 30,000
+MOST_NODES = 10_000  # a block has 28: DiT-XL's step has 900
 MOST_AXES = 16
 MOST_VALUES = 1 << 48  # of a tensor
 DTYPES = {  # TensorProto.DataType: what a tensor may hold, as numpy names it
     **{1: "float32", 2: "uint8", 3: "int8", 4: "uint16", 5: "int16", 6: "int32", 7: "int64", 9: "bool"},
     **{10: "float16", 11: "float64", 12: "uint32", 13: "uint64", 16: "bfloat16"},
 }
+# What a constant may make of a tensor, so that a graph takes the memory that its own inputs and weights call for.
+MOST_MADE = 1 << 28  # elements of a constant shape; an axis that the batch decides counts 1
+MOST_SCALED = 64  # times as many elements by Resize: the autoencoder's has 4
+MOST_LISTED = 256  # pads, strides, kernel or axes of a node: the autoencoder's kernels have 3
+SHAPES = {"Expand": (1,), "Reshape": (1,), "Resize": (2, 3), "Pad": (1,)}  # inputs that decide the result's shape
 EXTERNAL = 1  # TensorProto.DataLocation
 
 Span = tuple[int, int]  # where a text, some bytes or a message begins and ends in the file
@@ -83,6 +89,8 @@ TENSOR = {
     **{16: _NOTES, **_refuse(segment=3, float_data=4, int32_data=5, string_data=6, int64_data=7, double_data=10)},
     **_refuse(uint64_data=11),
 }
+TYPED_DATA = {4: "float_data", 5: "int32_data", 7: "int64_data", 10: "double_data", 11: "uint64_data"}
+WRITTEN_TENSOR = {**TENSOR, **{number: _Field(name, "bytes", repeated=True) for number, name in TYPED_DATA.items()}}
 ENTRY = {1: _Field("key", "text"), 2: _Field("value", "text")}
 VALUE_INFO = {1: _NAME, 2: _Field("type", "bytes"), 3: _DOC, 4: _NOTES}
 TYPE = {1: _Field("tensor_type", "bytes"), 6: _Field("denotation", "text")}
@@ -136,6 +144,34 @@ def check_graph(content: bytes, spec: GraphSpec, weights_bytes: int) -> None:
         _check_tensor(tensor, location, weights_bytes)
 
 
+def check_places(content: bytes, weights: str, weights_bytes: int) -> None:
+    """Check where the tensors lie of a graph that ONNX Runtime wrote, before ONNX Runtime reads it again.
+
+    Such a graph has operators, versions and forms of data of ONNX Runtime's own, which are not looked at.
+
+    Args:
+        content: of the ONNX file.
+        weights: name of the one other file that tensors may lie in, in the same folder.
+        weights_bytes: size of that file.
+
+    Raises:
+        DecodeError: the content is damaged, has a subgraph or a function, or a tensor does not lie wholly in this file
+            or in ``weights``.
+    """
+    reader = _Reader(content)
+    for tensor in reader.read_written_tensors():
+        if not tensor.external:
+            continue
+        packed = [entry for entry in tensor.external if re.fullmatch(r"prepacked_[0-9]{1,4}", entry[0], re.ASCII)]
+        plain = tuple(entry for entry in tensor.external if entry not in packed)
+        _check_tensor(replace(tensor, external=plain), weights, weights_bytes)
+        for _, text in packed:  # NAME|OFFSET;LENGTH;HASH|OFFSET;LENGTH;HASH…
+            for part in text.split("|")[1:]:
+                offset, length = (_natural(number) for number in [*part.split(";"), "", ""][:2])
+                if offset is None or length is None or offset + length > weights_bytes:
+                    raise DecodeError(f"tensor {tensor.name!r:.60} is packed at {part!r:.60} of {weights_bytes} bytes")
+
+
 def read_tensors(content: bytes) -> Iterator[StoredTensor]:
     """Every tensor of an ONNX file: initializers, then those in its nodes' attributes. Raises DecodeError."""
     reader = _Reader(content)
@@ -150,7 +186,7 @@ class _Reader:
 
     def read_graph(self) -> _Values:
         """The graph's fields, with the versions of the file checked."""
-        model = self._read((0, len(self._content)), MODEL, "model")
+        model = self._read_model()
         if (version := _one(model, "ir_version", 0)) not in IR_VERSIONS:
             raise DecodeError(f"IR version {version}, expected {IR_VERSIONS[0]} to {IR_VERSIONS[-1]}")
         imports = [self._read(span, OPSET_ID, "opset_import") for span in model["opset_import"]]
@@ -162,6 +198,19 @@ class _Reader:
             raise DecodeError("no graph in it")
         return self._read(model["graph"][0], GRAPH, "graph")
 
+    def _read_model(self) -> _Values:
+        return self._read((0, len(self._content)), MODEL, "model")
+
+    def read_written_tensors(self) -> Iterator[StoredTensor]:
+        """Every tensor of a graph of any operators and versions, with data of any form."""
+        for graph in (self._read(span, GRAPH, "graph") for span in self._read_model()["graph"]):
+            spans = list(graph["initializer"])
+            for node in (self._read(span, NODE, "node") for span in graph["node"]):
+                for attribute in (self._read(span, ATTRIBUTE, "attribute") for span in node["attribute"]):
+                    spans += (*attribute["t"], *attribute["tensors"])
+            for span in spans:
+                yield self._read_tensor(span, WRITTEN_TENSOR)
+
     def read_value(self, span: Span) -> tuple[str, str]:
         """Name and dtype of an input or output."""
         value = self._read(span, VALUE_INFO, "value_info")
@@ -172,22 +221,53 @@ class _Reader:
     def read_tensors(self, graph: _Values) -> Iterator[StoredTensor]:
         """Every tensor of the graph; checks the nodes too."""
         made = {self.read_value(span)[0] for span in graph["input"]}
+        constants: dict[str, Span] = {}
         for span in graph["initializer"]:
             tensor = self._read_tensor(span)
             _add_names(made, [tensor.name], "an initializer")
+            constants[tensor.name] = span
             yield tensor
+        if len(graph["node"]) > MOST_NODES:
+            raise DecodeError(f"{len(graph['node'])} nodes, expected at most {MOST_NODES}")
         for span in graph["node"]:
             node = self._read(span, NODE, "node")
             _check_node(node, made)
             attributes = [self._read(inner, ATTRIBUTE, "attribute") for inner in node["attribute"]]
-            _add_names(set(), [_one(attribute, "name", "") for attribute in attributes], "an attribute")
+            _check_attributes(node, attributes)
             for attribute in attributes:
                 yield from map(self._read_tensor, (*attribute["t"], *attribute["tensors"]))
+            if node["op_type"] == ["Constant"]:
+                if [_one(each, "name", "") for each in attributes if each["t"]] != ["value"]:
+                    raise DecodeError(f"node {_one(node, 'name', '')!r:.60} is a constant without a tensor")
+                constants[node["output"][0]] = next(each["t"][0] for each in attributes if each["t"])
+            self._check_shapes(node, constants)
         if lost := [name for name in (self.read_value(span)[0] for span in graph["output"]) if name not in made]:
             raise DecodeError(f"output {lost[0]!r:.60} is made by no node")
 
-    def _read_tensor(self, span: Span) -> StoredTensor:
-        tensor = self._read(span, TENSOR, "tensor")
+    def _check_shapes(self, node: _Values, constants: Mapping[str, Span]) -> None:
+        """Raises DecodeError for a constant that makes a tensor far larger than any that a graph has."""
+        operator, what = node["op_type"][0], f"node {_one(node, 'name', '')!r:.60}"
+        for place in SHAPES.get(operator, ()):
+            span = constants.get(node["input"][place]) if place < len(node["input"]) else None
+            if span is None:
+                continue
+            start, end = _one(self._read(span, TENSOR, "tensor"), "raw_data", (0, 0))
+            dtype = np.dtype(self._read_tensor(span).dtype.replace("bfloat16", "uint16"))
+            if start == end or (end - start) % dtype.itemsize or end - start > 8 * 2 * MOST_AXES:
+                raise DecodeError(f"{what} reads {node['input'][place]!r:.60}, which is no short list in the file")
+            values = [float(number) for number in np.frombuffer(self._content[start:end], dtype)]
+            if not all(map(math.isfinite, values)):
+                raise DecodeError(f"{what} makes a tensor by {values[:MOST_AXES]}, expected finite numbers")
+            if operator == "Pad":
+                largest, most = max(map(abs, values)), MOST_LISTED
+            else:
+                largest = math.prod(max(1.0, number) for number in values)
+                most = MOST_SCALED if operator == "Resize" and place == 2 else MOST_MADE
+            if largest > most:
+                raise DecodeError(f"{what} makes a tensor by {[f'{one:g}' for one in values]}, expected at most {most}")
+
+    def _read_tensor(self, span: Span, table: _Table = TENSOR) -> StoredTensor:
+        tensor = self._read(span, table, "tensor")
         name, code, shape = _one(tensor, "name", ""), _one(tensor, "data_type", 0), tuple(tensor["dims"])
         if code not in DTYPES:
             raise DecodeError(f"tensor {name!r:.60} of data type {code}, expected numbers of a known type")
@@ -291,6 +371,17 @@ def _check_node(node: _Values, made: set[str]) -> None:
     if not any(node["output"]):
         raise DecodeError(f"{what} has no output")
     _add_names(made, [name for name in node["output"] if name], what)
+
+
+def _check_attributes(node: _Values, attributes: list[_Values]) -> None:
+    """Raises DecodeError for an attribute that is there twice, or has a number far too large.
+
+    A library takes memory for pads and strides as large as they are.
+    """
+    what = f"node {_one(node, 'name', '')!r:.60}"
+    _add_names(set(), [_one(attribute, "name", "") for attribute in attributes], "an attribute")
+    if large := [number for attribute in attributes for number in attribute["ints"] if abs(number) > MOST_LISTED]:
+        raise DecodeError(f"{what} has {large[0]} in an attribute, expected at most {MOST_LISTED}")
 
 
 def _add_names(known: set[str], names: list[str], what: str) -> None:

@@ -20,7 +20,7 @@ _INPUTS = {
     ),
     (1, 3): "Clip",
     (1, 4): "Resize",
-    (1, MANY): "Concat Einsum Max Mean Min Sum",
+    (1, MANY): "Concat Max Mean Min Sum",
     (2, 2): (
         "Add And CastLike CumSum Div Equal Expand Gather GatherElements GatherND Greater GreaterOrEqual Less "
         "LessOrEqual MatMul Mod Mul Or PRelu Pow Reshape Sub Unsqueeze Xor"

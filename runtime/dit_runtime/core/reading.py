@@ -24,7 +24,7 @@ KEEP_LIST_BYTES = MIB
 CONFIG_BYTES = 16 * MIB  # of a checkpoint's JSON files
 RESULTS_BYTES = 256 * MIB  # images of 1024 pixels are a tenth of it
 IMAGE_BYTES = 512 * MIB
-NOISE_BYTES = 4 * GIB  # as many images at once as a machine can sample
+NOISE_BYTES = 256 * MIB  # 4096 images of 512 pixels
 TIMING_CACHE_BYTES = GIB
 KERNELS_BYTES = GIB  # that TensorRT-RTX compiled on a GPU
 GRAPH_BYTES = 512 * MIB  # of an ONNX file without its weights
@@ -42,7 +42,8 @@ def open_file(path: str | Path, limit_bytes: int | None, within: Path | None = N
     """Open a regular file to read it from its start.
 
     Args:
-        path: of the file. What is not a regular file, as a pipe, a device or a folder, is refused and never waited for.
+        path: of the file. What is not a regular file, as a pipe, a device or a folder, is refused and never waited for;
+            nor is one of /proc or /sys, which have no size, and some of which wait.
         limit_bytes: the most bytes that the file may have; None is a file that is read in pieces, whatever its size.
         within: a folder that no link may lead out of: the bundle, the store or the checkpoint that the file belongs to.
             None is a file that the user named, which may be a link to anywhere.
@@ -61,6 +62,8 @@ def open_file(path: str | Path, limit_bytes: int | None, within: Path | None = N
                 raise FileError("not a regular file")
             if limit_bytes is not None and found.st_size > limit_bytes:
                 raise FileError(f"{found.st_size} bytes, larger than {limit_bytes} bytes")
+            if not found.st_size and os.pread(handle, 1, 0):
+                raise FileError("a file that the system makes up while it is read, expected one that is stored")
             return os.fdopen(handle, "rb")
         except BaseException:
             os.close(handle)
@@ -79,7 +82,7 @@ def read_file(path: str | Path, limit_bytes: int, within: Path | None = None) ->
         with open_file(path, limit_bytes, within) as file:
             expected = os.fstat(file.fileno()).st_size
             content = file.read(expected + 1)  # Python makes room for as many bytes as are asked for
-            if len(content) > expected:  # it grows, or is one of /proc, which have a size of 0
+            if len(content) > expected:  # it grows
                 content += file.read(limit_bytes + 1 - len(content))
     except OSError as error:
         raise FileError(f"cannot be read ({error.strerror or error})") from error

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import hashlib
+import json
 import logging
 import os
 import queue
@@ -20,7 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.batches import mixed
-from support.optional import torch
+from support.optional import onnx, torch
 
 from dit_runtime import Pipeline
 from dit_runtime.backends import prepared
@@ -355,6 +357,41 @@ def test_a_damaged_prepared_graph_is_made_again(
     caplog.clear()
     assert np.array_equal(stepped(opened(fp16, tmp_path), inputs), expected)
     assert caplog.messages == []
+
+
+def sign(sidecar: Path) -> None:
+    """Give a prepared graph's sidecar the sizes and hashes that its files have."""
+    facts = json.loads(sidecar.read_text())
+    for name in facts["files"]:
+        content = (sidecar.parent / name).read_bytes()
+        facts["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    sidecar.write_text(json.dumps(facts))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("location", "*/_ORT_MEM_ADDR_/*"), ("location", "../secret"), ("offset", "99999999"), ("prepacked_0", "a|9;1e9")],
+)
+def test_a_prepared_graph_with_weights_elsewhere(
+    key: str, value: str, fp32: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Fails by a crash of ONNX Runtime: whoever writes into the store writes the sidecar with the hashes too."""
+    caplog.set_level(logging.INFO, "dit_runtime")
+    inputs = step_inputs(fp32)
+    expected = stepped(onnxruntime_cpu(fp32, tmp_path), inputs)
+    (path,) = tmp_path.rglob("model.onnx")
+    model = onnx.load(path, load_external_data=False)
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.external_data)
+    entries = {entry.key: entry.value for entry in tensor.external_data} | {key: value}
+    del tensor.external_data[:]
+    for each, text in entries.items():
+        tensor.external_data.add(key=each, value=text)
+    path.write_bytes(model.SerializeToString())
+    sign(path.with_name(prepared.SIDECAR))
+    assert np.allclose(stepped(onnxruntime_cpu(fp32, tmp_path), inputs), expected, atol=1e-5)
+    (line,) = caplog.messages
+    assert "so not used" in line
+    assert tensor.name in line
 
 
 @opened

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -100,6 +102,21 @@ def set_input(node: onnx.NodeProto, name: str) -> None:
     node.input[1] = name
 
 
+def of_number(number: int) -> onnx.NodeProto:
+    return onnx.helper.make_node("Constant", [], ["number"], value_int=number)
+
+
+def grow(operator: str, place: int, shape: np.ndarray[Any, Any]) -> Change:
+    """Adds a node that makes a tensor of a constant shape, which is its input ``place``."""
+
+    def change(model: onnx.ModelProto) -> None:
+        model.graph.initializer.append(onnx.numpy_helper.from_array(shape, "shape"))
+        inputs = [model.graph.input[0].name, *[""] * (place - 1), "shape"]
+        model.graph.node.append(onnx.helper.make_node(operator, inputs, ["grown"]))
+
+    return change
+
+
 def by_number(tensor: onnx.TensorProto) -> None:
     tensor.ClearField("raw_data")
     tensor.int64_data.extend([1])
@@ -173,6 +190,25 @@ ALTERED: dict[str, tuple[Change, str]] = {
     ),
     "a node of no output": (lambda m: of_kind(m, "MatMul").ClearField("output"), "has no output"),
     "an output of nothing": (lambda m: m.graph.node.pop(), "is made by no node"),
+    "nodes without end": (lambda m: m.graph.node.extend([m.graph.node[0]] * 10_000), "nodes, expected at most 10000"),
+    "a constant of a number": (lambda m: m.graph.node.insert(0, of_number(3)), "is a constant without a tensor"),
+    **{
+        f"{operator} to {list(values)}": (grow(operator, place, np.array(values, dtype)), message)
+        for operator, place, dtype, values, message in (
+            ("Expand", 1, np.int64, (3000, 1000, 1000), "makes a tensor by .*'3000', '1000', '1000'"),
+            ("Reshape", 1, np.int64, (1 << 62, 1 << 62), "makes a tensor by"),
+            ("Expand", 1, np.int64, (), "which is no short list"),
+            ("Expand", 1, np.int64, [1] * 1000, "which is no short list"),
+            ("Resize", 2, np.float32, (1, 1, 1e9, 1), "expected at most 64"),
+            ("Resize", 2, np.float32, (1, 1, math.nan, 1), "expected finite numbers"),
+            ("Resize", 3, np.int64, (1, 1, 1 << 20, 1 << 20), "makes a tensor by"),
+            ("Pad", 1, np.int64, (0, 0, 0, 1 << 40), "expected at most 256"),
+        )
+    },
+    "pads without end": (
+        lambda m: m.graph.node[0].attribute.append(onnx.helper.make_attribute("sides", [1 << 31] * 4)),
+        "has 2147483648 in an attribute",
+    ),
     "no input": (lambda m: m.graph.input.pop(), "inputs: got"),
     "another input": (lambda m: setattr(m.graph.input[0], "name", "\x1b[31m\n"), "inputs: got"),
     "an output of another type": (lambda m: setattr(m.graph.output[0].type.tensor_type, "elem_type", 7), "outputs:"),

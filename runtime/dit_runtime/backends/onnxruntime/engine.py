@@ -24,15 +24,18 @@ from dit_runtime.backends.onnxruntime.gpu import (
 from dit_runtime.backends.onnxruntime.loop import ResidentLoop
 from dit_runtime.backends.outputs import check_outputs
 from dit_runtime.backends.prepared import facts_of, load_prepared
+from dit_runtime.bundle.graph_file import check_places
 from dit_runtime.bundle.manifest import SIZED_GRAPHS, GraphSpec
 from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import DiTError, EngineError
 from dit_runtime.core.libraries import switch_telemetry_off
+from dit_runtime.core.reading import GRAPH_BYTES, read_file
 
 Call = Callable[[Mapping[str, Array], Sequence[str]], list[Array]]
 
 CPU = "CPUExecutionProvider"
+MODEL, WEIGHTS = "model.onnx", "model.weights"  # the files of a prepared graph
 # These graphs run once, or for a few rows: packing their weights costs more time than it saves, and a copy in memory.
 UNPACKED = ("probe", "conditioner")
 
@@ -144,13 +147,17 @@ class OnnxRuntimeEngine:
         options = self._make_options()
         # The prepared graph is optimized already.
         options.graph_optimization_level = self._runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        return self._open(folder / "model.onnx", options)
+        path, weights = folder / MODEL, folder / WEIGHTS
+        check_places(
+            read_file(path, GRAPH_BYTES, within=folder), WEIGHTS, weights.stat().st_size if weights.exists() else 0
+        )
+        return self._open(path, options)
 
     def _write(self, path: Path, folder: Path) -> None:
         options = self._make_options()
-        options.optimized_model_filepath = os.fspath(folder / "model.onnx")
+        options.optimized_model_filepath = os.fspath(folder / MODEL)
         for key, value in (
-            ("optimized_model_external_initializers_file_name", "model.weights"),
+            ("optimized_model_external_initializers_file_name", WEIGHTS),
             ("optimized_model_external_initializers_min_size_in_bytes", "1024"),
             ("save_external_prepacked_constant_initializers", "1"),
         ):
