@@ -124,7 +124,7 @@ def _config_beside(file: Path) -> dict[str, Any] | None:
     """The configuration in the file's folder, if it is that of an autoencoder."""
     path = file.parent / "config.json"
     config = read_json_object(path) if path.is_file() else {}
-    return config if config.get("_class_name") in AUTOENCODERS else None
+    return config if config.get("_class_name") in tuple(AUTOENCODERS) else None
 
 
 def _config_from_shapes(file: Path, stored: Stored) -> tuple[str, dict[str, Any]]:

@@ -77,7 +77,7 @@ def load_autoencoder(folder: Path, variant: str | None, scaling: tuple[float, ..
         shown = f"; name one of its files: {', '.join(file.name for file in files[:10])}" if files else ""
         raise CheckpointError(f"{config}: missing; expected an autoencoder's folder{shown}")
     kind = read_json_object(config).get("_class_name")
-    if kind not in AUTOENCODERS:
+    if kind not in tuple(AUTOENCODERS):  # JSON has values that no dictionary can be asked for
         raise CheckpointError(f"{folder}: is a {kind}; expected an {' or an '.join(AUTOENCODERS)}")
     refuse_scaling(config, scaling)
     autoencoder: Autoencoder = load_module(folder, AUTOENCODERS[kind], _variant_of(folder, variant))

@@ -133,6 +133,13 @@ def draw_plot(report: dict[str, Any], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    from matplotlib import style
+
+    with style.context("default"):  # not a matplotlibrc of the current folder, which can start LaTeX
+        _draw(report, path)
+
+
+def _draw(report: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     batches = list(report["parts"])

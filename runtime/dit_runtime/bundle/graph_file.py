@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from dit_runtime.bundle.manifest import GraphSpec, TensorSpec
-from dit_runtime.bundle.operators import INPUTS
+from dit_runtime.bundle.operators import DIVIDING, INPUTS, WHOLE_TYPES, makes_whole
 from dit_runtime.core.decode import DecodeError
 
 OPSET = 20
@@ -222,10 +222,13 @@ class _Reader:
         """Every tensor of the graph; checks the nodes too."""
         made = {self.read_value(span)[0] for span in graph["input"]}
         constants: dict[str, Span] = {}
+        whole = {name for name, dtype in map(self.read_value, graph["input"]) if _is_whole(dtype)}
         for span in graph["initializer"]:
             tensor = self._read_tensor(span)
             _add_names(made, [tensor.name], "an initializer")
             constants[tensor.name] = span
+            if _is_whole(tensor.dtype):
+                whole.add(tensor.name)
             yield tensor
         if len(graph["node"]) > MOST_NODES:
             raise DecodeError(f"{len(graph['node'])} nodes, expected at most {MOST_NODES}")
@@ -236,6 +239,8 @@ class _Reader:
             _check_attributes(node, attributes)
             for attribute in attributes:
                 yield from map(self._read_tensor, (*attribute["t"], *attribute["tensors"]))
+            if self._makes_whole(node, attributes, whole, constants):
+                whole.update(node["output"])
             if node["op_type"] == ["Constant"]:
                 if [_one(each, "name", "") for each in attributes if each["t"]] != ["value"]:
                     raise DecodeError(f"node {_one(node, 'name', '')!r:.60} is a constant without a tensor")
@@ -244,6 +249,23 @@ class _Reader:
         if lost := [name for name in (self.read_value(span)[0] for span in graph["output"]) if name not in made]:
             raise DecodeError(f"output {lost[0]!r:.60} is made by no node")
 
+    def _makes_whole(
+        self, node: _Values, attributes: list[_Values], whole: set[str], constants: Mapping[str, Span]
+    ) -> bool:
+        """Whether a node makes whole numbers; ``whole`` are the names of those before it.
+
+        Raises:
+            DecodeError: it divides whole numbers by anything but constants from 1.
+        """
+        operator, inputs = node["op_type"][0], [name in whole for name in node["input"]]
+        if operator == "Constant":
+            return any(_is_whole(self._read_tensor(span).dtype) for each in attributes for span in each["t"])
+        if operator in DIVIDING and inputs[0]:
+            span = constants.get(node["input"][1]) if operator == "Div" else None
+            if min(self._read_values(span) if span else [], default=0) < 1:
+                raise DecodeError(f"node {_one(node, 'name', '')!r:.60} divides whole numbers by what may be 0 or less")
+        return makes_whole(operator, inputs, next((one for each in attributes for one in each["i"]), 0))
+
     def _check_shapes(self, node: _Values, constants: Mapping[str, Span]) -> None:
         """Raises DecodeError for a constant that makes a tensor far larger than any that a graph has."""
         operator, what = node["op_type"][0], f"node {_one(node, 'name', '')!r:.60}"
@@ -251,11 +273,9 @@ class _Reader:
             span = constants.get(node["input"][place]) if place < len(node["input"]) else None
             if span is None:
                 continue
-            start, end = _one(self._read(span, TENSOR, "tensor"), "raw_data", (0, 0))
-            dtype = np.dtype(self._read_tensor(span).dtype.replace("bfloat16", "uint16"))
-            if start == end or (end - start) % dtype.itemsize or end - start > 8 * 2 * MOST_AXES:
+            values = self._read_values(span)
+            if not values:
                 raise DecodeError(f"{what} reads {node['input'][place]!r:.60}, which is no short list in the file")
-            values = [float(number) for number in np.frombuffer(self._content[start:end], dtype)]
             if not all(map(math.isfinite, values)):
                 raise DecodeError(f"{what} makes a tensor by {values[:MOST_AXES]}, expected finite numbers")
             if operator == "Pad":
@@ -265,6 +285,14 @@ class _Reader:
                 most = MOST_SCALED if operator == "Resize" and place == 2 else MOST_MADE
             if largest > most:
                 raise DecodeError(f"{what} makes a tensor by {[f'{one:g}' for one in values]}, expected at most {most}")
+
+    def _read_values(self, span: Span) -> list[float]:
+        """The numbers of a short tensor in the file; none of any other."""
+        start, end = _one(self._read(span, TENSOR, "tensor"), "raw_data", (0, 0))
+        dtype = np.dtype(self._read_tensor(span).dtype.replace("bfloat16", "uint16"))
+        if (end - start) % dtype.itemsize or end - start > 8 * 2 * MOST_AXES:
+            return []
+        return [float(number) for number in np.frombuffer(self._content[start:end], dtype)]
 
     def _read_tensor(self, span: Span, table: _Table = TENSOR) -> StoredTensor:
         tensor = self._read(span, table, "tensor")
@@ -371,6 +399,10 @@ def _check_node(node: _Values, made: set[str]) -> None:
     if not any(node["output"]):
         raise DecodeError(f"{what} has no output")
     _add_names(made, [name for name in node["output"] if name], what)
+
+
+def _is_whole(dtype: str) -> bool:
+    return dtype in {DTYPES[code] for code in WHOLE_TYPES}
 
 
 def _check_attributes(node: _Values, attributes: list[_Values]) -> None:

@@ -5,6 +5,8 @@ Those are left out that hold subgraphs, text, sequences or chance, and that make
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 MANY = 1 << 16
 
 _INPUTS = {
@@ -33,3 +35,27 @@ _INPUTS = {
 }
 # By operator: the least number of inputs, each of which must be there, and the most.
 INPUTS = {name: bounds for bounds, names in _INPUTS.items() for name in names.split()}
+
+# A library divides whole numbers as the processor does, which ends the process at 0 and at the least number by -1.
+DIVIDING = ("Div", "Mod", "ReduceMean")
+_WHOLE = ("Shape", "Size", "ArgMax", "ArgMin", "QuantizeLinear")
+_NOT_WHOLE = (
+    *("And", "Equal", "Greater", "GreaterOrEqual", "IsInf", "IsNaN", "Less", "LessOrEqual", "Not", "Or", "Xor"),
+    "DequantizeLinear",
+)
+WHOLE_TYPES = (2, 3, 4, 5, 6, 7, 12, 13)  # TensorProto.DataType
+
+
+def makes_whole(operator: str, inputs: Sequence[bool], cast_to: int) -> bool:
+    """Whether a node's results are whole numbers.
+
+    Args:
+        operator: its kind, one of ``INPUTS`` but Constant.
+        inputs: whether each input is of whole numbers.
+        cast_to: the data type that a Cast makes.
+    """
+    if operator == "Cast":
+        return cast_to in WHOLE_TYPES
+    if operator in _WHOLE or operator in _NOT_WHOLE:
+        return operator in _WHOLE
+    return inputs[1 if operator in ("CastLike", "Where") else 0]

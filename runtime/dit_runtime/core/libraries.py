@@ -55,6 +55,7 @@ def quiet_libraries() -> Iterator[None]:
         return
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+    os.environ["MPLBACKEND"] = "agg"  # plots are files; of another name matplotlib cannot be imported
     # It prints the warnings of libraries without a handler; without any, logging would say so itself.
     last, logging.lastResort = logging.lastResort, logging.NullHandler()
     try:

@@ -44,7 +44,7 @@ STYLE = {
 
 def bars(title: str, rows: Sequence[tuple[str, float, bool]]) -> str:
     """The SVG of ``bars_figure``; screen readers read the title."""
-    with style.context(STYLE):
+    with style.context(["default", STYLE]):  # not a matplotlibrc of the current folder, which can start LaTeX
         return svg_from_figure(bars_figure(rows), title)
 
 
@@ -93,7 +93,7 @@ def lines(
     """The SVG of ``lines_figure``, or an empty text where no value can be drawn; screen readers read the title."""
     if not any(_drawable(value) for values in series.values() for value in values):
         return ""
-    with style.context(STYLE):
+    with style.context(["default", STYLE]):  # not a matplotlibrc of the current folder, which can start LaTeX
         return svg_from_figure(lines_figure(series, x_label, y_label, first, limit), title)
 
 

@@ -117,6 +117,26 @@ def grow(operator: str, place: int, shape: np.ndarray[Any, Any]) -> Change:
     return change
 
 
+def divide(operator: str, how: str) -> Change:
+    """Adds a node that divides whole numbers, which are made in some way."""
+
+    def change(model: onnx.ModelProto) -> None:
+        first, node = model.graph.input[0].name, onnx.helper.make_node
+        nodes = {
+            "Shape": [node("Shape", [first], ["n"])],
+            "Cast": [node("Cast", [first], ["n"], to=6)],
+            "Where": [
+                node("Cast", [first], ["m"], to=6),
+                node("Cast", [first], ["b"], to=9),
+                node("Where", ["b", "m", "m"], ["n"]),
+            ],
+            "a constant": [constant(onnx.numpy_helper.from_array(np.array([1]))), node("Identity", ["secret"], ["n"])],
+        }[how]
+        model.graph.node.extend([*nodes, node(operator, ["n", "n"], ["divided"])])
+
+    return change
+
+
 def by_number(tensor: onnx.TensorProto) -> None:
     tensor.ClearField("raw_data")
     tensor.int64_data.extend([1])
@@ -204,6 +224,14 @@ ALTERED: dict[str, tuple[Change, str]] = {
             ("Resize", 3, np.int64, (1, 1, 1 << 20, 1 << 20), "makes a tensor by"),
             ("Pad", 1, np.int64, (0, 0, 0, 1 << 40), "expected at most 256"),
         )
+    },
+    **{
+        f"{operator} of whole numbers by way of {how}": (
+            divide(operator, how),
+            "divides whole numbers by what may be 0",
+        )
+        for operator in ("Div", "Mod", "ReduceMean")
+        for how in ("Shape", "Cast", "Where", "a constant")
     },
     "pads without end": (
         lambda m: m.graph.node[0].attribute.append(onnx.helper.make_attribute("sides", [1 << 31] * 4)),

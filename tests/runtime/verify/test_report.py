@@ -470,6 +470,13 @@ def test_plots_survive_any_numbers() -> None:
     assert plots.lines("f", {"a": [float("inf")]}, "step", "error") == ""
 
 
+def test_a_matplotlibrc_of_the_current_folder_has_no_part_in_plots() -> None:
+    """Fails by starting LaTeX: a bundle that is the current folder may hold such a file."""
+    before = plots.bars("a", LADDER)
+    with style.context({"text.usetex": True, "axes.linewidth": 40}):
+        assert plots.bars("a", LADDER) == before
+
+
 def test_heat_runs_from_black_to_white() -> None:
     """0 is black, 1 white, and more difference is brighter."""
     colours = heat_map(np.linspace(0, 1, 7)[None])[0].astype(int)
