@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import nn
+from torch.func import functional_call
 
 from dit_export.checkpoints.autoencoder_file import AUTOENCODERS, Autoencoder, autoencoder_from_file, refuse_scaling
 from dit_export.checkpoints.diffusers_modules import freeze, load_module, read_json_object
@@ -20,6 +23,8 @@ from dit_runtime.core.errors import CheckpointError
 __all__ = ["AUTOENCODERS", "Autoencoder", "autoencoder_for", "load_autoencoder", "spec_of_autoencoder"]
 
 OFFICIAL_VAE = "stabilityai/sd-vae-ft-mse"  # the official sample.py's
+
+SIDE = 256  # pixels of the image that is tried by its shape
 
 HUB_FILES = ("config.json", "diffusion_pytorch_model*", "vae/*")
 
@@ -99,7 +104,26 @@ def checked_autoencoder(path: Path, autoencoder: Autoencoder) -> Autoencoder:
         raise CheckpointError(
             f"{path}: latents_mean and latents_std are not supported; expected a scaling_factor and a shift_factor"
         )
+    _check_runs(path, autoencoder)
     return autoencoder
+
+
+def _check_runs(path: Path, autoencoder: Autoencoder) -> None:
+    """Check by shapes alone that an image goes through; diffusers builds some modules that cannot run.
+
+    Raises:
+        CheckpointError: it does not, as with -32 groups of a normalization.
+    """
+    tensors = itertools.chain(autoencoder.named_parameters(), autoencoder.named_buffers())
+    shapes = {name: tensor.to("meta") for name, tensor in tensors}
+    try:
+        with torch.no_grad():
+            functional_call(autoencoder, shapes, (torch.empty(1, 3, SIDE, SIDE, device="meta"),))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{path}: an autoencoder that cannot run ({reason}); check its configuration, or download it again"
+        ) from error
 
 
 def _own_folder(folder: Path) -> Path:

@@ -13,11 +13,26 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from dit_runtime.bundle.manifest import GraphSpec, TensorSpec
+from dit_runtime.bundle.onnx_messages import (
+    ATTRIBUTE,
+    ENTRY,
+    GRAPH,
+    MODEL,
+    NODE,
+    OPSET_ID,
+    TENSOR,
+    TENSOR_TYPE,
+    TYPE,
+    VALUE_INFO,
+    WRITTEN_TENSOR,
+    Field,
+    Table,
+)
 from dit_runtime.bundle.operators import DIVIDING, INPUTS, WHOLE_TYPES, makes_whole
 from dit_runtime.core.decode import DecodeError
 
@@ -41,60 +56,7 @@ EXTERNAL = 1  # TensorProto.DataLocation
 Span = tuple[int, int]  # where a text, some bytes or a message begins and ends in the file
 
 
-class _Field(NamedTuple):
-    """A field of a message; ``refused`` are those that no bundle's graph has."""
-
-    name: str
-    kind: Literal["number", "numbers", "float", "floats", "text", "bytes", "refused"]
-    repeated: bool = False
-
-
-_Table = Mapping[int, _Field]
 _Values = dict[str, list[Any]]
-_NAME, _DOC = _Field("name", "text"), _Field("doc_string", "text")
-_NOTES = _Field("metadata_props", "bytes", repeated=True)
-
-
-def _refuse(**numbers: int) -> _Table:
-    return {number: _Field(name, "refused") for name, number in numbers.items()}
-
-
-MODEL = {
-    **{1: _Field("ir_version", "number"), 5: _Field("model_version", "number"), 6: _DOC, 14: _NOTES},
-    **{2: _Field("producer_name", "text"), 3: _Field("producer_version", "text"), 4: _Field("domain", "text")},
-    **{7: _Field("graph", "bytes"), 8: _Field("opset_import", "bytes", repeated=True)},
-    **_refuse(training_info=20, functions=25, configuration=26),
-}
-OPSET_ID = {1: _Field("domain", "text"), 2: _Field("version", "number")}
-GRAPH = {
-    **{1: _Field("node", "bytes", repeated=True), 2: _NAME, 10: _DOC, 16: _NOTES},
-    **{5: _Field("initializer", "bytes", repeated=True), 13: _Field("value_info", "bytes", repeated=True)},
-    **{11: _Field("input", "bytes", repeated=True), 12: _Field("output", "bytes", repeated=True)},
-    **_refuse(quantization_annotation=14, sparse_initializer=15),
-}
-NODE = {
-    **{1: _Field("input", "text", repeated=True), 2: _Field("output", "text", repeated=True), 3: _NAME, 6: _DOC},
-    **{4: _Field("op_type", "text"), 5: _Field("attribute", "bytes", repeated=True), 7: _Field("domain", "text")},
-    **{9: _NOTES, **_refuse(overload=8, device_configurations=10)},
-}
-ATTRIBUTE = {
-    **{1: _NAME, 2: _Field("f", "float"), 3: _Field("i", "number"), 4: _Field("s", "bytes"), 5: _Field("t", "bytes")},
-    **{7: _Field("floats", "floats"), 8: _Field("ints", "numbers"), 9: _Field("strings", "bytes", repeated=True)},
-    **{10: _Field("tensors", "bytes", repeated=True), 13: _DOC, 20: _Field("type", "number")},
-    **_refuse(g=6, graphs=11, tp=14, type_protos=15, ref_attr_name=21, sparse_tensor=22, sparse_tensors=23),
-}
-TENSOR = {
-    **{1: _Field("dims", "numbers"), 2: _Field("data_type", "number"), 8: _NAME, 9: _Field("raw_data", "bytes")},
-    **{12: _DOC, 13: _Field("external_data", "bytes", repeated=True), 14: _Field("data_location", "number")},
-    **{16: _NOTES, **_refuse(segment=3, float_data=4, int32_data=5, string_data=6, int64_data=7, double_data=10)},
-    **_refuse(uint64_data=11),
-}
-TYPED_DATA = {4: "float_data", 5: "int32_data", 7: "int64_data", 10: "double_data", 11: "uint64_data"}
-WRITTEN_TENSOR = {**TENSOR, **{number: _Field(name, "bytes", repeated=True) for number, name in TYPED_DATA.items()}}
-ENTRY = {1: _Field("key", "text"), 2: _Field("value", "text")}
-VALUE_INFO = {1: _NAME, 2: _Field("type", "bytes"), 3: _DOC, 4: _NOTES}
-TYPE = {1: _Field("tensor_type", "bytes"), 6: _Field("denotation", "text")}
-TENSOR_TYPE = {1: _Field("elem_type", "number"), 2: _Field("shape", "bytes")}
 
 
 @dataclass(frozen=True)
@@ -294,7 +256,7 @@ class _Reader:
             return []
         return [float(number) for number in np.frombuffer(self._content[start:end], dtype)]
 
-    def _read_tensor(self, span: Span, table: _Table = TENSOR) -> StoredTensor:
+    def _read_tensor(self, span: Span, table: Table = TENSOR) -> StoredTensor:
         tensor = self._read(span, table, "tensor")
         name, code, shape = _one(tensor, "name", ""), _one(tensor, "data_type", 0), tuple(tensor["dims"])
         if code not in DTYPES:
@@ -309,7 +271,7 @@ class _Reader:
         start, end = _one(tensor, "raw_data", (0, 0))
         return StoredTensor(name, DTYPES[code], shape, end - start, external)
 
-    def _read(self, span: Span, table: _Table, what: str) -> _Values:
+    def _read(self, span: Span, table: Table, what: str) -> _Values:
         """The values of a message's fields by name: numbers and text as they are, all else as its place."""
         values: _Values = {field.name: [] for field in table.values()}
         position, end = span
@@ -343,7 +305,7 @@ class _Reader:
                 raise DecodeError(f"damaged or cut short: {field.name} of the {what} ends after its {what}")
         return values
 
-    def _unpack(self, field: _Field, start: int, end: int, what: str) -> list[Any]:
+    def _unpack(self, field: Field, start: int, end: int, what: str) -> list[Any]:
         """The values of a field of some length."""
         if field.kind == "text":
             try:

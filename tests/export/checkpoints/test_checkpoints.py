@@ -623,7 +623,12 @@ def test_autoencoders_that_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="1 to 1 channels; expected RGB images"):
         loaded(file, str(folder))
     config = json.loads((folder / "config.json").read_text())
+    AutoencoderKL(**KL).save_pretrained(folder)
+    runs = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**runs, "norm_num_groups": -runs["norm_num_groups"]}))
+    with pytest.raises(CheckpointError, match=r"an autoencoder that cannot run .*greater than 0"):
+        loaded(file, str(folder))
     for name in ("AutoencoderDC", {"a": 1}, ["AutoencoderKL"], None):
         (folder / "config.json").write_text(json.dumps({**config, "_class_name": name}))
-        with pytest.raises(CheckpointError, match="is a .*; expected an AutoencoderKL or an AutoencoderTiny"):
+        with pytest.raises(CheckpointError, match=r"is a .*; expected an AutoencoderKL or an AutoencoderTiny"):
             loaded(file, str(folder))
