@@ -11,7 +11,7 @@ import torch
 from diffusers.utils import logging
 from torch import nn
 
-from dit_export.checkpoints.file_kinds import error_for_os
+from dit_export.checkpoints.file_kinds import error_for_os, kind_of_file
 from dit_export.checkpoints.key_errors import SUPPORTED
 from dit_export.checkpoints.weights import SAFE, files_of_module, weights_from_file
 from dit_runtime.core.decode import DecodeError, read_json
@@ -61,6 +61,7 @@ def load_module(folder: Path, kind: type[Any], variant: str | None = None) -> An
     """
     files = files_of_module(folder, variant)
     for file in files:
+        kind_of_file(file)  # refuses what is no file of weights, or would be waited for
         if file.suffix != SAFE:
             weights_from_file(file)  # refuses a pickle that holds more than tensors, before diffusers reads it
     verbosity = logging.get_verbosity()

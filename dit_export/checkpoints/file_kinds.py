@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 from dit_runtime.core.errors import CheckpointError
+from dit_runtime.core.reading import FileError, check_file
 
 SAFE, PICKLES = ".safetensors", (".pt", ".pth", ".ckpt", ".bin")
 SAFETENSORS, ZIP, LEGACY, UNKNOWN = "a safetensors file", "a torch.save file", "an old torch.save file", "unknown"
@@ -55,10 +56,13 @@ def check_regular(path: Path) -> None:
             raise CheckpointError(f"{path}: is a folder; expected a file with weights")
         if not stat.S_ISREG(mode):
             raise CheckpointError(f"{path}: is a pipe or a device; expected a regular file")
-        with path.open("rb"):
-            pass
+        check_file(path, None)
     except OSError as error:
         raise error_for_os(path, error) from error
+    except FileError as error:
+        if isinstance(error.__cause__, OSError):
+            raise error_for_os(path, error.__cause__) from error
+        raise CheckpointError(f"{path}: {error}; expected a regular file") from error
 
 
 def error_for_os(path: Path | str, error: OSError) -> CheckpointError:

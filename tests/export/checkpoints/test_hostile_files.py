@@ -285,3 +285,18 @@ def test_a_hostile_bin_in_a_folder(checkpoint: Path, tmp_path: Path) -> None:
     config.write_text("[" * 10**5)
     with pytest.raises(CheckpointError, match="not JSON"):
         load_checkpoint(Source(str(folder)))
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae"])
+def test_weights_of_a_folder_that_are_none(checkpoint: Path, tmp_path: Path, part: str) -> None:
+    """Both modules' files are looked at before any library opens them: some of /proc would be waited for."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint, folder)
+    file = folder / part / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(POINTER)
+    with pytest.raises(CheckpointError, match="is a Git LFS pointer"):
+        load_checkpoint(Source(str(folder)))
+    file.unlink()
+    file.symlink_to("/proc/self/status")
+    with pytest.raises(CheckpointError, match="makes up while it is read, expected one that is stored"):
+        load_checkpoint(Source(str(folder)))
