@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from dit_export.checkpoints.allowlist_unpickler import Record
@@ -25,9 +26,7 @@ ANCHORS = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "final
 # What averages keep beside the weights.
 COUNTERS = frozenset(("n_averaged", "num_updates", "decay", "initted", "step", "optimization_step", "min_decay"))
 AVERAGES = frozenset(("ema", "emas", "swa", "average", "averaged", "averages", "avg", "shadow", "polyak"))
-NOT_WEIGHTS = re.compile(
-    r"(opt|optim|optimizers?|optimizer_states?|(lr_)?schedulers?|scaler|rng.*|callbacks|loops)$", re.I
-)
+NOT_WEIGHTS = re.compile(r"(opt|optim|optimizers?|optimizer_states?|(lr_)?schedulers?|scaler|rng.*|loops)$", re.I)
 WHOLE = "."  # the path of a file that is itself a set
 DEEPEST, MOST = 4, 1000  # how deep dicts are searched, and how many
 
@@ -51,6 +50,14 @@ class WeightSet:
     others: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Unread:
+    """An average that cannot be read by the names of its parameters: its path, and its form in words."""
+
+    path: str
+    form: str
+
+
 def choose_weights(source: str, content: Any, wanted: str | None) -> tuple[WeightSet, tuple[str, ...]]:
     """The set that is meant, and the paths of the other ones.
 
@@ -65,18 +72,19 @@ def choose_weights(source: str, content: Any, wanted: str | None) -> tuple[Weigh
     if not isinstance(content, dict):
         raise _error_for_no_weights(source, content)
     dicts = list(_walk(content, ()))
-    nameless = [path for keys, value in dicts for path in _nameless_averages(keys, value)]
     sets = [found for keys, value in dicts for found in _sets_of_dict(source, keys, value)]
+    unread = [found for keys, value in dicts for found in _unread_averages(keys, value)]
     if wanted is not None:
-        return _set_of_path(source, sets, nameless, wanted)
+        return _set_of_path(source, sets, unread, wanted)
     if not sets:
-        if nameless:
-            raise _error_for_nameless(source, nameless[0], [])
+        if unread:
+            raise _error_for_unread(source, unread[0], [])
         raise _error_for_no_weights(source, content)
     possible = [one for one in sets if one.is_dit]
     pool = [one for one in possible if one.averaged]
-    if nameless and possible and not pool:
-        raise _error_for_nameless(source, nameless[0], possible)
+    unread += [Unread(one.path, "parameters of other names") for one in sets if _is_strange_average(one)]
+    if unread and possible and not pool:
+        raise _error_for_unread(source, unread[0], possible)
     pool = pool or possible or _likeliest(sets)
     if len(pool) > 1:
         raise CheckpointError(
@@ -183,23 +191,42 @@ def _is_average(path: tuple[str, ...], tensors: Tensors) -> bool:
     return bool(words & AVERAGES) or "n_averaged" in tensors
 
 
-def _nameless_averages(keys: tuple[str, ...], value: dict[Any, Any]) -> Iterator[str]:
-    """The paths of lists of tensors that are averages: diffusers' EMAModel keeps ``shadow_params``."""
+def _unread_averages(keys: tuple[str, ...], value: dict[Any, Any]) -> Iterator[Unread]:
+    """Averages of which no parameter has a name here: lists, and what a class of their own keeps."""
     for key, item in value.items():
         path = (*keys, str(key))
-        is_list = isinstance(item, list | tuple) and len(item) > 1
-        if is_list and all(isinstance(one, StoredTensor) for one in item) and _is_average(path, {}):
-            yield ".".join(path)
+        if isinstance(item, dict | StoredTensor) or not _is_average(path, {}) or not _holds_weights(item, DEEPEST):
+            continue
+        if isinstance(item, Record):
+            yield Unread(".".join(path), f"inside a pickled {short_name(item.class_name)}")
+        elif any(isinstance(one, StoredTensor) for one in item):
+            yield Unread(".".join(path), "a list without names, as diffusers' EMAModel keeps them")
+        else:
+            yield Unread(".".join(path), "inside a list")
+
+
+def _holds_weights(value: Any, depth: int) -> bool:
+    """Whether there is a tensor of one axis or more in a value, its items, or the fields of its objects."""
+    if isinstance(value, StoredTensor):
+        return len(value.shape) > 0
+    inside = value.fields if isinstance(value, Record) else value
+    items = inside.values() if isinstance(inside, dict) else inside if isinstance(inside, list | tuple) else ()
+    return depth >= 0 and any(_holds_weights(item, depth - 1) for item in islice(items, MOST))
+
+
+def _is_strange_average(one: WeightSet) -> bool:
+    """Whether it is an average of weights, matrices among them, whose names are no DiT's."""
+    return one.averaged and not one.is_dit and any(len(item.shape) > 1 for item in one.tensors.values())
 
 
 def _set_of_path(
-    source: str, sets: list[WeightSet], nameless: list[str], wanted: str
+    source: str, sets: list[WeightSet], unread: list[Unread], wanted: str
 ) -> tuple[WeightSet, tuple[str, ...]]:
     for one in sets:
         if one.path == wanted:
             return one, tuple(other.path for other in sets if other.is_dit and other.path != wanted)
-    if inside := [path for path in nameless if path == wanted or path.startswith(f"{wanted}.")]:
-        raise _error_for_nameless(source, inside[0], [one for one in sets if one.is_dit])
+    if inside := [one for one in unread if one.path == wanted or one.path.startswith(f"{wanted}.")]:
+        raise _error_for_unread(source, inside[0], [one for one in sets if one.is_dit])
     raise CheckpointError(
         f"{source}: --weights {wanted}: no weights there; there is {_list([one for one in sets if one.is_dit] or sets)}"
     )
@@ -211,11 +238,11 @@ def _likeliest(sets: list[WeightSet]) -> list[WeightSet]:
     return [max(averaged or sets, key=lambda one: len(one.tensors))]
 
 
-def _error_for_nameless(source: str, path: str, sets: list[WeightSet]) -> CheckpointError:
+def _error_for_unread(source: str, average: Unread, sets: list[WeightSet]) -> CheckpointError:
     cure = f"choose others with --weights ({_list(sets)}), or " if sets else ""
     return CheckpointError(
-        f"{source}: its averaged weights ({path}) are a list without names, as diffusers' EMAModel keeps them; "
-        f"{cure}copy them into a model (copy_to) and save its state_dict()"
+        f"{source}: its averaged weights ({short_name(average.path)}) are {average.form}; {cure}copy them into a model "
+        "and save its state_dict()"
     )
 
 

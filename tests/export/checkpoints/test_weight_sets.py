@@ -17,6 +17,13 @@ RAW = {name: value + 1 for name, value in AVERAGE.items()}
 COUNT = {"n_averaged": torch.tensor(7)}
 
 
+class Kept:
+    """As trainers' own classes keep an average."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.shadow = weights
+
+
 def prefixed(prefix: str, weights: Weights) -> Weights:
     return {f"{prefix}{name}": value for name, value in weights.items()}
 
@@ -122,6 +129,22 @@ def test_the_choice_is_said(tmp_path: Path, vae: str, caplog: pytest.LogCaptureF
             {"decay": 0.9, "shadow_params": list(AVERAGE.values())},
             None,
             r"averaged weights \(shadow_params\) are a list",
+        ),
+        (
+            {"model": RAW, "ema": Kept(AVERAGE)},
+            None,
+            r"averaged weights \(ema\) are inside a pickled test_weight_sets.Kept; choose others with --weights",
+        ),
+        ({"model": RAW, "ema": (AVERAGE, 0.9)}, None, r"averaged weights \(ema\) are inside a list; choose others"),
+        (
+            {"model": RAW, "ema": {name.replace(".", "/"): value for name, value in AVERAGE.items()}},
+            None,
+            r"averaged weights \(ema\) are parameters of other names; choose others with --weights \(model",
+        ),
+        (
+            {"model": RAW, "callbacks": {"EMA": {"params": list(AVERAGE.values())}}},
+            None,
+            r"averaged weights \(callbacks.EMA.params\) are a list without names",
         ),
         (list(AVERAGE.values()), None, "holds no state dict but a list; expected parameters by name"),
         ({"epoch": 3, "lr": 0.1}, None, r"holds no state dict \(epoch, lr\); expected parameters by name"),
