@@ -14,10 +14,18 @@ from typing import Any
 from dit_export.checkpoints.families import TIMES
 from dit_export.checkpoints.presets import PRESETS
 from dit_export.checkpoints.source import Source
+from dit_export.checkpoints.velocity_words import KIN_NAME, argument_of_velocity
 from dit_runtime.bundle.manifest import PATHS, ModelSpec
 from dit_runtime.core.errors import CheckpointError
 
-MODEL_NAME = re.compile(r"(DiT|SiT)(?![a-z])(?:[-_](S|B|L|XL)[/_-](\d+))?", re.IGNORECASE)
+MODEL_NAME = re.compile(r"(?<![a-z])(DiT|SiT)(?![a-z])(?:[-_](S|B|L|XL)[/_-](\d+))?", re.IGNORECASE)
+# What a DiT with the official names has not, though no parameter's name or shape may show it.
+NO_PARTS = ("qk_norm", "use_qknorm", "use_swiglu", "swiglu", "use_rope", "rope", "use_rmsnorm", "rmsnorm", "wo_shift")
+STEP_COUNTS = (
+    *("diffusion_steps", "num_train_timesteps", "num_timesteps", "num_diffusion_timesteps", "num_diffusion_steps"),
+    "timesteps",
+)
+PUBLISHED = f"--path linear --time {TIMES[0]}"  # of the published SiTs
 # Arguments that only REPA's training and its kin have, and those that only SiT's own has.
 REPA_ARGUMENTS = ("encoder_depth", "proj_coeff", "enc_type", "projector_dim", "z_dims", "repa_loss", "proj_loss")
 SIT_ARGUMENTS = ("train_eps", "sample_eps", "loss_weight")
@@ -76,7 +84,7 @@ class Statements:
     def model(self) -> re.Match[str] | None:
         """The family and, if it says so, the size and patch of the model's name."""
         name = self.text("model", "model_name", "arch", "model_type")
-        return None if name is None else MODEL_NAME.match(name)
+        return None if name is None else MODEL_NAME.search(name)
 
     def sign_of(self, names: tuple[str, ...]) -> str | None:
         """The first of these arguments that is there."""
@@ -112,20 +120,33 @@ def find_conventions(source: Source, said: Statements, stem: str) -> Conventions
         )
     family = source.family or (file[0] if file else "official")
     if family == "official":
-        if source.family is None and file is None and re.match(r"sit(?![a-z])", stem, re.IGNORECASE):
-            raise CheckpointError(
-                f"{said.source}: is named like a SiT, and its parameters have a DiT's names too; say --family sit or "
-                "--family official"
-            )
+        if source.family is None and file is None:
+            _check_names(said, stem)
         _check_diffusion(said)
         return Conventions(family, None)
     _check_time(source, said)
     return Conventions(family, _find_path(source, said))
 
 
+def _check_names(said: Statements, stem: str) -> None:
+    """Check that neither the file nor its model is named like another than a DiT, where only names tell."""
+    model = said.text("model", "model_name", "arch", "model_type") or ""
+    if match := KIN_NAME.search(model) or KIN_NAME.search(stem):
+        where = "is named" if match.string == stem else "its training arguments say"
+        raise CheckpointError(
+            f"{said.source}: {where} {match.string[:60]}, whose parameters may have a DiT's names, while its "
+            "conventions are its own; say --family official or --family sit if it was trained as those are"
+        )
+    if (match := MODEL_NAME.search(stem)) and match[1].lower() == "sit":
+        raise CheckpointError(
+            f"{said.source}: is named like a SiT, and its parameters have a DiT's names too; say --family sit "
+            f"{PUBLISHED} for a SiT of willisma/SiT, or --family official for a DiT"
+        )
+
+
 def _family_of_arguments(said: Statements) -> tuple[str, str] | None:
     """The family that the training arguments tell, and which argument does so."""
-    if model := said.model:
+    if (model := said.model) and not KIN_NAME.search(model.string):
         return ("sit" if model[1].lower() == "sit" else "official"), model.string[:60]
     if name := said.sign_of((*REPA_ARGUMENTS, *SIT_ARGUMENTS, "path_type")):
         return "sit", f"{name} = {_short(said.arguments[name])}"
@@ -140,7 +161,7 @@ def _check_diffusion(said: Statements) -> None:
     """Check that a DiT was trained as the official code trains: linear betas of 1000 steps, and ε is predicted."""
     expected = {
         "noise_schedule": (said.text("noise_schedule", "beta_schedule"), ("linear",)),
-        "diffusion_steps": (said.number("diffusion_steps", "num_train_timesteps", "num_timesteps"), (1000,)),
+        "diffusion_steps": (said.number(*STEP_COUNTS), (1000,)),
         "prediction": (said.text("prediction", "prediction_type", "parameterization"), NOISE_PREDICTIONS),
         "predict_xstart": (said.flag("predict_xstart"), (False,)),
     }
@@ -150,15 +171,21 @@ def _check_diffusion(said: Statements) -> None:
                 f"{said.source}: its training arguments say {name} = {_short(value)}, which is not supported; a file "
                 f"with the official names is sampled with {name} = {allowed[0]}"
             )
+    if argument := argument_of_velocity(said.arguments):
+        raise CheckpointError(
+            f"{said.source}: its training arguments say {argument} = {_short(said.arguments[argument])}, and a DiT "
+            f"with the official names predicts epsilon; for a velocity model say --family sit, or {ALONE}"
+        )
 
 
 def _check_time(source: Source, said: Statements) -> None:
     """Check that a velocity model's time runs from noise at 0, which the file proves or the caller says."""
-    name = said.sign_of(REPA_ARGUMENTS)
+    model = said.text("model", "model_name", "arch", "model_type") or ""
+    repa = said.sign_of(REPA_ARGUMENTS) or (model[:60] if re.search(r"repa(?![a-z])", model, re.IGNORECASE) else None)
     prediction = (said.text("prediction") or "").lower()
-    if name is not None:
+    if repa is not None:
         raise CheckpointError(
-            f"{said.source}: its training arguments ({name}) are REPA's or its kin's, whose time runs from the data at "
+            f"{said.source}: its training arguments ({repa}) are REPA's or its kin's, whose time runs from the data at "
             "0 to noise at 1; such models are not supported yet"
         )
     if prediction and prediction not in VELOCITIES:
@@ -173,9 +200,10 @@ def _check_time(source: Source, said: Statements) -> None:
             f"{said.source}: a velocity model with {TIMES[1]}, as REPA trains them, is not supported yet{against}"
         )
     if source.time is None and proof is None:
+        options = f"--time {TIMES[0]}" if path or source.path else PUBLISHED
         raise CheckpointError(
             f"{said.source}: no name or shape tells which way the time of a velocity model runs, and the file does not "
-            f"say it; say --time {TIMES[0]} for a SiT of willisma/SiT (REPA's are {TIMES[1]}, not supported yet)"
+            f"say it; say {options} for a SiT of willisma/SiT (REPA's are {TIMES[1]}, not supported yet)"
         )
 
 
@@ -282,6 +310,8 @@ def check_model(source: Source, said: Statements, spec: ModelSpec, channels: int
         raise _error_for_contradiction(
             said, f"learn_sigma = {learned}", f"there are {channels} output channels for {spec.latent_channels}"
         )
+    if part := next((name for name in NO_PARTS if said.flag(name)), None):
+        raise _error_for_contradiction(said, f"{part} = True", "a DiT or SiT with the official names has no such part")
     _check_model_name(source, said, spec)
     _check_image_size(source, said, spec, factor)
 

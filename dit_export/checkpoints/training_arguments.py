@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,18 +15,21 @@ KEYS = (
 )
 DEEPEST = 3  # configurations have sections
 MOST = 10_000
+LONGEST_TEXT = 1 << 20  # characters of arguments as JSON
 
 
 def arguments_from_content(content: Any) -> dict[str, Any]:
     """The training arguments in what a file holds, sections and all, by their own names; empty if there are none.
 
-    An argparse Namespace, a SimpleNamespace, a dict, a dataclass and OmegaConf's containers are read alike.
+    An argparse Namespace, a SimpleNamespace, a dict, a dataclass, OmegaConf's containers and JSON text are read alike;
+    so are plain values beside the weights.
     """
     found: dict[str, Any] = {}
     if isinstance(content, dict):
         for key in KEYS:
             if key in content:
                 _collect(content[key], found, DEEPEST)
+        _collect({key: item for key, item in content.items() if isinstance(item, str | int | float)}, found, DEEPEST)
     return found
 
 
@@ -42,6 +46,11 @@ def _collect(value: Any, found: dict[str, Any], depth: int) -> None:
 def _fields_of(value: Any) -> Mapping[Any, Any]:
     """The fields of an object, or the items of a dict; nothing for any other value."""
     fields = value.fields if isinstance(value, Record) else value
+    if isinstance(fields, str) and fields.lstrip().startswith("{") and len(fields) <= LONGEST_TEXT:
+        try:
+            fields = json.loads(fields)
+        except (ValueError, RecursionError):
+            return {}
     if isinstance(fields, tuple) and len(fields) == 2:  # an object with slots: its dict, and its slots
         fields = {name: item for part in fields if isinstance(part, dict) for name, item in part.items()}
     if isinstance(fields, dict) and isinstance(fields.get("_content"), dict):  # OmegaConf

@@ -108,7 +108,7 @@ def read_weights_file(file: Path, wanted: str | None = None) -> WeightsFile:
     check_plain(str(file), chosen.tensors)
     check_distinct(str(file), chosen.tensors)
     path = chosen.path if others or (wanted is not None and wanted != WHOLE) else None
-    return WeightsFile(chosen.tensors, path, others, metadata or arguments_from_content(content))
+    return WeightsFile(chosen.tensors, path, others, arguments_from_content(metadata or content))
 
 
 def weights_from_file(file: Path) -> dict[str, StoredTensor]:

@@ -42,6 +42,7 @@ FORMS: dict[str, Callable[..., object]] = {
     "dict": dict,
     "dataclass": Arguments,
     "slots": Slotted,
+    "JSON": lambda **values: json.dumps(values),
     "sections": lambda model, path_type, num_classes: {
         "model": {"model": model, "params": {"num_classes": num_classes}},
         "transport": types.SimpleNamespace(path_type=path_type),
@@ -74,6 +75,8 @@ def test_metadata_of_safetensors_are_statements_too(tmp_path: Path, vae: str) ->
     """Text as it is; numbers in text are numbers."""
     save_file(weights_of(), tmp_path / "w.safetensors", {"num_classes": "11", "format": "pt"})
     assert not loaded(tmp_path / "w.safetensors", vae).model.has_null
+    save_file(weights_of(), tmp_path / "w.safetensors", {"config": json.dumps({"model": {"num_classes": 11}})})
+    assert not loaded(tmp_path / "w.safetensors", vae).model.has_null
     save_file(weights_of(), tmp_path / "w.safetensors", {"image_size": "256"})
     with pytest.raises(CheckpointError, match="images of 256x256, and the positional table is of 32x32"):
         loaded(tmp_path / "w.safetensors", vae)
@@ -101,6 +104,14 @@ def test_the_null_row_is_told(
     assert (found.model.classes, found.model.has_null, found.model.label_rows) == (classes, null, 11)
     assert found.defaults.guidance == (4.0 if null else 1.0)
     assert ("no null class" in found.reference) != null
+
+
+def test_values_beside_the_weights_are_statements_too(tmp_path: Path, vae: str) -> None:
+    """A SiT that says so without arguments is no DiT; flowers are no flow."""
+    torch.save({"state_dict": weights_of(), "arch": "SiT-XL/2", "path_type": "GVP"}, tmp_path / "w.pt")
+    assert loaded(tmp_path / "w.pt", vae).diffusion.path == "gvp"
+    torch.save({"state_dict": weights_of(), "num_classes": 11, "loss_type": "mse"}, tmp_path / "flowers.pt")
+    assert not loaded(tmp_path / "flowers.pt", vae).model.has_null
 
 
 SIT = {"model": "SiT-XL/2"}
@@ -138,6 +149,20 @@ CONTRADICTIONS: dict[str, tuple[dict[str, object], dict[str, object], str]] = {
     "a variance": ({"learn_sigma": False}, {}, "say learn_sigma = False, and there are 8 output channels for 4"),
     "another noise schedule": ({"noise_schedule": "cosine"}, {}, "noise_schedule = 'cosine', which is not supported"),
     "another prediction of a DiT": ({"predict_xstart": True}, {}, "predict_xstart = True, which is not supported"),
+    "a prediction in other words": (
+        {"model": "DiT-B/4", "objective": "flow_matching"},
+        {},
+        "objective = 'flow_matching', and a DiT with the official names predicts epsilon; for a velocity model say",
+    ),
+    "a prediction as a flag": ({"use_rectified_flow": True}, {}, "use_rectified_flow = True, and a DiT with"),
+    "other timesteps": ({"timesteps": 100}, {}, "diffusion_steps = 100, which is not supported"),
+    "REPA by name": ({"model": "SiT-XL/2-REPA"}, {"family": "sit"}, r"\(SiT-XL/2-REPA\) are REPA's or its kin's"),
+    "kin by name": (
+        {"model": "LightningDiT-XL/1"},
+        {},
+        "say LightningDiT-XL/1, .* say --family official or --family sit",
+    ),
+    "a part without weights": ({"qk_norm": True}, {}, "say qk_norm = True, and a DiT or SiT .* has no such part"),
     "no number": ({"num_classes": [10]}, {}, "num_classes = a list; expected a number"),
     "a huge number": ({"num_classes": 10**30}, {}, "num_classes = 1000.*; expected a number"),
 }
@@ -155,8 +180,10 @@ def test_contradictions(tmp_path: Path, vae: str, kind: str) -> None:
 def test_what_the_file_does_not_prove_is_asked_for(tmp_path: Path, vae: str) -> None:
     """A file of weights alone is no proof of a SiT's direction and path; a SiT's name alone is no DiT's."""
     torch.save(weights_of(), tmp_path / "SiT-XL-2-256.pt")
-    with pytest.raises(CheckpointError, match=r"is named like a SiT.*say --family sit or --family official"):
+    with pytest.raises(CheckpointError, match=r"is named like a SiT.*say --family sit --path linear --time noise-at-0"):
         loaded(tmp_path / "SiT-XL-2-256.pt", vae)
+    with pytest.raises(CheckpointError, match="say --path linear --time noise-at-0"):
+        loaded(tmp_path / "SiT-XL-2-256.pt", vae, family="sit")
     with pytest.raises(CheckpointError, match="say --time noise-at-0"):
         loaded(tmp_path / "SiT-XL-2-256.pt", vae, family="sit", path="linear")
     with pytest.raises(CheckpointError, match="noise-at-1, as REPA trains them, is not supported yet"):
