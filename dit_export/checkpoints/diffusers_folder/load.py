@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -30,6 +31,8 @@ from dit_export.checkpoints.source import Source
 from dit_export.checkpoints.weights import Weights, check_sha256, files_of_module
 from dit_runtime.core.errors import CheckpointError
 
+logger = logging.getLogger("dit_runtime.export")  # a command prints what is logged below dit_runtime
+
 
 def _is_folder(location: Location) -> bool:
     return location.path is not None and location.path.is_dir()
@@ -49,6 +52,16 @@ def _load(source: Source, location: Location) -> Checkpoint:
     config = read_transformer_config(folder / "transformer", shapes)
     scheduler_file = folder / "scheduler" / "scheduler_config.json"
     scheduler = load_scheduler(scheduler_file)
+    scheduler_class = read_json_object(scheduler_file, constants=True)["_class_name"]
+    listed = index.get("scheduler")
+    if isinstance(listed, list) and listed[-1:] != [scheduler_class]:
+        logger.info(
+            "%s: model_index.json lists the scheduler as %.60s, scheduler_config.json says %s, which was taken "
+            "(diffusers takes the former)",
+            folder,
+            listed[-1] if listed else "nothing",
+            scheduler_class,
+        )
     sha256 = check_sha256(files_of_module(folder / "transformer", source.variant), source.sha256)
     check_transformer_weights(folder / "transformer", config, shapes)
     if source.classes not in (None, config.num_embeds_ada_norm):
@@ -79,9 +92,7 @@ def _load(source: Source, location: Location) -> Checkpoint:
         revision=location.revision,
         weights_sha256=sha256,
         class_names=classes if names else (),
-        sampler=own_sampler(
-            read_json_object(scheduler_file, constants=True)["_class_name"], options_of_config(scheduler.config)
-        ),
+        sampler=own_sampler(scheduler_class, options_of_config(scheduler.config)),
     )
 
 

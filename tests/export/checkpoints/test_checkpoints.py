@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -512,11 +513,21 @@ def test_another_diffusion_scheduler(checkpoint: Path, copied: Path) -> None:
     ],
 )
 def test_a_folders_own_scheduler_is_the_default_sampler(
-    copied: Path, scheduler: type[SchedulerMixin], options: dict[str, object], sampler: str
+    copied: Path,
+    scheduler: type[SchedulerMixin],
+    options: dict[str, object],
+    sampler: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Without ``--sampler``, ``dit-sample`` samples as the folder's pipeline does; DDIM where no sampler does."""
+    """Without ``--sampler``, ``dit-sample`` samples as the folder's scheduler does; DDIM where no sampler does.
+
+    Where ``model_index.json`` lists another class, the log says which was taken.
+    """
     scheduler(**SCHEDULER_BETAS, **options).save_pretrained(copied / "scheduler")
-    assert load_checkpoint(Source(str(copied))).defaults.sampler == sampler
+    with caplog.at_level(logging.INFO, "dit_runtime"):
+        assert load_checkpoint(Source(str(copied))).defaults.sampler == sampler
+    told = f"lists the scheduler as DDIMScheduler, scheduler_config.json says {scheduler.__name__}, which was taken"
+    assert (told in caplog.text) == (scheduler is not DDIMScheduler)
 
 
 def test_a_partial_cache_is_completed(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
