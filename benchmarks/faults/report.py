@@ -21,7 +21,9 @@ Faults that engines and exporters have had or could have, one at a time: the fir
 what the fault does to images. Damage is the PSNR of the worst image against the sound engine's: ten images of four
 samplers, guidance 1 to 6, with one or two labels, sampled with continuous batching and decoded at batches 1, 2, 3, 5, 7
 and 10. "none" means that all these images are equal: the fault is at an input that they do not have, or below a level
-of their pixels. "not finite" means that sampling stops with an error.
+of their pixels. "not finite" means that sampling stops with an error. For faults where no record is, from "one class
+reads its neighbour's row" on, the rung is the first relation that fails; the rungs of the records before the relations
+were not run.
 """
 
 
@@ -38,9 +40,7 @@ def _lines(results: dict[str, Any]) -> Iterator[str]:
     yield f"| fault | {' | '.join(f'{name}: first to fail | damage' for name in bundles)} |"
     yield f"|---|{'---|---|' * len(bundles)}"
     for name, cells in results["faults"].items():
-        columns = [
-            f"{cell['rung']} | {_damage(cell['damage'])}" for cell in (cells.get(each) for each in bundles) if cell
-        ]
+        columns = [_cell(cells.get(each)) for each in bundles]
         yield f"| {name} | {' | '.join(columns)} |"
     if passing := {
         name: cells for name, cells in results["faults"].items() if any(cell["why"] for cell in cells.values())

@@ -37,7 +37,8 @@ REASONS = {
 
 def judge(fault: Fault, bundle: Bundle, sound: dict[bool, list[Array]]) -> dict[str, Any]:
     """The first rung that fails, the damage, and why the fault passes where it does."""
-    rung = fault.first_failure(bundle)
+    # Where no record is, the records' rungs have nothing to say, and take most of the time.
+    rung = (fault.first_broken_relation if fault in ENGINE_FAULTS else fault.first_failure)(bundle)
     encodes = fault.graph == ENCODER
     if encodes not in sound:
         sound[encodes] = make_sound_images(fault, bundle)
