@@ -170,10 +170,10 @@ def test_another_checkpoint_is_refused(overflowing: tuple[Path, Bundle], checkpo
 
 
 def with_limits(bundle: Bundle, **limits: float) -> Bundle:
-    """The bundle with other absolute limits in FP16, and no others."""
+    """The bundle with other absolute limits in FP16, and no others: without floors there is no budget."""
     manifest = bundle.manifest
     tolerances = {**manifest.tolerances, "fp16": {**manifest.tolerances["fp16"], **limits}}
-    return replace(bundle, manifest=replace(manifest, tolerances=tolerances, thresholds={}))
+    return replace(bundle, manifest=replace(manifest, tolerances=tolerances, thresholds={}, floors={}))
 
 
 def test_rounding_that_adds_up(bundles: dict[str, Path]) -> None:

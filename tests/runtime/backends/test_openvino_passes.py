@@ -40,7 +40,7 @@ def test_the_same_function_in_other_pieces(bundles: dict[str, Path], precision: 
     """Four products for each of an MLP's two, three for one of attention, no softmax between casts; equal outputs."""
     bundle = open_bundle(bundles[precision])
     engine = OpenVinoEngine(bundle, precision=Precision.FP32)  # which leaves the graph as it is
-    model, changed = (engine._load_model("step", precision == "fp16") for _ in range(2))
+    model, changed = (engine._retype("step") for _ in range(2))
     spec, before = bundle.manifest.model, operations(model)
     rearrange(changed, spec.width)
     after = operations(changed)
@@ -58,7 +58,7 @@ def test_the_same_function_in_other_pieces(bundles: dict[str, Path], precision: 
 def test_only_in_bf16(bundles: dict[str, Path]) -> None:
     """FP32 keeps the bundle's graph, whose weights are mapped."""
     bundle = open_bundle(bundles["fp32"])
-    plain = operations(OpenVinoEngine(bundle, precision=Precision.FP32)._load_model("step", False))
+    plain = operations(OpenVinoEngine(bundle, precision=Precision.FP32)._read(bundle.graph("step")))
     assert plain == operations(openvino.Core().read_model(bundle.graph("step"))) - Counter(
         Multiply=operations(openvino.Core().read_model(bundle.graph("step")))["Multiply"] - plain["Multiply"]
     )

@@ -71,9 +71,9 @@ def test_images_are_pytorchs(zero_snr: tuple[Path, Path]) -> None:
     ("changes", "message"),
     [
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr with epsilon prediction"),
-        ({"prediction_type": "sample"}, "prediction type 'sample' is not supported"),
-        ({"clip_sample": True}, "clip_sample is not supported"),
-        ({"thresholding": True}, "thresholding is not supported"),
+        ({"prediction_type": "sample"}, "prediction_type: got 'sample', expected one of 'epsilon', 'v_prediction'"),
+        ({"clip_sample": True}, "clip_sample true is not supported"),
+        ({"thresholding": True}, "thresholding true is not supported"),
     ],
 )
 def test_schedulers_that_are_refused(

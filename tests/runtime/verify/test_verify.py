@@ -134,7 +134,8 @@ def test_the_command_says_so_and_exits_with_1(tampered: Path) -> None:
     done = run_process("dit-verify", tampered)
     assert done.returncode == 1
     assert "FAIL: ddim" in done.stdout
-    assert re.fullmatch(r"dit-verify: .* 5 of 21 rungs fail on onnxruntime .*, the first is 'ddim .*\n", done.stderr)
+    last = done.stderr.splitlines()[-1]
+    assert re.fullmatch(r"dit-verify: .* \d+ of \d+ rungs fail on onnxruntime .*, the first is 'ddim .*", last)
     done = run_command("dit-verify", tampered, "--json", "--quick")
     assert done.returncode == 1
     report = json.loads(done.stdout)
