@@ -175,7 +175,7 @@ def _record_blocks(reference: Reference, settings: RecordSettings) -> dict[str, 
 
 def _record_conditions(reference: Reference) -> dict[str, Any]:
     """Random projections of every class's and every timestep's row of the conditioning table."""
-    timesteps, labels = choose_conditions(len(reference.checkpoint.diffusion.betas), reference.classes)
+    timesteps, labels = choose_conditions(len(reference.checkpoint.diffusion.betas), reference.spec.label_rows)
     projections, norms = project_conditions(reference, timesteps, labels)
     numbers = {"projections": projections.astype(np.float32), "norms": norms.astype(np.float32)}
     return {"timesteps": timesteps, "labels": labels, **numbers}

@@ -101,7 +101,7 @@ def check_record(name: str, record: Mapping[str, Array], manifest: Manifest) -> 
     """
     model = manifest.model
     last = 1 if manifest.diffusion.path else len(manifest.diffusion.betas) - 1
-    _check_range(record, "labels", 0, model.null_class)
+    _check_range(record, "labels", 0, model.label_rows - 1)
     _check_range(record, "timesteps", 0, last)
     _check_range(record, "guidance", 0, MOST_GUIDANCE)
     _check_range(record, "steps", 1, MOST_STEPS)

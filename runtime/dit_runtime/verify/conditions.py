@@ -46,18 +46,18 @@ def relative_norms(difference: Array, norms: Array) -> NDArray[np.float64]:
     return np.asarray(np.sqrt(np.mean(np.square(difference), axis=1)) / np.maximum(norms, 1e-30), np.float64)
 
 
-def choose_conditions(timesteps: int, classes: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Choose timesteps ``[R]`` and labels ``[R]`` so that every class and every timestep is there.
+def choose_conditions(timesteps: int, label_rows: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Choose timesteps ``[R]`` and labels ``[R]`` so that every row of the label table and every timestep is there.
 
     Args:
         timesteps: the training timesteps; 0 is a velocity model, whose time is from 0 to 1.
-        classes: the number of classes; the null class is one more.
+        label_rows: the rows of the label table: a class each, and the null class where there is one.
     """
     random = np.random.default_rng(0)
-    count = max(timesteps or 4 * DRAWN, classes + 1)
+    count = max(timesteps or 4 * DRAWN, label_rows)
     whole = np.arange(count) % timesteps if timesteps else np.linspace(0, 1, count)
     between = random.uniform(0, max(timesteps - 1, 1), DRAWN)
-    labels = np.concatenate([random.permutation(count), random.integers(0, count, DRAWN)]) % (classes + 1)
+    labels = np.concatenate([random.permutation(count), random.integers(0, count, DRAWN)]) % label_rows
     return np.concatenate([whole, between]).astype(np.float32), labels
 
 
@@ -66,7 +66,7 @@ def conditions(replay: Replay, effort: Effort) -> Iterator[Rung]:
     manifest = replay.bundle.manifest
     record = replay.bundle.records(CONDITIONS) if replay.bundle.has_records(CONDITIONS) else None
     if record is None:
-        timesteps, labels = choose_conditions(len(manifest.diffusion.betas), manifest.model.classes)
+        timesteps, labels = choose_conditions(len(manifest.diffusion.betas), manifest.model.label_rows)
     else:
         timesteps, labels = record["timesteps"], record["labels"]
     most = max(1, TableLimits().conditioner_bytes // bytes_of_row(manifest.table))
@@ -112,15 +112,17 @@ def _compare_with_record(replay: Replay, record: Mapping[str, Array], found: Arr
     errors = np.nan_to_num(relative_norms(found - record["projections"], record["norms"]), nan=np.inf)
     worst = int(np.argmax(errors))
     floor = max(budget.floors.get(CONDITIONS, ()), default=0.0)
-    label = "null" if labels[worst] == replay.model.null_class else labels[worst]
+    has_null = replay.model.has_null
+    label = "null" if has_null and labels[worst] == replay.model.null_class else labels[worst]
     detail = f"timestep {record['timesteps'][worst]:g} label {label}"
-    count = len(np.unique(labels))
+    count, times = len(np.unique(labels)), len(np.unique(record["timesteps"]))
+    visited = f"{count - has_null} classes{' and null' if has_null else ''}, {times} timesteps"
     rung = Rung(
         "classes and timesteps",
         float(errors[worst]),
         budget.tolerance_of("conditioner"),
         "relative",
-        f"worst: {detail}; {count - 1} classes and null, {len(np.unique(record['timesteps']))} timesteps",
+        f"worst: {detail}; {visited}",
         ratio=float(errors[worst]) / max(floor, LEAST_FLOOR) if floor else None,
         threshold=budget.threshold_of("conditioner") if floor else None,
         metrics={"relative_l2": float(errors[worst])},

@@ -49,7 +49,7 @@ def coverage_of(visits: Visits, info: EngineInfo, manifest: Manifest, compared: 
         compared: whether every class was compared with the reference.
     """
     shapes = {graph: tuple(sorted(found)) for graph, found in sorted(visits.shapes.items())}
-    classes = manifest.model.classes + 1
+    classes = manifest.model.label_rows
     whole = range(len(manifest.diffusion.betas))
     counts = {
         "classes and null": (len(visits.labels & set(range(classes))), classes),
