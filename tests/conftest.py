@@ -23,6 +23,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers fill the cores: threads of Py
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A shell starts background jobs with SIGINT ignored, and so would the commands be that a test interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup does the same with this one
 
 GIVEN = "DIT_TEST_BUNDLES"  # a folder of tests/support/exports.py, for a Python that cannot export
 

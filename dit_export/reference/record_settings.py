@@ -16,7 +16,6 @@ FORWARD_GUIDANCE = 4.0
 STRONG_GUIDANCE = 8.0  # of one more trajectory: errors grow with guidance
 STRONG_IMAGES = 2
 UNGUIDED_IMAGES = 2
-MORE_STEPS = 2  # of a large model's trajectory at the strong scale: other timesteps than the others have
 LARGE_MODEL = 100_000_000  # parameters; the records of larger models are smaller
 CHEAP_GMAC = 1.0  # of one image's evaluation; models that need more have shorter trajectories
 TOKENS_KEPT = 32  # tokens recorded of each block's output, evenly spaced
@@ -28,7 +27,8 @@ class RecordSettings:
     """How much is recorded.
 
     Attributes:
-        images, steps: images and steps of a trajectory; those without guidance and at a strong scale have two at most.
+        images, steps: images and steps of a trajectory; those without guidance and at a strong scale have two images at
+            most, and the latter no more steps than are measured.
         forward_images: images of a forward.
         measured: the number of trajectories of which PyTorch's own error is measured for each single step. PyTorch's
             own error along a free-running trajectory is measured for all of them.
@@ -63,7 +63,7 @@ class RecordSettings:
         cheap = count_step_gmac(checkpoint.model) <= CHEAP_GMAC
         if elements > LARGE_MODEL:
             precisions = tuple(dict.fromkeys((precision, "bf16")))
-            return RecordSettings(1, min(4, most), 3, measured=1, measured_steps=min(2, most), precisions=precisions)
+            return RecordSettings(1, min(4, most), 2, measured=1, measured_steps=min(2, most), precisions=precisions)
         images, steps = ((4, min(50, most)) if cheap else (2, min(20, most))) if first else (2, min(10, most))
         forwards = max(images, 4) if first else images
         return RecordSettings(images, steps, forwards, measured=1 + (first or cheap), measured_steps=steps)
@@ -78,7 +78,7 @@ class RecordSettings:
     @property
     def strong(self) -> RecordSettings:
         """The settings of the trajectory at a strong guidance scale."""
-        steps = self.steps + MORE_STEPS if self.images == 1 else self.steps
+        steps = min(self.steps, self.measured_steps)
         return replace(self, images=min(self.images, STRONG_IMAGES), steps=steps, guidance=STRONG_GUIDANCE)
 
 
