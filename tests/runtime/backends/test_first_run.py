@@ -114,7 +114,7 @@ def test_a_packed_report_names_nobody(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(first_run.getpass, "getuser", lambda: "ada")
     monkeypatch.setenv("DIT_BUNDLE", "/mnt/ada/secret/my.bundle")
     text = (
-        "/home/ada/work/secret/step.plan: error; ada@ada-orin ada-orin.example.org\n"
+        "/home/ada/plans/secret/step.plan: error; ada@ada-orin ada-orin.example.org\n"
         '{"folder": "/mnt/ada/secret/my.bundle", "name": "blocks.0/attn/Gemm", "lib": "/usr/lib/python3/x.so", '
         '"gpu": "Orin, 8 SMs"}'
     )
