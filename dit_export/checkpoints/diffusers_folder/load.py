@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -12,7 +11,11 @@ from diffusers import DDIMScheduler, DiTTransformer2DModel
 
 from dit_export.checkpoints.autoencoders import Autoencoder, autoencoder_for, load_autoencoder
 from dit_export.checkpoints.checkpoint import Checkpoint
-from dit_export.checkpoints.diffusers_folder.scheduler import diffusion_from_config, load_scheduler
+from dit_export.checkpoints.diffusers_folder.scheduler import (
+    class_of_scheduler,
+    diffusion_from_config,
+    load_scheduler,
+)
 from dit_export.checkpoints.diffusers_folder.scheduler_options import options_of_config, own_sampler
 from dit_export.checkpoints.diffusers_folder.transformer import (
     check_kind,
@@ -30,8 +33,6 @@ from dit_export.checkpoints.layouts import Numerics
 from dit_export.checkpoints.source import Source
 from dit_export.checkpoints.weights import Weights, check_sha256, files_of_module
 from dit_runtime.core.errors import CheckpointError
-
-logger = logging.getLogger("dit_runtime.export")  # a command prints what is logged below dit_runtime
 
 
 def _is_folder(location: Location) -> bool:
@@ -51,17 +52,8 @@ def _load(source: Source, location: Location) -> Checkpoint:
     shapes = {name: item.shape for name, item in tensors.items()}
     config = read_transformer_config(folder / "transformer", shapes)
     scheduler_file = folder / "scheduler" / "scheduler_config.json"
-    scheduler = load_scheduler(scheduler_file)
-    scheduler_class = read_json_object(scheduler_file, constants=True)["_class_name"]
-    listed = index.get("scheduler")
-    if isinstance(listed, list) and listed[-1:] != [scheduler_class]:
-        logger.info(
-            "%s: model_index.json lists the scheduler as %.60s, scheduler_config.json says %s, which was taken "
-            "(diffusers takes the former)",
-            folder,
-            listed[-1] if listed else "nothing",
-            scheduler_class,
-        )
+    scheduler_class = class_of_scheduler(scheduler_file, index)
+    scheduler = load_scheduler(scheduler_file, scheduler_class)
     sha256 = check_sha256(files_of_module(folder / "transformer", source.variant), source.sha256)
     check_transformer_weights(folder / "transformer", config, shapes)
     if source.classes not in (None, config.num_embeds_ada_norm):

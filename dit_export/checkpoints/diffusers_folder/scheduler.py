@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from diffusers import DDIMScheduler
 from dit_export.checkpoints.diffusers_folder.scheduler_options import (
     TABLE,
     check_config,
+    leave_out_options,
     options_of_config,
     own_sampler,
     take_own_values,
@@ -22,6 +26,8 @@ from dit_runtime.core.errors import CheckpointError, SamplingError
 from dit_runtime.samplers.options import DDIM, DDPM, check_options
 from dit_runtime.samplers.spacing import UNSTATED
 
+logger = logging.getLogger("dit_runtime.export")  # a command prints what is logged below dit_runtime
+
 # Schedulers of diffusion models: the configuration describes the same forward process, whichever of them samples.
 SCHEDULERS = tuple(TABLE)
 # Defaults of the forward process, of the classes whose defaults are not DDIMScheduler's.
@@ -30,7 +36,39 @@ OWN_DEFAULTS = {"HeunDiscreteScheduler": {"beta_start": 0.00085, "beta_end": 0.0
 LINEAR_BETAS = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "clip_sample": False}
 
 
-def load_scheduler(path: Path) -> DDIMScheduler:
+def class_of_scheduler(path: Path, index: Mapping[str, Any]) -> str:
+    """The class that diffusers makes of a scheduler's configuration file: the one that ``model_index.json`` lists.
+
+    Args:
+        path: of the configuration file, whose own class counts where ``index`` lists none.
+        index: the pipeline's ``model_index.json``.
+
+    Raises:
+        CheckpointError: for a class that does not describe the forward process of a diffusion model.
+    """
+    own = read_json_object(path, constants=True).get("_class_name")
+    listed = index.get("scheduler")
+    kind = own
+    where = f"{path.parents[1] / 'model_index.json'}: lists the scheduler as"
+    if isinstance(listed, list) and len(listed) == 2 and listed[0] == "diffusers":
+        kind = listed[1]
+    elif listed not in (None, [None, None]):
+        raise CheckpointError(
+            f"{where} {json.dumps(listed)}, and no code but diffusers' is run; expected one of its classes, such as "
+            '["diffusers", "DDIMScheduler"]'
+        )
+    for found, place in ((own, f"{path}: is a"), (kind, where)):
+        if found not in SCHEDULERS:
+            raise CheckpointError(
+                f"{place} {found}; expected the scheduler of a diffusion model, such as DDIMScheduler (for velocity "
+                "models see --family sit)"
+            )
+    if kind != own:
+        logger.info("%s %s, and %s says %s; the former was taken, as diffusers does", where, kind, path.name, own)
+    return str(kind)
+
+
+def load_scheduler(path: Path, kind: str) -> DDIMScheduler:
     """A ``DDIMScheduler`` with the forward process that a scheduler's configuration file describes.
 
     Its ``config`` also has what the file states for other classes, as diffusers keeps it: another class made from this
@@ -38,20 +76,22 @@ def load_scheduler(path: Path) -> DDIMScheduler:
     Timestep spacing, offset and final alpha say how to sample: unstated, they stay defaults, which diffusers does not
     hand to another class.
 
+    Args:
+        path: of the configuration file.
+        kind: the class that is made of it, as ``class_of_scheduler`` tells: what the file does not state has its
+            defaults.
+
     Raises:
-        CheckpointError: another kind of scheduler, an unknown key, a value of a wrong kind, or an option that no
+        CheckpointError: an unknown key, a value of a wrong kind, or an option that no
             sampler table can hold.
     """
     config = read_json_object(path, constants=True)  # diffusers' DPM-Solver states -Infinity
-    if (kind := config.get("_class_name")) not in SCHEDULERS:
-        raise CheckpointError(
-            f"{path}: is a {kind}; expected the scheduler of a diffusion model, such as DDIMScheduler (for velocity "
-            "models see --family sit)"
-        )
     with explain_config_errors(path):
         # diffusers' note of which values are defaults and not stated; like diffusers, forget these.
         unstated = config.get("_use_default_values", ())
         config = {key: value for key, value in config.items() if key not in unstated}
+    if (own := config["_class_name"]) != kind:
+        config = leave_out_options(own, kind, config)
     check_config(path, kind, config)
     config = {**OWN_DEFAULTS.get(kind, {}), **take_own_values(kind, config)}
     for key in ("clip_sample", "thresholding"):

@@ -168,6 +168,12 @@ def check_config(path: Path, kind: str, config: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{path}: {' and '.join(exclusive)} exclude each other; set one to false")
 
 
+def leave_out_options(own: str, kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration of the class ``own`` without those options that ``kind`` lacks, as diffusers does."""
+    of_own, of_kind = (inspect.signature(getattr(diffusers, name).__init__).parameters for name in (own, kind))
+    return {key: value for key, value in config.items() if key not in of_own or key in of_kind}
+
+
 def take_own_values(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration without values that its class replaces by a default: no other class then gets them."""
     own = OWN_VALUES.get(kind, {})

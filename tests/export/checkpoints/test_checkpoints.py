@@ -20,6 +20,7 @@ from diffusers import (
     AutoencoderTiny,
     DDIMScheduler,
     DDPMScheduler,
+    DiTPipeline,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
@@ -493,6 +494,7 @@ def test_configurations_that_make_no_sense(copied: Path, part: str, changes: dic
 def test_another_diffusion_scheduler(checkpoint: Path, copied: Path) -> None:
     """A folder with a DPM-Solver has the same forward process, and nothing is clipped by a default of another class."""
     DPMSolverMultistepScheduler(**SCHEDULER_BETAS).save_pretrained(copied / "scheduler")
+    list_scheduler(copied, ["diffusers", "DPMSolverMultistepScheduler"])
     found, plain = load_checkpoint(Source(str(copied))), load_checkpoint(Source(str(checkpoint)))
     assert found.diffusion.betas == plain.diffusion.betas
     assert found.scheduler is not None
@@ -513,21 +515,58 @@ def test_another_diffusion_scheduler(checkpoint: Path, copied: Path) -> None:
     ],
 )
 def test_a_folders_own_scheduler_is_the_default_sampler(
-    copied: Path,
-    scheduler: type[SchedulerMixin],
-    options: dict[str, object],
-    sampler: str,
-    caplog: pytest.LogCaptureFixture,
+    copied: Path, scheduler: type[SchedulerMixin], options: dict[str, object], sampler: str
 ) -> None:
-    """Without ``--sampler``, ``dit-sample`` samples as the folder's scheduler does; DDIM where no sampler does.
-
-    Where ``model_index.json`` lists another class, the log says which was taken.
-    """
+    """Without ``--sampler``, ``dit-sample`` samples as the folder's scheduler does; DDIM where no sampler does."""
     scheduler(**SCHEDULER_BETAS, **options).save_pretrained(copied / "scheduler")
+    list_scheduler(copied, ["diffusers", scheduler.__name__])
+    assert load_checkpoint(Source(str(copied))).defaults.sampler == sampler
+
+
+def list_scheduler(folder: Path, listed: object) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = listed
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
+PLAIN = {"num_train_timesteps": 1000, "clip_sample": False}
+
+
+@pytest.mark.parametrize("listed", ["DDIMScheduler", "DPMSolverMultistepScheduler", "HeunDiscreteScheduler"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"_class_name": "DDIMScheduler", **PLAIN},
+        {"_class_name": "HeunDiscreteScheduler", **PLAIN},
+        {"_class_name": "DPMSolverMultistepScheduler", **PLAIN, "solver_order": 3, "algorithm_type": "dpmsolver++"},
+        {"_class_name": "DDPMScheduler", **PLAIN, "variance_type": "fixed_large", "timestep_spacing": "trailing"},
+    ],
+)
+def test_model_index_says_which_scheduler_it_is(
+    copied: Path, listed: str, config: dict[str, object], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Fails if defaults or the sampler come from the class of the file where diffusers makes that of the index."""
+    (copied / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    list_scheduler(copied, ["diffusers", listed])
     with caplog.at_level(logging.INFO, "dit_runtime"):
-        assert load_checkpoint(Source(str(copied))).defaults.sampler == sampler
-    told = f"lists the scheduler as DDIMScheduler, scheduler_config.json says {scheduler.__name__}, which was taken"
-    assert (told in caplog.text) == (scheduler is not DDIMScheduler)
+        found = load_checkpoint(Source(str(copied)))
+    pipeline = DiTPipeline.from_pretrained(copied)
+    assert type(pipeline.scheduler).__name__ == listed
+    np.testing.assert_allclose(found.diffusion.betas, pipeline.scheduler.betas.double(), rtol=1e-6)  # float32: 6e-8
+    third = pipeline.scheduler.config.get("solver_order") == 3
+    solver = "dpmpp-3m" if third else "dpmpp-2m"
+    assert found.defaults.sampler == (solver if listed.startswith("DPM") else "ddim")
+    told = f"lists the scheduler as {listed}, and scheduler_config.json says {config['_class_name']}"
+    assert (told in caplog.text) == (listed != config["_class_name"])
+
+
+@pytest.mark.parametrize(
+    "listed", [["their_scheduler", "DDIMScheduler"], ["diffusers", "FlowMatchEulerDiscreteScheduler"], ["diffusers"], 1]
+)
+def test_another_listed_scheduler_is_refused(copied: Path, listed: object) -> None:
+    list_scheduler(copied, listed)
+    with pytest.raises(CheckpointError, match=r"model_index\.json: lists the scheduler as .*expected"):
+        load_checkpoint(Source(str(copied)))
 
 
 def test_a_partial_cache_is_completed(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,7 +78,7 @@ def leave_out(kind: str, key: str, spacing: str) -> dict[str, Any]:
 def diffusion_of(folder: Path, config: dict[str, Any]) -> DiffusionSpec:
     path = folder / "scheduler_config.json"
     path.write_text(json.dumps(config))
-    return diffusion_from_config(load_scheduler(path).config, 4)
+    return diffusion_from_config(load_scheduler(path, config["_class_name"]).config, 4)
 
 
 def assert_defaults_are_diffusers(diffusion: DiffusionSpec, config: dict[str, Any]) -> None:

@@ -48,7 +48,7 @@ def options_of(kind: str) -> dict[str, Any]:
 def diffusion_of(folder: Path, config: dict[str, Any]) -> DiffusionSpec:
     path = folder / "scheduler_config.json"
     path.write_text(json.dumps(config))
-    return diffusion_from_config(load_scheduler(path).config, 4)
+    return diffusion_from_config(load_scheduler(path, config["_class_name"]).config, 4)
 
 
 def own_run(scheduler: Any, noise: Any, steps: int) -> tuple[list[float], Any, Any, list[bool]]:
@@ -245,7 +245,7 @@ def test_the_golden_records_are_made_with_the_same_scheduler(options: dict[str, 
     """Fails if the reference's trajectory is another variance or spacing than that of the folder's DDPM."""
     config = {"_class_name": DDPM, **BASE, **options}
     (tmp_path / "scheduler_config.json").write_text(json.dumps(config))
-    scheduler = load_scheduler(tmp_path / "scheduler_config.json")
+    scheduler = load_scheduler(tmp_path / "scheduler_config.json", DDPM)
     noise, taken = normal(3, 1, *SHAPE[1:]), []
     z = torch.from_numpy(noise)
     for step in diffusers_ddpm(scheduler.config, STEPS_TAKEN, True, [torch.Generator().manual_seed(5)]):

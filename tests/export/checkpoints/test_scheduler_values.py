@@ -41,7 +41,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 def load(folder: Path, config: dict[str, Any]) -> Any:
     path = folder / "scheduler_config.json"
     path.write_text(json.dumps(config))
-    return load_scheduler(path).config
+    return load_scheduler(path, config["_class_name"]).config
 
 
 def refusal_of(folder: Path, config: dict[str, Any]) -> str | None:

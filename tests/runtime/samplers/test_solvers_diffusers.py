@@ -341,6 +341,27 @@ def test_every_table_is_sound(case: tuple[str, str, int], prediction: str, steps
         assert not any(rest[1:3])
 
 
+@pytest.mark.parametrize(("spacing", "steps"), [("trailing", 3), ("linspace", 4)])
+def test_cosine_betas_that_float32_cannot_subtract(spacing: str, steps: int) -> None:
+    """Where diffusers' float32 takes the root of a difference below 0, the table has the root σ_to²/σ_from itself."""
+    scheduler = diffusers.EulerAncestralDiscreteScheduler(beta_schedule="squaredcos_cap_v2", timestep_spacing=spacing)
+    scheduler.set_timesteps(steps)
+    sigma, following = scheduler.sigmas[:-1], scheduler.sigmas[1:]
+    up = following**2 * (sigma**2 - following**2) / sigma**2
+    assert (following**2 - up)[0] < 0
+    spec = replace(reference_spec(spacing), betas=tuple(scheduler.betas.double().tolist()))
+    schedule = schedule_for("euler-ancestral", LEARNED, spec, steps)
+    inputs = normal(1, steps, *SHAPE)
+    found = run_table(schedule, inputs[0], normal(2, steps, *SHAPE), network, list(inputs))
+    alpha_bar = np.append(np.cumprod(1 - np.array(spec.betas))[np.array(timesteps_of(schedule), int)], 1.0)
+    sigmas = np.sqrt((1 - alpha_bar) / alpha_bar)
+    for n, (z, step) in enumerate(zip(inputs, found, strict=True)):
+        e, _ = network(z, timesteps_of(schedule)[n])
+        denoised = z / np.sqrt(alpha_bar[n]) - sigmas[n] * e
+        mean = np.sqrt(alpha_bar[n + 1]) * (denoised + sigmas[n + 1] ** 2 / sigmas[n] * e)
+        np.testing.assert_allclose(step.mean, mean, rtol=0, atol=FLOAT64_LIMIT * np.abs(mean).max())
+
+
 def assert_sound(schedule: Schedule, sampler: str, steps: int) -> None:
     """What the engine relies on in any table; low Karras noise levels may share a timestep."""
     assert schedule.sampler == sampler
