@@ -27,7 +27,7 @@ from openvino import opset13
 
 from dit_runtime import open_bundle
 from dit_runtime.backends.openvino import engine as openvino_engine
-from dit_runtime.backends.openvino.engine import OpenVinoEngine
+from dit_runtime.backends.openvino.engine import OpenVinoEngine, load_core
 from dit_runtime.backends.openvino.passes import rearrange
 from dit_runtime.bench.timing import time_calls
 from dit_runtime.bundle.precision import Precision, precision_named
@@ -214,7 +214,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="default: MODEL-ablations.json beside this file")
     args = parser.parse_args()
     bundle = open_bundle(args.work / args.model / "fp32.bundle")
-    able = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    able = load_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     report: dict[str, Any] = {
         "model": bundle.manifest.source.name,
         "environment": describe_environment(0),

@@ -195,12 +195,12 @@ def _open(path: Path, library: str, precision: str, threads: int) -> Callable[[d
         options.log_severity_level, options.intra_op_num_threads = 3, threads
         session = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
         return lambda inputs: session.run(None, inputs)[0]
-    import openvino
+    from dit_runtime.backends.openvino.engine import load_core
 
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
     if threads:
         settings["INFERENCE_NUM_THREADS"] = threads
-    compiled = openvino.Core().compile_model(os.fspath(path), "CPU", settings)
+    compiled = load_core().compile_model(os.fspath(path), "CPU", settings)
     request = compiled.create_infer_request()
     return lambda inputs: np.array(request.infer(inputs)[0])
 

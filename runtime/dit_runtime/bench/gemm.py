@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dit_runtime.backends.openvino.engine import import_openvino
+from dit_runtime.backends.openvino.engine import import_openvino, load_core
 from dit_runtime.bundle.manifest import ModelSpec
 from dit_runtime.bundle.precision import Precision
 from dit_runtime.samplers.noise import Float32
@@ -88,5 +88,5 @@ def _product_by_openvino(
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "bf16" if precision == Precision.BF16 else "f32"}
     if threads:
         settings["INFERENCE_NUM_THREADS"] = threads
-    request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
+    request = load_core().compile_model(model, "CPU", settings).create_infer_request()
     return lambda: request.infer([left], share_inputs=True, share_outputs=True)

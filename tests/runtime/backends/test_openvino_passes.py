@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from support.optional import openvino
 
-from dit_runtime.backends.openvino.engine import OpenVinoEngine
+from dit_runtime.backends.openvino.engine import OpenVinoEngine, load_core
 from dit_runtime.backends.openvino.passes import rearrange
 from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle, open_bundle
@@ -23,7 +23,7 @@ def operations(model: Any) -> Counter[str]:
 
 def computed(model: Any, inputs: dict[str, Any]) -> list[Any]:
     """All outputs in FP32."""
-    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = load_core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return [np.array(value) for value in compiled.create_infer_request().infer(inputs).values()]
 
 
@@ -59,8 +59,8 @@ def test_only_in_bf16(bundles: dict[str, Path]) -> None:
     """FP32 keeps the bundle's graph, whose weights are mapped."""
     bundle = open_bundle(bundles["fp32"])
     plain = operations(OpenVinoEngine(bundle, precision=Precision.FP32)._read(bundle.graph("step")))
-    assert plain == operations(openvino.Core().read_model(bundle.graph("step"))) - Counter(
-        Multiply=operations(openvino.Core().read_model(bundle.graph("step")))["Multiply"] - plain["Multiply"]
+    assert plain == operations(load_core().read_model(bundle.graph("step"))) - Counter(
+        Multiply=operations(load_core().read_model(bundle.graph("step")))["Multiply"] - plain["Multiply"]
     )
 
 

@@ -10,6 +10,7 @@ are mapped from there. OpenVINO packs them, and the packed copy is the only one 
 from __future__ import annotations
 
 import contextlib
+import functools
 import queue
 import threading
 from collections import OrderedDict
@@ -76,7 +77,7 @@ class OpenVinoEngine:
     ) -> None:
         self._openvino = import_openvino()
         self.bundle, self.streams, self.shapes = bundle, streams, shapes
-        self._core = self._openvino.Core()
+        self._core = load_core()
         chosen, version = self._choose(precision), self._openvino.__version__.partition("-")[0]
         name = f"openvino {version} CPU {chosen}"
         self.info = EngineInfo(
@@ -369,3 +370,14 @@ def import_openvino() -> Any:
     except ImportError as error:
         raise EngineError("OpenVINO is not installed; pip install 'dit-export[openvino]'") from error
     return openvino
+
+
+@functools.cache
+def load_core() -> Any:
+    """OpenVINO's ``Core``, one for the whole process, which never ends. Raises EngineError as ``import_openvino``.
+
+    A ``Core`` gives its thread a signal stack (sigaltstack), and puts back the one before it when it and all its models
+    are gone. Of two cores that do not end in the reverse order of their making, the second puts back the stack of the
+    first, which is no memory any more: the next signal, a Ctrl-C, ends the process by SIGSEGV.
+    """
+    return import_openvino().Core()

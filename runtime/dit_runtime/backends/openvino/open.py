@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dit_runtime.backends.base import Backend, Candidate, EngineOptions
-from dit_runtime.backends.openvino.engine import OpenVinoEngine, import_openvino
+from dit_runtime.backends.openvino.engine import OpenVinoEngine, load_core
 from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import EngineError
@@ -21,7 +21,7 @@ def _find_candidate(bundle: Bundle, name: str) -> Candidate | None:
     prepared graphs, and BF16 is not what an FP32 bundle was exported for. Choose either with ``--precision``.
     """
     try:
-        capabilities = import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        capabilities = load_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     except EngineError:
         return None
     bf16 = bundle.manifest.precision.name == Precision.FP16 and "BF16" in capabilities
