@@ -13,7 +13,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # A test module runs on one worker, with the fixtures of its own; tests/conftest.py puts the longest first.
 WORKERS ?= $(shell nproc)
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
+# Without the worker that a crash took, a run would wait for ever: it ends and names the test.
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder --max-worker-restart 0
 DEMO := build/demo
 # Python bindings without their libraries, FOLDER=REQUIREMENT: the contract tests look into each generation.
 BINDINGS := \

@@ -75,7 +75,7 @@ def run_process(*argv: str | Path, **options: Any) -> subprocess.CompletedProces
 
 def run_here(work: Callable[[], object], argv: list[str]) -> subprocess.CompletedProcess[str]:
     """``work`` as a process's main: an exit becomes a code, an exception a traceback and code 1."""
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
     handlers, hook = [signal.getsignal(number) for number in signals], sys.unraisablehook
     arguments, sys.argv = sys.argv, argv
     code = 0

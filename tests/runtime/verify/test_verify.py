@@ -131,12 +131,12 @@ def test_the_command_says_so_and_exits_with_1(tampered: Path) -> None:
     edit = json.loads((tampered / "manifest.json").read_text())
     edit["diffusion"]["steps_offset"] = 1
     (tampered / "manifest.json").write_text(json.dumps(edit))
-    done = run_process("dit-verify", tampered)
+    done = run_process("dit-verify", tampered, "--engine", "onnxruntime")
     assert done.returncode == 1
     assert "FAIL: ddim" in done.stdout
     last = done.stderr.splitlines()[-1]
     assert re.fullmatch(r"dit-verify: .* \d+ of \d+ rungs fail on onnxruntime .*, the first is 'ddim .*", last)
-    done = run_command("dit-verify", tampered, "--json", "--quick")
+    done = run_command("dit-verify", tampered, "--engine", "onnxruntime", "--json", "--quick")
     assert done.returncode == 1
     report = json.loads(done.stdout)
     assert report["passed"] is False
