@@ -9,13 +9,15 @@ from diffusers import DDIMScheduler
 
 from dit_export.checkpoints.autoencoders import Autoencoder, autoencoder_for, spec_of_autoencoder
 from dit_export.checkpoints.checkpoint import Checkpoint
+from dit_export.checkpoints.conventions import find_conventions
 from dit_export.checkpoints.diffusers_folder.scheduler import LINEAR_BETAS, diffusion_from_config
 from dit_export.checkpoints.families import FAMILIES
 from dit_export.checkpoints.formats import CheckpointFormat, Location
 from dit_export.checkpoints.layouts import Numerics, official_spec
 from dit_export.checkpoints.positions import grid_of_table
 from dit_export.checkpoints.source import Source, refuse_options
-from dit_export.checkpoints.statements import Statements, check_model, find_conventions, has_null_row, heads_of
+from dit_export.checkpoints.stated_model import check_model, has_null_row, heads_of
+from dit_export.checkpoints.statements import Statements
 from dit_export.checkpoints.weights import PICKLES, SAFE, Weights, check_sha256, read_weights_file
 from dit_runtime.bundle.manifest import PATHS, DiffusionSpec, ModelSpec
 from dit_runtime.core.errors import CheckpointError
