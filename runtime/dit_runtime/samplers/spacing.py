@@ -115,7 +115,7 @@ def multistep_timesteps(
     if last < total and (last < 1 or len(points) != steps):
         raise SamplingError(
             f"{steps} steps with {spacing} spacing: lambda_min_clipped {settings.lambda_min:g} of the checkpoint's "
-            f"scheduler leaves {len(points) if last > 0 else 0} of them, in diffusers too; use another spacing"
+            f"scheduler leaves {len(points) if last > 0 else 0} of them; use another spacing"
         )
     timesteps = _check_timesteps(points, steps, total, spacing, diffusion.steps_offset)
     return timesteps.astype(np.float64), _check_falling(sigmas[timesteps], steps, spacing)
@@ -214,8 +214,8 @@ def _check_falling(levels: Float64, steps: int, spacing: str) -> Float64:
     """The levels; raises SamplingError where a level is not below the one before."""
     if (np.diff(levels) >= 0).any():
         raise SamplingError(
-            f"{steps} steps with {spacing} spacing: the noise level does not fall with every step, in diffusers too; "
-            "use fewer steps or another spacing"
+            f"{steps} steps with {spacing} spacing: the noise level does not fall with every step; use "
+            "fewer steps or another spacing"
         )
     return levels
 
@@ -227,12 +227,12 @@ def _check_timesteps(timesteps: Float64, steps: int, total: int, spacing: str, o
     if len(found) != steps or found.min() < 0 or found.max() >= total:
         raise SamplingError(
             f"{steps} steps with {spacing} spacing and offset {offset} leave the training timesteps 0 to {total - 1}, "
-            "in diffusers too; use another number of steps"
+            "as diffusers spaces them; use another number of steps"
         )
     if any(first <= second for first, second in pairwise(found)):
         raise SamplingError(
-            f"{steps} steps with {spacing} spacing visit a timestep twice, in diffusers too, and a step of no length "
-            "has no update (diffusers gives NaN); use fewer steps or another spacing"
+            f"{steps} steps with {spacing} spacing visit a timestep twice, as diffusers spaces them, and a step of no "
+            "length has no update; use fewer steps or another spacing"
         )
     return found
 
