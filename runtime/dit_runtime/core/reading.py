@@ -97,9 +97,14 @@ def check_file(path: str | Path, limit_bytes: int | None, within: Path | None = 
 
 
 def kind_of(path: Path) -> Literal["file", "folder", "other"] | None:
-    """What a path names, once links are followed; None where nothing is, or no file can have such a name."""
+    """What a path names, once links are followed; None where nothing is, or no file can have such a name.
+
+    What is in a folder that may not be searched is ``other``: whoever reads it says so.
+    """
     try:
         mode = path.stat().st_mode
+    except PermissionError:
+        return "other"
     except (OSError, ValueError):  # Path.exists raises some of them
         return None
     return "file" if stat.S_ISREG(mode) else "folder" if stat.S_ISDIR(mode) else "other"
