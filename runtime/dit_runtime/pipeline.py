@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -386,7 +386,9 @@ class Pipeline:
         if from_image:
             strength = STRENGTH if strength is None else strength
             skipped = count_skipped_steps(steps, strength)
-        return schedule_for(sampler, model, diffusion, steps, eta, spacing, skipped), strength
+        alike = isinstance(sampler, str) and isinstance(eta, float | int) and isinstance(spacing, str | None)
+        make = _shared_schedule if alike else schedule_for  # which says what is wrong with them
+        return make(sampler, model, diffusion, steps, eta, spacing, skipped), strength
 
     def _check_table(self, table: Schedule) -> None:
         """Raises SamplingError for a schedule that is for another kind of model."""
@@ -425,3 +427,16 @@ class Pipeline:
                 f"a batch of {batch}: {self.engine.info.name} takes at most {self.engine.info.max_batch}; "
                 f"use smaller batches (--batch-size {self.engine.info.max_batch}) or build an engine for more"
             )
+
+
+@lru_cache(maxsize=64)
+def _shared_schedule(*arguments: Any) -> Schedule:
+    """``schedule_for``, once for all requests that are alike: making a schedule costs more than the rest of a request.
+
+    Images with the very same schedule also share the preparation of their steps.
+    """
+    schedule = schedule_for(*arguments)
+    for values in vars(schedule).values():
+        if isinstance(values, np.ndarray):
+            values.flags.writeable = False
+    return schedule

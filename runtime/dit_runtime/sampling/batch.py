@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -81,6 +81,8 @@ class Advance(NamedTuple):
         completed: whether the row completed a step of the image's sampler.
         finished: whether the row was the image's last; finished images have left the batch.
         result: the arrays.
+        failed: the error of each image that is not finite and has left the batch, by its key; only where the batch goes
+            on without such images.
         latents: float32 ``[B, C, H, W]``.
         denoised: the estimate of the clean latents, float32 ``[B, C, H, W]``.
     """
@@ -89,6 +91,7 @@ class Advance(NamedTuple):
     completed: list[bool]
     finished: list[bool]
     result: StepResult
+    failed: Mapping[int, SamplingError]
 
     @property
     def latents(self) -> Float32:
@@ -104,12 +107,18 @@ class Batch:
 
     A batch is a context manager: it holds the engine's loop, and with it device memory, until it is closed.
 
+    Args:
+        engine: the engine that runs the step.
+        manifest: of the engine's bundle.
+        goes_on: whether images that are not finite leave the batch alone, and the others go on; else ``advance``
+            raises an error.
+
     Attributes:
         failure: the error that the next ``advance`` raises; None where there is none.
     """
 
-    def __init__(self, engine: Engine, manifest: Manifest) -> None:
-        self._engine, model = engine, manifest.model
+    def __init__(self, engine: Engine, manifest: Manifest, goes_on: bool = False) -> None:
+        self._engine, self._goes_on, model = engine, goes_on, manifest.model
         self._loop: Loop = engine.open_loop(LIMITS)
         self._table = self._loop.table
         self._shape = (model.latent_channels, *model.latent_size)
@@ -138,6 +147,13 @@ class Batch:
         self._loop.add(latents)
         self._changed = True
 
+    def remove(self, keys: Container[int]) -> None:
+        """Let the images of these keys leave before they are finished; a key that is not in the batch has left already.
+
+        The other images go on as if these had never been there.
+        """
+        self._keep([index for index, slot in enumerate(self._slots) if slot.key not in keys])
+
     def advance(self, read: bool = False) -> Advance:
         """Do one row of every image in one call of the engine. Finished images leave the batch.
 
@@ -146,8 +162,8 @@ class Batch:
                 always checked.
 
         Raises:
-            SamplingError: the latents of an image are not finite. If other images finished in the same call, this call
-                returns them, and the next call raises the error.
+            SamplingError: the latents of an image are not finite, and the batch does not go on without it. If other
+                images finished in the same call, this call returns them, and the next call raises the error.
         """
         if self.failure is not None:
             raise self.failure
@@ -155,20 +171,27 @@ class Batch:
         result = self._run_step()
         completed = [slot.completes[slot.row] for slot in slots]
         finished = [slot.row + 1 == len(slot) for slot in slots]
+        failed: dict[int, SamplingError] = {}
         if (read or result.at_hand or any(finished)) and not np.isfinite(state := result.state).all():
             sound = [bool(np.isfinite(values).all()) for values in state]
-            self.failure = self._error_for(slots[sound.index(False)])
             finished = [done and fine for done, fine in zip(finished, sound, strict=True)]
-            if not any(finished):
-                raise self.failure
+            if self._goes_on:
+                failed = {slot.key: self._error_for(slot) for slot, fine in zip(slots, sound, strict=True) if not fine}
+            else:
+                self.failure = self._error_for(slots[sound.index(False)])
+                if not any(finished):
+                    raise self.failure
         for slot in slots:
             slot.row += 1
-        if any(finished):
-            kept = [index for index, done in enumerate(finished) if not done]
-            self._slots = [slots[index] for index in kept]
+        self._keep([index for index, slot in enumerate(slots) if not finished[index] and slot.key not in failed])
+        return Advance([slot.key for slot in slots], completed, finished, result, failed)
+
+    def _keep(self, kept: list[int]) -> None:
+        """Let all images leave but those at these places."""
+        if len(kept) < len(self._slots):
+            self._slots = [self._slots[index] for index in kept]
             self._loop.keep(kept)
             self._changed = True
-        return Advance([slot.key for slot in slots], completed, finished, result)
 
     def _run_step(self) -> StepResult:
         """Run the step, each image at its own row."""

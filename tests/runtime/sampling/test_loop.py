@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from dit_runtime.backends.host_loop import HostLoop
 from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
 from dit_runtime.bundle.manifest import Manifest, ModelSpec
 from dit_runtime.core.errors import SamplingError
-from dit_runtime.sampling.batch import LIMITS
+from dit_runtime.sampling.batch import LIMITS, Batch
 from dit_runtime.sampling.requests import ImageRequest
 
 # Relative to the largest latent. Measured: 0 on ONNX Runtime with one thread, where no product depends on the batch.
@@ -389,6 +390,72 @@ def note(stream: Iterator[tuple[int, Array]], finished: list[int]) -> None:
     """Put each index into ``finished`` as it comes."""
     for index, _ in stream:
         finished.append(index)
+
+
+def test_the_others_go_on_without_an_image_that_fails(bundles: dict[str, Path]) -> None:
+    """Fails if an image's failure ends, delays or changes its neighbours, or is not told by its key."""
+
+    def spoil(state: np.ndarray) -> None:
+        state[1, 1, 2, 3, 4] = np.inf
+
+    pipe = spoiled(bundles, 2, spoil)
+    images = pipe.prepare([1, 2, 3], [7, 8, 9], steps=4, sampler="dpmpp-2m")
+    finished, failed = {}, {}
+    with Batch(pipe.engine, pipe.manifest, goes_on=True) as batch:
+        batch.add(list(enumerate(images, 50)))
+        calls = 0
+        while len(batch):
+            step = batch.advance()
+            calls += 1
+            failed |= step.failed
+            finished |= {step.keys[index]: step.latents[index].copy() for index in np.flatnonzero(step.finished)}
+    assert (calls, sorted(finished), list(failed), batch.failure) == (4, [50, 52], [51], None)
+    assert re.search(r"not finite after step 2 of 4 on .* \(seed 8\)", str(failed[51]))
+    sound = dict(Pipeline(bundles["fp32"], "onnxruntime", threads=1).stream(images, 1))
+    assert np.array_equal(finished[50], sound[0])
+    assert np.array_equal(finished[52], sound[2])
+
+
+def test_images_leave_a_batch_before_they_are_finished(pipe: Pipeline) -> None:
+    """Fails if one that leaves changes the others, of its schedule or another, or a key that has left is an error."""
+    images = [
+        *pipe.prepare([1, 2], [7, 8], steps=5, sampler="dpmpp-2m"),
+        *pipe.prepare([3, 4], [9, 10], steps=6, sampler="ddpm", guidance=2.0),
+    ]
+    finished = {}
+    with Batch(pipe.engine, pipe.manifest) as batch:
+        batch.add(list(enumerate(images[:3])))
+        batch.advance()
+        batch.remove({1, 99})
+        assert len(batch) == 2
+        batch.advance()
+        batch.add([(3, images[3])])
+        batch.remove([1])
+        while len(batch):
+            step = batch.advance()
+            finished |= {step.keys[index]: step.latents[index].copy() for index in np.flatnonzero(step.finished)}
+    alone = dict(pipe.stream(images, 1))
+    assert sorted(finished) == [0, 2, 3]
+    assert all(np.array_equal(latents, alone[key]) for key, latents in finished.items())
+    with Batch(pipe.engine, pipe.manifest) as batch:
+        batch.add(list(enumerate(images)))
+        batch.advance()
+        batch.remove(range(4))
+        assert len(batch) == 0
+
+
+def test_requests_that_are_alike_share_a_schedule(pipe: Pipeline) -> None:
+    """Fails if one is made again for each request, is another's, or can be changed by whoever holds it."""
+    (first,), (second,) = (pipe.prepare([1], seed, steps=9, sampler="unipc") for seed in (1, 2))
+    assert first.schedule is second.schedule
+    for other in ({"steps": 8}, {"spacing": "karras"}, {"sampler": "dpmpp-2m"}):
+        (image,) = pipe.prepare([1], **{"steps": 9, "sampler": "unipc", **other})
+        assert image.schedule is not first.schedule
+    with pytest.raises(ValueError, match="read-only"):
+        first.schedule.coefficients[0, 0] = 1
+    for wrong in ({"sampler": ["ddim"]}, {"sampler": "ddim", "spacing": ["leading"]}):
+        with pytest.raises(SamplingError):
+            pipe.prepare([1], **wrong)
 
 
 @pytest.mark.parametrize("values", [[np.nan], [np.inf], [-np.inf], [np.inf, -np.inf]], ids=str)
