@@ -39,7 +39,7 @@ from dit_runtime.verify.soak_run import (
 )
 from dit_runtime.verify.soak_shrink import Cases, last_cases, shrink
 
-LEAST_CASES = 16  # before the memory of the second half is compared with that of the first
+LEAST_CASES = 48  # before the memory of the second half is compared with that of the first: shapes are still new before
 LEAST_SHRINK_S, MOST_SHRINK_S = 30.0, 300.0
 RACE_TRIES = 3  # runs of a case with several threads, which may pass by chance
 SUSPECTS = 3  # cases after which memory grew most, that are tried alone

@@ -14,6 +14,7 @@ from dit_runtime.backends.open import open_engine
 from dit_runtime.bundle.manifest import ENCODER, Manifest
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import SamplingError
+from dit_runtime.samplers.schedule import A_Z, B_E, INPUT, LOG_SIGMA
 from dit_runtime.sampling.batch import Batch
 from dit_runtime.sampling.requests import ImageRequest
 from dit_runtime.verify.metrics import relative_error
@@ -142,7 +143,7 @@ def encode(engine: Engine, pixels: Array) -> Array:
 
 
 class _DisturbedEngine:
-    """The host with noise of a relative ``size`` in the latents that each step gets."""
+    """The host with noise of a relative ``size`` in each step's latents and network output."""
 
     def __init__(self, host: Engine, manifest: Manifest, size: float, seed: int) -> None:
         self.info, self._host, self._manifest = host.info, host, manifest
@@ -150,7 +151,7 @@ class _DisturbedEngine:
 
     def session(self, graph: str) -> Session:
         session = self._host.session(graph)
-        return _DisturbedSession(session, self._size, self._rng) if graph == "step" else session
+        return DisturbedSession(session, self._size, self._rng) if graph == "step" else session
 
     def release(self, graph: str) -> None:
         self._host.release(graph)
@@ -162,12 +163,31 @@ class _DisturbedEngine:
         """The host stays open."""
 
 
-class _DisturbedSession:
+class DisturbedSession:
+    """The step with noise in the latents that it gets, and in the network's output before the sampler's formula.
+
+    The latents' noise shows what is chaotic. The output's noise shows what a sampler multiplies: the first step from
+    pure noise divides by a signal of nearly 0.
+    """
+
     def __init__(self, session: Session, size: float, rng: np.random.Generator) -> None:
         self._session, self._size, self._rng = session, size, rng
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
-        state = inputs["state"].copy()
-        spread = self._size * np.abs(state[:, 0]).max()
-        state[:, 0] += spread * self._rng.uniform(-1, 1, state[:, 0].shape).astype(np.float32)
-        return self._session.run({**inputs, "state": state}, outputs)
+        state, coefficients = inputs["state"].copy(), inputs["coefficients"][:, :, None, None, None]
+        state[:, 0] += self._draw(state[:, 0], 1.0)
+        found = self._session.run({**inputs, "state": state}, ["next_state", "denoised"])
+        next_state, denoised = (value.copy() for value in found)
+        factor = coefficients[:, B_E]
+        e = (denoised - coefficients[:, A_Z] * state[:, 0]) / np.where(factor == 0, np.inf, factor)
+        gain = max(1.0, float(np.abs(inputs["guidance"]).sum(axis=0).max()))
+        noise = self._draw(e, gain)
+        next_state += coefficients[:, INPUT:LOG_SIGMA] * noise[:, None]
+        denoised += factor * noise
+        named = {"next_state": next_state, "denoised": denoised}
+        return [named[name] for name in outputs]
+
+    def _draw(self, values: Array, gain: float) -> Array:
+        spread = self._size * gain * np.abs(values).max()
+        noise: Array = (spread * self._rng.uniform(-1, 1, values.shape)).astype(np.float32)
+        return noise

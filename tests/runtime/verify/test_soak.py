@@ -21,7 +21,7 @@ from dit_runtime.core.errors import SamplingError
 from dit_runtime.samplers.by_name import DIFFUSION_SAMPLERS
 from dit_runtime.verify.soak import soak
 from dit_runtime.verify.soak_cases import SoakCase, SoakImage, cases_from_json, draw_case, json_from_cases, takes
-from dit_runtime.verify.soak_host import Hosts
+from dit_runtime.verify.soak_host import DisturbedSession, Hosts
 from dit_runtime.verify.soak_run import run_cases
 from dit_runtime.verify.soak_shrink import shrink
 
@@ -77,8 +77,39 @@ def test_it_finds_a_wrong_mixture(bundle: Bundle) -> None:
     assert (image.sampler, image.steps, image.guidance, image.seed) == ("ddim", 1, 2.0, 0)
 
 
-def test_it_finds_memory_that_is_kept(bundle: Bundle) -> None:
-    """An engine whose results are right, and whose memory grows with every step."""
+class Cancelling:
+    """A step whose network predicts all but a hundredth of its latents, as trained ones do in pure noise."""
+
+    def run(self, inputs: dict[str, np.ndarray], outputs: list[str]) -> list[np.ndarray]:
+        (row,), (z,) = inputs["coefficients"], inputs["state"][:, 0]
+        e = 0.99 * z
+        found = {"denoised": row[0] * z + row[1] * e, "next_state": np.stack([n * z + n * e for n in row[11:14]])}
+        return [found[name][None] for name in outputs]
+
+
+@pytest.mark.parametrize("weight", [1.0, 4.0])
+def test_an_error_that_the_sampler_multiplies_counts(weight: float) -> None:
+    """One step from pure noise divides the network's error by a signal of nearly 0, in the slots and in ``denoised``;
+    guidance multiplies it before."""
+    size, factor = 1e-3, -157.0
+    row = np.zeros((1, 17), np.float32)
+    row[:, [0, 1, 11, 12]] = -factor, factor, factor, 2.0
+    z = np.random.default_rng(0).standard_normal((4, 8, 8)).astype(np.float32)
+    state = np.stack([z, z, z])[None]
+    guidance = np.array([weight, 1 - weight], np.float32)[:, None, None] * np.ones((2, 1, 4), np.float32)
+    session = DisturbedSession(Cancelling(), size, np.random.default_rng(1))  # type: ignore[arg-type]
+    inputs = {"state": state, "coefficients": row, "guidance": guidance}
+    denoised, next_state = session.run(inputs, ["denoised", "next_state"])
+    # Of the latents' own noise only 157/100 is left.
+    error = np.abs(denoised[0] + factor * 0.01 * z).max() / np.abs(z).max()
+    gain = abs(weight) + abs(1 - weight)
+    assert 0.9 * 157 * size * gain < error < 1.05 * 157 * size * gain
+    assert np.abs(next_state[0, 2]).max() == 0  # a slot that the network has no part in
+
+
+def test_it_finds_memory_that_is_kept(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine whose results are right, and whose memory grows with every step; cases enough to judge it are few."""
+    monkeypatch.setattr("dit_runtime.verify.soak.LEAST_CASES", 16)
     limit = 16 << 20
 
     def open_at(at: Bundle) -> soak_engines.FaultyEngine:
