@@ -1,6 +1,7 @@
 """Measure the thresholds of the error budget: the ratio of engines' errors to PyTorch's own, over many draws.
 
     python benchmarks/budget.py --draws 10 --output benchmarks/budget.json
+    python benchmarks/budget.py --velocity 3 --draws 3 --output benchmarks/budget-velocity.json
 
 Each draw makes new golden records from other seeds, timesteps, labels and guidance scales, with PyTorch's own errors on
 them. The first draw has the seeds and scales of an exported bundle. Each draw then verifies FP32 and FP16 bundles of
@@ -8,6 +9,10 @@ the Fashion-MNIST model and of a random model on every engine that is installed.
 by the factor that ``Budget.threshold_of`` allows for their guidance scale. The threshold of a kind of rung is twice the
 largest ratio of all draws, rounded up to two digits, and at least 1. ``runtime/dit_runtime/verify/limits.py`` holds the
 thresholds.
+
+Trajectories that draw noise have a row of their own as well, undivided. With ``--velocity N`` the models are N random
+SiTs of the linear path and N of the trigonometric one (``random_models.py``). Their run sets no threshold; it shows how
+much of the factor √2 of such trajectories (``Budget.threshold_of``) is needed.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +52,9 @@ from dit_runtime.core.progress import Progress
 from dit_runtime.core.replace import replace_file
 from dit_runtime.verify.replay import Replay
 from dit_runtime.verify.rung import Rung
-from dit_runtime.verify.verification import verification_of
+from dit_runtime.verify.verification import verify
+from random_models import KINDS as MODELS
+from random_models import make_random_source
 
 DEMO = Path(__file__).parent / "fashion_mnist" / "checkpoint"
 GUIDANCE = (1.5, 4.0, 7.5)
@@ -63,6 +71,9 @@ KINDS = {
     "image PSNR": "image",
     "encoder": "encoder",
 }
+DRAWING = ("ddpm free-running", "sde-euler free-running")  # rungs of trajectories that draw noise
+UNDIVIDED = "drawing noise, undivided"  # their ratios to PyTorch's error, whatever the guidance scale allows
+FIRST_RELATION = "classes and timesteps"  # from here on rungs have no series of ratios
 
 
 def make_random_checkpoint(folder: Path) -> Path:
@@ -86,6 +97,19 @@ def make_random_checkpoint(folder: Path) -> Path:
     scheduler = DDIMScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, clip_sample=False)
     DiTPipeline(transformer, autoencoder, scheduler).save_pretrained(folder)
     return folder
+
+
+def list_models(velocity: int, work: Path) -> dict[str, Source]:
+    """The two DiTs by name, or so many random SiTs of each path that is not nearly a DiT's."""
+    if not velocity:
+        checkpoints = {"fashion_mnist": DEMO, "random": make_random_checkpoint(work / "checkpoint")}
+        return {name: Source(str(checkpoint)) for name, checkpoint in checkpoints.items()}
+    kinds = [kind for kind in MODELS if kind.path in ("linear", "gvp")]
+    return {
+        f"{kind.name} {seed}": make_random_source(kind, seed, work / f"{kind.path}-{seed}")
+        for seed in range(velocity)
+        for kind in kinds
+    }
 
 
 def draw_records(bundle: Bundle, source: Source, draw: int) -> tuple[Bundle, float]:
@@ -125,21 +149,20 @@ def kind_of(rung: Rung) -> str | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=10)
+    parser.add_argument("--velocity", type=int, default=0, help="random SiTs of each path, instead of the two DiTs")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "budget.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
     # engine → kind → guidance → ratios
     ratios: dict[str, dict[str, dict[float, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    with tempfile.TemporaryDirectory() as work, Progress("draws", 2 * args.draws) as bar:
-        models = {"fashion_mnist": DEMO, "random": make_random_checkpoint(Path(work) / "checkpoint")}
-        for model, checkpoint in models.items():
-            source = Source(str(checkpoint))
+    count = 2 * max(args.velocity, 1)
+    with tempfile.TemporaryDirectory() as work, Progress("draws", count * args.draws) as bar:
+        models = list_models(args.velocity, Path(work))
+        for model, source in models.items():
             bundles = [
-                bundle_from_checkpoint(source, Path(work) / f"{model}-{precision.name}.bundle", precision, encoder=True)
+                bundle_from_checkpoint(source, Path(work) / f"{model} {precision.name}.bundle", precision, encoder=True)
                 for precision in (FP32, FP16)
             ]
-            # The graphs do not change between draws, so the engines are opened once.
-            engines = [list(engines_for(bundle)) for bundle in bundles]
             for draw in range(args.draws):
                 first, guidance = draw_records(bundles[0], source, draw)
                 second = bundles[1]
@@ -147,34 +170,39 @@ def main() -> None:
                     (second.path / GOLDEN / file.name).write_bytes(file.read_bytes())
                 floors = {name: dict(series) for name, series in first.manifest.floors.items()}
                 bundles = [first, update_manifest(second, floors)]
-                for bundle, found in zip(bundles, engines, strict=True):
-                    for engine in found:
+                for bundle in bundles:
+                    for engine in engines_for(bundle):  # of this draw: an engine notices that its bundle was changed
                         budget = Replay(bundle, engine).budget
-                        for rung in verification_of(bundle, engine).rungs:
+                        kinds = ratios[f"{budget.precision}, {engine.info.name}"]
+                        for rung in takewhile(lambda rung: rung.name != FIRST_RELATION, verify(bundle, engine)):
                             kind = kind_of(rung)
                             if kind is None or rung.threshold is None or "ratio" not in rung.series:
                                 continue
                             allowed = rung.threshold / budget.thresholds[kind]
-                            of_scale = 1.0 if allowed == 1 else guidance
-                            values = [ratio / allowed for ratio in rung.series["ratio"]]
-                            ratios[f"{budget.precision}, {engine.info.name}"][kind][of_scale] += values
+                            of_scale = 1.0 if allowed == 1 or "unguided" in rung.name else guidance
+                            kinds[kind][of_scale] += [ratio / allowed for ratio in rung.series["ratio"]]
+                            if rung.name.startswith(DRAWING):
+                                kinds[UNDIVIDED][of_scale] += rung.series["ratio"]
+                        engine.close()
                 bar.advance()
                 print(f"{model}, draw {draw}: guidance {guidance:g}", flush=True)
     report = {name: {kind: summarize(scales) for kind, scales in kinds.items()} for name, kinds in ratios.items()}
     print(
-        f"{'engine':<44} {'rung':<15} {'ratios':>7} {'median':>7} {'p99':>7} {'largest':>8}  largest by guidance scale"
+        f"{'engine':<44} {'rung':<24} {'ratios':>7} {'median':>7} {'p99':>7} {'largest':>8}  largest by guidance scale"
     )
     for name, kinds in report.items():
         for kind, row in kinds.items():
             scales = "  ".join(f"{scale}: {value:.2f}" for scale, value in row["largest_by_guidance"].items())
             print(
-                f"{name:<44} {kind:<15} {row['ratios']:>7} {row['median']:>7.2f} {row['p99']:>7.2f} "
+                f"{name:<44} {kind:<24} {row['ratios']:>7} {row['median']:>7.2f} {row['p99']:>7.2f} "
                 f"{row['largest']:>8.2f}  {scales}"
             )
     thresholds: dict[str, dict[str, float]] = defaultdict(dict)
     for name, kinds in report.items():
         precision = name.partition(",")[0]
         for kind, row in kinds.items():
+            if kind == UNDIVIDED:
+                continue
             wanted = round_up(2 * row["largest"])
             thresholds[precision][kind] = max(thresholds[precision].get(kind, 0.0), wanted)
     print(json.dumps(thresholds, indent=1))

@@ -117,7 +117,7 @@ ENGINE_FAULTS = (
     Fault(
         "wrong from batch 9",
         "batch invariance",
-        "at batch 13",
+        "at batch 9",
         outputs={"step": made.step_at(lambda n, _: n >= 9)},
         quick=False,
     ),
@@ -184,19 +184,44 @@ ENGINE_FAULTS = (
         outputs={ENCODER: made.share_deviation},
         graph=ENCODER,
     ),
-    # Those that pass.
-    Fault(
-        "wrong at batches 9 to 12 only",
-        PASSES,
-        outputs={"step": made.step_at(lambda n, _: 9 <= n <= 12)},
-        quick=False,
-        why="no call has these batches; the report names them as not visited",
+    *(
+        Fault(name, rung, where, outputs={"step": change}, quick=False)
+        for name, (rung, where, change) in made.SHAPE_FAULTS.items()
     ),
     Fault(
         "row 1000 of the table is the first row",
-        PASSES,
-        inputs=made.change_inputs("step", "rows", lambda rows: np.where(rows == 1000, 0, rows)),
+        "rows of the table",
+        "rows",
+        made.change_inputs("step", "rows", lambda rows: np.where(rows == 1000, 0, rows)),
         quick=False,
-        why="a sample of rows is read; the report says how many of how many",
+    ),
+    Fault(
+        "rows 700 and 701 of the table are exchanged",
+        "rows of the table",
+        "rows",
+        made.change_inputs("step", "rows", lambda rows: np.where((rows == 700) | (rows == 701), 1401 - rows, rows)),
+        quick=False,
+    ),
+    Fault(
+        "the decoder is wrong at batch 11 only",
+        "decoder batches",
+        "at batch 11",
+        outputs={"decoder": made.at_batch(lambda n: n == 11)},
+        quick=False,
+    ),
+    # Those that pass.
+    Fault(
+        "wrong at batches 18 to 22 only",
+        PASSES,
+        outputs={"step": made.step_at(lambda n, _: 18 <= n <= 22)},
+        quick=False,
+        why="batches above 16 are sampled; the report names those that no call has",
+    ),
+    Fault(
+        "row 3000 of the table is the first row",
+        PASSES,
+        inputs=made.change_inputs("step", "rows", lambda rows: np.where(rows == 3000, 0, rows)),
+        quick=False,
+        why="rows above 2048 are sampled; the report says how many of how many are read",
     ),
 )

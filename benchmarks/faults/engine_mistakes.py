@@ -35,6 +35,52 @@ def step_at(wrong: Callable[[int, int], bool]) -> Spoil:
     return change
 
 
+def keep_slot_at(wrong: Callable[[int, int], bool]) -> Spoil:
+    """Slot 2 is stale at some batches and branches."""
+
+    def change(inputs: Arrays, outputs: Arrays) -> None:
+        if wrong(*inputs["rows"].shape[::-1]) and "next_state" in outputs:
+            outputs["next_state"][:, 2] = inputs["state"][:, 2]
+
+    return change
+
+
+# Faults at few batches and numbers of branches: rung, a part of its detail, and the change of the step's outputs.
+SHAPE_FAULTS: dict[str, tuple[str, str, Spoil]] = {
+    "wrong at batches 9 to 12 only": ("batch invariance", "at batch 9", step_at(lambda n, _: 9 <= n <= 12)),
+    "wrong at batch 13 only": ("batch invariance", "at batch 13", step_at(lambda n, _: n == 13)),
+    "wrong at batch 16 only": ("batch invariance", "at batch 16", step_at(lambda n, _: n == 16)),
+    "wrong at odd batches from 7": ("batch invariance", "at batch 7", step_at(lambda n, _: n >= 7 and n % 2 == 1)),
+    "the last image of eleven": ("batch invariance", "image 11 at batch 11", at_batch(lambda n: n == 11, 10)),
+    "wrong from batch 25": ("batch invariance", "at batch 36", step_at(lambda n, _: n >= 25)),
+    "wrong with guidance at batch 11 only": (
+        *("guidance of each image", "at batch 11, G=2"),
+        step_at(lambda n, g: (n, g) == (11, 2)),
+    ),
+    "the third branch is wrong at batch 6 only": (
+        *("branches", "at batch 6, G=3"),
+        step_at(lambda n, g: (n, g) == (6, 3)),
+    ),
+    "the third branch is wrong at batch 14 only": (
+        *("guidance of each image", "at batch 14, G=3"),
+        step_at(lambda n, g: (n, g) == (14, 3)),
+    ),
+    "four branches are wrong at batches 10 to 12": (
+        *("guidance of each image", "at batch 10, G=4"),
+        step_at(lambda n, g: g == 4 and 10 <= n <= 12),
+    ),
+    "slot 2 is stale with guidance at batch 7 only": (
+        *("sampler of each image", "slot 2"),
+        keep_slot_at(lambda n, g: (n, g) == (7, 2)),
+    ),
+    "slot 2 is stale at batch 12 only": (
+        "sampler of each image",
+        "slot 2",
+        keep_slot_at(lambda n, g: (n, g) == (12, 1)),
+    ),
+}
+
+
 def wrap_rows(most: int) -> Alter:
     def change(inputs: Arrays) -> None:
         inputs["rows"] %= most

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_runtime.backends.base import Engine, check_threads
+from dit_runtime.backends.profiles import BatchShape
 from dit_runtime.bundle.manifest import ENCODER, Manifest
 from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle, open_bundle
@@ -163,9 +164,11 @@ class Pipeline:
     def _run_steps(self, images: Sequence[ImageRequest], read: bool) -> Iterator[Advance]:
         """Run the rows of images that share one schedule, and yield the completed steps."""
         released = False
+        needed = np.max([image.branches.needed for image in images], axis=0) if images else []
+        for branches in sorted(set(map(int, needed))):
+            self._trust((len(images), branches))
         with Batch(self.engine, self.manifest) as batch:
             batch.add(list(enumerate(images)))
-            self._trust(images)
             while len(batch):
                 step = batch.advance(read)
                 if batch.failure is not None:
@@ -180,12 +183,11 @@ class Pipeline:
         if self.once:
             self.engine.release("step")
 
-    def _trust(self, images: Sequence[ImageRequest], batch: int | None = None) -> None:
-        """Let an engine that ``auto`` chose be verified at this batch, if nothing has visited it."""
+    def _trust(self, shape: BatchShape) -> None:
+        """Let an engine that ``auto`` chose be verified at this batch and branches, if nothing has visited them."""
         chosen = self.__dict__.get("choice")  # an engine that was given is used as it is
-        if chosen is not None and chosen.trust is not None and images:
-            branches = max(image.branches.weights.shape[1] for image in images)
-            chosen.trust.check(len(images) if batch is None else batch, branches)
+        if chosen is not None and chosen.trust is not None:
+            chosen.trust.check(*shape)
 
     def stream(self, images: Iterable[ImageRequest], batch_size: int = 16) -> Iterator[tuple[int, Float32]]:
         """Sample with continuous batching: images with different schedules and guidance share the engine's batch.
@@ -215,7 +217,8 @@ class Pipeline:
                 batch.add(joining)
                 if not len(batch):
                     return
-                self._trust([image for _, image in joining], len(batch))
+                if batch.failure is None:
+                    self._trust(batch.next_shape)
                 step = batch.advance()
                 for index in np.flatnonzero(step.finished):
                     yield step.keys[index], step.latents[index].copy()
@@ -229,19 +232,24 @@ class Pipeline:
                 one tile. The image differs slightly from one that is decoded whole, because the decoder's group
                 normalization and attention see one tile at a time. None, or a tile as large as the image, decodes the
                 image whole.
-            batch: images in one call of the decoder; None is all images, or as many as the engine takes.
+            batch: most images in one call of the decoder; None is all images, or as many as the engine takes. An engine
+                that ``auto`` chose gets fewer, where it is not verified with so many.
 
         Raises:
             SamplingError: the tile or the batch is too small, or pixels are not finite.
         """
         check_tile(tile)
         if batch is None:
-            chosen = self.__dict__.get("choice")
-            trusted = None if chosen is None or chosen.trust is None else chosen.trust.largest_decoded()
-            batch = min(len(latents), self.engine.info.max_batch or len(latents), trusted or len(latents))
+            batch = min(len(latents), self.engine.info.max_batch or len(latents))
         if batch < 1:
             raise SamplingError(f"{batch} images in a call of the decoder: expected at least 1")
-        parts = [self._decode(latents[start : start + batch], tile) for start in range(0, len(latents), batch)]
+        chosen, parts, first = self.__dict__.get("choice"), list[NDArray[np.uint8]](), 0
+        while first < len(latents):
+            count = min(batch, len(latents) - first)
+            if chosen is not None and chosen.trust is not None:
+                count = chosen.trust.batch_to_decode(count)
+            parts.append(self._decode(latents[first : first + count], tile))
+            first += count
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _decode(self, latents: Float32, tile: int | None) -> NDArray[np.uint8]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from dit_runtime.backends.base import Engine, Loop, RunInputs, StepResult
 from dit_runtime.backends.conditioning import Condition, ConditioningTable, TableLimits
+from dit_runtime.backends.profiles import BatchShape
 from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.core.errors import SamplingError
 from dit_runtime.samplers.noise import Float32, Noise, draw_normals
@@ -136,6 +137,11 @@ class Batch:
     def __exit__(self, *_: object) -> None:
         self._loop.close()
 
+    @property
+    def next_shape(self) -> BatchShape:
+        """Images and guidance branches of the next step, unless it raises ``failure``."""
+        return len(self._slots), max((slot.needed[slot.row] for slot in self._slots), default=1)
+
     def add(self, images: Sequence[tuple[int, ImageRequest]]) -> None:
         """Add images, each with a key that names it in the results."""
         if not images:
@@ -204,7 +210,7 @@ class Batch:
         self._table.prepare(needed, self._iterate_upcoming, self._changed and self._loop.looks_ahead)
         if self._changed:
             self._inputs, self._changed = _inputs_for_run(slots, self._table), False
-        branches = max(slot.needed[slot.row] for slot in slots)
+        _, branches = self.next_shape
         coefficients = np.empty((len(slots), COEFFICIENTS), np.float32)
         weights = np.zeros((branches, len(slots), self._shape[0]), np.float32)
         rows = np.zeros((branches, len(slots)), np.int32)  # a branch of weight 0 may read any row

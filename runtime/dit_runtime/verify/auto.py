@@ -3,7 +3,7 @@
 ``auto`` tries engines that ``dit-build`` made for the GPU here first, then the others by the time of a step
 (``speed.py``). It skips engines built for tiles or without guidance; choose them with ``--engine``. An engine without a
 verdict is verified by the quick verification before it is used. An engine that does not match the reference is skipped.
-At a batch or with branches beyond those that were verified, it is verified there first.
+At a batch or with branches at which it was not verified, it is verified there first.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Trust:
-    """The shapes at which an engine is verified. Batches and branches beyond them are verified before their use.
+    """The shapes at which an engine is verified. Other batches and branches are verified before their use.
 
     Attributes:
         bundle: at the size in use.
@@ -40,6 +40,7 @@ class Trust:
     bundle: Bundle
     engine: Engine
     shapes: dict[str, list[BatchShape]]
+    _known: set[BatchShape] = field(default_factory=set, init=False, repr=False)  # the answer, for each step of a loop
 
     def check(self, batch: int, branches: int) -> None:
         """Verify the step at a shape, unless it is verified.
@@ -47,6 +48,12 @@ class Trust:
         Raises:
             ParityError: the engine is wrong at this shape.
         """
+        if (batch, branches) in self._known:
+            return
+        self._verify(batch, branches)
+        self._known.add((batch, branches))
+
+    def _verify(self, batch: int, branches: int) -> None:
         if covers(self.shapes, "step", batch, branches):
             return
         logger.info("%s: first use of batch %d with %d branches, verifying it", self.engine.info.name, batch, branches)
@@ -58,9 +65,11 @@ class Trust:
         self.shapes.setdefault("step", []).append((batch, branches))
         add_shape(self.bundle, self.engine, "step", (batch, branches))
 
-    def largest_decoded(self) -> int | None:
-        """The most images in one call of the decoder at which it is verified; None where it is not on record."""
-        return max((batch for batch, _ in self.shapes.get("decoder", ())), default=None)
+    def batch_to_decode(self, images: int) -> int:
+        """The most of so many images that one call of the decoder may get; all where no call of it is on record."""
+        if not self.shapes.get("decoder"):
+            return images
+        return max((batch for batch in range(1, images + 1) if covers(self.shapes, "decoder", batch)), default=1)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from dit_runtime.backends.base import EngineInfo
 from dit_runtime.backends.profiles import BatchShape
 from dit_runtime.bundle.manifest import Manifest
+from dit_runtime.verify.effort import EXACT, SPREAD
 from dit_runtime.verify.visits import Visits
 
 Shapes = Mapping[str, Sequence[BatchShape]]  # by graph, batches (of the conditioner, rows) and branches
@@ -73,10 +75,10 @@ def _list_left(shapes: Shapes, info: EngineInfo) -> list[str]:
         found = shapes.get(graph, ())
         largest = max((batch for batch, _ in found), default=0)
         if graph not in info.profiles:
-            seen = {batch for batch, _ in found}
-            between = [batch for batch in range(1, largest) if batch not in seen]
-            if between:
-                left.append(f"{graph}: batches {_ranges(between)}")
+            for branches in sorted({count for _, count in found}):
+                seen = {batch for batch, count in found if count == branches}
+                if between := [batch for batch in range(1, max(seen)) if batch not in seen]:
+                    left.append(f"{graph}{f' G={branches}' if graph == 'step' else ''}: batches {_ranges(between)}")
             if info.max_batch is None or info.max_batch > largest:
                 left.append(f"{graph}: batches above {largest}")
             if graph == "step":
@@ -102,8 +104,17 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def covers(shapes: Shapes, graph: str, batch: int, branches: int = 1) -> bool:
-    """Whether a verification visited a graph at this shape, or at smaller and larger batches of the same branches."""
-    return batch <= max((size for size, count in shapes.get(graph, ()) if count == branches), default=0)
+    """Whether a graph is trusted at a shape: a verification visited it.
+
+    Above ``EXACT``, where batches are sampled, a batch is also trusted between two that were visited, with the same
+    branches, of which the larger is at most ``SPREAD`` times the smaller.
+    """
+    visited = [size for size, count in shapes.get(graph, ()) if count == branches]
+    if batch in visited:
+        return True
+    below = max((size for size in visited if size < batch), default=0)
+    above = min((size for size in visited if size > batch), default=math.inf)
+    return batch > EXACT and above <= SPREAD * below
 
 
 def format_coverage(coverage: Coverage) -> list[str]:

@@ -15,10 +15,12 @@ from dit_runtime.verify.relation import Relation
 from dit_runtime.verify.replay import Replay
 from dit_runtime.verify.rung import Rung
 
+SMALL = 5  # batches up to this one are called in two orders
+
 
 def decoder_batches(replay: Replay, effort: Effort) -> Iterator[Rung]:
     """Float images at every batch and place against those decoded alone, and uint8 images against their floats."""
-    batches = list_batches(replay.engine.info, "decoder", effort.decoded)
+    batches = list_batches(replay.engine.info, "decoder", effort.decoded, effort.sampled)
     latents = make_latents(replay.read_decoder_record()["latents"], max(batches))
     session = replay.engine.session("decoder")
     floors = replay.name_of_floors("decoder")
@@ -27,7 +29,7 @@ def decoder_batches(replay: Replay, effort: Effort) -> Iterator[Rung]:
     outputs = ["images", "decoded"]
     alone = np.concatenate([session.run({"latents": one[None]}, outputs)[1] for one in latents])
     for batch in batches:
-        for places in (np.arange(batch), np.arange(batch)[::-1]):
+        for places in _orders_of(batch):
             images, decoded = session.run({"latents": latents[places]}, outputs)
             for place, image in enumerate(places):
                 where = f"image {place + 1} at batch {batch}"
@@ -51,13 +53,13 @@ def decoder_batches(replay: Replay, effort: Effort) -> Iterator[Rung]:
 def encoder_batches(replay: Replay, effort: Effort) -> Rung:
     """Latents of images at every batch and place against those encoded alone."""
     recorded = replay.bundle.records(ENCODER)["images"]
-    batches = list_batches(replay.engine.info, ENCODER, effort.decoded)
+    batches = list_batches(replay.engine.info, ENCODER, effort.decoded, effort.sampled)
     images = make_latents(recorded.transpose(0, 3, 1, 2), max(batches)).transpose(0, 2, 3, 1)
     names = [tensor.name for tensor in replay.bundle.manifest.graphs[ENCODER].outputs]
     session, relation = replay.engine.session(ENCODER), Relation(replay.budget, "encoder batches")
     alone = [session.run({"images": np.ascontiguousarray(image[None])}, names) for image in images]
     for batch in batches:
-        for places in (np.arange(batch), np.arange(batch)[::-1]):
+        for places in _orders_of(batch):
             found = session.run({"images": np.ascontiguousarray(images[places])}, names)
             for place, image in enumerate(places):
                 for name, values, wanted in zip(names, found, alone[image], strict=True):
@@ -73,6 +75,12 @@ def make_latents(recorded: Array, count: int) -> Array:
     moved = [np.roll(each, shift, axis=-1) for shift in range(recorded.shape[-1]) for each in turns]
     found = np.concatenate(moved[: -(-count // len(recorded))])[:count]
     return np.ascontiguousarray(found)
+
+
+def _orders_of(batch: int) -> list[Array]:
+    """The orders of a batch's images that are called: theirs, and in small batches the reverse."""
+    order = np.arange(batch)
+    return [order, order[::-1]] if 1 < batch <= SMALL else [order]
 
 
 def _levels_between(images: NDArray[np.uint8], decoded: Array) -> float:

@@ -16,7 +16,6 @@ from dit_runtime.backends.base import Array
 from dit_runtime.backends.step import state_from_latents
 from dit_runtime.samplers.guidance import Guidance, branches_from_labels
 from dit_runtime.samplers.noise import Noise
-from dit_runtime.samplers.schedule import B_E, INPUT, LOG_SIGMA, LOG_SIGMA_V, NOISE
 from dit_runtime.sampling.batch import Batch
 from dit_runtime.sampling.requests import ImageRequest
 from dit_runtime.verify.effort import Effort
@@ -30,7 +29,7 @@ from dit_runtime.verify.made_images import (
 from dit_runtime.verify.relation import Relation
 from dit_runtime.verify.replay import RecordedInputs, Replay
 from dit_runtime.verify.rung import Rung
-from dit_runtime.verify.step_relations import expect_update, list_schedules
+from dit_runtime.verify.updates import add_update, list_schedules
 
 SCALES = (1.5, 1.0, 3.0)  # of guidance, image by image
 # Samplers, image by image: one of the third order, one that draws noise of learned variance, one without memory. The
@@ -114,18 +113,8 @@ def _check(
     if schedule.draws_noise[row]:
         noise = request.draw_noise(image.stream, latents.shape)
     e, v = _predict(replay, request, latents, row, factor)
-    expected = expect_update(image.state, e.value, v, coefficients, noise)
-    # What e and v are apart, the sampler multiplies.
-    spread = np.exp(coefficients[LOG_SIGMA] + coefficients[LOG_SIGMA_V] * v) * coefficients[NOISE] * noise
-    spread = np.abs(spread * coefficients[LOG_SIGMA_V] * v)
-    factors = np.abs([*coefficients[INPUT:LOG_SIGMA], coefficients[B_E]]).tolist()
-    names = ("slot 0", "slot 1", "slot 2", "denoised")
-    for name, one, wanted, times in zip(names, found, expected, factors, strict=True):
-        scale, norm = wanted.scale + times * e.scale, wanted.norm + times * e.norm
-        if name == "slot 0":
-            scale, norm = scale + float(spread.max()), norm + float(np.linalg.norm(spread))
-        step = f"{name} after row {row + 1} of {schedule.sampler}, guidance {request.guidance.scale:g}, {where}"
-        relation.add("forward", "forward_1", one, wanted.value, step, scale, norm)
+    step = f"after row {row + 1} of {schedule.sampler}, guidance {request.guidance.scale:g}, {where}"
+    add_update(relation, found, image.state, e, v, coefficients, noise, step)
 
 
 def _predict(

@@ -166,8 +166,11 @@ class MadeImages:
 
     def expect(self, image: int, conditions: Array, weights: Array) -> Expected:
         """What e must be for conditions ``[G]`` with weights ``[G, C]``: the sum of the branches' own results."""
-        alone = [self.predict_alone(image, int(condition)).e.astype(np.float64) for condition in conditions]
-        terms = [weight[:, None, None] * e for weight, e in zip(weights, alone, strict=True)]
+        terms = [
+            weight[:, None, None] * self.predict_alone(image, int(condition)).e.astype(np.float64)
+            for condition, weight in zip(conditions, weights, strict=True)
+            if weight.any()
+        ]
         return expected_from_terms(terms)
 
 

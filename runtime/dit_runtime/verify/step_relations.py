@@ -6,7 +6,6 @@ from shape to shape, because an engine may compile a graph for each.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -14,23 +13,18 @@ import numpy as np
 from dit_runtime.backends.base import Array
 from dit_runtime.backends.conditioning import bytes_of_row
 from dit_runtime.backends.profiles import BatchShape
-from dit_runtime.bundle.manifest import Manifest
-from dit_runtime.core.errors import SamplingError
-from dit_runtime.samplers.by_name import DIFFUSION_SAMPLERS, FLOW_SAMPLERS, schedule_for
-from dit_runtime.samplers.schedule import A_Z, B_E, COEFFICIENTS, INPUT, LOG_SIGMA, LOG_SIGMA_V, MATRIX, NOISE, Schedule
+from dit_runtime.samplers.schedule import NOISE
 from dit_runtime.verify.effort import Effort, list_shapes
-from dit_runtime.verify.made_images import Expected, MadeImages, Prediction, expected_from_terms
+from dit_runtime.verify.made_images import MadeImages, Prediction
 from dit_runtime.verify.relation import Relation
 from dit_runtime.verify.replay import Replay
 from dit_runtime.verify.rung import Rung
+from dit_runtime.verify.updates import PARTS, add_update, draw_rows, expect_update, list_sampler_rows
 
-STEPS = 4  # of the samplers whose rows are run: enough for a first, a last and a third-order row
 SMALL = 3  # batches up to this one are called with all that is tried, and many times
 MOST_EQUAL = 8  # images of a batch of equal images
-MOST_READING = 5  # images of a batch that reads all rows of the table
+MOST_READING = 8  # images of a batch that reads all rows of the table
 SCALE = 1.5  # of guidance, where all images have the same
-
-SampledRow = tuple[str, Array]  # a sampler's name, and a row [17] of its schedule
 
 
 class StepRelations:
@@ -58,7 +52,8 @@ class StepRelations:
         self.repeated = Relation(budget, "repeated call")
         self.sampled = list_sampler_rows(replay.bundle.manifest)
         guided = max((count for _, count in self.shapes if count <= 2), default=0)
-        reading = [shape for shape in self.shapes if shape[1] == guided and shape[0] <= MOST_READING]
+        most = min(MOST_READING, effort.thorough)
+        reading = [shape for shape in self.shapes if shape[1] == guided and shape[0] <= most]
         self.shape_of_rows = max(reading, default=None)
         self._first = self._predict_first()
         self._row = 0
@@ -68,12 +63,14 @@ class StepRelations:
         self._compare_with_first("at once")
         self._predict_all_alone()
         for batch, branches in self.shapes:
+            if batch > self.effort.thorough:
+                self._visit_once(batch, branches)
+                continue
             if branches <= 2:
                 self._visit_batch(batch, branches)
             if branches >= 2:
                 self._visit_branches(batch, branches)
-            if branches == 1 or (branches == 2 and batch <= SMALL):
-                self._visit_sampler(batch, branches)
+            self._visit_sampler(batch, branches)
             if (batch, branches) == self.shape_of_rows:
                 self._visit_rows(batch, branches)
             if batch <= SMALL and branches <= 2:
@@ -98,6 +95,7 @@ class StepRelations:
         if self.branches.compared:
             counts = " ".join(map(str, sorted(batches)))
             yield self.branches.rung(f"G {counts}, without weight and with")
+        if self.guidance.compared:
             yield self.guidance.rung("scales of image, branch and channel differ")
         if self.sampler.compared:
             samplers = len(dict.fromkeys(name for name, _ in self.sampled))
@@ -129,15 +127,47 @@ class StepRelations:
                 each = np.resize([1.3, -0.7, 0.9, -0.4, 0.6], branches)[:, None, None] * np.ones_like(alone)
                 self._check(self.branches, images, conditions, each)
                 self._check(self.branches, images, conditions, -6 * each)
+        weights = self._vary_weights(conditions)
+        self._check(self.guidance, images, conditions, weights)
+
+    def _vary_weights(self, conditions: Array) -> Array:
+        """Weights ``[G, B, C]`` of each image, branch and channel for conditions ``[G, B]``.
+
+        Every second image has fewer branches; the others of its conditions are changed to any row.
+        """
+        branches, batch = conditions.shape
         random = np.random.default_rng(batch)
-        weights = (
+        weights: Array = (
             random.uniform(0.3, 1.5, (branches, batch, self.channels))
             * np.where((np.arange(branches)[:, None] + np.arange(batch)) % 2, -1, 1)[:, :, None]
         )
         for place in range(1, batch, 2):  # images with fewer branches read any row in the others
             weights[1 + place % branches :, place] = 0
             conditions[1 + place % branches :, place] = conditions[0, 0]
-        self._check(self.guidance, images, conditions, weights)
+        return weights
+
+    def _visit_once(self, batch: int, branches: int) -> None:
+        """Few calls in which everything differs in each image, against what follows from each one's own results.
+
+        Without guidance the output is compared by itself first, because its difference may be exactly 0.
+        """
+        images, made = list(range(batch)), self.made
+        conditions = self._conditions(images, branches)
+        if branches == 1:
+            weights = np.ones((1, batch, self.channels))
+            predicted = self._check(self.invariance[1], images, conditions, weights)
+            rows = draw_rows(batch, predicted.v, silent=batch % 2)
+            self._check_update(images, conditions, weights, predicted, rows, [""] * batch)
+            return
+        weights = self._vary_weights(conditions)
+        v = np.stack([made.predict_alone(image, int(conditions[0, image])).v for image in images])
+        rows = draw_rows(batch, v, silent=batch % 2)
+        state, denoised = made.run(images, conditions, weights, rows, made.noise[images])
+        for image in images:
+            found = [*state[image], denoised[image]]
+            e = made.expect(image, conditions[:, image], weights[:, image])
+            where = f"of image {image + 1} at batch {batch}, G={branches}"
+            add_update(self.guidance, found, made.state[image], e, v[image], rows[image], made.noise[image], where)
 
     def _conditions(self, images: Sequence[int], branches: int) -> Array:
         """The conditions ``[G, B]`` of images: their own, the null class, then those of the images after them."""
@@ -147,22 +177,24 @@ class StepRelations:
         return np.array(rows[:branches])
 
     def _visit_sampler(self, batch: int, branches: int) -> None:
-        """Every slot and coefficient, different in each image; every second image has noise of scale 0."""
+        """Every slot and coefficient, different in each image; every second image has noise of scale 0.
+
+        Without guidance and in small batches either half of the images has no noise, and rows of samplers are tried.
+        """
         images = list(range(batch))
         conditions, made = self._conditions(images, branches), self.made
         weights = np.full((branches, batch, self.channels), 1 / branches)
         predicted = made.predict(images, conditions, weights)
-        largest = max(float(np.abs(predicted.v).max(initial=0)), 1e-3)
-        random = np.random.default_rng(batch)
-        for silent in (0, 1):
-            rows = random.uniform(0.5, 1.5, (batch, COEFFICIENTS)) * random.choice([-1, 1], (batch, COEFFICIENTS))
-            rows[:, LOG_SIGMA_V] *= 0.5 / largest if np.isfinite(largest) else 0
-            rows[silent::2, LOG_SIGMA:] = 0
+        more = branches == 1 or batch <= SMALL
+        for silent in (0, 1)[: 1 + more]:
+            rows = draw_rows(batch, predicted.v, silent)
             self._check_update(images, conditions, weights, predicted, rows, [""] * batch)
+        if not more:
+            return
         picked = [self.sampled[(self._row + place) % len(self.sampled)] for place in range(batch)]
         self._row += batch
-        names = [f" with a row of {name}" for name, _ in picked]
-        self._check_update(images, conditions, weights, predicted, np.stack([row for _, row in picked]), names)
+        names, rows = [f" with a row of {name}" for name, _ in picked], np.stack([row for _, row in picked])
+        self._check_update(images, conditions, weights, predicted, rows.astype(np.float32), names)
 
     def _check_update(
         self,
@@ -174,29 +206,31 @@ class StepRelations:
         names: Sequence[str],
     ) -> None:
         made = self.made
-        rows = rows.astype(np.float32)
         found = made.run(images, conditions, weights, rows, made.noise[images])
         for place, image in enumerate(images):
             e, v = predicted.e[place], predicted.v[place]
             expected = expect_update(made.state[image], e, v, rows[place], made.noise[image])
             parts = [*found[0][place], found[1][place]]
-            for part, one, wanted in zip(("slot 0", "slot 1", "slot 2", "denoised"), parts, expected, strict=True):
+            for part, one, wanted in zip(PARTS, parts, expected, strict=True):
                 value = float(np.abs(one - wanted.value).max()) / max(wanted.scale, 1e-30)
-                silent = ", noise of scale 0" if part == "slot 0" and not rows[place, NOISE] else ""
+                silent = ", noise of scale 0" if part == PARTS[0] and not rows[place, NOISE] else ""
                 where = f"{part}{silent} of image {place + 1} at batch {len(images)}{names[place]}"
                 self.sampler.add_exact("update", value if np.isfinite(value) else np.inf, where)
 
     def _visit_rows(self, batch: int, branches: int) -> None:
-        """Rows of a table as long as an engine takes, next to every power of two, at the end and between."""
+        """Rows of a table as long as an engine takes: the first ones, next to powers of two, at the end and between.
+
+        All rows but those that a call reads are zero, so that a row which is read in another's place shows.
+        """
         info, made, spec = self.replay.engine.info, self.made, self.replay.bundle.manifest.table
         most = max(batch * branches, self.effort.table_bytes // bytes_of_row(spec))
         if "step" in info.profiles:
             profiles = info.profiles["step"]
             most = min(most, max(profiles.values_at(batch, profiles.largest_sizes("rows")), default=1))
         batch = max(1, min(batch, most // branches))
-        rows = list_rows(most, self.effort.rows)
+        rows = list_rows(most, self.effort.rows, self.effort.first_rows)
         self.rows_taken, self.rows_read = most, len(rows)
-        # Memory is taken only for the pages that are written. A row that nobody should read is zero.
+        # Memory is taken only for the pages that are written.
         table = np.zeros((most, *made.table.shape[1:]), made.table.dtype)
         images = list(range(batch))
         weights = np.full((branches, batch, self.channels), 1.0 if branches == 1 else SCALE)
@@ -208,6 +242,7 @@ class StepRelations:
             read = group.reshape(conditions.shape)
             table[read] = made.table[conditions]
             self._check(self.rows, images, conditions, weights, read, table)
+            table[read] = 0
 
     def _predict_first(self) -> Prediction:
         """The call that is made again after all others: two images without guidance, or one."""
@@ -239,7 +274,7 @@ class StepRelations:
         weights: Array,
         rows: Array | None = None,
         table: Array | None = None,
-    ) -> None:
+    ) -> Prediction:
         """Predict, and compare each image with the sum of its branches' own results."""
         found = self.made.predict(images, conditions, weights, rows, table)
         for place, image in enumerate(images):
@@ -252,50 +287,23 @@ class StepRelations:
                 v = self.made.predict_alone(image, int(conditions[0, place])).v
                 scale, norm = float(np.abs(v).max()), float(np.linalg.norm(v))
                 relation.add("variance", "forward_1 variance", found.v[place], v, f"{where}, variance", scale, norm)
+        return found
 
     @property
     def channels(self) -> int:
         return self.replay.model.latent_channels
 
 
-def list_rows(count: int, drawn: int) -> Array:
-    """The rows of a table of ``count`` rows to read, rising: next to powers of two, the last ones, and drawn ones."""
-    powers = 2 ** np.arange(32, dtype=np.int64)
-    ends = [0, count - 2, count - 1]
-    found = np.concatenate([powers - 1, powers, powers + 1, ends, np.random.default_rng(0).integers(0, count, drawn)])
-    return np.unique(found[(found >= 0) & (found < count)])
-
-
-def list_schedules(manifest: Manifest, steps: int) -> list[Schedule]:
-    """A schedule of every sampler that the model can use."""
-    names = FLOW_SAMPLERS if manifest.diffusion.path else DIFFUSION_SAMPLERS
-    schedules = []
-    for name in names:
-        with contextlib.suppress(SamplingError):  # a noise schedule that this sampler has no formula for
-            schedules.append(schedule_for(name, manifest.model, manifest.diffusion, steps))
-    return schedules
-
-
-def list_sampler_rows(manifest: Manifest) -> list[SampledRow]:
-    """A first, a last and an inner row of every sampler that the model can use."""
-    schedules = list_schedules(manifest, STEPS)
-    return [(each.sampler, each.coefficients[row]) for row in (-1, -2, 0) for each in schedules]
-
-
-def expect_update(state: Array, e: Array, v: Array, row: Array, noise: Array) -> list[Expected]:
-    """The three slots of the next state and ``denoised``, in float64 by the formula of ``samplers/schedule.py``.
+def list_rows(count: int, drawn: int, first: int = 0) -> Array:
+    """The rows of a table to read, rising: the first ones, those next to powers of two, the last two, and drawn ones.
 
     Args:
-        state: ``[3, C, H, W]``.
-        e, v: ``[C, H, W]``, the network's output.
-        row: ``[17]``.
-        noise: ``[C, H, W]``.
+        count: rows of the table.
+        drawn: how many are drawn.
+        first: how many of the first ones are read.
     """
-    s, exact, e = state.astype(np.float64), row.astype(np.float64), e.astype(np.float64)
-    matrix, inputs = exact[MATRIX:INPUT].reshape(3, 3), exact[INPUT:LOG_SIGMA]
-    terms = [[*(matrix[slot, other] * s[other] for other in range(3)), inputs[slot] * e] for slot in range(3)]
-    if exact[NOISE]:
-        depends = exact[LOG_SIGMA_V] * v.astype(np.float64) if exact[LOG_SIGMA_V] else 0
-        terms[0].append(np.exp(exact[LOG_SIGMA] + depends) * exact[NOISE] * noise)
-    terms.append([exact[A_Z] * s[0], exact[B_E] * e])
-    return [expected_from_terms(each) for each in terms]
+    powers = 2 ** np.arange(32, dtype=np.int64)
+    ends = [0, count - 2, count - 1]
+    random = np.random.default_rng(0).integers(0, count, drawn)
+    found = np.concatenate([np.arange(first), powers - 1, powers, powers + 1, ends, random])
+    return np.unique(found[(found >= 0) & (found < count)])

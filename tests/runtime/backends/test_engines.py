@@ -855,3 +855,22 @@ def test_threads_are_bounded(bundles: dict[str, Path], threads: Any) -> None:
     for make in (OnnxRuntimeEngine, OpenVinoEngine):
         with pytest.raises(EngineError, match=f"^{message}"):
             make(bundle, threads=threads)
+
+
+def test_fp16_products_are_fp32_on_a_cpu() -> None:
+    """What docs/verification.md says a pass of an FP16 bundle proves: ONNX Runtime drops the casts between two FP16
+    operations, so the first one's result is not rounded, and one beyond FP16's range is no overflow."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    helper, types = onnx.helper, onnx.TensorProto
+    weights = [np.float16(2**exponent) * np.eye(2, dtype=np.float16) for exponent in (12, -12)]
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "up"], ["large"]), helper.make_node("MatMul", ["large", "down"], ["y"])],
+        "two products",
+        [helper.make_tensor_value_info("x", types.FLOAT16, [2, 2])],
+        [helper.make_tensor_value_info("y", types.FLOAT16, [2, 2])],
+        [onnx.numpy_helper.from_array(each, name) for each, name in zip(weights, ("up", "down"), strict=True)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    x = np.array([[1000, 3], [-5, 7]], np.float16)  # 1000 · 2¹² is beyond 65504
+    np.testing.assert_array_equal(session.run(None, {"x": x})[0], x)

@@ -19,7 +19,7 @@ from dit_runtime.bundle.reader import Bundle, open_bundle
 from dit_runtime.core.errors import ParityError
 from dit_runtime.verify.auto import Choice, Trust
 from dit_runtime.verify.coverage import coverage_of, covers
-from dit_runtime.verify.effort import FULL, QUICK, Effort
+from dit_runtime.verify.effort import EXACT, FULL, FULL_LARGE, QUICK, Effort, sample_batches
 from dit_runtime.verify.replay import Replay
 from dit_runtime.verify.verification import relations, verification_of
 from dit_runtime.verify.visits import Visits
@@ -36,14 +36,17 @@ def engine(bundle: Bundle) -> OnnxRuntimeEngine:
 
 
 def test_a_shape_that_nothing_visited_is_verified_first(bundle: Bundle, engine: OnnxRuntimeEngine) -> None:
-    """``auto`` trusts an engine up to the largest batch of as many branches, and asks it before it goes beyond."""
-    spoiled = {"step": step_at(lambda batch, branches: batch == 9 or branches == 4)}
+    """``auto`` asks an engine at each batch and number of branches that was not visited, once; larger batches may lie
+    between two that were."""
+    spoiled = {"step": step_at(lambda batch, branches: batch in (9, 20) or branches == 4)}
     faulty: Any = FaultyEngine(engine, bundle, {}, spoiled)
-    trust = Trust(bundle, faulty, {"step": [(1, 1), (10, 2)]})
-    trust.check(9, 2)  # between two that were visited
+    trust = Trust(bundle, faulty, {"step": [(8, 1), (10, 1), (1, 2), (16, 2), (24, 2)]})
+    trust.check(20, 2)  # between two that were visited
     trust.check(4, 1)
-    assert trust.shapes["step"][2:] == [(4, 1)]
-    for shape in ((9, 1), (2, 4)):
+    trust.check(4, 1)
+    trust.check(6, 3)
+    assert trust.shapes["step"][5:] == [(4, 1), (6, 3)]
+    for shape in ((9, 1), (9, 2), (20, 1), (2, 4), (6, 4)):
         with pytest.raises(ParityError, match=f"wrong at a batch of {shape[0]} with {shape[1]} branches"):
             trust.check(*shape)
 
@@ -66,10 +69,16 @@ def test_the_pipeline_asks(bundle: Bundle, engine: OnnxRuntimeEngine, tmp_path: 
         patch.setattr(Pipeline, "_decode", note)
         pipe([1, 2, 3], steps=2, guidance=2.0)
         assert (asked, decoded) == ([(3, 2)], [2, 1])
-        list(pipe.stream(pipe.prepare([1, 2, {3: 0.5, 4: 0.5}], steps=2, guidance=2.0), batch_size=2))
-        assert asked[1:] == [(2, 2), (1, 3)]
+        asked.clear()
+        pipe([1, 2], steps=4, guidance=2.0, guidance_interval=(0.0, 0.5))  # the first steps have no guidance
+        assert asked == [(2, 1), (2, 2)]
+        asked.clear()
+        images = pipe.prepare([1, 2], steps=2, guidance=2.0) + pipe.prepare([{3: 0.5, 4: 0.5}], steps=3, guidance=2.0)
+        list(pipe.stream(images, batch_size=3))
+        assert asked == [(3, 3), (3, 3), (1, 3)]  # a batch that images left is another one
+        asked.clear()
         Pipeline(bundle, engine)([1], steps=2)
-        assert len(asked) == 3
+        assert not asked
 
 
 def test_coverage_is_what_was_called(bundle: Bundle) -> None:
@@ -80,7 +89,9 @@ def test_coverage_is_what_was_called(bundle: Bundle) -> None:
     assert full.counts["training timesteps"] == (1000, 1000)
     assert full.counts["slots of the state"] == (3, 3)
     assert "step: batches above 5" in full.left
+    assert "step G=2: batches 3" in full.left
     assert covers(full.shapes, "step", 5, 2)
+    assert not covers(full.shapes, "step", 3, 2)
     assert not covers(full.shapes, "step", 6, 2)
     assert not covers(full.shapes, "step", 1, 4)
     visits = Visits()
@@ -89,6 +100,24 @@ def test_coverage_is_what_was_called(bundle: Bundle) -> None:
     assert "decoder: batches 1 to 2" in few.left
     assert not [line for line in few.left if line.startswith("decoder: batches above")]
     assert any("export the bundle again" in line for line in few.left)
+
+
+def test_larger_batches_are_sampled() -> None:
+    """Every batch up to 16 is visited, and so many above that what lies between two of them is trusted; of an engine
+    with profiles to the end of each."""
+    assert sample_batches(1, 40) == [*range(1, 17), 24, 36, 40]
+    assert sample_batches(20, 70) == [20, 30, 45, 67, 70]
+    assert sample_batches(4, 4) == [4]
+    for least, largest in ((1, 40), (4, 17), (20, 70), (64, 128)):
+        shapes = {"step": [(batch, 1) for batch in sample_batches(least, largest)]}
+        assert all(covers(shapes, "step", batch) for batch in range(least, largest + 1))
+        assert not covers(shapes, "step", largest + 1)
+        assert not covers(shapes, "step", least - 1)
+    assert not covers({"step": [(8, 1), (10, 1)]}, "step", 9)
+    assert not covers({"step": [(16, 1), (25, 1)]}, "step", 20)
+    for effort in (FULL, FULL_LARGE):
+        for branches in (1, 2):
+            assert set(range(1, EXACT + 1)) <= set(effort.batches[branches])
 
 
 @pytest.mark.parametrize("effort", [QUICK, FULL], ids=["quick", "full"])
