@@ -54,7 +54,8 @@ class Trust:
         self._known.add((batch, branches))
 
     def _verify(self, batch: int, branches: int) -> None:
-        if covers(self.shapes, "step", batch, branches):
+        # A loop on a device has calls and captured graphs of its own.
+        if covers(self.shapes, "loop" if self.engine.info.loop_on_device else "step", batch, branches):
             return
         logger.info("%s: first use of batch %d with %d branches, verifying it", self.engine.info.name, batch, branches)
         if failed := [rung for rung in verify_shape(self.bundle, self.engine, batch, branches) if not rung.passed]:
@@ -62,8 +63,9 @@ class Trust:
                 f"{self.engine.info.name} is wrong at a batch of {batch} with {branches} branches: {failed[0].name}, "
                 f"{failed[0].detail}; use smaller batches (--batch-size 4), or name another engine with --engine"
             )
-        self.shapes.setdefault("step", []).append((batch, branches))
-        add_shape(self.bundle, self.engine, "step", (batch, branches))
+        for graph in ("step", "loop"):
+            self.shapes.setdefault(graph, []).append((batch, branches))
+            add_shape(self.bundle, self.engine, graph, (batch, branches))
 
     def batch_to_decode(self, images: int) -> int:
         """The most of so many images that one call of the decoder may get; all where no call of it is on record."""

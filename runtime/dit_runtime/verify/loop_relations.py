@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dit_runtime.backends.base import Array
+from dit_runtime.backends.profiles import BatchShape
 from dit_runtime.backends.step import state_from_latents
 from dit_runtime.samplers.guidance import Guidance, branches_from_labels
 from dit_runtime.samplers.noise import Noise
@@ -39,6 +40,7 @@ ORDER = (
     *("heun", "sde-heun", "euler", "sde-euler"),
 )
 SEED = 31  # of the first image
+STEPS_OF_SHAPE = 3  # the last image joins in the second; a graph is captured there, and replayed in the third
 
 
 class _Image(NamedTuple):
@@ -50,13 +52,28 @@ class _Image(NamedTuple):
     row: int
 
 
-def mixed_batch(replay: Replay, effort: Effort) -> Rung:
-    """Each image of a mixed batch, after each step of the engine's loop, against what it must be."""
+def mixed_batch(replay: Replay, effort: Effort, shapes: Sequence[BatchShape] = ()) -> Rung:
+    """Each image of a mixed batch, after each step of the engine's loop, against what it must be.
+
+    Args:
+        replay: the bundle and the engine.
+        effort: how many images, and steps of each.
+        shapes: of a loop on a device, which is not the step's session: further batches and branches to run it at.
+    """
+    relation = Relation(replay.budget, "mixed batch")
+    requests = make_requests(replay, effort.mixed[: replay.engine.info.batch_of(len(effort.mixed))])
+    largest = _run(replay, relation, requests)
+    if replay.engine.info.loop_on_device:
+        for batch, branches in shapes:
+            _run(replay, relation, make_requests(replay, (STEPS_OF_SHAPE,) * batch, branches))
+    samplers = " ".join(dict.fromkeys(request.schedule.sampler for request in requests))
+    return relation.rung(f"{len(requests)} images, {largest} at once, {samplers}")
+
+
+def _run(replay: Replay, relation: Relation, requests: Sequence[ImageRequest]) -> int:
+    """Run images in one batch, the last of which joins later, and compare each; returns the most that were in it."""
     shape = (replay.model.latent_channels, *replay.model.latent_size)
-    most = replay.engine.info.batch_of(len(effort.mixed))
-    requests = make_requests(replay, effort.mixed[:most])
-    relation, images, largest = Relation(replay.budget, "mixed batch"), dict[int, _Image](), 0
-    waiting = list(enumerate(requests))
+    images, largest, waiting = dict[int, _Image](), 0, list(enumerate(requests))
     factor = factor_to_read_variance(2 * replay.bundle.records("forward_1")["v"])
     with Batch(replay.engine, replay.bundle.manifest) as batch:
         while waiting or len(batch):
@@ -75,27 +92,31 @@ def mixed_batch(replay: Replay, effort: Effort) -> Rung:
                 _check(relation, replay, images[key], [*state, denoised], where, factor)
                 image = images[key]
                 images[key] = image._replace(state=state.copy(), row=image.row + 1)
-    samplers = " ".join(dict.fromkeys(request.schedule.sampler for request in requests))
-    return relation.rung(f"{len(requests)} images, {largest} at once, {samplers}")
+    return largest
 
 
-def make_requests(replay: Replay, steps: Sequence[int]) -> list[ImageRequest]:
-    """Images that differ in sampler, steps, guidance and label; one is a mixture of two labels.
+def make_requests(replay: Replay, steps: Sequence[int], most: int | None = None) -> list[ImageRequest]:
+    """Images that differ in sampler, steps, guidance and label; one is a mixture of labels.
 
     Args:
         replay: the bundle and the engine.
         steps: sampling steps of each image.
+        most: guidance branches of the image with most, the first one; None makes the second one a mixture of two.
     """
     manifest, branches = replay.bundle.manifest, replay.engine.info.has_branches(2)
     classes, guided, requests = manifest.model.classes, branches and manifest.model.has_null, []
-    for image, count in enumerate(steps):
-        schedules = {each.sampler: each for each in list_schedules(manifest, count)}
+    for image, own_steps in enumerate(steps):
+        schedules = {each.sampler: each for each in list_schedules(manifest, own_steps)}
         usable = [schedules[name] for name in ORDER if name in schedules]
         schedule = usable[image % len(usable)]
         guidance = Guidance(SCALES[image % len(SCALES)] if guided else 1.0)
         label = (3 * image + 1) % classes
         labels = {label: 1.0}
-        if image == 1 and branches and classes > 1:
+        if most is not None:
+            guidance = Guidance(SCALES[0] if guided and most > 1 and not image else 1.0)
+            count = min(classes, max(1, most - (guidance.scale != 1))) if not image else 1
+            labels = {(label + more) % classes: 1 / count for more in range(count)}
+        elif image == 1 and branches and classes > 1:
             labels = {label: 0.75, (label + 1) % classes: 0.25}
         own = branches_from_labels(labels, guidance, schedule, manifest.model, manifest.diffusion)
         requests.append(ImageRequest(labels, SEED + image, schedule, guidance, None, own))

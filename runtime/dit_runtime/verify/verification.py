@@ -137,7 +137,10 @@ def verify_shape(bundle: Bundle, engine: Engine, batch: int, branches: int) -> l
     effort = replace(effort_for(bundle.manifest.model, quick=True), batches={branches: (batch,)})
     step = StepRelations(Replay(bundle, engine), effort, [(batch, branches)])
     step.visit()
-    return list(step.rungs())
+    rungs = list(step.rungs())
+    if engine.info.loop_on_device:
+        rungs.append(mixed_batch(step.replay, replace(effort, mixed=(1,)), [(batch, branches)]))
+    return rungs
 
 
 def relations(replay: Replay, effort: Effort) -> Iterator[Rung]:
@@ -146,7 +149,7 @@ def relations(replay: Replay, effort: Effort) -> Iterator[Rung]:
     step = StepRelations(replay, effort)
     step.visit()
     yield from step.rungs()
-    yield mixed_batch(replay, effort)
+    yield mixed_batch(replay, effort, step.shapes)
     yield from decoder_batches(replay, effort)
     if ENCODER in replay.bundle.manifest.graphs:
         yield encoder_batches(replay, effort)

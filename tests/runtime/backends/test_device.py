@@ -39,6 +39,7 @@ from dit_runtime.backends.tensorrt import (
     open as tensorrt_engine,
 )
 from dit_runtime.backends.tensorrt.engine import TensorRtEngine
+from dit_runtime.backends.tensorrt.loop import DeviceLoop
 from dit_runtime.backends.tensorrt.store import SIDECAR
 from dit_runtime.bench.parts import (
     DECODER,
@@ -47,8 +48,8 @@ from dit_runtime.bench.parts import (
     time_parts,
 )
 from dit_runtime.bundle.reader import Bundle
-from dit_runtime.core.errors import EngineError, SamplingError
-from dit_runtime.verify.auto import choose_engine
+from dit_runtime.core.errors import EngineError, ParityError, SamplingError
+from dit_runtime.verify.auto import Trust, choose_engine
 from dit_runtime.verify.replay import Replay
 from dit_runtime.verify.verdicts import path_of_verdict
 from dit_runtime.verify.verification import _rung_count, verification_of
@@ -218,6 +219,27 @@ def test_a_fault_of_the_loop_alone_is_seen(bench: Bench, monkeypatch: pytest.Mon
     rungs = verification_of(bench.bundle, bench.engine).rungs
     failed = [rung.name for rung in rungs if not rung.passed]
     assert failed == ["ddpm free-running", "ddpm free-running, unguided", "mixed batch"]
+
+
+def test_the_loop_is_trusted_at_its_own_shapes(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop that is wrong with three images without guidance alone, which no trajectory has, is seen; and ``auto``
+    asks it there although single calls of the step are trusted."""
+    right = DeviceLoop.run_step
+
+    def wrong(self: DeviceLoop, coefficients: Any, guidance: Any, rows: Any, *others: Any) -> Any:
+        factor = np.float32(1.2 if rows.shape == (1, 3) else 1)
+        return right(self, coefficients * factor, guidance, rows, *others)
+
+    monkeypatch.setattr(DeviceLoop, "run_step", wrong)
+    rungs = verification_of(bench.bundle, bench.engine).rungs
+    assert [rung.name for rung in rungs if not rung.passed] == ["mixed batch"]
+    assert "of 3" in next(rung.detail for rung in rungs if not rung.passed)
+    trust = Trust(bench.bundle, bench.engine, {"step": [(2, 1), (3, 1), (3, 2)], "loop": [(1, 1)]})
+    trust.check(2, 1)
+    trust.check(3, 2)
+    assert trust.shapes["loop"] == [(1, 1), (2, 1), (3, 2)]
+    with pytest.raises(ParityError, match="wrong at a batch of 3 with 1 branches: mixed batch"):
+        trust.check(3, 1)
 
 
 def test_an_engine_without_guidance_is_verified(bundles: dict[str, Path], tmp_path: Path) -> None:
