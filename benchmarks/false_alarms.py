@@ -4,7 +4,7 @@
 
 A sound engine must pass whatever the weights are. Seeds draw the models' shapes and weights (``random_models.py``), and
 even ones are exported in FP16, odd ones in FP32. The script prints a line for each verification: the rung that comes
-closest to its limit, and what fails.
+closest to its limit, and what fails. Models that the output already has are not verified again.
 """
 
 from __future__ import annotations
@@ -68,9 +68,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     results: list[dict[str, Any]] = []
+    if args.output.exists():
+        results = json.loads(args.output.read_text(encoding="utf-8"))["results"]
+    known = {(result["model"], result["seed"]) for result in results}
     for seed in range(args.first, args.first + args.seeds):
         for kind in KINDS:
-            if args.only in kind.name:
+            if args.only in kind.name and (kind.name, seed) not in known:
                 with tempfile.TemporaryDirectory() as work:
                     results += verify_model(kind, seed, Path(work))
                 write_results(results, args.output)

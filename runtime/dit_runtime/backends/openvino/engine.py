@@ -221,15 +221,20 @@ class OpenVinoEngine:
             raise OSError(f"{folder}: the weights were not written in full")
 
     def _retype(self, graph: str) -> Any:
-        """Read the bundle's graph, and change every FP16 tensor to this engine's precision."""
+        """Read the bundle's graph, and change every FP16 tensor to this engine's precision.
+
+        Inputs and outputs that are FP16, such as the conditioning table of cross-attention, stay so.
+        """
         openvino = self._openvino
         from openvino import opset13
 
         own = openvino.Type.bf16 if self._bf16 else openvino.Type.f32
         model = self._read(self.bundle.graph(graph))
+        results = [node for node in model.get_results() if node.get_output_element_type(0) == openvino.Type.f16]
         for node in model.get_ordered_ops():
             if node.get_output_size() == 0 or node.get_output_element_type(0) != openvino.Type.f16:
                 continue
+            readers = list(node.output(0).get_target_inputs())
             if node.get_type_name() == "Constant":
                 values = np.asarray(node.get_data(), np.float32)
                 if self._bf16:
@@ -239,11 +244,21 @@ class OpenVinoEngine:
                 replacement = openvino.op.Constant(tensor, shared_memory=False)  # the array is freed after this
             elif node.get_type_name() == "Convert":
                 replacement = opset13.convert(node.input_value(0), own)
+            elif node.get_type_name() == "Parameter":
+                replacement = opset13.convert(node.output(0), own)
             else:
                 continue  # its type follows from its inputs
-            replacement.set_friendly_name(node.get_friendly_name())
-            for reader in list(node.output(0).get_target_inputs()):
+            if node.get_type_name() != "Parameter":
+                replacement.set_friendly_name(node.get_friendly_name())
+            for reader in readers:
                 reader.replace_source_output(replacement.output(0))
+        for result in results:
+            source = result.input_value(0)
+            names = source.get_names()
+            rounded = opset13.convert(source, openvino.Type.f16)
+            result.input(0).replace_source_output(rounded.output(0))
+            source.set_names(set())
+            rounded.output(0).set_names(names)
         model.validate_nodes_and_infer_types()
         return model
 
