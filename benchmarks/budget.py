@@ -2,6 +2,7 @@
 
     python benchmarks/budget.py --draws 10 --output benchmarks/budget.json
     python benchmarks/budget.py --velocity 3 --draws 3 --output benchmarks/budget-velocity.json
+    python benchmarks/budget.py --velocity 1 --rough --draws 2 --output benchmarks/budget-rough.json
 
 Each draw makes new golden records from other seeds, timesteps, labels and guidance scales, with PyTorch's own errors on
 them. The first draw has the seeds and scales of an exported bundle. Each draw then verifies FP32 and FP16 bundles of
@@ -99,14 +100,14 @@ def make_random_checkpoint(folder: Path) -> Path:
     return folder
 
 
-def list_models(velocity: int, work: Path) -> dict[str, Source]:
+def list_models(velocity: int, rough: bool, work: Path) -> dict[str, Source]:
     """The two DiTs by name, or so many random SiTs of each path that is not nearly a DiT's."""
     if not velocity:
         checkpoints = {"fashion_mnist": DEMO, "random": make_random_checkpoint(work / "checkpoint")}
         return {name: Source(str(checkpoint)) for name, checkpoint in checkpoints.items()}
     kinds = [kind for kind in MODELS if kind.path in ("linear", "gvp")]
     return {
-        f"{kind.name} {seed}": make_random_source(kind, seed, work / f"{kind.path}-{seed}")
+        f"{kind.name} {seed}": make_random_source(kind, seed, work / f"{kind.path}-{seed}", rough=rough)
         for seed in range(velocity)
         for kind in kinds
     }
@@ -150,6 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=10)
     parser.add_argument("--velocity", type=int, default=0, help="random SiTs of each path, instead of the two DiTs")
+    parser.add_argument("--rough", action="store_true", help="random SiTs whose trajectories multiply errors")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "budget.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -157,7 +159,7 @@ def main() -> None:
     ratios: dict[str, dict[str, dict[float, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     count = 2 * max(args.velocity, 1)
     with tempfile.TemporaryDirectory() as work, Progress("draws", count * args.draws) as bar:
-        models = list_models(args.velocity, Path(work))
+        models = list_models(args.velocity, args.rough, Path(work))
         for model, source in models.items():
             bundles = [
                 bundle_from_checkpoint(source, Path(work) / f"{model} {precision.name}.bundle", precision, encoder=True)

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from dit_runtime.bundle.manifest import ModelSpec
 
 CHANNELS = 4  # of the latents
+ROUGH = 15.0  # times the biases of other random models
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,13 @@ def make_random_autoencoder(folder: Path) -> Path:
     return folder
 
 
-def make_random_source(kind: Kind, seed: int, folder: Path, depths: Sequence[int] = (2, 4, 6)) -> Source:
-    """Write a model's weights and an autoencoder into ``folder``; the seed draws the shape and the weights."""
+def make_random_source(
+    kind: Kind, seed: int, folder: Path, depths: Sequence[int] = (2, 4, 6), rough: bool = False
+) -> Source:
+    """Write a model's weights and an autoencoder into ``folder``; the seed draws the shape and the weights.
+
+    Biases and label embeddings of a rough model are as large as its activations. Its trajectories multiply errors.
+    """
     random = np.random.default_rng(seed)
     heads, head, depth, side = (int(random.choice(each)) for each in ((2, 3, 4), (16, 32), depths, (8, 12)))
     spec = ModelSpec(
@@ -75,6 +81,9 @@ def make_random_source(kind: Kind, seed: int, folder: Path, depths: Sequence[int
         learned_variance=kind.path is None,
     )
     weights = {name: each.read() for name, each in random_tensors(official_shapes(spec, 2 * CHANNELS), seed).items()}
+    if rough:
+        weights = {name: each * (ROUGH if name.endswith("bias") else 1) for name, each in weights.items()}
+        weights["y_embedder.embedding_table.weight"] *= spec.width**0.5
     weights["pos_embed"] = official_table(spec.width, spec.grid)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{kind.name} {seed}.safetensors"
