@@ -15,7 +15,8 @@ from support.bundles import edit_graph, signed
 from support.optional import onnx
 
 from dit_runtime.backends.open import open_engine
-from dit_runtime.bundle.graph_file import DTYPES, check_graph, read_tensors
+from dit_runtime.bundle.graph_file import check_graph, read_tensors
+from dit_runtime.bundle.onnx_reader import DTYPES
 from dit_runtime.bundle.operators import INPUTS, MANY
 from dit_runtime.bundle.reader import Bundle, open_bundle
 from dit_runtime.core.decode import DecodeError
@@ -321,7 +322,7 @@ def test_a_damaged_file(bundle: Bundle) -> None:
 @pytest.mark.parametrize("content", [b"\x72\x00" * 101, b"\x3a\x72" + b"\x2a\x70" + b"\x0a\x6e" + b"\x01" * 110])
 def test_a_file_of_many_fields(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
     """Millions of fields that say nothing, or of axes, end the reading after a second, not after an hour."""
-    monkeypatch.setattr("dit_runtime.bundle.graph_file.MOST_FIELDS", 100)
+    monkeypatch.setattr("dit_runtime.bundle.onnx_reader.MOST_FIELDS", 100)
     with pytest.raises(DecodeError, match="more than 100 fields"):
         list(read_tensors(b"\x08\x0a\x42\x02\x10\x14" + content))
 

@@ -24,10 +24,10 @@ from dit_runtime.backends.onnxruntime.gpu import (
 from dit_runtime.backends.onnxruntime.loop import ResidentLoop
 from dit_runtime.backends.outputs import check_outputs
 from dit_runtime.backends.prepared import facts_of, load_prepared
-from dit_runtime.bundle.graph_file import check_places
 from dit_runtime.bundle.manifest import SIZED_GRAPHS, GraphSpec
 from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle
+from dit_runtime.bundle.tensor_places import check_places
 from dit_runtime.core.errors import DiTError, EngineError
 from dit_runtime.core.libraries import switch_telemetry_off
 from dit_runtime.core.reading import GRAPH_BYTES, read_file

@@ -1,0 +1,132 @@
+"""Checks the nodes of a graph: known operators in their order, and no work that the graph does not call for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+from dit_runtime.bundle.onnx_reader import DTYPES, MOST_AXES, Reader, Span, StoredTensor, Values, first_of
+from dit_runtime.bundle.operators import DIVIDING, INPUTS, WHOLE_TYPES, makes_whole
+from dit_runtime.core.decode import DecodeError
+
+MOST_NODES = 10_000  # a block has 28: DiT-XL's step has 900
+# What a constant may make of a tensor, so that a graph takes the memory that its own inputs and weights call for.
+MOST_MADE = 1 << 28  # elements of a constant shape; an axis that the batch decides counts 1
+MOST_SCALED = 64  # times as many elements by Resize: the autoencoder's has 4
+MOST_LISTED = 256  # pads, strides, kernel or axes of a node: the autoencoder's kernels have 3
+SHAPES = {"Expand": (1,), "Reshape": (1,), "Resize": (2, 3), "Pad": (1,)}  # inputs that decide the result's shape
+
+
+def read_checked_tensors(reader: Reader, graph: Values) -> Iterator[StoredTensor]:
+    """Every tensor of a graph as ``graph_file.read_tensors``. Raises DecodeError at a wrong node."""
+    made = {reader.read_value(span)[0] for span in graph["input"]}
+    constants: dict[str, Span] = {}
+    whole = {name for name, dtype in map(reader.read_value, graph["input"]) if _is_whole(dtype)}
+    for span in graph["initializer"]:
+        tensor = reader.read_tensor(span)
+        _add_names(made, [tensor.name], "an initializer")
+        constants[tensor.name] = span
+        if _is_whole(tensor.dtype):
+            whole.add(tensor.name)
+        yield tensor
+    if len(graph["node"]) > MOST_NODES:
+        raise DecodeError(f"{len(graph['node'])} nodes, expected at most {MOST_NODES}")
+    for span in graph["node"]:
+        node, attributes = reader.read_node(span)
+        _check_node(node, made)
+        _check_attributes(node, attributes)
+        for attribute in attributes:
+            yield from map(reader.read_tensor, (*attribute["t"], *attribute["tensors"]))
+        if _makes_whole(reader, node, attributes, whole, constants):
+            whole.update(node["output"])
+        if node["op_type"] == ["Constant"]:
+            if [first_of(each, "name", "") for each in attributes if each["t"]] != ["value"]:
+                raise DecodeError(f"node {first_of(node, 'name', '')!r:.60} is a constant without a tensor")
+            constants[node["output"][0]] = next(each["t"][0] for each in attributes if each["t"])
+        _check_shapes(reader, node, constants)
+    if lost := [name for name in (reader.read_value(span)[0] for span in graph["output"]) if name not in made]:
+        raise DecodeError(f"output {lost[0]!r:.60} is made by no node")
+
+
+def _check_node(node: Values, made: set[str]) -> None:
+    """Check a node against ``made``, the names of what there is before it, and add its outputs to them.
+
+    A library that finds too few inputs can end the process: OpenVINO does at a Conv without weights.
+
+    Raises:
+        DecodeError: an operator that no bundle's graph has, another number of inputs, or an input that comes later.
+    """
+    operator, domain, inputs = first_of(node, "op_type", ""), first_of(node, "domain", ""), node["input"]
+    what = f"node {first_of(node, 'name', '')!r:.60}"
+    if domain not in ("", "ai.onnx") or operator not in INPUTS:
+        raise DecodeError(f"{what} is {operator!r:.40} of domain {domain!r:.40}, which no graph of a bundle has")
+    least, most = INPUTS[operator]
+    if not least <= len(inputs) <= most or not all(inputs[:least]):
+        raise DecodeError(f"{what} has {len(inputs)} inputs, expected {least} to {most} of {operator}")
+    if lost := [name for name in inputs if name and name not in made]:
+        raise DecodeError(f"{what} reads {lost[0]!r:.60}, which nothing before it makes")
+    if not any(node["output"]):
+        raise DecodeError(f"{what} has no output")
+    _add_names(made, [name for name in node["output"] if name], what)
+
+
+def _check_attributes(node: Values, attributes: list[Values]) -> None:
+    """Raises DecodeError for an attribute that is there twice, or has a number far too large.
+
+    A library takes memory for pads and strides as large as they are.
+    """
+    what = f"node {first_of(node, 'name', '')!r:.60}"
+    _add_names(set(), [first_of(attribute, "name", "") for attribute in attributes], "an attribute")
+    if large := [number for attribute in attributes for number in attribute["ints"] if abs(number) > MOST_LISTED]:
+        raise DecodeError(f"{what} has {large[0]} in an attribute, expected at most {MOST_LISTED}")
+
+
+def _add_names(known: set[str], names: list[str], what: str) -> None:
+    """Raises DecodeError for a name that is empty, or there already."""
+    for name in names:
+        if not name or name in known:
+            raise DecodeError(f"{what} has the name {name!r:.60}, which is empty or there twice")
+        known.add(name)
+
+
+def _makes_whole(
+    reader: Reader, node: Values, attributes: list[Values], whole: set[str], constants: Mapping[str, Span]
+) -> bool:
+    """Whether a node makes whole numbers; ``whole`` are the names of those before it.
+
+    Raises:
+        DecodeError: it divides whole numbers by anything but constants from 1.
+    """
+    operator, inputs = node["op_type"][0], [name in whole for name in node["input"]]
+    if operator == "Constant":
+        return any(_is_whole(reader.read_tensor(span).dtype) for each in attributes for span in each["t"])
+    if operator in DIVIDING and inputs[0]:
+        span = constants.get(node["input"][1]) if operator == "Div" else None
+        if min(reader.read_values(span) if span else [], default=0) < 1:
+            raise DecodeError(f"node {first_of(node, 'name', '')!r:.60} divides whole numbers by what may be 0 or less")
+    return makes_whole(operator, inputs, next((one for each in attributes for one in each["i"]), 0))
+
+
+def _is_whole(dtype: str) -> bool:
+    return dtype in {DTYPES[code] for code in WHOLE_TYPES}
+
+
+def _check_shapes(reader: Reader, node: Values, constants: Mapping[str, Span]) -> None:
+    """Raises DecodeError for a constant that makes a tensor far larger than any that a graph has."""
+    operator, what = node["op_type"][0], f"node {first_of(node, 'name', '')!r:.60}"
+    for place in SHAPES.get(operator, ()):
+        span = constants.get(node["input"][place]) if place < len(node["input"]) else None
+        if span is None:
+            continue
+        values = reader.read_values(span)
+        if not values:
+            raise DecodeError(f"{what} reads {node['input'][place]!r:.60}, which is no short list in the file")
+        if not all(map(math.isfinite, values)):
+            raise DecodeError(f"{what} makes a tensor by {values[:MOST_AXES]}, expected finite numbers")
+        if operator == "Pad":
+            largest, most = max(map(abs, values)), MOST_LISTED
+        else:
+            largest = math.prod(max(1.0, number) for number in values)
+            most = MOST_SCALED if operator == "Resize" and place == 2 else MOST_MADE
+        if largest > most:
+            raise DecodeError(f"{what} makes a tensor by {[f'{one:g}' for one in values]}, expected at most {most}")
