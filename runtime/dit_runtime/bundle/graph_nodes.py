@@ -1,20 +1,15 @@
-"""Checks the nodes of a graph: known operators in their order, and no work that the graph does not call for."""
+"""Checks the nodes of a graph: known operators, each after what it reads, and no division that ends a process."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 
-from dit_runtime.bundle.onnx_reader import DTYPES, MOST_AXES, Reader, Span, StoredTensor, Values, first_of
+from dit_runtime.bundle.onnx_reader import DTYPES, Reader, Span, StoredTensor, Values, first_of
 from dit_runtime.bundle.operators import DIVIDING, INPUTS, WHOLE_TYPES, makes_whole
 from dit_runtime.core.decode import DecodeError
 
 MOST_NODES = 10_000  # a block has 28: DiT-XL's step has 900
-# What a constant may make of a tensor, so that a graph takes the memory that its own inputs and weights call for.
-MOST_MADE = 1 << 28  # elements of a constant shape; an axis that the batch decides counts 1
-MOST_SCALED = 64  # times as many elements by Resize: the autoencoder's has 4
 MOST_LISTED = 256  # pads, strides, kernel or axes of a node: the autoencoder's kernels have 3
-SHAPES = {"Expand": (1,), "Reshape": (1,), "Resize": (2, 3), "Pad": (1,)}  # inputs that decide the result's shape
 
 
 def read_checked_tensors(reader: Reader, graph: Values) -> Iterator[StoredTensor]:
@@ -43,7 +38,6 @@ def read_checked_tensors(reader: Reader, graph: Values) -> Iterator[StoredTensor
             if [first_of(each, "name", "") for each in attributes if each["t"]] != ["value"]:
                 raise DecodeError(f"node {first_of(node, 'name', '')!r:.60} is a constant without a tensor")
             constants[node["output"][0]] = next(each["t"][0] for each in attributes if each["t"])
-        _check_shapes(reader, node, constants)
     if lost := [name for name in (reader.read_value(span)[0] for span in graph["output"]) if name not in made]:
         raise DecodeError(f"output {lost[0]!r:.60} is made by no node")
 
@@ -109,24 +103,3 @@ def _makes_whole(
 
 def _is_whole(dtype: str) -> bool:
     return dtype in {DTYPES[code] for code in WHOLE_TYPES}
-
-
-def _check_shapes(reader: Reader, node: Values, constants: Mapping[str, Span]) -> None:
-    """Raises DecodeError for a constant that makes a tensor far larger than any that a graph has."""
-    operator, what = node["op_type"][0], f"node {first_of(node, 'name', '')!r:.60}"
-    for place in SHAPES.get(operator, ()):
-        span = constants.get(node["input"][place]) if place < len(node["input"]) else None
-        if span is None:
-            continue
-        values = reader.read_values(span)
-        if not values:
-            raise DecodeError(f"{what} reads {node['input'][place]!r:.60}, which is no short list in the file")
-        if not all(map(math.isfinite, values)):
-            raise DecodeError(f"{what} makes a tensor by {values[:MOST_AXES]}, expected finite numbers")
-        if operator == "Pad":
-            largest, most = max(map(abs, values)), MOST_LISTED
-        else:
-            largest = math.prod(max(1.0, number) for number in values)
-            most = MOST_SCALED if operator == "Resize" and place == 2 else MOST_MADE
-        if largest > most:
-            raise DecodeError(f"{what} makes a tensor by {[f'{one:g}' for one in values]}, expected at most {most}")

@@ -120,7 +120,12 @@ class Reader:
         dtype = np.dtype(self.read_tensor(span).dtype.replace("bfloat16", "uint16"))
         if (end - start) % dtype.itemsize or end - start > 8 * 2 * MOST_AXES:
             return []
-        return [float(number) for number in np.frombuffer(self._content[start:end], dtype)]
+        found: list[float] = np.frombuffer(self._content[start:end], dtype).tolist()
+        return found
+
+    def read_text(self, span: Span) -> str:
+        """The text at a place, with other bytes replaced."""
+        return self._content[slice(*span)].decode(errors="replace")
 
     def read_tensor(self, span: Span, table: Table = TENSOR) -> StoredTensor:
         tensor = self._read(span, table, "tensor")

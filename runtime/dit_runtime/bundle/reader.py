@@ -227,7 +227,7 @@ class Bundle:
         path = self.file(spec.file)
         try:
             content = read_file(path, GRAPH_BYTES, within=self.path)
-            check_graph(content, spec, self.manifest.files[spec.weights].bytes)
+            check_graph(content, spec, self.manifest.files[spec.weights].bytes, self.manifest)
         except FileError as error:
             self.check_in_place()
             raise BundleError(f"{path}: not a graph of a bundle ({error}); copy or export the bundle again") from error

@@ -16,6 +16,7 @@ from support.optional import onnx
 
 from dit_runtime.backends.open import open_engine
 from dit_runtime.bundle.graph_file import check_graph, read_tensors
+from dit_runtime.bundle.graph_shapes import shapes_of_node
 from dit_runtime.bundle.onnx_reader import DTYPES
 from dit_runtime.bundle.operators import INPUTS, MANY
 from dit_runtime.bundle.reader import Bundle, open_bundle
@@ -37,7 +38,7 @@ def step(bundle: Bundle) -> onnx.ModelProto:
 
 def check(bundle: Bundle, content: bytes) -> None:
     spec = bundle.manifest.graphs["step"]
-    check_graph(content, spec, bundle.manifest.files[spec.weights].bytes)
+    check_graph(content, spec, bundle.manifest.files[spec.weights].bytes, bundle.manifest)
 
 
 def outside(model: onnx.ModelProto) -> onnx.TensorProto:
@@ -143,6 +144,90 @@ def by_number(tensor: onnx.TensorProto) -> None:
     tensor.int64_data.extend([1])
 
 
+def work(*nodes: tuple[str, str, str], weights: dict[str, np.ndarray[Any, Any]]) -> Change:
+    """Adds nodes ``(operator, inputs, output)`` that ask for work or memory; ``weights`` are constants of theirs."""
+
+    def change(model: onnx.ModelProto) -> None:
+        for name, array in weights.items():
+            model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+        for operator, inputs, output in nodes:
+            model.graph.node.append(onnx.helper.make_node(operator, inputs.split(" "), [output]))
+
+    return change
+
+
+SQUARE = {"w": np.ones((64, 64), np.float32)}
+STATE = "state"  # [batch, 3, 4, 8, 8]
+# Nodes that each are legal, and what the line says of all of them.
+WORK: dict[str, tuple[list[tuple[str, str, str]], dict[str, np.ndarray[Any, Any]], str]] = {
+    "a product of constants": ([("MatMul", "w w", "p")], SQUARE, "computes 4096 elements of constants"),
+    "sums of constants without end": (
+        [("Add", f"{'w' if index == 0 else f's{index - 1}'} w", f"s{index}") for index in range(300)],
+        SQUARE,
+        "elements of constants, expected to be stored",
+    ),
+    "a long chain of products": (
+        [
+            ("Reshape", f"{STATE} one", "m0"),
+            ("Expand", "m0 high", "m1"),
+            *(("MatMul", f"m{index} w", f"m{index + 1}") for index in range(1, 1000)),
+        ],
+        {**SQUARE, "one": np.array([-1, 64]), "high": np.array([1000, 1, 64])},
+        "multiply-adds up to node .*, expected at most [0-9]+ in all",
+    ),
+    "a scale again and again": (
+        [("Resize", f"{STATE if index == 0 else f'r{index - 1}'}  scales", f"r{index}") for index in range(6)],
+        {"scales": np.array([1, 1, 1, 8, 8], np.float32)},
+        "makes [0-9]+ elements, expected at most",
+    ),
+    "each number by each": (
+        [
+            ("Reshape", f"{STATE} column", "c"),
+            ("Reshape", f"{STATE} row", "r"),
+            ("Mul", "c r", "square"),
+            ("Reshape", "square column", "c2"),
+            ("Mul", "c2 r", "cube"),
+        ],
+        {"column": np.array([-1, 1]), "row": np.array([1, -1])},
+        "makes [0-9]+ elements, expected at most",
+    ),
+    "the batch by itself": (
+        [
+            ("Shape", STATE, "s"),
+            ("Gather", "s first", "b"),
+            ("Concat", "b b b b b", "shape"),
+            ("Expand", "x shape", "e"),
+        ],
+        {"first": np.array([0]), "x": np.ones(1, np.float32)},
+        "makes 1125899906842624 elements, expected at most",
+    ),
+    "a shape from numbers": (
+        [("Reshape", "rows one", "r"), ("Cast", "r", "n"), ("Expand", "x n", "e")],
+        {"one": np.array([-1]), "x": np.ones(1, np.float32)},
+        "its input 1 is not put together from constants and sizes",
+    ),
+    "a difference of sizes": (
+        [("Shape", STATE, "s"), ("Sub", "s s", "n"), ("Expand", "x n", "e")],
+        {"x": np.ones(1, np.float32)},
+        "its input 1 is not put together from constants and sizes",
+    ),
+    "a product beyond 64 bits": (
+        [("Mul", "n n", "p"), ("Mul", "p p", "q"), ("Expand", "x q", "e")],
+        {"n": np.array([1 << 39]), "x": np.ones(1, np.float32)},
+        "its input 1 is not put together from constants and sizes",
+    ),
+    "other matrices": (
+        [("MatMul", f"{STATE} w", "p")],
+        SQUARE,
+        r"\(MatMul\) does not fit its inputs: 8 columns times 64 rows",
+    ),
+    "outputs without a shape": (
+        [("Squeeze", STATE, "s")],
+        {},
+        "its input 0 is not put together from constants and sizes",
+    ),
+}
+
 ALTERED: dict[str, tuple[Change, str]] = {
     **{
         f"location {location!r:.30}": (place("location", location), "lies in .*, expected 'step.weights'")
@@ -183,6 +268,13 @@ ALTERED: dict[str, tuple[Change, str]] = {
     "in a quantization": (lambda m: m.graph.quantization_annotation.add(tensor_name="x"), "quantization_annotation"),
     "4 TB inside": (lambda m: set_dims(inside(m), 1 << 40), "expected [0-9]{13} for"),
     "4 TB outside": (lambda m: set_dims(outside(m), 1 << 40), "of [0-9]{13} bytes lies at"),
+    "the same bytes for many tensors": (
+        lambda m: (
+            [m.graph.initializer.add().CopyFrom(outside(m)) for _ in range(2)]
+            and [setattr(each, "name", f"x{at}") for at, each in enumerate(m.graph.initializer[-2:])]
+        ),
+        "bytes more than the [0-9]+ of 'step.weights'",
+    ),
     "axes that overflow": (lambda m: set_dims(inside(m), *[1 << 32] * 4), "which none can have"),
     "axes without end": (lambda m: set_dims(inside(m), *[1] * 100), "which none can have"),
     "an axis below zero": (lambda m: set_dims(inside(m), -1, -8), "which none can have"),
@@ -216,16 +308,21 @@ ALTERED: dict[str, tuple[Change, str]] = {
     **{
         f"{operator} to {list(values)}": (grow(operator, place, np.array(values, dtype)), message)
         for operator, place, dtype, values, message in (
-            ("Expand", 1, np.int64, (3000, 1000, 1000), "makes a tensor by .*'3000', '1000', '1000'"),
-            ("Reshape", 1, np.int64, (1 << 62, 1 << 62), "makes a tensor by"),
-            ("Expand", 1, np.int64, (), "which is no short list"),
-            ("Expand", 1, np.int64, [1] * 1000, "which is no short list"),
-            ("Resize", 2, np.float32, (1, 1, 1e9, 1), "expected at most 64"),
-            ("Resize", 2, np.float32, (1, 1, math.nan, 1), "expected finite numbers"),
-            ("Resize", 3, np.int64, (1, 1, 1 << 20, 1 << 20), "makes a tensor by"),
-            ("Pad", 1, np.int64, (0, 0, 0, 1 << 40), "expected at most 256"),
+            ("Expand", 1, np.int64, (3000, 1000, 1000), "do not fit each other"),
+            ("Expand", 1, np.int64, (3000, *[1] * 5), "makes [0-9]+ elements, expected at most"),
+            ("Expand", 1, np.int64, (1 << 62, *[1] * 5), "makes [0-9]+ elements, expected at most"),
+            ("Expand", 1, np.int64, (-5, *[1] * 5), r"the shape \(-5"),
+            ("Reshape", 1, np.int64, (1 << 62, 1 << 62), r"\(Reshape\) does not fit its inputs: shape .* as "),
+            ("Reshape", 1, np.int64, (-1, -1), "the shape"),
+            ("Expand", 1, np.int64, [1] * 1000, "not put together from constants and sizes"),
+            ("Resize", 2, np.float32, (1, 1, 1, 1e9, 1), "makes [0-9]+ elements, expected at most"),
+            ("Resize", 2, np.float32, (1, 1, 1, math.nan, 1), "by scales"),
+            ("Resize", 3, np.int64, (1, 1, 1, 1 << 20, 1 << 20), "makes [0-9]+ elements, expected at most"),
+            ("Pad", 1, np.int64, (0, 0, 0, 1 << 40, *[0] * 6), "makes [0-9]+ elements, expected at most"),
+            ("Pad", 1, np.int64, (0, 0), "2 pads for 5 axes"),
         )
     },
+    **{f"work: {name}": (work(*nodes, weights=weights), message) for name, (nodes, weights, message) in WORK.items()},
     **{
         f"{operator} of whole numbers by way of {how}": (
             divide(operator, how),
@@ -282,6 +379,42 @@ def test_the_tensors_are_those_that_onnx_finds(bundles: dict[str, Path], sized_b
             count += len(found)
     assert count > 500
     assert {onnx.TensorProto.DataType.Name(code).lower() for code in DTYPES} >= {"float", "float16", "int64", "bool"}
+
+
+def test_the_shapes_are_those_that_onnx_infers(sized_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 1,024 images of 48x48 pixels, every shape that ONNX's own inference finds is the one that is checked."""
+    bundle, made = open_bundle(sized_bundle), list[Any]()
+
+    def note(call: Any) -> Any:
+        made.append(shapes_of_node(call))
+        return made[-1]
+
+    monkeypatch.setattr("dit_runtime.bundle.graph_size.shapes_of_node", note)
+    sizes = dict.fromkeys(("batch", "branches", "rows"), 1024) | dict.fromkeys(("height", "width"), 12)
+    sizes |= dict.fromkeys(("image_height", "image_width"), 48)
+    compared = 0
+    for name in ("conditioner", "step", "decoder", "encoder"):
+        made.clear()
+        model = onnx.load(bundle.structure(name), load_external_data=False)
+        nodes = [node for node in model.graph.node if node.op_type != "Constant"]
+        assert len(made) == 2 * len(nodes)
+        del model.graph.value_info[:]
+        for value, tensor in zip(model.graph.input, bundle.manifest.graphs[name].inputs, strict=True):
+            for axis, size in zip(value.type.tensor_type.shape.dim, tensor.shape, strict=True):
+                axis.dim_value = sizes[size] if isinstance(size, str) else size
+        for value in model.graph.output:
+            value.type.tensor_type.ClearField("shape")
+        found = {
+            value.name: [axis.dim_value if axis.HasField("dim_value") else None for axis in shape.dim]
+            for value in onnx.shape_inference.infer_shapes(model, data_prop=True).graph.value_info
+            for shape in [value.type.tensor_type.shape]
+        }
+        for node, ours in zip(nodes, made[len(nodes) :], strict=True):
+            for output, sized in zip(node.output, ours.outputs, strict=True):
+                if None not in found.get(output, [None]):
+                    assert [*sized.shape] == found[output], (name, node.name)
+                    compared += 1
+    assert compared > 200
 
 
 def test_the_operators_take_what_onnx_says() -> None:
