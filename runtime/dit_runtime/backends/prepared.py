@@ -14,13 +14,10 @@ or the engine works without.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import logging
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -32,7 +29,7 @@ from dit_runtime.core.errors import DiTError, OutputError
 from dit_runtime.core.files import sha256_of
 from dit_runtime.core.machine import read_processor
 from dit_runtime.core.reading import SIDECAR_BYTES, FileError
-from dit_runtime.core.replace import check_place, clear_litter, replace_folder
+from dit_runtime.core.replace import check_place, clear_litter, hold_lock, replace_folder
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +150,7 @@ def prepare_graph(folder: Path, facts: Facts, make: Callable[[Path], None]) -> C
     try:
         check_place(lock := folder / f".{target.name}.lock", within=folder.parent)
         folder.mkdir(parents=True, exist_ok=True)
-        with _hold_lock(lock):
+        with hold_lock(lock):
             if (found := _check_graph(target, facts)) is not None:  # another process made it meanwhile
                 return found
             made_again = f"{target}: damaged, so made again" if target.exists() else _describe_other(folder, facts)
@@ -174,16 +171,6 @@ def prepare_graph(folder: Path, facts: Facts, make: Callable[[Path], None]) -> C
     if made_again:
         logger.info(made_again)
     return CheckedGraph(target, stamps)
-
-
-@contextlib.contextmanager
-def _hold_lock(path: Path) -> Iterator[None]:
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)  # ended with the process too
-        yield
-    finally:
-        os.close(handle)
 
 
 def find_prepared(folder: Path, facts: Facts) -> CheckedGraph | None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 from dit_runtime.core.reading import FileError, open_file
+from dit_runtime.core.replace import scratch_folder
 
 
 def named(path: Path) -> Path:
@@ -29,8 +29,8 @@ def add_name(file: Path, name: Path) -> None:
     if name.is_file() and not name.is_symlink() and (name.samefile(source) or sha256_of(name) == sha256_of(source)):
         return
     name.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{name.name}.", dir=name.parent) as folder:
-        temporary = Path(folder) / name.name
+    with scratch_folder(name.parent, name.name) as folder:
+        temporary = folder / name.name
         try:
             os.link(source, temporary)
         except OSError:  # another file system, one without hard links, or a file of another user

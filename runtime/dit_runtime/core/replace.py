@@ -99,6 +99,20 @@ def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def hold_lock(path: Path) -> Iterator[None]:
+    """Hold a lock that one process has at a time; others wait. It ends with the process too.
+
+    Call ``check_place`` before. Raises OSError where the file cannot be made, or is a link.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
 def hold_folder(temporary: Path) -> Iterator[None]:
     """Hold a temporary folder of another process, which may be killed, so that nobody removes it."""
     handle = os.open(temporary, os.O_RDONLY)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -22,7 +22,7 @@ from dit_runtime.core.decode import DecodeError, Positive, decode, read_json
 from dit_runtime.core.errors import OutputError
 from dit_runtime.core.machine import describe_machine
 from dit_runtime.core.reading import VERDICT_BYTES
-from dit_runtime.core.replace import clear_litter, replace_file
+from dit_runtime.core.replace import check_place, clear_litter, hold_lock, replace_file
 from dit_runtime.core.version import __version__
 from dit_runtime.verify.coverage import Shapes
 from dit_runtime.verify.rung import Rung, Verification
@@ -102,15 +102,14 @@ def path_of_verdict(bundle: Bundle, engine: Engine) -> Path:
 
 
 def store_verdict(bundle: Bundle, engine: Engine, rungs: list[Rung], quick: bool, shapes: Shapes | None = None) -> None:
-    """Write a verdict, unless the store cannot be written.
+    """Write a verdict, unless the store cannot be written, or has a stronger one that another process may have written.
 
-    A quick verdict that passes does not replace a full one, which has more rungs. ``shapes`` are those that were
+    Any verdict that fails is written. A quick one that passes replaces only another such one: a full one has more
+    rungs, and a fault that was found is not gone where fewer rungs are measured. ``shapes`` are those that were
     visited.
     """
     clear_litter(bundle.engines / VERDICTS)
     passed = all(rung.passed for rung in rungs)
-    if quick and passed and has_passed(bundle, engine, full=True) is not None:
-        return
     verdict = Verdict(
         bundle=bundle.digest,
         image_size=bundle.manifest.image_size,
@@ -122,15 +121,32 @@ def store_verdict(bundle: Bundle, engine: Engine, rungs: list[Rung], quick: bool
         rungs=tuple(RungRecord(**rung.as_json()) for rung in rungs),
         shapes={graph: tuple(visited) for graph, visited in (shapes or {}).items()},
     )
-    _write(bundle, engine, verdict)
+    with _held(bundle, engine):
+        before = read_verdict(bundle, engine)
+        if not (quick and passed and before is not None and not (before.quick and before.passed)):
+            _write(bundle, engine, verdict)
 
 
 def add_shape(bundle: Bundle, engine: Engine, graph: str, shape: BatchShape) -> None:
     """Add a visited shape to the stored verdict, if there is one."""
-    verdict = read_verdict(bundle, engine)
-    if verdict is not None:
-        visited = (*verdict.shapes.get(graph, ()), shape)
-        _write(bundle, engine, replace(verdict, shapes={**verdict.shapes, graph: visited}))
+    with _held(bundle, engine):
+        verdict = read_verdict(bundle, engine)
+        if verdict is not None:
+            visited = (*verdict.shapes.get(graph, ()), shape)
+            _write(bundle, engine, replace(verdict, shapes={**verdict.shapes, graph: visited}))
+
+
+@contextlib.contextmanager
+def _held(bundle: Bundle, engine: Engine) -> Iterator[None]:
+    """No other process changes the verdict meanwhile. Where the store has no locks, as on a full disk, that is left."""
+    path = path_of_verdict(bundle, engine)
+    lock = path.with_name(f".{path.stem}.lock")
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, OutputError):
+            check_place(lock, within=bundle.engines)
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(hold_lock(lock))
+        yield
 
 
 def _write(bundle: Bundle, engine: Engine, verdict: Verdict) -> None:

@@ -9,6 +9,7 @@ import shutil
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 from support.engines import info_of
 
 from dit_runtime.core.machine import describe_machine
-from dit_runtime.core.replace import replace_file
+from dit_runtime.core.replace import hold_lock, replace_file
 from dit_runtime.verify import speed
 from dit_runtime.verify.rung import Rung
 from dit_runtime.verify.verdicts import has_passed, path_of_verdict, read_verdicts, store_verdict
@@ -73,6 +74,53 @@ def test_a_damaged_verdict_is_none(bundle: Any, change: str) -> None:
     assert len(read_verdicts(bundle)) == (change == "other engine")
 
 
+FAILING = [*RUNGS[:2], Rung("update", 2.0, 1.0, "relative")]
+
+
+def test_the_stronger_verdict_stays(bundle: Any) -> None:
+    """A quick verification that passes replaces neither a full one nor one that failed; all others replace any."""
+    for quick, rungs, expected in (
+        (True, RUNGS[:2], (True, True)),
+        (True, FAILING, (True, False)),
+        (True, RUNGS[:2], (True, False)),  # kept
+        (False, RUNGS[:2], (False, True)),
+        (True, RUNGS[:2], (False, True)),  # kept
+        (True, FAILING, (True, False)),
+        (False, FAILING, (False, False)),
+        (True, RUNGS[:2], (False, False)),  # kept
+    ):
+        store_verdict(bundle, ENGINE, rungs, quick)
+        (found,) = read_verdicts(bundle)
+        assert (found.quick, found.passed) == expected
+
+
+def test_two_verifications_at_once(bundle: Any) -> None:
+    """A quick one that ends while a full one writes waits for it, and then sees that the full one failed."""
+    path = path_of_verdict(bundle, ENGINE)
+    path.parent.mkdir()
+    quick = Thread(target=store_verdict, args=(bundle, ENGINE, RUNGS[:2], True))
+    with hold_lock(path.with_name(f".{path.stem}.lock")):
+        quick.start()
+        quick.join(timeout=0.2)
+        assert quick.is_alive()
+    quick.join()
+    assert has_passed(bundle, ENGINE) is True
+
+
+def test_a_lock_that_leads_elsewhere(bundle: Any, tmp_path: Path) -> None:
+    """Nothing is made outside the store, and a pipe is not waited for: the verdict is written without a lock."""
+    path, outside = path_of_verdict(bundle, ENGINE), tmp_path.parent / f"{tmp_path.name}-lock"
+    lock = path.with_name(f".{path.stem}.lock")
+    path.parent.mkdir()
+    for make in (lambda: lock.symlink_to(outside), lambda: os.mkfifo(lock), lock.mkdir):
+        make()
+        store_verdict(bundle, ENGINE, RUNGS[:2], quick=False)
+        assert has_passed(bundle, ENGINE) is True
+        lock.rmdir() if lock.is_dir() else lock.unlink()
+        path.unlink()
+    assert not outside.exists()
+
+
 def giant(path: Path) -> None:
     with path.open("wb") as file:
         file.truncate(20 << 30)  # sparse: it takes no space
@@ -102,12 +150,12 @@ def test_links_in_the_store_lead_nowhere(bundle: Any, tmp_path: Path) -> None:
     outside = tmp_path.parent / f"{tmp_path.name}-outside"
     path.parent.rename(outside)
     path.parent.symlink_to(outside)
-    (before,) = outside.iterdir()
+    (before,) = outside.glob("*.json")
     content = before.read_text()
     assert has_passed(bundle, ENGINE) is None
     assert read_verdicts(bundle) == []
     store_verdict(bundle, ENGINE, RUNGS, quick=False)
-    assert [item.read_text() for item in outside.iterdir()] == [content]
+    assert [item.read_text() for item in outside.glob("*.json")] == [content]
 
 
 @pytest.mark.parametrize(
