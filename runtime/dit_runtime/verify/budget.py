@@ -66,7 +66,9 @@ class Budget:
         quotient of the two, which is at most √2.
 
         A trajectory that draws noise has the quotient √2 at every scale. Its errors add up over the steps, and without
-        guidance the quotient would leave no room: sound engines of random SiT models in FP16 measured 0.62 to 1.09.
+        guidance the quotient would leave no room: sound engines of random SiT models measured up to 0.98 in FP16 and
+        0.99 in BF16 (``benchmarks/budget-rough.json``), where the thresholds are 1.0 and 1.3; those of smoother ones
+        0.43 and 0.61 (``benchmarks/budget-velocity.json``).
         """
         least = self.thresholds.get(kind)
         if least is None:
