@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 from dit_export.checkpoints.autoencoder_file import AUTOENCODERS, Autoencoder, autoencoder_from_file, refuse_scaling
 from dit_export.checkpoints.diffusers_modules import freeze, load_module, read_json_object
+from dit_export.checkpoints.file_kinds import check_links
 from dit_export.checkpoints.hub import check_hub_id, download_repository, find_local
 from dit_export.checkpoints.random_weights import SkippedInitialization, randomize
 from dit_export.checkpoints.source import Source
@@ -74,6 +75,11 @@ def load_autoencoder(folder: Path, variant: str | None, scaling: tuple[float, ..
         CheckpointError: another class, images that are not RGB, or a scaling that is not supported.
     """
     folder = _own_folder(folder)
+    pipeline = folder.parent if (folder.parent / "model_index.json").is_file() else None
+    if pipeline is None:
+        check_links(folder, (".",), folder)
+    else:
+        check_links(pipeline, (folder.name,), pipeline)
     config = folder / "config.json"
     if not config.is_file():
         files = sorted(path for path in folder.glob("*") if path.suffix in (SAFE, *PICKLES) and path.is_file())

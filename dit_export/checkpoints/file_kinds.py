@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import stat
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from dit_runtime.core.errors import CheckpointError
-from dit_runtime.core.reading import FileError, check_file
+from dit_runtime.core.reading import FileError, check_file, leads_outside
 
 SAFE, PICKLES = ".safetensors", (".pt", ".pth", ".ckpt", ".bin")
 SAFETENSORS, ZIP, LEGACY, UNKNOWN = "a safetensors file", "a torch.save file", "an old torch.save file", "unknown"
@@ -63,6 +64,23 @@ def check_regular(path: Path) -> None:
         if isinstance(error.__cause__, OSError):
             raise error_for_os(path, error.__cause__) from error
         raise CheckpointError(f"{path}: {error}; expected a regular file") from error
+
+
+def check_links(folder: Path, names: Iterable[str], within: Path) -> None:
+    """Check that files of a checkpoint's folder are its own, and no links to what its maker does not have.
+
+    Args:
+        folder: holds the names.
+        names: of files, and of folders whose files are looked at too.
+        within: the folder that no link may lead out of. The blobs of its own repository in a hub cache are inside.
+
+    Raises:
+        CheckpointError: a link leads elsewhere.
+    """
+    for name in names:
+        for path in (folder / name, *sorted((folder / name).glob("*"))):
+            if path.is_symlink() and leads_outside(within, path):
+                raise CheckpointError(f"{path}: is a link out of {within}; put a copy of what it leads to in its place")
 
 
 def error_for_os(path: Path | str, error: OSError) -> CheckpointError:

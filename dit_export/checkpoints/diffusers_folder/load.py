@@ -27,6 +27,7 @@ from dit_export.checkpoints.diffusers_folder.transformer import (
 )
 from dit_export.checkpoints.diffusers_modules import load_module, read_json_object
 from dit_export.checkpoints.families import FAMILIES
+from dit_export.checkpoints.file_kinds import check_links
 from dit_export.checkpoints.formats import CheckpointFormat, Location
 from dit_export.checkpoints.key_errors import SUPPORTED
 from dit_export.checkpoints.layouts import Numerics
@@ -44,6 +45,7 @@ def _load(source: Source, location: Location) -> Checkpoint:
     assert folder is not None
     if source.family not in (None, "diffusers"):
         raise CheckpointError(f"{folder}: is a folder, which --family {source.family} does not have; give the file")
+    check_links(folder, ("model_index.json", "transformer", "scheduler"), folder)
     index = read_json_object(folder / "model_index.json")
     if (kind := index.get("_class_name")) != "DiTPipeline":
         raise CheckpointError(f"{folder}: is a {kind}; {SUPPORTED}")

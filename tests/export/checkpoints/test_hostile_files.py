@@ -289,5 +289,20 @@ def test_weights_of_a_folder_that_are_none(checkpoint: Path, tmp_path: Path, par
         load_checkpoint(Source(str(folder)))
     file.unlink()
     file.symlink_to("/proc/self/status")
-    with pytest.raises(CheckpointError, match="makes up while it is read, expected one that is stored"):
+    with pytest.raises(CheckpointError, match=r"safetensors: is a link out of .*checkpoint; put a copy"):
+        load_checkpoint(Source(str(folder)))
+
+
+@pytest.mark.parametrize("part", ["model_index.json", "transformer", "transformer/config.json", "scheduler", "vae"])
+def test_links_out_of_a_folder(checkpoint: Path, tmp_path: Path, part: str) -> None:
+    """What the maker of a folder does not have is not read from the disk of whoever exports; links inside it are."""
+    folder, inside = tmp_path / "checkpoint", tmp_path / "checkpoint" / "kept"
+    shutil.copytree(checkpoint, folder)
+    (folder / part).rename(inside)
+    (folder / part).symlink_to(inside)
+    assert load_checkpoint(Source(str(folder))).model.classes == 10
+    inside.rename(tmp_path / "outside")
+    (folder / part).unlink()
+    (folder / part).symlink_to(tmp_path / "outside")
+    with pytest.raises(CheckpointError, match=f"{part}: is a link out of .*checkpoint; put a copy"):
         load_checkpoint(Source(str(folder)))
