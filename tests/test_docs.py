@@ -40,6 +40,7 @@ COMMANDS = {
     "dit-sample": "dit_runtime.commands.sample",
     "dit-verify": "dit_runtime.commands.verify",
     "dit-bench": "dit_runtime.commands.bench",
+    "dit-tune": "dit_runtime.commands.tune",
 }
 # Options of other programs that the pages name by themselves.
 FOREIGN_OPTIONS = {"--system-site-packages", "--load-inputs", "--load-outputs"}

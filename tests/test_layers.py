@@ -25,7 +25,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("sampling",),
         ("verify",),
         ("pipeline",),
-        ("bench", "output"),
+        ("bench", "output", "tuning"),
         ("commands",),
     ),
     "dit_export": (

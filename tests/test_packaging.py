@@ -20,7 +20,7 @@ PACKAGES = {
     "dit_engines": ROOT / "engines" / "dit_engines",
     "dit_export": ROOT / "dit_export",
 }
-COMMANDS = ("dit-export", "dit-build", "dit-sample", "dit-verify", "dit-bench")
+COMMANDS = ("dit-export", "dit-build", "dit-sample", "dit-verify", "dit-bench", "dit-tune")
 
 
 def imported(path: Path) -> set[str]:

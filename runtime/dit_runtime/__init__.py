@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from dit_runtime.pipeline import Pipeline
     from dit_runtime.samplers.by_name import SAMPLERS, schedule_for
     from dit_runtime.samplers.schedule import Schedule, read_table, write_table
+    from dit_runtime.tuning.tune import tune
 else:
     _HOMES = {
         "Bundle": "bundle.reader",
@@ -22,6 +23,7 @@ else:
         "open_bundle": "bundle.reader",
         "read_table": "samplers.schedule",
         "schedule_for": "samplers.by_name",
+        "tune": "tuning.tune",
         "write_table": "samplers.schedule",
     }
 
@@ -43,5 +45,6 @@ __all__ = [
     "open_bundle",
     "read_table",
     "schedule_for",
+    "tune",
     "write_table",
 ]

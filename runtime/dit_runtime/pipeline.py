@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from itertools import islice
@@ -22,6 +23,7 @@ from dit_runtime.samplers.guidance import Branches, Guidance, branches_from_labe
 from dit_runtime.samplers.noise import CudaNoise, Float32, check_seed
 from dit_runtime.samplers.schedule import Schedule
 from dit_runtime.sampling.batch import Advance, Batch
+from dit_runtime.sampling.fitted_tables import check_fitted, describe_difference
 from dit_runtime.sampling.image_to_image import (
     STRENGTH,
     Init,
@@ -37,6 +39,8 @@ from dit_runtime.verify.auto import Choice, check_choice, choose_engine, open_na
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+logger = logging.getLogger(__name__)
 
 
 class Pipeline:
@@ -75,6 +79,7 @@ class Pipeline:
         check_choice(engine if isinstance(engine, str) else "", precision)
         check_threads(threads)
         self._threads = threads
+        self._said = set[str]()  # lines that are logged once
         if engine != "auto":
             self.engine = (
                 open_named_engine(self.bundle, engine, threads, precision) if isinstance(engine, str) else engine
@@ -166,7 +171,7 @@ class Pipeline:
         released = False
         needed = np.max([image.branches.needed for image in images], axis=0) if images else []
         for branches in sorted(set(map(int, needed))):
-            self._trust((len(images), branches))
+            self.trust((len(images), branches))
         with Batch(self.engine, self.manifest) as batch:
             batch.add(list(enumerate(images)))
             while len(batch):
@@ -183,7 +188,7 @@ class Pipeline:
         if self.once:
             self.engine.release("step")
 
-    def _trust(self, shape: BatchShape) -> None:
+    def trust(self, shape: BatchShape) -> None:
         """Let an engine that ``auto`` chose be verified at this batch and branches, if nothing has visited them."""
         chosen = self.__dict__.get("choice")  # an engine that was given is used as it is
         if chosen is not None and chosen.trust is not None:
@@ -218,7 +223,7 @@ class Pipeline:
                 if not len(batch):
                     return
                 if batch.failure is None:
-                    self._trust(batch.next_shape)
+                    self.trust(batch.next_shape)
                 step = batch.advance()
                 for index in np.flatnonzero(step.finished):
                     yield step.keys[index], step.latents[index].copy()
@@ -330,6 +335,7 @@ class Pipeline:
         guidances = {value: Guidance(value, interval, shape) for value in scales}
         schedule, strength = self._schedule_from_settings(settings)
         start = settings.get("init")
+        self._note_use(schedule, list(guidances.values()), start is not None)
         inits = [None] * count if start is None else self.inits(start, count)
         negative = settings.get("negative_label")
         against = None if negative is None else number_from_label(negative, self.manifest)
@@ -398,8 +404,19 @@ class Pipeline:
         make = _shared_schedule if alike else schedule_for  # which says what is wrong with them
         return make(sampler, model, diffusion, steps, eta, spacing, skipped), strength
 
+    def _note_use(self, schedule: Schedule, guidances: Sequence[Guidance], from_image: bool) -> None:
+        """Log once what a fitted table is used with and was not fitted for."""
+        if schedule.fitted is None:
+            return
+        line = describe_difference(schedule.fitted, self.manifest, guidances, from_image)
+        if line is not None and line not in self._said:
+            self._said.add(line)
+            logger.info(line)
+
     def _check_table(self, table: Schedule) -> None:
-        """Raises SamplingError for a schedule that is for another kind of model."""
+        """Raises SamplingError for a schedule that is for another kind of model, or was fitted to another bundle."""
+        if table.fitted is not None:
+            check_fitted(table.fitted, self.bundle.digest, table.sampler)
         last = 1 if self.manifest.diffusion.path else len(self.manifest.diffusion.betas) - 1
         if table.timesteps.min() < 0 or table.timesteps.max() > last:
             raise SamplingError(

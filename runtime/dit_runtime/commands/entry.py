@@ -21,3 +21,8 @@ def verify() -> NoReturn:
 def bench() -> NoReturn:
     """``dit-bench``."""
     start("dit_runtime.commands.bench")
+
+
+def tune() -> NoReturn:
+    """``dit-tune``."""
+    start("dit_runtime.commands.tune")

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +26,7 @@ from dit_runtime.core.decode import Range, decode, read_json, replace_controls, 
 from dit_runtime.core.errors import SamplingError
 from dit_runtime.core.reading import TABLE_BYTES
 from dit_runtime.core.replace import replace_file
+from dit_runtime.samplers.fitted import FittedFor
 
 COEFFICIENTS = 17
 
@@ -37,7 +38,7 @@ LONGEST_NAME = 255  # characters of a sampler's name, which goes into the record
 MOST_ROWS = 20_000  # of a sampler table: of Heun at the most steps that a velocity model takes
 MOST_STARTS = 16
 
-OPTIONAL = ("sampler", "spacing", "rows", "initial", "start", "draws_noise", "completes_step", "skipped")
+OPTIONAL = ("sampler", "spacing", "rows", "initial", "start", "draws_noise", "completes_step", "skipped", "fitted")
 
 # Columns of a row.
 A_Z, B_E = 0, 1  # denoised = a·s₀ + b·e
@@ -68,6 +69,7 @@ class Schedule:
         draws_noise: bool ``[T]``, whether the reference draws noise at this row, so that seeds agree with it.
         completes_step: bool ``[T]``, False for an inner evaluation, which is not a step of its own.
         skipped: steps that were left out before the first row; above 0 the schedule needs an image to start from.
+        fitted: what a table of ``dit-tune`` was fitted for; None for every other schedule.
     """
 
     sampler: str
@@ -80,6 +82,7 @@ class Schedule:
     draws_noise: NDArray[np.bool_]
     completes_step: NDArray[np.bool_]
     skipped: int = 0
+    fitted: FittedFor | None = None
 
     @property
     def uses_variance(self) -> bool:
@@ -200,6 +203,9 @@ def check_skipped(skipped: int, steps: int) -> None:
 def write_table(schedule: Schedule, path: Path) -> None:
     """Write a schedule as a sampler table: JSON with every field by its name. ``read_table`` gives it back exactly."""
     values = {item.name: getattr(schedule, item.name) for item in fields(Schedule)}
+    fitted = values.pop("fitted")
+    if fitted is not None:
+        values["fitted"] = asdict(fitted)
     plain = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in values.items()}
     with replace_file(path) as file:
         file.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
@@ -210,7 +216,7 @@ def read_table(path: Path) -> Schedule:
 
     ``timesteps [U]`` and ``coefficients [T, 17]`` are required. The other fields have defaults: ``rows`` is 0 … T−1,
     ``start`` [1], ``draws_noise`` true where k is not 0, ``completes_step`` true, ``initial`` [0, 1] in every row (no
-    image-to-image), ``skipped`` 0.
+    image-to-image), ``skipped`` 0. ``fitted`` says what a table of ``dit-tune`` was fitted for.
 
     Raises:
         SamplingError: the file cannot be read, or the step graph cannot run its rows.
@@ -260,6 +266,7 @@ class _TableRecord:
     draws_noise: tuple[bool, ...] | None
     completes_step: tuple[bool, ...] | None
     skipped: Annotated[int, Range(0, LARGEST)] | None
+    fitted: FittedFor | None
 
 
 def _schedule_from_record(record: _TableRecord, name: str) -> Schedule:
@@ -287,6 +294,7 @@ def _schedule_from_record(record: _TableRecord, name: str) -> Schedule:
         draws_noise=np.asarray(draws, np.bool_),
         completes_step=np.asarray(completes, np.bool_),
         skipped=record.skipped or 0,
+        fitted=record.fitted,
     )
 
 

@@ -1,0 +1,44 @@
+"""Whether a fitted sampler table is used for what it was fitted for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dit_runtime.bundle.manifest import Manifest
+from dit_runtime.core.errors import SamplingError
+from dit_runtime.samplers.fitted import FittedFor
+from dit_runtime.samplers.guidance import Guidance
+
+
+def check_fitted(fitted: FittedFor, digest: str, name: str) -> None:
+    """Raises SamplingError for a table that was fitted to another bundle: its rows follow that network's output."""
+    if fitted.bundle != digest:
+        raise SamplingError(
+            f"sampler table {name}: it was fitted to bundle {fitted.bundle[:12]}… ({fitted.model}), this one is "
+            f"{digest[:12]}…; fit one for this bundle with dit-tune, or use a named sampler"
+        )
+
+
+def describe_difference(
+    fitted: FittedFor, manifest: Manifest, guidances: Sequence[Guidance], from_image: bool
+) -> str | None:
+    """What is asked of a table that it was not fitted for, in one line; None where it was fitted for all of it."""
+    size = f"{fitted.size[0]}x{fitted.size[1]}"
+    asked = []
+    if others := sorted({each.scale for each in guidances} - set(fitted.guidance)):
+        asked.append(f"guidance {', '.join(f'{scale:g}' for scale in others)}")
+    if any(each.interval != fitted.guidance_interval for each in guidances):
+        asked.append("another guidance interval")
+    if any(each.shape != "constant" for each in guidances):
+        asked.append("a guidance schedule")
+    if manifest.image_size != fitted.size:
+        asked.append(f"size {manifest.image_size[0]}x{manifest.image_size[1]}")
+    if from_image:
+        asked.append("an image to start from")
+    if not asked:
+        return None
+    scales = ", ".join(f"{scale:g}" for scale in fitted.guidance)
+    return (
+        f"the sampler table was fitted for guidance {scales} at {size} from noise, and is used with "
+        f"{' and '.join(asked)}: its images may be further from {fitted.teacher}'s than its record says"
+    )

@@ -1,0 +1,1 @@
+"""Few-step tables: sampler tables fitted to a model's own fine trajectory, in numpy around the engine."""
