@@ -51,6 +51,7 @@ from dit_runtime.core.errors import DiTError
 from dit_runtime.output.provenance import BatchPosition, entries_from_text, entry_from_request, text_from_entries
 from dit_runtime.output.request import DecodeSettings
 from dit_runtime.samplers.by_name import schedule_for
+from dit_runtime.samplers.fitted import FittedFor, HeldOut
 from dit_runtime.samplers.schedule import read_table, skip_steps, write_table
 from dit_runtime.verify import speed
 from dit_runtime.verify.results import Results
@@ -267,7 +268,12 @@ def test_prepared_graphs(prepared: Document, data: st.DataObject) -> None:
 def table(bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Document:
     made, pipe = open_bundle(bundles["fp32"]).manifest, Pipeline(bundles["fp32"], "onnxruntime", threads=1)
     path = tmp_path_factory.mktemp("table") / "table.json"
-    write_table(schedule_for("ddim", made.model, made.diffusion, 3), path)
+    held_out = HeldOut(6, 36.3, 33.0, 39.9, 0.05, "unipc karras", 23.1)
+    fitted = FittedFor(
+        *(pipe.bundle.digest, "tiny", (32, 32), "ddim:200", "leading", (1.5, 4.0), (0.0, 1.0), (1, 2), 0, "an engine"),
+        *("1.0", held_out),
+    )
+    write_table(replace(schedule_for("ddim", made.model, made.diffusion, 3), fitted=fitted), path)
 
     def read() -> None:
         schedule = read_table(path)
