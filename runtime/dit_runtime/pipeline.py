@@ -23,7 +23,6 @@ from dit_runtime.samplers.guidance import Branches, Guidance, branches_from_labe
 from dit_runtime.samplers.noise import CudaNoise, Float32, check_seed
 from dit_runtime.samplers.schedule import Schedule
 from dit_runtime.sampling.batch import Advance, Batch
-from dit_runtime.sampling.fitted_tables import check_fitted, describe_difference
 from dit_runtime.sampling.image_to_image import (
     STRENGTH,
     Init,
@@ -34,6 +33,7 @@ from dit_runtime.sampling.image_to_image import (
 from dit_runtime.sampling.labels import Label, list_labels, number_from_label, weights_from_label
 from dit_runtime.sampling.requests import ImageRequest
 from dit_runtime.sampling.settings import Settings, check_whole, scales_from_setting
+from dit_runtime.sampling.tables import check_table, describe_difference
 from dit_runtime.sampling.tiles import check_tile, decode_in_tiles, images_from_decoded
 from dit_runtime.verify.auto import Choice, check_choice, choose_engine, open_named_engine
 
@@ -386,7 +386,7 @@ class Pipeline:
                     f"a sampler table of {given.steps} steps with steps {steps}, eta {eta:g}, spacing {spacing}: a "
                     "sampler table decides all of these; leave them out"
                 )
-            self._check_table(given)
+            check_table(given, self.manifest, self.bundle.digest)
             return schedule_from_start(given, from_image, strength)
         model, diffusion, sampler = (
             self.manifest.model,
@@ -412,21 +412,6 @@ class Pipeline:
         if line is not None and line not in self._said:
             self._said.add(line)
             logger.info(line)
-
-    def _check_table(self, table: Schedule) -> None:
-        """Raises SamplingError for a schedule that is for another kind of model, or was fitted to another bundle."""
-        if table.fitted is not None:
-            check_fitted(table.fitted, self.bundle.digest, table.sampler)
-        last = 1 if self.manifest.diffusion.path else len(self.manifest.diffusion.betas) - 1
-        if table.timesteps.min() < 0 or table.timesteps.max() > last:
-            raise SamplingError(
-                f"a sampler table with timesteps {table.timesteps.min():g} to {table.timesteps.max():g}: this model's "
-                f"timesteps are 0 to {last}; the sampler table is for another kind of model"
-            )
-        if table.uses_variance and not self.manifest.model.learned_variance:
-            raise SamplingError(
-                "a sampler table that uses the learned variance (h is not 0): this model has no learned variance"
-            )
 
     def check_noise(self, noise: Float32 | None, count: int) -> Float32 | None:
         """Check noise that the caller gives for ``count`` images, and return it as ``[N, C, H, W]``.

@@ -29,6 +29,7 @@ EXAMPLES = (
     "dit-verify --report page.html --from results.json",
     "dit-verify my.bundle --report page.html",
     "dit-verify my.bundle --soak 10m",
+    "dit-verify my.bundle --sampler few.json",
     "dit-verify my.bundle --info",
     "dit-verify my.bundle --polygraphy records/",
 )
@@ -76,7 +77,20 @@ class InfoRequest:
     as_json: bool
 
 
-Request = VerifyRequest | PageRequest | RecordsRequest | InfoRequest | SoakRequest
+@dataclass(frozen=True)
+class TableRequest:
+    """Replay a sampler table on an engine."""
+
+    bundle: Path
+    store: Path | None
+    engine: str
+    precision: str | None
+    size: tuple[int, int] | None
+    table: Path
+    as_json: bool
+
+
+Request = VerifyRequest | PageRequest | RecordsRequest | InfoRequest | SoakRequest | TableRequest
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -94,7 +108,7 @@ def _main(argv: list[str] | None) -> int:
         return _write_records(request)
     if isinstance(request, SoakRequest):
         return run_soak(request)
-    return _verify(request)
+    return _replay_table(request) if isinstance(request, TableRequest) else _verify(request)
 
 
 def parse_request(argv: list[str] | None) -> Request:
@@ -110,6 +124,11 @@ def parse_request(argv: list[str] | None) -> Request:
         parser.error("the following arguments are required: bundle")
     if args.info:
         return InfoRequest(args.bundle, args.store, args.json)
+    if args.sampler is not None:
+        if args.quick or args.report:
+            parser.error("--sampler takes --engine, --precision, --size, --store and --json alone")
+        names = (args.bundle, args.store, args.engine, args.precision)
+        return TableRequest(*names, args.size, args.sampler, args.json)
     if args.polygraphy is not None:
         return RecordsRequest(args.bundle, args.store, args.size, args.polygraphy, args.json)
     if args.soak is not None or args.soak_case is not None:
@@ -153,6 +172,7 @@ def _parser() -> Parser:
     )
     add("--seed", type=natural, default=0, metavar="N", help="of the random work")
     add("--soak-case", metavar="JSON", help="run a case that --soak printed")
+    add("--sampler", type=Path, metavar="TABLE.json", help="replay this sampler table instead, in float64 beside it")
     add("--info", action="store_true", help="say what the bundle is and which engines it has, without verifying")
     add("--store", type=Path, metavar="DIR", help=STORE_HELP)
     add("--json", action="store_true", help="print the results as JSON: all that the page shows")
@@ -180,6 +200,26 @@ def _verify(request: VerifyRequest) -> int:
             f"{request.bundle}: {len(failed)} of {len(found.rungs)} rungs fail on {found.engine}, the first is "
             f"{failed[0]!r}: the fault is there; copy or export the bundle again, or use another engine"
         )
+    return 0
+
+
+def _replay_table(request: TableRequest) -> int:
+    from dit_runtime.bundle.reader import open_bundle
+    from dit_runtime.core.text import join_lines
+    from dit_runtime.samplers.schedule import read_table
+    from dit_runtime.verify.rung import format_rungs
+    from dit_runtime.verify.table_replay import rungs_of_table
+
+    table, bundle = read_table(request.table), open_bundle(request.bundle, request.store)
+    bundle.check()
+    name, rungs = rungs_of_table(bundle.at(request.size), request.engine, request.precision, table)
+    if request.as_json:
+        passed = all(rung.passed for rung in rungs)
+        print_json({"engine": name, "passed": passed, "rungs": [rung.as_json() for rung in rungs]})
+    else:
+        print(join_lines([f"{request.table}: {table.steps} steps, on {name}", *format_rungs(rungs).split("\n")]))
+    if failed := [rung.name for rung in rungs if not rung.passed]:
+        raise ParityError(f"{request.table}: {failed[0]} fails on {name}; run dit-verify on the whole bundle")
     return 0
 
 

@@ -7,7 +7,7 @@ follows from the step's results with that image alone (``made_images.py``), its 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ from dit_runtime.backends.profiles import BatchShape
 from dit_runtime.backends.step import state_from_latents
 from dit_runtime.samplers.guidance import Guidance, branches_from_labels
 from dit_runtime.samplers.noise import Noise
+from dit_runtime.samplers.schedule import INPUT, LOG_SIGMA, LOG_SIGMA_V, MATRIX, NOISE, Schedule
 from dit_runtime.sampling.batch import Batch
 from dit_runtime.sampling.requests import ImageRequest
 from dit_runtime.verify.effort import Effort
@@ -27,6 +28,7 @@ from dit_runtime.verify.made_images import (
     factor_to_read_variance,
     variance_from_latents,
 )
+from dit_runtime.verify.metrics import relative_error
 from dit_runtime.verify.relation import Relation
 from dit_runtime.verify.replay import RecordedInputs, Replay
 from dit_runtime.verify.rung import Rung
@@ -62,7 +64,7 @@ def mixed_batch(replay: Replay, effort: Effort, shapes: Sequence[BatchShape] = (
     """
     relation = Relation(replay.budget, "mixed batch")
     requests = make_requests(replay, effort.mixed[: replay.engine.info.batch_of(len(effort.mixed))])
-    largest = _run(replay, relation, requests)
+    largest, _ = _run(replay, relation, requests)
     if replay.engine.info.loop_on_device:
         for batch, branches in shapes:
             _run(replay, relation, make_requests(replay, (STEPS_OF_SHAPE,) * batch, branches))
@@ -70,8 +72,45 @@ def mixed_batch(replay: Replay, effort: Effort, shapes: Sequence[BatchShape] = (
     return relation.rung(f"{len(requests)} images, {largest} at once, {samplers}")
 
 
-def _run(replay: Replay, relation: Relation, requests: Sequence[ImageRequest]) -> int:
-    """Run images in one batch, the last of which joins later, and compare each; returns the most that were in it."""
+def replay_table(replay: Replay, table: Schedule) -> Iterator[Rung]:
+    """A user's sampler table in the engine's loop, for images that differ in guidance and label.
+
+    Teacher-forced, each step from the state that the loop had; free-running, the last latents against the table's
+    formula in float64 around the network's outputs, which never takes the loop's latents.
+    """
+    most = replay.engine.info.batch_of(len(SCALES))
+    requests = make_requests(replay, [table.steps] * most, table=table)
+    relation = Relation(replay.budget, f"{table.sampler} teacher-forced")
+    largest, states = _run(replay, relation, requests)
+    yield relation.rung(f"{len(requests)} images, {largest} at once")
+    factor = factor_to_read_variance(2 * replay.bundle.records("forward_1")["v"])
+    walked = np.stack([_walk(replay, request, factor) for request in requests])
+    limit = replay.budget.tolerance_of("free_running")
+    error = relative_error(np.stack(states)[:, 0], walked)
+    yield Rung(f"{table.sampler} free-running", error, limit, "relative", f"last latents of {len(requests)} images")
+
+
+def _walk(replay: Replay, request: ImageRequest, factor: np.float32) -> Array:
+    """The last latents of an image, float64 ``[C, H, W]``, by its schedule's formula."""
+    latents, stream = request.make_initial_latents((replay.model.latent_channels, *replay.model.latent_size))
+    state = np.zeros((3, *latents.shape))
+    state[0] = latents
+    for row, coefficients in enumerate(request.schedule.coefficients.astype(np.float64)):
+        e, v = _predict(replay, request, state[0].astype(np.float32), row, factor)
+        state = np.einsum("ij,jchw->ichw", coefficients[MATRIX:INPUT].reshape(3, 3), state)
+        state += coefficients[INPUT:LOG_SIGMA, None, None, None] * e.value
+        if request.schedule.draws_noise[row]:
+            spread = np.exp(coefficients[LOG_SIGMA] + coefficients[LOG_SIGMA_V] * v) * coefficients[NOISE]
+            state[0] += spread * request.draw_noise(stream, latents.shape)
+    return np.asarray(state[0])
+
+
+def _run(replay: Replay, relation: Relation, requests: Sequence[ImageRequest]) -> tuple[int, list[Array]]:
+    """Run images in one batch, the last of which joins later, and compare each.
+
+    Returns:
+        The most images that were in the batch, and the last state of each.
+    """
     shape = (replay.model.latent_channels, *replay.model.latent_size)
     images, largest, waiting = dict[int, _Image](), 0, list(enumerate(requests))
     factor = factor_to_read_variance(2 * replay.bundle.records("forward_1")["v"])
@@ -92,23 +131,28 @@ def _run(replay: Replay, relation: Relation, requests: Sequence[ImageRequest]) -
                 _check(relation, replay, images[key], [*state, denoised], where, factor)
                 image = images[key]
                 images[key] = image._replace(state=state.copy(), row=image.row + 1)
-    return largest
+    return largest, [images[key].state for key in range(len(requests))]
 
 
-def make_requests(replay: Replay, steps: Sequence[int], most: int | None = None) -> list[ImageRequest]:
+def make_requests(
+    replay: Replay, steps: Sequence[int], most: int | None = None, table: Schedule | None = None
+) -> list[ImageRequest]:
     """Images that differ in sampler, steps, guidance and label; one is a mixture of labels.
 
     Args:
         replay: the bundle and the engine.
         steps: sampling steps of each image.
         most: guidance branches of the image with most, the first one; None makes the second one a mixture of two.
+        table: the schedule of all images, in place of the named samplers'.
     """
     manifest, branches = replay.bundle.manifest, replay.engine.info.has_branches(2)
     classes, guided, requests = manifest.model.classes, branches and manifest.model.has_null, []
     for image, own_steps in enumerate(steps):
-        schedules = {each.sampler: each for each in list_schedules(manifest, own_steps)}
-        usable = [schedules[name] for name in ORDER if name in schedules]
-        schedule = usable[image % len(usable)]
+        schedule = table
+        if schedule is None:
+            schedules = {each.sampler: each for each in list_schedules(manifest, own_steps)}
+            usable = [schedules[name] for name in ORDER if name in schedules]
+            schedule = usable[image % len(usable)]
         guidance = Guidance(SCALES[image % len(SCALES)] if guided else 1.0)
         label = (3 * image + 1) % classes
         labels = {label: 1.0}

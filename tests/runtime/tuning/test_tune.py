@@ -282,3 +282,36 @@ def test_a_full_disk_leaves_no_table(bundle: Path, tmp_path: Path, monkeypatch: 
     assert done.returncode == 1
     assert "No space left on device" in done.stderr.splitlines()[-1]
     assert not list(tmp_path.iterdir())
+
+
+def test_dit_verify_replays_a_table(bundle: Path, table: Path, bundles: dict[str, Path]) -> None:
+    """Both rungs on the engine that fitted it; JSON has them too; another bundle's table is refused."""
+    words = ("--sampler", table, "--engine", "onnxruntime")
+    done = run_command("dit-verify", bundle, *words)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line.split("  ")[0] for line in done.stdout.splitlines()[2:]] == [
+        "few-4 teacher-forced",
+        "few-4 free-running",
+    ]
+    found = json.loads(run_command("dit-verify", bundle, *words, "--json").stdout)
+    assert found["passed"]
+    assert len(found["rungs"]) == 2
+    assert "was fitted to bundle" in run_command("dit-verify", bundles["fp16"], *words).stderr
+    assert "--sampler takes" in run_command("dit-verify", bundle, *words, "--quick").stderr
+
+
+def test_dit_verify_sees_a_loop_that_loses_a_past_output(
+    bundle: Path, table: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slot s₂, which only the last of the four numbers reads, is a thousandth off."""
+    run = host_loop.HostLoop._run
+
+    def lose(self: host_loop.HostLoop, *arguments: np.ndarray) -> object:
+        result = run(self, *arguments)
+        result.state[:, 2] *= np.float32(0.999)
+        return result
+
+    monkeypatch.setattr(host_loop.HostLoop, "_run", lose)
+    done = run_command("dit-verify", bundle, "--sampler", table, "--engine", "onnxruntime")
+    assert done.returncode == 1
+    assert "few-4 teacher-forced fails on onnxruntime" in done.stderr

@@ -1,4 +1,4 @@
-"""Whether a fitted sampler table is used for what it was fitted for."""
+"""Whether a sampler table fits the bundle that it is used with, and what it was fitted for."""
 
 from __future__ import annotations
 
@@ -8,14 +8,30 @@ from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.core.errors import SamplingError
 from dit_runtime.samplers.fitted import FittedFor
 from dit_runtime.samplers.guidance import Guidance
+from dit_runtime.samplers.schedule import Schedule
 
 
-def check_fitted(fitted: FittedFor, digest: str, name: str) -> None:
-    """Raises SamplingError for a table that was fitted to another bundle: its rows follow that network's output."""
-    if fitted.bundle != digest:
+def check_table(table: Schedule, manifest: Manifest, digest: str) -> None:
+    """Check a user's schedule against the bundle with this manifest and digest.
+
+    Raises:
+        SamplingError: the schedule is for another kind of model, or was fitted to another bundle: its rows follow that
+            network's output.
+    """
+    fitted, last = table.fitted, 1 if manifest.diffusion.path else len(manifest.diffusion.betas) - 1
+    if fitted is not None and fitted.bundle != digest:
         raise SamplingError(
-            f"sampler table {name}: it was fitted to bundle {fitted.bundle[:12]}… ({fitted.model}), this one is "
-            f"{digest[:12]}…; fit one for this bundle with dit-tune, or use a named sampler"
+            f"sampler table {table.sampler}: it was fitted to bundle {fitted.bundle[:12]}… ({fitted.model}), this one "
+            f"is {digest[:12]}…; fit one for this bundle with dit-tune, or use a named sampler"
+        )
+    if table.timesteps.min() < 0 or table.timesteps.max() > last:
+        raise SamplingError(
+            f"a sampler table with timesteps {table.timesteps.min():g} to {table.timesteps.max():g}: this model's "
+            f"timesteps are 0 to {last}; the sampler table is for another kind of model"
+        )
+    if table.uses_variance and not manifest.model.learned_variance:
+        raise SamplingError(
+            "a sampler table that uses the learned variance (h is not 0): this model has no learned variance"
         )
 
 
