@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,8 +20,9 @@ from dit_runtime.sampling.requests import ImageRequest
 from dit_runtime.tuning.grid import Grid, grid_from_schedule
 from dit_runtime.tuning.judge import Judgement, decode_all, judge, mean_squares, named_schedules, psnr_of
 from dit_runtime.tuning.network import Network
+from dit_runtime.tuning.refine import refine_rows
 from dit_runtime.tuning.request import MOST_STEPS, TuneRequest
-from dit_runtime.tuning.student import Positions, fit_greedily, schedule_from_student
+from dit_runtime.tuning.student import Positions, Student, fit_greedily, schedule_from_student
 from dit_runtime.tuning.teacher import check_states, states_of_teacher
 from dit_runtime.tuning.times import Fitted, log_ratio_positions, search_positions, uniform_positions
 
@@ -112,8 +113,8 @@ def fit_table(pipe: Pipeline, request: TuneRequest) -> Tuned:
         SamplingError: the request does not fit the model, or latents are not finite.
     """
     lesson = _prepare(pipe, request)
-    fitted, start, starts, searched, evaluations = _fit(pipe, lesson)
-    schedule = schedule_from_student(fitted.student, lesson.grid, f"{NAME}-{request.steps}", SPACING)
+    student, start, starts, searched, evaluations = _fit(pipe, lesson)
+    schedule = schedule_from_student(student, lesson.grid, f"{NAME}-{request.steps}", SPACING)
     named = list(named_schedules(pipe, request.steps))
     with Progress("comparing", len(named) + 1) as bar:
         judgement = judge(
@@ -179,7 +180,7 @@ def _spread(classes: int) -> list[int]:
     return [index * stride % classes for index in range(classes)]
 
 
-def _fit(pipe: Pipeline, lesson: _Lesson) -> tuple[Fitted, str, dict[str, float], float, int]:
+def _fit(pipe: Pipeline, lesson: _Lesson) -> tuple[Student, str, dict[str, float], float, int]:
     """The fitted student, the spacing it started from, and the PSNR of the starts and of what the search found."""
     grid, steps, size = lesson.grid, lesson.request.steps, lesson.request.batch_size
     wanted = decode_all(pipe, lesson.states[-1], size)
@@ -196,9 +197,15 @@ def _fit(pipe: Pipeline, lesson: _Lesson) -> tuple[Fitted, str, dict[str, float]
         starts = {name: fit(few, positions, None) for name, positions in spacings.items()}
         start = min(starts, key=lambda name: starts[name].error)
         found = search_positions(lambda at, known: fit(few, at, known), starts[start], len(grid), bar.advance)
-        whole = fit(len(lesson.images), found.student.positions, None)
+        whole = _fit_rows(network, lesson, found.student.positions, bar.advance)
         levels = {name: float(psnr_of(each.error)) for name, each in starts.items()}
         return whole, start, levels, float(psnr_of(found.error)), network.evaluations
+
+
+def _fit_rows(network: Network, lesson: _Lesson, positions: Positions, tried: Callable[[], None]) -> Student:
+    """The rows at these positions, on all images: one by one, then all together."""
+    student, walk = fit_greedily(network, lesson.grid, lesson.states, positions, PULL)
+    return refine_rows(network, lesson.grid, lesson.states, student, walk, tried)[0]
 
 
 def _record(pipe: Pipeline, lesson: _Lesson, judgement: Judgement) -> FittedFor:

@@ -15,7 +15,9 @@ from dit_runtime.samplers.diffusion import ddim, dpm_solver_pp, unipc
 from dit_runtime.samplers.flow import flow_ode, flow_sde
 from dit_runtime.samplers.options import settings_for
 from dit_runtime.samplers.schedule import A_Z, INPUT, MATRIX, Schedule
+from dit_runtime.tuning import refine as refining
 from dit_runtime.tuning.grid import Grid, grid_from_schedule
+from dit_runtime.tuning.refine import refine_rows
 from dit_runtime.tuning.student import (
     Student,
     final_error,
@@ -176,6 +178,33 @@ def test_a_fit_that_goes_on_is_a_fit_from_the_start(lesson: tuple[Grid, np.ndarr
         further, again = fit_greedily(network, grid, states, positions, 1e-6, first)
         np.testing.assert_array_equal(further.rows, whole.rows)
         assert final_error(again, states) == final_error(walk, states)
+
+
+def test_refined_rows_end_nearer(lesson: tuple[Grid, np.ndarray]) -> None:
+    """Steps that need not end on the teacher's way: all rows together come nearer to its end than one by one."""
+    grid, states = lesson
+    network: Any = LinearNetwork()
+    student, walk = fit_greedily(network, grid, states, (0, 40, 80), 1e-6)
+    refined, further = refine_rows(network, grid, states, student, walk)
+    assert final_error(further, states) < 0.01 * final_error(walk, states)  # measured: 4.3e-4
+    again = walk_student(network, grid, refined, states[0])
+    assert final_error(again, states) == final_error(further, states)
+
+
+def test_derivatives_are_those_of_whole_walks(lesson: tuple[Grid, np.ndarray]) -> None:
+    """Each weight changed alone, and the student run from the start."""
+    grid, states = lesson
+    network: Any = LinearNetwork()
+    student, walk = fit_greedily(network, grid, states, (0, 30, 60, 80), 1e-6)
+    found = refining._derivatives(network, grid, student, walk, 1)
+    weights = refining._weights(4)
+    assert len(weights) == 2 + 3 + 4 + 4
+    for derivative, (row, number) in zip(found, weights, strict=True):
+        rows = student.rows.copy()
+        rows[row, number] += refining.DIFFERENCE
+        moved = walk_student(network, grid, Student(student.positions, rows), states[0]).latents[-1][1]
+        expected = (moved - walk.latents[-1][1]) / refining.DIFFERENCE
+        np.testing.assert_allclose(derivative, expected.ravel(), atol=1e-8)  # measured: 5.6e-12
 
 
 def test_a_table_of_huge_numbers_is_refused(lesson: tuple[Grid, np.ndarray]) -> None:

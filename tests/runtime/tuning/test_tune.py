@@ -21,8 +21,8 @@ from dit_runtime.tuning.request import TuneRequest
 from dit_runtime.tuning.tune import Tuned
 from dit_runtime.verify.metrics import psnr
 
-STEPS, TEACHER = 4, 40
-SETTINGS = {"teacher": ("ddim", TEACHER), "pictures": 12, "guidance": (1.5,)}
+STEPS, TEACHER = 4, 24
+SETTINGS = {"teacher": ("ddim", TEACHER), "pictures": 8, "guidance": (1.5,)}
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +62,8 @@ def test_the_figures_are_those_of_the_held_out_images(own_pipe: Pipeline, tuned:
     """The record's PSNR, again from plain calls: the second half of the seeds, with the labels of the first."""
     fitted = tuned.schedule.fitted
     assert fitted is not None
-    labels, seeds = list(fitted.labels), list(range(6, 12))
-    assert len(labels) == fitted.held_out.pictures == 6
+    labels, seeds = list(fitted.labels), list(range(4, 8))
+    assert len(labels) == fitted.held_out.pictures == 4
     wanted = own_pipe(labels, seeds, sampler="ddim", steps=TEACHER, guidance=1.5)
     found = own_pipe(labels, seeds, sampler=tuned.schedule, guidance=1.5)
     assert psnr(found, wanted) == pytest.approx(fitted.held_out.psnr_db, abs=0.01)
@@ -132,7 +132,7 @@ def test_the_teacher_runs_once(own_pipe: Pipeline, tuned: Tuned, monkeypatch: py
 
 def test_an_interrupted_teacher_goes_on(own_pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, tuned: Tuned) -> None:
     """Batches that were done before Ctrl-C are not run again."""
-    request = TuneRequest(2, **{**SETTINGS, "seed": 77}, batch_size=4)
+    request = TuneRequest(2, **{**SETTINGS, "seed": 77}, batch_size=3)
     ran = []
     steps = Pipeline.iterate_steps
 
@@ -180,6 +180,7 @@ def test_a_named_sampler_that_is_better_wins(own_pipe: Pipeline, monkeypatch: py
     """A fit that is spoiled: no table, and the sampler's name."""
     monkeypatch.setattr(tuning, "PULL", 1e9)
     monkeypatch.setattr(tuning, "search_positions", lambda fit, start, *_: start)
+    monkeypatch.setattr(tuning, "refine_rows", lambda network, grid, states, *fitted: fitted)
     with pytest.raises(ParityError, match="so the table is not used; fit more --pictures, or sample with"):
         tune(own_pipe, STEPS, **SETTINGS)
 
@@ -212,10 +213,10 @@ def test_what_cannot_be_fitted_is_refused(own_pipe: Pipeline, settings: dict[str
 
 def test_a_teacher_that_is_not_finite_is_named(own_pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """Latents of a broken engine: the message of sampling, and nothing is kept."""
-    monkeypatch.setattr(host_loop, "state_from_latents", lambda latents: np.full((12, 3, 4, 8, 8), np.nan, np.float32))
-    request = TuneRequest(2, **{**SETTINGS, "seed": 99}, batch_size=12)
+    monkeypatch.setattr(host_loop, "state_from_latents", lambda latents: np.full((8, 3, 4, 8, 8), np.nan, np.float32))
+    request = TuneRequest(2, **{**SETTINGS, "seed": 99}, batch_size=8)
     before = set(own_pipe.bundle.engines.glob("tune/*"))
-    with pytest.raises(SamplingError, match="latents are not finite after step 1 of 40"):
+    with pytest.raises(SamplingError, match="latents are not finite after step 1 of 24"):
         tuning.fit_table(own_pipe, request)
     assert set(own_pipe.bundle.engines.glob("tune/*")) == before
 
@@ -223,7 +224,7 @@ def test_a_teacher_that_is_not_finite_is_named(own_pipe: Pipeline, monkeypatch: 
 def test_the_command(bundle: Path, tuned: Tuned, tmp_path: Path) -> None:
     """Fits, prints every named sampler beside the table, and writes a table that dit-sample takes."""
     output = tmp_path / "few.json"
-    words = ("--steps", "4", "--teacher", "ddim:40", "--pictures", "12", "--guidance", "1.5", "--engine", "onnxruntime")
+    words = ("--steps", "4", "--teacher", "ddim:24", "--pictures", "8", "--guidance", "1.5", "--engine", "onnxruntime")
     done = run_command("dit-tune", bundle, *words, "-o", output, "--threads", "1")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count(" dB (") == len(tuned.judgement.named)
@@ -242,8 +243,10 @@ def test_the_command(bundle: Path, tuned: Tuned, tmp_path: Path) -> None:
 
 
 def test_the_command_as_json_until_a_level(bundle: Path, tmp_path: Path) -> None:
-    words = ("--until", "20dB", "--teacher", "ddim:40", "--pictures", "12", "--guidance", "1.5", "--json")
-    done = run_command("dit-tune", bundle, *words, "--engine", "onnxruntime", "-o", tmp_path / "few.json")
+    words = ("--until", "20dB", "--teacher", "ddim:24", "--pictures", "8", "--guidance", "1.5", "--json")
+    done = run_command(
+        "dit-tune", bundle, *words, "--engine", "onnxruntime", "--threads", "1", "-o", tmp_path / "few.json"
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["table"]["psnr_db"] >= 20
@@ -277,7 +280,7 @@ def test_a_full_disk_leaves_no_table(bundle: Path, tmp_path: Path, monkeypatch: 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(replacing.os, "fsync", full)
-    words = ("--steps", "4", "--teacher", "ddim:40", "--pictures", "12", "--guidance", "1.5", "--engine", "onnxruntime")
+    words = ("--steps", "4", "--teacher", "ddim:24", "--pictures", "8", "--guidance", "1.5", "--engine", "onnxruntime")
     done = run_command("dit-tune", bundle, *words, "-o", tmp_path / "few.json")
     assert done.returncode == 1
     assert "No space left on device" in done.stderr.splitlines()[-1]
