@@ -41,13 +41,12 @@ def _main(argv: list[str] | None) -> int:
     args = _parser().parse_args(argv)
 
     from dit_runtime.bundle.reader import open_bundle
-    from dit_runtime.core.replace import check_writable
     from dit_runtime.pipeline import Pipeline
     from dit_runtime.samplers.schedule import write_table
     from dit_runtime.tuning.request import TuneRequest
     from dit_runtime.tuning.tune import fit_table, fit_until, require_best
 
-    check_writable(args.output)
+    _check_output(args.output)
     request = TuneRequest(
         steps=args.steps,
         teacher=args.teacher,
@@ -69,6 +68,17 @@ def _main(argv: list[str] | None) -> int:
     else:
         print(join_lines([f"{args.output}: {tuned.schedule.steps} steps; dit-sample --sampler {args.output}"]))
     return 0
+
+
+def _check_output(path: Path) -> None:
+    """Raises OutputError, before minutes of work, for a table that could not be written, or not be named again."""
+    from dit_runtime.core.errors import OutputError
+    from dit_runtime.core.replace import check_writable
+
+    if path.suffix != ".json" or path.is_dir():
+        what = "is a folder" if path.is_dir() else "has no name of a sampler table"
+        raise OutputError(f"{path}: {what}; expected a file NAME.json, which --sampler takes; choose another --output")
+    check_writable(path)
 
 
 def _text_from_tuned(tuned: Tuned) -> str:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support.bundles import signed
 from support.commands import run_command
 
 from dit_runtime import Pipeline, open_bundle, read_table, tune, write_table
 from dit_runtime.backends import host_loop
 from dit_runtime.core import replace as replacing
 from dit_runtime.core.errors import ParityError, SamplingError
+from dit_runtime.samplers.guidance import Guidance
+from dit_runtime.sampling.tables import describe_difference
 from dit_runtime.tuning import teacher
 from dit_runtime.tuning import tune as tuning
 from dit_runtime.tuning.request import TuneRequest
@@ -103,6 +107,36 @@ def test_another_use_is_said_once(own_pipe: Pipeline, tuned: Tuned, caplog: pyte
         own_pipe.prepare([1], sampler=tuned.schedule, guidance=4.0, guidance_interval=(0.1, 0.9))
     (record,) = caplog.records
     assert "guidance 4 and another guidance interval" in record.message
+
+
+def test_another_size_or_an_image_is_said(own_pipe: Pipeline, tuned: Tuned, caplog: pytest.LogCaptureFixture) -> None:
+    """At full strength an image is only a start; later, a row would read a past output that no row wrote."""
+    caplog.set_level(logging.INFO, "dit_runtime")
+    image = np.zeros((4, 8, 8), np.float32)
+    own_pipe.prepare([1], sampler=tuned.schedule, guidance=1.5, init=image, strength=1.0)
+    assert "is used with an image to start from" in caplog.text
+    with pytest.raises(SamplingError, match="which only skipped rows write"):
+        own_pipe.prepare([1], sampler=tuned.schedule, guidance=1.5, init=image, strength=0.5)
+    fitted, manifest = tuned.schedule.fitted, own_pipe.manifest
+    assert fitted is not None
+    line = describe_difference(replace(fitted, size=(48, 48)), manifest, [Guidance(1.5)], from_image=False)
+    assert line is not None
+    assert "at 48x48 from noise, and is used with size 32x32: its images may be further" in line
+
+
+def test_a_velocity_model(bundles: dict[str, Path], tmp_path: Path) -> None:
+    """The teacher is Heun, and the table nearer to it than Euler and Heun of as many evaluations."""
+    path = shutil.copytree(bundles["fp32"], tmp_path / "flow.bundle", ignore=shutil.ignore_patterns("engines"))
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["diffusion"].update(betas=[], prediction_type="velocity", path="linear")
+    manifest["defaults"]["sampler"] = "heun"
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    pipe = Pipeline(signed(path), "onnxruntime", threads=1)
+    fast = tuning.fit_table(pipe, TuneRequest(4, pictures=8, guidance=(1.5,)))
+    assert fast.schedule.fitted is not None
+    assert fast.schedule.fitted.teacher == "heun:100"
+    assert {each.name for each in fast.judgement.named} == {"euler", "heun"}
+    assert fast.judgement.table.psnr_db > fast.judgement.named[0].psnr_db + 3
 
 
 def test_it_shares_a_batch_with_other_samplers(own_pipe: Pipeline, tuned: Tuned) -> None:
@@ -231,7 +265,7 @@ def test_the_command(bundle: Path, tuned: Tuned, tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_table(output).coefficients, tuned.schedule.coefficients)
     sampled = run_command(
         *("dit-sample", bundle, "--labels", "1", "--sampler", output, "--guidance", "2", "--engine", "onnxruntime"),
-        *("-o", tmp_path / "image.png"),
+        *("-o", tmp_path / "image.png", "--threads", "1"),
     )
     assert sampled.returncode == 0
     assert sampled.stderr.count("is used with guidance 2") == 1
@@ -263,6 +297,8 @@ def test_the_command_as_json_until_a_level(bundle: Path, tmp_path: Path) -> None
         (("--steps", "4", "--pictures", "1"), "1 pictures to fit a table"),
         (("--steps", "4", "-o", "/dev/null/few.json"), "cannot be written to; choose another --output"),
         (("--steps", "4", "--size", "64x64"), "64x64"),
+        (("--steps", "4", "-o", "few"), "expected a file NAME.json, which --sampler takes"),
+        (("--steps", "4", "-o", "/"), "/: is a folder; expected a file NAME.json"),
     ],
 )
 def test_the_command_refuses(bundle: Path, words: tuple[str, ...], message: str, tmp_path: Path) -> None:
@@ -281,7 +317,7 @@ def test_a_full_disk_leaves_no_table(bundle: Path, tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(replacing.os, "fsync", full)
     words = ("--steps", "4", "--teacher", "ddim:24", "--pictures", "8", "--guidance", "1.5", "--engine", "onnxruntime")
-    done = run_command("dit-tune", bundle, *words, "-o", tmp_path / "few.json")
+    done = run_command("dit-tune", bundle, *words, "-o", tmp_path / "few.json", "--threads", "1")
     assert done.returncode == 1
     assert "No space left on device" in done.stderr.splitlines()[-1]
     assert not list(tmp_path.iterdir())
