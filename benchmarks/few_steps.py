@@ -79,6 +79,23 @@ def run_part(pipe: Pipeline, args: argparse.Namespace, scale: float, steps: int)
     }
 
 
+def compare_together(pipe: Pipeline, args: argparse.Namespace, steps: int) -> None:
+    """Print the PSNR at each guidance scale of its own table, and of one table that was fitted to all of them."""
+    labels = [index % len(CLASS_NAMES) for index in range(args.images)]
+    tables = {
+        scales: fit_table(pipe, TuneRequest(steps, pictures=args.pictures, guidance=scales, seed=FIRST_FITTED)).schedule
+        for scales in [tuple(args.guidance), *((scale,) for scale in args.guidance)]
+    }
+    for scale in args.guidance:
+        teacher = teacher_images(pipe, args, scale, labels)
+        requests = pipe.prepare(labels, 0, steps=steps, sampler="ddim", guidance=scale)
+        for scales in (tuple(args.guidance), (scale,)):
+            images = decode_all(pipe, sample_with(pipe, requests, tables[scales], args.batch), args.batch)
+            level, low, high = level_with_interval(mean_squares(images, teacher))
+            names = ", ".join(f"{each:g}" for each in scales)
+            print(f"| {steps} | {scale:g} | fitted to {names} | {level:.1f} dB ({low:.1f}–{high:.1f}) |", flush=True)
+
+
 def teacher_images(pipe: Pipeline, args: argparse.Namespace, scale: float, labels: list[int]) -> np.ndarray:
     """The teacher's images; they are kept in ``--work``."""
     path = args.work / f"teacher-{scale:g}-{len(labels)}-{pipe.bundle.digest[:8]}.npy"
@@ -155,13 +172,18 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, nargs="+", default=SCALES)
     parser.add_argument("--named", type=int, default=100, help="the best so many named samplers of each part")
     parser.add_argument("--always", nargs="*", default=["dpmpp-2m karras", "ddim leading"], help="named ones beside")
+    parser.add_argument("--together", action="store_true", help="compare one table for all scales with one for each")
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--threads", type=int, default=0)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
+    pipe = Pipeline(args.bundle, "onnxruntime", args.threads)
+    if args.together:
+        for steps in args.steps:
+            compare_together(pipe, args, steps)
+        return
     path = args.work / "few_steps.json"
     result = json.loads(path.read_text()) if path.exists() else {"environment": describe_environment(), "parts": []}
-    pipe = Pipeline(args.bundle, "onnxruntime", args.threads)
     for scale in args.guidance:
         for steps in args.steps:
             key = (scale, steps, args.images)
