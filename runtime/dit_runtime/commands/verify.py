@@ -16,6 +16,7 @@ from dit_runtime.commands.common import (
     print_json,
     run,
 )
+from dit_runtime.commands.replay import TableRequest, run_replay
 from dit_runtime.commands.soak import SoakRequest, duration, natural, run_soak
 from dit_runtime.core.errors import ParityError
 
@@ -77,19 +78,6 @@ class InfoRequest:
     as_json: bool
 
 
-@dataclass(frozen=True)
-class TableRequest:
-    """Replay a sampler table on an engine."""
-
-    bundle: Path
-    store: Path | None
-    engine: str
-    precision: str | None
-    size: tuple[int, int] | None
-    table: Path
-    as_json: bool
-
-
 Request = VerifyRequest | PageRequest | RecordsRequest | InfoRequest | SoakRequest | TableRequest
 
 
@@ -108,7 +96,7 @@ def _main(argv: list[str] | None) -> int:
         return _write_records(request)
     if isinstance(request, SoakRequest):
         return run_soak(request)
-    return _replay_table(request) if isinstance(request, TableRequest) else _verify(request)
+    return run_replay(request) if isinstance(request, TableRequest) else _verify(request)
 
 
 def parse_request(argv: list[str] | None) -> Request:
@@ -200,26 +188,6 @@ def _verify(request: VerifyRequest) -> int:
             f"{request.bundle}: {len(failed)} of {len(found.rungs)} rungs fail on {found.engine}, the first is "
             f"{failed[0]!r}: the fault is there; copy or export the bundle again, or use another engine"
         )
-    return 0
-
-
-def _replay_table(request: TableRequest) -> int:
-    from dit_runtime.bundle.reader import open_bundle
-    from dit_runtime.core.text import join_lines
-    from dit_runtime.samplers.schedule import read_table
-    from dit_runtime.verify.rung import format_rungs
-    from dit_runtime.verify.table_replay import rungs_of_table
-
-    table, bundle = read_table(request.table), open_bundle(request.bundle, request.store)
-    bundle.check()
-    name, rungs = rungs_of_table(bundle.at(request.size), request.engine, request.precision, table)
-    if request.as_json:
-        passed = all(rung.passed for rung in rungs)
-        print_json({"engine": name, "passed": passed, "rungs": [rung.as_json() for rung in rungs]})
-    else:
-        print(join_lines([f"{request.table}: {table.steps} steps, on {name}", *format_rungs(rungs).split("\n")]))
-    if failed := [rung.name for rung in rungs if not rung.passed]:
-        raise ParityError(f"{request.table}: {failed[0]} fails on {name}; run dit-verify on the whole bundle")
     return 0
 
 
