@@ -61,11 +61,12 @@ def _main(argv: list[str] | None) -> int:
     tuned = fit_table(pipe, request) if args.until is None else fit_until(pipe, request, args.until)
     if not args.json:
         print(_text_from_tuned(tuned))
-    require_best(tuned)
-    write_table(tuned.schedule, args.output)
+    if tuned.is_best:
+        write_table(tuned.schedule, args.output)
     if args.json:
-        print_json({"file": str(args.output), **_json_from_tuned(tuned)})
-    else:
+        print_json({"file": str(args.output) if tuned.is_best else None, **_json_from_tuned(tuned)})
+    require_best(tuned)
+    if not args.json:
         print(join_lines([f"{args.output}: {tuned.schedule.steps} steps; dit-sample --sampler {args.output}"]))
     return 0
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from dit_runtime.core.errors import SamplingError
 from dit_runtime.sampling.labels import Label
 
-PICTURES = 32
+PICTURES, BATCH_SIZE = 32, 16
 LEAST_PICTURES = 4  # two to fit and two to hold out, so that there is an interval
 MOST_PICTURES = 4096
 MOST_STEPS = 100  # of a table: with more, named samplers are as near
@@ -39,7 +39,7 @@ class TuneRequest:
     guidance: tuple[float, ...] | None = None
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     seed: int = 0
-    batch_size: int = 16
+    batch_size: int = BATCH_SIZE
 
     def __post_init__(self) -> None:
         if not 1 <= self.steps <= MOST_STEPS:

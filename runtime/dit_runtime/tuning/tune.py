@@ -21,7 +21,7 @@ from dit_runtime.tuning.grid import Grid, grid_from_schedule
 from dit_runtime.tuning.judge import Judgement, decode_all, judge, mean_squares, named_schedules, psnr_of
 from dit_runtime.tuning.network import Network
 from dit_runtime.tuning.refine import refine_rows
-from dit_runtime.tuning.request import MOST_STEPS, TuneRequest
+from dit_runtime.tuning.request import BATCH_SIZE, MOST_STEPS, PICTURES, TuneRequest
 from dit_runtime.tuning.student import Positions, Student, fit_greedily, schedule_from_student
 from dit_runtime.tuning.teacher import check_states, states_of_teacher
 from dit_runtime.tuning.times import Fitted, log_ratio_positions, search_positions, uniform_positions
@@ -78,19 +78,41 @@ class _Lesson:
     held_states: Float32
 
 
-def tune(pipe: Pipeline, steps: int, **settings: object) -> Tuned:
+def tune(
+    pipe: Pipeline,
+    steps: int,
+    teacher: tuple[str, int] | None = None,
+    pictures: int = PICTURES,
+    labels: Sequence[Label] | None = None,
+    guidance: float | Sequence[float] | None = None,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    seed: int = 0,
+    batch_size: int = BATCH_SIZE,
+) -> Tuned:
     """Fit a few-step table to a bundle. Nothing is written but the teacher's latents, in the engine store.
 
     Args:
         pipe: with the bundle and its engine.
         steps: network evaluations of the table.
-        settings: the other fields of ``TuneRequest``: ``teacher``, ``pictures``, ``labels``, ``guidance``, ….
+        guidance: one scale, or several that one table serves.
+        teacher, pictures, labels, guidance_interval, seed, batch_size: as the fields of ``TuneRequest``.
 
     Raises:
         SamplingError: the request does not fit the model, or latents are not finite.
         ParityError: a named sampler is nearer to the teacher on the held-out images.
     """
-    tuned = fit_table(pipe, TuneRequest(steps=steps, **settings))  # type: ignore[arg-type]
+    scales = (guidance,) if isinstance(guidance, int | float) else guidance
+    request = TuneRequest(
+        steps=steps,
+        teacher=teacher,
+        pictures=pictures,
+        labels=None if labels is None else tuple(labels),
+        guidance=None if scales is None else tuple(scales),
+        guidance_interval=guidance_interval,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    tuned = fit_table(pipe, request)
     require_best(tuned)
     return tuned
 

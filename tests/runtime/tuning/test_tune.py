@@ -219,6 +219,18 @@ def test_a_named_sampler_that_is_better_wins(own_pipe: Pipeline, monkeypatch: py
         tune(own_pipe, STEPS, **SETTINGS)
 
 
+def test_the_command_without_a_better_table(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit code 1 and no file; the figures are printed all the same."""
+    monkeypatch.setattr(Tuned, "is_best", False)
+    words = ("--steps", "2", "--teacher", "ddim:24", "--pictures", "8", "--guidance", "1.5", "--json")
+    engine = ("--engine", "onnxruntime", "--threads", "1")
+    done = run_command("dit-tune", bundle, *words, *engine, "-o", tmp_path / "few.json")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["file"] is None
+    assert "so the table is not used" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -272,6 +284,7 @@ def test_the_command(bundle: Path, tuned: Tuned, tmp_path: Path) -> None:
     assert "few-4 4 steps" in sampled.stdout
     again = run_command(
         *("dit-sample", bundle, "--from-image", tmp_path / "image.png", "--sampler", output, "-o", tmp_path / "b.png"),
+        *("--engine", "onnxruntime"),
     )
     assert "the same as" in again.stdout
 
