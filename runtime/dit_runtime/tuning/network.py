@@ -55,6 +55,8 @@ class Network:
             self._batch.add(list(enumerate(requests)))
             self._pipe.trust(self._batch.next_shape)
             outputs[part.start : part.stop] = self._batch.advance(read=True).latents
+            if self._batch.failure is not None:  # of one image; the others are finished
+                raise self._batch.failure
         self.evaluations += len(latents)
         return outputs
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from dit_runtime.samplers.noise import Float32
-from dit_runtime.samplers.schedule import Float64
+from dit_runtime.samplers.schedule import LARGEST, Float64
 from dit_runtime.tuning.grid import Grid
 from dit_runtime.tuning.network import Network
 from dit_runtime.tuning.student import NUMBERS, Student, Walk, basis, combine, final_error, walk_student
@@ -45,8 +45,12 @@ def refine_rows(
         for _ in range(TRIES):
             damped = left + np.diag(damping * np.diag(left) + np.finfo(np.float64).tiny)
             rows = student.rows.copy()
-            for change, (row, number) in zip(np.linalg.solve(damped, right), _weights(len(rows)), strict=True):
+            changes = np.linalg.lstsq(damped, right, rcond=None)[0]
+            for change, (row, number) in zip(changes, _weights(len(rows)), strict=True):
                 rows[row, number] += change
+            if not (np.abs(rows) <= LARGEST).all():  # latents that are not finite would end the fit
+                damping *= MORE
+                continue
             changed = Student(student.positions, rows)
             found = walk_student(network, grid, changed, states[0])
             if final_error(found, states) < final_error(walk, states):

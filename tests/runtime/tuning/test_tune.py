@@ -267,6 +267,24 @@ def test_a_teacher_that_is_not_finite_is_named(own_pipe: Pipeline, monkeypatch: 
     assert set(own_pipe.bundle.engines.glob("tune/*")) == before
 
 
+def test_a_network_that_is_not_finite_is_named(
+    own_pipe: Pipeline, tuned: Tuned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One image of several, while the teacher's latents are known already: said where it comes from."""
+    request = TuneRequest(1, **{**SETTINGS, "seed": 3})
+    tuning.fit_table(own_pipe, request)
+    run = host_loop.HostLoop._run
+
+    def spoil(self: host_loop.HostLoop, *arguments: np.ndarray) -> object:
+        result = run(self, *arguments)
+        result.state[1] = np.nan
+        return result
+
+    monkeypatch.setattr(host_loop.HostLoop, "_run", spoil)
+    with pytest.raises(SamplingError, match="latents are not finite"):
+        tuning.fit_table(own_pipe, request)
+
+
 def test_the_command(bundle: Path, tuned: Tuned, tmp_path: Path) -> None:
     """Fits, prints every named sampler beside the table, and writes a table that dit-sample takes."""
     output = tmp_path / "few.json"
