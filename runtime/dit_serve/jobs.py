@@ -1,0 +1,112 @@
+"""A job is one image that somebody waits for; events say how it goes on."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dit_runtime.core.errors import DiTError
+from dit_runtime.sampling.requests import ImageRequest
+
+
+class QueueFullError(DiTError):
+    """As many jobs are waiting as may wait; try again later."""
+
+
+class StoppingError(DiTError):
+    """The batcher takes no more jobs: it is being stopped."""
+
+
+class DeadlineError(DiTError):
+    """A job was not finished in its time."""
+
+
+@dataclass(frozen=True)
+class Started:
+    """The job joined the batch.
+
+    Attributes:
+        waited: seconds since it was submitted.
+    """
+
+    waited: float
+
+
+@dataclass(frozen=True, eq=False)
+class Preview:
+    """The image as far as the steps have come.
+
+    Attributes:
+        step: completed steps.
+        steps: of the whole job.
+        image: the decoded estimate of the clean latents, uint8 ``[H, W, 3]``.
+    """
+
+    step: int
+    steps: int
+    image: NDArray[np.uint8]
+
+
+@dataclass(frozen=True, eq=False)
+class Finished:
+    """The image.
+
+    Attributes:
+        image: uint8 ``[H, W, 3]``.
+        seconds: since the job was submitted.
+    """
+
+    image: NDArray[np.uint8]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The job ended without an image: its latents or pixels are not finite, it is late, or the engine failed."""
+
+    error: DiTError
+
+
+Event = Started | Preview | Finished | Failed
+Notify = Callable[[Event], None]
+
+_keys = itertools.count()
+
+
+@dataclass(eq=False)
+class Job:
+    """One image that somebody waits for.
+
+    Attributes:
+        request: from ``Pipeline.prepare``.
+        notify: called with each event, in the batcher's thread: it must return at once and raise nothing.
+        deadline: of ``time.monotonic``, after which the job fails; None waits for ever.
+        preview_steps: a preview after so many completed steps each; 0 gives none.
+        key: the job's own number.
+        submitted: when the job was made, of ``time.monotonic``.
+        completed: steps that are done.
+        cancelled: whether nobody waits any more.
+    """
+
+    request: ImageRequest
+    notify: Notify
+    deadline: float | None = None
+    preview_steps: int = 0
+    key: int = field(default_factory=lambda: next(_keys))
+    submitted: float = field(default_factory=time.monotonic)
+    completed: int = 0
+    cancelled: bool = False
+
+    def cancel(self) -> None:
+        """Let the job leave the queue, or the batch after the step that runs. No event follows that step."""
+        self.cancelled = True
+
+    def wants_preview(self) -> bool:
+        """Whether a preview is due after the step that was just completed."""
+        steps = self.request.schedule.steps
+        return bool(self.preview_steps) and self.completed < steps and self.completed % self.preview_steps == 0
