@@ -41,6 +41,7 @@ COMMANDS = {
     "dit-verify": "dit_runtime.commands.verify",
     "dit-bench": "dit_runtime.commands.bench",
     "dit-tune": "dit_runtime.commands.tune",
+    "dit-serve": "dit_serve.command",
 }
 # Options of other programs that the pages name by themselves.
 FOREIGN_OPTIONS = {"--system-site-packages", "--load-inputs", "--load-outputs"}
@@ -450,7 +451,7 @@ def test_the_layout_lists_every_module() -> None:
             folder = re.search(r"`([\w/]+)/`", block.text)
         elif block.kind == "table" and block.text.startswith("| module |") and folder:
             listed |= {f"{folder[1]}/{cells(row)[0].strip('`')}" for row in block.text.splitlines()[2:]}
-    packages = ("dit_export", "engines/dit_engines", "runtime/dit_runtime")
+    packages = ("dit_export", "engines/dit_engines", "runtime/dit_runtime", "runtime/dit_serve")
     paths = [path for package in packages for path in (ROOT / package).rglob("*.py") if path.name != "__init__.py"]
     there = {path.relative_to(ROOT).as_posix() for path in paths}
     lacking = [f"{path}: {ast.get_docstring(ast.parse((ROOT / path).read_text()))}" for path in sorted(there - listed)]

@@ -13,7 +13,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = {"dit_runtime": ROOT / "runtime", "dit_engines": ROOT / "engines", "dit_export": ROOT}
+PACKAGES = {
+    "dit_runtime": ROOT / "runtime",
+    "dit_serve": ROOT / "runtime",
+    "dit_engines": ROOT / "engines",
+    "dit_export": ROOT,
+}
 # Each package's folders and modules from the bottom up. Those of one group are beside each other: neither imports the
 # other.
 LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -28,6 +33,16 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("bench", "output", "tuning"),
         ("commands",),
     ),
+    "dit_serve": (
+        ("jobs", "request"),
+        ("batcher",),
+        ("images", "model", "bodies"),
+        ("metrics",),
+        ("app",),
+        ("serving",),
+        ("command",),
+        ("entry",),
+    ),
     "dit_export": (
         ("checkpoints",),
         ("graphs",),
@@ -40,7 +55,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("entry",),
     ),
 }
-ORDER = ("dit_runtime", "dit_engines", "dit_export")
+ORDER = ("dit_runtime", "dit_serve", "dit_engines", "dit_export")
 
 
 def modules_of(package: str) -> dict[str, Path]:

@@ -18,9 +18,10 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = {
     "dit_runtime": ROOT / "runtime" / "dit_runtime",
     "dit_engines": ROOT / "engines" / "dit_engines",
+    "dit_serve": ROOT / "runtime" / "dit_serve",
     "dit_export": ROOT / "dit_export",
 }
-COMMANDS = ("dit-export", "dit-build", "dit-sample", "dit-verify", "dit-bench", "dit-tune")
+COMMANDS = ("dit-export", "dit-build", "dit-sample", "dit-verify", "dit-bench", "dit-tune", "dit-serve")
 
 
 def imported(path: Path) -> set[str]:
@@ -37,7 +38,8 @@ def imported(path: Path) -> set[str]:
 def test_a_layer_never_imports_upwards() -> None:
     """dit_export → dit_engines → dit_runtime, and torch in the uppermost alone."""
     forbidden = {
-        "dit_runtime": {"dit_engines", "dit_export", "torch", "diffusers", "onnx"},
+        "dit_runtime": {"dit_serve", "dit_engines", "dit_export", "torch", "diffusers", "onnx"},
+        "dit_serve": {"dit_engines", "dit_export", "torch", "diffusers", "onnx"},
         "dit_engines": {"dit_export", "torch", "diffusers"},
         "dit_export": set(),
     }

@@ -50,8 +50,8 @@ class Batcher:
     """Runs jobs on a pipeline's engine in one batch. A context manager: it starts its thread, and stops it.
 
     A job joins the running batch between two steps, whatever its steps, sampler and guidance, and leaves it when it is
-    finished, cancelled or late. Its latents are those of the same image made alone. Latents or pixels that are not finite
-    let their own job fail. If the engine itself fails, all jobs in the batch fail, and the next ones get a new batch.
+    finished, cancelled or late. Its latents are those of the same image made alone. A job fails alone where its latents
+    or pixels are not finite. If the engine itself fails, all jobs in the batch fail, and the next ones get a new batch.
 
     Args:
         pipeline: used by the batcher's thread alone, but for ``prepare``.

@@ -25,6 +25,7 @@ MODULES = {
     "dit-sample": "dit_runtime.commands.sample",
     "dit-verify": "dit_runtime.commands.verify",
     "dit-bench": "dit_runtime.commands.bench",
+    "dit-serve": "dit_serve.command",
     "dit-tune": "dit_runtime.commands.tune",
 }
 # How an installation's script gets each command's main.
@@ -34,6 +35,7 @@ ENTRIES = {
     "dit-sample": "from dit_runtime.commands.entry import sample as main",
     "dit-verify": "from dit_runtime.commands.entry import verify as main",
     "dit-bench": "from dit_runtime.commands.entry import bench as main",
+    "dit-serve": "from dit_serve.entry import serve as main",
     "dit-tune": "from dit_runtime.commands.entry import tune as main",
 }
 

@@ -1,0 +1,45 @@
+"""One bundle that is served: its pipeline, its batcher, and its images as PNG files with their records."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from dit_runtime.output.provenance import BatchPosition, entry_from_request, text_from_entries
+from dit_runtime.output.request import DecodeSettings
+from dit_runtime.pipeline import Pipeline
+from dit_runtime.sampling.requests import ImageRequest
+from dit_serve.batcher import Batcher
+
+
+class Model:
+    """A bundle that is served.
+
+    Attributes:
+        name: in requests.
+        pipe: ready to sample.
+        batcher: which runs its jobs.
+    """
+
+    def __init__(self, name: str, pipe: Pipeline, batch_size: int, most_waiting: int) -> None:
+        self.name, self.pipe = name, pipe
+        self.batcher = Batcher(pipe, batch_size, most_waiting)
+
+    def png(self, image: NDArray[np.uint8], request: ImageRequest | None = None, eta: float = 0.0) -> bytes:
+        """An image ``[H, W, 3]`` as PNG, with the record of its request.
+
+        The record says that the image was made alone: in a batch whose images come and go it is the same.
+        """
+        chunks = PngInfo()
+        if request is not None:
+            position = BatchPosition(1, 0, tuple(request.branches.needed.tolist()))
+            entry = entry_from_request(self.pipe, request, eta, DecodeSettings(), position)
+            for key, value in text_from_entries([entry], image).items():
+                chunks.add_text(key, value)
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, format="PNG", pnginfo=chunks)
+        return file.getvalue()

@@ -1,0 +1,114 @@
+"""Run the application until it is told to stop: bundles opened, batchers started, signals answered."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dit_runtime.bundle.reader import open_bundle
+from dit_runtime.core.errors import EngineError, OutputError, SamplingError
+from dit_runtime.pipeline import Pipeline
+
+if TYPE_CHECKING:
+    from dit_serve.model import Model
+    from dit_serve.request import ServeRequest
+
+DRAIN_SECONDS = 300.0  # for images that are being made when the server is told to stop
+STOPS = (signal.SIGINT, signal.SIGTERM)
+
+
+def serve(request: ServeRequest, announce: Callable[[str], None] = lambda line: None) -> None:
+    """Serve until SIGTERM or SIGINT; images that were asked for before that are finished.
+
+    Args:
+        request: what to serve, and where.
+        announce: called with each line that whoever started the server may want to read.
+
+    Raises:
+        EngineError: the packages for serving are not installed, or an engine cannot be opened.
+        BundleError: a bundle is missing or altered.
+        OutputError: the address cannot be listened on.
+    """
+    try:
+        import prometheus_client  # noqa: F401
+        import starlette  # noqa: F401
+        import uvicorn
+    except ImportError as error:
+        raise EngineError(f"{error.name} is not installed; pip install 'dit-export[serve]'") from error
+    from dit_serve.app import Server
+
+    models = _open_models(request)
+    sockets = [_listen(request.host, request.port)]
+    host, port = sockets[0].getsockname()[:2]
+    app = Server(models, (*request.hosts, request.host), request.token, request.timeout).app()
+    config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", server_header=False)
+    with contextlib.ExitStack() as stack:
+        for model in models:
+            stack.enter_context(model.batcher)
+            announce(f"{model.name}: {model.pipe.engine.info.name}, batches of {request.batch_size}")
+        announce(f"serving on http://{f'[{host}]' if ':' in host else host}:{port}; Ctrl-C stops")
+        asyncio.run(_run(uvicorn.Server(config), models, sockets))
+
+
+def _open_models(request: ServeRequest) -> list[Model]:
+    from dit_serve.model import Model
+
+    models: list[Model] = []
+    for path in request.bundles:
+        pipe = Pipeline(
+            open_bundle(path, request.store), request.engine, request.threads, request.size, request.precision
+        )
+        name = _name_of(path)
+        if name in {model.name for model in models}:
+            raise SamplingError(f"{path}: two bundles of the name {name}; rename one of the folders")
+        models.append(Model(name, pipe, request.batch_size, request.most_waiting))
+    return models
+
+
+def _name_of(path: Path) -> str:
+    return path.resolve().name.removesuffix(".bundle")
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=128)
+    except OSError as error:
+        raise OutputError(
+            f"{host}:{port}: cannot listen there ({error.strerror or error}); choose another --port or --host"
+        ) from error
+
+
+async def _run(server: object, models: Sequence[Model], sockets: list[socket.socket]) -> None:
+    """Run uvicorn's server; the first signal lets it drain, the second ends it at once."""
+    import uvicorn
+
+    assert isinstance(server, uvicorn.Server)
+    told = 0
+
+    def stop() -> None:
+        nonlocal told
+        told += 1
+        server.should_exit = True
+        server.force_exit = told > 1
+        if told > 1:
+            for model in models:
+                model.batcher.stop(finish=False, timeout=0)
+
+    loop = asyncio.get_running_loop()
+    for number in STOPS:
+        loop.add_signal_handler(number, stop)
+    server.capture_signals = _leave_signals  # type: ignore[method-assign]  # it would raise them again at its end
+    await server.serve(sockets=sockets)
+    finished = [await asyncio.to_thread(model.batcher.stop, told < 2, DRAIN_SECONDS) for model in models]
+    assert all(finished) or told
+
+
+@contextlib.contextmanager
+def _leave_signals() -> Iterator[None]:
+    yield

@@ -1,0 +1,263 @@
+"""The server as its callers see it: over HTTP, on a port that the system chooses."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import http.client
+import io
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dit_runtime import Pipeline
+from dit_runtime.output.images import read_png
+from dit_runtime.output.provenance import entries_from_text
+
+uvicorn = pytest.importorskip("uvicorn", reason="pip install 'dit-export[serve]'")
+pytest.importorskip("starlette")
+pytest.importorskip("prometheus_client")
+
+from dit_serve.app import Server  # noqa: E402
+from dit_serve.bodies import BODY_BYTES  # noqa: E402
+from dit_serve.model import Model  # noqa: E402
+
+SECONDS = 60
+TOKEN = "a token"
+
+
+class Running:
+    """A server in a thread of this process."""
+
+    def __init__(self, bundle: Path, **options: Any) -> None:
+        self.model = Model("tiny", Pipeline(bundle, "onnxruntime", threads=1), batch_size=4, most_waiting=8)
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.port = self.socket.getsockname()[1]
+        app = Server([self.model], **options).app()
+        self.server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off"))
+        self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve(sockets=[self.socket])))
+
+    def __enter__(self) -> Running:
+        self.model.batcher.__enter__()
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.005)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.should_exit = True
+        self.thread.join(SECONDS)
+        self.model.batcher.stop(finish=False)
+        self.socket.close()
+        assert not self.thread.is_alive()
+
+    def ask(self, path: str, body: Any = None, **headers: str) -> tuple[int, dict[str, str], bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)
+        content = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"} | {
+            name.replace("_", "-"): text for name, text in headers.items()
+        }
+        try:
+            connection.request("GET" if body is None else "POST", path, content, headers)
+            answer = connection.getresponse()
+            return answer.status, {key.lower(): value for key, value in answer.getheaders()}, answer.read()
+        finally:
+            connection.close()
+
+    def ask_json(self, path: str, body: Any = None, **headers: str) -> Any:
+        status, _, content = self.ask(path, body, Accept="application/json", **headers)
+        assert status == 200, content
+        return json.loads(content)
+
+    def events(self, path: str, body: Any) -> list[tuple[str, Any]]:
+        status, headers, content = self.ask(path, body)
+        assert status == 200, content
+        assert headers["content-type"].startswith("text/event-stream")
+        found = []
+        for block in content.decode().strip().split("\n\n"):
+            name, data = block.split("\n")
+            found.append((name.removeprefix("event: "), json.loads(data.removeprefix("data: "))))
+        return found
+
+
+@pytest.fixture(scope="module")
+def running(bundles: dict[str, Path]) -> Iterator[Running]:
+    with Running(bundles["fp32"]) as server:
+        yield server
+
+
+def pixels(png: bytes | str) -> Any:
+    content = base64.b64decode(png) if isinstance(png, str) else png
+    return np.asarray(Image.open(io.BytesIO(content)))
+
+
+def expected(bundles: dict[str, Path], labels: list[Any], seeds: Any, **settings: Any) -> Any:
+    return Pipeline(bundles["fp32"], "onnxruntime", threads=1)(labels, seeds, **settings)
+
+
+def test_an_image_is_the_pipelines_with_its_record(running: Running, bundles: dict[str, Path], tmp_path: Path) -> None:
+    """Fails if a setting is lost between the request and the image, or the image cannot be made again."""
+    settings = {"steps": 4, "guidance": 3.0, "sampler": "dpmpp-2m", "spacing": "karras"}
+    status, headers, content = running.ask("/generate", {"labels": 3, "seeds": 11, **settings})
+    assert (status, headers["content-type"]) == (200, "image/png")
+    assert np.array_equal(pixels(content), expected(bundles, [3], [11], **settings)[0])
+    (tmp_path / "image.png").write_bytes(content)
+    (entry,) = entries_from_text(tmp_path / "image.png", read_png(tmp_path / "image.png")[1])
+    assert (entry["seed"], entry["steps"], entry["spacing"], entry["label"]) == (11, 4, "karras", {"3": 1.0})
+
+
+def test_several_images_come_as_json(running: Running, bundles: dict[str, Path]) -> None:
+    body = {"labels": [1, "2", "3:0.5+4:0.5"], "seeds": [5, 6, 7], "steps": 3, "eta": 0.5, "sampler": "ddim"}
+    found = running.ask_json("/generate", body)["images"]
+    images = expected(bundles, [1, 2, "3:0.5+4:0.5"], [5, 6, 7], steps=3, eta=0.5, sampler="ddim")
+    assert [(each["index"], each["seed"]) for each in found] == [(0, 5), (1, 6), (2, 7)]
+    for each, image in zip(found, images, strict=True):
+        assert np.array_equal(pixels(each["image"]), image)
+
+
+def test_events_while_images_are_made(running: Running, bundles: dict[str, Path]) -> None:
+    body = {"labels": [1, 2], "seeds": 5, "steps": 4, "sampler": "ddim", "stream": True, "previews": 2}
+    events = running.events("/generate", body)
+    images = expected(bundles, [1, 2], 5, steps=4, sampler="ddim")
+    for index in (0, 1):
+        own = [(name, data) for name, data in events if data.get("index") == index]
+        assert [name for name, _ in own] == ["started", "preview", "picture"]
+        assert (own[1][1]["step"], own[1][1]["steps"]) == (2, 4)
+        assert np.array_equal(pixels(own[2][1]["image"]), images[index])
+    assert events[-1] == ("done", {})
+
+
+def test_callers_at_once_get_their_own_images(running: Running, bundles: dict[str, Path]) -> None:
+    """Eight callers with other steps, samplers and guidance; four places in the batch."""
+    asked = [
+        {"labels": seed, "seeds": seed, "steps": 2 + seed, "guidance": 1.0 + seed % 3, "sampler": sampler}
+        for seed, sampler in enumerate(("ddim", "ddpm", "dpmpp-2m", "unipc") * 2)
+    ]
+    found: dict[int, Any] = {}
+
+    def ask(index: int) -> None:
+        found[index] = running.ask("/generate", asked[index])
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(asked))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(SECONDS)
+    for index, body in enumerate(asked):
+        settings = {key: value for key, value in body.items() if key not in ("labels", "seeds")}
+        assert found[index][0] == 200
+        assert np.array_equal(pixels(found[index][2]), expected(bundles, [index], [index], **settings)[0])
+
+
+def test_openais_endpoint(running: Running, bundles: dict[str, Path]) -> None:
+    """The fields that its client sends and reads; a prompt is a class."""
+    body = {"model": "dall-e-3", "prompt": "4", "n": 2, "size": "32x32", "steps": 3, "seed": 9}
+    found = running.ask_json("/v1/images/generations", {**body, "response_format": "b64_json"})
+    images = expected(bundles, [4, 4], 9, steps=3)
+    assert found["created"] > 0
+    for each, image in zip(found["data"], images, strict=True):
+        assert np.array_equal(pixels(each["b64_json"]), image)
+    events = running.events("/v1/images/generations", {**body, "n": 1, "stream": True, "partial_images": 2})
+    assert [name for name, _ in events] == [
+        *["image_generation.partial_image"] * (len(events) - 1),
+        "image_generation.completed",
+    ]
+    assert {data["type"] for name, data in events} == {name for name, _ in events}
+    assert [data["partial_image_index"] for _, data in events[:-1]] == list(range(len(events) - 1))
+    assert np.array_equal(pixels(events[-1][1]["b64_json"]), images[0])
+
+
+def test_what_is_served(running: Running) -> None:
+    assert [each["id"] for each in running.ask_json("/v1/models")["data"]] == ["tiny"]
+    (model,) = running.ask_json("/info")["models"]
+    assert (model["name"], model["classes"], model["image_size"]) == ("tiny", 10, [32, 32])
+    assert model["engine"].startswith("onnxruntime")
+    assert running.ask_json("/health") == {"status": "ok"}
+    _, headers, content = running.ask("/metrics")
+    assert headers["content-type"].startswith("text/plain")
+    text = content.decode()
+    assert 'dit_batch_size{model="tiny"} 4.0' in text
+    assert 'dit_answers_total{path="/health",status="200"}' in text
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        (b"{", 400, "the request's body"),
+        (b"[1]", 400, "the request's body"),
+        (b'{"labels": 1, "labels": 2}', 400, "labels"),
+        ({}, 400, "labels"),
+        ({"labels": 1, "path": "/etc/passwd"}, 400, "path"),
+        ({"labels": 1, "sampler": "few.json"}, 400, "sampler 'few.json' is unknown"),
+        ({"labels": 99}, 400, "label 99: expected 0 to 9"),
+        ({"labels": []}, 400, "0 labels: expected 1 to 64"),
+        ({"labels": [1] * 65}, 400, "65 labels: expected 1 to 64"),
+        ({"labels": 1, "steps": 0}, 400, "steps"),
+        ({"labels": 1, "steps": 10**9}, 400, "steps"),
+        ({"labels": 1, "seeds": 2**64}, 400, "beyond 64 bits"),
+        ({"labels": 1, "guidance": "high"}, 400, "guidance"),
+        ({"labels": 1, "timeout": -1}, 400, "timeout"),
+        ({"labels": 1, "steps": 1000, "timeout": 0.05}, 504, "not finished after"),
+        ({"labels": [1] * 20}, 429, "would exceed 8; try again later"),
+        (b"x" * (BODY_BYTES + 1), 400, f"more than {BODY_BYTES} bytes"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_is_refused(running: Running, body: Any, status: int, message: str) -> None:
+    """One clear line as JSON, with the status that tells whose fault it is."""
+    found, headers, content = running.ask("/generate", body)
+    error = json.loads(content)["error"]
+    assert (found, message in error["message"]) == (status, True), error
+    assert ("retry-after" in headers) == (status == 429)
+    assert "\n" not in error["message"]
+
+
+def test_other_hosts_types_and_paths_are_refused(running: Running) -> None:
+    """A page of another site that a browser was led to has its own host, or cannot send JSON."""
+    body = {"labels": 1, "steps": 1}
+    assert running.ask("/generate", body, Host="evil.example")[0] == 403
+    assert running.ask("/info", Host=f"evil.example:{running.port}")[0] == 403
+    assert running.ask("/info", Host=f"localhost:{running.port}")[0] == 200
+    assert running.ask("/info", Host="[::1]:1")[0] == 200
+    assert running.ask("/generate", body, Content_Type="text/plain")[0] == 415
+    assert running.ask("/../etc/passwd")[0] == 404
+    assert running.ask("/generate")[0] == 405
+
+
+def test_a_token_is_asked_for(bundles: dict[str, Path]) -> None:
+    with Running(bundles["fp32"], token=TOKEN) as server:
+        for headers in ({}, {"Authorization": "Bearer other"}, {"Authorization": TOKEN}):
+            assert server.ask("/info", **headers)[0] == 401
+            assert server.ask("/generate", {"labels": 1, "steps": 1}, **headers)[0] == 401
+        assert server.ask("/info", Authorization=f"Bearer {TOKEN}")[0] == 200
+        assert server.ask("/health")[0] == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_hangs_up_frees_the_place(running: Running, stream: bool) -> None:
+    """Within a step: a batch of images that nobody waits for does not go on."""
+    batcher = running.model.batcher
+    before = batcher.load()
+    connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=SECONDS)
+    body = json.dumps({"labels": [1, 2, 3], "steps": 1000, "sampler": "ddim", "stream": stream})
+    connection.request("POST", "/generate", body, {"Content-Type": "application/json"})
+    end = time.monotonic() + SECONDS
+    while batcher.load().running != 3:
+        assert time.monotonic() < end
+        time.sleep(0.002)
+    assert connection.sock is not None
+    connection.sock.close() if not stream else connection.close()
+    while batcher.load().running:
+        assert time.monotonic() < end
+        time.sleep(0.002)
+    after = batcher.load()
+    assert after.steps - before.steps < 1000
+    assert (after.images, after.failures) == (before.images, before.failures)
