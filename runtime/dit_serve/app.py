@@ -11,15 +11,17 @@ import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from dit_runtime.core.errors import DiTError, SamplingError
 from dit_runtime.core.version import __version__
+from dit_runtime.samplers.by_name import DIFFUSION_SAMPLERS, FLOW_SAMPLERS
 from dit_runtime.sampling.requests import ImageRequest
 from dit_serve.bodies import BODY_BYTES, GenerateBody, ImagesBody, read_body
 from dit_serve.images import RequestedImages
@@ -28,6 +30,12 @@ from dit_serve.metrics import Metrics
 from dit_serve.model import Model
 
 HEALTH_SECONDS = 30.0  # for one image of one step
+PAGE = Path(__file__).with_name("page.html")
+# The page's own script and styles, this server, and images in the page itself: nothing from elsewhere.
+POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; "
+    "form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
+)
 LOCAL = ("127.0.0.1", "localhost", "[::1]")
 
 # The status of an answer by its error; any other error of ours is a fault of the engine.
@@ -63,6 +71,7 @@ class Server:
     def app(self) -> Starlette:
         """The application."""
         routes = [
+            Route("/", self._guarded(self.page, open_to_all=True), methods=["GET"]),
             Route("/generate", self._guarded(self.generate), methods=["POST"]),
             Route("/v1/images/generations", self._guarded(self.images), methods=["POST"]),
             Route("/v1/models", self._guarded(self.models), methods=["GET"]),
@@ -71,6 +80,10 @@ class Server:
             Route("/health", self._guarded(self.health, open_to_all=True), methods=["GET"]),
         ]
         return Starlette(routes=routes)
+
+    async def page(self, request: Request) -> Response:
+        """``GET /``: the page, which asks for a token itself where the server asks for one."""
+        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers={"Content-Security-Policy": POLICY})
 
     async def generate(self, request: Request) -> Response:
         """``POST /generate``: one image as PNG, several as JSON, or events."""
@@ -290,6 +303,7 @@ def _describe(model: Model) -> dict[str, Any]:
         "image_size": list(manifest.image_size),
         "classes": manifest.model.classes,
         "class_names": list(manifest.class_names),
+        "samplers": list(FLOW_SAMPLERS if manifest.diffusion.path else DIFFUSION_SAMPLERS),
         "defaults": asdict(manifest.defaults),
         "load": asdict(model.batcher.load()),
     }

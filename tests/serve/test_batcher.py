@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.waiting import SECONDS, await_true
 
 from dit_runtime import Pipeline
 from dit_runtime.backends.base import Array
@@ -28,8 +29,6 @@ from dit_serve.jobs import (
     Started,
     StoppingError,
 )
-
-SECONDS = 60  # in which any of this is done, on a busy machine too
 
 
 class HeldEngine(OnnxRuntimeEngine):
@@ -91,13 +90,6 @@ class Owner:
         while not isinstance(event := self.next(), Finished | Failed):
             pass
         return event
-
-
-def await_true(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.002)
 
 
 def alone(bundles: dict[str, Path], owner: Owner) -> Array:

@@ -18,12 +18,11 @@ from typing import Any
 
 import pytest
 from support.commands import ENTRIES, run_command
+from support.waiting import SECONDS, await_true
 
 pytest.importorskip("uvicorn", reason="pip install 'dit-export[serve]'")
 pytest.importorskip("starlette")
 pytest.importorskip("prometheus_client")
-
-SECONDS = 60
 
 
 @contextmanager
@@ -85,8 +84,7 @@ def test_a_second_signal_ends_it_at_once(bundles: dict[str, Path]) -> None:
 
         waiting = threading.Thread(target=wait)
         waiting.start()
-        while b'"running": 8' not in info(port) and b'"running":8' not in info(port):
-            pass
+        await_true(lambda: json.loads(info(port))["models"][0]["load"]["running"] == 8)
         process.send_signal(signal.SIGTERM)
         process.send_signal(signal.SIGTERM)
         while process.poll() is None:

@@ -2,105 +2,33 @@
 
 from __future__ import annotations
 
-import asyncio
-import base64
 import http.client
-import io
 import json
-import socket
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from dit_runtime import Pipeline
 from dit_runtime.output.images import read_png
 from dit_runtime.output.provenance import entries_from_text
 
-uvicorn = pytest.importorskip("uvicorn", reason="pip install 'dit-export[serve]'")
+pytest.importorskip("uvicorn", reason="pip install 'dit-export[serve]'")
 pytest.importorskip("starlette")
 pytest.importorskip("prometheus_client")
 
-from dit_serve.app import Server  # noqa: E402
-from dit_serve.bodies import BODY_BYTES  # noqa: E402
-from dit_serve.model import Model  # noqa: E402
+from support.server import TOKEN, Running, expected, pixels
+from support.waiting import SECONDS, await_true
 
-SECONDS = 60
-TOKEN = "a token"
-
-
-class Running:
-    """A server in a thread of this process."""
-
-    def __init__(self, bundle: Path, **options: Any) -> None:
-        self.model = Model("tiny", Pipeline(bundle, "onnxruntime", threads=1), batch_size=4, most_waiting=8)
-        self.socket = socket.create_server(("127.0.0.1", 0))
-        self.port = self.socket.getsockname()[1]
-        app = Server([self.model], **options).app()
-        self.server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off"))
-        self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve(sockets=[self.socket])))
-
-    def __enter__(self) -> Running:
-        self.model.batcher.__enter__()
-        self.thread.start()
-        while not self.server.started:
-            time.sleep(0.005)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.server.should_exit = True
-        self.thread.join(SECONDS)
-        self.model.batcher.stop(finish=False)
-        self.socket.close()
-        assert not self.thread.is_alive()
-
-    def ask(self, path: str, body: Any = None, **headers: str) -> tuple[int, dict[str, str], bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)
-        content = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json"} | {
-            name.replace("_", "-"): text for name, text in headers.items()
-        }
-        try:
-            connection.request("GET" if body is None else "POST", path, content, headers)
-            answer = connection.getresponse()
-            return answer.status, {key.lower(): value for key, value in answer.getheaders()}, answer.read()
-        finally:
-            connection.close()
-
-    def ask_json(self, path: str, body: Any = None, **headers: str) -> Any:
-        status, _, content = self.ask(path, body, Accept="application/json", **headers)
-        assert status == 200, content
-        return json.loads(content)
-
-    def events(self, path: str, body: Any) -> list[tuple[str, Any]]:
-        status, headers, content = self.ask(path, body)
-        assert status == 200, content
-        assert headers["content-type"].startswith("text/event-stream")
-        found = []
-        for block in content.decode().strip().split("\n\n"):
-            name, data = block.split("\n")
-            found.append((name.removeprefix("event: "), json.loads(data.removeprefix("data: "))))
-        return found
+from dit_serve.bodies import BODY_BYTES
 
 
 @pytest.fixture(scope="module")
 def running(bundles: dict[str, Path]) -> Iterator[Running]:
     with Running(bundles["fp32"]) as server:
         yield server
-
-
-def pixels(png: bytes | str) -> Any:
-    content = base64.b64decode(png) if isinstance(png, str) else png
-    return np.asarray(Image.open(io.BytesIO(content)))
-
-
-def expected(bundles: dict[str, Path], labels: list[Any], seeds: Any, **settings: Any) -> Any:
-    return Pipeline(bundles["fp32"], "onnxruntime", threads=1)(labels, seeds, **settings)
 
 
 def test_an_image_is_the_pipelines_with_its_record(running: Running, bundles: dict[str, Path], tmp_path: Path) -> None:
@@ -249,15 +177,10 @@ def test_who_hangs_up_frees_the_place(running: Running, stream: bool) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=SECONDS)
     body = json.dumps({"labels": [1, 2, 3], "steps": 1000, "sampler": "ddim", "stream": stream})
     connection.request("POST", "/generate", body, {"Content-Type": "application/json"})
-    end = time.monotonic() + SECONDS
-    while batcher.load().running != 3:
-        assert time.monotonic() < end
-        time.sleep(0.002)
+    await_true(lambda: batcher.load().running == 3)
     assert connection.sock is not None
     connection.sock.close() if not stream else connection.close()
-    while batcher.load().running:
-        assert time.monotonic() < end
-        time.sleep(0.002)
+    await_true(lambda: not batcher.load().running)
     after = batcher.load()
     assert after.steps - before.steps < 1000
     assert (after.images, after.failures) == (before.images, before.failures)

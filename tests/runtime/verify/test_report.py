@@ -7,7 +7,6 @@ import functools
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from support.browser import CHROMIUM
 
 from dit_runtime.commands.verify import main
 from dit_runtime.core.decode import DecodeError, decode
@@ -37,9 +37,6 @@ from matplotlib.text import Text
 from dit_runtime.verify import plots
 from dit_runtime.verify.report import heat_map, page
 
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
-)
 PHONE, DESK = 390, 1100  # CSS pixels
 LADDER = [
     ("zero", 0.0, True),
