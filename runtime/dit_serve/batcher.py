@@ -161,7 +161,7 @@ class Batcher:
             _tell(job, Started(time.monotonic() - job.submitted))
         if not len(batch):
             return
-        self._pipeline.trust([job.request for job in joining], len(batch))
+        self._pipeline.trust(batch.next_shape)
         start = time.perf_counter()
         step = batch.advance(read=any(job.preview_steps for job in self._running.values()))
         with self._changed:
