@@ -63,6 +63,7 @@ def test_a_build_runs_no_code_of_its_bundle(bundles: dict[str, Path], scripts: P
     assert not marker.exists(), marker.read_text()
 
 
+@pytest.mark.slow  # an export in a process of its own
 def test_an_export_runs_no_code_of_the_current_folder(checkpoint: Path, scripts: Path, tmp_path: Path) -> None:
     folder = tmp_path / "here"
     folder.mkdir()

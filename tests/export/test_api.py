@@ -141,6 +141,7 @@ def test_the_default_output_says_source_and_precision(tmp_path: Path) -> None:
         assert ExportRequest(source, precision=precision).bundle_path == Path(name)
 
 
+@pytest.mark.slow  # another export
 def test_export_and_verify(
     checkpoint: Path, bundles: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

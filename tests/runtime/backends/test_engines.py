@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.batches import mixed
+from support.grids import grid
 from support.optional import onnx, torch
 
 from dit_runtime import Pipeline
@@ -90,13 +91,14 @@ def stepped(engine: Any, inputs: dict[str, Any]) -> np.ndarray:
 # OpenVINO
 
 
-def test_openvino_in_fp32_matches_the_reference(bundle: Bundle) -> None:
+@pytest.mark.parametrize("quick", grid([True, False], fast=lambda quick: quick))
+def test_openvino_in_fp32_matches_the_reference(bundle: Bundle, quick: bool) -> None:
     """Parity: FP32 arithmetic on an FP32 and on an FP16 bundle passes the bundle's own limits, on every rung."""
     engine = OpenVinoEngine(bundle, precision=Precision.FP32)
     assert engine.info.name.startswith("openvino 20")
     assert engine.info.name.endswith(" CPU fp32")
     # Measured: forward with guidance 1.5e-6 (FP32) and 2.8e-4 (FP16), image 89 and 64 dB.
-    assert [rung.name for rung in verification_of(bundle, engine).rungs if not rung.passed] == []
+    assert [rung.name for rung in verification_of(bundle, engine, quick=quick).rungs if not rung.passed] == []
 
 
 @pytest.mark.usefixtures("bf16")

@@ -107,6 +107,7 @@ def test_an_error_that_the_sampler_multiplies_counts(weight: float) -> None:
     assert np.abs(next_state[0, 2]).max() == 0  # a slot that the network has no part in
 
 
+@pytest.mark.slow  # as many cases as it takes to judge memory
 def test_it_finds_memory_that_is_kept(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine whose results are right, and whose memory grows with every step; cases enough to judge it are few."""
     monkeypatch.setattr("dit_runtime.verify.soak.LEAST_CASES", 16)
