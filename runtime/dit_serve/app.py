@@ -89,7 +89,7 @@ class Server:
         """``POST /generate``: one image as PNG, several as JSON, or events."""
         body = read_body(GenerateBody, await _content(request))
         model = self._model(body.model)
-        requests = body.prepare(model.pipe)
+        requests = body.prepare(model.pipe, model.tables)
         made = self._submit(model, requests, body)
 
         def event(index: int, event: Event) -> tuple[str, Mapping[str, Any]] | None:
@@ -118,7 +118,7 @@ class Server:
         asked = read_body(ImagesBody, await _content(request))
         model = self._model(asked.model)
         body = asked.as_generate(model.pipe)
-        requests = body.prepare(model.pipe)
+        requests = body.prepare(model.pipe, model.tables)
         made = self._submit(model, requests, body)
         created = int(time.time())
         height, width = model.pipe.manifest.image_size
@@ -303,7 +303,8 @@ def _describe(model: Model) -> dict[str, Any]:
         "image_size": list(manifest.image_size),
         "classes": manifest.model.classes,
         "class_names": list(manifest.class_names),
-        "samplers": list(FLOW_SAMPLERS if manifest.diffusion.path else DIFFUSION_SAMPLERS),
+        "samplers": [*(FLOW_SAMPLERS if manifest.diffusion.path else DIFFUSION_SAMPLERS), *model.tables],
+        "tables": {name: table.steps for name, table in model.tables.items()},
         "defaults": asdict(manifest.defaults),
         "load": asdict(model.batcher.load()),
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -10,6 +10,7 @@ from dit_runtime.core.decode import Range, decode, json_from_bytes, optional
 from dit_runtime.core.errors import SamplingError
 from dit_runtime.core.reading import FileError
 from dit_runtime.pipeline import Pipeline
+from dit_runtime.samplers.schedule import Schedule
 from dit_runtime.sampling.labels import Label
 from dit_runtime.sampling.requests import ImageRequest
 from dit_runtime.sampling.settings import Settings
@@ -34,7 +35,7 @@ class GenerateBody:
         labels: one class number, name or mixture of each image, or a single one.
         seeds: one of each image, or the first image's, from which the next count up.
         steps, guidance, sampler, spacing, eta, guidance_interval, guidance_schedule, negative_label: as ``Settings``;
-            ``sampler`` is a name.
+            ``sampler`` is a sampler's name, or that of a table of the server.
         model: the bundle's name, where the server has several.
         stream: whether events are sent while the images are made.
         previews: with ``stream``, a preview after so many steps each; 0 sends none.
@@ -56,15 +57,23 @@ class GenerateBody:
     previews: Often = optional(0)
     timeout: Seconds | None = optional(None)
 
-    def prepare(self, pipe: Pipeline) -> list[ImageRequest]:
-        """The requests of its images. Raises SamplingError where they do not fit the model."""
+    def prepare(self, pipe: Pipeline, tables: Mapping[str, Schedule]) -> list[ImageRequest]:
+        """The requests of its images.
+
+        Args:
+            pipe: of the model.
+            tables: sampler tables that the server has, by their names.
+
+        Raises:
+            SamplingError: the requests do not fit the model.
+        """
         labels: Sequence[Label] = self.labels if isinstance(self.labels, list) else [self.labels]
         if not 1 <= len(labels) <= MOST_IMAGES:
             raise SamplingError(f"{len(labels)} labels: expected 1 to {MOST_IMAGES} in one request")
         settings: dict[str, Any] = {
             "steps": self.steps,
             "guidance": self.guidance,
-            "sampler": self.sampler,
+            "sampler": tables.get(self.sampler or "", self.sampler),
             "spacing": self.spacing,
             "eta": self.eta,
             "guidance_interval": self.guidance_interval,
@@ -77,7 +86,7 @@ class GenerateBody:
 
 @dataclass(frozen=True)
 class ImagesBody:
-    """``POST /v1/images/generations``, as OpenAI's clients send it, and ``seed``, ``steps`` and ``guidance``.
+    """``POST /v1/images/generations``, as OpenAI's clients send it, with four keys of ``GenerateBody``.
 
     Attributes:
         prompt: a class name, number or mixture.
@@ -88,6 +97,7 @@ class ImagesBody:
         output_format: of the images.
         stream, partial_images: whether events are sent, and how many of them before the image.
         user: not used.
+        seed, steps, guidance, sampler: as ``GenerateBody``.
     """
 
     prompt: str
@@ -102,6 +112,7 @@ class ImagesBody:
     seed: int = optional(0)
     steps: Steps | None = optional(None)
     guidance: float | None = optional(None)
+    sampler: str | None = optional(None)
 
     def as_generate(self, pipe: Pipeline) -> GenerateBody:
         """The same as ``POST /generate``'s body. Raises SamplingError for a size that the model does not have."""
@@ -115,6 +126,7 @@ class ImagesBody:
             seeds=self.seed,
             steps=self.steps,
             guidance=self.guidance,
+            sampler=self.sampler,
             stream=bool(self.stream),
             previews=max(1, steps // (parts + 1)) if parts else 0,
         )

@@ -45,6 +45,7 @@ def _main(argv: list[str] | None) -> int:
             token=args.token,
             batch_size=args.batch_size,
             most_waiting=args.max_queue,
+            tables=tuple(args.table),
             timeout=args.timeout,
             engine=args.engine,
             precision=args.precision,
@@ -77,6 +78,9 @@ def _parser() -> Parser:
     how.add_argument("--batch-size", type=positive, default=8, help="most images in the running batch")
     how.add_argument("--max-queue", type=positive, default=64, help="most images that wait")
     how.add_argument("--timeout", type=_seconds, default=300.0, help="seconds for a request that names none")
+    how.add_argument(
+        "--table", type=Path, nargs="+", default=(), metavar="JSON", help="sampler tables, such as dit-tune's"
+    )
     how.add_argument("--engine", default="auto", help=f"{ENGINE_HELP}; auto takes only an engine that is verified")
     how.add_argument("--precision", choices=PRECISIONS, metavar="{fp32,bf16}", help=PRECISION_HELP)
     how.add_argument("--store", type=Path, metavar="DIR", help=STORE_HELP)

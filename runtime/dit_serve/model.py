@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 from dit_runtime.output.provenance import BatchPosition, entry_from_request, text_from_entries
 from dit_runtime.output.request import DecodeSettings
 from dit_runtime.pipeline import Pipeline
+from dit_runtime.samplers.schedule import Schedule
 from dit_runtime.sampling.requests import ImageRequest
 from dit_serve.batcher import Batcher
 
@@ -22,11 +24,24 @@ class Model:
     Attributes:
         name: in requests.
         pipe: ready to sample.
+        tables: sampler tables by their names.
         batcher: which runs its jobs.
+
+    Raises:
+        SamplingError: a table does not fit the bundle, or the engine does not take batches of that size.
     """
 
-    def __init__(self, name: str, pipe: Pipeline, batch_size: int, most_waiting: int) -> None:
-        self.name, self.pipe = name, pipe
+    def __init__(
+        self,
+        name: str,
+        pipe: Pipeline,
+        batch_size: int,
+        most_waiting: int,
+        tables: Mapping[str, Schedule] | None = None,
+    ) -> None:
+        self.name, self.pipe, self.tables = name, pipe, dict(tables or {})
+        for table in self.tables.values():
+            pipe.prepare([0], 0, sampler=table)
         self.batcher = Batcher(pipe, batch_size, most_waiting)
 
     def png(self, image: NDArray[np.uint8], request: ImageRequest | None = None, eta: float = 0.0) -> bytes:

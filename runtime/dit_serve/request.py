@@ -19,6 +19,7 @@ class ServeRequest:
         token: what callers must send as ``Authorization: Bearer TOKEN``; None asks for none.
         batch_size: most images in a running batch.
         most_waiting: most images in a queue.
+        tables: files of sampler tables, which requests name by the file's name without its ending.
         timeout: seconds for a request that names none.
         engine, precision, store, size, threads: as ``Pipeline`` and ``open_bundle`` take them.
     """
@@ -30,6 +31,7 @@ class ServeRequest:
     token: str | None = None
     batch_size: int = 8
     most_waiting: int = 64
+    tables: tuple[Path, ...] = ()
     timeout: float = 300.0
     engine: str = "auto"
     precision: str | None = None

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 from dit_runtime.bundle.reader import open_bundle
 from dit_runtime.core.errors import EngineError, OutputError, SamplingError
 from dit_runtime.pipeline import Pipeline
+from dit_runtime.samplers.by_name import SAMPLERS
+from dit_runtime.samplers.schedule import Schedule, read_table
 
 if TYPE_CHECKING:
     from dit_serve.model import Model
@@ -59,6 +61,7 @@ def _open_models(request: ServeRequest) -> list[Model]:
     from dit_serve.model import Model
 
     models: list[Model] = []
+    tables = _read_tables(request.tables)
     for path in request.bundles:
         pipe = Pipeline(
             open_bundle(path, request.store), request.engine, request.threads, request.size, request.precision
@@ -66,8 +69,18 @@ def _open_models(request: ServeRequest) -> list[Model]:
         name = _name_of(path)
         if name in {model.name for model in models}:
             raise SamplingError(f"{path}: two bundles of the name {name}; rename one of the folders")
-        models.append(Model(name, pipe, request.batch_size, request.most_waiting))
+        models.append(Model(name, pipe, request.batch_size, request.most_waiting, tables))
     return models
+
+
+def _read_tables(paths: Sequence[Path]) -> dict[str, Schedule]:
+    """Sampler tables by the names of their files, which no sampler may have."""
+    tables: dict[str, Schedule] = {}
+    for path in paths:
+        if path.stem in SAMPLERS or path.stem in tables:
+            raise SamplingError(f"{path}: {path.stem} is the name of another sampler here; rename the file")
+        tables[path.stem] = read_table(path)
+    return tables
 
 
 def _name_of(path: Path) -> str:

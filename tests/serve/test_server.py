@@ -6,12 +6,15 @@ import http.client
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from dit_runtime import Pipeline
+from dit_runtime.core.errors import SamplingError
 from dit_runtime.output.images import read_png
 from dit_runtime.output.provenance import entries_from_text
 
@@ -23,6 +26,7 @@ from support.server import TOKEN, Running, expected, pixels
 from support.waiting import SECONDS, await_true
 
 from dit_serve.bodies import BODY_BYTES
+from dit_serve.model import Model
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +53,24 @@ def test_several_images_come_as_json(running: Running, bundles: dict[str, Path])
     assert [(each["index"], each["seed"]) for each in found] == [(0, 5), (1, 6), (2, 7)]
     for each, image in zip(found, images, strict=True):
         assert np.array_equal(pixels(each["image"]), image)
+
+
+def test_a_servers_table_is_a_sampler(bundles: dict[str, Path]) -> None:
+    """By its name, with its own steps; a table of another bundle is refused before anything is served."""
+    pipe = Pipeline(bundles["fp32"], "onnxruntime", threads=1)
+    (image,) = pipe.prepare([1], 0, steps=3, sampler="dpmpp-2m")
+    table = replace(image.schedule, sampler="few-3", spacing="custom")
+    with Running(bundles["fp32"], {"few": table}) as server:
+        status, _, content = server.ask("/generate", {"labels": 4, "seeds": 2, "sampler": "few"})
+        assert status == 200
+        assert np.array_equal(pixels(content), expected(bundles, [4], 2, steps=3, sampler="dpmpp-2m")[0])
+        (found,) = server.ask_json("/info")["models"]
+        assert (found["samplers"][-1], found["tables"]) == ("few", {"few": 3})
+        status, _, content = server.ask("/generate", {"labels": 4, "sampler": "few", "steps": 5})
+        assert (status, "a sampler table of 3 steps with steps 5" in content.decode()) == (400, True)
+    other = replace(table, timesteps=table.timesteps + 5000)
+    with pytest.raises(SamplingError, match="timesteps"):
+        Model("tiny", pipe, 1, 1, {"other": other})
 
 
 def test_events_while_images_are_made(running: Running, bundles: dict[str, Path]) -> None:

@@ -10,6 +10,7 @@ import json
 import socket
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import uvicorn
 from PIL import Image
 
 from dit_runtime import Pipeline
+from dit_runtime.samplers.schedule import Schedule
 from dit_serve.app import Server
 from dit_serve.model import Model
 from support.waiting import SECONDS
@@ -28,8 +30,10 @@ TOKEN = "a token"
 class Running:
     """A server in a thread of this process."""
 
-    def __init__(self, bundle: Path, **options: Any) -> None:
-        self.model = Model("tiny", Pipeline(bundle, "onnxruntime", threads=1), batch_size=4, most_waiting=8)
+    def __init__(self, bundle: Path, tables: Mapping[str, Schedule] | None = None, **options: Any) -> None:
+        self.model = Model(
+            "tiny", Pipeline(bundle, "onnxruntime", threads=1), batch_size=4, most_waiting=8, tables=tables
+        )
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
         app = Server([self.model], **options).app()
