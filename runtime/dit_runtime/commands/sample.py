@@ -180,6 +180,7 @@ def _labelled_images_from_arguments(args: argparse.Namespace) -> LabelledImages:
         decoding=DecodeSettings(args.decode_tile, args.decode_batch),
         batch_size=args.batch_size,
         size=args.size,
+        shard=args.shard or (1, 1),
     )
 
 
@@ -200,7 +201,7 @@ def _refuse_recorded(parser: Parser, args: argparse.Namespace) -> None:
     recorded = (
         *("count", "seed", "seeds", "steps", "spacing", "eta", "guidance", "guidance_interval", "guidance_schedule"),
         *("negative_label", "noise_device", "noise_dtype", "cuda_threads", "batch_size", "strength", "size"),
-        *("decode_tile", "decode_batch"),
+        *("decode_tile", "decode_batch", "shard"),
     )
     given = [name for name in recorded if vars(args)[name] != parser.get_default(name)]
     if args.sampler is not None and not args.sampler.endswith(".json"):
@@ -258,6 +259,14 @@ def _add_sampling_arguments(parser: Parser) -> None:
     )
     group.add_argument("--guidance-schedule", default="constant", help="constant, linear or cosine")
     group.add_argument("--negative-label", metavar="LABEL", help="guide away from this class, not from the null class")
+
+
+def _shard(text: str) -> tuple[int, int]:
+    """An argparse type: a part of the images, as ``2/8``."""
+    number, _, shards = text.partition("/")
+    if not (number.isdecimal() and shards.isdecimal() and len(text) < 20 and 1 <= int(number) <= int(shards)):
+        raise argparse.ArgumentTypeError(f"got {text!r:.80}, expected I/N, such as 2/8: the second of eight parts")
+    return int(number), int(shards)
 
 
 def _either(names: Sequence[str]) -> str:
@@ -324,6 +333,12 @@ def _add_output_arguments(parser: Parser) -> None:
         help="FILE.png for a grid, else a folder of files; images that the folder has are not made again",
     )
     group.add_argument("--overwrite", action="store_true", help="make all images of a folder again")
+    group.add_argument(
+        "--shard",
+        type=_shard,
+        metavar="I/N",
+        help="make the I-th of N parts of the images; the parts may share a folder, on one machine or several",
+    )
     group.add_argument(
         "--write-table", type=Path, metavar="JSON", help="write the named sampler's table, and make no image"
     )

@@ -143,11 +143,28 @@ def jobs_from_labels(pipe: Pipeline, asked: LabelledImages, inputs: InputFiles, 
     check_tile(asked.decoding.tile)
     series = _series_from_labels(pipe, asked, inputs)
     steps = _check_settings(pipe, series)
-    size = min(asked.batch_size, len(series.labels))
+    own = _range_of_shard(len(series.labels), asked.shard, output)
+    size = min(asked.batch_size, len(own))
     pipe.check_batch(size)
-    starts = range(0, len(series.labels), size)
-    each = (_job_from_labels(pipe, series, slice(start, start + size), asked.decoding, output) for start in starts)
-    return Jobs(pipe, each, len(starts), steps, asked.decoding)
+    parts = [own[start : start + size] for start in range(0, len(own), size)]
+    each = (_job_from_labels(pipe, series, slice(part.start, part.stop), asked.decoding, output) for part in parts)
+    return Jobs(pipe, each, len(parts), steps, asked.decoding)
+
+
+def _range_of_shard(count: int, shard: tuple[int, int], output: OutputRequest) -> range:
+    """The indices of a shard's images among ``count``; the shards' sizes differ by at most one.
+
+    Raises:
+        SamplingError: there is no such shard, it has no image, or its images would be a grid of their own.
+    """
+    number, shards = shard
+    if not 1 <= number <= shards:
+        raise SamplingError(f"shard {number}/{shards}: expected a number from 1 to {shards}")
+    if shards > count:
+        raise SamplingError(f"{shards} shards of {count} images: expected at most one for each image")
+    if shards > 1 and output.is_grid:
+        raise SamplingError(f"shard {number}/{shards} of a grid: expected a folder as --output, which shards can share")
+    return range(count * (number - 1) // shards, count * number // shards)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ class LabelledImages:
         decoding: how their latents are decoded.
         batch_size: images in one batch.
         size: height and width in pixels; None is the bundle's first.
+        shard: ``(i, n)``: the i-th of n parts of the images, from 1. Each image is the one that it is without shards.
     """
 
     labels: tuple[str, ...]
@@ -40,6 +41,7 @@ class LabelledImages:
     decoding: DecodeSettings = DecodeSettings()
     batch_size: int = 16
     size: tuple[int, int] | None = None
+    shard: tuple[int, int] = (1, 1)
 
 
 @dataclass(frozen=True)

@@ -347,6 +347,37 @@ def test_altered_pixels_are_made_again(bundle: Path, tmp_path: Path) -> None:
     assert json.loads(made(bundle, *arguments, "--json"))["files"] == []
 
 
+def test_shards_fill_one_folder(bundle: Path, tmp_path: Path) -> None:
+    """Fails if an image is made twice or by none, or is another one than without shards."""
+    arguments = ["--labels", "all", "--steps", 2, "--seed", 3, "--batch-size", 3]
+    made(bundle, *arguments, "-o", tmp_path / "whole")
+    folder = tmp_path / "parts"
+    files = []
+    for number in (3, 1, 4, 2):
+        files.append(json.loads(made(bundle, *arguments, "--shard", f"{number}/4", "-o", folder, "--json"))["files"])
+    assert [len(each) for each in files] == [2, 2, 3, 3]
+    assert sorted(Path(file).name for each in files for file in each) == list(times(tmp_path / "whole"))
+    for name in times(tmp_path / "whole"):
+        assert np.array_equal(pixels(folder / name), pixels(tmp_path / "whole" / name))
+    assert json.loads(made(bundle, *arguments, "-o", folder, "--json"))["files"] == []
+
+
+@pytest.mark.parametrize(
+    ("shard", "output", "words"),
+    [
+        ("1/11", "many", "11 shards of 10 images: expected at most one for each image"),
+        ("1/2", "grid.png", "shard 1/2 of a grid: expected a folder as --output"),
+        ("3/2", "many", "expected I/N, such as 2/8"),
+        ("0/2", "many", "expected I/N, such as 2/8"),
+        ("half", "many", "expected I/N, such as 2/8"),
+    ],
+)
+def test_shards_that_cannot_be(bundle: Path, tmp_path: Path, shard: str, output: str, words: str) -> None:
+    done = dit_sample(bundle, *ENGINE, "--labels", "all", "--shard", shard, "-o", tmp_path / output)
+    assert (done.code, words in done.err) == (1, True), done.err
+    assert not [*tmp_path.iterdir()]
+
+
 def test_a_folder_is_completed(bundle: Path, tmp_path: Path) -> None:
     """Fails if an image that is there is made again, or one that is missing, damaged or of other settings is not."""
     folder = tmp_path / "many"
