@@ -19,7 +19,7 @@ from dit_runtime.bundle.reader import Bundle, open_bundle
 from dit_runtime.core.errors import ParityError
 from dit_runtime.verify.auto import Choice, Trust
 from dit_runtime.verify.coverage import coverage_of, covers
-from dit_runtime.verify.effort import EXACT, FULL, FULL_LARGE, QUICK, Effort, sample_batches
+from dit_runtime.verify.effort import EXACT, FULL, QUICK, Effort, sample_batches
 from dit_runtime.verify.replay import Replay
 from dit_runtime.verify.verification import relations, verification_of
 from dit_runtime.verify.visits import Visits
@@ -115,9 +115,8 @@ def test_larger_batches_are_sampled() -> None:
         assert not covers(shapes, "step", least - 1)
     assert not covers({"step": [(8, 1), (10, 1)]}, "step", 9)
     assert not covers({"step": [(16, 1), (25, 1)]}, "step", 20)
-    for effort in (FULL, FULL_LARGE):
-        for branches in (1, 2):
-            assert set(range(1, EXACT + 1)) <= set(effort.batches[branches])
+    for branches in (1, 2, 3, 4):
+        assert set(range(1, EXACT + 1)) <= set(FULL.batches[branches])
 
 
 @pytest.mark.parametrize("effort", [QUICK, FULL], ids=["quick", "full"])
