@@ -69,7 +69,7 @@ FULL = Effort(
     sampled=True,
 )
 QUICK_LARGE = Effort({1: (1, 2), 2: (2,), 3: (1,)}, 2, (1, 2), (2, 2), 64 << 20)
-# Without profiles, which GPUs' engines have, batches of a large model take seconds each: ``auto`` verifies those that are
+# Without profiles, which GPUs' engines have, a batch of a large model takes seconds: ``auto`` verifies those that are
 # not among these before it goes there.
 FULL_LARGE = Effort(
     {1: (1, 2, 3, 4, 6), 2: (1, 2, 3, 4), 3: (1, 2)},
