@@ -72,6 +72,7 @@ def test_wheel_and_sdist(tmp_path: Path) -> None:
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == set(PACKAGES)
     assert {f"{name}/py.typed" for name in PACKAGES} <= set(names)
+    assert "dit_serve/page.html" in names
     assert "dit_runtime/verify/report.html.jinja" in names
     assert not [name for name in names if "test" in name or name.endswith((".safetensors", ".npz"))]
     code = "import dit_runtime, dit_engines, dit_export; print(dit_runtime.__version__)"
