@@ -15,6 +15,7 @@ from dit_engines.engine_store import (
     TIMING_CACHE,
     BuiltEngine,
     clear_lock,
+    digest_of_written,
     explain_rebuild,
     find_engine,
     find_timing_cache,
@@ -94,7 +95,7 @@ def engine_from_bundle(
                     built = compile_graphs(bundle, recipe, host, graphs, temporary, cache)
                 except BuildError as error:
                     raise BuildError(f"{error}{_keep_messages(temporary, folder)}") from error
-            digest = sha256_of(temporary / TIMING_CACHE) if host.times_kernels else None
+            digest = digest_of_written(temporary / TIMING_CACHE) if host.times_kernels else None
             write_sidecar(temporary, sidecar_of(bundle, recipe, host, identity, built, digest))
     return BuiltEngine(
         folder=folder,

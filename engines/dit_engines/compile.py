@@ -15,12 +15,11 @@ from typing import Any
 
 from dit_engines.audit import audit_from_json, find_problems
 from dit_engines.build_host import BuildHost
-from dit_engines.engine_store import LAYERS, LOG, STORE_OPTION, TIMING_CACHE, BuiltGraph
+from dit_engines.engine_store import LAYERS, LOG, STORE_OPTION, TIMING_CACHE, BuiltGraph, digest_of_written
 from dit_engines.recipe import Recipe, profiles_of
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.children import command_of_module, start_child
 from dit_runtime.core.errors import BuildError, OutputError
-from dit_runtime.core.files import sha256_of
 from dit_runtime.core.progress import Progress
 
 CANCEL_SECONDS = 10
@@ -138,7 +137,7 @@ def _compile_graph(
         graph=graph,
         plan=plan.name,
         plan_bytes=answer["plan_bytes"],
-        plan_sha256=sha256_of(plan),
+        plan_sha256=digest_of_written(plan),
         seconds=round(time.monotonic() - start, 1),
         profiles=tuple(profiles),
         audit=audit_from_json(answer["audit"]),

@@ -238,6 +238,21 @@ def link_plans(engine: BuiltEngine, folder: Path) -> tuple[BuiltGraph, ...]:
     return tuple(replace(graph, seconds=0.0) for graph in engine.graphs)
 
 
+def digest_of_written(path: Path) -> str:
+    """The SHA-256 of a file that this build has just written.
+
+    Raises:
+        OutputError: it is not there any more, since somebody removed the store meanwhile.
+    """
+    try:
+        return sha256_of(path)
+    except FileError as error:
+        raise OutputError(
+            f"{path}: {error}, and was just written: the engine store was removed or replaced meanwhile; run dit-build "
+            "again"
+        ) from error
+
+
 def find_timing_cache(store: Path, host: BuildHost) -> Path | None:
     """The timing cache of the store's last build by the same library on the same GPU; None when there is none.
 

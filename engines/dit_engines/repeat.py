@@ -14,6 +14,7 @@ from dit_engines.compile import compile_graphs
 from dit_engines.engine_store import (
     TIMING_CACHE,
     BuiltGraph,
+    digest_of_written,
     identity_of,
     sidecar_of,
     write_sidecar,
@@ -31,7 +32,6 @@ from dit_runtime.bench.parts import (
 )
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import OutputError
-from dit_runtime.core.files import sha256_of
 from dit_runtime.core.replace import scratch_folder
 from dit_runtime.core.text import join_lines
 from dit_runtime.verify.verification import verification_of
@@ -127,7 +127,7 @@ def measure_on_gpu(bundle: Bundle, recipe: Recipe, host: BuildHost) -> Measure |
     identity = identity_of(bundle, recipe, host, graphs_of(bundle), None)
 
     def measure(folder: Path, graphs: Sequence[BuiltGraph]) -> OnDevice:
-        digest = sha256_of(folder / TIMING_CACHE) if host.times_kernels else None
+        digest = digest_of_written(folder / TIMING_CACHE) if host.times_kernels else None
         write_sidecar(folder, sidecar_of(bundle, recipe, host, identity, graphs, digest))
         engine = TensorRtEngine(bundle, read_engine(folder), import_library(host.library), CudaRuntime())
         try:

@@ -28,6 +28,7 @@ from dit_engines.compile import CANCEL_SECONDS, _run_worker
 from dit_engines.engine_store import (
     TIMING_CACHE,
     BuiltEngine,
+    digest_of_written,
     explain_rebuild,
     find_engine,
     find_timing_cache,
@@ -583,3 +584,9 @@ def test_tf32_is_refused(bundle: Bundle, host: BuildHost, tmp_path: Path, monkey
     with pytest.raises(BuildError, match="the builder left TF32 on, which FP32 parity does not allow"):
         engine_from_bundle(bundle, recipe_for("rtx", "8.9", 1, (1,), 64), tmp_path, host)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_that_is_removed_while_an_engine_is_built(tmp_path: Path) -> None:
+    """One line that says so; it is no fault of ours."""
+    with pytest.raises(OutputError, match=r"step\.plan: .*removed or replaced meanwhile; run dit-build again"):
+        digest_of_written(tmp_path / "step.plan")
