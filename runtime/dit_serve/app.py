@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from dit_runtime.core.errors import DiTError, SamplingError
+from dit_runtime.core.errors import DiTError, EngineError, SamplingError
 from dit_runtime.core.version import __version__
 from dit_runtime.samplers.by_name import DIFFUSION_SAMPLERS, FLOW_SAMPLERS
 from dit_runtime.sampling.requests import ImageRequest
@@ -103,7 +103,7 @@ class Server:
             if isinstance(event, Finished):
                 image = _base64(model.png(event.image, requests[index], body.eta))
                 return "picture", {**about, "seconds": event.seconds, "image": image}
-            return "error", {**about, "status": _status_of(event.error), "message": str(event.error)}
+            return "error", {**about, "status": _status_of(_error_of(event)), "message": str(event.error)}
 
         if body.stream:
             return _stream(made, event, last=("done", {}))
@@ -130,7 +130,7 @@ class Server:
             if isinstance(event, Started):
                 return None
             if isinstance(event, Failed):
-                return "error", {"type": "error", "error": _error_body(event.error)["error"]}
+                return "error", {"type": "error", "error": _error_body(_error_of(event))["error"]}
             final = isinstance(event, Finished)
             name = "image_generation.completed" if final else "image_generation.partial_image"
             png = model.png(event.image, requests[index] if final else None)
@@ -194,7 +194,7 @@ class Server:
                 refusal = self._refusal(request, open_to_all)
                 answer = refusal if refusal is not None else await handler(request)
             except DiTError as error:
-                answer = JSONResponse(_error_body(error), _status_of(error), self._headers_for(error))
+                answer = JSONResponse(_error_body(error), _status_of(error), _headers_for(error))
             except ClientDisconnect:
                 answer = PlainTextResponse("", 499)
             self.metrics.count(request.url.path, answer.status_code, time.perf_counter() - start)
@@ -220,14 +220,6 @@ class Server:
                 return _refuse(415, f"content type {kind!r:.80}: expected application/json")
         return None
 
-    def _headers_for(self, error: DiTError) -> dict[str, str]:
-        if not isinstance(error, QueueFullError):
-            return {}
-        load = self._default.batcher.load()
-        steps = self._default.pipe.manifest.defaults.steps
-        seconds = load.waiting / load.batch_size * steps * load.step_seconds
-        return {"Retry-After": str(max(1, math.ceil(seconds)))}
-
 
 async def _content(request: Request) -> bytes:
     """A request's body. Raises SamplingError above ``BODY_BYTES``."""
@@ -251,7 +243,7 @@ async def _await_images(request: Request, made: RequestedImages) -> list[Finishe
         found: dict[int, Finished] = {}
         async for index, event in made.iterate_events():
             if isinstance(event, Failed):
-                raise event.error
+                raise _error_of(event)
             if isinstance(event, Finished):
                 found[index] = event
         return [found[index] for index in sorted(found)]
@@ -312,6 +304,15 @@ def _describe(model: Model) -> dict[str, Any]:
 
 def _status_of(error: DiTError) -> int:
     return next((status for kind, status in STATUSES if isinstance(error, kind)), 500)
+
+
+def _headers_for(error: DiTError) -> dict[str, str]:
+    return {"Retry-After": str(max(1, math.ceil(error.seconds)))} if isinstance(error, QueueFullError) else {}
+
+
+def _error_of(event: Failed) -> DiTError:
+    """The error of a job. Its settings were checked before it began, so that it is no fault of the request."""
+    return EngineError(str(event.error)) if isinstance(event.error, SamplingError) else event.error
 
 
 def _error_body(error: DiTError) -> dict[str, Any]:

@@ -93,9 +93,11 @@ class Batcher:
             if self._stopping:
                 raise StoppingError("no more images are made here: this server is being stopped; ask another one")
             if len(self._waiting) + len(jobs) > self._most_waiting:
+                steps = sum(job.request.schedule.steps for job in self._waiting)
                 raise QueueFullError(
                     f"{len(self._waiting)} images are waiting, and {len(jobs)} more would exceed "
-                    f"{self._most_waiting}; try again later, or ask for fewer at once"
+                    f"{self._most_waiting}; try again later, or ask for fewer at once",
+                    steps / self._batch_size * self._step_seconds(),
                 )
             self._waiting.extend(jobs)
             self._changed.notify()
@@ -128,8 +130,11 @@ class Batcher:
                 steps=self._steps,
                 images=self._images,
                 failures=self._failures,
-                step_seconds=float(np.median(self._times)) if self._times else 0.0,
+                step_seconds=self._step_seconds(),
             )
+
+    def _step_seconds(self) -> float:
+        return float(np.median(self._times)) if self._times else 0.0
 
     def _work(self) -> None:
         """The thread: a batch after the other, a new one only where the engine failed."""

@@ -15,7 +15,15 @@ from dit_runtime.sampling.requests import ImageRequest
 
 
 class QueueFullError(DiTError):
-    """As many jobs are waiting as may wait; try again later."""
+    """As many jobs are waiting as may wait; try again later.
+
+    Attributes:
+        seconds: until the queue will be about empty.
+    """
+
+    def __init__(self, message: str, seconds: float) -> None:
+        super().__init__(message)
+        self.seconds = seconds
 
 
 class StoppingError(DiTError):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
+from dit_runtime.output.images import png_from_image
 from dit_runtime.output.provenance import BatchPosition, entry_from_request, text_from_entries
 from dit_runtime.output.request import DecodeSettings
 from dit_runtime.pipeline import Pipeline
@@ -49,12 +47,8 @@ class Model:
 
         The record says that the image was made alone: in a batch whose images come and go it is the same.
         """
-        chunks = PngInfo()
-        if request is not None:
-            position = BatchPosition(1, 0, tuple(request.branches.needed.tolist()))
-            entry = entry_from_request(self.pipe, request, eta, DecodeSettings(), position)
-            for key, value in text_from_entries([entry], image).items():
-                chunks.add_text(key, value)
-        file = io.BytesIO()
-        Image.fromarray(image).save(file, format="PNG", pnginfo=chunks)
-        return file.getvalue()
+        if request is None:
+            return png_from_image(image)
+        position = BatchPosition(1, 0, tuple(request.branches.needed.tolist()))
+        entry = entry_from_request(self.pipe, request, eta, DecodeSettings(), position)
+        return png_from_image(image, text_from_entries([entry], image))

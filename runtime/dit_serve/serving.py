@@ -17,6 +17,8 @@ from dit_runtime.samplers.by_name import SAMPLERS
 from dit_runtime.samplers.schedule import Schedule, read_table
 
 if TYPE_CHECKING:
+    import uvicorn
+
     from dit_serve.model import Model
     from dit_serve.request import ServeRequest
 
@@ -97,11 +99,8 @@ def _listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
-async def _run(server: object, models: Sequence[Model], sockets: list[socket.socket]) -> None:
+async def _run(server: uvicorn.Server, models: Sequence[Model], sockets: list[socket.socket]) -> None:
     """Run uvicorn's server; the first signal lets it drain, the second ends it at once."""
-    import uvicorn
-
-    assert isinstance(server, uvicorn.Server)
     told = 0
 
     def stop() -> None:
@@ -118,8 +117,8 @@ async def _run(server: object, models: Sequence[Model], sockets: list[socket.soc
         loop.add_signal_handler(number, stop)
     server.capture_signals = _leave_signals  # type: ignore[method-assign]  # it would raise them again at its end
     await server.serve(sockets=sockets)
-    finished = [await asyncio.to_thread(model.batcher.stop, told < 2, DRAIN_SECONDS) for model in models]
-    assert all(finished) or told
+    for model in models:
+        await asyncio.to_thread(model.batcher.stop, told < 2, DRAIN_SECONDS)
 
 
 @contextlib.contextmanager

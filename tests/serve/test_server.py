@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -168,6 +169,24 @@ def test_what_is_refused(running: Running, body: Any, status: int, message: str)
     assert (found, message in error["message"]) == (status, True), error
     assert ("retry-after" in headers) == (status == 429)
     assert "\n" not in error["message"]
+
+
+def test_an_image_that_is_not_finite_is_no_fault_of_the_request(bundles: dict[str, Path]) -> None:
+    """Fails if the caller is told that the request was wrong."""
+    with Running(bundles["fp32"]) as server:
+        session = server.model.pipe.engine.session("decoder")
+
+        def spoiled(inputs: Any, outputs: Any) -> Any:
+            images, decoded = session.run(inputs, outputs)
+            return [images, np.full_like(decoded, np.nan)]
+
+        engine = server.model.pipe.engine
+        original = engine.session
+        engine.session = lambda graph: SimpleNamespace(run=spoiled) if graph == "decoder" else original(graph)
+        status, _, content = server.ask("/generate", {"labels": 1, "steps": 1})
+        assert (status, "decoded pixels are not finite" in content.decode()) == (500, True)
+        events = server.events("/generate", {"labels": 1, "steps": 1, "stream": True})
+        assert [(name, data.get("status")) for name, data in events[1:]] == [("error", 500), ("done", None)]
 
 
 def test_other_hosts_types_and_paths_are_refused(running: Running) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,17 +26,24 @@ INIT_PIXELS = 89_000_000  # of an image to start from: about 0.3 GB as RGB
 PNG_PIXELS = 178_000_000  # of an image of dit-sample, which may be a grid of many
 
 
+def png_from_image(image: Images, text: Mapping[str, str] | None = None) -> bytes:
+    """One image ``[H, W, 3]`` as the bytes of a PNG file, with text chunks by their keys."""
+    chunks, file = PngInfo(), io.BytesIO()
+    for key, value in (text or {}).items():
+        chunks.add_text(key, value)
+    Image.fromarray(image).save(file, format="PNG", pnginfo=chunks)
+    return file.getvalue()
+
+
 def write_png(path: Path, image: Images, text: Mapping[str, str] | None = None) -> None:
     """Write one image ``[H, W, 3]`` as PNG, with text chunks by their keys.
 
     Raises:
         OutputError: the file cannot be written.
     """
-    chunks = PngInfo()
-    for key, value in (text or {}).items():
-        chunks.add_text(key, value)
+    content = png_from_image(image, text)
     with replace_file(path) as file:
-        Image.fromarray(image).save(file, format="PNG", pnginfo=chunks)
+        file.write_bytes(content)
 
 
 def read_png(path: Path) -> tuple[Images, dict[str, str]]:

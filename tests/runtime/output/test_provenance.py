@@ -456,13 +456,14 @@ def test_a_write_that_is_cut_short(bundle: Path, tmp_path: Path, monkeypatch: py
     (old, *_) = (path for path in sorted(tmp_path.rglob("*.png")))
     before, content = sorted(tmp_path.rglob("*")), old.read_bytes()
 
-    def save(self: Image.Image, file: Path, **options: object) -> None:
-        file.write_bytes(b"half an image")
+    def write(self: Path, content: bytes) -> None:
+        with self.open("wb") as file:
+            file.write(content[: len(content) // 2])
         raise KeyboardInterrupt
 
     with old.open("rb") as opened:
         with monkeypatch.context() as patch:
-            patch.setattr(Image.Image, "save", save)
+            patch.setattr(Path, "write_bytes", write)
             done = dit_sample(bundle, *arguments, "--overwrite", "--guidance", 1)
         assert (done.code, done.out) == (130, "")
         assert done.err == ""
