@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import numpy as np
 
 from dit_runtime.backends.base import Array, Engine
 from dit_runtime.bundle.manifest import Manifest
+from dit_runtime.core.errors import SamplingError
 from dit_runtime.samplers.noise import Float32
 
 STATE_SLOTS = 3  # slot 0 is z_t, slots 1 and 2 are the sampler's memory
+
+
+def refuse_earlier_step() -> NoReturn:
+    """Raise SamplingError: a device keeps the latents of its last step only."""
+    raise SamplingError(
+        "only the latents of the last step are on the device; read the latents of a step before the next"
+    )
 
 
 def state_from_latents(latents: Float32) -> Float32:

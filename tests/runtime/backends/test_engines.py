@@ -23,15 +23,18 @@ import numpy as np
 import pytest
 from support.batches import mixed
 from support.grids import grid
+from support.onnxruntime_graphs import GraphSession
 from support.optional import onnx, torch
 
 from dit_runtime import Pipeline
 from dit_runtime.backends import prepared
 from dit_runtime.backends.base import Candidate, most_threads
+from dit_runtime.backends.conditioning import TableLimits
 from dit_runtime.backends.onnxruntime import engine as onnxruntime_engine
 from dit_runtime.backends.onnxruntime import gpu as onnxruntime_gpu
 from dit_runtime.backends.onnxruntime import open as onnxruntime_open
 from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
+from dit_runtime.backends.onnxruntime.steps import FixedSteps
 from dit_runtime.backends.open import BACKENDS, find_candidates, open_engine
 from dit_runtime.backends.openvino import engine as openvino_engine
 from dit_runtime.backends.openvino import open as openvino_open
@@ -39,7 +42,7 @@ from dit_runtime.backends.openvino.engine import OpenVinoEngine
 from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle, open_bundle
 from dit_runtime.core import machine as cpu
-from dit_runtime.core.errors import BundleError, EngineError, ParityError
+from dit_runtime.core.errors import BundleError, EngineError, ParityError, SamplingError
 from dit_runtime.verify import auto
 from dit_runtime.verify.auto import choose_engine
 from dit_runtime.verify.metrics import relative_error
@@ -591,7 +594,7 @@ class GpuSession:
         self.bindings.append(Binding(self))
         return self.bindings[-1]
 
-    def run_with_iobinding(self, binding: Binding) -> None:
+    def run_with_iobinding(self, binding: Binding, options: Any = None) -> None:
         assert binding.state == "bound"
         assert not self.fallback  # or a failing call would open the session on the CPU and run it again
         binding.results = self.real.run(list(binding.outputs), binding.inputs)
@@ -685,49 +688,124 @@ def test_the_gpu_session_binds_and_computes_the_same(fp32: Bundle, capfd: pytest
     assert capfd.readouterr().out == ""  # preloading prints what it does not find
 
 
-def test_the_loop_stays_on_the_gpu(fp32: Bundle, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On ONNX Runtime's own values, of the CPU here: the latents are the host's, and are sent once a run."""
+@pytest.fixture
+def resident(fp32: Bundle, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Pipeline, list[GraphSession]]:
+    """A pipeline whose loop is ONNX Runtime's CUDA provider's, on values of the CPU; and the step's sessions."""
+    sessions: list[GraphSession] = []
+
+    def open_session(runtime: Any, provider: Any, path: Path, options: Any, precision: Any, captured: bool) -> Any:
+        session = GraphSession(path)
+        if captured:
+            sessions.append(session)
+        return session if captured else session.real
+
+    assert gpu.get_available_providers()  # as on a machine with a GPU
+    monkeypatch.setattr(onnxruntime_gpu.Provider, "memory", "cpu")
+    monkeypatch.setattr(onnxruntime_engine, "open_gpu_session", open_session)
+    return Pipeline(fp32, open_engine(fp32, "onnxruntime-cuda")), sessions
+
+
+@pytest.fixture
+def on_host(fp32: Bundle, monkeypatch: pytest.MonkeyPatch) -> Pipeline:
     import onnxruntime
 
-    sent: list[tuple[int, ...]] = []
-
-    def send(array: np.ndarray, device: str, number: int) -> Any:
-        sent.append(array.shape)
-        return onnxruntime.OrtValue.ortvalue_from_numpy(array.copy(), device, number)  # a GPU has its own
-
-    plain = onnxruntime.SessionOptions()
-    plain.intra_op_num_threads = 1
-    gpu.OrtValue = SimpleNamespace(ortvalue_from_numpy=send)
-    monkeypatch.setattr(onnxruntime_gpu.Provider, "memory", "cpu")
-    monkeypatch.setattr(
-        onnxruntime_engine,
-        "open_gpu_session",
-        lambda runtime, provider, path, *_: onnxruntime.InferenceSession(
-            path, plain, providers=["CPUExecutionProvider"]
-        ),
-    )
-    resident = Pipeline(fp32, open_engine(fp32, "onnxruntime-cuda"))
     with monkeypatch.context() as patch:
         patch.setattr(onnxruntime_engine, "import_onnxruntime", lambda: onnxruntime)
-        host = Pipeline(fp32, OnnxRuntimeEngine(fp32, threads=1))
-    assert resident.engine.info.loop_on_device
-    settings = {"sampler": "ddpm", "steps": 9, "guidance": 2.0, "guidance_interval": (0.4, 1.0)}
-    for labels in ([3], [1, 2, 3]):
-        found, expected = (list(pipe.trajectory(labels, 5, **settings)) for pipe in (resident, host))
+        return Pipeline(fp32, OnnxRuntimeEngine(fp32, threads=1))
+
+
+GUIDED = {"sampler": "ddpm", "steps": 9, "guidance": 2.0, "guidance_interval": (0.4, 1.0)}
+
+
+def test_the_loop_stays_on_the_gpu(
+    resident: tuple[Pipeline, list[GraphSession]], on_host: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The latents are the host's, steps are replayed, and latents and table are sent once a run."""
+    pipe, sessions = resident
+    assert pipe.engine.info.loop_on_device
+    for labels in ([3], [1, 2, 3], [1, 2]):
+        found, expected = list(pipe.trajectory(labels, 5, **GUIDED)), list(on_host.trajectory(labels, 5, **GUIDED))
         for (_, *values), (_, *others) in zip(found, expected, strict=True):
             assert all(np.array_equal(one, other) for one, other in zip(values, others, strict=True))
-    images = mixed(host)
-    expected = dict(host.stream(images, 3))
-    for index, latents in resident.stream(images, 3):  # eight samplers, images that join and leave
+    (session,) = sessions
+    captured = len(session.captured)
+    assert captured == 3 * 2 * 2  # batches, branches, both directions
+    images = mixed(on_host)
+    expected = dict(on_host.stream(images, 3))
+    for index, latents in pipe.stream(images, 3):  # eight samplers, images that join and leave
         assert np.array_equal(latents, expected[index])
-    sent.clear()
-    resident.sample_latents(resident.prepare([1, 2], 5, sampler="ddim", steps=20, guidance=2.0))
-    assert len(sent) == 3  # state, noise and the whole conditioning table
-    sent.clear()
-    resident.sample_latents(resident.prepare([1, 2], 5, sampler="ddpm", steps=20, guidance=2.0))
-    assert len(sent) == 3 + 18  # noise again in every step but the last
-    rungs = verification_of(fp32, resident.engine, quick=True).rungs
+    sent: list[str] = []
+    put = FixedSteps.put
+    monkeypatch.setattr(FixedSteps, "put", lambda self, name, array: (sent.append(name), put(self, name, array)))
+    table = pipe.manifest.table.name
+    for sampler, noises in (("ddim", 1), ("ddpm", 19)):  # noise in every step but the last
+        sent.clear()
+        before = session.replays
+        pipe.sample_latents(pipe.prepare([1, 2], 5, sampler=sampler, steps=20, guidance=2.0))
+        counts = {name: sent.count(name) for name in ("state", "noise", table, "coefficients")}
+        assert counts == {"state": 1, "noise": noises, table: 1, "coefficients": 20}
+        # A table of another length may be captured first, in both directions.
+        assert session.replays - before in (18, 20)
+    rungs = verification_of(pipe.bundle, pipe.engine, quick=True).rungs
     assert [rung.name for rung in rungs if not rung.passed] == []
+
+
+def test_two_loops_have_graphs_of_their_own(resident: tuple[Pipeline, list[GraphSession]], on_host: Pipeline) -> None:
+    """Batches that run at the same time on one engine share no memory; a later one has the graphs of an earlier one."""
+    pipe, sessions = resident
+    runs = [pipe.trajectory([label], label, **GUIDED) for label in (1, 2)]
+    ends = list(zip(*runs, strict=True))[-1]
+    for label, (_, latents, *_) in zip((1, 2), ends, strict=True):
+        assert np.array_equal(latents, list(on_host.trajectory([label], label, **GUIDED))[-1][1])
+    captured = len(sessions[0].captured)
+    list(pipe.trajectory([1], 1, **GUIDED))
+    assert len(sessions[0].captured) == captured
+    pipe.engine.release("step")
+    list(pipe.trajectory([1], 1, **GUIDED))
+    assert len(sessions) == 2
+    assert sessions[1].captured
+
+
+def test_only_the_last_step_can_be_read(resident: tuple[Pipeline, list[GraphSession]], fp32: Bundle) -> None:
+    """An earlier step's result is an error, not the numbers of the step after it."""
+    loop = resident[0].engine.open_loop(TableLimits())
+    loop.add(np.ones((1, 4, *fp32.manifest.model.latent_size), np.float32))
+    loop.table.prepare([(500.0, 1)], lambda: iter(()))
+    step = np.zeros((1, 17), np.float32), np.ones((1, 1, 4), np.float32), np.zeros((1, 1), np.int32)
+    first, second = (loop.run_step(*step, None, ()) for _ in range(2))
+    assert np.isfinite(second.state).all()
+    with pytest.raises(SamplingError, match="only the latents of the last step"):
+        first.state  # noqa: B018  # reading is what is tried
+
+
+def test_a_step_that_cannot_be_captured_runs(
+    resident: tuple[Pipeline, list[GraphSession]], on_host: Pipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the capture fails, the log says so once, and the numbers are the same."""
+    pipe, sessions = resident
+    pipe.engine.session("step")
+    sessions[0].refuses = RuntimeError("operation not permitted when stream is capturing")
+    found = list(pipe.trajectory([1, 2], 5, **GUIDED))[-1]
+    expected = list(on_host.trajectory([1, 2], 5, **GUIDED))[-1]
+    assert all(np.array_equal(one, other) for one, other in zip(found[1:], expected[1:], strict=True))
+    assert not sessions[0].captured
+    assert caplog.text.count("cannot capture the step") == 1
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_session_that_cannot_capture_is_opened_without(fp32: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime refuses at opening what it could not capture."""
+
+    class Refusing(GpuSession):
+        def __init__(self, path: str, options: Any, providers: Sequence[Any] | None = None, **rest: Any) -> None:
+            if providers and "enable_cuda_graph" in providers[0][1]:
+                raise RuntimeError("This session cannot use the graph capture feature as requested by the user")
+            super().__init__(path, options, providers, **rest)
+
+    engine = open_engine(fp32, "onnxruntime-cuda")
+    monkeypatch.setattr(engine._runtime, "InferenceSession", Refusing)
+    inputs = step_inputs(fp32, batch=1, branches=2, rows=4)
+    assert np.isfinite(engine.session("step").run(inputs, ["denoised"])[0]).all()
 
 
 @pytest.mark.usefixtures("gpu")

@@ -19,9 +19,9 @@ from dit_runtime.backends.onnxruntime.gpu import (
     open_provider,
     reason_of,
     run_bound,
-    run_resident,
 )
 from dit_runtime.backends.onnxruntime.loop import ResidentLoop
+from dit_runtime.backends.onnxruntime.steps import MOST_GRAPHS, UNCAPTURED, FixedSteps, run_options
 from dit_runtime.backends.outputs import check_outputs
 from dit_runtime.backends.prepared import facts_of, load_prepared
 from dit_runtime.bundle.manifest import SIZED_GRAPHS, GraphSpec
@@ -94,14 +94,8 @@ class OnnxRuntimeEngine:
     def open_loop(self, limits: TableLimits) -> HostLoop:
         """As ``Engine.open_loop``. With the CUDA provider the loop stays on the GPU."""
         if self.info.loop_on_device:
-            run = self.session("step").run_resident
-            return ResidentLoop(self, self._bundle.manifest, limits, self._send, run)
+            return ResidentLoop(self, self._bundle.manifest, limits, self.session("step"), self._runtime)
         return HostLoop(self, self._bundle.manifest, limits)
-
-    def _send(self, array: Array) -> Any:
-        """Copy an array to the provider's memory; returns ONNX Runtime's value."""
-        assert self._provider is not None
-        return self._runtime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self._provider.memory, 0)
 
     def close(self) -> None:
         """As ``Engine.close``."""
@@ -125,11 +119,19 @@ class OnnxRuntimeEngine:
 
     def _load_on_gpu(self, graph: str, path: Path) -> Call:
         assert self._provider is not None
-        manifest = self._bundle.manifest
-        session = open_gpu_session(self._runtime, self._provider, path, self._make_options(), manifest.precision.name)
-        return functools.partial(
-            run_bound, session, self._provider, manifest.table.name if graph in SIZED_GRAPHS else None
-        )
+        manifest, runtime, provider = self._bundle.manifest, self._runtime, self._provider
+        precision = manifest.precision.name
+        captured = graph == "step" and self.info.loop_on_device
+        try:
+            session = open_gpu_session(runtime, provider, path, self._make_options(), precision, captured)
+        except EngineError:
+            if not captured:
+                raise
+            # ONNX Runtime opens no session with CUDA graphs where it copies between CPU and GPU in mid-graph.
+            session, captured = open_gpu_session(runtime, provider, path, self._make_options(), precision), False
+        table = manifest.table.name if graph in SIZED_GRAPHS else None
+        options = run_options(runtime, UNCAPTURED) if captured else None
+        return functools.partial(run_bound, session, provider, table, options)
 
     def _load_on_cpu(self, graph: str, path: Path) -> Call:
         options = self._make_options()
@@ -185,6 +187,8 @@ class _OnnxRuntimeSession:
     def __init__(self, load: Callable[[], Call], name: str, spec: GraphSpec) -> None:
         self._load, self._name, self._spec = load, name, spec
         self._call: Call | None = load()
+        self._idle: list[FixedSteps] = []
+        self._made = 0
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
         call = self._call = self._call or self._load()
@@ -194,16 +198,29 @@ class _OnnxRuntimeSession:
         check_outputs(self._name, self._spec, inputs, outputs, results)
         return results
 
-    def run_resident(self, values: Mapping[str, Any], inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Any]:
-        """Run with values that are on the GPU, and stay there (``gpu.run_resident``)."""
+    def take_steps(self, runtime: Any) -> FixedSteps:
+        """The steps for a loop on the GPU: those that an earlier loop gave back, with their CUDA graphs, or others."""
         call = self._call = self._call or self._load()
-        assert isinstance(call, functools.partial)  # of run_bound, with session and provider
-        session, provider, _ = call.args
+        if self._idle:
+            return self._idle.pop()
+        assert isinstance(call, functools.partial)  # of run_bound
+        session, provider, _, uncaptured = call.args
+        first = self._made * MOST_GRAPHS
+        self._made += 1
+        numbers = range(first, first + MOST_GRAPHS) if uncaptured is not None else range(0)
+        return FixedSteps(runtime, session, provider.memory, numbers)
+
+    def run_steps(self, steps: FixedSteps, inputs: Mapping[str, Array]) -> tuple[Any, Any]:
+        """Put the inputs, and run one step (``FixedSteps.run``)."""
         with self._explaining(inputs):
-            results = run_resident(session, provider, values, inputs, outputs)
-        shapes = [np.broadcast_to(np.float32(0), value.shape()) for value in results]  # no memory: to be checked
-        check_outputs(self._name, self._spec, inputs, outputs, shapes)
-        return results
+            for name, value in inputs.items():
+                steps.put(name, value)
+            return steps.run()
+
+    def give_back(self, steps: FixedSteps) -> None:
+        """Keep the steps for the next loop, unless their graph was released."""
+        if isinstance(self._call, functools.partial) and steps.session is self._call.args[0]:
+            self._idle.append(steps)
 
     @contextlib.contextmanager
     def _explaining(self, inputs: Mapping[str, Array]) -> Iterator[None]:
@@ -216,6 +233,7 @@ class _OnnxRuntimeSession:
 
     def release(self) -> None:
         self._call = None
+        self._idle.clear()
 
 
 def import_onnxruntime() -> Any:

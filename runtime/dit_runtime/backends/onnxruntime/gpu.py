@@ -110,7 +110,9 @@ def _find_rtx_devices(runtime: Any, library: str) -> tuple[Any, ...]:
     return devices
 
 
-def open_gpu_session(runtime: Any, provider: Provider, path: Path, options: Any, precision: Precision) -> Any:
+def open_gpu_session(
+    runtime: Any, provider: Provider, path: Path, options: Any, precision: Precision, captured: bool = False
+) -> Any:
     """Open a session whose work is on the GPU.
 
     The entry ``session.disable_cpu_fallback`` does not help: where the provider's libraries are missing, ONNX Runtime
@@ -122,6 +124,7 @@ def open_gpu_session(runtime: Any, provider: Provider, path: Path, options: Any,
         path: the graph's file.
         options: the session's options; this function adds to them.
         precision: the bundle's precision.
+        captured: whether calls may be captured as CUDA graphs.
 
     Raises:
         EngineError: the provider cannot be used, or leaves work to another provider.
@@ -133,7 +136,7 @@ def open_gpu_session(runtime: Any, provider: Provider, path: Path, options: Any,
     if provider.devices:
         options.add_provider_for_devices(list(provider.devices[:1]), {})
     else:
-        arguments["providers"] = _providers_for(provider.name, precision)
+        arguments["providers"] = _providers_for(provider.name, precision, captured)
     try:
         session = runtime.InferenceSession(os.fspath(path), options, **arguments)
     except (RuntimeError, ValueError) as error:
@@ -151,7 +154,12 @@ def open_gpu_session(runtime: Any, provider: Provider, path: Path, options: Any,
 
 
 def run_bound(
-    session: Any, provider: Provider, table: str | None, inputs: Mapping[str, Array], outputs: Sequence[str]
+    session: Any,
+    provider: Provider,
+    table: str | None,
+    options: Any,
+    inputs: Mapping[str, Array],
+    outputs: Sequence[str],
 ) -> list[Array]:
     """Run a session once: the inputs are copied to the GPU, and the outputs stay there until all are computed.
 
@@ -163,6 +171,7 @@ def run_bound(
         session: from ``open_gpu_session``.
         provider: the session's provider.
         table: name of the input that is the conditioning table; None for a graph that does not read it.
+        options: ONNX Runtime's options of the call, or None.
         inputs: every input of the graph by name.
         outputs: names of the outputs to return.
     """
@@ -176,41 +185,17 @@ def run_bound(
     for name in outputs:
         binding.bind_output(name, provider.memory, 0)
     binding.synchronize_inputs()
-    session.run_with_iobinding(binding)
+    session.run_with_iobinding(binding, options)
     binding.synchronize_outputs()
     return [np.asarray(result) for result in binding.copy_outputs_to_cpu()]
 
 
-def run_resident(
-    session: Any, provider: Provider, values: Mapping[str, Any], inputs: Mapping[str, Array], outputs: Sequence[str]
-) -> list[Any]:
-    """Run a session once, with inputs and outputs that stay on the GPU: ONNX Runtime's own values.
-
-    Args:
-        session: from ``open_gpu_session``.
-        provider: the session's provider.
-        values: inputs that are on the GPU.
-        inputs: the other inputs, which are copied there.
-        outputs: names of the outputs to return.
-    """
-    binding = session.io_binding()
-    for name, held in values.items():
-        binding.bind_ortvalue_input(name, held)
-    for name, value in inputs.items():
-        binding.bind_cpu_input(name, np.ascontiguousarray(value))
-    for name in outputs:
-        binding.bind_output(name, provider.memory, 0)
-    binding.synchronize_inputs()
-    session.run_with_iobinding(binding)
-    binding.synchronize_outputs()
-    return list(binding.get_outputs())
-
-
-def _providers_for(name: str, precision: Precision) -> list[Any]:
+def _providers_for(name: str, precision: Precision, captured: bool) -> list[Any]:
     # Other programs use the device's memory too, so take no more than is needed. TF32 is off, because it is not FP32.
-    cuda = (PROVIDERS["cuda"], {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"})
+    settings = {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
+    cuda = (PROVIDERS["cuda"], settings)
     if name == "cuda":
-        return [cuda]
+        return [(PROVIDERS["cuda"], {**settings, "enable_cuda_graph": "1"})] if captured else [cuda]
     return [(PROVIDERS["tensorrt"], {"trt_fp16_enable": str(precision == Precision.FP16)}), cuda]
 
 

@@ -6,39 +6,58 @@ read, and when images join or leave the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
 from dit_runtime.backends.base import Array, Engine, Int32, RunInputs, StepResult
 from dit_runtime.backends.conditioning import TableLimits
 from dit_runtime.backends.host_loop import HostLoop
+from dit_runtime.backends.onnxruntime.steps import FixedSteps, pad_rows
+from dit_runtime.backends.step import refuse_earlier_step
 from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.samplers.noise import Float32
 
-# Runs the step: values on the GPU, the other inputs, names of outputs → values on the GPU.
-RunResident = Callable[[Mapping[str, Any], Mapping[str, Array], Sequence[str]], list[Any]]
+
+class StepSession(Protocol):
+    """The session of the step: it lends memory on the GPU to a loop, and runs the step on it."""
+
+    def take_steps(self, runtime: Any) -> FixedSteps: ...
+    def run_steps(self, steps: FixedSteps, inputs: Mapping[str, Array]) -> tuple[Any, Any]: ...
+    def give_back(self, steps: FixedSteps) -> None: ...
 
 
 class ResidentStepResult:
-    """``StepResult`` of values on a GPU. Reading one copies it to the host."""
+    """``StepResult`` of values on the GPU. Reading them copies them to the host; only the last step's can be read."""
 
     at_hand = False
 
-    def __init__(self, state: Any, denoised: Any) -> None:
-        self._state, self._denoised = state, denoised
+    def __init__(self, values: tuple[Any, Any]) -> None:
+        self._values: tuple[Any, Any] | None = values
+        self._read: tuple[Float32, Float32] | None = None
 
-    @cached_property
+    def end(self) -> None:
+        """Forget the values, before the next step overwrites them."""
+        self._values = None
+
+    @property
     def state(self) -> Float32:
-        values: Float32 = self._state.numpy()
-        return values
+        return self._arrays()[0]
 
-    @cached_property
+    @property
     def denoised(self) -> Float32:
-        values: Float32 = self._denoised.numpy()
-        return values
+        return self._arrays()[1]
+
+    def _arrays(self) -> tuple[Float32, Float32]:
+        if self._read is None:
+            if self._values is None:
+                refuse_earlier_step()
+            else:
+                state, denoised = self._values
+                self._read = np.array(state.numpy()), np.array(denoised.numpy())
+        assert self._read is not None
+        return self._read
 
 
 class ResidentLoop(HostLoop):
@@ -48,24 +67,19 @@ class ResidentLoop(HostLoop):
         engine: whose conditioner runs.
         manifest: of the bundle.
         limits: of the conditioning table's memory.
-        send: copies an array to the GPU, and returns ONNX Runtime's value of it.
-        run: runs the step.
+        session: of the step.
+        runtime: the imported module ``onnxruntime``.
     """
 
     looks_ahead = True  # else the table would be copied to the GPU again for each step that adds to it
 
     def __init__(
-        self,
-        engine: Engine,
-        manifest: Manifest,
-        limits: TableLimits,
-        send: Callable[[Array], Any],
-        run: RunResident,
+        self, engine: Engine, manifest: Manifest, limits: TableLimits, session: StepSession, runtime: Any
     ) -> None:
         super().__init__(engine, manifest, limits)
-        self._send, self._run_resident = send, run
+        self._step_session, self._steps = session, session.take_steps(runtime)
         self._last: ResidentStepResult | None = None
-        self._values: dict[str, Any] = {}  # on the GPU
+        self._sent: set[str] = set()  # inputs that are on the GPU
         self._table_fills = 0
 
     def add(self, latents: Float32) -> None:
@@ -91,32 +105,31 @@ class ResidentLoop(HostLoop):
         return super().run_step(coefficients, guidance, rows, noise, drawing)
 
     def close(self) -> None:
-        """As ``Loop.close``. The memory on the GPU is given back."""
-        self._values.clear()
-        self._last = None
+        """As ``Loop.close``. The memory on the GPU, and its CUDA graphs, serve the next loop."""
+        self._step_session.give_back(self._steps)
 
     def _run(self, coefficients: Float32, guidance: Float32, rows: Int32) -> ResidentStepResult:
+        if self._last is not None:
+            self._last.end()
         table = self._manifest.table.name
         if self._table_fills != self._memory.fills:
-            self._values.pop(table, None)
+            self._sent.discard(table)
             self._table_fills = self._memory.fills
-        held = {"state": self._state, "noise": self._noise, table: self._memory.array[: len(self.table)]}
-        for name, array in held.items():
-            if name not in self._values:
-                self._values[name] = self._send(array)
-        small: dict[str, Array] = {"coefficients": coefficients, "guidance": guidance, "rows": rows}
-        state, denoised = self._run_resident(self._values, small, ("next_state", "denoised"))
-        self._values["state"] = state
-        self._last = ResidentStepResult(state, denoised)
-        return self._last
+        inputs: dict[str, Array] = {"coefficients": coefficients, "guidance": guidance, "rows": rows}
+        held = {"state": self._state, "noise": self._noise, table: self._memory.array}
+        for name in held.keys() - self._sent:
+            inputs[name] = pad_rows(held[name][: len(self.table)]) if name == table else held[name]
+        result = ResidentStepResult(self._step_session.run_steps(self._steps, inputs))
+        self._sent.update(held)
+        self._last = result
+        return result
 
     def _fetch(self) -> None:
         """Take the latents back to the host, where images join and leave."""
         if self._last is not None:
-            self._state, self._last = np.array(self._last.state), None
-        for name in ("state", "noise"):
-            self._values.pop(name, None)
+            self._state, self._last = self._last.state, None
+        self._sent -= {"state", "noise"}
 
     def _forget_noise(self, noise: Float32 | None) -> None:
         if noise is not None:
-            self._values.pop("noise", None)
+            self._sent.discard("noise")

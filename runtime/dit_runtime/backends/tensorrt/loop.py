@@ -17,7 +17,7 @@ import numpy as np
 from dit_runtime.backends.base import Int32, RunInputs
 from dit_runtime.backends.conditioning import ConditioningTable, TableLimits
 from dit_runtime.backends.profiles import Fit, shapes_of_tensors
-from dit_runtime.backends.step import STATE_SLOTS
+from dit_runtime.backends.step import STATE_SLOTS, refuse_earlier_step
 from dit_runtime.backends.tensorrt.buffers import (
     DeviceBuffer,
     Layout,
@@ -28,7 +28,7 @@ from dit_runtime.backends.tensorrt.buffers import (
 from dit_runtime.backends.tensorrt.conditioning import DeviceTable
 from dit_runtime.backends.tensorrt.device import Device
 from dit_runtime.backends.tensorrt.graphs import StepGraphs
-from dit_runtime.core.errors import EngineError, SamplingError
+from dit_runtime.core.errors import EngineError
 from dit_runtime.samplers.noise import Float32
 
 FLOAT32 = np.dtype(np.float32)
@@ -190,9 +190,7 @@ class DeviceLoop:
         device, cuda, stream = self._device, self._device.cuda, self._device.stream
         with device.lock:
             if number != self._number:
-                raise SamplingError(
-                    "only the latents of the last step are on the device; read the latents of a step before the next"
-                )
+                refuse_earlier_step()
             layout = Layout(
                 {
                     "next_state": ((count, STATE_SLOTS, *self._image), FLOAT32),
