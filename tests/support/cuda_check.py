@@ -2,6 +2,7 @@
 
     python tests/support/cuda_check.py --json build/cuda-check.json     # DIT_BUNDLE=my.bundle, or models exported here
     python tests/support/cuda_check.py --double                         # the same checks without a GPU
+    python tests/support/cuda_check.py --shape build/dit-xl.hollow      # a step at that shape too, with other weights
 
 ``torch_trt`` computes in TensorRT's place. Each check says PASS, FAIL or SKIP with its seconds and figures, and the
 JSON is written after each. A check that is left out for want of time is a failure; one without its library is not.
@@ -17,6 +18,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -47,6 +49,7 @@ from dit_runtime.verify.verification import trajectories_of, verification_of
 from support.batches import mixed
 from support.cuda_double import ALIGNMENT, VERSION, Machine, Misuse, plans_for
 from support.device import SessionsOnly, latents_of, time_steps
+from support.hollow import fill
 from support.torch_trt import CudaPlace, DoublePlace, memory_given_back, module
 
 EXPORTS = Path(__file__).with_name("exports.py")
@@ -356,6 +359,26 @@ def check_speed(device: Device) -> dict[str, Any]:
     return found
 
 
+def check_sanitizer(device: Device) -> dict[str, Any]:
+    """Every method of ``Cuda`` under compute-sanitizer: no access beside what was allocated, nothing left."""
+    tool = shutil.which("compute-sanitizer")
+    if device.machine is not None or tool is None:
+        raise Skip("compute-sanitizer of the CUDA toolkit is not here, or there is no GPU")
+    command = [sys.executable, __file__, "--only", "cuda", "--seconds", "60"]
+    left = max(1.0, device.deadline - time.monotonic())
+    found = subprocess.run(
+        [tool, "--tool", "memcheck", "--error-exitcode", "9", *command],
+        env={**os.environ, "DIT_BUNDLE": str(device.bundle.path)},
+        capture_output=True,
+        text=True,
+        timeout=left,
+        check=False,
+    )
+    said = (found.stdout + found.stderr).splitlines()
+    assert found.returncode == 0, f"exit code {found.returncode}: {said[-20:]}"
+    return {"summary": next((line for line in said if "ERROR SUMMARY" in line), "none")}
+
+
 def check_onnxruntime(device: Device) -> dict[str, Any]:
     """ONNX Runtime's CUDA provider by the bundle's records, and what its step takes."""
     try:
@@ -387,6 +410,7 @@ CHECKS: dict[str, tuple[Callable[[Device], dict[str, Any]], float]] = {
     "threads": (check_threads, 0.2),
     "speed": (check_speed, 0.3),
     "memory": (check_memory, 0.3),
+    "sanitizer": (check_sanitizer, 0.2),
     "onnxruntime-cuda": (check_onnxruntime, 0.3),
 }
 
@@ -406,8 +430,17 @@ def describe(double: bool) -> dict[str, Any]:
     return found
 
 
-def run_checks(bundles: list[Path], seconds: float, double: bool, report: Callable[[dict[str, Any]], None]) -> bool:
-    """Run all checks on each bundle, and report after each. Returns whether none failed."""
+def run_checks(
+    bundles: list[Path],
+    seconds: float,
+    double: bool,
+    report: Callable[[dict[str, Any]], None],
+    shape: Path | None = None,
+) -> bool:
+    """Run all checks on each bundle, and report after each. Returns whether none failed.
+
+    ``shape`` is a hollow bundle (``hollow.py``), which is filled and timed.
+    """
     end = time.monotonic() + seconds
     results: dict[str, Any] = {"environment": {}, "checks": []}
 
@@ -442,8 +475,17 @@ def run_checks(bundles: list[Path], seconds: float, double: bool, report: Callab
                 return {}
 
             passed &= attempt("opening", path.name, make)
+        if shape is not None:
+
+            def make_shape() -> dict[str, Any]:
+                devices.append(Device(fill(shape, Path(scratch, shape.name)), Path(scratch, "shape"), double))
+                return {}
+
+            passed &= attempt("filling", shape.name, make_shape)
         for name, (check, share) in CHECKS.items():
             for device in devices:
+                if shape is not None and device.bundle.path.name == shape.name and name != "speed":
+                    continue
                 if name == "cuda" and device is not devices[0]:
                     continue
                 device.deadline = min(end, time.monotonic() + share * seconds / len(devices))
@@ -476,7 +518,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=300, help="for everything (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="where the results are written after each check")
     parser.add_argument("--double", action="store_true", help="on the double, without a GPU")
+    parser.add_argument("--shape", type=Path, help="a bundle without weights (hollow.py), whose step is timed too")
+    parser.add_argument("--only", nargs="+", choices=CHECKS, default=list(CHECKS), help="these checks")
     asked = parser.parse_args(arguments)
+    for name in CHECKS.keys() - set(asked.only):
+        del CHECKS[name]
     if asked.double:
         torch.set_num_threads(1)  # threads take longer to meet than these tensors to be computed
     faulthandler.dump_traceback_later(asked.seconds + 60, exit=True)  # what never ends is ended; the JSON is there
@@ -486,7 +532,9 @@ def main(arguments: list[str]) -> int:
         else:
             subprocess.run([sys.executable, EXPORTS, made, "fp32", "fp16"], check=True)
             bundles = [Path(made, f"{precision}.bundle") for precision in ("fp32", "fp16")]
-        passed = run_checks(bundles, asked.seconds, asked.double, lambda results: show(results, asked.json))
+        passed = run_checks(
+            bundles, asked.seconds, asked.double, lambda results: show(results, asked.json), asked.shape
+        )
     faulthandler.cancel_dump_traceback_later()
     print("passed" if passed else "FAILED")
     return 0 if passed else 1

@@ -15,11 +15,11 @@ pytest.importorskip("onnx", reason="the stand-in reads graphs with onnx")
 
 import onnxruntime
 import torch
-from support import cuda_check
+from support import cuda_check, hollow
 from support.grids import grid
 from support.onnx_on_torch import Network
 
-from dit_runtime import open_bundle
+from dit_runtime import Pipeline, open_bundle
 from dit_runtime.backends.profiles import shapes_of_tensors
 from dit_runtime.backends.tensorrt.loop import DeviceLoop
 from dit_runtime.bundle.manifest import GraphSpec
@@ -100,10 +100,29 @@ def test_the_checks_of_a_device(bundles: dict[str, Path], tmp_path: Path, monkey
     assert {name for name, result in found.items() if result == "FAIL"} == {"look-ahead"}
 
 
+def test_a_hollow_bundle_is_filled_and_timed(
+    bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without weights, and with others of the same shapes, which the runtime opens; only its speed is asked for."""
+    hollow.empty(bundles["fp16"], tmp_path / "hollow")
+    assert not list((tmp_path / "hollow").rglob("*.weights"))
+    entries: list[dict[str, Any]] = []
+    monkeypatch.setattr(cuda_check, "CHECKS", {name: cuda_check.CHECKS[name] for name in ("cuda", "speed")})
+    cuda_check.run_checks(
+        [bundles["fp16"]], 300, True, lambda results: entries.append(results["checks"][-1]), tmp_path / "hollow"
+    )
+    of_it = {entry["check"]: entry["result"] for entry in entries if entry["bundle"] == "hollow"}
+    assert of_it == {"filling": "PASS", "speed": "PASS"}
+    filled = hollow.fill(tmp_path / "hollow", tmp_path / "filled")
+    assert (filled / "graphs/step.weights").stat().st_size == (bundles["fp16"] / "graphs/step.weights").stat().st_size
+    pipe = Pipeline(filled, "onnxruntime", threads=1)
+    assert np.isfinite(pipe.sample_latents(pipe.prepare([1], 0, steps=2))).all()
+
+
 @pytest.mark.slow  # 84 comparisons and a whole verification, on one core
 def test_all_checks_of_a_device(bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All pass on the double; ONNX Runtime here has no CUDA."""
+    """All pass on the double; there is no CUDA here."""
     names = tuple(name for name in cuda_check.CHECKS if name not in FAST)
     found = run(bundles["fp32"], tmp_path, names, monkeypatch)
-    assert found.pop("onnxruntime-cuda") == "SKIP"
+    assert (found.pop("onnxruntime-cuda"), found.pop("sanitizer")) == ("SKIP", "SKIP")
     assert set(found.values()) == {"PASS"}
