@@ -82,13 +82,23 @@ def fit_row(parts: Sequence[Float64], target: Float64, classical: Float64, pull:
     """
     matrix = np.stack([part.ravel() for part in parts], axis=1)
     known = classical[: len(parts)]
-    lengths = np.maximum(np.linalg.norm(matrix, axis=0), TINY)
-    scaled = matrix / lengths
-    left = scaled.T @ scaled + pull * np.eye(len(parts))
-    right = scaled.T @ (target.ravel() - matrix @ known)
     row = np.zeros(NUMBERS)
-    row[: len(parts)] = known + np.linalg.solve(left, right) / lengths
+    row[: len(parts)] = known + solve_ridge(matrix.T @ matrix, matrix.T @ (target.ravel() - matrix @ known), pull)
     return row
+
+
+def solve_ridge(products: Float64, right: Float64, pull: float) -> Float64:
+    """The weights ``[P]`` that make |target − Σ weightᵢ partᵢ|² + pull Σ |weightᵢ partᵢ|² least.
+
+    Args:
+        products: inner products of the parts ``[P, P]``.
+        right: of the parts with the target ``[P]``.
+    """
+    lengths = np.sqrt(np.maximum(np.diag(products), TINY))
+    scaled: Float64 = np.linalg.solve(
+        products / np.outer(lengths, lengths) + pull * np.eye(len(right)), right / lengths
+    )
+    return scaled / lengths
 
 
 def fit_greedily(

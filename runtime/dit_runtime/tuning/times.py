@@ -1,18 +1,24 @@
-"""Where the student's steps lie: two usual spacings, and a search from the better one over the teacher's grid."""
+"""Where the student's steps lie: two usual spacings, and a search from given times over the teacher's grid."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from dit_runtime.tuning.grid import Grid
 from dit_runtime.tuning.student import Positions, Student, Walk
 
-# Fits a student at some positions; given a student and its walk, only what differs from it. The error is what the
-# search makes small.
-Fit = Callable[[Positions, "Fitted | None"], "Fitted"]
+
+class Trial(Protocol):
+    """Positions that were tried, and what the search makes small."""
+
+    @property
+    def positions(self) -> Positions: ...
+    @property
+    def error(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -22,6 +28,13 @@ class Fitted:
     student: Student
     walk: Walk
     error: float
+
+    @property
+    def positions(self) -> Positions:
+        return self.student.positions
+
+
+Tried = TypeVar("Tried", bound=Trial)
 
 
 def uniform_positions(grid: Grid, steps: int) -> Positions:
@@ -42,33 +55,42 @@ def log_ratio_positions(grid: Grid, steps: int) -> Positions:
     return tuple(found)
 
 
-def search_positions(fit: Fit, start: Fitted, points: int, tried: Callable[[], None] = lambda: None) -> Fitted:
+def search_positions(
+    fit: Callable[[Positions, Tried], Tried],
+    start: Tried,
+    points: int,
+    tried: Callable[[], None] = lambda: None,
+    sweeps: int = 1,
+) -> Tried:
     """Coordinate descent: each position in turn goes where the error falls, by strides that halve down to one point.
 
     Args:
-        fit: fits and judges a student at some positions.
+        fit: tries positions; given the best trial so far, since what they share need not be tried again.
         start: where the search begins.
         points: K, of the grid.
-        tried: called after each fit.
+        tried: called after each trial.
+        sweeps: most sweeps over the positions with each stride.
     """
-    best, steps = start, len(start.student.positions)
-    known = {best.student.positions}
+    best, steps = start, len(start.positions)
+    known = {best.positions}
     stride = max(points // (3 * steps), 1)
     while stride:
-        moved = False
-        for index in range(1, steps):
-            for direction in (1, -1):
-                while (other := _move(best.student.positions, index, direction * stride, points)) is not None:
-                    if other in known:
-                        break
-                    known.add(other)
-                    found = fit(other, best)
-                    tried()
-                    if not found.error < best.error:
-                        break
-                    best, moved = found, True
-        if not moved or stride == 1:
-            stride //= 2
+        for _ in range(sweeps):
+            before = best.error
+            for index in range(1, steps):
+                for direction in (1, -1):
+                    while (other := _move(best.positions, index, direction * stride, points)) is not None:
+                        if other in known:
+                            break
+                        known.add(other)
+                        found = fit(other, best)
+                        tried()
+                        if not found.error < best.error:
+                            break
+                        best = found
+            if not best.error < before:
+                break
+        stride //= 2
     return best
 
 

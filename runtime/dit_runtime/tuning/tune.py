@@ -20,6 +20,7 @@ from dit_runtime.sampling.requests import ImageRequest
 from dit_runtime.tuning.grid import Grid, grid_from_schedule
 from dit_runtime.tuning.judge import Judgement, decode_all, judge, mean_squares, named_schedules, psnr_of
 from dit_runtime.tuning.network import Network
+from dit_runtime.tuning.own_path import path_positions
 from dit_runtime.tuning.refine import refine_rows
 from dit_runtime.tuning.request import BATCH_SIZE, MOST_STEPS, PICTURES, TuneRequest
 from dit_runtime.tuning.student import Positions, Student, fit_greedily, schedule_from_student
@@ -31,7 +32,7 @@ TEACHERS = ("ddim", 200), ("heun", 100)  # of ε and v prediction, and of veloci
 PULL = 1e-6
 LEAST_STEPS = 2  # of a table that reaches a PSNR
 SEARCHED = 16  # images that the search for the times looks at
-FITS_A_STEP = 20  # fits of the search for each step, about: for the time left
+FITS_A_STEP = 9  # fits of the search for each step, about: for the time left
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,9 @@ class Tuned:
     Attributes:
         schedule: the table; ``write_table`` writes it, and ``Pipeline`` samples with it.
         judgement: its figures on held-out images beside those of the named samplers.
-        start: the spacing that the search for the times started from, ``uniform`` or ``log-snr``.
-        starts_db: PSNR on the images of the search, with the times of each spacing.
+        start: the times that the search started from: ``uniform`` or ``log-snr`` spacing, or ``trajectory``, the best
+            on the teacher's own trajectory.
+        starts_db: PSNR on the images of the search, with each of these times.
         searched_db: the same with the times that were found.
         evaluations: latents that the network was asked about in the fit, beside the teacher.
         state_bytes: of the teacher's latents in memory.
@@ -216,6 +218,7 @@ def _fit(pipe: Pipeline, lesson: _Lesson) -> tuple[Student, str, dict[str, float
 
         few = min(SEARCHED, len(lesson.images))
         spacings = {"uniform": uniform_positions(grid, steps), "log-snr": log_ratio_positions(grid, steps)}
+        spacings["trajectory"] = path_positions(grid, lesson.states[:, :few], list(spacings.values()), PULL)
         starts = {name: fit(few, positions, None) for name, positions in spacings.items()}
         start = min(starts, key=lambda name: starts[name].error)
         found = search_positions(lambda at, known: fit(few, at, known), starts[start], len(grid), bar.advance)

@@ -17,6 +17,7 @@ from dit_runtime.samplers.options import settings_for
 from dit_runtime.samplers.schedule import A_Z, INPUT, MATRIX, Schedule
 from dit_runtime.tuning import refine as refining
 from dit_runtime.tuning.grid import Grid, grid_from_schedule
+from dit_runtime.tuning.own_path import PathErrors, path_positions
 from dit_runtime.tuning.refine import refine_rows
 from dit_runtime.tuning.student import (
     Student,
@@ -161,11 +162,31 @@ def test_the_search_finds_the_best_times() -> None:
     """An error with one lowest point, far from the start: every position gets there."""
     best = (0, 31, 44, 90)
 
-    def fit(positions: tuple[int, ...], before: Fitted | None) -> Fitted:
+    def fit(positions: tuple[int, ...], before: Fitted | None = None) -> Fitted:
         error = float(np.abs(np.subtract(positions, best)).sum())
         return Fitted(Student(positions, np.zeros((4, 4))), None, error)  # type: ignore[arg-type]
 
-    assert search_positions(fit, fit((0, 25, 50, 75), None), 100).student.positions == best
+    assert search_positions(fit, fit((0, 25, 50, 75)), 100).positions == best
+
+
+def test_steps_on_the_trajectory_are_judged_without_the_network(lesson: tuple[Grid, np.ndarray]) -> None:
+    """The distances are those of plain least squares on the latents and the network's own outputs there."""
+    grid, states = lesson
+    network: Any = LinearNetwork()
+    positions, errors = (0, 17, 45, 80), PathErrors(grid, states, 1e-9)
+    outputs = [
+        network.evaluate(states[at], [float(grid.times[at])] * states.shape[1], range(states.shape[1])).ravel()
+        for at in positions
+    ]
+    total = 0.0
+    for index, (now, then) in enumerate(zip(positions, (*positions[1:], len(grid)), strict=True)):
+        parts = np.stack([states[now].ravel(), *outputs[max(index - 2, 0) : index + 1]], axis=1).astype(np.float64)
+        residual = np.linalg.lstsq(parts, states[then].ravel().astype(np.float64), rcond=None)[1]
+        total += float(residual[0])
+    assert errors.of(positions) == pytest.approx(total, rel=1e-3)  # measured 9e-6: the teacher's latents are float32
+    uniform = uniform_positions(grid, 5)
+    found = path_positions(grid, states, [uniform], 1e-6)
+    assert errors.of(found) < 0.1 * errors.of(uniform)  # measured 0.024
 
 
 def test_a_fit_that_goes_on_is_a_fit_from_the_start(lesson: tuple[Grid, np.ndarray]) -> None:

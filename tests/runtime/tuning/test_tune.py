@@ -214,6 +214,7 @@ def test_a_named_sampler_that_is_better_wins(own_pipe: Pipeline, monkeypatch: py
     """A fit that is spoiled: no table, and the sampler's name."""
     monkeypatch.setattr(tuning, "PULL", 1e9)
     monkeypatch.setattr(tuning, "search_positions", lambda fit, start, *_: start)
+    monkeypatch.setattr(tuning, "path_positions", lambda grid, states, starts, pull: starts[0])
     monkeypatch.setattr(tuning, "refine_rows", lambda network, grid, states, *fitted: fitted)
     with pytest.raises(ParityError, match="so the table is not used; fit more --pictures, or sample with"):
         tune(own_pipe, STEPS, **SETTINGS)
