@@ -176,6 +176,44 @@ def table(bundles: Path, folder: Path) -> Writer:
     return Writer(lambda: main(words), lambda: clear(folder), check)
 
 
+def tune(bundles: Path, folder: Path) -> Writer:
+    """``dit-tune``: a table over one of another seed, and the teacher's latents in an empty store. Few are compared."""
+    from dit_runtime.commands.tune import main
+    from dit_runtime.samplers.schedule import read_table
+    from dit_runtime.tuning import tune as tuning
+
+    path, named = folder / "few.json", tuning.named_schedules
+    tuning.named_schedules = lambda pipe, steps: list(named(pipe, steps))[:1]
+
+    def run(seed: int) -> None:
+        main(
+            [
+                *(str(bundles / "fp32.bundle"), "--steps", "2", "--teacher", "ddim:6", "--pictures", "4", "--seed"),
+                *(str(seed), "--engine", "onnxruntime", "--threads", "1", "--store", str(folder / "store")),
+                *("-o", str(path)),
+            ]
+        )
+
+    def first() -> None:
+        run(1)
+        shutil.rmtree(folder / "store")
+
+    reset = reset_to(folder, first)
+
+    def read() -> bytes:
+        return read_table(path).coefficients.tobytes()
+
+    old = read()
+    assert run_forked(lambda: run(0)) == (0, False)
+    new = read()
+    assert old != new
+
+    def check() -> None:
+        assert read() in (old, new)
+
+    return Writer(lambda: run(0), reset, check)
+
+
 def verify(bundles: Path, folder: Path) -> Writer:
     """``dit-verify``: a passing verdict over a failed one. What is measured was measured before."""
     from dit_runtime.commands import verify as command
@@ -294,7 +332,7 @@ def export(bundles: Path, folder: Path) -> Writer:
 
 
 PLAIN = (replaced_file, new_file, replaced_folder, replaced_without_exchange, new_folder, prepared_graph)
-COMMANDS = (sample_file, sample_folder, table, verify, build, export)
+COMMANDS = (sample_file, sample_folder, table, tune, verify, build, export)
 WRITERS = {each.__name__: each for each in (*PLAIN, *COMMANDS)}
 
 
