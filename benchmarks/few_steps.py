@@ -33,12 +33,13 @@ from dit_runtime.core.replace import replace_file  # noqa: E402
 from dit_runtime.samplers.schedule import Schedule  # noqa: E402
 from dit_runtime.tuning.judge import decode_all, mean_squares, named_schedules, psnr_of, sample_with  # noqa: E402
 from dit_runtime.tuning.request import TuneRequest  # noqa: E402
-from dit_runtime.tuning.tune import fit_table  # noqa: E402
+from dit_runtime.tuning.tune import TEACHERS, fit_table  # noqa: E402
 
 FIRST_FITTED = 1_000_000  # the fit's seeds, far from those of the images that are judged
 STEPS = (4, 5, 6, 8, 10, 15)
 SCALES = (1.5, 2.5, 4.0)
 TEACHER = "teacher"
+SAMPLERS = "ddim", "euler"  # of a diffusion and a velocity model; only labels and noise are taken from their requests
 RESAMPLES = 1000
 
 
@@ -57,7 +58,7 @@ def run_part(pipe: Pipeline, args: argparse.Namespace, scale: float, steps: int)
     evaluator = load_evaluator()
     judgements = {TEACHER: judge(evaluator, teacher)}
     levels, seconds = {}, {}
-    requests = pipe.prepare(labels, 0, steps=steps, sampler="ddim", guidance=scale)
+    requests = pipe.prepare(labels, 0, steps=steps, sampler=SAMPLERS[is_flow(pipe)], guidance=scale)
     for name, schedule in contenders:
         begun = time.monotonic()
         images = decode_all(pipe, sample_with(pipe, requests, schedule, args.batch), args.batch)
@@ -79,18 +80,18 @@ def run_part(pipe: Pipeline, args: argparse.Namespace, scale: float, steps: int)
     }
 
 
-def compare_together(pipe: Pipeline, args: argparse.Namespace, steps: int) -> None:
-    """Print the PSNR at each guidance scale of its own table, and of one table that was fitted to all of them."""
+def compare_scales(pipe: Pipeline, args: argparse.Namespace, steps: int) -> None:
+    """Print the PSNR at each guidance scale of each scale's own table, and of one that was fitted to all of them."""
     labels = [index % len(CLASS_NAMES) for index in range(args.images)]
     tables = {
         scales: fit_table(pipe, TuneRequest(steps, pictures=args.pictures, guidance=scales, seed=FIRST_FITTED)).schedule
-        for scales in [tuple(args.guidance), *((scale,) for scale in args.guidance)]
+        for scales in [*((scale,) for scale in args.guidance), tuple(args.guidance)]
     }
     for scale in args.guidance:
         teacher = teacher_images(pipe, args, scale, labels)
-        requests = pipe.prepare(labels, 0, steps=steps, sampler="ddim", guidance=scale)
-        for scales in (tuple(args.guidance), (scale,)):
-            images = decode_all(pipe, sample_with(pipe, requests, tables[scales], args.batch), args.batch)
+        requests = pipe.prepare(labels, 0, steps=steps, sampler=SAMPLERS[is_flow(pipe)], guidance=scale)
+        for scales, table in tables.items():
+            images = decode_all(pipe, sample_with(pipe, requests, table, args.batch), args.batch)
             level, low, high = level_with_interval(mean_squares(images, teacher))
             names = ", ".join(f"{each:g}" for each in scales)
             print(f"| {steps} | {scale:g} | fitted to {names} | {level:.1f} dB ({low:.1f}–{high:.1f}) |", flush=True)
@@ -102,13 +103,19 @@ def teacher_images(pipe: Pipeline, args: argparse.Namespace, scale: float, label
     if path.exists():
         kept: np.ndarray = np.load(path, allow_pickle=False)
         return kept
-    requests = pipe.prepare(labels, 0, steps=200, sampler="ddim", guidance=scale)
+    sampler, steps = TEACHERS[is_flow(pipe)]
+    requests = pipe.prepare(labels, 0, steps=steps, sampler=sampler, guidance=scale)
     parts = [
         pipe.decode(pipe.sample_latents(requests[at : at + args.batch])) for at in range(0, len(labels), args.batch)
     ]
     with replace_file(path) as file:
         np.save(file, np.concatenate(parts))
     return np.concatenate(parts)
+
+
+def is_flow(pipe: Pipeline) -> bool:
+    """Whether the bundle is a velocity model's."""
+    return pipe.manifest.diffusion.path is not None
 
 
 def level_with_interval(errors: np.ndarray) -> tuple[float, float, float]:
@@ -154,7 +161,7 @@ def draw_plot(parts: Sequence[dict[str, Any]], path: Path) -> None:
         named = [max(row["psnr_db"][0] for row in part["rows"][2:]) for part in own]
         axes.plot(steps, fitted, f"C{index}o-", label=f"fitted table, guidance {scale:g}")
         axes.plot(steps, named, f"C{index}s--", label=f"nearest named sampler, guidance {scale:g}")
-    axes.set(xlabel="network evaluations", ylabel="PSNR to 200 DDIM steps, dB")
+    axes.set(xlabel="network evaluations", ylabel="PSNR to the teacher, dB")
     axes.grid(alpha=0.3)
     axes.legend()
     with replace_file(path) as file:
@@ -172,15 +179,17 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, nargs="+", default=SCALES)
     parser.add_argument("--named", type=int, default=100, help="the best so many named samplers of each part")
     parser.add_argument("--always", nargs="*", default=["dpmpp-2m karras", "ddim leading"], help="named ones beside")
-    parser.add_argument("--together", action="store_true", help="compare one table for all scales with one for each")
+    parser.add_argument(
+        "--scales", action="store_true", help="tables of each guidance scale and of all, at every scale"
+    )
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--threads", type=int, default=0)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     pipe = Pipeline(args.bundle, "onnxruntime", args.threads)
-    if args.together:
+    if args.scales:
         for steps in args.steps:
-            compare_together(pipe, args, steps)
+            compare_scales(pipe, args, steps)
         return
     path = args.work / "few_steps.json"
     result = json.loads(path.read_text()) if path.exists() else {"environment": describe_environment(), "parts": []}

@@ -16,7 +16,8 @@ from dit_runtime.tuning.grid import Grid
 from dit_runtime.tuning.network import Network
 from dit_runtime.tuning.student import NUMBERS, Student, Walk, basis, combine, final_error, walk_student
 
-ITERATIONS = 2  # the first gains most
+ITERATIONS = 2  # the first gains most; on fewer images a second one fits what only they have
+SECOND_FROM = 8  # images
 DIFFERENCE = 1e-2  # of a weight: far above FP16's rounding of e, and small beside what the weights are
 DAMPING, LESS, MORE = 1e-3, 0.2, 10.0  # Levenberg-Marquardt: at first, after a step that helps, after one that does not
 TRIES = 3  # of more damping, before the rows stay as they are
@@ -40,7 +41,7 @@ def refine_rows(
         tried: called after each iteration.
     """
     damping = DAMPING
-    for _ in range(ITERATIONS):
+    for _ in range(ITERATIONS if states.shape[1] >= SECOND_FROM else 1):
         left, right = _normal_equations(network, grid, states, student, walk)
         for _ in range(TRIES):
             damped = left + np.diag(damping * np.diag(left) + np.finfo(np.float64).tiny)

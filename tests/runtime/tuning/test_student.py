@@ -203,11 +203,15 @@ def test_a_fit_that_goes_on_is_a_fit_from_the_start(lesson: tuple[Grid, np.ndarr
 
 def test_refined_rows_end_nearer(lesson: tuple[Grid, np.ndarray]) -> None:
     """Steps that need not end on the teacher's way: all rows together come nearer to its end than one by one."""
-    grid, states = lesson
+    grid, few = lesson
     network: Any = LinearNetwork()
+    states = np.tile(few, (1, refining.SECOND_FROM // few.shape[1] + 1, 1, 1, 1))
     student, walk = fit_greedily(network, grid, states, (0, 40, 80), 1e-6)
     refined, further = refine_rows(network, grid, states, student, walk)
     assert final_error(further, states) < 0.01 * final_error(walk, states)  # measured: 4.3e-4
+    steps: list[None] = []
+    refine_rows(network, grid, few, *fit_greedily(network, grid, few, (0, 40, 80), 1e-6), lambda: steps.append(None))
+    assert len(steps) == 1  # of few images
     again = walk_student(network, grid, refined, states[0])
     assert final_error(again, states) == final_error(further, states)
 
