@@ -28,6 +28,7 @@ from evaluator import CLASS_NAMES, judge, load_evaluator  # noqa: E402  # they l
 from quality import compare  # noqa: E402
 
 from dit_runtime import Pipeline  # noqa: E402
+from dit_runtime.commands.tune import teacher_from_text  # noqa: E402
 from dit_runtime.core.environment import describe_environment  # noqa: E402
 from dit_runtime.core.replace import replace_file  # noqa: E402
 from dit_runtime.samplers.schedule import Schedule  # noqa: E402
@@ -48,7 +49,7 @@ def run_part(pipe: Pipeline, args: argparse.Namespace, scale: float, steps: int)
     labels = [index % len(CLASS_NAMES) for index in range(args.images)]
     teacher = teacher_images(pipe, args, scale, labels)
     start = time.monotonic()
-    request = TuneRequest(steps, pictures=args.pictures, guidance=(scale,), seed=FIRST_FITTED)
+    request = TuneRequest(steps, args.teacher, args.pictures, guidance=(scale,), seed=FIRST_FITTED)
     tuned = fit_table(pipe, request)
     fit_seconds = time.monotonic() - start
     # The best on the fit's held-out images; the table first.
@@ -84,7 +85,9 @@ def compare_scales(pipe: Pipeline, args: argparse.Namespace, steps: int) -> None
     """Print the PSNR at each guidance scale of each scale's own table, and of one that was fitted to all of them."""
     labels = [index % len(CLASS_NAMES) for index in range(args.images)]
     tables = {
-        scales: fit_table(pipe, TuneRequest(steps, pictures=args.pictures, guidance=scales, seed=FIRST_FITTED)).schedule
+        scales: fit_table(
+            pipe, TuneRequest(steps, args.teacher, args.pictures, guidance=scales, seed=FIRST_FITTED)
+        ).schedule
         for scales in [*((scale,) for scale in args.guidance), tuple(args.guidance)]
     }
     for scale in args.guidance:
@@ -103,8 +106,9 @@ def teacher_images(pipe: Pipeline, args: argparse.Namespace, scale: float, label
     if path.exists():
         kept: np.ndarray = np.load(path, allow_pickle=False)
         return kept
-    sampler, steps = TEACHERS[is_flow(pipe)]
-    requests = pipe.prepare(labels, 0, steps=steps, sampler=sampler, guidance=scale)
+    sampler, steps, *spacing = args.teacher or TEACHERS[is_flow(pipe)]
+    settings = {"sampler": sampler, "steps": steps, "spacing": spacing[0] if spacing else None}
+    requests = pipe.prepare(labels, 0, guidance=scale, **settings)
     parts = [
         pipe.decode(pipe.sample_latents(requests[at : at + args.batch])) for at in range(0, len(labels), args.batch)
     ]
@@ -173,6 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path, default=Path("build/demo/fp32.bundle"), help="of demo.py")
     parser.add_argument("--work", type=Path, default=Path("build/few_steps"), help="figures and the teacher's images")
+    parser.add_argument("--teacher", type=teacher_from_text, help="as dit-tune's; with a --work of its own")
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--pictures", type=int, default=32, help="of the fit, half of them held out there")
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS)

@@ -24,6 +24,7 @@ from dit_runtime.core.text import join_lines
 
 if TYPE_CHECKING:
     from dit_runtime.tuning.judge import Judged
+    from dit_runtime.tuning.request import Teacher
     from dit_runtime.tuning.tune import Tuned
 
 EXAMPLES = (
@@ -153,8 +154,8 @@ def _add_fit_arguments(parser: Parser) -> None:
     )
     group.add_argument(
         "--teacher",
-        type=_sampler_and_steps,
-        metavar="SAMPLER:STEPS",
+        type=teacher_from_text,
+        metavar="SAMPLER:STEPS[:SPACING]",
         help="what to come near to (default: ddim:200; of velocity models heun:100)",
     )
     group.add_argument(
@@ -200,12 +201,14 @@ def _decibels(text: str) -> float:
     return level
 
 
-def _sampler_and_steps(text: str) -> tuple[str, int]:
-    """An argparse type: a sampler's name and a number of steps, as ``ddim:200``."""
-    name, _, steps = text.partition(":")
-    if not (name and steps.isdecimal() and len(steps) < 9 and int(steps)):
-        raise argparse.ArgumentTypeError(f"got {text!r:.80}, expected SAMPLER:STEPS, such as ddim:200")
-    return name, int(steps)
+def teacher_from_text(text: str) -> Teacher:
+    """An argparse type: a sampler's name, a number of steps and perhaps a spacing, as ``ddim:200``."""
+    name, steps, *spacing = text.split(":")[:3] if text.count(":") in (1, 2) else ("", "")
+    if not (name and steps.isdecimal() and len(steps) < 9 and int(steps) and all(spacing)):
+        raise argparse.ArgumentTypeError(
+            f"got {text!r:.80}, expected SAMPLER:STEPS, such as ddim:200, or SAMPLER:STEPS:SPACING"
+        )
+    return (name, int(steps), spacing[0]) if spacing else (name, int(steps))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ LEAST_PICTURES = 4  # two to fit and two to hold out, so that there is an interv
 MOST_PICTURES = 4096
 MOST_STEPS = 100  # of a table: with more, named samplers are as near
 
+Teacher = tuple[str, int] | tuple[str, int, str]  # a sampler's name, its steps and the spacing of its timesteps
+
 
 @dataclass(frozen=True)
 class TuneRequest:
@@ -19,8 +21,8 @@ class TuneRequest:
 
     Attributes:
         steps: network evaluations of the table.
-        teacher: name and steps of the sampler to come near to; None is DDIM of 200 steps, or of a velocity model Heun
-            of 100.
+        teacher: name and steps of the sampler to come near to, and its spacing unless that is the model's; None is DDIM
+            of 200 steps, or of a velocity model Heun of 100.
         pictures: images to make with the teacher. Half of them are fitted, the others are held out to judge the table.
         labels: of the images, in turn; None spreads them over all classes.
         guidance: scales, of the images in turn; None is the bundle's default.
@@ -33,7 +35,7 @@ class TuneRequest:
     """
 
     steps: int
-    teacher: tuple[str, int] | None = None
+    teacher: Teacher | None = None
     pictures: int = PICTURES
     labels: tuple[Label, ...] | None = None
     guidance: tuple[float, ...] | None = None

@@ -22,7 +22,7 @@ from dit_runtime.tuning.judge import Judgement, decode_all, judge, mean_squares,
 from dit_runtime.tuning.network import Network
 from dit_runtime.tuning.own_path import path_positions
 from dit_runtime.tuning.refine import refine_rows
-from dit_runtime.tuning.request import BATCH_SIZE, MOST_STEPS, PICTURES, TuneRequest
+from dit_runtime.tuning.request import BATCH_SIZE, MOST_STEPS, PICTURES, Teacher, TuneRequest
 from dit_runtime.tuning.student import Positions, Student, fit_greedily, schedule_from_student
 from dit_runtime.tuning.teacher import check_states, states_of_teacher
 from dit_runtime.tuning.times import Fitted, log_ratio_positions, search_positions, uniform_positions
@@ -83,7 +83,7 @@ class _Lesson:
 def tune(
     pipe: Pipeline,
     steps: int,
-    teacher: tuple[str, int] | None = None,
+    teacher: Teacher | None = None,
     pictures: int = PICTURES,
     labels: Sequence[Label] | None = None,
     guidance: float | Sequence[float] | None = None,
@@ -177,7 +177,7 @@ def _teacher_images(pipe: Pipeline, request: TuneRequest) -> list[ImageRequest]:
     """The images to make with the teacher; the first half are fitted."""
     manifest = pipe.manifest
     flow, total = manifest.diffusion.path is not None, request.pictures
-    sampler, steps = request.teacher or TEACHERS[flow]
+    sampler, steps, *spacing = request.teacher or TEACHERS[flow]
     if request.teacher is None:
         steps = count_default_steps(sampler, manifest.model, manifest.diffusion, steps)
     half = total - total // 2
@@ -191,6 +191,7 @@ def _teacher_images(pipe: Pipeline, request: TuneRequest) -> list[ImageRequest]:
         seeds=request.seed,
         sampler=sampler,
         steps=steps,
+        spacing=spacing[0] if spacing else None,
         guidance=[scales[at % len(scales)] for at in order],
         guidance_interval=request.guidance_interval,
     )

@@ -148,6 +148,15 @@ def test_it_shares_a_batch_with_other_samplers(own_pipe: Pipeline, tuned: Tuned)
     np.testing.assert_allclose(np.stack([found[0], found[1]]), alone, atol=1e-5)
 
 
+def test_a_teacher_may_have_a_spacing(bundle: Path, tmp_path: Path) -> None:
+    """The command takes it as a third word, and the record has it."""
+    words = ("--steps", "3", "--teacher", "dpmpp-2m:12:karras", "--pictures", "4", "--guidance", "1.5", "--json")
+    done = run_command("dit-tune", bundle, *words, "--engine", "onnxruntime", "-o", tmp_path / "few.json")
+    assert done.returncode == 0, done.stderr
+    fitted = json.loads(done.stdout)["fitted"]
+    assert (fitted["teacher"], fitted["teacher_spacing"]) == ("dpmpp-2m:12", "karras")
+
+
 def test_the_teacher_runs_once(own_pipe: Pipeline, tuned: Tuned, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another step count takes the teacher's latents from the store, unless a bit of them changed."""
     ran = []
