@@ -1,7 +1,7 @@
 """Judge few-step tables by images of the demo model: PSNR to the teacher, class accuracy and Fréchet distance.
 
     python benchmarks/few_steps.py      # all parts: hours on two CPU cores; an interrupted run goes on
-    python benchmarks/few_steps.py --images 200 --guidance 1.5 --named 3    # what docs/few-steps.md shows
+    python benchmarks/few_steps.py --named 3    # what docs/few-steps.md shows, and further step counts
 
 A part is a guidance scale and a number of steps. ``dit_runtime.tuning`` fits a table to images of other seeds; then the
 teacher, the table and the named samplers of as many evaluations make the same labels from the same seeds. Accuracies
@@ -157,7 +157,7 @@ def draw_plot(parts: Sequence[dict[str, Any]], path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6.4, 4), constrained_layout=True)
+    figure, axes = plt.subplots(figsize=(8.4, 4), constrained_layout=True)
     for index, scale in enumerate(sorted({part["guidance"] for part in parts})):
         own = sorted((part for part in parts if part["guidance"] == scale), key=lambda part: part["steps"])
         steps = [part["steps"] for part in own]
@@ -167,7 +167,7 @@ def draw_plot(parts: Sequence[dict[str, Any]], path: Path) -> None:
         axes.plot(steps, named, f"C{index}s--", label=f"nearest named sampler, guidance {scale:g}")
     axes.set(xlabel="network evaluations", ylabel="PSNR to the teacher, dB")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
     with replace_file(path) as file:
         figure.savefig(file, dpi=110)
     plt.close(figure)
