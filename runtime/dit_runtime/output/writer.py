@@ -12,9 +12,10 @@ from dit_runtime.core.errors import SamplingError
 from dit_runtime.core.progress import Progress
 from dit_runtime.output.images import Images, grid_from_images, read_png, write_png
 from dit_runtime.output.inputs import RecordedFile
-from dit_runtime.output.jobs import Job, Jobs, KeptImage, file_name_for
+from dit_runtime.output.jobs import Jobs
 from dit_runtime.output.provenance import Entry, text_from_entries
 from dit_runtime.output.request import OutputRequest
+from dit_runtime.output.series import Job, KeptImage, file_name_for
 
 
 @dataclass(frozen=True)
