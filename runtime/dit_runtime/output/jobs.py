@@ -119,7 +119,7 @@ def jobs_from_labels(pipe: Pipeline, asked: LabelledImages, inputs: InputFiles, 
     """
     check_tile(asked.decoding.tile)
     series = series_from_labels(pipe, asked, inputs)
-    steps = check_settings(pipe, series)
+    first, *_ = check_settings(pipe, series).values()
     own = _range_of_shard(len(series.labels), asked.shard, output)
     size = min(asked.batch_size, len(own))
     pipe.check_batch(size)
@@ -133,7 +133,7 @@ def jobs_from_labels(pipe: Pipeline, asked: LabelledImages, inputs: InputFiles, 
         return found is not None and is_same(found, entry_from_request(pipe, image, eta, asked.decoding))
 
     each = (job_from_series(pipe, series, part, asked.decoding, is_made) for part in parts)
-    return Jobs(pipe, each, len(parts), steps, asked.decoding)
+    return Jobs(pipe, each, len(parts), first.schedule.steps, asked.decoding)
 
 
 def _range_of_shard(count: int, shard: tuple[int, int], output: OutputRequest) -> range:

@@ -97,20 +97,20 @@ def series_from_labels(pipe: Pipeline, asked: LabelledImages, inputs: InputFiles
     return Series(labels, seeds, guidance, inputs.noise, inits, settings)
 
 
-def check_settings(pipe: Pipeline, series: Series) -> int:
+def check_settings(pipe: Pipeline, series: Series) -> dict[int | str, ImageRequest]:
     """Prepare each distinct label with each distinct scale once: wrong settings are said before the first job.
 
     Returns:
-        The steps of an image.
+        An image of each distinct label, all with the same scale.
     """
     distinct = list(dict.fromkeys(series.labels))
     init = None if series.inits is None else series.inits[:1]
-    steps = 0
+    images: list[ImageRequest] = []
     scales: Sequence[float | None] = series.guidance or [None]
     for scale in dict.fromkeys(scales):
         settings: Settings = {**series.settings, "guidance": scale, "init": init}
-        steps = pipe.prepare(distinct, 0, **settings)[0].schedule.steps
-    return steps
+        images = pipe.prepare(distinct, 0, **settings)
+    return dict(zip(distinct, images, strict=True))
 
 
 def job_from_series(
