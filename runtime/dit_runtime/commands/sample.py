@@ -377,7 +377,7 @@ def _add_output_arguments(parser: Parser) -> None:
         "--shard",
         type=_shard,
         metavar="I/N",
-        help="make the I-th of N parts of the images, or of the shards; they may share a folder, on several machines too",
+        help="make the I-th of N parts of the images, or of the shards; they may share a folder, on several machines",
     )
     group.add_argument(
         "--shard-size",
