@@ -66,7 +66,13 @@ def new_shard(path: Path, folder: bool) -> Iterator[Shard]:
             with replace_file(path, keep_suffix=False) as temporary, _tar(temporary) as put:
                 yield Shard(put)
     except OutputError as error:
-        raise OutputError(f"{error}; the same command goes on from the shards that are there") from error
+        if not isinstance(error.__cause__, OSError):
+            raise
+        reason = error.__cause__.strerror or error.__cause__
+        raise OutputError(
+            f"{path}: cannot be written ({reason}); free some space, or mend what it is, and the same command goes on "
+            "from the shards that are there"
+        ) from error
 
 
 def _write(path: Path, content: bytes) -> None:
