@@ -160,7 +160,6 @@ class ShardMaker:
         eta = self._series.settings.get("eta") or 0.0
         self.entry = entry_from_request(self._pipe, first, eta, self._asked.decoding)
         self._record = _record_of(self.plan, self._series, images, self.entry)
-        clear_litter(output.path)
         _claim(output.path, self._record)
 
     def count_work(self, numbers: Iterable[int]) -> int:
@@ -302,6 +301,7 @@ def _claim(folder: Path, record: dict[str, Any]) -> None:
         OutputError: its shards are made in another way, or nothing says how.
     """
     file = folder / RECORD
+    clear_litter(folder)
     found = _read_record(file)
     if found is None:
         _check_empty(folder)
