@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import resource
@@ -11,11 +10,10 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 from support.commands import run_process
-from support.sample_command import ENGINE, dit_sample, made, pixels, record, refused
+from support.sample_command import ENGINE, dit_sample, made, record, refused
+from support.shards import check_equal_to_plain, images_in, members, times
 
 from dit_runtime.core.errors import EngineError, OutputError, SamplingError
 from dit_runtime.core.progress import Progress
@@ -30,36 +28,6 @@ SETTINGS = ("--labels", "all", "--count", 2, "--steps", 2, "--sampler", "ddim", 
 @pytest.fixture
 def bundle(bundles: dict[str, Path]) -> Path:
     return bundles["fp32"]
-
-
-def members(shard: Path) -> dict[str, bytes]:
-    """What is in a shard, in its order."""
-    if shard.is_dir():
-        return {path.name: path.read_bytes() for path in sorted(shard.iterdir())}
-    with tarfile.open(shard) as file:
-        return {each.name: (file.extractfile(each) or io.BytesIO()).read() for each in file.getmembers()}
-
-
-def images_in(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
-    """The images of all shards by their names; a name that comes twice fails."""
-    found: dict[str, np.ndarray[Any, Any]] = {}
-    for shard in sorted(folder.glob("[!.]*")):
-        if shard.name != RECORD:
-            new = {name: png for name, png in members(shard).items() if name.endswith(".png")}
-            assert not found.keys() & new.keys()
-            found |= {name: np.asarray(Image.open(io.BytesIO(png))) for name, png in new.items()}
-    return found
-
-
-def check_equal_to_plain(folder: Path, plain: Path) -> None:
-    """Every image of a plain folder is in the shards once, and no other, with no difference."""
-    found = images_in(folder)
-    assert sorted(found) == sorted(path.name for path in plain.iterdir())
-    assert all(np.array_equal(image, pixels(plain / name)) for name, image in found.items())
-
-
-def times(folder: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_mtime_ns for path in sorted(folder.iterdir())}
 
 
 @pytest.fixture(scope="module")
