@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import os
 import signal
 import socket
 import threading
@@ -33,6 +34,8 @@ from dit_runtime.output.writer import Written
 ATTEMPTS = 3  # deaths of workers at one shard, or while they open, with no success between
 POLL_SECONDS = 0.5
 CONNECT_SECONDS = 10.0
+HTTP_2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))  # how a client of gRPC begins
+SETTINGS = b"\x04"  # the kind of a server's first frame
 ON_CPU = ("openvino", "onnxruntime")  # engines that need no GPU
 WATCH = "watch"  # the thread of a worker that tells how far it is
 
@@ -142,14 +145,18 @@ def _joined(address: str) -> Iterator[Any]:
 
 
 def _check_address(address: str) -> None:
-    """Raises EngineError where nobody listens: Ray would wait for a minute, and end the process."""
+    """Raises EngineError where nobody listens, or no gRPC server does: Ray would wait for ever."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if address in ("auto", "local"):
         return
     if not (host and port.isdecimal() and int(port) < 65536):
         raise EngineError(f"{address!r:.80}: no address of a Ray cluster; expected auto, local or HOST:PORT")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+        with socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS) as connection:
+            if os.environ.get("RAY_USE_TLS", "0") == "0":
+                connection.sendall(HTTP_2)
+                if connection.recv(9)[3:4] != SETTINGS:
+                    raise ConnectionError("what listens there is no Ray cluster")
     except OSError as error:
         raise _no_cluster(address, error.strerror or str(error)) from error
 

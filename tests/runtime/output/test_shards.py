@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
 import re
 import resource
 import shutil
+import socket
 import tarfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +143,21 @@ def test_the_same_images_in_other_words(bundle: Path, tmp_path: Path) -> None:
     assert "already" in made(bundle, *SETTINGS, *numbers, "--guidance", *[4] * 20, "--shard-size", 8, "-o", folder)
 
 
+@contextmanager
+def serving(answer: bytes) -> Iterator[int]:
+    """The port of a server that says one thing to its one caller."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def speak() -> None:
+            with contextlib.suppress(OSError), server.accept()[0] as connection:
+                connection.sendall(answer)
+                connection.recv(100)
+
+        thread = threading.Thread(target=speak, daemon=True)
+        thread.start()
+        yield server.getsockname()[1]
+
+
 def test_what_cannot_be(bundle: Path, tmp_path: Path) -> None:
     """One line each, before the work."""
     folder = tmp_path / "out"
@@ -166,9 +187,13 @@ def test_what_cannot_be(bundle: Path, tmp_path: Path) -> None:
         ((*ask, "--ray", "nowhere"), "no address of a Ray cluster"),
         ((*ask, "--ray", "127.0.0.1:1"), "127.0.0.1:1: no Ray cluster can be joined there (Connection refused)"),
     ):
-        if "--ray" in arguments and "auto" not in arguments:
-            pytest.importorskip("ray")
+        if "--ray" in arguments and "auto" not in arguments and not importlib.util.find_spec("ray"):
+            continue
         refused(words, bundle, *SETTINGS, *arguments, folder=tmp_path)
+    with serving(b"HTTP/1.0 400 Bad request\r\n\r\n") as port:
+        if importlib.util.find_spec("ray"):
+            words = "what listens there is no Ray cluster"
+            refused(words, bundle, *SETTINGS, *ask, "--ray", f"127.0.0.1:{port}", folder=tmp_path)
     refused("--shard-size with --from-image", bundle, "--from-image", file, "--shard-size", 8, folder=tmp_path)
 
 
