@@ -34,13 +34,13 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("commands",),
     ),
     "dit_serve": (
-        ("jobs", "request"),
+        ("jobs", "request", "ray_arguments"),
         ("batcher",),
         ("images", "model", "bodies"),
-        ("metrics",),
+        ("metrics", "remote"),
         ("app",),
         ("serving",),
-        ("command",),
+        ("command", "ray_serve"),
         ("entry",),
     ),
     "dit_export": (

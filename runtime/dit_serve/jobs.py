@@ -80,7 +80,18 @@ class Failed:
     error: DiTError
 
 
-Event = Started | Preview | Finished | Failed
+@dataclass(frozen=True)
+class Retried:
+    """What made the image has died, and another begins it again. The same seed gives the same image.
+
+    Attributes:
+        attempt: from 1.
+    """
+
+    attempt: int
+
+
+Event = Started | Preview | Finished | Failed | Retried
 Notify = Callable[[Event], None]
 
 _keys = itertools.count()
@@ -99,6 +110,7 @@ class Job:
         submitted: when the job was made, of ``time.monotonic``.
         completed: steps that are done.
         cancelled: whether nobody waits any more.
+        on_cancel: called by ``cancel``, for a job that is made elsewhere.
     """
 
     request: ImageRequest
@@ -109,10 +121,12 @@ class Job:
     submitted: float = field(default_factory=time.monotonic)
     completed: int = 0
     cancelled: bool = False
+    on_cancel: Callable[[], object] = lambda: None
 
     def cancel(self) -> None:
         """Let the job leave the queue, or the batch after the step that runs. No event follows that step."""
         self.cancelled = True
+        self.on_cancel()
 
     def wants_preview(self) -> bool:
         """Whether a preview is due after the step that was just completed."""

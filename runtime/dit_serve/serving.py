@@ -63,19 +63,19 @@ def _open_models(request: ServeRequest) -> list[Model]:
     from dit_serve.model import Model
 
     models: list[Model] = []
-    tables = _read_tables(request.tables)
+    tables = read_tables(request.tables)
     for path in request.bundles:
         pipe = Pipeline(
             open_bundle(path, request.store), request.engine, request.threads, request.size, request.precision
         )
-        name = _name_of(path)
+        name = name_of(path)
         if name in {model.name for model in models}:
             raise SamplingError(f"{path}: two bundles of the name {name}; rename one of the folders")
         models.append(Model(name, pipe, request.batch_size, request.most_waiting, tables))
     return models
 
 
-def _read_tables(paths: Sequence[Path]) -> dict[str, Schedule]:
+def read_tables(paths: Sequence[Path]) -> dict[str, Schedule]:
     """Sampler tables by the names of their files, which no sampler may have."""
     tables: dict[str, Schedule] = {}
     for path in paths:
@@ -85,7 +85,8 @@ def _read_tables(paths: Sequence[Path]) -> dict[str, Schedule]:
     return tables
 
 
-def _name_of(path: Path) -> str:
+def name_of(path: Path) -> str:
+    """A bundle's name in requests: its folder's."""
     return path.resolve().name.removesuffix(".bundle")
 
 
