@@ -63,6 +63,8 @@ def read_arguments(given: Mapping[str, Any]) -> RayArguments:
         raise SamplingError("expected bundle=FOLDER, that of a bundle that dit-export wrote")
     values: dict[str, Any] = {}
     for key, value in given.items():
+        if value is None:  # as a file of Serve's may say
+            continue
         try:
             values[key] = READERS[key](value)
         except (ValueError, TypeError) as error:

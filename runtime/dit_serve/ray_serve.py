@@ -35,7 +35,8 @@ from dit_serve.serving import name_of, read_tables
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
-AHEAD = 2  # batches that an engine is sent: the one that runs, and the one that joins it
+AHEAD = 4  # an engine is sent a batch and the AHEADth part of one: images that join as soon as there is room, and no
+# more, since Serve sends images that come at once to engines without much balance
 OPENING_SECONDS = 60.0  # for which a request waits until an engine is ready
 HEALTH_SECONDS = 30.0  # for an image of one step, and between two steps
 DRAIN_SECONDS = 300.0  # for images that are being made when an engine is to end
@@ -75,7 +76,7 @@ def app(arguments: Mapping[str, Any]) -> Any:
     engines = serve.deployment(
         EngineReplica,
         name="engines",
-        max_ongoing_requests=AHEAD * asked.batch_size,
+        max_ongoing_requests=_sent_to_one(asked),
         ray_actor_options={"num_cpus": asked.cpus, "num_gpus": asked.gpus},
         graceful_shutdown_timeout_s=DRAIN_SECONDS,
         health_check_timeout_s=2 * HEALTH_SECONDS,
@@ -107,7 +108,7 @@ class EngineReplica:
         bundle = _open_same(asked, digest)
         self._pipe = Pipeline(bundle, asked.engine, threads, asked.size, asked.precision)
         self._pipe([0], 0, steps=1)  # every graph is loaded, and checked, before it is said to be ready
-        self._batcher = Batcher(self._pipe, asked.batch_size, AHEAD * asked.batch_size)
+        self._batcher = Batcher(self._pipe, asked.batch_size, _sent_to_one(asked))
         self._batcher.__enter__()
         info = self._pipe.engine.info
         self._maker = {"engine": info.name, "threads": info.threads, "cpus": count_cpus()}
@@ -232,11 +233,16 @@ def _app_before(asked: RayArguments, digest: str, handle: Any, info: EngineInfo)
         *(exceptions.ObjectLostError, exceptions.OutOfMemoryError, unavailable),
     )
     count = asked.max_replicas or asked.replicas
-    sent = -(-AHEAD * asked.batch_size * count // asked.ingress)
+    sent = -(-_sent_to_one(asked) * count // asked.ingress)
     batcher = RemoteBatcher(Engines(call, lost, asked.batch_size, count, sent), asked.max_queue)
     pipe = Pipeline(_open_same(asked, digest), RemoteEngine(info), size=asked.size)
     model = RemoteModel(name_of(asked.bundle), pipe, batcher, read_tables(asked.tables))
     return Server([model], asked.hosts, asked.token, asked.timeout).app()
+
+
+def _sent_to_one(asked: RayArguments) -> int:
+    """Most images that an engine is sent and that are not finished."""
+    return asked.batch_size + -(-asked.batch_size // AHEAD)
 
 
 def _open_same(asked: RayArguments, digest: str) -> Bundle:

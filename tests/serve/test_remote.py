@@ -250,7 +250,7 @@ def test_arguments() -> None:
     )
     assert (found.bundle, found.size, found.hosts) == (Path.cwd() / "b", (256, 384), ("a", "b"))
     assert (found.replicas, found.max_replicas, found.gpus, found.timeout) == (2, 4, 1, 9.0)
-    assert read_arguments({"bundle": "/b"}) == RayArguments(Path("/b"))
+    assert read_arguments({"bundle": "/b", "token": None}) == RayArguments(Path("/b"))
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from support.server import Caller
 from support.waiting import await_true
 
 # No report of use, no token in the home folder, no check of this machine's memory, and quick answers about deaths.
@@ -28,6 +34,36 @@ ray.init("local", num_cpus=int(sys.argv[2]), include_dashboard=False, log_to_dri
 print(ray.get_runtime_context().gcs_address, flush=True)
 sys.stdin.read()
 """
+
+SERVE = """
+import json, sys, ray
+from ray import serve
+from dit_serve.ray_serve import app
+ray.init(sys.argv[1], log_to_driver=False, logging_level="ERROR")
+serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[2])})
+serve.run(app(json.loads(sys.argv[3])), name="dit", route_prefix="/")
+print("ready", flush=True)
+for line in sys.stdin:
+    states = serve.status().applications["dit"].deployments["engines"].replica_states
+    print(states.get("RUNNING", 0), flush=True)
+serve.shutdown()
+"""
+
+
+class Application(Caller):
+    """An application of Serve, in a process of its own."""
+
+    def __init__(self, port: int, process: subprocess.Popen[str]) -> None:
+        super().__init__(port)
+        self._process = process
+
+    def count_engines(self) -> int:
+        """Engines that are ready."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write("count\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
 
 
 class RayCluster:
@@ -73,6 +109,22 @@ class RayCluster:
         process = self.workers(name)[0]
         os.kill(process, signal.SIGKILL)
         return process
+
+    @contextmanager
+    def serving(self, **arguments: Any) -> Iterator[Application]:
+        """An application of Serve, on a port that was free, as ``serve run`` runs it."""
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        command = [sys.executable, "-c", SERVE, self.address, str(port), json.dumps(arguments)]
+        with subprocess.Popen(
+            command, env={**os.environ, **ENVIRONMENT}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n", "the application does not run"
+            try:
+                yield Application(port, process)
+            finally:
+                process.communicate("")
 
     def close(self) -> None:
         """End it, and remove its folder."""
