@@ -107,7 +107,7 @@ def test_a_killed_worker(cluster: RayCluster, bundle: Path, plain: Path, tmp_pat
         code, out, err = finish(process)
     assert (code, "40 images in 10 shards" in out) == (0, True), err
     assert "a worker died at shard 00000" in err
-    assert len(err.splitlines()) == 1
+    assert (len(out.splitlines()), len(err.splitlines())) == (1, 1), (out, err)
     check_whole(folder, plain)
 
 

@@ -45,7 +45,7 @@ serve.run(app(json.loads(sys.argv[3])), name="dit", route_prefix="/")
 print("ready", flush=True)
 for line in sys.stdin:
     states = serve.status().applications["dit"].deployments["engines"].replica_states
-    print(states.get("RUNNING", 0), flush=True)
+    print("engines", states.get("RUNNING", 0), flush=True)
 serve.shutdown()
 """
 
@@ -63,7 +63,9 @@ class Application(Caller):
         assert self._process.stdout is not None
         self._process.stdin.write("count\n")
         self._process.stdin.flush()
-        return int(self._process.stdout.readline())
+        while not (line := self._process.stdout.readline()).startswith("engines "):
+            assert line  # Ray prints what it sees dying
+        return int(line.split()[1])
 
 
 class RayCluster:

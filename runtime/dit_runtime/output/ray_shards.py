@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,7 @@ from dit_runtime.bundle.reader import open_bundle
 from dit_runtime.core.errors import EngineError, SamplingError
 from dit_runtime.core.progress import Progress
 from dit_runtime.core.replace import clear_litter
+from dit_runtime.core.streams import DEBUG
 from dit_runtime.core.text import one_line
 from dit_runtime.core.version import __version__
 from dit_runtime.output.provenance import Entry
@@ -139,7 +141,12 @@ def _joined(address: str) -> Iterator[Any]:
         for number, handler in handlers.items():
             signal.signal(number, handler)  # Ray has put its own there
     try:
-        yield ray
+        # Ray prints what it sees dying on stdout, where the command's results go.
+        with (
+            Path(os.devnull).open("w", encoding="utf-8") as nowhere,
+            contextlib.redirect_stdout(sys.stderr if os.environ.get(DEBUG) else nowhere),
+        ):
+            yield ray
     finally:
         ray.shutdown()
 
