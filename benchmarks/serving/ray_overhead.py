@@ -3,8 +3,8 @@
     python benchmarks/serving/ray_overhead.py my.bundle
 
 One caller asks for one image of one step at a time, at an application with one ingress and one engine on a cluster of
-this machine, and at a batcher here on as many threads, in turns. The batcher's time includes the PNG file. Printed are
-medians and 95th percentiles in ms, also of the pairs' differences.
+this machine, on a new connection and on one that is kept, and at a batcher here on as many threads, in turns. The
+batcher's time includes the PNG file. Printed are medians and 95th percentiles in ms, also of the pairs' differences.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,14 @@ from dit_runtime.core.replace import replace_file
 from dit_serve.jobs import Failed, Finished, Job
 from dit_serve.model import Model
 from dit_serve.ray_serve import app
+
+TEXTS = {
+    "batcher": "batcher in this process",
+    "new": "Ray Serve, a new connection",
+    "kept": "Ray Serve, a connection that is kept",
+    "added_new": "added, a new connection",
+    "added_kept": "added, a connection that is kept",
+}
 
 
 def image_here(model: Model, seed: int) -> bytes:
@@ -49,6 +58,7 @@ def image_here(model: Model, seed: int) -> bytes:
 
 
 def image_there(connection: http.client.HTTPConnection, seed: int) -> bytes:
+    """An image from the application; a connection that is closed is opened."""
     body = json.dumps({"labels": 0, "seeds": seed, "steps": 1})
     connection.request("POST", "/generate", body, {"Content-Type": "application/json"})
     answer = connection.getresponse()
@@ -63,30 +73,29 @@ def difference_of(first: bytes, second: bytes) -> int:
 
 
 def measure(model: Model, port: int, count: int, warm: int) -> dict[str, Any]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
-    times: dict[str, list[float]] = {"batcher": [], "ray": []}
+    kept = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
+    fresh = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
+    makers: dict[str, Callable[[int], bytes]] = {
+        "batcher": lambda seed: image_here(model, seed),
+        "new": lambda seed: image_there(fresh, seed),
+        "kept": lambda seed: image_there(kept, seed),
+    }
+    times: dict[str, list[float]] = {name: [] for name in makers}
     largest = 0
     for seed in range(-warm, count):
-        start = time.perf_counter()
-        here = image_here(model, seed)
-        between = time.perf_counter()
-        there = image_there(connection, seed)
-        end = time.perf_counter()
-        if seed >= 0:
-            times["batcher"].append((between - start) * 1e3)
-            times["ray"].append((end - between) * 1e3)
-        largest = max(largest, difference_of(here, there))
-    connection.close()
-    added = np.subtract(times["ray"], times["batcher"])
-    rows = {"batcher": times["batcher"], "ray": times["ray"], "added": added}
-    return {
-        "requests": count,
-        "largest_difference": largest,
-        **{
-            f"{name}_ms": {"p50": float(np.median(row)), "p95": float(np.quantile(row, 0.95))}
-            for name, row in rows.items()
-        },
-    }
+        images = []
+        for name, make in makers.items():
+            start = time.perf_counter()
+            images.append(make(seed))
+            if seed >= 0:
+                times[name].append((time.perf_counter() - start) * 1e3)
+        fresh.close()
+        largest = max(largest, *(difference_of(images[0], each) for each in images[1:]))
+    kept.close()
+    rows = {name: np.array(each) for name, each in times.items()}
+    rows |= {f"added_{name}": rows[name] - rows["batcher"] for name in ("new", "kept")}
+    shown = {name: {"p50": float(np.median(row)), "p95": float(np.quantile(row, 0.95))} for name, row in rows.items()}
+    return {"requests": count, "largest_difference": largest, "ms": shown}
 
 
 def main() -> None:
@@ -113,8 +122,8 @@ def main() -> None:
     ray.shutdown()
     print("| ms of one image of one step | median | 95th percentile |")
     print("|---|---|---|")
-    for name, text in (("batcher", "batcher in this process"), ("ray", "HTTP, Ray Serve"), ("added", "added")):
-        print(f"| {text} | {found[f'{name}_ms']['p50']:.1f} | {found[f'{name}_ms']['p95']:.1f} |")
+    for name, text in TEXTS.items():
+        print(f"| {text} | {found['ms'][name]['p50']:.1f} | {found['ms'][name]['p95']:.1f} |")
     print(f"largest difference: {found['largest_difference']}")
     if args.output:
         with replace_file(args.output) as file:
