@@ -248,7 +248,10 @@ class _Driver:
         except self._ray.exceptions.RayError as error:
             self._replace(worker, number, error, bar)
             return
-        self._deaths.clear()
+        if number is None:
+            self._deaths[None] = 0
+        else:
+            self._deaths.clear()
         if isinstance(answer, Failure):
             failed = type(answer.error)(f"{answer.host}: {answer.error}")
             if not isinstance(failed, SamplingError) or number is None:
@@ -273,7 +276,7 @@ class _Driver:
         self._workers.remove(worker)
         bar.advance(worker.finished - worker.seen)
         self._deaths[number] += 1
-        what = "before its engine was open" if number is None else f"at shard {self._plan.file_of(number).name}"
+        what = "before an engine was open" if number is None else f"at shard {self._plan.file_of(number).name}"
         logger.info("a worker died %s; another one takes its place", what)
         if self._deaths[number] >= ATTEMPTS:
             raise EngineError(
