@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dit_runtime.output.shards import RECORD
+from dit_runtime.output.shard_record import RECORD
 from support.sample_command import pixels
 
 

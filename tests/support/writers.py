@@ -126,14 +126,14 @@ def prepared_graph(bundles: Path, folder: Path) -> Writer:
 
 def shard_record(bundles: Path, folder: Path) -> Writer:
     """What says how a folder's shards are made, in a new folder."""
-    from dit_runtime.output import shards
+    from dit_runtime.output import shard_record
 
     record = {"steps": 1}
 
     def check() -> None:
-        assert shards._read_record(folder / "out" / shards.RECORD) in (None, record)
+        assert shard_record.read_record(folder / "out" / shard_record.RECORD) in (None, record)
 
-    return Writer(lambda: shards._claim(folder / "out", record), lambda: clear(folder), check)
+    return Writer(lambda: shard_record.claim_folder(folder / "out", record), lambda: clear(folder), check)
 
 
 def sample(output: str, bundle: Bundle, folder: Path) -> Writer:

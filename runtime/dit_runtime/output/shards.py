@@ -7,51 +7,35 @@ refused.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.bundle.reader import open_bundle
-from dit_runtime.core.decode import DecodeError, decode, read_json, show
 from dit_runtime.core.errors import BundleError, OutputError, SamplingError
 from dit_runtime.core.progress import Progress
 from dit_runtime.core.reading import kind_of
-from dit_runtime.core.replace import check_writable, clear_litter, scratch_folder
+from dit_runtime.core.replace import check_writable
 from dit_runtime.output.inputs import read_input_files
 from dit_runtime.output.jobs import Jobs
 from dit_runtime.output.provenance import Entry, entry_from_request
 from dit_runtime.output.request import LabelledImages, OutputRequest, SampleRequest, ShardSettings
 from dit_runtime.output.series import (
-    Series,
     check_settings,
     job_from_series,
     labels_of_images,
     series_from_labels,
 )
 from dit_runtime.output.shard_files import new_shard
+from dit_runtime.output.shard_record import RECORD, claim_folder, compare_records, read_record, record_of
 from dit_runtime.output.writer import Written, make_job
 from dit_runtime.pipeline import Pipeline
-from dit_runtime.sampling.requests import ImageRequest
 from dit_runtime.sampling.tiles import check_tile
 
-RECORD = "shards.json"
-RECORD_BYTES = 64 * 1024
-SCHEMA = 1
-SHOWN = 3  # differences in a message
 HOPELESS = 3  # shards that failed, and none was made: the others would fail too
-# What all images of a folder of shards have alike, by the keys of their entries.
-ALIKE = (
-    *("model", "bundle", "precision", "engine", "negative_label", "noise_device", "noise_dtype", "cuda_threads"),
-    *("sampler", "spacing", "steps", "eta", "table", "guidance_interval", "guidance_schedule", "strength", "size"),
-    "decode_tile",
-)
 
 logger = logging.getLogger(__name__)
 
@@ -159,8 +143,8 @@ class ShardMaker:
         self._pipe.check_batch(self._batch)
         eta = self._series.settings.get("eta") or 0.0
         self.entry = entry_from_request(self._pipe, first, eta, self._asked.decoding)
-        self._record = _record_of(self.plan, self._series, images, self.entry)
-        _claim(output.path, self._record)
+        self._record = record_of(self.plan.images, self.plan.size, self.plan.folders, self._series, images, self.entry)
+        claim_folder(output.path, self._record)
 
     def count_work(self, numbers: Iterable[int]) -> int:
         """The pieces of work in shards: each batch has its steps, and decoding."""
@@ -190,7 +174,7 @@ class ShardMaker:
             with new_shard(path, self.plan.folders) as shard:
                 for job in jobs.each:
                     make_job(jobs, job, shard, lambda: completed(1))
-                _compare(path.parent / RECORD, _read_record(path.parent / RECORD), self._record)
+                compare_records(path.parent / RECORD, read_record(path.parent / RECORD), self._record)
         except SamplingError as error:
             raise SamplingError(f"shard {path.name}: {error}") from error
         return shard.count
@@ -268,110 +252,3 @@ def write_shards(maker: ShardMaker, bar: Progress) -> Written:
 def _settings_of(output: OutputRequest) -> ShardSettings:
     assert output.shards is not None
     return output.shards
-
-
-def _record_of(plan: ShardPlan, series: Series, images: dict[int | str, ImageRequest], entry: Entry) -> dict[str, Any]:
-    """How all images of a folder of shards are made. Lists of numbers, which may be long, are there as hashes."""
-    weights = {label: {str(key): weight for key, weight in image.labels.items()} for label, image in images.items()}
-    seeds = series.seeds
-    scales = {entry["guidance"]} if series.guidance is None else set(series.guidance)
-    return {
-        "schema": SCHEMA,
-        "images": plan.images,
-        "shard_size": plan.size,
-        "kind": "folders" if plan.folders else "tar",
-        "labels": _hash([weights[label] for label in series.labels]),
-        "seeds": f"{seeds[0]} to {seeds[-1]}" if isinstance(seeds, range) else _hash(list(seeds)),
-        "guidance": float(scales.pop()) if len(scales) == 1 else _hash(series.guidance),
-        "noise": None if series.noise is None else hashlib.sha256(series.noise.tobytes()).hexdigest()[:16],
-        "init": None if series.inits is None else _hash([init.source for init in series.inits]),
-        **{key: entry[key] for key in ALIKE},
-    }
-
-
-def _hash(values: Sequence[Any] | None) -> str:
-    """16 hexadecimal digits of a list."""
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
-
-
-def _claim(folder: Path, record: dict[str, Any]) -> None:
-    """Write down how a folder's shards are made, or compare with what is written there.
-
-    Raises:
-        OutputError: its shards are made in another way, or nothing says how.
-    """
-    file = folder / RECORD
-    clear_litter(folder)
-    found = _read_record(file)
-    if found is None:
-        _check_empty(folder)
-        _write_once(file, json.dumps(record, indent=1, ensure_ascii=False).encode() + b"\n")
-        found = _read_record(file)
-    _compare(file, found, record)
-
-
-def _check_empty(folder: Path) -> None:
-    """Raises OutputError for a folder that has shards of nobody knows which images."""
-    if kind_of(folder) is None:
-        return
-    for number in range(2):  # a run that was begun has one of them, unless it failed
-        for name in (f"{number:06d}.tar", f"{number:06d}"):
-            if os.path.lexists(folder / name):
-                raise OutputError(
-                    f"{folder / name}: is there, and no {RECORD} says how it was made; choose another --output"
-                )
-
-
-def _write_once(file: Path, content: bytes) -> None:
-    """Write a file that is not there, whole; a file that another process wrote meanwhile is left.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with scratch_folder(file.parent, file.name) as folder:
-            temporary = folder / file.name
-            with temporary.open("wb") as handle:
-                handle.write(content)
-                handle.flush()
-                os.fsync(handle.fileno())
-            try:
-                os.link(temporary, file)
-            except FileExistsError:
-                return
-            except OSError:  # a file system without hard links
-                temporary.replace(file)
-    except OSError as error:
-        raise OutputError(f"{file}: cannot be written ({error.strerror or error}); choose another --output") from error
-
-
-def _read_record(file: Path) -> dict[str, Any] | None:
-    """What a folder's record says; None where there is none.
-
-    Raises:
-        OutputError: it is damaged.
-    """
-    if not os.path.lexists(file):
-        return None
-    try:
-        return decode(dict[str, Any], read_json(file, RECORD_BYTES))
-    except (DecodeError, OSError) as error:
-        raise OutputError(
-            f"{file}: cannot be read as the record of shards ({error}); choose another --output"
-        ) from error
-
-
-def _compare(file: Path, found: dict[str, Any] | None, record: dict[str, Any]) -> None:
-    """Raises OutputError where the record in a folder is another one, and says how it differs."""
-    if found is None:
-        raise OutputError(f"{file}: was removed while shards were made; run the command again")
-    expected = json.loads(json.dumps(record))
-    differing = [key for key in {**expected, **found} if found.get(key) != expected.get(key)]
-    if not differing:
-        return
-    shown = ", ".join(f"{key} {show(found.get(key))}, not {show(expected.get(key))}" for key in differing[:SHOWN])
-    more = f", and {len(differing) - SHOWN} more differ" if len(differing) > SHOWN else ""
-    raise OutputError(
-        f"{file.parent}: its shards have {shown}{more}; ask for the same images, or choose another --output"
-    )

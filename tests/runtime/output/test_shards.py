@@ -23,10 +23,11 @@ from support.shards import check_equal_to_plain, images_in, members, times
 
 from dit_runtime.core.errors import EngineError, OutputError, SamplingError
 from dit_runtime.core.progress import Progress
-from dit_runtime.output import ray_shards, shards
+from dit_runtime.output import ray_shards, shard_record
 from dit_runtime.output.ray_shards import Room
 from dit_runtime.output.request import LabelledImages, OutputRequest, SampleRequest, ShardSettings
-from dit_runtime.output.shards import RECORD, ShardMaker, write_shards
+from dit_runtime.output.shard_record import RECORD
+from dit_runtime.output.shards import ShardMaker, write_shards
 
 SETTINGS = ("--labels", "all", "--count", 2, "--steps", 2, "--sampler", "ddim", "--seed", 3)
 
@@ -165,7 +166,7 @@ def test_what_cannot_be(bundle: Path, tmp_path: Path) -> None:
     (folder / RECORD).rename(tmp_path / "kept.json")
     ask = ("--shard-size", 8, "-o", folder)
     refused(f"is there, and no {RECORD} says how it was made", bundle, *SETTINGS, *ask, folder=folder)
-    for content in (b"{", b"[1]", b'{"a": 1, "a": 2}', b"{}" + b" " * shards.RECORD_BYTES):
+    for content in (b"{", b"[1]", b'{"a": 1, "a": 2}', b"{}" + b" " * shard_record.RECORD_BYTES):
         (folder / RECORD).write_bytes(content)
         refused("cannot be read as the record of shards", bundle, *SETTINGS, *ask, folder=folder)
     (folder / RECORD).unlink()
@@ -280,14 +281,14 @@ def test_a_folder_that_is_begun_again_gets_no_shard_of_the_old_run(bundle: Path,
 
 def test_two_begin_at_once(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second writes its record after the first has looked for one: the first then sees that it is another."""
-    folder, write = tmp_path / "out", shards._write_once
+    folder, write = tmp_path / "out", shard_record._write_once
 
     def write_late(file: Path, content: bytes) -> None:
-        monkeypatch.setattr(shards, "_write_once", write)
+        monkeypatch.setattr(shard_record, "_write_once", write)
         maker_of(bundle, folder, seeds=9)
         write(file, content)
 
-    monkeypatch.setattr(shards, "_write_once", write_late)
+    monkeypatch.setattr(shard_record, "_write_once", write_late)
     with pytest.raises(OutputError, match="seeds '9 to 18', not '0 to 9'"):
         maker_of(bundle, folder)
 
