@@ -191,8 +191,7 @@ def _largest_inputs(reference: Reference) -> Iterator[dict[str, Tensor]]:
 
     def see(name: str, inputs: Any) -> None:
         x = inputs[0].abs()
-        found = x.flatten(0, -2).amax(dim=0) if name.endswith(SMOOTHED) else x.max()
-        largest[name] = torch.maximum(largest[name], found) if name in largest else found
+        largest[name] = x.flatten(0, -2).amax(dim=0) if name.endswith(SMOOTHED) else x.max()
 
     hooks = [
         own[0].register_forward_pre_hook(lambda _, inputs, name=name: see(name, inputs))

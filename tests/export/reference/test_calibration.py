@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from dit_export.checkpoints.sources import Checkpoint, Source, load_checkpoint
+from dit_export.reference import calibration
 from dit_export.reference.calibration import calibrate, count_calibration, find_factors, spec_for_checkpoint
 from dit_export.reference.emulation import emulate_int8, linear_modules
 from dit_export.reference.pipeline import Reference
@@ -59,6 +61,17 @@ def test_ranges_are_those_of_the_inputs(reference: Reference) -> None:
     assert found.timesteps.tolist() == [500.0, 0.0]
     for name, scale in found.scales.items():
         assert scale == np.float16(max(seen[name]) / 127)
+
+
+def test_parts_of_the_images_have_one_range(reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images that do not fit into one evaluation are calibrated as if they did: each with its own noise."""
+    spec = replace(SPEC, steps=1)
+    together = calibrate(reference, spec, lambda name: True, lambda: None)
+    monkeypatch.setattr(calibration, "TOGETHER", 2)
+    apart = calibrate(reference, spec, lambda name: True, lambda: None)
+    assert count_calibration(spec) == 2
+    assert np.allclose(apart.ranges, together.ranges, rtol=1e-5)
+    assert apart.ranges.shape == (8, 1)
 
 
 def test_a_seed_gives_the_same_ranges(reference: Reference) -> None:
