@@ -3,6 +3,7 @@
     python benchmarks/budget.py --draws 10 --output benchmarks/budget.json
     python benchmarks/budget.py --velocity 3 --draws 3 --output benchmarks/budget-velocity.json
     python benchmarks/budget.py --velocity 1 --rough --draws 2 --output benchmarks/budget-rough.json
+    python benchmarks/budget.py --int8 --draws 3 --output benchmarks/budget-int8.json
 
 Each draw makes new golden records from other seeds, timesteps, labels and guidance scales, with PyTorch's own errors on
 them. The first draw has the seeds and scales of an exported bundle. Each draw then verifies FP32 and FP16 bundles of
@@ -14,6 +15,9 @@ thresholds.
 Trajectories that draw noise have a row of their own as well, undivided. With ``--velocity N`` the models are N random
 SiTs of the linear path and N of the trigonometric one (``random_models.py``). Their run sets no threshold; it shows how
 much of the factor √2 of such trajectories (``Budget.threshold_of``) is needed.
+
+With ``--int8`` the bundles are INT8, and PyTorch's own errors are those of its emulation of INT8, with the scales of
+the bundle's calibration.
 """
 
 from __future__ import annotations
@@ -33,14 +37,16 @@ import torch
 from dit_export.bundle import bundle_from_checkpoint
 from dit_export.checkpoints.random_weights import randomize
 from dit_export.checkpoints.sources import Source, load_checkpoint
-from dit_export.graphs.precision import FP16, FP32
+from dit_export.graphs.precision import FP16, FP32, make_int8_policy
 from dit_export.reference.golden import write_records
 from dit_export.reference.record_settings import RecordSettings
 
 from dit_runtime.backends.base import Engine
 from dit_runtime.backends.open import open_engine
 from dit_runtime.bundle.manifest import FileSpec
+from dit_runtime.bundle.quantization import linears_of
 from dit_runtime.bundle.reader import (
+    CALIBRATION,
     GOLDEN,
     MANIFEST,
     Bundle,
@@ -115,9 +121,13 @@ def list_models(velocity: int, rough: bool, work: Path) -> dict[str, Source]:
 
 def draw_records(bundle: Bundle, source: Source, draw: int) -> tuple[Bundle, float]:
     """Replace a bundle's golden records by those of a draw; return the bundle and the records' guidance scale."""
-    guidance = GUIDANCE[draw % len(GUIDANCE)]
+    guidance, scales = GUIDANCE[draw % len(GUIDANCE)], None
     settings = RecordSettings(2, 10, 6, 2, 10, seed=draw, guidance=guidance, forward_guidance=guidance)
-    measured = write_records(load_checkpoint(source), settings, bundle.path / GOLDEN, True, lambda: None)
+    if bundle.manifest.calibration is not None:
+        found, model = bundle.records(CALIBRATION)["scales"], bundle.manifest.model
+        scales = dict(zip(linears_of(model.conditioning, model.depth), found.tolist(), strict=True))
+        settings = replace(settings, precisions=("int8", "bf16"))
+    measured = write_records(load_checkpoint(source), settings, bundle.path / GOLDEN, True, lambda: None, scales=scales)
     return update_manifest(bundle, measured.floors), guidance
 
 
@@ -152,6 +162,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=10)
     parser.add_argument("--velocity", type=int, default=0, help="random SiTs of each path, instead of the two DiTs")
     parser.add_argument("--rough", action="store_true", help="random SiTs whose trajectories multiply errors")
+    parser.add_argument("--int8", action="store_true", help="INT8 bundles, instead of FP32 and FP16")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "budget.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -163,15 +174,16 @@ def main() -> None:
         for model, source in models.items():
             bundles = [
                 bundle_from_checkpoint(source, Path(work) / f"{model} {precision.name}.bundle", precision, encoder=True)
-                for precision in (FP32, FP16)
+                for precision in ((make_int8_policy(()),) if args.int8 else (FP32, FP16))
             ]
             for draw in range(args.draws):
                 first, guidance = draw_records(bundles[0], source, draw)
-                second = bundles[1]
-                for file in (first.path / GOLDEN).iterdir():
-                    (second.path / GOLDEN / file.name).write_bytes(file.read_bytes())
-                floors = {name: dict(series) for name, series in first.manifest.floors.items()}
-                bundles = [first, update_manifest(second, floors)]
+                bundles[0] = first
+                for second in bundles[1:]:
+                    for file in (first.path / GOLDEN).iterdir():
+                        (second.path / GOLDEN / file.name).write_bytes(file.read_bytes())
+                    floors = {name: dict(series) for name, series in first.manifest.floors.items()}
+                    bundles[1] = update_manifest(second, floors)
                 for bundle in bundles:
                     for engine in engines_for(bundle):  # of this draw: an engine notices that its bundle was changed
                         budget = Replay(bundle, engine).budget

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from dit_export.request import ExportRequest
 from dit_runtime.bundle.manifest import Manifest
+from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle, open_bundle
 from dit_runtime.core.errors import EngineError
 from dit_runtime.verify.rung import Rung, Verification
@@ -108,6 +109,9 @@ def export(
     decode_tiles: Sequence[int] = (32,),
     encoder: bool = False,
     verify: bool = True,
+    keep_fp16: Sequence[str | os.PathLike[str]] = (),
+    calibration_images: int | None = None,
+    calibration_seed: int = 0,
 ) -> ExportResult:
     """Export a checkpoint to a bundle: ONNX graphs, golden records of the PyTorch reference, and a manifest.
 
@@ -124,7 +128,8 @@ def export(
             ``DiT-XL/2-256``.
         output: the bundle's folder; a bundle that is there is replaced. None means ``NAME-PRECISION.bundle`` in the
             working directory.
-        precision: ``fp32``, or ``fp16`` for strongly typed FP16 graphs.
+        precision: ``fp32``, ``fp16`` for strongly typed FP16 graphs, or ``int8``: FP16 graphs whose blocks' linear
+            layers multiply INT8.
         keep_fp32: with ``fp16``, units that stay FP32, such as ``blocks.17.attn``, and files that list such units.
         family: ``diffusers``, ``official`` or ``sit``; None means as a file's training arguments say, else official
             for files, as the name says for presets, and diffusers otherwise.
@@ -147,6 +152,11 @@ def export(
         encoder: whether the autoencoder's encoder is exported too, for image-to-image.
         verify: whether the bundle is compared with PyTorch on ONNX Runtime at the end. A bundle that fails the
             comparison is kept; see ``ExportResult.passed``.
+        keep_fp16: with ``int8``, units whose linear layers stay FP16, such as ``blocks.17.mlp.fc2`` or ``blocks.0``,
+            and files that list such units.
+        calibration_images: with ``int8``, the number of images on whose trajectories ranges are found; None means 32 of
+            a small model and 4 of others, and no more than there are classes.
+        calibration_seed: with ``int8``, the seed of those images' noise.
 
     Raises:
         CheckpointError: the checkpoint cannot be read or is not supported, or an argument does not fit it.
@@ -177,6 +187,9 @@ def export(
         decode_tiles=tuple(decode_tiles),
         encoder=encoder,
         verify=verify,
+        keep_fp16=tuple(os.fspath(item) for item in keep_fp16),
+        calibration_images=calibration_images,
+        calibration_seed=calibration_seed,
     )
     return export_request(request)
 
@@ -185,9 +198,13 @@ def export_request(request: ExportRequest) -> ExportResult:
     """``export`` with its arguments in one object; it raises the same errors."""
     check_installed()
     from dit_export.bundle import bundle_from_checkpoint
+    from dit_export.reference.record_settings import CalibrationRequest
 
     precision = request.read_precision()
-    bundle = bundle_from_checkpoint(request.checkpoint, request.bundle_path, precision, request.encoder)
+    calibration = None
+    if precision.name == Precision.INT8:
+        calibration = CalibrationRequest(request.calibration_seed, request.calibration_images, precision.keep_fp16)
+    bundle = bundle_from_checkpoint(request.checkpoint, request.bundle_path, precision, request.encoder, calibration)
     if not request.verify:
         return ExportResult(bundle)
     try:

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
 
 from dit_export.checkpoints.sources import Checkpoint, Source, load_checkpoint
 from dit_export.graphs.autoencoder import Decoder, Encoder
 from dit_export.graphs.from_weights import conditioner_from_weights, step_from_weights
 from dit_export.graphs.precision import check_units
+from dit_export.graphs.quantize import quantize_step
 from dit_export.graphs.tracing import (
     write_conditioner,
     write_decoder,
     write_encoder,
     write_steps,
 )
+from dit_export.reference.calibration import spec_for_checkpoint
 from dit_export.reference.process import records_in_process
-from dit_export.reference.record_settings import Measurements
+from dit_export.reference.record_settings import CalibrationRequest, Measurements
 from dit_runtime.bundle.manifest import (
     ENCODER,
     SCHEMA,
@@ -30,8 +36,10 @@ from dit_runtime.bundle.manifest import (
     PrecisionSpec,
     SourceSpec,
 )
-from dit_runtime.bundle.reader import ENGINES, GOLDEN, MANIFEST, Bundle, open_bundle
-from dit_runtime.core.decode import DecodeError, read_json, replace_controls
+from dit_runtime.bundle.precision import Precision
+from dit_runtime.bundle.quantization import SMOOTHED, CalibrationSpec, linears_of
+from dit_runtime.bundle.reader import CALIBRATION, ENGINES, GOLDEN, MANIFEST, Bundle, open_bundle
+from dit_runtime.core.decode import DecodeError, decode, read_json, replace_controls
 from dit_runtime.core.errors import OutputError
 from dit_runtime.core.files import sha256_of
 from dit_runtime.core.progress import Progress
@@ -41,7 +49,13 @@ from dit_runtime.samplers.by_name import count_default_steps
 from dit_runtime.verify.limits import THRESHOLDS, TOLERANCES
 
 
-def bundle_from_checkpoint(source: Source, output: Path, precision: PrecisionSpec, encoder: bool = False) -> Bundle:
+def bundle_from_checkpoint(
+    source: Source,
+    output: Path,
+    precision: PrecisionSpec,
+    encoder: bool = False,
+    calibration: CalibrationRequest | None = None,
+) -> Bundle:
     """Export a checkpoint to a bundle.
 
     Golden records come first, from a process of their own, so that its memory is free again for tracing. Then one graph
@@ -52,6 +66,7 @@ def bundle_from_checkpoint(source: Source, output: Path, precision: PrecisionSpe
         output: the bundle's folder; a bundle that is there is replaced.
         precision: the precision policy of the graphs.
         encoder: whether the autoencoder's encoder is exported too, for image-to-image.
+        calibration: how an export in INT8 is calibrated.
 
     Raises:
         CheckpointError: the source cannot be read or is not supported.
@@ -64,8 +79,10 @@ def bundle_from_checkpoint(source: Source, output: Path, precision: PrecisionSpe
     check_replaceable(output)
     checkpoint = load_checkpoint(source)  # a mistake is reported before the work
     check_units(precision, checkpoint.model)
+    if calibration is not None:
+        spec_for_checkpoint(checkpoint, calibration)
     with replace_folder(output) as folder:
-        measurements = records_in_process(source, folder, encoder, precision.name)
+        measurements = records_in_process(source, folder, encoder, precision.name, calibration)
         with Progress("tracing", 2 + encoder + len(SIZED_GRAPHS) * len(checkpoint.sizes)) as bar:
             graphs = {}
             for name, graph in write_graphs(checkpoint, precision, folder, encoder):
@@ -123,7 +140,7 @@ def write_graphs(
     del conditioner  # a third of the weights: they must not be in memory beside the step's
     positions = {size: checkpoint.position(size) for size in checkpoint.sizes}
     step = step_from_weights(spec, numerics, precision, weights, positions[spec.latent_size])
-    yield from write_steps(folder, step, table_dtype, positions)
+    yield from write_steps(folder, step, table_dtype, positions, _quantization_of(checkpoint, precision, folder))
     del step
     autoencoder = checkpoint.autoencoder
     yield "decoder", write_decoder(folder, Decoder(autoencoder, precision).eval().requires_grad_(False))
@@ -131,14 +148,36 @@ def write_graphs(
         yield ENCODER, write_encoder(folder, Encoder(autoencoder, precision).eval().requires_grad_(False))
 
 
+def _quantization_of(
+    checkpoint: Checkpoint, precision: PrecisionSpec, folder: Path
+) -> Callable[[ir.Model], None] | None:
+    """What writes INT8 into a traced step, with the scales of the record of calibration; None of other precisions."""
+    if precision.name != Precision.INT8:
+        return None
+    with np.load(folder / GOLDEN / f"{CALIBRATION}.npz", allow_pickle=False) as record:
+        found, by_block = [float(scale) for scale in record["scales"]], record["factors"]
+    linears = linears_of(checkpoint.model.conditioning, checkpoint.model.depth)
+    scales = {name: scale for name, scale in zip(linears, found, strict=True) if precision.quantizes(name)}
+
+    factors = {f"blocks.{block}.{SMOOTHED}": each for block, each in enumerate(by_block)}
+    factors = {name: each for name, each in factors.items() if name in scales}
+
+    def weight(name: str) -> NDArray[np.float32]:
+        matrix: NDArray[np.float32] = checkpoint.weights[f"{name}.weight"].float().numpy()
+        return matrix
+
+    return lambda model: quantize_step(model, scales, factors, weight)
+
+
 def _make_manifest(checkpoint: Checkpoint, precision: PrecisionSpec, measurements: Measurements) -> Manifest:
+    reference = checkpoint.reference
+    if precision.name == Precision.INT8:
+        reference += ", its blocks' linear layers in emulated INT8"
     packages = ("dit-export", "torch", "diffusers", "onnx-ir")
     return Manifest(
         schema=SCHEMA,
         producer={**{name: version(name) for name in packages}, "python": platform.python_version()},
-        source=SourceSpec(
-            replace_controls(checkpoint.name), checkpoint.revision, checkpoint.reference, checkpoint.weights_sha256
-        ),
+        source=SourceSpec(replace_controls(checkpoint.name), checkpoint.revision, reference, checkpoint.weights_sha256),
         model=checkpoint.model,
         sizes=checkpoint.sizes,
         diffusion=checkpoint.diffusion,
@@ -152,14 +191,21 @@ def _make_manifest(checkpoint: Checkpoint, precision: PrecisionSpec, measurement
         ),
         class_names=tuple(map(replace_controls, checkpoint.class_names)),
         graphs={},
-        tolerances=TOLERANCES,
-        thresholds=THRESHOLDS,
+        tolerances=_limits_for(precision, TOLERANCES),
+        thresholds=_limits_for(precision, THRESHOLDS),
         floors={
             name: {record: tuple(values) for record, values in series.items()}
             for name, series in measurements.floors.items()
         },
         magnitudes=measurements.magnitudes,
+        calibration=None if measurements.calibration is None else decode(CalibrationSpec, measurements.calibration),
     )
+
+
+def _limits_for(precision: PrecisionSpec, limits: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """The limits of the precisions that a bundle's engines may compute in: those of INT8 only for INT8."""
+    int8 = precision.name == Precision.INT8
+    return {name: of for name, of in limits.items() if int8 or name != Precision.INT8}
 
 
 def _hash_files(folder: Path) -> dict[str, FileSpec]:

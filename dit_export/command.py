@@ -8,7 +8,7 @@ from pathlib import Path
 from dit_export.api import ExportResult, check_installed, export_request
 from dit_export.checkpoints.libraries import import_libraries
 from dit_export.request import ALL, ExportRequest
-from dit_runtime.commands.common import Parser, image_size, positive, print_json, run, say
+from dit_runtime.commands.common import Parser, image_size, natural, positive, print_json, run, say
 from dit_runtime.core.files import named
 
 EXAMPLES = (
@@ -19,6 +19,7 @@ EXAMPLES = (
     "dit-export DiT-XL/2-256 --random-weights 0 --fp16 -o xl-random.bundle",
     "dit-export facebook/DiT-XL-2-256 --bisect dit-xl.bundle -o keep.txt",
     "dit-export facebook/DiT-XL-2-256 --fp16 --keep-fp32 keep.txt -o dit-xl.bundle",
+    "dit-export facebook/DiT-XL-2-256 --int8 -o dit-xl-int8.bundle",
 )
 
 
@@ -32,7 +33,9 @@ def _main(argv: list[str] | None) -> int:
     args = parser.parse_args(argv)
     if args.checkpoint is None and args.bisect is None:
         parser.error("a checkpoint is required")
-    if args.keep_fp32 and not args.fp16:
+    if args.fp16 and args.int8:
+        parser.error("--fp16 and --int8: choose one; with --int8 all that is not INT8 is FP16")
+    if args.keep_fp32 and not args.fp16 and not args.int8:
         parser.error("--keep-fp32 is for FP16 graphs, whose other units are FP16; add --fp16")
     check_installed()
     import_libraries()
@@ -124,6 +127,28 @@ def _add_graph_options(parser: Parser) -> None:
         help="with --fp16: units that stay FP32, such as blocks.17.attn, or a list that --bisect wrote",
     )
     group.add_argument(
+        "--int8",
+        action="store_true",
+        help="make FP16 graphs whose blocks' linear layers multiply INT8, with ranges of the checkpoint's own samples",
+    )
+    group.add_argument(
+        "--keep-fp16",
+        nargs="+",
+        default=[],
+        metavar="FILE|UNIT",
+        help="with --int8: units whose linear layers stay FP16, such as blocks.0 or blocks.17.mlp.fc2, or a list",
+    )
+    group.add_argument(
+        "--calibration-images",
+        type=positive,
+        metavar="N",
+        help="with --int8: images on whose trajectories ranges are found, of classes spread evenly (default: 32 for a "
+        "small model, 4 for others, at most one of each class)",
+    )
+    group.add_argument(
+        "--calibration-seed", type=natural, default=0, metavar="SEED", help="with --int8: of these images' noise"
+    )
+    group.add_argument(
         "--size",
         type=image_size,
         nargs="+",
@@ -177,7 +202,7 @@ def _request_from_arguments(args: argparse.Namespace) -> ExportRequest:
     return ExportRequest(
         source=args.checkpoint,
         output=args.output,
-        precision="fp16" if args.fp16 else "fp32",
+        precision="int8" if args.int8 else "fp16" if args.fp16 else "fp32",
         keep_fp32=tuple(args.keep_fp32),
         family=args.family,
         heads=args.heads,
@@ -197,6 +222,9 @@ def _request_from_arguments(args: argparse.Namespace) -> ExportRequest:
         decode_tiles=tuple(args.decode_tile),
         encoder=args.encoder,
         verify=not args.no_verify,
+        keep_fp16=tuple(args.keep_fp16),
+        calibration_images=args.calibration_images,
+        calibration_seed=args.calibration_seed,
     )
 
 

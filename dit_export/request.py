@@ -16,6 +16,7 @@ from dit_runtime.core.reading import kind_of
 from dit_runtime.sampling.tiles import check_tile
 
 ALL = "all"
+MOST_IMAGES = 10_000  # of a calibration
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class ExportRequest:
             ``.safetensors`` file with the official names; or with ``random_weights`` a preset, such as
             ``DiT-XL/2-256``.
         output: the bundle's folder; None means ``NAME-PRECISION.bundle`` in the working directory.
-        precision: ``fp32``, or ``fp16`` for strongly typed FP16 graphs.
+        precision: ``fp32``, ``fp16`` for strongly typed FP16 graphs, or ``int8``: FP16 graphs whose blocks' linear
+            layers multiply INT8.
         keep_fp32: with ``fp16``, units that stay FP32, such as ``blocks.17.attn``, and files that list such units, as
             ``dit-export --bisect`` writes them.
         family: ``diffusers``, ``official`` or ``sit``; None means as a file's training arguments say, else official
@@ -51,6 +53,11 @@ class ExportRequest:
         decode_tiles: sides in latent pixels of decoder tiles to record, for engines that are built for tiles.
         encoder: whether the autoencoder's encoder is exported too, for image-to-image.
         verify: whether the bundle is compared with PyTorch on ONNX Runtime at the end.
+        keep_fp16: with ``int8``, units whose linear layers stay FP16, such as ``blocks.17.mlp.fc2`` or ``blocks.0``,
+            and files that list such units.
+        calibration_images: with ``int8``, the number of images on whose trajectories ranges are found; None means 32 of
+            a small model and 4 of others, and no more than there are classes.
+        calibration_seed: with ``int8``, the seed of those images' noise.
 
     Raises:
         CheckpointError: an argument is out of its range, or does not fit the others.
@@ -79,10 +86,14 @@ class ExportRequest:
     decode_tiles: tuple[int, ...] = (32,)
     encoder: bool = False
     verify: bool = True
+    keep_fp16: tuple[str, ...] = ()
+    calibration_images: int | None = None
+    calibration_seed: int = 0
 
     def __post_init__(self) -> None:
         if self.precision not in EXPORTED:
             raise CheckpointError(f"precision {self.precision!r} is not implemented; expected {' or '.join(EXPORTED)}")
+        self._check_int8()
         if self.keep_fp32 and self.precision == Precision.FP32:
             raise CheckpointError(
                 f"units to keep in FP32 ({self.keep_fp32[0]}): all units of FP32 graphs are FP32; choose fp16, or "
@@ -100,6 +111,29 @@ class ExportRequest:
             raise CheckpointError(f"VAE scaling {shown}: expected a factor above 0, such as 0.18215, and maybe a shift")
         for tile in self.decode_tiles:
             check_tile(tile)
+
+    def _check_int8(self) -> None:
+        int8 = self.precision == Precision.INT8
+        if int8 and self.keep_fp32:
+            raise CheckpointError(
+                f"units to keep in FP32 ({self.keep_fp32[0]}) in INT8 graphs: their units are INT8 or FP16; name them "
+                "with --keep-fp16, or export with --fp16 --keep-fp32"
+            )
+        if self.keep_fp16 and not int8:
+            raise CheckpointError(
+                f"units to keep in FP16 ({self.keep_fp16[0]}) in {self.precision} graphs: only INT8 graphs have "
+                "others; add --int8, or name no units"
+            )
+        if not int8 and (self.calibration_images is not None or self.calibration_seed):
+            raise CheckpointError(
+                f"calibration of {self.precision} graphs: only INT8 graphs are calibrated; add --int8"
+            )
+        if self.calibration_images is not None and not 1 <= self.calibration_images <= MOST_IMAGES:
+            raise CheckpointError(
+                f"calibration images {self.calibration_images}: expected a whole number from 1 to {MOST_IMAGES}"
+            )
+        if not 0 <= self.calibration_seed < 1 << 63:
+            raise CheckpointError(f"calibration seed {self.calibration_seed}: expected a whole number from 0")
 
     @property
     def bundle_path(self) -> Path:
@@ -142,6 +176,8 @@ class ExportRequest:
         Raises:
             CheckpointError: such a file is missing or is no list of units.
         """
-        from dit_export.graphs.precision import FP32, make_fp16_policy, read_keep_list
+        from dit_export.graphs.precision import FP32, make_fp16_policy, make_int8_policy, read_keep_list
 
+        if self.precision == Precision.INT8:
+            return make_int8_policy(read_keep_list(self.keep_fp16, "--keep-fp16"))
         return FP32 if self.precision == FP32.name else make_fp16_policy(read_keep_list(self.keep_fp32))

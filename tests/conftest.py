@@ -76,8 +76,9 @@ def tiny_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
 
     def bundle(name: str) -> Path:
         def make(folder: Path) -> None:
-            if GIVEN in os.environ:
-                shutil.copytree(Path(os.environ[GIVEN]) / f"{name}.bundle", folder / f"{name}.bundle")
+            given = Path(os.environ.get(GIVEN, os.devnull)) / f"{name}.bundle"
+            if given.is_dir():
+                shutil.copytree(given, folder / f"{name}.bundle")
                 return
             from support.exports import TINY, export
 
@@ -99,6 +100,12 @@ def bundles(tiny_bundle: Callable[[str], Path]) -> dict[str, Path]:
 def sized_bundle(tiny_bundle: Callable[[str], Path]) -> Path:
     """The tiny checkpoint in FP32 with its encoder, at three sizes."""
     return tiny_bundle("sized")
+
+
+@pytest.fixture(scope="session")
+def int8_bundle(tiny_bundle: Callable[[str], Path]) -> Path:
+    """The tiny checkpoint in INT8."""
+    return tiny_bundle("int8")
 
 
 @pytest.fixture(params=["fp32", "fp16"])

@@ -9,7 +9,9 @@ from dit_export.bisect.bisection import Bisection, bisection_of
 from dit_export.bisect.fp32_weights import weights_from_checkpoint
 from dit_export.bisect.kernel_cost import measure_kernel_cost
 from dit_export.checkpoints.sources import Source, load_checkpoint
+from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle
+from dit_runtime.core.errors import CheckpointError
 from dit_runtime.core.replace import check_writable, replace_file
 
 
@@ -24,9 +26,13 @@ def find_keep_list(bundle: Bundle, source: Source | None, output: Path) -> Bisec
 
     Raises:
         OutputError: ``output`` cannot be written.
-        CheckpointError: the checkpoint cannot be read, or the bundle was made from other weights.
+        CheckpointError: the checkpoint cannot be read, the bundle was made from other weights, or it is INT8.
         ParityError: the bundle does not keep its error budget even with all units in FP32.
     """
+    if bundle.manifest.precision.name == Precision.INT8:
+        raise CheckpointError(
+            f"{bundle.path}: is INT8; --bisect finds what FP16 breaks, so give it the checkpoint's export with --fp16"
+        )
     check_writable(output)
     weights = None if source is None else weights_from_checkpoint(load_checkpoint(source), bundle)
     bisection = bisection_of(bundle, weights)

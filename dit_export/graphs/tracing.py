@@ -8,7 +8,7 @@ import hashlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -99,19 +99,25 @@ def write_conditioner(folder: Path, conditioner: Conditioner) -> GraphSpec:
 
 
 def write_steps(
-    folder: Path, step: Step, table_dtype: torch.dtype, positions: Mapping[tuple[int, int], Tensor]
+    folder: Path,
+    step: Step,
+    table_dtype: torch.dtype,
+    positions: Mapping[tuple[int, int], Tensor],
+    edit: Callable[[ir.Model], None] | None = None,
 ) -> Iterator[tuple[str, GraphSpec]]:
     """Trace and write step and probe for each latent size; yield the name and description of each graph when written.
 
     ``positions``: the positional table of each size, the step's own first. ``probe`` is the step's graph with the
     blocks' outputs added. All graphs share one weights file. Tensors that differ at another size, above all its
-    positional table, are in that size's ``.onnx`` file.
+    positional table, are in that size's ``.onnx`` file. ``edit`` changes each traced model in place.
     """
     shared: Shared = {}
     for size, position in positions.items():
         at = step if size == step.spec.latent_size else step.at(replace(step.spec, latent_size=size), position)
         spec, axes = at.spec, step_axes(at.spec, table_dtype)
         model = trace(at, axes)
+        if edit is not None:
+            edit(model)
         outputs = list(model.graph.outputs)
         blocks = [f"blocks.{index}" for index in range(spec.depth)]
         for value, name in zip(outputs[2:], blocks, strict=True):

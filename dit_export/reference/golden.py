@@ -6,7 +6,7 @@ seeds, by code that never imports the modules and graphs that are exported: an e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from dit_export.checkpoints.checkpoint import Checkpoint
+from dit_export.reference.emulation import emulate_int8
 from dit_export.reference.floors import floors_of, project_conditions
 from dit_export.reference.magnitudes import magnitudes_of
 from dit_export.reference.pipeline import Reference
@@ -27,7 +28,7 @@ from dit_export.reference.record_settings import (
     Measurements,
     RecordSettings,
 )
-from dit_runtime.bundle.reader import CONDITIONS, STRONG, TILE, UNGUIDED
+from dit_runtime.bundle.reader import CONDITIONS, STRONG, TILE, UNGUIDED, UNQUANTIZED
 from dit_runtime.core.errors import ParityError
 from dit_runtime.verify.conditions import choose_conditions
 from dit_runtime.verify.verification import trajectories_of
@@ -42,6 +43,8 @@ def write_records(
     encoder: bool,
     advance: Callable[[], None],
     tiles: Sequence[int] = (),
+    scales: Mapping[str, float] | None = None,
+    factors: Mapping[str, Tensor] | None = None,
 ) -> Measurements:
     """Write ``NAME.npz`` for each record into ``folder``.
 
@@ -52,6 +55,8 @@ def write_records(
         encoder: whether the encoder is recorded too.
         advance: called after each piece of work, ``settings.work`` times.
         tiles: sides in latent pixels of tiles to record; a tile must be smaller than the image.
+        scales, factors: of the inputs of linear layers, which the reference then computes in INT8 (``emulation``);
+            what it computes without is recorded too.
 
     Raises:
         ParityError: the reference itself is not finite, or its image is constant: there is nothing to compare with.
@@ -59,6 +64,10 @@ def write_records(
     reference = Reference(checkpoint)
     records: dict[str, dict[str, Any]] = {}
     names = trajectories_of(checkpoint.diffusion)
+    if scales is not None:
+        with torch.inference_mode():
+            records[UNQUANTIZED] = _record_unquantized(reference, settings, names[0])
+        emulate_int8(reference, scales, factors or {})
     with torch.inference_mode():
         records["blocks"] = _record_blocks(reference, settings)
         advance()
@@ -211,6 +220,18 @@ def _record_trajectory(
         "latents": torch.stack(latents).numpy(),
         "denoised": torch.stack(denoised).numpy(),
         "noise": torch.stack(noises).numpy(),
+    }
+
+
+def _record_unquantized(reference: Reference, settings: RecordSettings, name: str) -> dict[str, Any]:
+    """What the FP32 model computes of the guided forward's and the first trajectory's inputs."""
+    latents = torch.from_numpy(_record_trajectory(reference, settings, name, lambda: None, 0)["latents"][-1])
+    decoded = reference.decode(latents)
+    return {
+        "latents": latents.numpy(),
+        "decoded": decoded.numpy(),
+        "images": reference.images_from_decoded(decoded),
+        "e": _record_forward(reference, settings, settings.forward_guidance)["e"],
     }
 
 

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dit_export.checkpoints.sources import Source, load_checkpoint
+from dit_export.checkpoints.sources import Checkpoint, Source, load_checkpoint
+from dit_export.reference.calibration import Calibration, calibrate, count_calibration, spec_for_checkpoint
+from dit_export.reference.emulation import IntegerWeight, emulate_int8
 from dit_export.reference.golden import write_records
-from dit_export.reference.record_settings import CHEAP_GMAC, Measurements, RecordSettings
+from dit_export.reference.pipeline import Reference
+from dit_export.reference.record_settings import CHEAP_GMAC, CalibrationRequest, Measurements, RecordSettings
 from dit_runtime.bundle.macs import count_step_gmac
-from dit_runtime.bundle.manifest import name_for_size
-from dit_runtime.bundle.reader import GOLDEN
+from dit_runtime.bundle.manifest import PrecisionSpec, name_for_size
+from dit_runtime.bundle.precision import Precision
+from dit_runtime.bundle.reader import CALIBRATION, GOLDEN
 from dit_runtime.core.children import command_of_module, run_child
 from dit_runtime.core.errors import CheckpointError, DiTError
 from dit_runtime.core.progress import Progress
@@ -27,21 +31,29 @@ from dit_runtime.core.progress import Progress
 ERRORS = {kind.__name__: kind for kind in DiTError.__subclasses__()}
 
 
-def records_in_process(source: Source, folder: Path, encoder: bool, precision: str) -> Measurements:
+def records_in_process(
+    source: Source,
+    folder: Path,
+    encoder: bool,
+    precision: str,
+    calibration: CalibrationRequest | None = None,
+) -> Measurements:
     """Make the records in a fresh interpreter; its progress bar appears on stderr.
 
     Args:
         source: the checkpoint.
         folder: the records go into its folder ``golden``, and into a folder of their own for each further size.
         encoder: whether the encoder is recorded too.
-        precision: the precision of the export, ``fp32`` or ``fp16``.
+        precision: the precision of the export, ``fp32``, ``fp16`` or ``int8``.
+        calibration: how an export in INT8 is calibrated; its ranges are a record too.
 
     Raises:
         CheckpointError: the checkpoint cannot be read, or the process was killed.
         ParityError: the PyTorch reference itself is unusable.
         DiTError: the records cannot be written.
     """
-    command = command_of_module("dit_export.reference.child", os.fspath(folder), json.dumps(encoder), precision)
+    asked = json.dumps(asdict(calibration or CalibrationRequest()))
+    command = command_of_module("dit_export.reference.child", os.fspath(folder), json.dumps(encoder), precision, asked)
     finished = run_child(command, source.to_json())
     result = _read_answer(finished.stdout)
     if "error" in result:
@@ -63,7 +75,9 @@ def _read_answer(out: str) -> dict[str, Any]:
     return answer
 
 
-def make_records(source: Source, folder: Path, encoder: bool, precision: str) -> Measurements:
+def make_records(
+    source: Source, folder: Path, encoder: bool, precision: str, calibration: CalibrationRequest | None = None
+) -> Measurements:
     """Make the records of each size in this process; the arguments are those of ``records_in_process``."""
     checkpoint = load_checkpoint(source)
     if count_step_gmac(checkpoint.model) <= CHEAP_GMAC:
@@ -71,12 +85,41 @@ def make_records(source: Source, folder: Path, encoder: bool, precision: str) ->
     models = [replace(checkpoint, model=checkpoint.at(size)) for size in checkpoint.sizes]
     settings = [RecordSettings.for_checkpoint(model, precision) for model in models]
     measurements: Measurements | None = None
+    ranges, scales = None, None
+    integers: dict[str, IntegerWeight] = {}
+    if precision == Precision.INT8:
+        request = calibration or CalibrationRequest()
+        policy = PrecisionSpec(Precision.INT8, (), request.keep_fp16)
+        ranges, integers = _calibrate(checkpoint, request, policy)
+        scales = {name: ranges.scales[name] for name in integers}
     with Progress("PyTorch reference", sum(each.work for each in settings)) as bar:
         for model, each in zip(models, settings, strict=True):
             size = model.model.latent_size
             target = folder / (GOLDEN if measurements is None else name_for_size(GOLDEN, size))
             target.mkdir()
-            found = write_records(model, each, target, encoder, bar.advance, source.tiles)
+            if ranges is not None:
+                ranges.write(target / f"{CALIBRATION}.npz", integers)
+            found = write_records(
+                model,
+                each,
+                target,
+                encoder,
+                bar.advance,
+                source.tiles,
+                scales,
+                None if ranges is None else ranges.factors,
+            )
             measurements = found if measurements is None else measurements.add_size(found, size)
     assert measurements is not None
-    return measurements
+    return measurements if ranges is None else replace(measurements, calibration=asdict(ranges.spec))
+
+
+def _calibrate(
+    checkpoint: Checkpoint, request: CalibrationRequest, policy: PrecisionSpec
+) -> tuple[Calibration, dict[str, IntegerWeight]]:
+    """The ranges and scales of the linear layers, at the first size, and what tells the quantized layers' integers."""
+    spec, reference = spec_for_checkpoint(checkpoint, request), Reference(checkpoint)
+    with Progress("calibrating", count_calibration(spec)) as bar, torch.inference_mode():
+        found = calibrate(reference, spec, policy.quantizes, bar.advance)
+    quantized = {name: scale for name, scale in found.scales.items() if policy.quantizes(name)}
+    return found, emulate_int8(reference, quantized, found.factors)

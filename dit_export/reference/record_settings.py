@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from dit_export.checkpoints.checkpoint import Checkpoint
-from dit_export.reference.floors import PRECISIONS, count_measurements
+from dit_export.reference.floors import count_measurements
 from dit_runtime.bundle.macs import count_step_gmac
 from dit_runtime.bundle.manifest import name_for_size
 
@@ -44,7 +45,7 @@ class RecordSettings:
     forward_images: int
     measured: int
     measured_steps: int
-    precisions: tuple[str, ...] = tuple(PRECISIONS)
+    precisions: tuple[str, ...] = ("fp32", "fp16", "bf16")
     seed: int = 0
     guidance: float = GUIDANCE
     forward_guidance: float = FORWARD_GUIDANCE
@@ -61,12 +62,16 @@ class RecordSettings:
         # A further size has the weights of the first, and the sampler does not depend on the size: smaller records do.
         first = checkpoint.model.latent_size == checkpoint.sizes[0]
         cheap = count_step_gmac(checkpoint.model) <= CHEAP_GMAC
+        precisions = tuple(dict.fromkeys((precision, "bf16")))
         if elements > LARGE_MODEL:
-            precisions = tuple(dict.fromkeys((precision, "bf16")))
             return RecordSettings(1, min(4, most), 2, measured=1, measured_steps=min(2, most), precisions=precisions)
         images, steps = ((4, min(50, most)) if cheap else (2, min(20, most))) if first else (2, min(10, most))
         forwards = max(images, 4) if first else images
-        return RecordSettings(images, steps, forwards, measured=1 + (first or cheap), measured_steps=steps)
+        if precision != "int8":  # whose engines are compared in no other precision
+            precisions = ("fp32", "fp16", "bf16")
+        return RecordSettings(
+            images, steps, forwards, measured=1 + (first or cheap), measured_steps=steps, precisions=precisions
+        )
 
     @property
     def work(self) -> int:
@@ -83,11 +88,30 @@ class RecordSettings:
 
 
 @dataclass(frozen=True)
+class CalibrationRequest:
+    """How an INT8 export is to be calibrated.
+
+    Attributes:
+        seed: of the images' noise.
+        images: whose trajectories are run; None leaves the number to the exporter.
+        keep_fp16: the units that stay FP16.
+    """
+
+    seed: int = 0
+    images: int | None = None
+    keep_fp16: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Measurements:
-    """What is measured on the reference beside the records: see ``Manifest.floors`` and ``Manifest.magnitudes``."""
+    """What is measured on the reference beside the records: see ``Manifest.floors`` and ``Manifest.magnitudes``.
+
+    ``calibration`` has the values of ``Manifest.calibration``, of an INT8 export.
+    """
 
     floors: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     magnitudes: dict[str, float] = field(default_factory=dict)
+    calibration: dict[str, Any] | None = None
 
     def add_size(self, other: Measurements, size: tuple[int, int]) -> Measurements:
         """These measurements and the other ones, which were made at a further size."""
@@ -97,4 +121,4 @@ class Measurements:
         }
         units = self.magnitudes | other.magnitudes
         largest = {unit: max(self.magnitudes.get(unit, 0), other.magnitudes.get(unit, 0)) for unit in units}
-        return Measurements(floors, largest)
+        return Measurements(floors, largest, self.calibration)

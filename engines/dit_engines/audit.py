@@ -6,7 +6,7 @@ are read from the engine's inspector.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,13 +15,14 @@ from dit_engines.recipe import can_fuse_attention
 from dit_runtime.backends.tensorrt.memory import describe_bytes
 from dit_runtime.bundle.manifest import ModelSpec, PrecisionSpec
 from dit_runtime.bundle.precision import TENSORRT_DATATYPES, Precision, is_kept
-from dit_runtime.core.decode import decode
+from dit_runtime.core.decode import decode, optional
 
 # The least share of the multiply-adds that must be in the graph's own precision, outside the units that a policy keeps
 # in FP32. Measured: 100 % in every graph of every variant.
 LEAST_SHARE = 0.99
 # The precisions that this audit knows.
-JUDGED = (Precision.FP32, Precision.FP16)
+JUDGED = (Precision.FP32, Precision.FP16, Precision.INT8)
+QUANTIZING = ("QuantizeLinear", "DequantizeLinear")
 # For a builder that does not tell datatypes: the largest ratio of an engine's weights to the bundle's weights, which
 # would be 2 in FP32 (RTX's is within 10 % of 1); and the bytes that a plan may have besides its weights, for a builder
 # that tells only the plan's size.
@@ -54,6 +55,9 @@ class ProfileAudit:
         activation_bytes: device memory of the activations at the profile's largest shapes.
         multiplied: multiply-adds at the profile's usual shapes by datatype; the empty name is an unknown datatype.
         kept: as ``multiplied``, for the units that the precision policy keeps in FP32; ``multiplied`` is without them.
+        quantized: as ``multiplied``, for the layers that an INT8 bundle quantizes; ``multiplied`` is without them. None
+            in what another version wrote.
+        quantizing: kernels that do nothing but quantize or dequantize.
         unread: multiply-adds of ONNX nodes that no kernel names.
         largest: the kernels with the most multiply-adds.
     """
@@ -68,29 +72,43 @@ class ProfileAudit:
     kept: dict[str, int] = field(default_factory=dict)
     unread: int = 0
     largest: list[LargeKernel] = field(default_factory=list)
+    quantized: dict[str, int] | None = optional(None)
+    quantizing: int = optional(0)
+
+    @property
+    def _counts(self) -> list[tuple[str, int]]:
+        return [*self.multiplied.items(), *self.kept.items(), *(self.quantized or {}).items()]
 
     @property
     def fp16_share(self) -> float:
         """The share of FP16 in all multiply-adds whose datatype is known."""
-        known = [*self.multiplied.items(), *self.kept.items()]
-        total = sum(count for dtype, count in known if dtype)
-        half = TENSORRT_DATATYPES[Precision.FP16]
-        return sum(count for dtype, count in known if dtype == half) / total if total else 0.0
+        return self._share_of_all(Precision.FP16)
+
+    @property
+    def int8_share(self) -> float:
+        """The share of INT8 in all multiply-adds whose datatype is known."""
+        return self._share_of_all(Precision.INT8)
+
+    def _share_of_all(self, precision: Precision) -> float:
+        total = sum(count for dtype, count in self._counts if dtype)
+        wanted = TENSORRT_DATATYPES[precision]
+        return sum(count for dtype, count in self._counts if dtype == wanted) / total if total else 0.0
 
     def share_in(self, precision: Precision) -> float:
-        """The share of a precision in the multiply-adds outside the units that the policy keeps in FP32.
+        """The share of a precision in the multiply-adds that should be in it.
 
-        Multiply-adds of unknown datatype are left out; the share is 1 where no datatype is known.
+        These are the quantized layers' for INT8, and for others all outside these and the units that the policy keeps
+        in FP32. Multiply-adds of unknown datatype are left out; the share is 1 where no datatype is known.
         """
-        total = sum(count for dtype, count in self.multiplied.items() if dtype)
-        return self.multiplied.get(TENSORRT_DATATYPES[precision], 0) / total if total else 1.0
+        counts = (self.quantized or {}) if precision == Precision.INT8 else self.multiplied
+        total = sum(count for dtype, count in counts.items() if dtype)
+        return counts.get(TENSORRT_DATATYPES[precision], 0) / total if total else 1.0
 
     @property
     def known_share(self) -> float:
         """The share of all multiply-adds whose kernel and datatype are known."""
-        counts = [*self.multiplied.items(), *self.kept.items()]
-        total = sum(count for _, count in counts) + self.unread
-        return sum(count for dtype, count in counts if dtype) / total if total else 1.0
+        total = sum(count for _, count in self._counts) + self.unread
+        return sum(count for dtype, count in self._counts if dtype) / total if total else 1.0
 
 
 @dataclass
@@ -112,6 +130,7 @@ def audit_of(
     weights_bytes: int,
     activation_bytes: Sequence[int],
     keep_fp32: Sequence[str] = (),
+    quantized: Sequence[str] = (),
 ) -> Audit:
     """Count the kernels of a plan and their multiply-adds.
 
@@ -121,21 +140,35 @@ def audit_of(
         weights_bytes: bytes of the plan's weights.
         activation_bytes: bytes of each profile's activations.
         keep_fp32: the units that the precision policy keeps in FP32.
+        quantized: the layers that should multiply INT8.
     """
     profiles = []
     for own, macs, size in zip(split_by_profile(kernels, len(work)), work, activation_bytes, strict=True):
-        profiles.append(_audit_profile(own, macs, size, keep_fp32))
+        profiles.append(_audit_profile(own, macs, size, keep_fp32, frozenset(quantized)))
     return Audit(weights_bytes, profiles)
 
 
 def _audit_profile(
-    kernels: Sequence[Kernel], macs: Mapping[str, int], size: int, keep_fp32: Sequence[str]
+    kernels: Sequence[Kernel],
+    macs: Mapping[str, int],
+    size: int,
+    keep_fp32: Sequence[str],
+    quantized: Collection[str],
 ) -> ProfileAudit:
-    found = ProfileAudit(activation_bytes=size)
+    int8: dict[str, int] = {}
+    found = ProfileAudit(activation_bytes=size, quantized=int8 if quantized else None)
     sizes: list[tuple[int, Kernel]] = []
     makers: dict[str, int] = {}
+    # A product may be one kernel, and what follows it (an INT8 sum times its scale) another that names the node too.
+    multiplied_apart = {node for kernel in kernels if kernel.is_product for node in kernel.nodes}
+
+    def nodes_of(kernel: Kernel) -> list[str]:
+        """The ONNX nodes with work that the kernel multiplies."""
+        nodes = set(kernel.nodes) & macs.keys()
+        return sorted(nodes if kernel.is_product else nodes - multiplied_apart)
+
     for kernel in kernels:
-        for node in set(kernel.nodes) & macs.keys():
+        for node in nodes_of(kernel):
             makers[node] = makers.get(node, 0) + 1
     for kernel in kernels:
         if kernel.is_host:
@@ -147,10 +180,12 @@ def _audit_profile(
         found.fused_attention += kernel.is_fused_attention
         found.reformats += kernel.is_reformat
         found.casts += kernel.is_cast
+        found.quantizing += bool(kernel.nodes) and all(_operator_of(node) in QUANTIZING for node in kernel.nodes)
         own = 0
-        for node in sorted(set(kernel.nodes) & macs.keys()):
+        for node in nodes_of(kernel):
             share = macs[node] // makers[node]  # kernels that share a node are assumed to do equal parts of it
-            counts = found.kept if is_kept(unit_of_node(node), keep_fp32) else found.multiplied
+            unit = unit_of_node(node)
+            counts = int8 if unit in quantized else found.kept if is_kept(unit, keep_fp32) else found.multiplied
             counts[kernel.dtype] = counts.get(kernel.dtype, 0) + share
             own += share
         sizes.append((own, kernel))
@@ -168,6 +203,11 @@ def _audit_profile(
 def unit_of_node(node: str) -> str:
     """The unit of the precision policy that an ONNX node is in: ``blocks.0.mlp.fc1/MatMul`` → ``blocks.0.mlp.fc1``."""
     return node.partition("/")[0]
+
+
+def _operator_of(node: str) -> str:
+    """The operator of an ONNX node: ``blocks.0.mlp.fc1/DequantizeLinear.1`` → ``DequantizeLinear``."""
+    return node.rpartition("/")[2].partition(".")[0]
 
 
 def find_problems(
@@ -189,7 +229,7 @@ def find_problems(
     if precision.name not in JUDGED:
         return [f"{graph}: the audit does not know the precision {precision.name}, only {' and '.join(JUDGED)}"]
     found = []
-    half, word = precision.name == Precision.FP16, precision.name.upper()
+    half, word = precision.numbers == Precision.FP16, precision.numbers.upper()
     told = all(profile.known_share >= (TOLD_SHARE if graph in CODERS else LEAST_SHARE) for profile in audit.profiles)
     if (
         half
@@ -203,7 +243,9 @@ def find_problems(
         )
     for index, profile in enumerate(audit.profiles):
         where = f"{graph}, profile {index}"
-        share = profile.share_in(precision.name)
+        if profile.quantized is not None:
+            found += _find_quantization_problems(profile, where)
+        share = profile.share_in(precision.numbers)
         if share < LEAST_SHARE and not is_kept(graph, precision.keep_fp32):
             found.append(f"{where}: {share:.1%} of the multiply-adds are {word}, expected at least {LEAST_SHARE:.0%}")
         expected = count_expected_attentions(model, precision)
@@ -212,9 +254,20 @@ def find_problems(
     return found
 
 
+def _find_quantization_problems(profile: ProfileAudit, where: str) -> list[str]:
+    found = []
+    if (share := profile.share_in(Precision.INT8)) < LEAST_SHARE:
+        found.append(
+            f"{where}: {share:.1%} of the quantized layers' multiply-adds are INT8, expected at least {LEAST_SHARE:.0%}"
+        )
+    if profile.quantizing:
+        found.append(f"{where}: {profile.quantizing} kernels only quantize or dequantize, expected none")
+    return found
+
+
 def count_expected_attentions(model: ModelSpec, precision: PrecisionSpec) -> int:
     """Count the attentions of the step that a builder should fuse: in FP16, those that the policy does not keep."""
-    if precision.name != Precision.FP16 or not can_fuse_attention(model):
+    if precision.numbers != Precision.FP16 or not can_fuse_attention(model):
         return 0
     kept = [block for block in range(model.depth) if _keeps_attention(precision, block)]
     return model.attentions // model.depth * (model.depth - len(kept))

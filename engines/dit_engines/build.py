@@ -121,6 +121,7 @@ def as_json(engine: BuiltEngine) -> dict[str, Any]:
         item = built.as_json()
         for own, profile in zip(item["audit"]["profiles"], built.audit.profiles, strict=True):
             own |= {"fp16_share": round(profile.fp16_share, 4), "known_share": round(profile.known_share, 4)}
+            own["int8_share"] = round(profile.int8_share, 4)
         graphs.append(item)
     return {
         "folder": str(engine.folder),

@@ -17,6 +17,7 @@ from dit_engines.audit import audit_from_json, find_problems
 from dit_engines.build_host import BuildHost
 from dit_engines.engine_store import LAYERS, LOG, STORE_OPTION, TIMING_CACHE, BuiltGraph, digest_of_written
 from dit_engines.recipe import Recipe, profiles_of
+from dit_runtime.bundle.quantization import linears_of
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.children import command_of_module, start_child
 from dit_runtime.core.errors import BuildError, OutputError
@@ -113,6 +114,7 @@ def _compile_graph(
         "log": os.fspath(folder / LOG.format(graph)),
         "layers": os.fspath(folder / LAYERS.format(graph)),
         "keep_fp32": bundle.manifest.precision.keep_fp32 if graph == "step" else (),  # other graphs are one unit each
+        "quantized": _quantized_layers(bundle) if graph == "step" else (),
     }
     start = time.monotonic()
     result, code, last_words = _run_worker(request, bar)
@@ -142,6 +144,12 @@ def _compile_graph(
         profiles=tuple(profiles),
         audit=audit_from_json(answer["audit"]),
     )
+
+
+def _quantized_layers(bundle: Bundle) -> tuple[str, ...]:
+    """The layers that should multiply INT8."""
+    model = bundle.manifest.model
+    return tuple(filter(bundle.manifest.precision.quantizes, linears_of(model.conditioning, model.depth)))
 
 
 def _run_worker(request: dict[str, Any], bar: Progress) -> tuple[dict[str, Any], int | None, str]:

@@ -71,6 +71,11 @@ class Kernel:
         return self.kind in ("wait", "signal")
 
     @property
+    def is_product(self) -> bool:
+        """Whether the kernel is a matrix product, with at most its epilogue fused."""
+        return self.kind == "gemm"
+
+    @property
     def is_fused_attention(self) -> bool:
         return self.name.startswith(FUSED_ATTENTION)
 

@@ -7,6 +7,7 @@ from dit_engines.engine_store import BuiltEngine, BuiltGraph
 from dit_engines.recipe import Recipe
 from dit_runtime.backends.tensorrt.memory import Need
 from dit_runtime.backends.tensorrt.store import describe_platform
+from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.text import join_lines
 
@@ -16,6 +17,7 @@ def format_engine(engine: BuiltEngine, bundle: Bundle, need: Need, explain: bool
     recipe = engine.recipe
     library, _, version = engine.builder.partition(" ")
     state = "already built" if engine.reused else "built"
+    int8 = bundle.manifest.precision.name == Precision.INT8
     lines = []
     if explain:
         why = engine.explanation or ("nothing differs",)
@@ -24,7 +26,7 @@ def format_engine(engine: BuiltEngine, bundle: Bundle, need: Need, explain: bool
         f"{engine.folder}: {state} for {describe_platform(library, version, recipe.compute_capability, None)}, batch ≤ "
         f"{recipe.batch} (the builder's own figures)",
         f"{'graph':<20} {'weights':>10} {'activations':>12} {'kernels':>8} {'reformats':>10} {'waits':>6} "
-        f"{'fused attention':>16} {'in FP16':>8}",
+        f"{'fused attention':>16} {'in FP16':>8}" + (f" {'in INT8':>8}" if int8 else ""),
     ]
     model = bundle.manifest.model
     for built in engine.graphs:
@@ -34,6 +36,7 @@ def format_engine(engine: BuiltEngine, bundle: Bundle, need: Need, explain: bool
                 f"{profile_name(built, index, recipe):<20} {built.audit.weights_bytes / 1e6:>7.1f} MB "
                 f"{profile.activation_bytes / 1e6:>9.1f} MB {profile.kernels:>8} {profile.reformats:>10} "
                 f"{profile.synchronizations:>6} {fused:>16} {profile.fp16_share:>8.1%}"
+                + (f" {profile.int8_share:>8.1%}" if int8 else "")
             )
     for built in engine.graphs:
         if built.graph == "step" and (largest := built.audit.profiles[-1].largest):

@@ -154,7 +154,7 @@ def _audit_plan(kernels: Sequence[Kernel], activations: Sequence[int], weights: 
     usual = [{name: tuple(points[1]) for name, points in profile.items()} for profile in request["profiles"]]
     work = [work_of_graph(Path(request["onnx"]), shapes).macs for shapes in usual]
     sizes = [*activations, *([0] * len(usual))][: len(usual)]
-    return audit_of(kernels, work, weights, sizes, request["keep_fp32"])
+    return audit_of(kernels, work, weights, sizes, request["keep_fp32"], request["quantized"])
 
 
 def _write(path: Path, content: Any) -> None:

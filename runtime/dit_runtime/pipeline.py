@@ -275,7 +275,8 @@ class Pipeline:
             return
         cure = ""
         if self.manifest.precision.precision_of(unit) == Precision.FP16:
-            cure = f"; where its numbers are beyond FP16's range, export again with --keep-fp32 {unit}"
+            fp16 = "--fp16 " if self.manifest.precision.name == Precision.INT8 else ""
+            cure = f"; where its numbers are beyond FP16's range, export again with {fp16}--keep-fp32 {unit}"
         raise SamplingError(
             f"{what} are not finite on {self.engine.info.name}; run dit-verify on this bundle and engine{cure}"
         )

@@ -8,12 +8,13 @@ of TensorRT-RTX.
 from __future__ import annotations
 
 import copy
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dit_engines.audit import Audit, ProfileAudit, audit_of, find_problems, find_unknowns
+from dit_engines.audit import Audit, ProfileAudit, audit_from_json, audit_of, find_problems, find_unknowns
 from dit_engines.graph_work import work_of_graph
 from dit_engines.kernels import Kernel, kernel_from_layer, kernels_from_log, split_by_profile
 from dit_runtime.bundle.macs import count_conditioner_gmac, count_step_gmac
@@ -133,12 +134,57 @@ def audited(**counts: Any) -> Audit:
     return Audit(0, [ProfileAudit(**counts)])
 
 
-@pytest.mark.parametrize("precision", [Precision.BF16, Precision.INT8])
-def test_an_unknown_precision_fails(precision: Precision) -> None:
+def test_an_unknown_precision_fails() -> None:
     """What the audit cannot judge does not pass it."""
     perfect = audited(multiplied={"Half": 1, "BFloat16": 1, "Int8": 1}, fused_attention=2)
-    (problem,) = find_problems(perfect, "step", MODEL, PrecisionSpec(precision, ()))
-    assert f"the audit does not know the precision {precision}" in problem
+    (problem,) = find_problems(perfect, "step", MODEL, PrecisionSpec(Precision.BF16, ()))
+    assert "the audit does not know the precision bf16" in problem
+
+
+INT8 = PrecisionSpec(Precision.INT8, FP16.keep_fp32)
+
+
+def test_int8_work_is_found() -> None:
+    """A quantized layer that is not INT8 fails, and so does other work that is not FP16, as in an FP16 bundle."""
+    sound = audited(multiplied={"Half": 9}, quantized={"Int8": 90}, kept={"Float": 1}, fused_attention=2)
+    assert find_problems(sound, "step", MODEL, INT8) == []
+    assert (sound.profiles[0].int8_share, sound.profiles[0].fp16_share) == (0.9, 0.09)
+    half = audited(multiplied={"Half": 9}, quantized={"Int8": 88, "Half": 2}, fused_attention=2)
+    assert find_problems(half, "step", MODEL, INT8) == [
+        "step, profile 0: 97.8% of the quantized layers' multiply-adds are INT8, expected at least 99%"
+    ]
+    single = audited(multiplied={"Float": 9}, quantized={"Int8": 90}, fused_attention=1)
+    assert find_problems(single, "step", MODEL, INT8) == [
+        "step, profile 0: 0.0% of the multiply-adds are FP16, expected at least 99%",
+        "step, profile 0: 1 of 2 attentions fused",
+    ]
+    apart = audited(multiplied={"Half": 9}, quantized={"Int8": 90}, fused_attention=2, quantizing=3)
+    assert find_problems(apart, "step", MODEL, INT8) == [
+        "step, profile 0: 3 kernels only quantize or dequantize, expected none"
+    ]
+    assert find_problems(audited(multiplied={"Half": 9}), "decoder", MODEL, INT8) == []
+
+
+def int8_kernel(name: str, kind: str, dtype: str, *nodes: str) -> Kernel:
+    return Kernel(name=name, kind=kind, nodes=nodes, weights=0, dtype=dtype, subgraph=0, profile=None)
+
+
+def test_an_int8_product_and_its_epilogue() -> None:
+    """The work of a product is that of its own kernel, not of the next one, which scales the sums and names it too."""
+    qkv, quantize = "blocks.0.attn.qkv/MatMul", "blocks.0.attn.qkv/QuantizeLinear"
+    dequantize = ("blocks.0.attn.qkv/DequantizeLinear", "blocks.0.attn.qkv/DequantizeLinear.1")
+    kernels = [
+        int8_kernel("quantize", "kgen", "Int8", quantize),
+        int8_kernel("qkv", "gemm", "Int8", qkv, *dequantize),
+        int8_kernel("__myl_MulAdd_myl0_4", "kgen", "Half", qkv, *dequantize, "blocks.0.attn.qkv/Add"),
+    ]
+    (profile,) = audit_of(kernels, [WORK], 0, [0], FP16.keep_fp32, ["blocks.0.attn.qkv"]).profiles
+    assert (profile.quantized, profile.multiplied, profile.quantizing) == ({"Int8": WORK[qkv]}, {}, 1)
+    written = asdict(Audit(0, [profile]))
+    assert audit_from_json(written).profiles[0].quantized == {"Int8": WORK[qkv]}
+    for field in ("quantized", "quantizing"):  # which the sidecars of engines that were built before do not have
+        del written["profiles"][0][field]
+    assert audit_from_json(written).profiles[0].quantized is None
 
 
 def test_fp32_work_is_found() -> None:

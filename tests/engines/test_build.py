@@ -112,6 +112,19 @@ def test_the_command_builds_and_audits(bundle: Bundle, report: dict[str, Any]) -
     assert report["memory_bytes"] > sum(graphs[name]["weights_bytes"] for name in ("step", "decoder"))
 
 
+def test_int8_is_built_as_int8(int8_bundle: Path, tmp_path: Path) -> None:
+    """The builder multiplies INT8 in every quantized layer, fuses all attentions, and rounds in no other kernel."""
+    done = run_command(
+        "dit-build", int8_bundle, "--target", "rtx", "--batch", "1", "--branches", "2", "--store", tmp_path, "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    (step,) = (graph for graph in json.loads(done.stdout)["graphs"] if graph["graph"] == "step")
+    for profile in step["audit"]["profiles"]:
+        assert set(profile["quantized"]) == {"Int8"}
+        assert (profile["fused_attention"], profile["quantizing"]) == (2, 0)
+        assert profile["int8_share"] > 0.9  # measured: 0.937
+
+
 def test_the_runtime_reads_what_was_built(bundle: Bundle, report: dict[str, Any], host: BuildHost) -> None:
     """The reader finds the engine, checks its plans, and has the shapes and memory that were built."""
     (found,) = read_engines(bundle, Path(report["folder"]).parent)

@@ -107,15 +107,31 @@ def test_the_command_makes_the_same_request(
     with pytest.raises(DiTError, match="taken"):
         export("w.pt")
     assert requests[0] == requests[1]
+    argv = "w.pt --int8 --keep-fp16 blocks.1 mlp --calibration-images 7 --calibration-seed 5"
+    with pytest.raises(SystemExit):
+        command.main(argv.split())
+    with pytest.raises(DiTError, match="taken"):
+        export("w.pt", precision="int8", keep_fp16=["blocks.1", "mlp"], calibration_images=7, calibration_seed=5)
     assert requests[2] == requests[3] == ExportRequest("w.pt")
-    assert all(getattr(requests[0], item.name) != item.default for item in fields(ExportRequest))  # none is left out
-    assert capsys.readouterr().err.splitlines() == ["dit-export: taken"] * 2
+    assert requests[4] == requests[5]
+    for item in fields(ExportRequest):  # none is left out
+        assert any(getattr(request, item.name) != item.default for request in (requests[0], requests[4])), item.name
+    assert capsys.readouterr().err.splitlines() == ["dit-export: taken"] * 3
 
 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"precision": "int8"}, CheckpointError, "precision 'int8' is not implemented; expected fp32 or fp16"),
+        ({"precision": "bf16"}, CheckpointError, "precision 'bf16' is not implemented; expected fp32 or fp16 or int8"),
+        (
+            {"precision": "int8", "keep_fp32": ["decoder"]},
+            CheckpointError,
+            r"units to keep in FP32 \(decoder\) in INT8 graphs: .* name them with --keep-fp16, or export with --fp16",
+        ),
+        ({"keep_fp16": ["blocks.0"]}, CheckpointError, r"FP16 \(blocks.0\) in fp32 graphs: .*; add --int8"),
+        ({"calibration_images": 3}, CheckpointError, "calibration of fp32 graphs: .* add --int8"),
+        ({"precision": "int8", "calibration_images": 0}, CheckpointError, "calibration images 0: expected .* from 1"),
+        ({"precision": "int8", "calibration_seed": -1}, CheckpointError, "calibration seed -1: expected .* from 0"),
         ({"keep_fp32": ("blocks.0",)}, CheckpointError, "all units of FP32 graphs are FP32"),
         ({"heads": 0}, CheckpointError, "heads 0: expected a whole number from 1"),
         ({"classes": -1}, CheckpointError, "classes -1: expected a whole number from 1"),

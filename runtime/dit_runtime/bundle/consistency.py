@@ -23,7 +23,8 @@ from dit_runtime.bundle.manifest import (
     TensorSpec,
     name_for_size,
 )
-from dit_runtime.bundle.precision import EXPORTED
+from dit_runtime.bundle.precision import EXPORTED, Precision
+from dit_runtime.bundle.quantization import linears_of
 from dit_runtime.core.decode import show
 
 COEFFICIENTS = 17  # of a row of a sampler's schedule
@@ -36,6 +37,7 @@ MOST_LATENTS = 1 << 26  # numbers of one image's latents: 256 MiB
 MOST_PIXELS = 1 << 30  # of one image
 MOST_ROW = 1 << 26  # numbers in a row of the conditioning table
 MOST_BETAS = 10_000
+MOST_CALIBRATION_LABELS = 10_000
 LEAST_BETA = 1e-12  # 1 - beta is below 1 in float64
 LONGEST_TEXT = 500  # characters; the longest class name of ImageNet has 130
 
@@ -60,7 +62,8 @@ def check_consistency(manifest: Manifest) -> None:
 def _check_texts(manifest: Manifest) -> None:
     """Check the length of what goes into messages and listings."""
     source, names = manifest.source, (manifest.defaults.sampler, manifest.autoencoder.name)
-    lists = (manifest.class_names, manifest.precision.keep_fp32, manifest.files, manifest.graphs, manifest.magnitudes)
+    kept = (*manifest.precision.keep_fp32, *manifest.precision.keep_fp16)
+    lists = (manifest.class_names, kept, manifest.files, manifest.graphs, manifest.magnitudes)
     for text in (source.name, source.reference, *names, *(text for texts in lists for text in texts)):
         if len(text) > LONGEST_TEXT:
             raise ValueError(f"text {show(text)} of {len(text)} characters, expected {LONGEST_TEXT} at most")
@@ -83,6 +86,7 @@ def _check_model(manifest: Manifest) -> None:
     model = manifest.model
     if manifest.precision.name not in EXPORTED:
         raise ValueError(f"precision {manifest.precision.name}: not implemented, expected {' or '.join(EXPORTED)}")
+    _check_quantization(manifest)
     _check_choice("conditioning", model.conditioning, CONDITIONINGS)
     if model.width % model.heads:
         raise ValueError(f"{model.heads} heads do not divide width {model.width}")
@@ -90,6 +94,24 @@ def _check_model(manifest: Manifest) -> None:
         raise ValueError(f"a conditioning table with {math.prod(table_shape(model))} numbers in a row")
     if len(manifest.class_names) not in (0, model.classes):
         raise ValueError(f"{len(manifest.class_names)} class names for {model.classes} classes")
+
+
+def _check_quantization(manifest: Manifest) -> None:
+    calibration, int8 = manifest.calibration, manifest.precision.name == Precision.INT8
+    if (calibration is not None) != int8:
+        raise ValueError(f"precision {manifest.precision.name} {'without' if int8 else 'with'} calibration")
+    if manifest.precision.keep_fp16 and not int8:
+        raise ValueError(f"precision {manifest.precision.name} with units to keep in FP16, which only INT8 has")
+    if calibration is None:
+        return
+    if not calibration.labels or max(calibration.labels) >= max(manifest.model.label_rows, 1):
+        raise ValueError(f"calibration.labels {show(list(calibration.labels))}, expected labels of this model")
+    if len(calibration.labels) > MOST_CALIBRATION_LABELS or len(calibration.sampler) > LONGEST_TEXT:
+        raise ValueError(
+            f"calibration with {len(calibration.labels)} labels, expected {MOST_CALIBRATION_LABELS} at most"
+        )
+    if not any(map(manifest.precision.quantizes, linears_of(manifest.model.conditioning, manifest.model.depth))):
+        raise ValueError("precision int8, and every linear layer is kept in FP16")
 
 
 def _check_sizes(manifest: Manifest) -> None:
@@ -217,15 +239,18 @@ def _check_tensors(where: str, found: tuple[TensorSpec, ...], expected: Tensors)
 
 
 def _check_weights(manifest: Manifest) -> None:
-    """Check the model's sizes against the bytes of its files: the least that their matrices take, in FP16."""
+    """Check the model's sizes against the bytes of its files: the least that their matrices take, in FP16 or INT8."""
     model = manifest.model
+    number = 1 if manifest.precision.name == Precision.INT8 else 2  # the least bytes of one
     for name, numbers in {
         "conditioner": model.classes * model.width,  # the labels' embedding
         "step": model.width * model.mlp_width,  # a matrix of a block's MLP
     }.items():
         held = sum(manifest.files[file].bytes for file in _files_of(manifest.graphs[name]))
-        if 2 * numbers > held:
-            raise ValueError(f"the {name}'s files have {held} bytes, expected {2 * numbers} at least for this model")
+        if number * numbers > held:
+            raise ValueError(
+                f"the {name}'s files have {held} bytes, expected {number * numbers} at least for this model"
+            )
 
 
 def _files_of(graph: GraphSpec) -> Iterable[str]:

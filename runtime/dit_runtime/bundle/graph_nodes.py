@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 from dit_runtime.bundle.onnx_reader import DTYPES, Reader, Span, StoredTensor, Values, first_of
-from dit_runtime.bundle.operators import DIVIDING, INPUTS, WHOLE_TYPES, makes_whole
+from dit_runtime.bundle.operators import DIVIDING, INPUTS, QUANTIZING, WHOLE_TYPES, makes_whole
 from dit_runtime.core.decode import DecodeError
 
 MOST_NODES = 10_000  # a block has 28: DiT-XL's step has 900
@@ -16,6 +17,7 @@ def read_checked_tensors(reader: Reader, graph: Values) -> Iterator[StoredTensor
     """Every tensor of a graph as ``graph_file.read_tensors``. Raises DecodeError at a wrong node."""
     made = {reader.read_value(span)[0] for span in graph["input"]}
     constants: dict[str, Span] = {}
+    quantized: set[str] = set()
     whole = {name for name, dtype in map(reader.read_value, graph["input"]) if _is_whole(dtype)}
     for span in graph["initializer"]:
         tensor = reader.read_tensor(span)
@@ -32,6 +34,8 @@ def read_checked_tensors(reader: Reader, graph: Values) -> Iterator[StoredTensor
         _check_attributes(node, attributes)
         for attribute in attributes:
             yield from map(reader.read_tensor, (*attribute["t"], *attribute["tensors"]))
+        if node["op_type"][0] in QUANTIZING:
+            _check_quantization(reader, node, attributes, constants, quantized)
         if _makes_whole(reader, node, attributes, whole, constants):
             whole.update(node["output"])
         if node["op_type"] == ["Constant"]:
@@ -73,6 +77,42 @@ def _check_attributes(node: Values, attributes: list[Values]) -> None:
     _add_names(set(), [first_of(attribute, "name", "") for attribute in attributes], "an attribute")
     if large := [number for attribute in attributes for number in attribute["ints"] if abs(number) > MOST_LISTED]:
         raise DecodeError(f"{what} has {large[0]} in an attribute, expected at most {MOST_LISTED}")
+
+
+def _check_quantization(
+    reader: Reader, node: Values, attributes: list[Values], constants: Mapping[str, Span], quantized: set[str]
+) -> None:
+    """Check a QuantizeLinear or DequantizeLinear: symmetric INT8 with stored scales, as ``dit-export`` writes it.
+
+    ``quantized``: the names of what QuantizeLinear made before it; its own outputs are added.
+
+    Raises:
+        DecodeError: a scale or zero point that is not stored, another type than INT8, a zero point other than 0, a
+            scale that is no number above 0, or an attribute besides the axis.
+    """
+    what, operator = f"node {first_of(node, 'name', '')!r:.60}", node["op_type"][0]
+    if others := [name for each in attributes if (name := first_of(each, "name", "")) != "axis"]:
+        raise DecodeError(f"{what} has the attribute {others[0]!r:.40}, which no quantization of a bundle has")
+    numbers, scales, *zero_points = node["input"]
+    if lost := [name for name in (scales, *zero_points) if name not in constants]:
+        raise DecodeError(f"{what} reads {lost[0]!r:.60}, expected a scale and a zero point that are stored")
+    if operator == "QuantizeLinear":
+        quantized.update(node["output"])
+        if not zero_points:
+            raise DecodeError(f"{what} has no zero point, expected one of INT8")
+    elif numbers not in quantized:
+        dtype = reader.read_tensor(constants[numbers]).dtype if numbers in constants else "no INT8"
+        if dtype != "int8":
+            raise DecodeError(f"{what} reads {numbers!r:.60}, which is {dtype}, expected int8")
+    for name in zero_points:
+        found = reader.read_tensor(constants[name])
+        if (found.dtype, found.shape) != ("int8", ()) or reader.read_values(constants[name]) != [0]:
+            raise DecodeError(f"{what} has the zero point {name!r:.60}, expected a single INT8 of 0")
+    scale = reader.read_tensor(constants[scales])
+    if scale.dtype not in ("float16", "float32"):
+        raise DecodeError(f"{what} has scales of {scale.dtype}, expected float16 or float32")
+    if not scale.shape and not 0 < (reader.read_values(constants[scales]) or [0])[0] < math.inf:
+        raise DecodeError(f"{what} has a scale that is no number above 0")
 
 
 def _add_names(known: set[str], names: list[str], what: str) -> None:

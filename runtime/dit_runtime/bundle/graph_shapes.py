@@ -12,6 +12,7 @@ import operator
 from collections.abc import Callable, Sequence
 
 from dit_runtime.bundle.node_call import Call, Made, MisfitError, Shape, Sized, checked_axis
+from dit_runtime.bundle.operators import QUANTIZING
 
 MOST_NUMBERS = 64  # that are followed of a tensor: a shape has 16 at most
 MOST_SIZE = 1 << 40  # a product beyond it is not followed: it could leave 64 bits
@@ -236,6 +237,14 @@ def _pad(call: Call) -> Made:
     return Made((Sized(tuple(shape)),))
 
 
+def _quantize(call: Call) -> Made:
+    """QuantizeLinear and DequantizeLinear: one scale, or a scale for each place along an axis; no blocks."""
+    shape, scales = call.shape(0), call.shape(1)
+    if scales and scales != (shape[call.axis(0, 1)],):
+        raise MisfitError(f"scales of {_show(scales)} for {_show(shape)}")
+    return Made((Sized(shape),))
+
+
 def _reduce(call: Call) -> Made:
     shape, wanted = call.shape(0), call.lists.get("axes", ())
     if call.known(1) is not None:
@@ -274,6 +283,7 @@ _RULES: dict[str, Callable[[Call], Made]] = {
     **{"Gemm": _gemm, "Conv": _conv, "Concat": _concat, "Slice": _slice, "Gather": _gather, "Split": _split},
     **{"Reshape": _reshape, "Transpose": _transpose, "Squeeze": _squeeze, "Unsqueeze": _unsqueeze},
     **{"Expand": _expand, "Resize": _resize, "Pad": _pad, "Shape": _shape},
+    **dict.fromkeys(QUANTIZING, _quantize),
     **{f"Reduce{kind}": _reduce for kind in ("L1", "L2", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare")},
 }
 # The result has the first input's shape; of all others it is the shape that the inputs are broadcast to.

@@ -123,6 +123,10 @@ class Reader:
         found: list[float] = np.frombuffer(self._content[start:end], dtype).tolist()
         return found
 
+    def read_bytes(self, span: Span) -> bytes:
+        """The bytes of a tensor that lie in the file."""
+        return self._content[slice(*first_of(self._read(span, TENSOR, "tensor"), "raw_data", (0, 0)))]
+
     def read_text(self, span: Span) -> str:
         """The text at a place, with other bytes replaced."""
         return self._content[slice(*span)].decode(errors="replace")

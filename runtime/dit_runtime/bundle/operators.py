@@ -25,7 +25,7 @@ _INPUTS = {
         "Add And CastLike Div Equal Expand Gather Greater GreaterOrEqual Less LessOrEqual MatMul Mod Mul Or PRelu Pow "
         "Reshape Sub Unsqueeze Xor"
     ),
-    (2, 3): "Conv Gemm LayerNormalization",
+    (2, 3): "Conv DequantizeLinear Gemm LayerNormalization QuantizeLinear",
     (2, 4): "Pad",
     (3, 3): "GroupNormalization InstanceNormalization Where",
     (3, 5): "Slice",
@@ -33,9 +33,15 @@ _INPUTS = {
 # By operator: the least number of inputs, each of which must be there, and the most.
 INPUTS = {name: bounds for bounds, names in _INPUTS.items() for name in names.split()}
 
+QUANTIZING = ("QuantizeLinear", "DequantizeLinear")
+
 # A library divides whole numbers as the processor does, which ends the process at 0 and at the least number by -1.
 DIVIDING = ("Div", "Mod", "ReduceMean")
-_NOT_WHOLE = ("And", "Equal", "Greater", "GreaterOrEqual", "IsInf", "IsNaN", "Less", "LessOrEqual", "Not", "Or", "Xor")
+_WHOLE = ("QuantizeLinear", "Shape")
+_NOT_WHOLE = (
+    *("And", "DequantizeLinear", "Equal", "Greater", "GreaterOrEqual", "IsInf", "IsNaN", "Less", "LessOrEqual"),
+    *("Not", "Or", "Xor"),
+)
 WHOLE_TYPES = (2, 3, 4, 5, 6, 7, 12, 13)  # TensorProto.DataType
 
 
@@ -49,6 +55,6 @@ def makes_whole(operator: str, inputs: Sequence[bool], cast_to: int) -> bool:
     """
     if operator == "Cast":
         return cast_to in WHOLE_TYPES
-    if operator == "Shape" or operator in _NOT_WHOLE:
-        return operator == "Shape"
+    if operator in _WHOLE or operator in _NOT_WHOLE:
+        return operator in _WHOLE
     return inputs[1 if operator in ("CastLike", "Where") else 0]

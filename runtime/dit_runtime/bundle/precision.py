@@ -9,7 +9,10 @@ from dit_runtime.core.errors import DiTError
 
 
 class Precision(str, Enum):
-    """The format in which numbers are stored and multiplied. ``INT8`` is not implemented and is refused by name."""
+    """The format in which numbers are stored and multiplied.
+
+    In an ``INT8`` bundle the linear layers of the blocks multiply INT8, and all else is as in FP16.
+    """
 
     FP32 = "fp32"
     FP16 = "fp16"
@@ -21,7 +24,7 @@ class Precision(str, Enum):
 
 
 # What graphs can be written in.
-EXPORTED = (Precision.FP32, Precision.FP16)
+EXPORTED = (Precision.FP32, Precision.FP16, Precision.INT8)
 # Further names that commands take.
 ALIASES = {"f32": Precision.FP32}
 # TensorRT's names of the datatypes, in its log, its inspector's JSON and the audits.
@@ -49,6 +52,6 @@ def precision_named(name: str, error: type[DiTError]) -> Precision:
     return found
 
 
-def is_kept(unit: str, keep_fp32: Iterable[str]) -> bool:
+def is_kept(unit: str, kept_units: Iterable[str]) -> bool:
     """Whether a unit, such as ``blocks.17.mlp.fc1``, is one of the named units or inside one (``blocks.17.mlp``)."""
-    return any(unit == kept or unit.startswith(f"{kept}.") for kept in keep_fp32)
+    return any(unit == kept or unit.startswith(f"{kept}.") for kept in kept_units)

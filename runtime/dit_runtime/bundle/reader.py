@@ -43,7 +43,17 @@ from dit_runtime.bundle.manifest import (
     manifest_from_json,
     name_for_size,
 )
-from dit_runtime.bundle.records import CONDITIONS, RECORD_BYTES, STRONG, TILE, UNGUIDED, check_record, specs_of_record
+from dit_runtime.bundle.records import (
+    CALIBRATION,
+    CONDITIONS,
+    RECORD_BYTES,
+    STRONG,
+    TILE,
+    UNGUIDED,
+    UNQUANTIZED,
+    check_record,
+    specs_of_record,
+)
 from dit_runtime.core.arrays import arrays_from_npz
 from dit_runtime.core.decode import json_from_bytes, schema_of
 from dit_runtime.core.errors import BundleError, OutputError
@@ -60,6 +70,7 @@ from dit_runtime.core.reading import (
 from dit_runtime.core.replace import check_place, recover_folder
 
 __all__ = [
+    "CALIBRATION",
     "CONDITIONINGS",
     "CONDITIONS",
     "ENCODER",
@@ -73,6 +84,7 @@ __all__ = [
     "STRONG",
     "TILE",
     "UNGUIDED",
+    "UNQUANTIZED",
     "AutoencoderSpec",
     "Bundle",
     "DefaultsSpec",

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from dit_runtime.bundle.manifest import ENCODER, Manifest
+from dit_runtime.bundle.quantization import FACTORS, linears_of
 from dit_runtime.core.arrays import Array, ArraySpec
 from dit_runtime.core.decode import DecodeError
 
@@ -17,6 +18,8 @@ RECORD_BYTES = 1 << 30  # of all arrays of a record: far more than any has, and 
 TILE = "tile_"  # and the tile's side in latent pixels: names of records of decoded tiles
 UNGUIDED = "unguided"  # name of the record of a trajectory without guidance, by a sampler that draws noise
 CONDITIONS = "conditions"  # name of the record of every class and timestep
+CALIBRATION = "calibration"  # name of the record of the ranges that an INT8 bundle's scales are from
+UNQUANTIZED = "unquantized"  # name of the record of what an INT8 bundle's model computes in FP32
 STRONG = "strong"  # name of the record of a trajectory at a strong guidance scale, with its images
 PROJECTIONS = 8  # of each condition's row
 MOST_STEPS = 10_000
@@ -84,6 +87,18 @@ def specs_of_record(name: str, manifest: Manifest) -> dict[str, ArraySpec]:
             "decoded": float32("N", 3, *pixels),
             "images": ArraySpec("uint8", ("N", *pixels, 3)),
         }
+    if name == CALIBRATION:
+        linears = len(linears_of(model.conditioning, model.depth))
+        return {
+            **{"timesteps": float32("S"), "ranges": float32(linears, "S"), "scales": float32(linears)},
+            **{"weight_scales": float32("R"), "weight_sums": int64("R")},
+            "factors": float32(model.depth, model.mlp_width),
+        }
+    if name == UNQUANTIZED:
+        return {
+            **{"latents": float32("N", *latents), "decoded": float32("N", 3, *pixels)},
+            **{"images": ArraySpec("uint8", ("N", *pixels, 3)), "e": float32("M", *latents)},
+        }
     if name == ENCODER and ENCODER in manifest.graphs:
         outputs = [tensor.name for tensor in manifest.graphs[ENCODER].outputs]
         return {
@@ -117,8 +132,22 @@ def check_record(name: str, record: Mapping[str, Array], manifest: Manifest) -> 
         for key, axis, tokens in (("tokens", 1, model.tokens), ("outputs", 2, model.tokens + extra)):
             if (found := record[key].shape[axis]) != (kept := len(range(0, tokens, int(record["token_stride"])))):
                 raise DecodeError(f"{key}: {found} tokens, expected {kept} of {tokens}")
+    if name == CALIBRATION:
+        _check_scales(record)
     if name in TRAJECTORIES and len(record["latents"]) != len(record["denoised"]) + 1:
         raise DecodeError(f"latents of {len(record['latents'])} steps, expected one more than of denoised")
+
+
+def _check_scales(record: Mapping[str, Array]) -> None:
+    """Check that the scales are numbers above 0 that FP16 holds, as the graphs store them."""
+    scales, ranges = record["scales"], record["ranges"]
+    if not (np.isfinite(scales).all() and (scales > 0).all() and (scales == scales.astype(np.float16)).all()):
+        raise DecodeError("scales: expected numbers of FP16 above 0")
+    factors = record["factors"]
+    if not (np.isin(np.frexp(factors)[0], 0.5).all() and FACTORS[0] <= factors.min() <= factors.max() <= FACTORS[1]):
+        raise DecodeError("factors: expected powers of 2 from 1/64 to 64")
+    if not (np.isfinite(ranges).all() and (ranges >= 0).all() and ranges.size):
+        raise DecodeError("ranges: expected numbers from 0")
 
 
 def _check_range(record: Mapping[str, Array], key: str, least: float, most: float) -> None:

@@ -108,6 +108,13 @@ def image_size(text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
+def natural(text: str) -> int:
+    """An argparse type: a whole number from 0 to 2⁶⁴-1."""
+    if not (text.isascii() and text.isdecimal() and len(text) <= 20 and int(text) < 2**64):
+        raise argparse.ArgumentTypeError(f"got {text!r:.80}, expected a whole number from 0 to 2^64-1")
+    return int(text)
+
+
 def positive(text: str) -> int:
     """An argparse type: a whole number from 1."""
     try:

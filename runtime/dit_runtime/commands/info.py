@@ -26,6 +26,7 @@ def bundle_info(bundle: Bundle) -> dict[str, Any]:
         "reference": manifest.source.reference,
         "precision": manifest.precision.name,
         "keep_fp32": list(manifest.precision.keep_fp32),
+        "keep_fp16": list(manifest.precision.keep_fp16),
         "model": _model_of(bundle),
         "prediction": manifest.diffusion.prediction_type,
         "image_sizes": [list(size) for size in manifest.image_sizes],
@@ -96,7 +97,8 @@ def format_info(path: Path, info: dict[str, Any]) -> str:
 
 def _model_lines(path: Path, info: dict[str, Any]) -> Iterator[str]:
     model, defaults = info["model"], info["defaults"]
-    kept = f", {', '.join(info['keep_fp32'])} in FP32" if info["precision"] == "fp16" else ""
+    kept = "" if info["precision"] == "fp32" else f", {', '.join(info['keep_fp32'])} in FP32"
+    kept += f", {', '.join(info['keep_fp16'])} in FP16" if info["keep_fp16"] else ""
     yield f"{path}: {info['source']}, {info['precision']}{kept}"
     yield f"digest      {info['bundle']}"
     yield f"reference   {info['reference']}"

@@ -44,13 +44,6 @@ def duration(text: str) -> float:
     return seconds
 
 
-def natural(text: str) -> int:
-    """An argparse type: a whole number from 0 to 2⁶⁴-1."""
-    if not (text.isascii() and text.isdecimal() and len(text) <= 20 and int(text) < 2**64):
-        raise argparse.ArgumentTypeError(f"got {text!r:.80}, expected a whole number from 0 to 2^64-1")
-    return int(text)
-
-
 def run_soak(request: SoakRequest) -> int:
     """Soak, or run a case again, and print what was found."""
     from dit_runtime.bundle.reader import open_bundle

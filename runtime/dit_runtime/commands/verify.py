@@ -13,11 +13,12 @@ from dit_runtime.commands.common import (
     STORE_HELP,
     Parser,
     image_size,
+    natural,
     print_json,
     run,
 )
 from dit_runtime.commands.replay import TableRequest, run_replay
-from dit_runtime.commands.soak import SoakRequest, duration, natural, run_soak
+from dit_runtime.commands.soak import SoakRequest, duration, run_soak
 from dit_runtime.core.errors import ParityError
 
 if TYPE_CHECKING:  # imported when the arguments are parsed, so that --help is quick

@@ -135,10 +135,22 @@ def budget_for(bundle: Bundle, precision: Precision) -> Budget:
     if not bundle.default_size:
         suffix = name_for_size("", manifest.model.latent_size)
         floors = {name[: -len(suffix)]: values for name, values in floors.items() if name.endswith(suffix)}
-    tolerances = _cap(manifest.tolerances[precision], TOLERANCES.get(precision, {}))
-    own = THRESHOLDS.get(precision, {})
-    thresholds = _cap({**own, **manifest.thresholds.get(precision, {})}, own)
+    # An engine that runs the rest of an INT8 bundle in BF16 has the errors of both.
+    names = tuple(dict.fromkeys((precision, manifest.precision.name)))
+    names = names if Precision.INT8 in names else (precision,)
+    tolerances = _cap(_laxest(manifest.tolerances, names), _laxest(TOLERANCES, names))
+    own = _laxest(THRESHOLDS, names)
+    thresholds = _cap({**own, **_laxest(manifest.thresholds, names)}, own)
     return Budget(precision, tolerances, thresholds, floors)
+
+
+def _laxest(limits: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> dict[str, float]:
+    """By kind of rung the laxest of the limits of these precisions."""
+    found: dict[str, float] = {}
+    for kind, limit in (item for name in names for item in limits.get(name, {}).items()):
+        laxest = min if kind in LARGER_IS_BETTER else max
+        found[kind] = laxest(limit, found.get(kind, limit))
+    return found
 
 
 def _cap(limits: Mapping[str, float], own: Mapping[str, float]) -> dict[str, float]:

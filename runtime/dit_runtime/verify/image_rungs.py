@@ -159,7 +159,7 @@ def _float_images(replay: Replay, final: Array, record: Record, floors: str) -> 
     return compare_series(unlimited, "", "image", floors, series)
 
 
-def _worst_psnr(found: Array, expected: Array) -> tuple[float, int]:
+def worst_psnr(found: Array, expected: Array) -> tuple[float, int]:
     """The least PSNR of uint8 images in dB, and the image's index."""
     if found.shape != expected.shape:
         return -math.inf, 0
@@ -172,7 +172,7 @@ def strong_images(replay: Replay, final: Array, record: Record, sampler: str) ->
     """The worst image of the trajectory at a strong guidance scale, against the reference's image."""
     found = replay.run_decoder(final, "images")
     floats = _float_images(replay, final, record, f"{STRONG} image")
-    level, worst = _worst_psnr(found, record["images"])
+    level, worst = worst_psnr(found, record["images"])
     where = "" if floats.first_over is None else f"{floats.detail}; "
     return replace(
         floats,
@@ -191,7 +191,7 @@ def images(replay: Replay, final: Array, sampler: str) -> tuple[tuple[Array, Arr
     found, expected = replay.run_decoder(final, "images"), record["images"]
     floats = _float_images(replay, final, record, replay.name_of_floors("image"))
     detail = f"{sampler}, free-running"
-    (level, worst), similarity = _worst_psnr(found, expected), ssim(found, expected)
+    (level, worst), similarity = worst_psnr(found, expected), ssim(found, expected)
     metrics = {
         "max_abs": float(np.abs(found.astype(int) - expected.astype(int)).max()),
         "psnr": level,

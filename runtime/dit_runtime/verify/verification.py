@@ -3,6 +3,7 @@
 The first rung that fails says where the fault is:
 
     FP16 range                              the reference's own numbers fit into FP16
+    INT8 ranges, INT8 weights               an INT8 bundle's scales and integers are those of its calibration
     conditioner, embedding, blocks          a block's inputs, and its output
     forward                                 the network with and without guidance, at every batch size of the engine
     sampler update                          every coefficient that a schedule's row can hold
@@ -28,7 +29,7 @@ from dit_runtime.core.errors import BundleError
 from dit_runtime.core.progress import Progress
 from dit_runtime.samplers.by_name import schedule_for
 from dit_runtime.samplers.schedule import Schedule
-from dit_runtime.verify import image_rungs, network_rungs
+from dit_runtime.verify import image_rungs, network_rungs, quantization_rungs
 from dit_runtime.verify.conditions import conditions
 from dit_runtime.verify.coverage import coverage_of
 from dit_runtime.verify.decoder_relations import decoder_batches, encoder_batches
@@ -90,6 +91,9 @@ def _rungs(replay: Replay, quick: bool, images: list[tuple[Array, Array]]) -> It
     manifest, guided = replay.bundle.manifest, replay.engine.info.has_branches(2)
     if _has_range(replay):
         yield network_rungs.fp16_range(replay)
+    if manifest.calibration is not None:
+        yield quantization_rungs.ranges(replay)
+        yield quantization_rungs.weights(replay)
     if not quick:
         yield network_rungs.conditioner(replay)
     if _has_probe(replay):
@@ -121,6 +125,8 @@ def _rungs(replay: Replay, quick: bool, images: list[tuple[Array, Array]]) -> It
         both, rungs = image_rungs.images(replay, final, first)
         images.append(both)
         yield from rungs
+        if _has_cost(replay):
+            yield quantization_rungs.cost(replay, both[0])
         if _has_strong(replay):
             record, schedule = _trajectory(replay, first, STRONG)
             strong, rung = image_rungs.free_running(replay, first, record, schedule)
@@ -184,7 +190,11 @@ def _has_strong(replay: Replay) -> bool:
 
 
 def _has_range(replay: Replay) -> bool:
-    return replay.budget.precision == Precision.FP16 and bool(replay.bundle.manifest.magnitudes)
+    return replay.budget.precision in (Precision.FP16, Precision.INT8) and bool(replay.bundle.manifest.magnitudes)
+
+
+def _has_cost(replay: Replay) -> bool:
+    return replay.bundle.manifest.calibration is not None and replay.tile is None
 
 
 def _has_probe(replay: Replay) -> bool:
@@ -204,4 +214,5 @@ def _rung_count(replay: Replay, quick: bool) -> int:
     relations = replay.bundle.has_records(CONDITIONS) + 8 + 3 * guided
     strong = _has_strong(replay) * (1 + (replay.tile is None))
     encoder = strong + 2 * (ENCODER in manifest.graphs)
+    always += 2 * (manifest.calibration is not None) + (_has_cost(replay) and guided)
     return always + unguided + relations + encoder + (1 + 2 * guided) * (not quick)

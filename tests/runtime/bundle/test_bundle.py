@@ -163,10 +163,19 @@ def test_a_name_that_no_bundle_has(tmp_path: Path, name: str) -> None:
         open_bundle(tmp_path / name)
 
 
+CALIBRATED = {"seed": 0, "labels": [0, 9], "sampler": "ddim", "steps": 50, "guidance": 1.5}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m["precision"].update(name="int8"), "precision int8: not implemented, expected fp32 or fp16"),
+        (
+            lambda m: m["precision"].update(name="bf16"),
+            "precision bf16: not implemented, expected fp32 or fp16 or",
+        ),
+        (lambda m: m["precision"].update(name="int8"), "precision int8 without calibration"),
+        (lambda m: m["precision"].update(keep_fp16=["blocks.0"]), "units to keep in FP16, which only INT8 has"),
+        (lambda m: m.update(calibration=CALIBRATED), "with calibration"),
         (lambda m: m["precision"].update(name="fp8"), "precision.name"),
         (lambda m: m.update(schema=99), "schema 99, this version reads 5"),
         (

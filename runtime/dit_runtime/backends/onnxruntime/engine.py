@@ -62,7 +62,7 @@ class OnnxRuntimeEngine:
         self._sessions: dict[str, _OnnxRuntimeSession] = {}
         device = "CPU" if self._provider is None else self._provider.device
         # With ``trt_fp16_enable`` TensorRT may compute what the graph keeps in FP32 (residuals, adaLN) in FP16.
-        weak = provider == "tensorrt" and bundle.manifest.precision.name == Precision.FP16
+        weak = provider == "tensorrt" and bundle.manifest.precision.numbers == Precision.FP16
         name = f"onnxruntime {self._runtime.__version__} {device}{', weakly typed' if weak else ''}"
         self.info = EngineInfo(
             name=name,

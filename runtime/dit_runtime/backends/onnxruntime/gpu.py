@@ -196,7 +196,9 @@ def _providers_for(name: str, precision: Precision, captured: bool) -> list[Any]
     cuda = (PROVIDERS["cuda"], settings)
     if name == "cuda":
         return [(PROVIDERS["cuda"], {**settings, "enable_cuda_graph": "1"})] if captured else [cuda]
-    return [(PROVIDERS["tensorrt"], {"trt_fp16_enable": str(precision == Precision.FP16)}), cuda]
+    half = {"trt_fp16_enable": str(precision in (Precision.FP16, Precision.INT8))}
+    int8 = {"trt_int8_enable": "True"} if precision == Precision.INT8 else {}
+    return [(PROVIDERS["tensorrt"], half | int8), cuda]
 
 
 def _find_work_elsewhere(session: Any, provider: str) -> list[str]:

@@ -112,7 +112,7 @@ class OpenVinoEngine:
                 f"precision bf16: this CPU ({read_processor().model}) has no BF16 instructions (avx512_bf16 or "
                 "amx_bf16); use --precision fp32"
             )
-        lowered = able and self.bundle.manifest.precision.name == Precision.FP16
+        lowered = able and self.bundle.manifest.precision.numbers == Precision.FP16
         return asked or (Precision.BF16 if lowered else Precision.FP32)
 
     def session(self, graph: str) -> _OpenVinoSession:
@@ -146,7 +146,7 @@ class OpenVinoEngine:
             EngineError: too little memory, or OpenVINO cannot read or compile the graph.
         """
         spec = self.bundle.manifest.graphs[graph]
-        fp16 = self.bundle.manifest.precision.name == Precision.FP16
+        fp16 = self.bundle.manifest.precision.numbers == Precision.FP16
         values = self.bundle.manifest.files[spec.weights].bytes // (2 if fp16 else 4)
         check_memory(values * (2 if self._bf16 else 4), f"the {graph} on {self.info.name}")
         # The graphs of an FP16 bundle say which tensors are BF16; only the autoencoder is in BF16 throughout, because
@@ -169,7 +169,7 @@ class OpenVinoEngine:
 
     def _find_source(self, graph: str) -> Source:
         """Find and check what to read a graph from: a prepared graph, or an FP32 bundle's own file; else None."""
-        if self.bundle.manifest.precision.name != Precision.FP16:
+        if self.bundle.manifest.precision.numbers != Precision.FP16:
             return self.bundle.graph(graph)  # OpenVINO maps its weights
         return None if self._folder is None else find_prepared(self._folder, self._facts_for(graph))
 

@@ -24,7 +24,7 @@ def _find_candidate(bundle: Bundle, name: str) -> Candidate | None:
         capabilities = load_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     except EngineError:
         return None
-    bf16 = bundle.manifest.precision.name == Precision.FP16 and "BF16" in capabilities
+    bf16 = bundle.manifest.precision.numbers == Precision.FP16 and "BF16" in capabilities
     return Candidate(name, Precision.BF16 if bf16 else Precision.FP32)
 
 

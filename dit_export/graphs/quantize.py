@@ -1,0 +1,100 @@
+"""Writes INT8 into a traced step: the linear layers of its blocks get explicit QuantizeLinear and DequantizeLinear.
+
+    x (· factors) → QuantizeLinear → DequantizeLinear → MatMul ← DequantizeLinear ← INT8 weight (/ factors)
+
+Builders read this pattern as one INT8 product: TensorRT calls it explicit quantization. Zero points are 0. The input
+has one scale, from calibration. The weight has one for each output channel, and is stored as INT8. Scales have the
+dtype of the product, FP16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from dit_runtime.bundle.quantization import LARGEST
+
+LEAST_SCALE = np.float16(2.0**-24)  # FP16's least number above 0: of a channel whose weights are all 0
+
+
+def quantize_step(
+    model: ir.Model,
+    scales: Mapping[str, float],
+    factors: Mapping[str, NDArray[np.float32]],
+    weight: Callable[[str], NDArray[np.float32]],
+) -> None:
+    """Quantize linear layers of a step or probe, in place.
+
+    Args:
+        model: the traced graph, in FP16.
+        scales: of the input of each layer to quantize, by name; numbers that FP16 holds.
+        factors: powers of 2 for the channels of a layer's input, for the layers that have some.
+        weight: gives a layer's weight ``[out, in]`` as the checkpoint has it: rounding it to FP16 first would move
+            numbers across a rounding boundary of INT8.
+    """
+    graph = model.graph
+    zero = _add_initializer(graph, "zero_point", np.zeros((), np.int8))
+    products = {node.name.rpartition("/")[0]: node for node in graph if node.op_type == "MatMul" and node.name}
+    for name, scale in scales.items():
+        product = products[name]  # a block's other products are named attn/MatMul
+        x, old = product.inputs
+        assert x is not None
+        assert old is not None
+        matrix = weight(name)
+        if name in factors:
+            matrix = matrix / factors[name]
+            factor = _add_initializer(graph, f"{name}.factor", factors[name].astype(np.float16))
+            even = ir.node("Mul", [x, factor], name=f"{name}/Mul")
+            _describe(even, f"{name}/even", ir.DataType.FLOAT16, x.shape)
+            graph.insert_before(product, even)
+            x = even.outputs[0]
+        numbers, weight_scales = quantize_weight(matrix)
+        at = _add_initializer(graph, f"{name}.scale", np.array(scale, np.float16))
+        to_int8 = _make_node("QuantizeLinear", name, "quantized", x, at, zero, ir.DataType.INT8)
+        from_int8 = _make_node("DequantizeLinear", name, "rounded", to_int8.outputs[0], at, zero, ir.DataType.FLOAT16)
+        rounded = ir.node(
+            "DequantizeLinear",
+            [
+                _add_initializer(graph, f"{name}.weight", numbers.T.copy()),
+                _add_initializer(graph, f"{name}.weight_scale", weight_scales),
+            ],
+            {"axis": 1},
+            name=f"{name}/DequantizeLinear.1",
+        )
+        _describe(rounded, f"{name}/weight", ir.DataType.FLOAT16, old.shape)
+        graph.insert_before(product, [to_int8, from_int8, rounded])
+        product.replace_input_with(0, from_int8.outputs[0])
+        product.replace_input_with(1, rounded.outputs[0])
+        if not old.uses():
+            assert old.name is not None
+            del graph.initializers[old.name]
+
+
+def quantize_weight(weight: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
+    """INT8 numbers ``[out, in]`` of a weight, and the scale ``[out]`` of each output channel."""
+    scales = np.maximum((np.abs(weight).max(axis=1) / LARGEST).astype(np.float16), LEAST_SCALE)
+    numbers = np.rint(weight / scales.astype(np.float32)[:, None])
+    return np.clip(numbers, -LARGEST, LARGEST).astype(np.int8), scales
+
+
+def _add_initializer(graph: ir.Graph, name: str, array: NDArray[np.generic]) -> ir.Value:
+    value = ir.Value(name=name, type=ir.TensorType(ir.DataType.from_numpy(array.dtype)), shape=ir.Shape(array.shape))
+    value.const_value = ir.Tensor(array, name=name)
+    graph.register_initializer(value)
+    return value
+
+
+def _make_node(
+    operator: str, layer: str, result: str, x: ir.Value, scale: ir.Value, zero: ir.Value, dtype: ir.DataType
+) -> ir.Node:
+    node = ir.node(operator, [x, scale, zero], name=f"{layer}/{operator}")
+    _describe(node, f"{layer}/{result}", dtype, x.shape)
+    return node
+
+
+def _describe(node: ir.Node, name: str, dtype: ir.DataType, shape: ir.Shape | None) -> None:
+    result = node.outputs[0]
+    result.name, result.dtype, result.shape = name, dtype, shape

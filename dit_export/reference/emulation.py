@@ -1,0 +1,85 @@
+"""The reference's own INT8: its linear layers with rounded weights and inputs, written from the mathematics.
+
+    y = s_x · s_w · (round(x · f / s_x) · round(w / f / s_w)) + b
+
+INT8 has no counterpart in PyTorch's modules, so this is what an INT8 engine is compared with: the unpatched model, but
+for the linear layers of its blocks. The integers are held as floating-point numbers, which are exact for them. ``s_x``
+is the calibrated scale of the layer's input, ``s_w`` the scale of each row of the weight, its largest |w / f| by 127.
+Both are numbers of FP16, as the graphs store them. ``f`` are powers of 2 for the input's channels, or 1. Nothing is
+shared with the code that writes those graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dit_export.reference.pipeline import Reference
+
+LEAST_SCALE = 2.0**-24  # FP16's least number above 0
+
+
+def linear_modules(reference: Reference) -> dict[str, list[nn.Linear]]:
+    """The modules of each linear layer of the blocks, by the layer's name in the graphs, in the network's order.
+
+    diffusers has three modules for ``attn.qkv``, which read the same input.
+    """
+    found: dict[str, list[nn.Linear]] = {}
+    for index, block in enumerate(reference.blocks):
+        if reference.checkpoint.transformer is not None:
+            attention, first, second = block.attn1, block.ff.net[0].proj, block.ff.net[2]
+            own = {"attn.qkv": [attention.to_q, attention.to_k, attention.to_v], "attn.proj": [attention.to_out[0]]}
+        else:
+            first, second = block.mlp.fc1, block.mlp.fc2
+            own = {"attn.qkv": [block.attn.qkv], "attn.proj": [block.attn.proj]}
+            if reference.spec.conditioning == "cross-attention":
+                own |= {"cross_attn.q": [block.cross_attn.q], "cross_attn.proj": [block.cross_attn.proj]}
+        own |= {"mlp.fc1": [first], "mlp.fc2": [second]}
+        found |= {f"blocks.{index}.{name}": modules for name, modules in own.items()}
+    return found
+
+
+@dataclass(frozen=True)
+class IntegerWeight:
+    """What tells a layer's integers: the scale of each output channel, and the sum of its integers."""
+
+    scales: Tensor
+    sums: Tensor
+
+
+def emulate_int8(
+    reference: Reference, scales: Mapping[str, float], factors: Mapping[str, Tensor]
+) -> dict[str, IntegerWeight]:
+    """Make the reference compute these linear layers in INT8, for good.
+
+    Args:
+        reference: the modules in FP32.
+        scales: of the input of each layer, by the layer's name in the graphs.
+        factors: of the channels of a layer's input ``[in]``, for the layers that have some.
+    """
+    modules, found = linear_modules(reference), {}
+    for name, scale in scales.items():
+        parts = []
+        for module in modules[name]:
+            factor = factors.get(name, torch.ones(()))
+            rows = module.weight.detach().float() / factor
+            by_row = (rows.abs().amax(dim=1) / 127).half().float().clamp(min=LEAST_SCALE)  # (out,)
+            integers = torch.round(rows / by_row[:, None]).clamp(-127, 127)
+            parts.append((by_row, integers.sum(dim=1)))  # below 2²⁴: float32 adds such integers without rounding
+            module.weight = nn.Parameter(integers, requires_grad=False)
+            module.forward = partial(_compute_int8, module, scale, by_row, factor)  # type: ignore[method-assign]
+        found[name] = IntegerWeight(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    return found
+
+
+def _compute_int8(module: nn.Linear, scale: float, by_row: Tensor, factor: Tensor, x: Tensor) -> Tensor:
+    """The layer's output in the dtype of ``x``; the product is that of a GPU, whose sums are wider than FP16."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    integers = torch.round(x.to(wide) * factor.to(wide) / scale).clamp(-128, 127)
+    product = F.linear(integers, module.weight.to(wide)) * (by_row.to(wide) * scale)
+    return product.to(x.dtype) + module.bias

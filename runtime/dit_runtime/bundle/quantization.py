@@ -1,0 +1,52 @@
+"""Quantization to INT8: which linear layers an INT8 bundle quantizes, and how their calibration was made.
+
+Symmetric, with zero points of 0. A weight has a scale for each output channel; a layer's input has one scale, which
+calibration found: x ≈ scale · clamp(round(x / scale), -128, 127), where ties are rounded to even. The input of an
+MLP's second layer is multiplied by a factor for each channel before that, and its weight is divided by them: channels
+that are much larger than others would cost the others their levels. Factors are powers of 2, so nothing is rounded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+from dit_runtime.core.decode import Natural, Range
+
+LARGEST = 127  # what the largest |x| of a range becomes
+SMOOTHED = "mlp.fc2"  # the layer of a block that has factors
+FACTORS = 2.0**-6, 2.0**6  # the least and the largest
+LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")  # of a block
+CROSS_ATTENTION_LINEARS = ("attn.qkv", "attn.proj", "cross_attn.q", "cross_attn.proj", "mlp.fc1", "mlp.fc2")
+
+
+@dataclass(frozen=True)
+class CalibrationSpec:
+    """How the ranges of an INT8 bundle were found.
+
+    Attributes:
+        seed: of the images' noise; the first image has this seed, each further one the next.
+        labels: of the images whose trajectories were run.
+        sampler: whose loop was run, in PyTorch.
+        steps: of a trajectory; every timestep of it counts.
+        guidance: the guidance scale.
+    """
+
+    seed: Natural
+    labels: tuple[Natural, ...]
+    sampler: str
+    steps: Annotated[int, Range(1, 10_000)]
+    guidance: float
+
+
+def is_block_linear(name: str) -> bool:
+    """Whether a name is that of a linear layer of a block: ``blocks.17.mlp.fc1``."""
+    return re.fullmatch(rf"blocks\.[0-9]+\.({'|'.join(map(re.escape, CROSS_ATTENTION_LINEARS))})", name) is not None
+
+
+def linears_of(conditioning: str, depth: int) -> tuple[str, ...]:
+    """The linear layers that calibration measures, in the order of the network."""
+    names: Sequence[str] = CROSS_ATTENTION_LINEARS if conditioning == "cross-attention" else LINEARS
+    return tuple(f"blocks.{index}.{name}" for index in range(depth) for name in names)

@@ -1,0 +1,126 @@
+"""The rungs of an INT8 bundle: whether its scales are those of its calibration, and what INT8 costs.
+
+All other rungs compare an engine with PyTorch's own INT8, which has the same scales: they cannot see that a scale is
+wrong, only that an engine computes something else. These compare with what does not depend on the engine.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from dit_runtime.backends.base import Array
+from dit_runtime.bundle.quantization import LARGEST, SMOOTHED, linears_of
+from dit_runtime.bundle.reader import CALIBRATION, UNQUANTIZED
+from dit_runtime.bundle.stored_numbers import numbers_of_graph
+from dit_runtime.core.errors import BundleError
+from dit_runtime.verify.image_rungs import worst_psnr
+from dit_runtime.verify.metrics import relative_l2
+from dit_runtime.verify.replay import Replay
+from dit_runtime.verify.rung import Rung
+
+
+def ranges(replay: Replay) -> Rung:
+    """Each layer's scale, which must map the largest |x| of all timesteps of calibration to 127.
+
+    A smaller scale clips numbers that the model has, a larger one wastes levels.
+    """
+    manifest = replay.bundle.manifest
+    calibration, record = manifest.calibration, replay.bundle.records(CALIBRATION)
+    assert calibration is not None
+    if len(record["timesteps"]) != calibration.steps:
+        raise BundleError(
+            f"{replay.bundle.path}: the record {CALIBRATION} has ranges of {len(record['timesteps'])} timesteps, "
+            f"expected {calibration.steps}; export the bundle again"
+        )
+    layers = [
+        (name, float(found.max()) / (LARGEST * float(scale)))
+        for name, found, scale in zip(
+            linears_of(manifest.model.conditioning, manifest.model.depth),
+            record["ranges"],
+            record["scales"],
+            strict=True,
+        )
+        if manifest.precision.quantizes(name)
+    ]
+    off = [abs(share - 1) for _, share in layers]
+    worst = int(np.argmax(off))
+    name, share = layers[worst]
+    return Rung(
+        "INT8 ranges",
+        off[worst],
+        replay.budget.tolerance_of("int8_ranges"),
+        "relative",
+        f"{name} reaches {share:.3g} of its scale's end; {len(layers)} layers at {calibration.steps} timesteps of "
+        f"{calibration.sampler}, {len(set(calibration.labels))} classes",
+        axis="layer",
+        series={"error": off},
+    )
+
+
+def weights(replay: Replay) -> Rung:
+    """The quantization that the step stores, against the reference's own, which is computed apart: they are equal.
+
+    Each layer's scale and factors, the scale of each output channel of its weight, and the sum of that channel's
+    integers. The other rungs would not see a fault that is smaller than what the roundings of INT8 move by chance.
+    """
+    manifest, record = replay.bundle.manifest, replay.bundle.records(CALIBRATION)
+    found = numbers_of_graph(replay.bundle, "step")
+    first, off, one = 0, {}, np.ones(())
+    for name, scale in zip(
+        linears_of(manifest.model.conditioning, manifest.model.depth), record["scales"], strict=True
+    ):
+        if not manifest.precision.quantizes(name):
+            continue
+        stored = [found.get(f"{name}.{part}") for part in ("scale", "weight_scale", "weight")]
+        if any(each is None for each in stored):
+            off[name] = math.inf  # not quantized at all
+            continue
+        at, scales, integers = (np.asarray(each) for each in stored)
+        rows = slice(first, first := first + len(scales))
+        sums = record["weight_sums"][rows]
+        factor = record["factors"][int(name.split(".")[1])] if name.endswith(SMOOTHED) else one
+        off[name] = max(
+            _largest_difference(found.get(f"{name}.factor", one), factor),
+            _largest_difference(at, scale),
+            _largest_difference(scales, record["weight_scales"][rows]),
+            _largest_difference(integers.sum(axis=0, dtype=np.int64), sums),
+        )
+    worst = max(off, key=lambda name: off[name])
+    return Rung(
+        "INT8 weights",
+        off[worst],
+        0.0,
+        "relative",
+        f"{'equal' if not off[worst] else f'worst: {worst}'}; scales and integers of {len(off)} layers",
+        axis="layer",
+        series={"error": list(off.values())},
+    )
+
+
+def _largest_difference(found: Array, expected: Array) -> float:
+    """The largest difference relative to the largest expected number; infinite where the shapes differ."""
+    if np.shape(found) != np.shape(expected):
+        return math.inf
+    difference = np.abs(np.asarray(found, np.float64) - np.asarray(expected, np.float64)).max()
+    return float(difference / max(float(np.abs(expected).max()), 1e-300))
+
+
+def cost(replay: Replay, found: Array) -> Rung:
+    """The engine's own images ``[N, H, W, 3]`` against those of the FP32 model: what INT8 costs."""
+    record, own = replay.bundle.records(UNQUANTIZED), replay.bundle.records("images")
+    forward = replay.bundle.records("forward_2")
+    level, worst = worst_psnr(found, record["images"])
+    reference, _ = worst_psnr(own["images"], record["images"])
+    forwards = relative_l2(forward["e"], record["e"])
+    latents = relative_l2(own["latents"], record["latents"])
+    return Rung(
+        "image PSNR against FP32",
+        level,
+        replay.budget.tolerance_of("int8_cost"),
+        "dB",
+        f"what INT8 costs; in PyTorch's own INT8 {reference:.1f} dB, latents {latents:.2%}, forward {forwards:.2%} at "
+        f"guidance {float(forward['guidance']):g}; worst: image {worst + 1}",
+        metrics={"psnr": level if math.isfinite(level) else 0.0},
+    )
