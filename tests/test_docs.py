@@ -42,6 +42,7 @@ COMMANDS = {
     "dit-bench": "dit_runtime.commands.bench",
     "dit-tune": "dit_runtime.commands.tune",
     "dit-serve": "dit_serve.command",
+    "dit-triton": "dit_serve.triton_command",
 }
 # Options of other programs that the pages name by themselves.
 FOREIGN_OPTIONS = {"--system-site-packages", "--load-inputs", "--load-outputs"}

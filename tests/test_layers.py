@@ -34,13 +34,13 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("commands",),
     ),
     "dit_serve": (
-        ("jobs", "request"),
+        ("figures", "jobs", "request", "triton_files", "warm_up"),
         ("batcher",),
         ("images", "model", "bodies"),
-        ("metrics",),
+        ("metrics", "triton_model"),
         ("app",),
         ("serving",),
-        ("command",),
+        ("command", "triton_command"),
         ("entry",),
     ),
     "dit_export": (

@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from dit_runtime.core.errors import DiTError, EngineError, SamplingError
+from dit_runtime.core.errors import DiTError, SamplingError
 from dit_runtime.core.version import __version__
 from dit_runtime.samplers.by_name import DIFFUSION_SAMPLERS, FLOW_SAMPLERS
 from dit_runtime.sampling.requests import ImageRequest
@@ -103,7 +103,7 @@ class Server:
             if isinstance(event, Finished):
                 image = _base64(model.png(event.image, requests[index], body.eta))
                 return "picture", {**about, "seconds": event.seconds, "image": image}
-            return "error", {**about, "status": _status_of(_error_of(event)), "message": str(event.error)}
+            return "error", {**about, "status": _status_of(event.fault), "message": str(event.error)}
 
         if body.stream:
             return _stream(made, event, last=("done", {}))
@@ -130,7 +130,7 @@ class Server:
             if isinstance(event, Started):
                 return None
             if isinstance(event, Failed):
-                return "error", {"type": "error", "error": _error_body(_error_of(event))["error"]}
+                return "error", {"type": "error", "error": _error_body(event.fault)["error"]}
             final = isinstance(event, Finished)
             name = "image_generation.completed" if final else "image_generation.partial_image"
             png = model.png(event.image, requests[index] if final else None)
@@ -243,7 +243,7 @@ async def _await_images(request: Request, made: RequestedImages) -> list[Finishe
         found: dict[int, Finished] = {}
         async for index, event in made.iterate_events():
             if isinstance(event, Failed):
-                raise _error_of(event)
+                raise event.fault
             if isinstance(event, Finished):
                 found[index] = event
         return [found[index] for index in sorted(found)]
@@ -308,11 +308,6 @@ def _status_of(error: DiTError) -> int:
 
 def _headers_for(error: DiTError) -> dict[str, str]:
     return {"Retry-After": str(max(1, math.ceil(error.seconds)))} if isinstance(error, QueueFullError) else {}
-
-
-def _error_of(event: Failed) -> DiTError:
-    """The error of a job. Its settings were checked before it began, so that it is no fault of the request."""
-    return EngineError(str(event.error)) if isinstance(event.error, SamplingError) else event.error
 
 
 def _error_body(error: DiTError) -> dict[str, Any]:

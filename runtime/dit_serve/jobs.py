@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from dit_runtime.core.errors import DiTError
+from dit_runtime.core.errors import DiTError, EngineError, SamplingError
 from dit_runtime.sampling.requests import ImageRequest
 
 
@@ -78,6 +78,11 @@ class Failed:
     """The job ended without an image: its latents or pixels are not finite, it is late, or the engine failed."""
 
     error: DiTError
+
+    @property
+    def fault(self) -> DiTError:
+        """The error for the caller. A job's settings were checked before it began: it is no fault of the request."""
+        return EngineError(str(self.error)) if isinstance(self.error, SamplingError) else self.error
 
 
 Event = Started | Preview | Finished | Failed

@@ -45,6 +45,7 @@ def serve(request: ServeRequest, announce: Callable[[str], None] = lambda line: 
     except ImportError as error:
         raise EngineError(f"{error.name} is not installed; pip install 'dit-export[serve]'") from error
     from dit_serve.app import Server
+    from dit_serve.warm_up import warm_up
 
     models = _open_models(request)
     sockets = [_listen(request.host, request.port)]
@@ -53,6 +54,7 @@ def serve(request: ServeRequest, announce: Callable[[str], None] = lambda line: 
     config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", server_header=False)
     with contextlib.ExitStack() as stack:
         for model in models:
+            warm_up(model.pipe, request.batch_size)
             stack.enter_context(model.batcher)
             announce(f"{model.name}: {model.pipe.engine.info.name}, batches of {request.batch_size}")
         announce(f"serving on http://{f'[{host}]' if ':' in host else host}:{port}; Ctrl-C stops")

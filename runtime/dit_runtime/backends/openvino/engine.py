@@ -89,6 +89,7 @@ class OpenVinoEngine:
             precision=chosen,
             graphs=tuple(bundle.manifest.graphs),
             threads=threads,
+            prepares_shapes=True,
         )
         self._bf16 = chosen == Precision.BF16
         self._folder = None if store is None else store / "openvino"
