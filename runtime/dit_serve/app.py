@@ -109,9 +109,10 @@ class Server:
             return _stream(made, event, last=("done", {}))
         finished = await _await_images(request, made)
         if len(finished) == 1 and "application/json" not in request.headers.get("accept", ""):
-            content = model.png(finished[0].image, requests[0], body.eta)
+            content = await asyncio.to_thread(model.png, finished[0].image, requests[0], body.eta)
             return Response(content, media_type="image/png")
-        return JSONResponse({"images": [(event(index, each) or ("", {}))[1] for index, each in enumerate(finished)]})
+        told = [await asyncio.to_thread(event, index, each) for index, each in enumerate(finished)]
+        return JSONResponse({"images": [data for _, data in filter(None, told)]})
 
     async def images(self, request: Request) -> Response:
         """``POST /v1/images/generations``, as OpenAI's clients call it."""
@@ -143,10 +144,11 @@ class Server:
         if body.stream:
             return _stream(made, event, last=None)
         finished = await _await_images(request, made)
-        data = [
-            {"b64_json": _base64(model.png(each.image, asked_image))}
+        files = [
+            await asyncio.to_thread(model.png, each.image, asked_image)
             for each, asked_image in zip(finished, requests, strict=True)
         ]
+        data = [{"b64_json": _base64(file)} for file in files]
         return JSONResponse({"created": created, "data": data, "size": about["size"], "output_format": "png"})
 
     async def models(self, request: Request) -> Response:
@@ -272,7 +274,7 @@ def _stream(made: RequestedImages, name: Format, last: tuple[str, Mapping[str, A
     async def events() -> AsyncIterator[str]:
         async with made:
             async for index, event in made.iterate_events():
-                if (told := name(index, event)) is not None:
+                if (told := await asyncio.to_thread(name, index, event)) is not None:
                     yield _event(*told)
             if last is not None:
                 yield _event(*last)

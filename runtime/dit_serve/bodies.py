@@ -86,7 +86,7 @@ class GenerateBody:
 
 @dataclass(frozen=True)
 class ImagesBody:
-    """``POST /v1/images/generations``, as OpenAI's clients send it, with four keys of ``GenerateBody``.
+    """``POST /v1/images/generations``, as OpenAI's clients send it, with five keys of ``GenerateBody``.
 
     Attributes:
         prompt: a class name, number or mixture.
@@ -97,7 +97,7 @@ class ImagesBody:
         output_format: of the images.
         stream, partial_images: whether events are sent, and how many of them before the image.
         user: not used.
-        seed, steps, guidance, sampler: as ``GenerateBody``.
+        seed, steps, guidance, sampler, timeout: as ``GenerateBody``.
     """
 
     prompt: str
@@ -113,6 +113,7 @@ class ImagesBody:
     steps: Steps | None = optional(None)
     guidance: float | None = optional(None)
     sampler: str | None = optional(None)
+    timeout: Seconds | None = optional(None)
 
     def as_generate(self, pipe: Pipeline) -> GenerateBody:
         """The same as ``POST /generate``'s body. Raises SamplingError for a size that the model does not have."""
@@ -129,6 +130,7 @@ class ImagesBody:
             sampler=self.sampler,
             stream=bool(self.stream),
             previews=max(1, steps // (parts + 1)) if parts else 0,
+            timeout=self.timeout,
         )
 
 

@@ -169,7 +169,7 @@ def test_unloading_finishes_what_was_taken(triton: Triton, bundles: dict[str, Pa
 
 
 def test_a_killed_stub(triton: Triton, tmp_path: Path) -> None:
-    """What the page on serving says: no answer, then refusals, while Triton says ready; unloading and loading repairs it.
+    """As the page says: no answer, then refusals, while Triton says ready; unloading and loading repairs it.
 
     The server is one of its own, which now and then ends with the stub: that is what the page says too.
     """
