@@ -34,7 +34,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("commands",),
     ),
     "dit_serve": (
-        ("figures", "jobs", "request", "triton_files", "warm_up"),
+        ("bundle_files", "figures", "jobs", "request", "triton_files", "warm_up"),
         ("batcher",),
         ("images", "model", "bodies"),
         ("metrics", "triton_model"),

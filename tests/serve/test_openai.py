@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 pytest.importorskip("uvicorn", reason="pip install 'dit-export[serve]'")
-openai = pytest.importorskip("openai", reason="pip install openai")
+pytest.importorskip("openai", reason="pip install openai")
 
+import openai
 from support.server import TOKEN, Running, expected, pixels
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -187,6 +188,38 @@ def test_an_image_that_is_not_finite_is_no_fault_of_the_request(bundles: dict[st
         assert (status, "decoded pixels are not finite" in content.decode()) == (500, True)
         events = server.events("/generate", {"labels": 1, "steps": 1, "stream": True})
         assert [(name, data.get("status")) for name, data in events[1:]] == [("error", 500), ("done", None)]
+
+
+def test_a_bundle_that_is_altered_while_it_is_served(bundles: dict[str, Path], tmp_path: Path) -> None:
+    """Engines map weights: an image that was being made, and all later ones, fail, and the probe says so.
+
+    A whole bundle that takes the place of this one alters nothing that is mapped.
+    """
+    bundle = tmp_path / "tiny.bundle"
+    shutil.copytree(bundles["fp32"], bundle)
+    body = {"labels": 1, "seeds": 2, "steps": 2}
+    with Running(bundle) as server:
+        assert server.ask("/generate", body)[0] == 200
+        shutil.copytree(bundle, tmp_path / "other")
+        bundle.rename(tmp_path / "old")
+        (tmp_path / "other").rename(bundle)
+        status, _, content = server.ask("/generate", body)
+        assert status == 200
+        assert np.array_equal(pixels(content), expected(bundles, [1], 2, steps=2)[0])
+        bundle.rename(tmp_path / "other")
+        (tmp_path / "old").rename(bundle)
+        found: list[Any] = []
+        long = {"labels": 1, "steps": 1000, "sampler": "ddim"}
+        thread = threading.Thread(target=lambda: found.append(server.ask("/generate", long)))
+        thread.start()
+        await_true(lambda: server.model.batcher.load().running == 1)
+        with (bundle / "graphs" / "step.weights").open("r+b") as file:
+            content = file.read(8)
+            file.seek(0)
+            file.write(content)
+        thread.join(SECONDS)
+        for status, _, content in (*found, server.ask("/generate", body), server.ask("/health")):
+            assert (status, "step.weights: was altered while the bundle is served" in content.decode()) == (500, True)
 
 
 def test_other_hosts_types_and_paths_are_refused(running: Running) -> None:
