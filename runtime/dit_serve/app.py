@@ -101,7 +101,7 @@ class Server:
                 image = _base64(model.png(event.image))
                 return "preview", {**about, "step": event.step, "steps": event.steps, "image": image}
             if isinstance(event, Finished):
-                image = _base64(model.png(event.image, requests[index], body.eta))
+                image = _base64(model.png(event.image, requests[index], body.eta, event.batches))
                 return "picture", {**about, "seconds": event.seconds, "image": image}
             return "error", {**about, "status": _status_of(event.fault), "message": str(event.error)}
 
@@ -109,7 +109,7 @@ class Server:
             return _stream(made, event, last=("done", {}))
         finished = await _await_images(request, made)
         if len(finished) == 1 and "application/json" not in request.headers.get("accept", ""):
-            content = await asyncio.to_thread(model.png, finished[0].image, requests[0], body.eta)
+            content = await asyncio.to_thread(model.png, finished[0].image, requests[0], body.eta, finished[0].batches)
             return Response(content, media_type="image/png")
         told = [await asyncio.to_thread(event, index, each) for index, each in enumerate(finished)]
         return JSONResponse({"images": [data for _, data in filter(None, told)]})
@@ -134,7 +134,10 @@ class Server:
                 return "error", {"type": "error", "error": _error_body(event.fault)["error"]}
             final = isinstance(event, Finished)
             name = "image_generation.completed" if final else "image_generation.partial_image"
-            png = model.png(event.image, requests[index] if final else None)
+            if isinstance(event, Finished):
+                png = model.png(event.image, requests[index], 0.0, event.batches)
+            else:
+                png = model.png(event.image)
             told = {"type": name, "b64_json": _base64(png), **about}
             if not final:
                 told["partial_image_index"] = seen[index]
@@ -145,7 +148,7 @@ class Server:
             return _stream(made, event, last=None)
         finished = await _await_images(request, made)
         files = [
-            await asyncio.to_thread(model.png, each.image, asked_image)
+            await asyncio.to_thread(model.png, each.image, asked_image, 0.0, each.batches)
             for each, asked_image in zip(finished, requests, strict=True)
         ]
         data = [{"b64_json": _base64(file)} for file in files]

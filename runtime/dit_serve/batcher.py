@@ -178,6 +178,7 @@ class Batcher:
             self._steps += 1
         for key, completed in zip(step.keys, step.completed, strict=True):
             self._running[key].completed += completed
+            self._running[key].note_batch(len(step.keys))
         for key, error in step.failed.items():
             self._end(key, Failed(error))
         self._show_previews(step)
@@ -240,7 +241,7 @@ class Batcher:
         now = time.monotonic()
         for index, image in zip(done, images, strict=True):
             job = self._running[step.keys[index]]
-            ended = Failed(image) if isinstance(image, DiTError) else Finished(image, now - job.submitted)
+            ended = Failed(image) if isinstance(image, DiTError) else Finished(image, now - job.submitted, job.batches)
             self._end(job.key, ended)
 
     def _decode(self, latents: Float32) -> list[NDArray[np.uint8] | SamplingError]:

@@ -67,10 +67,12 @@ class Finished:
     Attributes:
         image: uint8 ``[H, W, 3]``.
         seconds: since the job was submitted.
+        batches: the fewest and the most images in the batch while the image was made; None where nobody counted.
     """
 
     image: NDArray[np.uint8]
     seconds: float
+    batches: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ class Job:
         key: the job's own number.
         submitted: when the job was made, of ``time.monotonic``.
         completed: steps that are done.
+        batches: as in ``Finished``.
         cancelled: whether nobody waits any more.
     """
 
@@ -113,11 +116,17 @@ class Job:
     key: int = field(default_factory=lambda: next(_keys))
     submitted: float = field(default_factory=time.monotonic)
     completed: int = 0
+    batches: tuple[int, int] | None = None
     cancelled: bool = False
 
     def cancel(self) -> None:
         """Let the job leave the queue, or the batch after the step that runs. No event follows that step."""
         self.cancelled = True
+
+    def note_batch(self, size: int) -> None:
+        """Take account of a step in a batch of so many images."""
+        least, most = self.batches or (size, size)
+        self.batches = min(least, size), max(most, size)
 
     def wants_preview(self) -> bool:
         """Whether a preview is due after the step that was just completed."""

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from dit_runtime.bundle.reader import open_bundle
 from dit_runtime.core.errors import EngineError, OutputError, SamplingError
-from dit_runtime.pipeline import Pipeline
 from dit_runtime.samplers.by_name import SAMPLERS
 from dit_runtime.samplers.schedule import Schedule, read_table
 
@@ -63,11 +62,12 @@ def serve(request: ServeRequest, announce: Callable[[str], None] = lambda line: 
 
 def _open_models(request: ServeRequest) -> list[Model]:
     from dit_serve.model import Model
+    from dit_serve.warm_up import open_pipeline
 
     models: list[Model] = []
     tables = _read_tables(request.tables)
     for path in request.bundles:
-        pipe = Pipeline(
+        pipe = open_pipeline(
             open_bundle(path, request.store), request.engine, request.threads, request.size, request.precision
         )
         name = _name_of(path)

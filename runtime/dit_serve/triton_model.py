@@ -24,7 +24,6 @@ from dit_runtime.bundle.reader import open_bundle
 from dit_runtime.core.decode import decode
 from dit_runtime.core.errors import DiTError, EngineError, SamplingError, explain
 from dit_runtime.core.reading import FileError
-from dit_runtime.pipeline import Pipeline
 from dit_runtime.sampling.requests import ImageRequest
 from dit_serve.batcher import Batcher
 from dit_serve.bodies import MOST_IMAGES, GenerateBody
@@ -32,7 +31,7 @@ from dit_serve.figures import COUNTERS, GAUGES
 from dit_serve.jobs import DeadlineError, Event, Failed, Finished, Job, Preview, QueueFullError, Started, StoppingError
 from dit_serve.model import Model
 from dit_serve.triton_files import BUNDLE, INPUTS
-from dit_serve.warm_up import warm_up
+from dit_serve.warm_up import open_pipeline, warm_up
 
 DRAIN_SECONDS = 300.0  # for images that are being made when the model is unloaded
 WATCH_SECONDS = 0.05  # between two looks at who has hung up
@@ -145,7 +144,7 @@ def _open_model(args: Mapping[str, str], settings: Mapping[str, str]) -> Model:
     folder = settings["bundle"] or Path(args["model_repository"], args["model_version"], BUNDLE)
     bundle = open_bundle(folder, Path(settings["store"]) if settings["store"] else None)
     height, width = map(int, settings["size"].split("x"))
-    pipe = Pipeline(
+    pipe = open_pipeline(
         bundle, settings["engine"], int(settings["threads"]), (height, width), settings["precision"] or None
     )
     batch_size = int(settings["batch_size"])
@@ -229,18 +228,18 @@ class Answer:
             if self.ended:
                 return
             if isinstance(event, Preview):
-                self._send(self._tensors({index: event.image}, event.step, png_record=False))
+                self._send(self._tensors({index: event}))
                 return
             self._end_image(index)
             last = len(self._over) == len(self.images)
             if isinstance(event, Failed):
                 self._fail(event.fault, last or not self.decoupled)
             elif self.decoupled:
-                self._send(self._tensors({index: event.image}), last)
+                self._send(self._tensors({index: event}), last)
             else:
                 self._found[index] = event
                 if last:
-                    self._send(self._tensors({key: self._found[key].image for key in sorted(self._found)}), last)
+                    self._send(self._tensors({key: self._found[key] for key in sorted(self._found)}), last)
 
     def refuse(self, error: DiTError) -> None:
         """Send an error as the only answer."""
@@ -282,25 +281,33 @@ class Answer:
         self._over.add(index)
         self.left()
 
-    def _tensors(self, found: Mapping[int, Any], step: int | None = None, png_record: bool = True) -> dict[str, Any]:
-        """The output tensors for images by their index; ``step`` is a preview's."""
+    def _tensors(self, found: Mapping[int, Finished | Preview]) -> dict[str, Any]:
+        """The output tensors for images by their index."""
         images = [self.images[index] for index in found]
         steps = [image.schedule.steps for image in images]
         tensors = {
             "index": np.array(list(found), np.int32),
-            "step": np.array(steps if step is None else [step], np.int32),
+            "step": np.array(
+                [
+                    event.step if isinstance(event, Preview) else count
+                    for event, count in zip(found.values(), steps, strict=True)
+                ],
+                np.int32,
+            ),
             "steps": np.array(steps, np.int32),
             "seed": np.array([image.seed for image in images], np.uint64).view(np.int64),
             "label": np.array([self._label_of(image).encode() for image in images], np.object_),
         }
         if self.kind == "png":
             files = [
-                self.model.png(image, self.images[index] if png_record else None, self.eta)
-                for index, image in found.items()
+                self.model.png(event.image, self.images[index], self.eta, event.batches)
+                if isinstance(event, Finished)
+                else self.model.png(event.image)
+                for index, event in found.items()
             ]
             tensors["png"] = np.array([base64.b64encode(file) for file in files], np.object_)
         else:
-            tensors["images"] = np.stack(list(found.values()))
+            tensors["images"] = np.stack([event.image for event in found.values()])
         return tensors
 
     def _label_of(self, image: ImageRequest) -> str:

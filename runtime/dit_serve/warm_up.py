@@ -1,13 +1,39 @@
-"""Run an engine once at every batch that a server may ask of it, before anybody waits for it."""
+"""Open an engine for batches that change all the time, and run it at each of them before anybody waits for it."""
 
 from __future__ import annotations
 
+from dit_runtime.backends.openvino.engine import ANY_BATCH
+from dit_runtime.bundle.reader import Bundle
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.samplers.by_name import DIFFUSION_SAMPLERS, FLOW_SAMPLERS
 from dit_runtime.sampling.batch import Batch
+from dit_runtime.verify.auto import AUTO, choose_engine
 
 GUIDANCE = {1: 1.0, 2: 2.0}  # a guidance for each number of branches
 MOST_STEPS = 1000  # of a velocity model, which has no training timesteps
+
+
+def open_pipeline(
+    bundle: Bundle,
+    engine: str = "auto",
+    threads: int = 0,
+    size: tuple[int, int] | None = None,
+    precision: str | None = None,
+) -> Pipeline:
+    """A pipeline for a server, as ``Pipeline`` opens it.
+
+    OpenVINO compiles its graphs for any batch: images join and leave all the time, and it takes a second and more to
+    compile a graph for each batch.
+
+    Raises:
+        BundleError, EngineError, ParityError: as ``Pipeline``.
+    """
+    pipe = Pipeline(bundle, ANY_BATCH if engine == "openvino" else engine, threads, size, precision)
+    if engine != AUTO or pipe.engine.info.library != "openvino":
+        return pipe
+    chosen = str(pipe.engine.info.precision)
+    pipe.engine.close()
+    return Pipeline(pipe.bundle, choose_engine(pipe.bundle, threads, ANY_BATCH, chosen).engine)
 
 
 def warm_up(pipe: Pipeline, batch_size: int) -> list[tuple[int, int]]:

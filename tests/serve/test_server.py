@@ -46,6 +46,8 @@ def test_an_image_is_the_pipelines_with_its_record(running: Running, bundles: di
     (tmp_path / "image.png").write_bytes(content)
     (entry,) = entries_from_text(tmp_path / "image.png", read_png(tmp_path / "image.png")[1])
     assert (entry["seed"], entry["steps"], entry["spacing"], entry["label"]) == (11, 4, "karras", {"3": 1.0})
+    assert entry["batch"] == [1, 0, [[2, 4]]]
+    assert entry["batches"] == [1, 1]
 
 
 def test_several_images_come_as_json(running: Running, bundles: dict[str, Path]) -> None:
