@@ -88,7 +88,7 @@ class Server:
     async def generate(self, request: Request) -> Response:
         """``POST /generate``: one image as PNG, several as JSON, or events."""
         body = read_body(GenerateBody, await _content(request))
-        model = self._model(body.model)
+        model = self._model(body.model, body.image_size)
         requests = body.prepare(model.pipe, model.tables)
         made = self._submit(model, requests, body)
 
@@ -117,7 +117,7 @@ class Server:
     async def images(self, request: Request) -> Response:
         """``POST /v1/images/generations``, as OpenAI's clients call it."""
         asked = read_body(ImagesBody, await _content(request))
-        model = self._model(asked.model)
+        model = self._model(asked.model, asked.image_size)
         body = asked.as_generate(model.pipe)
         requests = body.prepare(model.pipe, model.tables)
         made = self._submit(model, requests, body)
@@ -183,12 +183,32 @@ class Server:
         previews = body.previews if body.stream else 0
         return RequestedImages(model.batcher, requests, body.timeout or self._timeout, previews)
 
-    def _model(self, name: str | None) -> Model:
-        if name is None or (name not in self._models and len(self._models) == 1):
-            return self._default  # OpenAI's clients must name a model
-        if name not in self._models:
+    def _model(self, name: str | None, size: tuple[int, int] | None) -> Model:
+        alone = len({each.pipe.bundle.digest for each in self._models.values()}) == 1
+        if name is None or (name not in self._models and alone):
+            model = self._default  # OpenAI's clients must name a model
+        elif name not in self._models:
             raise SamplingError(f"model {name!r:.80}: expected one of {', '.join(self._models)}")
-        return self._models[name]
+        else:
+            model = self._models[name]
+        if size in (None, model.pipe.manifest.image_size):
+            return model
+        return self._model_at(model, size)
+
+    def _model_at(self, model: Model, size: tuple[int, int]) -> Model:
+        """A model at another of its sizes, which is a model of its own. Raises SamplingError where there is none."""
+        found = {
+            each.pipe.manifest.image_size: each
+            for each in self._models.values()
+            if each.pipe.bundle.digest == model.pipe.bundle.digest
+        }
+        if size not in found:
+            known = ", ".join(f"{height}x{width}" for height, width in found)
+            raise SamplingError(
+                f"images of height {size[0]} and width {size[1]}: this server makes {known} (height x width) of "
+                f"{model.name}"
+            )
+        return found[size]
 
     def _guarded(self, handler: Handler, open_to_all: bool = False) -> Handler:
         """A handler with its checks before it, and every error as JSON; each answer is counted."""

@@ -29,6 +29,8 @@ from support.waiting import SECONDS, await_true
 
 from dit_serve.bodies import BODY_BYTES
 from dit_serve.model import Model
+from dit_serve.request import ServeRequest
+from dit_serve.serving import open_models
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +129,26 @@ def test_openais_endpoint(running: Running, bundles: dict[str, Path]) -> None:
     assert {data["type"] for name, data in events} == {name for name, _ in events}
     assert [data["partial_image_index"] for _, data in events[:-1]] == list(range(len(events) - 1))
     assert np.array_equal(pixels(events[-1][1]["b64_json"]), images[0])
+
+
+def test_several_sizes(sized_bundle: Path) -> None:
+    """A request names one; each has a batch of its own, and an image is the one of its size's pipeline."""
+    models = open_models(
+        ServeRequest((sized_bundle,), engine="onnxruntime", threads=1, sizes=((32, 32), (32, 48)), batch_size=2)
+    )
+    assert [model.name for model in models] == ["sized", "sized-32x48"]
+    with Running(sized_bundle, models=models) as server:
+        for path, size in (("/generate", "32x48"), ("/v1/images/generations", "48x32")):
+            body = {"size": size, "steps": 2, **({"labels": 3} if path == "/generate" else {"prompt": "3"})}
+            found = server.ask_json(path, body)
+            content = found["images"][0]["image"] if path == "/generate" else found["data"][0]["b64_json"]
+            wide = Pipeline(sized_bundle, "onnxruntime", threads=1, size=(32, 48))
+            assert np.array_equal(pixels(content), wide([3], 0, steps=2)[0])
+            assert pixels(content).shape == (32, 48, 3)
+        assert pixels(server.ask("/generate", {"labels": 3, "steps": 2})[2]).shape == (32, 32, 3)
+        for size, message in (("48x48", "this server makes 32x32, 32x48"), ("big", "expected HEIGHTxWIDTH")):
+            status, _, content = server.ask("/generate", {"labels": 3, "size": size})
+            assert (status, message in content.decode()) == (400, True)
 
 
 def test_what_is_served(running: Running) -> None:
