@@ -78,9 +78,7 @@ def open_models(request: ServeRequest) -> list[Model]:
         if size is not None and size != request.sizes[0]:
             name = name_for_size(name, size)
         if name in {model.name for model in models}:
-            raise SamplingError(
-                f"{path}: two models of the name {name}; rename one folder, or leave a size out"
-            )
+            raise SamplingError(f"{path}: two models of the name {name}; rename one folder, or leave a size out")
         models.append(Model(name, pipe, request.batch_size, request.most_waiting, tables))
     return models
 
