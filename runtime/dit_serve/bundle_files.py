@@ -1,24 +1,24 @@
-"""Whether a bundle's files are still those that were checked: engines map weights, and read them while they run."""
+"""Whether a bundle's weights are still those that were checked: engines map them, and read them while they run."""
 
 from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
 
-from dit_runtime.bundle.reader import MANIFEST, Bundle
+from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import BundleError
 
 Facts = tuple[int, int, int, int]
 
 
 class BundleFiles:
-    """The manifest, graphs and weights of a bundle as they are when this is made. The engine is opened before or after.
+    """The weights of a bundle as they are when this is made. The engine is opened before or after.
 
     A file that another one has replaced is no fault: what was mapped is still the old one.
     """
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
-        names = {MANIFEST} | {file for spec in bundle.manifest.graphs.values() for file in (spec.file, spec.weights)}
+        names = {spec.weights for spec in bundle.manifest.graphs.values()}
         paths = [bundle.path.joinpath(*PurePosixPath(name).parts) for name in sorted(names)]
         self._facts = {path: facts for path in paths if (facts := _facts_of(path)) is not None}
 
