@@ -34,13 +34,13 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("commands",),
     ),
     "dit_serve": (
-        ("bundle_files", "figures", "jobs", "request", "triton_files", "warm_up"),
+        ("bundle_files", "figures", "jobs", "request", "ray_arguments", "triton_files", "warm_up"),
         ("batcher",),
         ("images", "model", "bodies"),
-        ("metrics", "triton_model"),
+        ("metrics", "remote", "triton_model"),
         ("app",),
         ("serving",),
-        ("command", "triton_command"),
+        ("command", "ray_serve", "triton_command"),
         ("entry",),
     ),
     "dit_export": (

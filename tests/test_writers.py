@@ -29,7 +29,7 @@ def test_a_file_or_folder_stopped_at_every_operation(tmp_path: Path) -> None:
     stop({}, tmp_path, 1, *(each.__name__ for each in PLAIN))
 
 
-@pytest.mark.parametrize(("name", "every"), [("sample_folder", 71), ("build", 23)])
+@pytest.mark.parametrize(("name", "every"), [("sample_folder", 71), ("sample_shards", 71), ("build", 23)])
 def test_a_command_stopped_at_some_operations(name: str, every: int, bundles: dict[str, Path], tmp_path: Path) -> None:
     stop(bundles, tmp_path, every, name)
 

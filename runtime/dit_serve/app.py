@@ -25,9 +25,19 @@ from dit_runtime.samplers.by_name import DIFFUSION_SAMPLERS, FLOW_SAMPLERS
 from dit_runtime.sampling.requests import ImageRequest
 from dit_serve.bodies import BODY_BYTES, GenerateBody, ImagesBody, read_body
 from dit_serve.images import RequestedImages
-from dit_serve.jobs import DeadlineError, Event, Failed, Finished, Preview, QueueFullError, Started, StoppingError
+from dit_serve.jobs import (
+    DeadlineError,
+    Event,
+    Failed,
+    Finished,
+    Preview,
+    QueueFullError,
+    Retried,
+    Started,
+    StoppingError,
+)
 from dit_serve.metrics import Metrics
-from dit_serve.model import Model
+from dit_serve.model import ServedModel
 
 HEALTH_SECONDS = 30.0  # for one image of one step
 PAGE = Path(__file__).with_name("page.html")
@@ -61,7 +71,7 @@ class Server:
     """
 
     def __init__(
-        self, models: Sequence[Model], hosts: Sequence[str] = (), token: str | None = None, timeout: float = 300.0
+        self, models: Sequence[ServedModel], hosts: Sequence[str] = (), token: str | None = None, timeout: float = 300.0
     ) -> None:
         self._models = {model.name: model for model in models}
         self._default, self._token, self._timeout = models[0], token, timeout
@@ -97,6 +107,8 @@ class Server:
             about = {"index": index, "seed": seed, "label": {str(key): value for key, value in label.items()}}
             if isinstance(event, Started):
                 return "started", about
+            if isinstance(event, Retried):
+                return "retry", {**about, "attempt": event.attempt}
             if isinstance(event, Preview):
                 image = _base64(model.png(event.image))
                 return "preview", {**about, "step": event.step, "steps": event.steps, "image": image}
@@ -128,7 +140,7 @@ class Server:
         seen = dict.fromkeys(range(len(requests)), 0)
 
         def event(index: int, event: Event) -> tuple[str, Mapping[str, Any]] | None:
-            if isinstance(event, Started):
+            if isinstance(event, Started | Retried):
                 return None
             if isinstance(event, Failed):
                 return "error", {"type": "error", "error": _error_body(event.fault)["error"]}
@@ -179,11 +191,11 @@ class Server:
         content, kind = self.metrics.text()
         return Response(content, media_type=kind)
 
-    def _submit(self, model: Model, requests: Sequence[ImageRequest], body: GenerateBody) -> RequestedImages:
+    def _submit(self, model: ServedModel, requests: Sequence[ImageRequest], body: GenerateBody) -> RequestedImages:
         previews = body.previews if body.stream else 0
         return RequestedImages(model.batcher, requests, body.timeout or self._timeout, previews)
 
-    def _model(self, name: str | None, size: tuple[int, int] | None) -> Model:
+    def _model(self, name: str | None, size: tuple[int, int] | None) -> ServedModel:
         alone = len({each.pipe.bundle.digest for each in self._models.values()}) == 1
         if name is None or (name not in self._models and alone):
             model = self._default  # OpenAI's clients must name a model
@@ -195,7 +207,7 @@ class Server:
             return model
         return self._model_at(model, size)
 
-    def _model_at(self, model: Model, size: tuple[int, int]) -> Model:
+    def _model_at(self, model: ServedModel, size: tuple[int, int]) -> ServedModel:
         """A model at another of its sizes, which is a model of its own. Raises SamplingError where there is none."""
         found = {
             each.pipe.manifest.image_size: each
@@ -309,7 +321,7 @@ def _event(name: str, data: Mapping[str, Any]) -> str:
     return f"event: {name}\ndata: {json.dumps(data)}\n\n"
 
 
-def _describe(model: Model) -> dict[str, Any]:
+def _describe(model: ServedModel) -> dict[str, Any]:
     manifest, info = model.pipe.manifest, model.pipe.engine.info
     return {
         "name": model.name,

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +46,16 @@ class Load:
     images: int
     failures: int
     step_seconds: float
+
+
+class JobQueue(Protocol):
+    """What takes jobs: a batcher, or what sends them to batchers elsewhere."""
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """As ``Batcher.submit``."""
+
+    def load(self) -> Load:
+        """As ``Batcher.load``."""
 
 
 class Batcher:

@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 
 from dit_runtime.sampling.requests import ImageRequest
-from dit_serve.batcher import Batcher
+from dit_serve.batcher import JobQueue
 from dit_serve.jobs import Event, Failed, Finished, Job
 
 
@@ -27,7 +27,7 @@ class RequestedImages:
     """
 
     def __init__(
-        self, batcher: Batcher, requests: Sequence[ImageRequest], timeout: float | None, preview_steps: int
+        self, batcher: JobQueue, requests: Sequence[ImageRequest], timeout: float | None, preview_steps: int
     ) -> None:
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()

@@ -87,7 +87,18 @@ class Failed:
         return EngineError(str(self.error)) if isinstance(self.error, SamplingError) else self.error
 
 
-Event = Started | Preview | Finished | Failed
+@dataclass(frozen=True)
+class Retried:
+    """What made the image has died, and another begins it again. The same seed gives the same image.
+
+    Attributes:
+        attempt: from 1.
+    """
+
+    attempt: int
+
+
+Event = Started | Preview | Finished | Failed | Retried
 Notify = Callable[[Event], None]
 
 _keys = itertools.count()
@@ -107,6 +118,7 @@ class Job:
         completed: steps that are done.
         batches: as in ``Finished``.
         cancelled: whether nobody waits any more.
+        on_cancel: called by ``cancel``, for a job that is made elsewhere.
     """
 
     request: ImageRequest
@@ -118,10 +130,12 @@ class Job:
     completed: int = 0
     batches: tuple[int, int] | None = None
     cancelled: bool = False
+    on_cancel: Callable[[], object] = lambda: None
 
     def cancel(self) -> None:
         """Let the job leave the queue, or the batch after the step that runs. No event follows that step."""
         self.cancelled = True
+        self.on_cancel()
 
     def note_batch(self, size: int) -> None:
         """Take account of a step in a batch of so many images."""

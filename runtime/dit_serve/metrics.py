@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from dit_serve.figures import COUNTERS, GAUGES
-from dit_serve.model import Model
+from dit_serve.model import ServedModel
 
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 PATHS = ("/generate", "/v1/images/generations", "/v1/models", "/info", "/health", "/metrics")
@@ -18,7 +18,7 @@ PATHS = ("/generate", "/v1/images/generations", "/v1/models", "/info", "/health"
 class Metrics:
     """The figures of a server, in a registry of its own."""
 
-    def __init__(self, models: Mapping[str, Model]) -> None:
+    def __init__(self, models: Mapping[str, ServedModel]) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_Loads(models))
         self._answers = Counter("dit_answers", "Answers", ("path", "status"), registry=self._registry)
@@ -40,7 +40,7 @@ class Metrics:
 class _Loads(Collector):
     """What each model's batcher is doing when it is asked."""
 
-    def __init__(self, models: Mapping[str, Model]) -> None:
+    def __init__(self, models: Mapping[str, ServedModel]) -> None:
         self._models = models
 
     def collect(self) -> Iterable[Metric]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,34 +14,29 @@ from dit_runtime.output.request import DecodeSettings
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.samplers.schedule import Schedule
 from dit_runtime.sampling.requests import ImageRequest
-from dit_serve.batcher import Batcher
+from dit_serve.batcher import Batcher, JobQueue
 
 
-class Model:
-    """A bundle that is served.
+class ServedModel:
+    """A bundle that is served, wherever its images are made.
 
     Attributes:
         name: in requests.
-        pipe: ready to sample.
+        pipe: prepares requests.
         tables: sampler tables by their names.
-        batcher: which runs its jobs.
+        batcher: takes its jobs.
 
     Raises:
-        SamplingError: a table does not fit the bundle, or the engine does not take batches of that size.
+        SamplingError: a table does not fit the bundle.
     """
 
     def __init__(
-        self,
-        name: str,
-        pipe: Pipeline,
-        batch_size: int,
-        most_waiting: int,
-        tables: Mapping[str, Schedule] | None = None,
+        self, name: str, pipe: Pipeline, batcher: JobQueue, tables: Mapping[str, Schedule] | None = None
     ) -> None:
         self.name, self.pipe, self.tables = name, pipe, dict(tables or {})
         for table in self.tables.values():
             pipe.prepare([0], 0, sampler=table)
-        self.batcher = Batcher(pipe, batch_size, most_waiting)
+        self.batcher = batcher
 
     def png(
         self,
@@ -57,7 +53,35 @@ class Model:
         if request is None:
             return png_from_image(image)
         position = BatchPosition(1, 0, tuple(request.branches.needed.tolist()))
-        entry = entry_from_request(self.pipe, request, eta, DecodeSettings(), position)
+        entry = {**entry_from_request(self.pipe, request, eta, DecodeSettings(), position), **self.maker_of(request)}
         if batches is not None:
             entry["batches"] = list(batches)
         return png_from_image(image, text_from_entries([entry], image))
+
+    def maker_of(self, request: ImageRequest) -> Mapping[str, Any]:
+        """What an image's record says of its maker, where it was not made by ``pipe``."""
+        return {}
+
+
+class Model(ServedModel):
+    """A bundle that is served by its own batcher in this process.
+
+    Attributes:
+        pipe: ready to sample.
+        batcher: which runs its jobs.
+
+    Raises:
+        SamplingError: a table does not fit the bundle, or the engine does not take batches of that size.
+    """
+
+    batcher: Batcher
+
+    def __init__(
+        self,
+        name: str,
+        pipe: Pipeline,
+        batch_size: int,
+        most_waiting: int,
+        tables: Mapping[str, Schedule] | None = None,
+    ) -> None:
+        super().__init__(name, pipe, Batcher(pipe, batch_size, most_waiting), tables)

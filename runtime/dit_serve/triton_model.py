@@ -28,7 +28,18 @@ from dit_runtime.sampling.requests import ImageRequest
 from dit_serve.batcher import Batcher
 from dit_serve.bodies import MOST_IMAGES, GenerateBody
 from dit_serve.figures import COUNTERS, GAUGES
-from dit_serve.jobs import DeadlineError, Event, Failed, Finished, Job, Preview, QueueFullError, Started, StoppingError
+from dit_serve.jobs import (
+    DeadlineError,
+    Event,
+    Failed,
+    Finished,
+    Job,
+    Preview,
+    QueueFullError,
+    Retried,
+    Started,
+    StoppingError,
+)
 from dit_serve.model import Model
 from dit_serve.triton_files import BUNDLE, INPUTS
 from dit_serve.warm_up import open_pipeline, warm_up
@@ -222,7 +233,7 @@ class Answer:
 
     def take(self, index: int, event: Event) -> None:
         """Take an event of an image, in the batcher's thread."""
-        if isinstance(event, Started):
+        if isinstance(event, Started | Retried):
             return
         with self._lock:
             if self.ended:

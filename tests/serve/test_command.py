@@ -107,6 +107,16 @@ def info(port: int) -> bytes:
         connection.close()
 
 
+def test_no_packet_of_an_answer_waits() -> None:
+    """Nagle's algorithm is off: head and body of an answer are two packets, and the second would wait for 40 ms."""
+    from dit_serve.serving import _listen
+
+    with _listen("127.0.0.1", 0) as server, socket.create_connection(server.getsockname()):
+        connection, _ = server.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_what_cannot_be_served(bundles: dict[str, Path], tmp_path: Path) -> None:
     """One line each: a port that is taken, no bundle, two of one name, an engine that is unknown."""
     with socket.create_server(("127.0.0.1", 0)) as taken:

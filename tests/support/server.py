@@ -27,41 +27,15 @@ from support.waiting import SECONDS
 TOKEN = "a token"
 
 
-class Running:
-    """A server in a thread of this process."""
+class Caller:
+    """Asks a server of this machine.
 
-    def __init__(
-        self,
-        bundle: Path,
-        tables: Mapping[str, Schedule] | None = None,
-        models: Sequence[Model] = (),
-        **options: Any,
-    ) -> None:
-        self.models = models or [
-            Model("tiny", Pipeline(bundle, "onnxruntime", threads=1), batch_size=4, most_waiting=8, tables=tables)
-        ]
-        self.model = self.models[0]
-        self.socket = socket.create_server(("127.0.0.1", 0))
-        self.port = self.socket.getsockname()[1]
-        app = Server(self.models, **options).app()
-        self.server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off"))
-        self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve(sockets=[self.socket])))
+    Attributes:
+        port: where the server listens.
+    """
 
-    def __enter__(self) -> Running:
-        for model in self.models:
-            model.batcher.__enter__()
-        self.thread.start()
-        while not self.server.started:
-            time.sleep(0.005)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.server.should_exit = True
-        self.thread.join(SECONDS)
-        for model in self.models:
-            model.batcher.stop(finish=False)
-        self.socket.close()
-        assert not self.thread.is_alive()
+    def __init__(self, port: int) -> None:
+        self.port = port
 
     def ask(self, path: str, body: Any = None, **headers: str) -> tuple[int, dict[str, str], bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)
@@ -90,6 +64,43 @@ class Running:
             name, data = block.split("\n")
             found.append((name.removeprefix("event: "), json.loads(data.removeprefix("data: "))))
         return found
+
+
+class Running(Caller):
+    """A server in a thread of this process."""
+
+    def __init__(
+        self,
+        bundle: Path,
+        tables: Mapping[str, Schedule] | None = None,
+        models: Sequence[Model] = (),
+        **options: Any,
+    ) -> None:
+        self.models = models or [
+            Model("tiny", Pipeline(bundle, "onnxruntime", threads=1), batch_size=4, most_waiting=8, tables=tables)
+        ]
+        self.model = self.models[0]
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        super().__init__(self.socket.getsockname()[1])
+        app = Server(self.models, **options).app()
+        self.server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off"))
+        self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve(sockets=[self.socket])))
+
+    def __enter__(self) -> Running:
+        for model in self.models:
+            model.batcher.__enter__()
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.005)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.should_exit = True
+        self.thread.join(SECONDS)
+        for model in self.models:
+            model.batcher.stop(finish=False)
+        self.socket.close()
+        assert not self.thread.is_alive()
 
 
 def pixels(png: bytes | str) -> Any:

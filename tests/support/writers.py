@@ -124,6 +124,18 @@ def prepared_graph(bundles: Path, folder: Path) -> Writer:
     return Writer(work, lambda: clear(folder), check)
 
 
+def shard_record(bundles: Path, folder: Path) -> Writer:
+    """What says how a folder's shards are made, in a new folder."""
+    from dit_runtime.output import shard_record
+
+    record = {"steps": 1}
+
+    def check() -> None:
+        assert shard_record.read_record(folder / "out" / shard_record.RECORD) in (None, record)
+
+    return Writer(lambda: shard_record.claim_folder(folder / "out", record), lambda: clear(folder), check)
+
+
 def sample(output: str, bundle: Bundle, folder: Path) -> Writer:
     """An image over an older one, or a folder with one image there already."""
     from dit_runtime.commands.sample import main
@@ -160,6 +172,29 @@ def sample_file(bundles: Path, folder: Path) -> Writer:
 
 def sample_folder(bundles: Path, folder: Path) -> Writer:
     return sample("out", open_bundle(bundles / "fp32.bundle"), folder)
+
+
+def sample_shards(bundles: Path, folder: Path) -> Writer:
+    """A folder of shards with one of two there already."""
+    from dit_runtime.commands.sample import main
+
+    words = [
+        *(str(bundles / "fp32.bundle"), "--labels", "0", "1", "--steps", "1", "--engine", "onnxruntime"),
+        *("--threads", "1", "--shard-size", "1", "-o", str(folder / "out")),
+    ]
+
+    def read() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in sorted((folder / "out").glob("[!.]*"))}
+
+    reset = reset_to(folder, lambda: main([*words, "--shard", "1/2"]))
+    old = read()
+    assert run_forked(lambda: main(words)) == (0, False)
+    new = read()
+
+    def check() -> None:
+        assert read() in (old, new)
+
+    return Writer(lambda: main(words), reset, check)
 
 
 def table(bundles: Path, folder: Path) -> Writer:
@@ -331,8 +366,8 @@ def export(bundles: Path, folder: Path) -> Writer:
     return Writer(work, reset_to(folder, export_old), check)
 
 
-PLAIN = (replaced_file, new_file, replaced_folder, replaced_without_exchange, new_folder, prepared_graph)
-COMMANDS = (sample_file, sample_folder, table, tune, verify, build, export)
+PLAIN = (replaced_file, new_file, replaced_folder, replaced_without_exchange, new_folder, prepared_graph, shard_record)
+COMMANDS = (sample_file, sample_folder, sample_shards, table, tune, verify, build, export)
 WRITERS = {each.__name__: each for each in (*PLAIN, *COMMANDS)}
 
 

@@ -24,12 +24,14 @@ from dit_runtime.commands.common import (
 )
 from dit_runtime.core.text import join_lines
 from dit_runtime.output.request import (
+    ClusterRequest,
     DecodeSettings,
     InputPaths,
     LabelledImages,
     OutputRequest,
     RecordedImages,
     SampleRequest,
+    ShardSettings,
     TableRequest,
 )
 from dit_runtime.samplers.by_name import DIFFUSION_SAMPLERS, FLOW_SAMPLERS
@@ -41,6 +43,7 @@ EXAMPLES = (
     "dit-sample my.bundle --labels 0 1 2 3 --seed 7 -o images.png",
     'dit-sample my.bundle --labels "golden retriever" --steps 250 --sampler ddpm --guidance 4 -o images/',
     "dit-sample my.bundle --labels all --count 1000 --sampler dpmpp-2m --steps 20 -o many/",
+    "dit-sample my.bundle --labels all --count 1000 --ray auto --workers 8 --shard-size 1000 -o shards/",
     "dit-sample my.bundle --labels 3:0.7+5:0.3 --guidance-interval 0.1 0.7 -o mixed.png",
     "dit-sample my.bundle --labels 3 --init photo.png --strength 0.6 -o changed.png",
     "dit-sample my.bundle --from-image images/00000_class207_seed0.png -o again.png",
@@ -58,6 +61,15 @@ def _main(argv: list[str] | None) -> int:
 
 
 def _sample(request: SampleRequest) -> int:
+    written = _write_images(request) if request.output.shards is None else _write_shards(request)
+    if request.output.list_all:
+        print_json(_json_from_written(written))
+    else:
+        print(_text_from_written(request, written))
+    return 0
+
+
+def _write_images(request: SampleRequest) -> Written:
     from dit_runtime.core.progress import Progress
     from dit_runtime.output.jobs import jobs_from_request
     from dit_runtime.output.writer import count_work, write_images
@@ -66,12 +78,19 @@ def _sample(request: SampleRequest) -> int:
     for warning in jobs.warnings:
         say("dit-sample", warning)
     with Progress("sampling", count_work(jobs)) as bar:
-        written = write_images(jobs, request.output, bar)
-    if request.output.list_all:
-        print_json(_json_from_written(written))
-    else:
-        print(_text_from_written(request, written))
-    return 0
+        return write_images(jobs, request.output, bar)
+
+
+def _write_shards(request: SampleRequest) -> Written:
+    from dit_runtime.core.progress import Progress
+    from dit_runtime.output.ray_shards import write_shards_on_ray
+    from dit_runtime.output.shards import ShardMaker, write_shards
+
+    if request.cluster is not None:
+        return write_shards_on_ray(request)
+    maker = ShardMaker(request)
+    with Progress("sampling", maker.count_work(maker.plan.missing())) as bar:
+        return write_shards(maker, bar)
 
 
 def _write_table(request: TableRequest) -> int:
@@ -105,11 +124,13 @@ def _json_from_written(written: Written) -> dict[str, Any]:
 def _text_from_written(request: SampleRequest, written: Written) -> str:
     output = request.output.path
     if not written.count:
-        return join_lines([f"{output}: every image is there already; --overwrite makes them again"])
+        how = "--overwrite makes" if request.output.shards is None else "without the folder the command makes"
+        return join_lines([f"{output}: every image is there already; {how} them again"])
     entry = written.entries[0]
     strength = "" if entry["strength"] is None else f" at strength {entry['strength']:g}"
+    packed = "" if request.output.shards is None else f" in {len(written.files)} shards"
     text = (
-        f"{output}: {written.count} images, {entry['sampler']} {entry['steps']} steps{strength}, guidance "
+        f"{output}: {written.count} images{packed}, {entry['sampler']} {entry['steps']} steps{strength}, guidance "
         f"{entry['guidance']:g}, {entry['precision']} on {entry['engine']}, {written.seconds:.1f} s"
     )
     if not isinstance(request.images, RecordedImages):
@@ -141,20 +162,23 @@ def _parse(argv: list[str] | None) -> SampleRequest | TableRequest:
         parser.error("expected --labels, or --from-image with an image of dit-sample")
     if args.from_image:
         _refuse_recorded(parser, args)
+    _check_shards(parser, args)
     return _request_from_arguments(args)
 
 
 def _request_from_arguments(args: argparse.Namespace) -> SampleRequest:
     table = Path(args.sampler) if (args.sampler or "").endswith(".json") else None
+    shards = None if args.shard_size is None else ShardSettings(args.shard_size, args.shard_format == "folder")
     return SampleRequest(
         bundle=args.bundle,
         images=RecordedImages(args.from_image) if args.from_image else _labelled_images_from_arguments(args),
-        output=OutputRequest(args.output, args.columns, args.overwrite, list_all=args.json),
+        output=OutputRequest(args.output, args.columns, args.overwrite, list_all=args.json, shards=shards),
         inputs=InputPaths(args.noise, table, args.init),
         engine=args.engine,
         precision=args.precision,
         threads=args.threads or 0,
         store=args.store,
+        cluster=None if args.ray is None else ClusterRequest(args.ray, args.workers),
     )
 
 
@@ -184,11 +208,19 @@ def _labelled_images_from_arguments(args: argparse.Namespace) -> LabelledImages:
     )
 
 
+def _check_shards(parser: Parser, args: argparse.Namespace) -> None:
+    """Options that mean nothing without others are mistakes."""
+    for option, needed in (("shard_format", "shard_size"), ("ray", "shard_size"), ("workers", "ray")):
+        if vars(args)[option] is not None and vars(args)[needed] is None:
+            names = [f"--{name.replace('_', '-')}" for name in (option, needed)]
+            parser.error(f"{names[0]} without {names[1]}: expected both")
+
+
 def _refuse_beside_table(args: argparse.Namespace) -> None:
     """With --write-table, an option that changes no sampler table is a mistake."""
     from dit_runtime.core.errors import SamplingError
 
-    for option in ("labels", "from_image", "guidance", "noise", "init", "strength"):
+    for option in ("labels", "from_image", "guidance", "noise", "init", "strength", "shard_size"):
         if vars(args)[option] is not None:
             name = option.replace("_", "-")
             raise SamplingError(
@@ -201,7 +233,7 @@ def _refuse_recorded(parser: Parser, args: argparse.Namespace) -> None:
     recorded = (
         *("count", "seed", "seeds", "steps", "spacing", "eta", "guidance", "guidance_interval", "guidance_schedule"),
         *("negative_label", "noise_device", "noise_dtype", "cuda_threads", "batch_size", "strength", "size"),
-        *("decode_tile", "decode_batch", "shard"),
+        *("decode_tile", "decode_batch", "shard", "shard_size"),
     )
     given = [name for name in recorded if vars(args)[name] != parser.get_default(name)]
     if args.sampler is not None and not args.sampler.endswith(".json"):
@@ -306,6 +338,14 @@ def _add_engine_arguments(parser: Parser) -> None:
         type=thread_count(1),
         help="of the CPU (default: the engine's choice; with --from-image, the number in the record)",
     )
+    group.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="make shards on a Ray cluster: auto is this machine's, local is one that is started here, or HOST:PORT",
+    )
+    group.add_argument(
+        "--workers", type=positive, metavar="N", help="of the cluster (default: one for each GPU, else for each node)"
+    )
 
 
 def _add_output_arguments(parser: Parser) -> None:
@@ -337,7 +377,16 @@ def _add_output_arguments(parser: Parser) -> None:
         "--shard",
         type=_shard,
         metavar="I/N",
-        help="make the I-th of N parts of the images; the parts may share a folder, on one machine or several",
+        help="make the I-th of N parts of the images, or of the shards; they may share a folder, on several machines",
+    )
+    group.add_argument(
+        "--shard-size",
+        type=positive,
+        metavar="N",
+        help="pack the images into files of N, as WebDataset reads them; the same command goes on where it was stopped",
+    )
+    group.add_argument(
+        "--shard-format", choices=("tar", "folder"), help="a shard is a tar file, or a folder of files (default: tar)"
     )
     group.add_argument(
         "--write-table", type=Path, metavar="JSON", help="write the named sampler's table, and make no image"

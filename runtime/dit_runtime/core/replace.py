@@ -40,11 +40,12 @@ _cleared = set[str]()  # folders in which this process has looked for what kille
 
 
 @contextlib.contextmanager
-def replace_file(path: Path, within: Path | None = None) -> Iterator[Path]:
+def replace_file(path: Path, within: Path | None = None, keep_suffix: bool = True) -> Iterator[Path]:
     """A temporary file beside ``path``: it replaces ``path`` when the block succeeds, and is removed otherwise.
 
     A link is replaced, not what it leads to. ``within`` is the store that the file belongs to, as ``check_place`` has
-    it; None is a file that the user named.
+    it; None is a file that the user named. ``keep_suffix`` says whether the temporary name ends as ``path`` does, for
+    libraries that choose a format by it; else no pattern such as ``*.tar`` finds it.
 
     Raises:
         OutputError: the file cannot be written, or ``path`` is something else than a file.
@@ -56,7 +57,7 @@ def replace_file(path: Path, within: Path | None = None) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         _check_file(path)
         clear_litter(path.parent)
-        with _temporary_beside(path, is_folder=False) as (temporary, handle):
+        with _temporary_beside(path, is_folder=False, keep_suffix=keep_suffix) as (temporary, handle):
             yield temporary
             os.fsync(handle)  # 0.3 ms for an image of 200 kB on an SSD
             _check_file(path)
@@ -134,10 +135,13 @@ def recover_folder(path: Path) -> None:
                 return
 
 
-def clear_litter(folder: Path) -> None:
-    """Remove what killed processes left in a folder, and put back what they had set aside; once in each process."""
+def clear_litter(folder: Path, again: bool = False) -> None:
+    """Remove what killed processes left in a folder, and put back what they had set aside.
+
+    Once in each process, unless ``again``: other processes have been killed since.
+    """
     key = os.path.abspath(folder)
-    if key in _cleared:
+    if key in _cleared and not again:
         return
     _cleared.add(key)
     try:
@@ -220,13 +224,13 @@ def _target_of(name: str, kind: str) -> str | None:
 
 
 @contextlib.contextmanager
-def _temporary_beside(path: Path, is_folder: bool) -> Iterator[tuple[Path, int]]:
+def _temporary_beside(path: Path, is_folder: bool, keep_suffix: bool = True) -> Iterator[tuple[Path, int]]:
     """A new file or folder and its open, locked descriptor. What has its name at the end is removed."""
     handle = None
     temporary = path
     try:
         while handle is None:
-            temporary = _name_beside(path, TEMPORARY, "" if is_folder else path.suffix)
+            temporary = _name_beside(path, TEMPORARY, path.suffix if keep_suffix and not is_folder else "")
             handle = _make(temporary, is_folder)
         yield temporary, handle
     finally:

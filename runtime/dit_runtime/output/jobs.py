@@ -18,9 +18,7 @@ from dit_runtime.output.inputs import (
 )
 from dit_runtime.output.provenance import (
     BatchPosition,
-    Entry,
     batch_around,
-    batch_positions,
     check_bundle,
     entry_from_request,
     is_same,
@@ -33,11 +31,16 @@ from dit_runtime.output.request import (
     RecordedImages,
     SampleRequest,
 )
+from dit_runtime.output.series import (
+    Job,
+    KeptImage,
+    check_settings,
+    file_name_for,
+    job_from_series,
+    series_from_labels,
+)
 from dit_runtime.pipeline import Pipeline
-from dit_runtime.samplers.noise import Float32, check_seed
-from dit_runtime.sampling.image_to_image import Init
 from dit_runtime.sampling.requests import ImageRequest
-from dit_runtime.sampling.settings import Settings
 from dit_runtime.sampling.tiles import check_tile
 
 # Endings of images that are not written: a folder of such a name is not what was meant.
@@ -45,32 +48,6 @@ OTHER_IMAGES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".jxl", ".webp", ".avif", ".heic", ".heif", ".gif", ".apng"),
     *(".bmp", ".tif", ".tiff", ".tga", ".ppm", ".pnm", ".ico", ".svg", ".pdf", ".npy", ".npz"),
 )
-
-
-@dataclass(frozen=True)
-class KeptImage:
-    """An image of a batch that goes into a file.
-
-    Attributes:
-        index: among all images of the request.
-        position: in the batch.
-        entry: how it is made, for its file.
-    """
-
-    index: int
-    position: BatchPosition
-    entry: Entry
-
-
-@dataclass(frozen=True)
-class Job:
-    """One batch, and its images that are kept; the others only give the batch its recorded shape.
-
-    An empty batch means that the folder has all its images already.
-    """
-
-    batch: list[ImageRequest]
-    kept: list[KeptImage]
 
 
 @dataclass(frozen=True)
@@ -141,14 +118,22 @@ def jobs_from_labels(pipe: Pipeline, asked: LabelledImages, inputs: InputFiles, 
         SamplingError: the request does not fit the bundle.
     """
     check_tile(asked.decoding.tile)
-    series = _series_from_labels(pipe, asked, inputs)
-    steps = _check_settings(pipe, series)
+    series = series_from_labels(pipe, asked, inputs)
+    first, *_ = check_settings(pipe, series).values()
     own = _range_of_shard(len(series.labels), asked.shard, output)
     size = min(asked.batch_size, len(own))
     pipe.check_batch(size)
     parts = [own[start : start + size] for start in range(0, len(own), size)]
-    each = (_job_from_labels(pipe, series, slice(part.start, part.stop), asked.decoding, output) for part in parts)
-    return Jobs(pipe, each, len(parts), steps, asked.decoding)
+    eta = series.settings.get("eta") or 0.0
+
+    def is_made(index: int, image: ImageRequest) -> bool:
+        if output.is_grid or output.overwrite:
+            return False
+        found = read_entry(output.path / file_name_for(index, image))
+        return found is not None and is_same(found, entry_from_request(pipe, image, eta, asked.decoding))
+
+    each = (job_from_series(pipe, series, part, asked.decoding, is_made) for part in parts)
+    return Jobs(pipe, each, len(parts), first.schedule.steps, asked.decoding)
 
 
 def _range_of_shard(count: int, shard: tuple[int, int], output: OutputRequest) -> range:
@@ -165,94 +150,6 @@ def _range_of_shard(count: int, shard: tuple[int, int], output: OutputRequest) -
     if shards > 1 and output.is_grid:
         raise SamplingError(f"shard {number}/{shards} of a grid: expected a folder as --output, which shards can share")
     return range(count * (number - 1) // shards, count * number // shards)
-
-
-@dataclass(frozen=True)
-class _Series:
-    """All images of a request by their index: what each has of its own, and the settings that all share."""
-
-    labels: list[int | str]
-    seeds: Sequence[int]
-    guidance: list[float] | None
-    noise: Float32 | None
-    inits: list[Init] | None
-    settings: Settings
-
-    def settings_of(self, part: slice) -> Settings:
-        """The settings of the images in a part of the series."""
-        return {
-            **self.settings,
-            "guidance": None if self.guidance is None else self.guidance[part],
-            "noise": None if self.noise is None else self.noise[part],
-            "init": None if self.inits is None else self.inits[part],
-        }
-
-
-def _series_from_labels(pipe: Pipeline, asked: LabelledImages, inputs: InputFiles) -> _Series:
-    """Raises SamplingError for seeds, scales, noise or images to start from that are not one per image."""
-    given = (asked.labels,) if isinstance(asked.labels, str) else asked.labels
-    named: Sequence[int | str] = range(pipe.manifest.model.classes) if given == ("all",) else given
-    labels = [label for label in named for _ in range(asked.count)]
-    count = len(labels)
-    seeds = range(asked.seeds, asked.seeds + count) if isinstance(asked.seeds, int) else asked.seeds
-    if len(seeds) != count:
-        raise SamplingError(
-            f"{len(seeds)} seeds for {count} labels: expected one seed per image, or --seed for the first"
-        )
-    for seed in seeds if not isinstance(seeds, range) else (seeds[0], seeds[-1]):
-        check_seed(seed)
-    guidance = None if asked.guidance is None else list(asked.guidance)
-    if guidance is not None and len(guidance) not in (1, count):
-        raise SamplingError(f"{len(guidance)} guidance scales for {count} images: expected one, or one per image")
-    if guidance is not None and len(guidance) == 1:
-        guidance *= count
-    pipe.check_noise(inputs.noise, count)
-    inits = None if inputs.init is None else pipe.inits(inputs.init, count)
-    settings = asked.settings if inputs.table is None else {**asked.settings, "sampler": inputs.table}
-    return _Series(labels, seeds, guidance, inputs.noise, inits, settings)
-
-
-def _check_settings(pipe: Pipeline, series: _Series) -> int:
-    """Prepare each distinct label with each distinct scale once: wrong settings are said before the first job.
-
-    Returns:
-        The steps of an image.
-    """
-    distinct = list(dict.fromkeys(series.labels))
-    init = None if series.inits is None else series.inits[:1]
-    steps = 0
-    scales: Sequence[float | None] = series.guidance or [None]
-    for scale in dict.fromkeys(scales):
-        settings: Settings = {**series.settings, "guidance": scale, "init": init}
-        steps = pipe.prepare(distinct, 0, **settings)[0].schedule.steps
-    return steps
-
-
-def _job_from_labels(
-    pipe: Pipeline, series: _Series, part: slice, decoding: DecodeSettings, output: OutputRequest
-) -> Job:
-    """The job of a part of the series: one batch of its images that are not made yet."""
-    images = pipe.prepare(series.labels[part], series.seeds[part], **series.settings_of(part))
-    eta = series.settings.get("eta") or 0.0
-
-    def is_made(index: int, image: ImageRequest) -> bool:
-        if output.is_grid or output.overwrite:
-            return False
-        found = read_entry(output.path / file_name_for(index, image))
-        return found is not None and is_same(found, entry_from_request(pipe, image, eta, decoding))
-
-    missing = [(index, image) for index, image in enumerate(images, part.start) if not is_made(index, image)]
-    batch = [image for _, image in missing]
-    kept = [
-        KeptImage(index, position, entry_from_request(pipe, image, eta, decoding, position))
-        for (index, image), position in zip(missing, batch_positions(batch), strict=True)
-    ]
-    return Job(batch, kept)
-
-
-def file_name_for(index: int, image: ImageRequest) -> str:
-    """The name of an image's file in a folder."""
-    return f"{index:05d}_class{'+'.join(str(label) for label in image.labels)}_seed{image.seed}.png"
 
 
 def jobs_from_record(pipe: Pipeline, recorded: RecordedFile, inputs: InputFiles) -> Jobs:

@@ -30,7 +30,8 @@ class LabelledImages:
         decoding: how their latents are decoded.
         batch_size: images in one batch.
         size: height and width in pixels; None is the bundle's first.
-        shard: ``(i, n)``: the i-th of n parts of the images, from 1. Each image is the one that it is without shards.
+        shard: ``(i, n)``: the i-th of n parts of the images, or of the shards that they are packed into, from 1. Each
+            image is the one that it is without parts.
     """
 
     labels: tuple[str, ...]
@@ -61,26 +62,55 @@ class InputPaths:
 
 
 @dataclass(frozen=True)
+class ShardSettings:
+    """How images are packed into shards.
+
+    Attributes:
+        size: images in a shard; the last one may have fewer.
+        folders: whether a shard is a folder of files; else it is a tar file of them.
+    """
+
+    size: int
+    folders: bool = False
+
+
+@dataclass(frozen=True)
 class OutputRequest:
     """Where images go.
 
     Attributes:
-        path: a PNG file for a grid of all images, else a folder with a file for each image.
+        path: a PNG file for a grid of all images, else a folder with a file for each image, or for each shard.
         columns: of the grid; None is near-square, or as in the file that is made again.
         overwrite: make images of a folder again that are there already.
         list_all: return the path and the entry of every image; otherwise, of a folder, only the first entry, since
             a long run would hold thousands.
+        shards: the folder has a file for each shard of so many images; None has one for each image.
     """
 
     path: Path
     columns: int | None = None
     overwrite: bool = False
     list_all: bool = False
+    shards: ShardSettings | None = None
 
     @property
     def is_grid(self) -> bool:
         """Whether all images go into one file."""
         return self.path.suffix.lower() == ".png"
+
+
+@dataclass(frozen=True)
+class ClusterRequest:
+    """The Ray cluster that shards are made on.
+
+    Attributes:
+        address: ``auto`` for the cluster of this machine, ``local`` for one that is started here and ends with the
+            work, or the address of one, ``HOST:PORT``.
+        workers: processes with an engine each; None is one for each GPU, or one for each node without GPUs.
+    """
+
+    address: str
+    workers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +126,7 @@ class SampleRequest:
         precision: of an engine that has a choice; None is its default.
         threads: of the CPU; 0 leaves the number to the engine, or to the record of images that are made again.
         store: where engines and verdicts are kept; None is the bundle's own folder.
+        cluster: where shards are made; None is this process.
     """
 
     bundle: Path
@@ -106,6 +137,7 @@ class SampleRequest:
     precision: str | None = None
     threads: int = 0
     store: Path | None = None
+    cluster: ClusterRequest | None = None
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -12,9 +14,10 @@ from dit_runtime.core.errors import SamplingError
 from dit_runtime.core.progress import Progress
 from dit_runtime.output.images import Images, grid_from_images, read_png, write_png
 from dit_runtime.output.inputs import RecordedFile
-from dit_runtime.output.jobs import Job, Jobs, KeptImage, file_name_for
+from dit_runtime.output.jobs import Jobs
 from dit_runtime.output.provenance import Entry, text_from_entries
 from dit_runtime.output.request import OutputRequest
+from dit_runtime.output.series import Job, KeptImage, file_name_for
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,10 @@ def write_images(jobs: Jobs, output: OutputRequest, bar: Progress) -> Written:
     writer = _GridWriter(output, jobs.original) if output.is_grid else _FolderWriter(output)
     try:
         for job in jobs.each:
-            _make_job(jobs, job, writer, bar)
+            if job.batch:
+                make_job(jobs, job, writer, bar.advance)
+            else:
+                bar.skip(jobs.steps + 1)
     except SamplingError as error:
         writer.finish()
         finished = f"; {writer.count} finished images are in {output.path}" if writer.count else ""
@@ -76,16 +82,31 @@ def largest_difference(first: Images, second: Images) -> int | None:
     return int(np.abs(first.astype(int) - second).max()) if first.shape == second.shape else None
 
 
-def _make_job(jobs: Jobs, job: Job, writer: _GridWriter | _FolderWriter, bar: Progress) -> None:
-    if not job.batch:
-        bar.skip(jobs.steps + 1)
-        return
-    latents = jobs.pipe.sample_latents(job.batch, bar.advance)
+class Writer(Protocol):
+    """What takes finished images."""
+
+    def add(self, kept: KeptImage, name: str, image: Images) -> None:
+        """Take an image ``[H, W, 3]`` and the name of its file."""
+
+
+def make_job(jobs: Jobs, job: Job, writer: Writer, completed: Callable[[], None]) -> None:
+    """Make the images of a job that has some, and give them to a writer.
+
+    Args:
+        jobs: which the job is one of.
+        job: of one batch.
+        writer: takes the images.
+        completed: called after each step, and after the last image.
+
+    Raises:
+        SamplingError: latents or pixels are not finite.
+    """
+    latents = jobs.pipe.sample_latents(job.batch, completed)
     images = jobs.pipe.decode(latents, jobs.decoding.tile, jobs.decoding.batch)
     for kept in job.kept:
         name = file_name_for(kept.index, job.batch[kept.position.index])
         writer.add(kept, name, images[kept.position.index])
-    bar.advance()
+    completed()
 
 
 class _FolderWriter:
