@@ -26,6 +26,11 @@ BINDINGS := \
   cuda-bindings-13.5=cuda-bindings==13.5.0 \
   cuda-pathfinder=cuda-pathfinder==1.9.0
 
+# Triton Inference Server on the CPU, from a wheel that needs numpy 1.26: an environment of its own, of 250 MB, which its
+# tests ask for. Where the wheel is not to be had, they are skipped.
+TRITON := build/triton
+TRITON_PACKAGES := nvidia-pytriton==0.7.0 'tritonclient[all]==2.73.0' numpy==1.26.4 pillow
+
 .PHONY: demo test test-slow fuzz test-py310 gpu-test gpu-report lint bench install clean
 
 install: $(VENV)/installed
@@ -51,9 +56,16 @@ test: install
 
 # The export at real size alone, since it keeps a time and a peak of memory; then the rest on all workers.
 REAL_SIZE := tests/benchmarks/test_real_size.py
-test-slow: install
+test-slow: install $(TRITON)/installed
 	$(BIN)/python -m pytest -m slow $(REAL_SIZE)
 	$(PYTEST) -m slow --ignore $(REAL_SIZE)
+
+$(TRITON)/installed: constraints.txt
+	$(PYTHON) -m venv $(TRITON)
+	@$(TRITON)/bin/python -m pip install --quiet --disable-pip-version-check $(TRITON_PACKAGES) \
+	  $$(grep '^onnxruntime==' constraints.txt) && \
+	  echo $(CURDIR)/runtime > $$(echo $(TRITON)/lib/python3.*/site-packages)/dit.pth && touch $@ || \
+	  echo "no nvidia-pytriton for this Python or machine: the tests of Triton will be skipped" >&2
 
 MINUTES ?= 10
 fuzz: install

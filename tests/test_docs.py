@@ -42,6 +42,7 @@ COMMANDS = {
     "dit-bench": "dit_runtime.commands.bench",
     "dit-tune": "dit_runtime.commands.tune",
     "dit-serve": "dit_serve.command",
+    "dit-triton": "dit_serve.triton_command",
 }
 # Options of other programs that the pages name by themselves.
 FOREIGN_OPTIONS = {"--system-site-packages", "--load-inputs", "--load-outputs"}
@@ -474,3 +475,15 @@ def test_errors_of_devices_are_the_codes_own() -> None:
         for span in spans:
             for part in re.split(r"…|^tensorrt\b", span):
                 assert any(part.strip() in text for text in known), f"{page.name}: no error says {part!r}"
+
+
+def test_failures_of_servers_name_their_tests() -> None:
+    """Each row of the table of failures names tests that there are."""
+    text = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    rows = text.partition("\n| what happens |")[2].partition("\n\n")[0].splitlines()[2:]
+    assert len(rows) >= 12
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests" / "serve").glob("test_*.py"))
+    for row in rows:
+        named = re.findall(r"`(test_\w+)`", row)
+        assert named, row
+        assert all(f"def {name}(" in tests for name in named), row

@@ -34,13 +34,13 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("commands",),
     ),
     "dit_serve": (
-        ("jobs", "request", "ray_arguments"),
+        ("bundle_files", "figures", "jobs", "request", "ray_arguments", "triton_files", "warm_up"),
         ("batcher",),
         ("images", "model", "bodies"),
-        ("metrics", "remote"),
+        ("metrics", "remote", "triton_model"),
         ("app",),
         ("serving",),
-        ("command", "ray_serve"),
+        ("command", "ray_serve", "triton_command"),
         ("entry",),
     ),
     "dit_export": (

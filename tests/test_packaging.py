@@ -21,7 +21,7 @@ PACKAGES = {
     "dit_serve": ROOT / "runtime" / "dit_serve",
     "dit_export": ROOT / "dit_export",
 }
-COMMANDS = ("dit-export", "dit-build", "dit-sample", "dit-verify", "dit-bench", "dit-tune", "dit-serve")
+COMMANDS = ("dit-export", "dit-build", "dit-sample", "dit-verify", "dit-bench", "dit-tune", "dit-serve", "dit-triton")
 
 
 def imported(path: Path) -> set[str]:

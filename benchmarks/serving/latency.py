@@ -3,6 +3,9 @@
     python benchmarks/serving/latency.py my.bundle                     # the engine as it is
     python benchmarks/serving/latency.py my.bundle --gpu-step 4 0.7    # each step takes 4 + 0.7·G·B ms, as on a GPU
 
+    python benchmarks/serving/latency.py my.bundle --saturation        # as many requests at once as a queue holds
+    python benchmarks/serving/latency.py my.bundle --diffusers CHECKPOINT    # and PyTorch behind a plain server
+
 Requests of one image with 10, 20 or 50 steps arrive at random (Poisson), at a share of the rate that the running batch
 can do, which is measured first. All policies get the same arrivals, interleaved in rounds. Printed are the medians of
 the rounds: images a second, and seconds from arrival to image. Images are compared with those made alone.
@@ -21,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dit_runtime import Pipeline
 from dit_runtime.backends.base import Array
@@ -35,6 +39,7 @@ STEPS = (10, 20, 50)
 BATCH = 8
 LOADS = (0.5, 0.8, 1.2)  # of the running batch's rate
 POLICIES = ("one at a time", "request batches", "running batch")
+DIFFUSERS = "diffusers, one at a time"
 
 
 class SleepingEngine(OnnxRuntimeEngine):
@@ -95,6 +100,35 @@ class RequestBatches:
                 each.notify(Finished(image, time.monotonic() - each.submitted))
 
 
+class Diffusers(RequestBatches):
+    """diffusers' own modules in ``DiTPipeline``'s loop, behind a plain server: a request at a time."""
+
+    def __init__(self, pipe: Pipeline, checkpoint: Path) -> None:
+        super().__init__(pipe)
+        import torch
+        from dit_export.checkpoints.sources import Source, load_checkpoint
+        from dit_export.reference.pipeline import Reference
+
+        self._torch = torch
+        self._reference = Reference(load_checkpoint(Source(str(checkpoint))))
+        self._scheduler: Any = self._reference.checkpoint.scheduler
+
+    def _work(self) -> None:
+        torch, scheduler = self._torch, self._scheduler
+        while (job := self._waiting.get()) is not None:
+            request = job.request
+            label = torch.tensor(list(request.labels))
+            generator = torch.Generator().manual_seed(request.seed)
+            scheduler.set_timesteps(request.schedule.steps)
+            with torch.inference_mode():
+                z = torch.randn(1, *self._pipe.latent_shape, generator=generator)
+                for t in scheduler.timesteps:
+                    e, _ = self._reference.predict(z, t.expand(1), label, request.guidance.scale)
+                    z = scheduler.step(e, t, z).prev_sample
+                (image,) = self._reference.images_from_decoded(self._reference.decode(z))
+            job.notify(Finished(image, time.monotonic() - job.submitted))
+
+
 class Arrival(NamedTuple):
     """A request: seconds after the beginning, steps, and seed."""
 
@@ -118,8 +152,8 @@ def arrivals_at(rate: float, count: int, seed: int) -> list[Arrival]:
     return [Arrival(float(at), int(random.choice(STEPS)), index) for index, at in enumerate(times)]
 
 
-def run(pipe: Pipeline, policy: str, arrivals: Sequence[Arrival]) -> Outcome:
-    """Let requests arrive, and wait for all of them."""
+def run(pipe: Pipeline, policy: str, arrivals: Sequence[Arrival], checkpoint: Path | None = None) -> Outcome:
+    """Let requests arrive, and wait for all of them. ``checkpoint`` is that of diffusers' pipeline."""
     found: dict[int, Finished] = {}
     done = threading.Event()
 
@@ -133,6 +167,9 @@ def run(pipe: Pipeline, policy: str, arrivals: Sequence[Arrival]) -> Outcome:
 
     if policy == "request batches":
         server: Any = RequestBatches(pipe)
+    elif policy == DIFFUSERS:
+        assert checkpoint is not None
+        server = Diffusers(pipe, checkpoint)
     else:
         server = Batcher(pipe, 1 if policy == "one at a time" else BATCH, most_waiting=len(arrivals))
     with server:
@@ -147,19 +184,41 @@ def run(pipe: Pipeline, policy: str, arrivals: Sequence[Arrival]) -> Outcome:
     return Outcome(len(arrivals) / seconds, [each.seconds for each in ordered], [each.image for each in ordered])
 
 
-def measure(pipe: Pipeline, count: int, rounds: int) -> dict[str, Any]:
+def measure_saturation(pipe: Pipeline, count: int, rounds: int) -> dict[str, Any]:
+    """All requests at once: images a second, and CPU seconds of each image, which other work changes less."""
+    arrivals = [Arrival(0.0, int(steps), index) for index, steps in enumerate(choose_steps(count))]
+    rows, found = [], {policy: list[tuple[float, float]]() for policy in POLICIES}
+    for number in range(rounds + 1):
+        for policy, each in found.items():
+            before = time.process_time()
+            rate = run(pipe, policy, arrivals).rate
+            if number:  # the first round imports, and fills caches
+                each.append((rate, (time.process_time() - before) / count))
+    for policy, each in found.items():
+        rates, works = zip(*each, strict=True)
+        rows.append(
+            {"policy": policy, "done_per_s": statistics.median(rates), "cpu_s_per_image": statistics.median(works)}
+        )
+    return {"engine": pipe.engine.info.name, "requests": count, "rounds": rounds, "rows": rows}
+
+
+def choose_steps(count: int) -> NDArray[np.int64]:
+    """Steps of so many requests."""
+    return np.random.default_rng(0).choice(STEPS, count)
+
+
+def measure(pipe: Pipeline, count: int, rounds: int, checkpoint: Path | None = None) -> dict[str, Any]:
     """All loads and policies."""
-    flood = [
-        Arrival(0.0, steps, index) for index, steps in enumerate(np.random.default_rng(0).choice(STEPS, 4 * BATCH))
-    ]
-    rate = run(pipe, "running batch", [each._replace(steps=int(each.steps)) for each in flood]).rate
+    policies = (*POLICIES, DIFFUSERS) if checkpoint else POLICIES
+    flood = [Arrival(0.0, int(steps), index) for index, steps in enumerate(choose_steps(4 * BATCH))]
+    rate = run(pipe, "running batch", flood).rate
     rows = []
     for load in LOADS:
-        outcomes: dict[str, list[Outcome]] = {policy: [] for policy in POLICIES}
+        outcomes: dict[str, list[Outcome]] = {policy: [] for policy in policies}
         arrivals = arrivals_at(load * rate, count, 1)
         for _ in range(rounds):
-            for policy in POLICIES:
-                outcomes[policy].append(run(pipe, policy, arrivals))
+            for policy in policies:
+                outcomes[policy].append(run(pipe, policy, arrivals, checkpoint))
         alone = outcomes["one at a time"][0].images
         for policy, each in outcomes.items():
             short = [index for index, arrival in enumerate(arrivals) if arrival.steps == min(STEPS)]
@@ -176,9 +235,11 @@ def measure(pipe: Pipeline, count: int, rounds: int) -> dict[str, Any]:
                     ),
                     "largest_difference": max(
                         int(np.abs(mine.astype(int) - image).max())
-                        for one in each
+                        for one in (each if policy != DIFFUSERS else [])
                         for mine, image in zip(one.images, alone, strict=True)
-                    ),
+                    )
+                    if policy != DIFFUSERS
+                    else None,
                 }
             )
     return {"engine": pipe.engine.info.name, "rate_per_s": rate, "requests": count, "rounds": rounds, "rows": rows}
@@ -193,21 +254,52 @@ def main() -> None:
     )
     parser.add_argument("--requests", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--saturation", action="store_true")
+    parser.add_argument("--diffusers", type=Path, metavar="CHECKPOINT")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    pipe = Pipeline(args.bundle, args.engine)
+    pipe = Pipeline(args.bundle, args.engine, args.threads)
     if args.gpu_step:
         pipe.engine = SleepingEngine(open_bundle(args.bundle), threads=1)
         pipe.engine.base, pipe.engine.each = args.gpu_step
-    found = {**measure(pipe, args.requests, args.rounds), "gpu_step_ms": args.gpu_step}
+    if args.saturation:
+        found = measure_saturation(pipe, args.requests, args.rounds)
+        print("| policy | done/s | CPU s of an image |\n|---|---|---|")
+        for row in found["rows"]:
+            print(f"| {row['policy']} | {row['done_per_s']:.2f} | {row['cpu_s_per_image']:.4f} |")
+    else:
+        found = {**measure(pipe, args.requests, args.rounds, args.diffusers), "gpu_step_ms": args.gpu_step}
+        show(found)
+    if args.output:
+        with replace_file(args.output) as file:
+            file.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def least_p95(base: float, each: float, load: float) -> float:
+    """Seconds of a request of the most steps in a batch that never changes and just keeps up with a load.
+
+    Images leave and come at random, so that most steps are in larger batches: no order of requests gives less to all.
+
+    Args:
+        base, each: a step takes ``base + each · 2 · B`` ms.
+        load: of what full batches do.
+    """
+    rate = load * BATCH / (base + each * 2 * BATCH)  # steps of images in a ms
+    images = rate * base / (1 - 2 * each * rate)
+    return max(STEPS) * (base + each * 2 * images) / 1e3
+
+
+def show(found: dict[str, Any]) -> None:
+    if found["gpu_step_ms"]:
+        for load in LOADS[:2]:
+            least = least_p95(*found["gpu_step_ms"], load)
+            print(f"at {load:g}, requests of {max(STEPS)} steps take {least:.2f} s in the smallest batch that keeps up")
     print("| load | policy | done/s | p50 s | p95 s | p50 s of 10 steps | largest difference |")
     print("|---|---|---|---|---|---|---|")
     for row in found["rows"]:
         times = " | ".join(f"{row[name]:.2f}" for name in ("done_per_s", "p50_s", "p95_s", "short_p50_s"))
         print(f"| {row['load']:g} | {row['policy']} | {times} | {row['largest_difference']} |")
-    if args.output:
-        with replace_file(args.output) as file:
-            file.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

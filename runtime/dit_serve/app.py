@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from dit_runtime.core.errors import DiTError, EngineError, SamplingError
+from dit_runtime.core.errors import DiTError, SamplingError
 from dit_runtime.core.version import __version__
 from dit_runtime.samplers.by_name import DIFFUSION_SAMPLERS, FLOW_SAMPLERS
 from dit_runtime.sampling.requests import ImageRequest
@@ -98,7 +98,7 @@ class Server:
     async def generate(self, request: Request) -> Response:
         """``POST /generate``: one image as PNG, several as JSON, or events."""
         body = read_body(GenerateBody, await _content(request))
-        model = self._model(body.model)
+        model = self._model(body.model, body.image_size)
         requests = body.prepare(model.pipe, model.tables)
         made = self._submit(model, requests, body)
 
@@ -113,22 +113,23 @@ class Server:
                 image = _base64(model.png(event.image))
                 return "preview", {**about, "step": event.step, "steps": event.steps, "image": image}
             if isinstance(event, Finished):
-                image = _base64(model.png(event.image, requests[index], body.eta))
+                image = _base64(model.png(event.image, requests[index], body.eta, event.batches))
                 return "picture", {**about, "seconds": event.seconds, "image": image}
-            return "error", {**about, "status": _status_of(_error_of(event)), "message": str(event.error)}
+            return "error", {**about, "status": _status_of(event.fault), "message": str(event.error)}
 
         if body.stream:
             return _stream(made, event, last=("done", {}))
         finished = await _await_images(request, made)
         if len(finished) == 1 and "application/json" not in request.headers.get("accept", ""):
-            content = model.png(finished[0].image, requests[0], body.eta)
+            content = await asyncio.to_thread(model.png, finished[0].image, requests[0], body.eta, finished[0].batches)
             return Response(content, media_type="image/png")
-        return JSONResponse({"images": [(event(index, each) or ("", {}))[1] for index, each in enumerate(finished)]})
+        told = [await asyncio.to_thread(event, index, each) for index, each in enumerate(finished)]
+        return JSONResponse({"images": [data for _, data in filter(None, told)]})
 
     async def images(self, request: Request) -> Response:
         """``POST /v1/images/generations``, as OpenAI's clients call it."""
         asked = read_body(ImagesBody, await _content(request))
-        model = self._model(asked.model)
+        model = self._model(asked.model, asked.image_size)
         body = asked.as_generate(model.pipe)
         requests = body.prepare(model.pipe, model.tables)
         made = self._submit(model, requests, body)
@@ -142,10 +143,13 @@ class Server:
             if isinstance(event, Started | Retried):
                 return None
             if isinstance(event, Failed):
-                return "error", {"type": "error", "error": _error_body(_error_of(event))["error"]}
+                return "error", {"type": "error", "error": _error_body(event.fault)["error"]}
             final = isinstance(event, Finished)
             name = "image_generation.completed" if final else "image_generation.partial_image"
-            png = model.png(event.image, requests[index] if final else None)
+            if isinstance(event, Finished):
+                png = model.png(event.image, requests[index], 0.0, event.batches)
+            else:
+                png = model.png(event.image)
             told = {"type": name, "b64_json": _base64(png), **about}
             if not final:
                 told["partial_image_index"] = seen[index]
@@ -155,10 +159,11 @@ class Server:
         if body.stream:
             return _stream(made, event, last=None)
         finished = await _await_images(request, made)
-        data = [
-            {"b64_json": _base64(model.png(each.image, asked_image))}
+        files = [
+            await asyncio.to_thread(model.png, each.image, asked_image, 0.0, each.batches)
             for each, asked_image in zip(finished, requests, strict=True)
         ]
+        data = [{"b64_json": _base64(file)} for file in files]
         return JSONResponse({"created": created, "data": data, "size": about["size"], "output_format": "png"})
 
     async def models(self, request: Request) -> Response:
@@ -190,12 +195,32 @@ class Server:
         previews = body.previews if body.stream else 0
         return RequestedImages(model.batcher, requests, body.timeout or self._timeout, previews)
 
-    def _model(self, name: str | None) -> ServedModel:
-        if name is None or (name not in self._models and len(self._models) == 1):
-            return self._default  # OpenAI's clients must name a model
-        if name not in self._models:
+    def _model(self, name: str | None, size: tuple[int, int] | None) -> ServedModel:
+        alone = len({each.pipe.bundle.digest for each in self._models.values()}) == 1
+        if name is None or (name not in self._models and alone):
+            model = self._default  # OpenAI's clients must name a model
+        elif name not in self._models:
             raise SamplingError(f"model {name!r:.80}: expected one of {', '.join(self._models)}")
-        return self._models[name]
+        else:
+            model = self._models[name]
+        if size in (None, model.pipe.manifest.image_size):
+            return model
+        return self._model_at(model, size)
+
+    def _model_at(self, model: ServedModel, size: tuple[int, int]) -> ServedModel:
+        """A model at another of its sizes, which is a model of its own. Raises SamplingError where there is none."""
+        found = {
+            each.pipe.manifest.image_size: each
+            for each in self._models.values()
+            if each.pipe.bundle.digest == model.pipe.bundle.digest
+        }
+        if size not in found:
+            known = ", ".join(f"{height}x{width}" for height, width in found)
+            raise SamplingError(
+                f"images of height {size[0]} and width {size[1]}: this server makes {known} (height x width) of "
+                f"{model.name}"
+            )
+        return found[size]
 
     def _guarded(self, handler: Handler, open_to_all: bool = False) -> Handler:
         """A handler with its checks before it, and every error as JSON; each answer is counted."""
@@ -255,7 +280,7 @@ async def _await_images(request: Request, made: RequestedImages) -> list[Finishe
         found: dict[int, Finished] = {}
         async for index, event in made.iterate_events():
             if isinstance(event, Failed):
-                raise _error_of(event)
+                raise event.fault
             if isinstance(event, Finished):
                 found[index] = event
         return [found[index] for index in sorted(found)]
@@ -284,7 +309,7 @@ def _stream(made: RequestedImages, name: Format, last: tuple[str, Mapping[str, A
     async def events() -> AsyncIterator[str]:
         async with made:
             async for index, event in made.iterate_events():
-                if (told := name(index, event)) is not None:
+                if (told := await asyncio.to_thread(name, index, event)) is not None:
                     yield _event(*told)
             if last is not None:
                 yield _event(*last)
@@ -320,11 +345,6 @@ def _status_of(error: DiTError) -> int:
 
 def _headers_for(error: DiTError) -> dict[str, str]:
     return {"Retry-After": str(max(1, math.ceil(error.seconds)))} if isinstance(error, QueueFullError) else {}
-
-
-def _error_of(event: Failed) -> DiTError:
-    """The error of a job. Its settings were checked before it began, so that it is no fault of the request."""
-    return EngineError(str(event.error)) if isinstance(event.error, SamplingError) else event.error
 
 
 def _error_body(error: DiTError) -> dict[str, Any]:

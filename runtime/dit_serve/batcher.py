@@ -13,10 +13,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from dit_runtime.core.errors import DiTError, EngineError, SamplingError, explain
+from dit_runtime.core.errors import BundleError, DiTError, EngineError, SamplingError, explain
 from dit_runtime.pipeline import Pipeline
 from dit_runtime.samplers.noise import Float32
 from dit_runtime.sampling.batch import Advance, Batch
+from dit_serve.bundle_files import BundleFiles
 from dit_serve.jobs import DeadlineError, Event, Failed, Finished, Job, Preview, QueueFullError, Started, StoppingError
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ class Batcher:
         if most_waiting < 1:
             raise SamplingError(f"a queue of {most_waiting} jobs: expected at least 1")
         self._pipeline, self._batch_size, self._most_waiting = pipeline, batch_size, most_waiting
+        self._files = BundleFiles(pipeline.bundle)
         self._waiting: deque[Job] = deque()
         self._running: dict[int, Job] = {}
         self._changed = threading.Condition()
@@ -99,7 +101,9 @@ class Batcher:
         Raises:
             QueueFullError: the queue has no room for all of them.
             StoppingError: ``stop`` was called.
+            BundleError: the bundle was altered since the batcher was made.
         """
+        self._files.check()
         with self._changed:
             if self._stopping:
                 raise StoppingError("no more images are made here: this server is being stopped; ask another one")
@@ -185,6 +189,7 @@ class Batcher:
             self._steps += 1
         for key, completed in zip(step.keys, step.completed, strict=True):
             self._running[key].completed += completed
+            self._running[key].note_batch(len(step.keys))
         for key, error in step.failed.items():
             self._end(key, Failed(error))
         self._show_previews(step)
@@ -239,11 +244,15 @@ class Batcher:
         done = [index for index, finished in enumerate(step.finished) if finished]
         if not done:
             return
-        images = self._decode(step.latents[done])
+        images: list[NDArray[np.uint8] | DiTError] = [*self._decode(step.latents[done])]
+        try:
+            self._files.check()
+        except BundleError as error:
+            images = [error] * len(done)
         now = time.monotonic()
         for index, image in zip(done, images, strict=True):
             job = self._running[step.keys[index]]
-            ended = Failed(image) if isinstance(image, SamplingError) else Finished(image, now - job.submitted)
+            ended = Failed(image) if isinstance(image, DiTError) else Finished(image, now - job.submitted, job.batches)
             self._end(job.key, ended)
 
     def _decode(self, latents: Float32) -> list[NDArray[np.uint8] | SamplingError]:

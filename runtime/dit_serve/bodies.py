@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
@@ -37,6 +38,7 @@ class GenerateBody:
         steps, guidance, sampler, spacing, eta, guidance_interval, guidance_schedule, negative_label: as ``Settings``;
             ``sampler`` is a sampler's name, or that of a table of the server.
         model: the bundle's name, where the server has several.
+        size: ``HEIGHTxWIDTH``, where the server has several; None is the model's own.
         stream: whether events are sent while the images are made.
         previews: with ``stream``, a preview after so many steps each; 0 sends none.
         timeout: seconds until the images must be finished.
@@ -56,6 +58,12 @@ class GenerateBody:
     stream: bool = optional(False)
     previews: Often = optional(0)
     timeout: Seconds | None = optional(None)
+    size: str | None = optional(None)
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """Height and width; None where the request names none. Raises SamplingError for a text that is no size."""
+        return None if self.size is None else _numbers_of(self.size, "HEIGHTxWIDTH, such as 256x384")
 
     def prepare(self, pipe: Pipeline, tables: Mapping[str, Schedule]) -> list[ImageRequest]:
         """The requests of its images.
@@ -86,7 +94,7 @@ class GenerateBody:
 
 @dataclass(frozen=True)
 class ImagesBody:
-    """``POST /v1/images/generations``, as OpenAI's clients send it, with four keys of ``GenerateBody``.
+    """``POST /v1/images/generations``, as OpenAI's clients send it, with five keys of ``GenerateBody``.
 
     Attributes:
         prompt: a class name, number or mixture.
@@ -97,7 +105,7 @@ class ImagesBody:
         output_format: of the images.
         stream, partial_images: whether events are sent, and how many of them before the image.
         user: not used.
-        seed, steps, guidance, sampler: as ``GenerateBody``.
+        seed, steps, guidance, sampler, timeout: as ``GenerateBody``.
     """
 
     prompt: str
@@ -113,12 +121,18 @@ class ImagesBody:
     steps: Steps | None = optional(None)
     guidance: float | None = optional(None)
     sampler: str | None = optional(None)
+    timeout: Seconds | None = optional(None)
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """Height and width; None where the request names none. Raises SamplingError for a text that is no size."""
+        if self.size in (None, "auto"):
+            return None
+        width, height = _numbers_of(self.size or "", "WIDTHxHEIGHT, such as 384x256, or auto")
+        return height, width
 
     def as_generate(self, pipe: Pipeline) -> GenerateBody:
-        """The same as ``POST /generate``'s body. Raises SamplingError for a size that the model does not have."""
-        height, width = pipe.manifest.image_size
-        if self.size not in (None, "auto", f"{width}x{height}"):
-            raise SamplingError(f"size {self.size:.40}: expected {width}x{height}, or auto")
+        """The same as ``POST /generate``'s body, for a model of that size."""
         steps = self.steps or pipe.manifest.defaults.steps
         parts = self.partial_images or 0
         return GenerateBody(
@@ -129,7 +143,15 @@ class ImagesBody:
             sampler=self.sampler,
             stream=bool(self.stream),
             previews=max(1, steps // (parts + 1)) if parts else 0,
+            timeout=self.timeout,
         )
+
+
+def _numbers_of(size: str, expected: str) -> tuple[int, int]:
+    found = re.fullmatch(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})", size)
+    if found is None:
+        raise SamplingError(f"size {size!r:.40}: expected {expected}")
+    return int(found[1]), int(found[2])
 
 
 def read_body(kind: type[T], content: bytes) -> T:

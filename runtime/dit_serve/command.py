@@ -50,7 +50,7 @@ def _main(argv: list[str] | None) -> int:
             engine=args.engine,
             precision=args.precision,
             store=args.store,
-            size=args.size,
+            sizes=tuple(args.size),
             threads=args.threads,
         ),
         announce=lambda line: logger.info("%s", line),
@@ -84,7 +84,14 @@ def _parser() -> Parser:
     how.add_argument("--engine", default="auto", help=f"{ENGINE_HELP}; auto takes only an engine that is verified")
     how.add_argument("--precision", choices=PRECISIONS, metavar="{fp32,bf16}", help=PRECISION_HELP)
     how.add_argument("--store", type=Path, metavar="DIR", help=STORE_HELP)
-    how.add_argument("--size", type=image_size, metavar="HEIGHTxWIDTH", help="of the images (default: the first)")
+    how.add_argument(
+        "--size",
+        type=image_size,
+        nargs="+",
+        default=(),
+        metavar="HEIGHTxWIDTH",
+        help="of the images (default: the bundle's first); each size has an engine and a batch of its own",
+    )
     how.add_argument("--threads", type=thread_count(0), default=0, help="of the CPU; 0 lets the engine choose")
     return parser
 

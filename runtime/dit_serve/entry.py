@@ -11,3 +11,8 @@ if TYPE_CHECKING:
 def serve() -> NoReturn:
     """``dit-serve``."""
     start("dit_serve.command")
+
+
+def triton() -> NoReturn:
+    """``dit-triton``."""
+    start("dit_serve.triton_command")

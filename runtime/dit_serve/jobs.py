@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from dit_runtime.core.errors import DiTError
+from dit_runtime.core.errors import DiTError, EngineError, SamplingError
 from dit_runtime.sampling.requests import ImageRequest
 
 
@@ -67,10 +67,12 @@ class Finished:
     Attributes:
         image: uint8 ``[H, W, 3]``.
         seconds: since the job was submitted.
+        batches: the fewest and the most images in the batch while the image was made; None where nobody counted.
     """
 
     image: NDArray[np.uint8]
     seconds: float
+    batches: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,11 @@ class Failed:
     """The job ended without an image: its latents or pixels are not finite, it is late, or the engine failed."""
 
     error: DiTError
+
+    @property
+    def fault(self) -> DiTError:
+        """The error for the caller. A job's settings were checked before it began: it is no fault of the request."""
+        return EngineError(str(self.error)) if isinstance(self.error, SamplingError) else self.error
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,7 @@ class Job:
         key: the job's own number.
         submitted: when the job was made, of ``time.monotonic``.
         completed: steps that are done.
+        batches: as in ``Finished``.
         cancelled: whether nobody waits any more.
         on_cancel: called by ``cancel``, for a job that is made elsewhere.
     """
@@ -120,6 +128,7 @@ class Job:
     key: int = field(default_factory=lambda: next(_keys))
     submitted: float = field(default_factory=time.monotonic)
     completed: int = 0
+    batches: tuple[int, int] | None = None
     cancelled: bool = False
     on_cancel: Callable[[], object] = lambda: None
 
@@ -127,6 +136,11 @@ class Job:
         """Let the job leave the queue, or the batch after the step that runs. No event follows that step."""
         self.cancelled = True
         self.on_cancel()
+
+    def note_batch(self, size: int) -> None:
+        """Take account of a step in a batch of so many images."""
+        least, most = self.batches or (size, size)
+        self.batches = min(least, size), max(most, size)
 
     def wants_preview(self) -> bool:
         """Whether a preview is due after the step that was just completed."""

@@ -8,6 +8,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, H
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from dit_serve.figures import COUNTERS, GAUGES
 from dit_serve.model import ServedModel
 
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
@@ -45,19 +46,8 @@ class _Loads(Collector):
     def collect(self) -> Iterable[Metric]:
         """The families of all models."""
         loads = {name: model.batcher.load() for name, model in self._models.items()}
-        gauges = {
-            "dit_waiting_images": ("Images in the queue", "waiting"),
-            "dit_running_images": ("Images in the batch", "running"),
-            "dit_batch_size": ("Most images in the batch", "batch_size"),
-            "dit_step_seconds": ("Median time of the latest steps", "step_seconds"),
-        }
-        counters = {
-            "dit_steps": ("Calls of the step", "steps"),
-            "dit_images": ("Finished images", "images"),
-            "dit_failed_images": ("Failed images", "failures"),
-        }
-        for family, described in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
-            for metric, (text, field) in described.items():
+        for family, figures in ((GaugeMetricFamily, GAUGES), (CounterMetricFamily, COUNTERS)):
+            for metric, text, field in figures:
                 made = family(metric, text, labels=("model",))
                 for name, load in loads.items():
                     made.add_metric([name], getattr(load, field))

@@ -38,15 +38,24 @@ class ServedModel:
             pipe.prepare([0], 0, sampler=table)
         self.batcher = batcher
 
-    def png(self, image: NDArray[np.uint8], request: ImageRequest | None = None, eta: float = 0.0) -> bytes:
+    def png(
+        self,
+        image: NDArray[np.uint8],
+        request: ImageRequest | None = None,
+        eta: float = 0.0,
+        batches: tuple[int, int] | None = None,
+    ) -> bytes:
         """An image ``[H, W, 3]`` as PNG, with the record of its request.
 
-        The record says that the image was made alone: in a batch whose images come and go it is the same.
+        The record's ``batch`` says how to make the image again: alone, which gives the same. Its ``batches`` are those
+        of ``Finished``, in which it really was.
         """
         if request is None:
             return png_from_image(image)
         position = BatchPosition(1, 0, tuple(request.branches.needed.tolist()))
         entry = {**entry_from_request(self.pipe, request, eta, DecodeSettings(), position), **self.maker_of(request)}
+        if batches is not None:
+            entry["batches"] = list(batches)
         return png_from_image(image, text_from_entries([entry], image))
 
     def maker_of(self, request: ImageRequest) -> Mapping[str, Any]:

@@ -31,6 +31,7 @@ from dit_serve.jobs import Failed, Finished, QueueFullError, StoppingError
 from dit_serve.ray_arguments import RayArguments, read_arguments
 from dit_serve.remote import Call, Engines, RemoteBatcher, RemoteEngine, RemoteModel, Told
 from dit_serve.serving import name_of, read_tables
+from dit_serve.warm_up import open_pipeline, warm_up
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -106,8 +107,8 @@ class EngineReplica:
     def __init__(self, asked: RayArguments, digest: str) -> None:
         threads = asked.threads or (0 if asked.gpus else asked.cpus)
         bundle = _open_same(asked, digest)
-        self._pipe = Pipeline(bundle, asked.engine, threads, asked.size, asked.precision)
-        self._pipe([0], 0, steps=1)  # every graph is loaded, and checked, before it is said to be ready
+        self._pipe = open_pipeline(bundle, asked.engine, threads, asked.size, asked.precision)
+        warm_up(self._pipe, asked.batch_size)  # every graph is loaded, and checked, before it is said to be ready
         self._batcher = Batcher(self._pipe, asked.batch_size, _sent_to_one(asked))
         self._batcher.__enter__()
         info = self._pipe.engine.info

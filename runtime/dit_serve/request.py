@@ -21,7 +21,8 @@ class ServeRequest:
         most_waiting: most images in a queue.
         tables: files of sampler tables, which requests name by the file's name without its ending.
         timeout: seconds for a request that names none.
-        engine, precision, store, size, threads: as ``Pipeline`` and ``open_bundle`` take them.
+        sizes: height and width of images, of each bundle; none is the bundle's first. The first is a request's default.
+        engine, precision, store, threads: as ``Pipeline`` and ``open_bundle`` take them.
     """
 
     bundles: tuple[Path, ...]
@@ -36,5 +37,5 @@ class ServeRequest:
     engine: str = "auto"
     precision: str | None = None
     store: Path | None = None
-    size: tuple[int, int] | None = None
+    sizes: tuple[tuple[int, int], ...] = ()
     threads: int = 0

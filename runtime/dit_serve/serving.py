@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dit_runtime.bundle.reader import open_bundle
+from dit_runtime.bundle.reader import name_for_size, open_bundle
 from dit_runtime.core.errors import EngineError, OutputError, SamplingError
-from dit_runtime.pipeline import Pipeline
 from dit_runtime.samplers.by_name import SAMPLERS
 from dit_runtime.samplers.schedule import Schedule, read_table
 
@@ -45,32 +45,40 @@ def serve(request: ServeRequest, announce: Callable[[str], None] = lambda line: 
     except ImportError as error:
         raise EngineError(f"{error.name} is not installed; pip install 'dit-export[serve]'") from error
     from dit_serve.app import Server
+    from dit_serve.warm_up import warm_up
 
-    models = _open_models(request)
+    models = open_models(request)
     sockets = [_listen(request.host, request.port)]
     host, port = sockets[0].getsockname()[:2]
     app = Server(models, (*request.hosts, request.host), request.token, request.timeout).app()
     config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", server_header=False)
     with contextlib.ExitStack() as stack:
         for model in models:
+            warm_up(model.pipe, request.batch_size)
             stack.enter_context(model.batcher)
             announce(f"{model.name}: {model.pipe.engine.info.name}, batches of {request.batch_size}")
         announce(f"serving on http://{f'[{host}]' if ':' in host else host}:{port}; Ctrl-C stops")
         asyncio.run(_run(uvicorn.Server(config), models, sockets))
 
 
-def _open_models(request: ServeRequest) -> list[Model]:
+def open_models(request: ServeRequest) -> list[Model]:
+    """The bundles of a request, each at each of its sizes, which is a model of its own.
+
+    Raises:
+        BundleError, EngineError, ParityError, SamplingError: as ``serve``.
+    """
     from dit_serve.model import Model
+    from dit_serve.warm_up import open_pipeline
 
     models: list[Model] = []
     tables = read_tables(request.tables)
-    for path in request.bundles:
-        pipe = Pipeline(
-            open_bundle(path, request.store), request.engine, request.threads, request.size, request.precision
-        )
+    for path, size in itertools.product(request.bundles, request.sizes or (None,)):
+        pipe = open_pipeline(open_bundle(path, request.store), request.engine, request.threads, size, request.precision)
         name = name_of(path)
+        if size is not None and size != request.sizes[0]:
+            name = name_for_size(name, size)
         if name in {model.name for model in models}:
-            raise SamplingError(f"{path}: two bundles of the name {name}; rename one of the folders")
+            raise SamplingError(f"{path}: two models of the name {name}; rename one folder, or leave a size out")
         models.append(Model(name, pipe, request.batch_size, request.most_waiting, tables))
     return models
 

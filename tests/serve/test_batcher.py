@@ -119,6 +119,8 @@ def test_jobs_join_between_steps_and_get_their_own_image(
         assert event.seconds > 0
     # The call that waited when the second came has the first alone.
     assert held.engine.batches in ([1, 2, 2, 1], [1, 1, 2, 2])
+    assert first.job.batches == (1, 2)
+    assert second.job.batches[1] == 2
     load = batcher.load()
     assert (load.waiting, load.running, load.images, load.failures, load.steps) == (0, 0, 2, 0, 4)
     assert load.step_seconds > 0

@@ -124,7 +124,7 @@ def test_what_cannot_be_served(bundles: dict[str, Path], tmp_path: Path) -> None
         for options, message in (
             ((bundles["fp32"], "--port", port), f"127.0.0.1:{port}: cannot listen there"),
             ((tmp_path / "none.bundle",), "no such bundle"),
-            ((bundles["fp32"], bundles["fp32"]), "two bundles of the name fp32"),
+            ((bundles["fp32"], bundles["fp32"]), "two models of the name fp32"),
             ((bundles["fp32"], "--engine", "unknown"), "unknown"),
             ((bundles["fp32"], "--port", "70000"), "expected a port from 0 to 65535"),
         ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,6 +29,8 @@ from support.waiting import SECONDS, await_true
 
 from dit_serve.bodies import BODY_BYTES
 from dit_serve.model import Model
+from dit_serve.request import ServeRequest
+from dit_serve.serving import open_models
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +48,8 @@ def test_an_image_is_the_pipelines_with_its_record(running: Running, bundles: di
     (tmp_path / "image.png").write_bytes(content)
     (entry,) = entries_from_text(tmp_path / "image.png", read_png(tmp_path / "image.png")[1])
     assert (entry["seed"], entry["steps"], entry["spacing"], entry["label"]) == (11, 4, "karras", {"3": 1.0})
+    assert entry["batch"] == [1, 0, [[2, 4]]]
+    assert entry["batches"] == [1, 1]
 
 
 def test_several_images_come_as_json(running: Running, bundles: dict[str, Path]) -> None:
@@ -126,6 +131,26 @@ def test_openais_endpoint(running: Running, bundles: dict[str, Path]) -> None:
     assert np.array_equal(pixels(events[-1][1]["b64_json"]), images[0])
 
 
+def test_several_sizes(sized_bundle: Path) -> None:
+    """A request names one; each has a batch of its own, and an image is the one of its size's pipeline."""
+    models = open_models(
+        ServeRequest((sized_bundle,), engine="onnxruntime", threads=1, sizes=((32, 32), (32, 48)), batch_size=2)
+    )
+    assert [model.name for model in models] == ["sized", "sized-32x48"]
+    with Running(sized_bundle, models=models) as server:
+        for path, size in (("/generate", "32x48"), ("/v1/images/generations", "48x32")):
+            body = {"size": size, "steps": 2, **({"labels": 3} if path == "/generate" else {"prompt": "3"})}
+            found = server.ask_json(path, body)
+            content = found["images"][0]["image"] if path == "/generate" else found["data"][0]["b64_json"]
+            wide = Pipeline(sized_bundle, "onnxruntime", threads=1, size=(32, 48))
+            assert np.array_equal(pixels(content), wide([3], 0, steps=2)[0])
+            assert pixels(content).shape == (32, 48, 3)
+        assert pixels(server.ask("/generate", {"labels": 3, "steps": 2})[2]).shape == (32, 32, 3)
+        for size, message in (("48x48", "this server makes 32x32, 32x48"), ("big", "expected HEIGHTxWIDTH")):
+            status, _, content = server.ask("/generate", {"labels": 3, "size": size})
+            assert (status, message in content.decode()) == (400, True)
+
+
 def test_what_is_served(running: Running) -> None:
     assert [each["id"] for each in running.ask_json("/v1/models")["data"]] == ["tiny"]
     (model,) = running.ask_json("/info")["models"]
@@ -187,6 +212,38 @@ def test_an_image_that_is_not_finite_is_no_fault_of_the_request(bundles: dict[st
         assert (status, "decoded pixels are not finite" in content.decode()) == (500, True)
         events = server.events("/generate", {"labels": 1, "steps": 1, "stream": True})
         assert [(name, data.get("status")) for name, data in events[1:]] == [("error", 500), ("done", None)]
+
+
+def test_a_bundle_that_is_altered_while_it_is_served(bundles: dict[str, Path], tmp_path: Path) -> None:
+    """Engines map weights: an image that was being made, and all later ones, fail, and the probe says so.
+
+    A whole bundle that takes the place of this one alters nothing that is mapped.
+    """
+    bundle = tmp_path / "tiny.bundle"
+    shutil.copytree(bundles["fp32"], bundle)
+    body = {"labels": 1, "seeds": 2, "steps": 2}
+    with Running(bundle) as server:
+        assert server.ask("/generate", body)[0] == 200
+        shutil.copytree(bundle, tmp_path / "other")
+        bundle.rename(tmp_path / "old")
+        (tmp_path / "other").rename(bundle)
+        status, _, content = server.ask("/generate", body)
+        assert status == 200
+        assert np.array_equal(pixels(content), expected(bundles, [1], 2, steps=2)[0])
+        bundle.rename(tmp_path / "other")
+        (tmp_path / "old").rename(bundle)
+        found: list[Any] = []
+        long = {"labels": 1, "steps": 1000, "sampler": "ddim"}
+        thread = threading.Thread(target=lambda: found.append(server.ask("/generate", long)))
+        thread.start()
+        await_true(lambda: server.model.batcher.load().running == 1)
+        with (bundle / "graphs" / "step.weights").open("r+b") as file:
+            content = file.read(8)
+            file.seek(0)
+            file.write(content)
+        thread.join(SECONDS)
+        for status, _, content in (*found, server.ask("/generate", body), server.ask("/health")):
+            assert (status, "step.weights: was altered while the bundle is served" in content.decode()) == (500, True)
 
 
 def test_other_hosts_types_and_paths_are_refused(running: Running) -> None:

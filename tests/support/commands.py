@@ -26,6 +26,7 @@ MODULES = {
     "dit-verify": "dit_runtime.commands.verify",
     "dit-bench": "dit_runtime.commands.bench",
     "dit-serve": "dit_serve.command",
+    "dit-triton": "dit_serve.triton_command",
     "dit-tune": "dit_runtime.commands.tune",
 }
 # How an installation's script gets each command's main.
@@ -36,6 +37,7 @@ ENTRIES = {
     "dit-verify": "from dit_runtime.commands.entry import verify as main",
     "dit-bench": "from dit_runtime.commands.entry import bench as main",
     "dit-serve": "from dit_serve.entry import serve as main",
+    "dit-triton": "from dit_serve.entry import triton as main",
     "dit-tune": "from dit_runtime.commands.entry import tune as main",
 }
 

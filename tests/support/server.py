@@ -10,7 +10,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,18 +69,26 @@ class Caller:
 class Running(Caller):
     """A server in a thread of this process."""
 
-    def __init__(self, bundle: Path, tables: Mapping[str, Schedule] | None = None, **options: Any) -> None:
-        self.model = Model(
-            "tiny", Pipeline(bundle, "onnxruntime", threads=1), batch_size=4, most_waiting=8, tables=tables
-        )
+    def __init__(
+        self,
+        bundle: Path,
+        tables: Mapping[str, Schedule] | None = None,
+        models: Sequence[Model] = (),
+        **options: Any,
+    ) -> None:
+        self.models = models or [
+            Model("tiny", Pipeline(bundle, "onnxruntime", threads=1), batch_size=4, most_waiting=8, tables=tables)
+        ]
+        self.model = self.models[0]
         self.socket = socket.create_server(("127.0.0.1", 0))
         super().__init__(self.socket.getsockname()[1])
-        app = Server([self.model], **options).app()
+        app = Server(self.models, **options).app()
         self.server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off"))
         self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve(sockets=[self.socket])))
 
     def __enter__(self) -> Running:
-        self.model.batcher.__enter__()
+        for model in self.models:
+            model.batcher.__enter__()
         self.thread.start()
         while not self.server.started:
             time.sleep(0.005)
@@ -89,7 +97,8 @@ class Running(Caller):
     def __exit__(self, *_: object) -> None:
         self.server.should_exit = True
         self.thread.join(SECONDS)
-        self.model.batcher.stop(finish=False)
+        for model in self.models:
+            model.batcher.stop(finish=False)
         self.socket.close()
         assert not self.thread.is_alive()
 

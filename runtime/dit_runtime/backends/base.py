@@ -64,6 +64,8 @@ class EngineInfo:
         tile: height and width in latent pixels of the tiles that the decoder takes; None for whole images.
         loop_on_device: whether latents stay on the device for the whole loop. A call of a session then does less work
             than a step of the loop.
+        prepares_shapes: whether the first call at a batch and branches takes longer, because a graph is captured or
+            compiled for them.
         weakly_typed: whether the library chooses the precision of each operation itself, whatever the graph says. Such
             an engine is used only with a passing verdict, even where it is named.
 
@@ -83,6 +85,7 @@ class EngineInfo:
     profiles: Mapping[str, Profiles] = field(default_factory=dict)
     tile: tuple[int, int] | None = None
     loop_on_device: bool = False
+    prepares_shapes: bool = False
     weakly_typed: bool = False
 
     def __post_init__(self) -> None:

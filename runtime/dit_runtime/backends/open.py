@@ -18,6 +18,7 @@ BACKENDS = {
     "tensorrt-rtx": "dit_runtime.backends.tensorrt.open",
     "onnxruntime-cuda": "dit_runtime.backends.onnxruntime.open",
     "openvino": "dit_runtime.backends.openvino.open",
+    "openvino-any": "dit_runtime.backends.openvino.open",
     "onnxruntime": "dit_runtime.backends.onnxruntime.open",
     "onnxruntime-tensorrt": "dit_runtime.backends.onnxruntime.open",
     "onnxruntime-rtx": "dit_runtime.backends.onnxruntime.open",

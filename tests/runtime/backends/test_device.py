@@ -523,6 +523,7 @@ def test_activations_share_one_block(bench: Bench) -> None:
 def test_few_graphs_are_kept(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """The least recently used graph makes room, and is captured again when it is needed."""
     monkeypatch.setattr(device_graphs, "MOST_GRAPHS", 2)
+    monkeypatch.setattr(device_graphs, "OF_A_BATCH", 0)
     for labels in ([1], [1, 2], [1, 2, 3], [1]):
         bench.same(labels, 0, sampler="ddim", steps=3, guidance=1.5)
     assert bench.graphs() == [(1, 2), (3, 2)]

@@ -76,6 +76,7 @@ class TensorRtEngine:
             profiles=profiles,
             tile=stored.tile_for(bundle.manifest.model.latent_size),
             loop_on_device=True,
+            prepares_shapes=True,
         )
         self.device = Device(bundle.manifest, stored, library, cuda, name, self._drop, self._free_idle)
         self._opened = True

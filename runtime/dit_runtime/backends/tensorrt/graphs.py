@@ -23,7 +23,8 @@ from dit_runtime.backends.tensorrt.conditioning import DeviceTable
 from dit_runtime.backends.tensorrt.context import Context
 from dit_runtime.backends.tensorrt.device import Device
 
-MOST_GRAPHS = 16  # enough for batches of 1 to 8 with and without guidance; each holds some hundred nodes and a context
+MOST_GRAPHS = 16  # of a plan for small batches; each holds some hundred nodes and a context
+OF_A_BATCH = 2  # graphs of each batch: with guidance and without
 
 Key = TypeVar("Key", bound=Hashable)
 Addresses = Mapping[str, int]
@@ -45,10 +46,13 @@ class Graphs(Generic[Key]):
         name: of the graph in the manifest.
         moves: how often each memory had moved whose address a CUDA graph holds.
         captured: whether CUDA graphs are captured.
+
+    ``OF_A_BATCH`` for each batch that the profiles take stay prepared, and at least ``MOST_GRAPHS``.
     """
 
     def __init__(self, device: Device, name: str, moves: Callable[[], tuple[int, ...]], captured: bool = True) -> None:
         self._device, self._name, self._moves, self._captures = device, name, moves, captured
+        self._most = max(MOST_GRAPHS, OF_A_BATCH * device.profiles_of(name).largest_batch)
         self._prepared: OrderedDict[Key, _Prepared] = OrderedDict()
         self._valid_for: tuple[int, ...] | None = None
 
@@ -89,7 +93,7 @@ class Graphs(Generic[Key]):
         if key in self._prepared:
             self._prepared.move_to_end(key)
             return self._prepared[key]
-        while len(self._prepared) >= MOST_GRAPHS:
+        while len(self._prepared) >= self._most:
             self._forget(next(iter(self._prepared)))
         loaded = device.load(self._name)
         device.activations.reserve(room())
