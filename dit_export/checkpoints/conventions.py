@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from dit_export.checkpoints.families import TIMES
 from dit_export.checkpoints.source import Source
 from dit_export.checkpoints.statements import ALONE, MODEL_NAME, Statements, quote
 from dit_export.checkpoints.velocity_words import KIN_NAME, argument_of_velocity
-from dit_runtime.bundle.manifest import PATHS
+from dit_runtime.bundle.manifest import PATHS, TIMES
 from dit_runtime.core.errors import CheckpointError
 
 STEP_COUNTS = (

@@ -9,9 +9,6 @@ from dataclasses import dataclass
 
 from dit_runtime.bundle.manifest import DefaultsSpec, DiffusionSpec, ModelSpec
 
-# Which way the time of a velocity model runs: SiT's own, and that of REPA and its kin. Names and shapes are the same.
-TIMES = ("noise-at-0", "noise-at-1")
-
 
 @dataclass(frozen=True)
 class Family:

@@ -15,8 +15,10 @@ from dit_runtime.bundle.manifest import (
     CONDITIONINGS,
     ENCODER,
     GRAPHS,
+    NOISE_AT_1,
     PATHS,
     SIZED_GRAPHS,
+    TURNED,
     GraphSpec,
     Manifest,
     ModelSpec,
@@ -115,6 +117,8 @@ def _check_diffusion(manifest: Manifest) -> None:
     _check_choice("timestep spacing", diffusion.timestep_spacing, SPACINGS)
     if (diffusion.prediction_type == "velocity") != (diffusion.path in PATHS):
         raise ValueError(f"prediction type {diffusion.prediction_type!r} with path {show(diffusion.path)}")
+    if diffusion.time == NOISE_AT_1 and diffusion.path not in TURNED:
+        raise ValueError(f"time {NOISE_AT_1} with path {show(diffusion.path)}; expected one of {', '.join(TURNED)}")
     *betas, last = diffusion.betas or (0.5,)
     if diffusion.path is None and not (
         diffusion.betas and all(LEAST_BETA <= beta < 1 for beta in betas) and 0 < last <= 1

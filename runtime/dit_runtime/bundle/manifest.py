@@ -19,6 +19,9 @@ ENCODER = "encoder"
 SIZED_GRAPHS = ("step", "probe")  # each is traced for one latent size; the other graphs take any size
 CONDITIONINGS = ("adaln-zero", "adaln", "cross-attention", "in-context")
 PATHS = ("linear", "gvp", "vp")
+# Which way the time of a velocity model runs: to the image as SiT's, or to the noise as REPA's.
+TIMES = (NOISE_AT_0, NOISE_AT_1) = ("noise-at-0", "noise-at-1")
+TURNED = ("linear", "gvp")  # the paths of models with the time ``noise-at-1``
 
 # Far above any model's: with larger numbers a damaged manifest would cost memory or time before it is found out.
 Side = Annotated[int, Range(1, 1 << 16)]  # of latents; the graphs take no more
@@ -135,6 +138,7 @@ class DiffusionSpec:
             A spacing of ``default`` is one that the checkpoint does not state: each sampler has its own.
         path: SiT's ``linear``, ``gvp`` or ``vp``; None for a model with betas.
         options: the options of diffusers' scheduler; the file leaves them out where nothing is stated.
+        time: which way the time of a velocity model runs, one of ``TIMES``: the velocity is dx/dt in that time.
     """
 
     betas: tuple[float, ...]
@@ -145,6 +149,7 @@ class DiffusionSpec:
     set_alpha_to_one: bool
     path: str | None = None
     options: SchedulerOptions = optional(SchedulerOptions())
+    time: Literal["noise-at-0", "noise-at-1"] = optional("noise-at-0")
 
 
 @dataclass(frozen=True)
