@@ -67,15 +67,15 @@ def _add_checkpoint_options(parser: Parser) -> None:
     group = parser.add_argument_group("what the checkpoint is, if it does not tell this itself")
     group.add_argument(
         "--family",
-        help="diffusers, official or sit (default: as a file's training arguments say, else official for files; as the "
-        "name says for presets; else diffusers)",
+        help="diffusers, official, sit or repa (default: as a file's parameters or training arguments say, else "
+        "official for files; as the name says for presets; else diffusers)",
     )
     group.add_argument("--heads", type=positive, help="number of attention heads, for shapes that the paper lacks")
     group.add_argument(
         "--vae",
         metavar="FOLDER|FILE",
         help="the autoencoder's folder, file or hub id (default: the pipeline's own; for files "
-        "stabilityai/sd-vae-ft-mse)",
+        "stabilityai/sd-vae-ft-mse, or its -ema for REPA's)",
     )
     group.add_argument(
         "--vae-scaling",
@@ -86,9 +86,11 @@ def _add_checkpoint_options(parser: Parser) -> None:
     )
     group.add_argument("--variant", help="variant of a diffusers folder's weights files, such as fp16")
     group.add_argument("--sha256", metavar="HEX", help="refuse the transformer's weights unless this is their SHA-256")
-    group.add_argument("--path", help="a SiT's path: linear, gvp or vp (default: as the file says)")
+    group.add_argument("--path", help="a velocity model's path: linear, gvp or vp (default: as the file says)")
     group.add_argument(
-        "--time", help="which way a SiT's time runs: noise-at-0, or noise-at-1 as REPA's (default: as the file says)"
+        "--time",
+        help="which way a velocity model's time runs: noise-at-0 as SiT's, or noise-at-1 as REPA's (default: as the "
+        "family or the file says)",
     )
     group.add_argument(
         "--weights",

@@ -52,18 +52,20 @@ RENAMES = tuple(
 )
 
 
-def autoencoder_from_file(file: Path, scaling: tuple[float, ...] | None) -> Autoencoder:
+def autoencoder_from_file(file: Path, scaling: tuple[float, ...] | None, part: str | None = None) -> Autoencoder:
     """An ``AutoencoderKL`` or ``AutoencoderTiny`` from a file with its weights, FP32 and in evaluation mode.
 
     Args:
         file: its weights. Where its configuration lies beside it (``config.json``), that configuration is used.
-        scaling: the scaling factor of latents and maybe their shift, for a file without a configuration.
+        scaling: the scaling factor of latents and maybe their shift, for a file without a configuration; empty where
+            the model's file has statistics of the latents, which replace both.
+        part: the key under which a training checkpoint holds the autoencoder; its configuration is not beside the file.
 
     Raises:
         CheckpointError: the file is unreadable or no such autoencoder, or the scaling is missing or known already.
     """
-    stored = _autoencoder_part(file, weights_from_file(file))
-    config = _config_beside(file)
+    stored = _autoencoder_part(file, weights_from_file(file, part))
+    config = _config_beside(file) if part is None else None
     if config is None:
         name, settings = _config_from_shapes(file, stored)
         settings |= _check_scaling(file, scaling, name)
@@ -79,7 +81,7 @@ def autoencoder_from_file(file: Path, scaling: tuple[float, ...] | None) -> Auto
 
 def refuse_scaling(config: Path, scaling: tuple[float, ...] | None) -> None:
     """Check that no scaling is given where a configuration states it. Raises CheckpointError if one is given."""
-    if scaling is not None:
+    if scaling:
         raise CheckpointError(f"{config}: states the scaling of latents; leave --vae-scaling out")
 
 
@@ -168,6 +170,8 @@ def _check_scaling(file: Path, scaling: tuple[float, ...] | None, name: str) -> 
     Raises:
         CheckpointError: none is given.
     """
+    if scaling == ():
+        return {}
     if scaling is None:
         known = (
             "1 for the published tiny ones"

@@ -3,7 +3,8 @@
 Inside the exporter every checkpoint has the official names (facebookresearch/DiT ``models.py``, which SiT shares); each
 format translates its own names into them. The three conditionings that were never published extend the official names:
 ``blocks.N.norm1`` to ``norm3`` and ``final_layer.norm_final`` are LayerNorms with weights where nothing modulates them,
-and cross-attention is ``blocks.N.cross_attn.{q,kv,proj}``.
+and cross-attention is ``blocks.N.cross_attn.{q,kv,proj}``. ``blocks.N.attn.{q_norm,k_norm}`` are timm's LayerNorms of
+queries and keys over each head, where a model was trained with them.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Numerics:
     attention_eps: float = 1e-6  # LayerNorm before attention
     mlp_eps: float = 1e-6  # LayerNorm before the MLP
     final_eps: float = 1e-6  # LayerNorm before the output projection
+    qk_eps: float = 1e-5  # LayerNorm of queries and keys: timm's Attention takes nn.LayerNorm's default
 
 
 def official_shapes(spec: ModelSpec, channels: int) -> dict[str, tuple[int, ...]]:
@@ -50,6 +52,9 @@ def official_shapes(spec: ModelSpec, channels: int) -> dict[str, tuple[int, ...]
     for index in range(spec.depth):
         block = f"blocks.{index}"
         shapes |= _linear_shapes(f"{block}.attn.qkv", d, 3 * d) | _linear_shapes(f"{block}.attn.proj", d, d)
+        if spec.qk_norm != "none":
+            head = d // spec.heads
+            shapes |= _norm_shapes(f"{block}.attn.q_norm", head) | _norm_shapes(f"{block}.attn.k_norm", head)
         shapes |= _linear_shapes(f"{block}.mlp.fc1", d, hidden) | _linear_shapes(f"{block}.mlp.fc2", hidden, d)
         if adaptive:
             shapes |= _linear_shapes(f"{block}.adaLN_modulation.1", d, MODULATIONS[spec.conditioning] * d)
@@ -77,6 +82,8 @@ def _norm_shapes(name: str, width: int) -> dict[str, tuple[int, ...]]:
     return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
 
 
+_Q_NORM = "blocks.0.attn.q_norm.weight"
+
 # The parameters whose shapes describe the model, and how many axes each has.
 ESSENTIAL = {
     "x_embedder.proj.weight": 4,
@@ -102,8 +109,8 @@ def official_spec(
     Args:
         source: the file's name, for errors.
         shapes: the shape of each parameter.
-        heads: the number of attention heads, which no shape tells; None takes the paper's model of the same depth and
-            width.
+        heads: the number of attention heads, which only a norm of queries and keys tells; None takes that, or the
+            paper's model of the same depth and width.
         learned_variance: whether a second half of the output channels, if there is one, is the variance; SiT does not
             use it.
         has_null: tells whether the last of so many rows of the label table is the null class.
@@ -134,6 +141,9 @@ def official_spec(
     rows = shapes["y_embedder.embedding_table.weight"][0]
     null = has_null(rows)
     depth = count_blocks(source, shapes)
+    normalizes = _Q_NORM in shapes
+    if normalizes:
+        heads = _heads_of_norm(source, shapes[_Q_NORM], heads, width)
     spec = ModelSpec(
         conditioning=_find_conditioning(shapes, width),
         latent_channels=channels,
@@ -146,6 +156,7 @@ def official_spec(
         classes=rows - null,
         learned_variance=learned_variance and outputs == 2 * channels,
         has_null=null,
+        qk_norm="layer" if normalizes else "none",
     )
     check_shapes(source, shapes, official_shapes(spec, outputs))
     height, columns = grid(patch)
@@ -174,6 +185,19 @@ def _find_conditioning(shapes: Shapes, width: int) -> str:
     if modulation is None:
         return "in-context" if "blocks.0.norm1.weight" in shapes else "adaln-zero"
     return "adaln" if modulation[0] == MODULATIONS["adaln"] * width else "adaln-zero"
+
+
+def _heads_of_norm(source: str, shape: tuple[int, ...], heads: int | None, width: int) -> int:
+    """The number of heads that the norm of queries tells, whose ``shape`` is one head's."""
+    size = shape[0] if len(shape) == 1 else 0
+    if not size or width % size:
+        raise CheckpointError(f"{source}: {_Q_NORM} {list(shape)}; expected one axis, a divisor of the width {width}")
+    if heads not in (None, width // size):
+        raise CheckpointError(
+            f"{source}: --heads or the file says {heads} heads, and the norms of queries are of heads of {size}, which "
+            f"are {width // size} for width {width}; leave --heads out"
+        )
+    return width // size
 
 
 def _find_heads(source: str, heads: int | None, depth: int, width: int) -> int:

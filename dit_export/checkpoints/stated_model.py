@@ -9,7 +9,7 @@ from dit_runtime.bundle.manifest import ModelSpec
 from dit_runtime.core.errors import CheckpointError
 
 # What a DiT with the official names has not, though no parameter's name or shape may show it.
-NO_PARTS = ("qk_norm", "use_qknorm", "use_swiglu", "swiglu", "use_rope", "rope", "use_rmsnorm", "rmsnorm", "wo_shift")
+NO_PARTS = ("use_swiglu", "swiglu", "use_rope", "rope", "use_rmsnorm", "rmsnorm", "wo_shift")
 # Names of the number of classes in the training scripts of DiT's descendants.
 CLASS_COUNTS = ("num_classes", "n_classes", "nb_classes", "num_labels", "nclass", "n_class", "num_class", "class_num")
 
@@ -99,6 +99,10 @@ def check_model(source: Source, said: Statements, spec: ModelSpec, channels: int
         raise _error_for_contradiction(
             said, f"learn_sigma = {learned}", f"there are {channels} output channels for {spec.latent_channels}"
         )
+    normalizes = said.flag("qk_norm", "use_qknorm")
+    if normalizes is not None and normalizes != (spec.qk_norm != "none"):
+        has = "have" if spec.qk_norm != "none" else "have no"
+        raise _error_for_contradiction(said, f"qk_norm = {normalizes}", f"the weights {has} norms of queries and keys")
     if part := next((name for name in NO_PARTS if said.flag(name)), None):
         raise _error_for_contradiction(said, f"{part} = True", "a DiT or SiT with the official names has no such part")
     _check_model_name(source, said, spec)

@@ -74,7 +74,8 @@ def _step_names(spec: ModelSpec) -> Iterator[tuple[str, str, str | None]]:
         block = f"blocks.{index}"
         for unit, name in parts:
             yield f"{block}.{unit}.{name}", f"{block}.{unit}.{name}", f"{block}.{unit}"
-        for norm in norms if affine else ():
+        own = norms if affine else []
+        for norm in own if spec.qk_norm == "none" else [*own, "attn.q_norm", "attn.k_norm"]:
             yield f"{block}.{norm}", f"{block}.{norm}", None
     if affine:
         yield "final_norm", "final_layer.norm_final", None

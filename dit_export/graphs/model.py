@@ -91,18 +91,23 @@ class Conditioner(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; products in the weights' dtype, softmax in FP32."""
+    """Multi-head self-attention; products in the weights' dtype, softmax and the norm of queries and keys in FP32."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, spec: ModelSpec, numerics: Numerics) -> None:
         super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.heads = spec.heads
+        self.qkv = nn.Linear(spec.width, 3 * spec.width)
+        self.proj = nn.Linear(spec.width, spec.width)
+        self.normalizes = spec.qk_norm != "none"
+        if self.normalizes:
+            self.q_norm, self.k_norm = (nn.LayerNorm(spec.width // spec.heads, numerics.qk_eps) for _ in "qk")
 
     def forward(self, x: Tensor) -> Tensor:
         # The images stay outermost. If q, k and v were outermost, TensorRT-RTX would copy each of them in a kernel of
         # its own, on streams that wait for each other, instead of all three in one (benchmarks/kernels.py).
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(0, 2, 3, 1, 4).unbind(1)  # (N, h, T, d)
+        if self.normalizes:
+            q, k = self.q_norm(q.float()).to(v.dtype), self.k_norm(k.float()).to(v.dtype)
         result: Tensor = self.proj(attend(q, k, v))
         return result
 
@@ -154,7 +159,7 @@ class Block(nn.Module):
         self.conditioning = spec.conditioning
         affine = spec.conditioning not in MODULATIONS
         self.norm1 = nn.LayerNorm(spec.width, numerics.attention_eps, elementwise_affine=affine)
-        self.attn = Attention(spec.width, spec.heads)
+        self.attn = Attention(spec, numerics)
         self.norm2 = nn.LayerNorm(spec.width, numerics.mlp_eps, elementwise_affine=affine)
         if spec.conditioning == "cross-attention":
             self.cross_attn = CrossAttention(spec.width, spec.heads)

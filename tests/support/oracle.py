@@ -25,6 +25,7 @@ Predict = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 CONDITIONINGS = ("adaln-zero", "adaln", "cross-attention", "in-context")
 NORM_EPS = 1e-6
+QK_NORM_EPS = 1e-5  # of timm's q_norm and k_norm, nn.LayerNorm's own
 FREQUENCIES = 128  # the timestep embedding has as many cosines, then as many sines
 MAX_PERIOD = 10000
 
@@ -41,14 +42,14 @@ def _gelu_tanh(x: Tensor) -> Tensor:
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def _normalized(x: Tensor) -> Tensor:
+def _normalized(x: Tensor, eps: float = NORM_EPS) -> Tensor:
     """LayerNorm without weights: the biased variance over the last axis."""
     centered = x - x.mean(-1, keepdim=True)
-    return centered / torch.sqrt(centered.square().mean(-1, keepdim=True) + NORM_EPS)
+    return centered / torch.sqrt(centered.square().mean(-1, keepdim=True) + eps)
 
 
-def _affine_norm(weights: Weights, name: str, x: Tensor) -> Tensor:
-    return _normalized(x) * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+def _affine_norm(weights: Weights, name: str, x: Tensor, eps: float = NORM_EPS) -> Tensor:
+    return _normalized(x, eps) * weights[f"{name}.weight"] + weights[f"{name}.bias"]
 
 
 def _modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -72,6 +73,10 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
 def _self_attention(weights: Weights, name: str, x: Tensor, heads: int) -> Tensor:
     q, k, v = _linear(weights, f"{name}.qkv", x).chunk(3, dim=-1)
+    if f"{name}.q_norm.weight" in weights:  # over the channels of each head
+        parts = zip("qk", (q, k), strict=True)
+        q, k = (_affine_norm(weights, f"{name}.{p}_norm", y.unflatten(2, (heads, -1)), QK_NORM_EPS) for p, y in parts)
+        q, k = q.flatten(2), k.flatten(2)
     return _linear(weights, f"{name}.proj", _attention(q, k, v, heads))
 
 
@@ -208,11 +213,12 @@ def random_weights(
     out_channels: int,
     conditioning: str,
     mlp_width: int | None = None,
+    qk_heads: int = 0,
 ) -> Weights:
     """Seeded float32 weights of which every one acts: fan-in scaled, no zero gate, no unit norm; positions as official.
 
-    ``grid`` is rows, columns of patches; ``mlp_width`` is 4·width unless told. The table of labels has a last row for
-    the null class.
+    With ``qk_heads`` each of so many heads has norms of queries and keys. ``grid`` is rows, columns of patches;
+    ``mlp_width`` is 4·width unless told. The table of labels has a last row for the null class.
     """
     generator = torch.Generator().manual_seed(seed)
     weights: Weights = {}
@@ -224,7 +230,7 @@ def random_weights(
         weights[f"{name}.weight"] = normal(outputs, inputs) / math.sqrt(inputs)
         weights[f"{name}.bias"] = 0.3 * normal(outputs)
 
-    def norm(name: str) -> None:
+    def norm(name: str, width: int = width) -> None:
         weights[f"{name}.weight"] = 1 + 0.3 * normal(width)
         weights[f"{name}.bias"] = 0.3 * normal(width)
 
@@ -244,6 +250,8 @@ def random_weights(
             norm(f"{name}.norm{number}")
         linear(f"{name}.attn.qkv", width, 3 * width)
         linear(f"{name}.attn.proj", width, width)
+        for part in ("q_norm", "k_norm") if qk_heads else ():
+            norm(f"{name}.attn.{part}", width // qk_heads)
         if conditioning == "cross-attention":
             linear(f"{name}.cross_attn.q", width, width)
             linear(f"{name}.cross_attn.kv", width, 2 * width)

@@ -51,6 +51,7 @@ def check_consistency(manifest: Manifest) -> None:
     _check_files(manifest)
     _check_model(manifest)
     _check_sizes(manifest)
+    _check_latents(manifest)
     _check_diffusion(manifest)
     _check_graphs(manifest)
     _check_weights(manifest)
@@ -109,6 +110,15 @@ def _check_sizes(manifest: Manifest) -> None:
             raise ValueError(
                 f"size {height}x{width} with factor {manifest.autoencoder.factor} is more than one image's"
             )
+
+
+def _check_latents(manifest: Manifest) -> None:
+    autoencoder, channels = manifest.autoencoder, manifest.model.latent_channels
+    counts = {len(autoencoder.latents_mean), len(autoencoder.latents_std)}
+    if counts not in ({0}, {channels}):
+        raise ValueError(f"latents_mean and latents_std of {show(sorted(counts))} channels; expected {channels}")
+    if not all(value > 0 for value in autoencoder.latents_std):
+        raise ValueError("latents_std holds 0; expected numbers above 0")
 
 
 def _check_diffusion(manifest: Manifest) -> None:

@@ -21,6 +21,7 @@ CONDITIONINGS = ("adaln-zero", "adaln", "cross-attention", "in-context")
 PATHS = ("linear", "gvp", "vp")
 # Which way the time of a velocity model runs: to the image as SiT's, or to the noise as REPA's.
 TIMES = (NOISE_AT_0, NOISE_AT_1) = ("noise-at-0", "noise-at-1")
+Time = Literal["noise-at-0", "noise-at-1"]
 TURNED = ("linear", "gvp")  # the paths of models with the time ``noise-at-1``
 
 # Far above any model's: with larger numbers a damaged manifest would cost memory or time before it is found out.
@@ -44,6 +45,7 @@ class ModelSpec:
         classes: the number of classes, without the null class.
         learned_variance: whether the network also predicts the variance.
         has_null: whether the label table's last row is the null class, which guidance needs.
+        qk_norm: of queries and keys before their product, over each head: ``none``, or a LayerNorm with weights.
     """
 
     conditioning: str
@@ -57,6 +59,7 @@ class ModelSpec:
     classes: Annotated[int, Range(0, 1 << 24)]
     learned_variance: bool
     has_null: bool = optional(True)
+    qk_norm: Literal["none", "layer"] = optional("none")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -149,7 +152,7 @@ class DiffusionSpec:
     set_alpha_to_one: bool
     path: str | None = None
     options: SchedulerOptions = optional(SchedulerOptions())
-    time: Literal["noise-at-0", "noise-at-1"] = optional("noise-at-0")
+    time: Time = optional("noise-at-0")
 
 
 @dataclass(frozen=True)
@@ -175,13 +178,16 @@ class GraphSpec:
 class AutoencoderSpec:
     """The autoencoder. ``factor`` is image pixels per latent pixel.
 
-    The graphs apply the scaling and shift factors themselves; they are here for the record.
+    The graphs apply scaling and shift themselves; they are here for the record. With ``latents_mean`` and
+    ``latents_std`` ``[C]`` the autoencoder's own latents are z·std/scaling_factor + mean.
     """
 
     name: str
     scaling_factor: float
     shift_factor: float
     factor: Annotated[int, Range(1, 256)]
+    latents_mean: tuple[float, ...] = optional(())
+    latents_std: tuple[Amount, ...] = optional(())
 
 
 @dataclass(frozen=True)
