@@ -84,6 +84,12 @@ def _add_checkpoint_options(parser: Parser) -> None:
         metavar=("FACTOR", "SHIFT"),
         help="of a VAE that is a file: how its latents are scaled, such as 0.18215 for Stable Diffusion 1's",
     )
+    group.add_argument(
+        "--latent-stats",
+        metavar="FILE",
+        help="of a file's model: mean and deviation of each channel by which its latents were normalized, as training "
+        "code stores them (latents_stats.pt); in place of the VAE's own scaling",
+    )
     group.add_argument("--variant", help="variant of a diffusers folder's weights files, such as fp16")
     group.add_argument("--sha256", metavar="HEX", help="refuse the transformer's weights unless this is their SHA-256")
     group.add_argument("--path", help="a velocity model's path: linear, gvp or vp (default: as the file says)")
@@ -185,6 +191,7 @@ def _request_from_arguments(args: argparse.Namespace) -> ExportRequest:
         heads=args.heads,
         vae=args.vae,
         vae_scaling=None if args.vae_scaling is None else tuple(args.vae_scaling),
+        latent_stats=args.latent_stats,
         variant=args.variant,
         sha256=args.sha256,
         path=args.path,

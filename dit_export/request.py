@@ -36,6 +36,8 @@ class ExportRequest:
         vae: the autoencoder's folder, file or hub id; None means the pipeline's own, or for files and SiT the official
             one.
         vae_scaling: of an autoencoder that is a file: its latents' scaling factor, and maybe their shift.
+        latent_stats: a file with mean and deviation of each channel by which the latents of a file's model were
+            normalized; it takes the place of the autoencoder's own scaling.
         variant: the variant of a diffusers folder's weights files, such as ``fp16``.
         sha256: the SHA-256 that the transformer's weights must have, in hexadecimal digits.
         path: the path of a velocity model: ``linear``, ``gvp`` or ``vp``; None means as the file says, or linear for
@@ -67,6 +69,7 @@ class ExportRequest:
     heads: int | None = None
     vae: str | None = None
     vae_scaling: tuple[float, ...] | None = None
+    latent_stats: str | None = None
     variant: str | None = None
     sha256: str | None = None
     path: str | None = None
@@ -125,6 +128,7 @@ class ExportRequest:
             heads=self.heads,
             autoencoder=self.vae,
             autoencoder_scaling=self.vae_scaling,
+            latent_stats=self.latent_stats,
             variant=self.variant,
             sha256=self.sha256,
             path=self.path,

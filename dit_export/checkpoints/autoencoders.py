@@ -145,8 +145,8 @@ def with_statistics(path: Path, autoencoder: Autoencoder, statistics: LatentStat
     channels = autoencoder.config.latent_channels
     if len(statistics.mean) != channels:
         raise CheckpointError(
-            f"{path}: statistics of {len(statistics.mean)} latent channels (bn.running_mean), the autoencoder has "
-            f"{channels}; name the one it was trained with (--vae)"
+            f"{path}: statistics of {len(statistics.mean)} latent channels, the autoencoder has {channels}; name the "
+            "one it was trained with (--vae)"
         )
     autoencoder.register_to_config(
         scaling_factor=1.0, shift_factor=None, latents_mean=statistics.mean, latents_std=statistics.deviation

@@ -46,7 +46,9 @@ class _Evidence:
     words: str
 
 
-def find_conventions(source: Source, said: Statements, stem: str, sign: str | None) -> Conventions:
+def find_conventions(
+    source: Source, said: Statements, stem: str, sign: str | None, learns_variance: bool
+) -> Conventions:
     """The family of a file, and a velocity model's path: what the options say, else what the file says of itself.
 
     A DiT's file that says nothing is taken as such. A velocity model's path and the direction of its time are asked
@@ -57,6 +59,8 @@ def find_conventions(source: Source, said: Statements, stem: str, sign: str | No
         said: the training arguments.
         stem: the file's name without its ending.
         sign: the name of a tensor that REPA's training alone makes; None without one.
+        learns_variance: whether the network has more output channels than latents have, as every DiT of the official
+            training has.
 
     Raises:
         CheckpointError: the options contradict the file, or neither tells, or what they tell is not supported.
@@ -66,6 +70,7 @@ def find_conventions(source: Source, said: Statements, stem: str, sign: str | No
     if family == "official":
         if source.family is None and file is None:
             _check_names(said, stem)
+            _check_output(said, stem, learns_variance)
         _check_diffusion(said)
         return Conventions(family, None)
     _check_prediction(said)
@@ -128,6 +133,20 @@ def _check_names(said: Statements, stem: str) -> None:
         raise CheckpointError(
             f"{said.source}: is named like a SiT, and its parameters have a DiT's names too; say {AS_SIT} for a SiT of "
             f"willisma/SiT, {AS_REPA} for one of REPA, or --family official for a DiT"
+        )
+
+
+def _check_output(said: Statements, stem: str, learns_variance: bool) -> None:
+    """Check that a file that says nothing of itself, not even by its name, has a DiT's output.
+
+    What it is taken for otherwise may well be a SiT of REPA, whose parameters are those of a DiT without variance.
+    """
+    name = MODEL_NAME.search(stem)
+    if not learns_variance and said.flag("learn_sigma") is None and (name is None or name[1].lower() != "dit"):
+        raise CheckpointError(
+            f"{said.source}: has as many output channels as latents have, and says nothing of itself: it may be a DiT "
+            "without learned variance, or a velocity model whose time runs either way; say --family official, "
+            f"{AS_REPA}, or {AS_SIT}"
         )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -28,8 +30,16 @@ from dit_export.checkpoints.positions import grid_of_table
 from dit_export.checkpoints.source import Source, refuse_options
 from dit_export.checkpoints.stated_model import check_model, has_null_row, heads_of
 from dit_export.checkpoints.statements import Statements
-from dit_export.checkpoints.training_parts import LatentStatistics, take_model
-from dit_export.checkpoints.weights import AUTOENCODER, PICKLES, SAFE, Weights, check_sha256, read_weights_file
+from dit_export.checkpoints.training_parts import LatentStatistics, ModelPart, statistics_from_file, take_model
+from dit_export.checkpoints.weights import (
+    AUTOENCODER,
+    PICKLES,
+    SAFE,
+    StoredTensor,
+    Weights,
+    check_sha256,
+    read_weights_file,
+)
 from dit_runtime.bundle.manifest import PATHS, DiffusionSpec, ModelSpec, Time
 from dit_runtime.core.errors import CheckpointError
 
@@ -50,11 +60,12 @@ def _load(source: Source, location: Location) -> Checkpoint:
     said = Statements(str(file), read.arguments)
     refuse_descendants(str(file), read.tensors)
     part = take_model(said, read.tensors)
-    conventions = find_conventions(source, said, location.name, part.sign)
+    conventions = find_conventions(source, said, location.name, part.sign, _learns_variance(part.tensors))
     if FAMILIES[conventions.family].time is None:
         refuse_options(source, {"path", "time"})
     weights = Weights(str(file), part.tensors)
-    autoencoder = _autoencoder_of(source, file, read.has_autoencoder, conventions.family, part.statistics)
+    statistics = _statistics_of(source, file, part, read.has_autoencoder)
+    autoencoder = _autoencoder_of(source, file, read.has_autoencoder, conventions.family, statistics)
     factor = spec_of_autoencoder(autoencoder).factor
     spec, channels = official_spec(
         str(file),
@@ -76,12 +87,43 @@ def _load(source: Source, location: Location) -> Checkpoint:
     )
 
 
+def _learns_variance(tensors: Mapping[str, StoredTensor]) -> bool:
+    """Whether the network's output has more channels than its input; True for shapes that are no DiT's."""
+    output, patches = (tensors.get(name) for name in ("final_layer.linear.weight", "x_embedder.proj.weight"))
+    if output is None or patches is None or len(patches.shape) != 4 or not output.shape:
+        return True
+    return output.shape[0] > math.prod(patches.shape[1:])
+
+
+def _statistics_of(source: Source, file: Path, part: ModelPart, has_autoencoder: bool) -> LatentStatistics | None:
+    """The statistics of a model's latents: of ``--latent-stats``, else its file's own, else none.
+
+    REPA-E trains a model with its autoencoder, which the file then holds, or on latents of a finished one, whose
+    statistics lie in a file of their own.
+
+    Raises:
+        CheckpointError: both are there for one autoencoder, or neither is where there must be one.
+    """
+    if source.latent_stats is not None:
+        if part.statistics is not None and has_autoencoder:
+            raise CheckpointError(
+                f"{file}: holds statistics of the latents of the autoencoder in it; leave --latent-stats out"
+            )
+        return statistics_from_file(Path(source.latent_stats))
+    if part.lacks_statistics:
+        raise CheckpointError(
+            f"{file}: its statistics of latents (bn.running_mean, bn.running_var) are 0 and 1, which no training made; "
+            "name the file that has those of its autoencoder (--latent-stats)"
+        )
+    return part.statistics
+
+
 def _autoencoder_of(
     source: Source, file: Path, is_inside: bool, family: str, statistics: LatentStatistics | None
 ) -> Autoencoder:
     """The autoencoder of a file: the one that ``--vae`` names, the file's own, or the family's usual one.
 
-    Where the file has statistics of the latents, they say how latents are scaled.
+    Where there are statistics of the latents, they say how latents are scaled.
     """
     if statistics is not None:
         refuse_options(source, {"autoencoder_scaling"})
@@ -93,7 +135,7 @@ def _autoencoder_of(
         autoencoder = autoencoder_for(source, FAMILIES[family].autoencoder)
     if statistics is None:
         return autoencoder
-    logger.info("%s: its statistics of %d latent channels scale the latents", file, len(statistics.mean))
+    logger.info("%s: statistics of %d latent channels scale the latents", file, len(statistics.mean))
     return with_statistics(file, autoencoder, statistics)
 
 
@@ -135,7 +177,7 @@ def official_checkpoint(
 
 
 FORMAT = CheckpointFormat(
-    options=frozenset({"heads", "path", "time", "weights", "classes", "sha256", "autoencoder_scaling"}),
+    options=frozenset({"heads", "path", "time", "weights", "classes", "sha256", "autoencoder_scaling", "latent_stats"}),
     recognizes=_is_weights_file,
     load=_load,
 )

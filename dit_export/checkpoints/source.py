@@ -20,8 +20,13 @@ OPTION_PURPOSES = {
     "classes": "say how many classes a file, folder or preset has",
     "learned_variance": "describe a preset",
     "autoencoder_scaling": "describe a VAE that is a file",
+    "latent_stats": "say how a file's model had its latents normalized",
 }
-OPTION_NAMES = {"learned_variance": "fixed-variance", "autoencoder_scaling": "vae-scaling"}
+OPTION_NAMES = {
+    "learned_variance": "fixed-variance",
+    "autoencoder_scaling": "vae-scaling",
+    "latent_stats": "latent-stats",
+}
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,8 @@ class Source:
         autoencoder: a folder, file or hub id with the VAE; None means the pipeline's own VAE or the official default.
         autoencoder_scaling: the scaling factor of the latents of a VAE that is a file, and maybe their shift; empty
             where statistics in the model's file tell it.
+        latent_stats: a file with mean and deviation of each channel of the VAE's latents, by which a model's latents
+            were normalized.
         variant: the variant of a diffusers folder's weights files, such as ``fp16``.
         sha256: the hash that the transformer's weights file must have.
         path: the path of a velocity model: ``linear``, ``gvp`` or ``vp``; None means as the file says, or linear for
@@ -58,6 +65,7 @@ class Source:
     heads: int | None = None
     autoencoder: str | None = None
     autoencoder_scaling: tuple[float, ...] | None = None
+    latent_stats: str | None = None
     variant: str | None = None
     sha256: str | None = None
     path: str | None = None

@@ -10,10 +10,12 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
+from dit_export.checkpoints.file_kinds import check_regular
 from dit_export.checkpoints.key_errors import short_name
 from dit_export.checkpoints.statements import Statements
-from dit_export.checkpoints.weights import StoredTensor, Weights
+from dit_export.checkpoints.weights import StoredTensor, Weights, weights_from_file
 from dit_runtime.core.errors import CheckpointError
 
 logger = logging.getLogger("dit_runtime.export")  # a command prints what is logged below dit_runtime
@@ -22,6 +24,7 @@ _PROJECTOR = re.compile(r"projectors\.\d+\.[024]\.(weight|bias)")  # Linear, SiL
 _LEGACY = re.compile(r"decoder_blocks\.(\d+)\.(.+)")  # REPA's first names of the blocks after the aligned ones
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 _MEAN, _VARIANCE, _COUNT = "bn.running_mean", "bn.running_var", "bn.num_batches_tracked"
+_PAIRS = (("mean", "std"), ("latents_bias", "latents_scale"))  # in files of their own
 _LIKE_DDT = re.compile(r"encoder_blocks\.|s_embedder\.|mask_token|decoder_pos_embed")
 
 
@@ -43,11 +46,13 @@ class ModelPart:
         tensors: by official name.
         sign: the name of a tensor that proves a training of REPA's or REPA-E's; None without one.
         statistics: REPA-E's, of the latents.
+        lacks_statistics: whether the model is of REPA-E's, and its statistics lie in a file of their own.
     """
 
     tensors: Mapping[str, StoredTensor]
     sign: str | None = None
     statistics: LatentStatistics | None = None
+    lacks_statistics: bool = False
 
 
 def take_model(said: Statements, tensors: Mapping[str, StoredTensor]) -> ModelPart:
@@ -74,8 +79,34 @@ def take_model(said: Statements, tensors: Mapping[str, StoredTensor]) -> ModelPa
             short_name(projectors[0]),
             count / 1e6,
         )
-    sign = next(iter([*projectors, *legacy, *([_MEAN] if statistics else [])]), None)
-    return ModelPart(own, sign, statistics)
+    has_norm = _MEAN in tensors
+    sign = next(iter([*projectors, *legacy, *([_MEAN] if has_norm else [])]), None)
+    return ModelPart(own, sign, statistics, lacks_statistics=has_norm and statistics is None)
+
+
+def statistics_from_file(file: Path) -> LatentStatistics:
+    """The statistics in a file of a training's: ``mean`` and ``std`` of LightningDiT's, or REPA-E's scale and bias.
+
+    REPA-E's ``latents_scale`` is one over the deviation, its ``latents_bias`` the mean.
+
+    Raises:
+        CheckpointError: the file cannot be read, or holds no such pair of one number a channel.
+    """
+    check_regular(file)
+    weights = Weights(str(file), weights_from_file(file))
+    pair = next((pair for pair in _PAIRS if all(name in weights for name in pair)), None)
+    if pair is None:
+        known = " or ".join(" and ".join(pair) for pair in _PAIRS)
+        shown = ", ".join(map(short_name, list(weights)[:5])) or "nothing"
+        raise CheckpointError(f"{file}: holds {shown}; expected statistics of latents, {known}")
+    mean, spread = (weights[name] for name in pair)
+    if mean.numel() != max((*mean.shape, 1)) or mean.numel() != spread.numel() or not bool((spread > 0).all()):
+        raise CheckpointError(
+            f"{file}: {pair[0]} {list(mean.shape)} and {pair[1]} {list(spread.shape)}: expected one number a channel "
+            f"in both, and {pair[1]} above 0"
+        )
+    deviation = 1 / spread if pair[1] == "latents_scale" else spread
+    return LatentStatistics(tuple(mean.flatten().tolist()), tuple(deviation.flatten().tolist()))
 
 
 def _rename_legacy(said: Statements, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
@@ -104,6 +135,8 @@ def _statistics_of(source: str, tensors: Mapping[str, StoredTensor]) -> LatentSt
             raise CheckpointError(f"{source}: {name} is {what}; expected REPA-E's statistics, one number a channel")
     weights = Weights(source, tensors)
     mean, variance = weights[_MEAN], weights[_VARIANCE]
+    if not bool(mean.any()) and bool((variance == 1).all()):
+        return None  # of a batch norm that no training updated
     if mean.shape != variance.shape or not bool((variance > 0).all()):
         raise CheckpointError(
             f"{source}: {_MEAN} {list(mean.shape)} and {_VARIANCE} {list(variance.shape)}: expected as many variances "

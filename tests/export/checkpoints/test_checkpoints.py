@@ -93,7 +93,7 @@ def test_the_spec_is_inferred_from_shapes(tmp_path: Path, vae: str, conditioning
     """Conditioning, depth, width, patch, classes, MLP width, size and learned variance are all in the shapes."""
     shape = {"width": 48, "depth": 3, "patch": 4, "grid": (3, 3), "classes": 7, "mlp_width": 96}
     weights = weights_of(conditioning, out_channels, **shape)
-    model = loaded(saved(weights, tmp_path / "w.safetensors"), vae).model
+    model = loaded(saved(weights, tmp_path / "w.safetensors"), vae, family="official").model
     assert (model.conditioning, model.depth, model.width, model.patch_size) == (conditioning, 3, 48, 4)
     assert (model.classes, model.mlp_width, model.latent_size, model.heads) == (7, 96, (12, 12), HEADS)
     assert model.learned_variance == (out_channels == 8)

@@ -98,6 +98,9 @@ def test_a_stripped_file_is_never_assumed(tmp_path: Path, vae: str) -> None:
         CheckpointError, match=r"--family repa with --time noise-at-0, .*is noise-at-1; say --family sit"
     ):
         loaded(file, vae, family="repa", path="linear", time="noise-at-0")
+    with pytest.raises(CheckpointError, match=r"as many output channels as latents have.*say --family official, --fam"):
+        loaded(file, vae)
+    assert loaded(file, vae, family="official").family == "official"
     named = file.rename(tmp_path / "SiT-XL-2-repa.pt")
     with pytest.raises(
         CheckpointError, match=r"is named SiT-XL-2-repa, .* say --family repa --path linear for a SiT of REPA"
@@ -172,10 +175,58 @@ def test_an_autoencoder_in_the_file(tmp_path: Path, vae: str) -> None:
         loaded(saved(tmp_path, repa_weights(), vae=tensors), None, family="repa", path="linear")
 
 
+@pytest.mark.parametrize(
+    "stored",
+    [
+        {"mean": MEAN.view(1, 4, 1, 1), "std": VARIANCE.sqrt().view(1, 4, 1, 1)},
+        {"latents_bias": MEAN.view(1, 4, 1, 1), "latents_scale": VARIANCE.rsqrt().view(1, 4, 1, 1)},
+    ],
+    ids=["LightningDiT", "REPA-E"],
+)
+def test_statistics_in_a_file_of_their_own(tmp_path: Path, vae: str, stored: Weights) -> None:
+    """``--latent-stats``: of models trained on latents of a fixed autoencoder; twice told is refused."""
+    torch.save(stored, tmp_path / "stats.pt")
+    file, options = saved(tmp_path, repa_weights()), {"path": "linear", "latent_stats": str(tmp_path / "stats.pt")}
+    spec = loaded(file, vae, family="repa", **options).autoencoder_spec
+    assert (spec.latents_mean, spec.latents_std) == (tuple(MEAN.tolist()), (2.0, 0.5, 1.0, 3.0))
+    assert spec.scaling_factor == 1.0
+    both = {**repa_weights(), "bn.running_mean": torch.ones(4), "bn.running_var": torch.ones(4)}
+    assert loaded(saved(tmp_path, both), vae, **options).autoencoder_spec == spec  # the option decides
+    with pytest.raises(
+        CheckpointError, match=r"holds statistics of .* the autoencoder in it; leave --latent-stats out"
+    ):
+        loaded(saved(tmp_path, both, vae={}), vae, **options)
+    untouched = {**repa_weights(), "bn.running_mean": torch.zeros(4), "bn.running_var": torch.ones(4)}
+    assert loaded(saved(tmp_path, untouched), vae, **options).autoencoder_spec == spec
+    with pytest.raises(CheckpointError, match="are 0 and 1, which no training made; name the file that has those of"):
+        loaded(saved(tmp_path, untouched), vae, path="linear")
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        ({"mean": MEAN}, "holds mean; expected statistics of latents, mean and std or latents_bias and latents_scale"),
+        ({"mean": MEAN, "std": torch.ones(3)}, r"mean \[4\] and std \[3\]: expected one number a channel in both"),
+        ({"mean": MEAN.view(2, 2), "std": torch.ones(2, 2)}, r"mean \[2, 2\] and std \[2, 2\]: expected one number"),
+        ({"mean": MEAN, "std": torch.zeros(4)}, "and std above 0"),
+        ({"mean": MEAN[:3], "std": torch.ones(3)}, "statistics of 3 latent channels, the autoencoder has 4"),
+        (None, "stats.pt"),
+    ],
+)
+def test_files_of_statistics_that_are_refused(tmp_path: Path, vae: str, stored: Weights | None, message: str) -> None:
+    """One line that says what is there; the last is no file at all."""
+    if stored is not None:
+        torch.save(stored, tmp_path / "stats.pt")
+    file = saved(tmp_path, repa_weights())
+    with pytest.raises(CheckpointError, match=message) as caught:
+        loaded(file, vae, family="repa", path="linear", latent_stats=str(tmp_path / "stats.pt"))
+    assert "\n" not in str(caught.value)
+
+
 BAD_STATISTICS = {
     "another channel count": (
         {"bn.running_mean": torch.ones(16), "bn.running_var": torch.ones(16)},
-        r"statistics of 16 latent channels \(bn.running_mean\), the autoencoder has 4; name the one",
+        "statistics of 16 latent channels, the autoencoder has 4; name the one",
     ),
     "no variance": ({"bn.running_mean": MEAN}, "bn.running_var is missing; expected REPA-E's statistics"),
     "two axes": ({**BATCH_NORM, "bn.running_var": torch.ones(4, 1)}, r"bn.running_var is \[4, 1\]; expected"),
