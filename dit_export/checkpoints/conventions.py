@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from dit_export.checkpoints.families import FAMILIES
 from dit_export.checkpoints.source import Source
 from dit_export.checkpoints.statements import ALONE, MODEL_NAME, Statements, quote
+from dit_export.checkpoints.training_parts import ModelPart
 from dit_export.checkpoints.velocity_words import KIN_NAME, argument_of_velocity
 from dit_runtime.bundle.manifest import NOISE_AT_0, NOISE_AT_1, PATHS, TURNED
 from dit_runtime.core.errors import CheckpointError
@@ -47,7 +48,7 @@ class _Evidence:
 
 
 def find_conventions(
-    source: Source, said: Statements, stem: str, sign: str | None, learns_variance: bool
+    source: Source, said: Statements, stem: str, part: ModelPart, learns_variance: bool
 ) -> Conventions:
     """The family of a file, and a velocity model's path: what the options say, else what the file says of itself.
 
@@ -58,14 +59,19 @@ def find_conventions(
         source: the options.
         said: the training arguments.
         stem: the file's name without its ending.
-        sign: the name of a tensor that REPA's training alone makes; None without one.
+        part: the model's tensors, with the name of one that proves its family, if there is one.
         learns_variance: whether the network has more output channels than latents have, as every DiT of the official
             training has.
 
     Raises:
         CheckpointError: the options contradict the file, or neither tells, or what they tell is not supported.
     """
-    file = _Evidence(("repa",), f"its parameters ({sign})") if sign else _evidence_of_arguments(said)
+    file = _evidence_of_arguments(said)
+    if part.is_lightning:
+        _check_lightning(source, said, file)
+        file = _Evidence(("lightningdit",), f"its parameters ({part.sign})")
+    elif part.sign:
+        file = _Evidence(("repa",), f"its parameters ({part.sign})")
     family = _find_family(source, said, file)
     if family == "official":
         if source.family is None and file is None:
@@ -75,6 +81,22 @@ def find_conventions(
         return Conventions(family, None)
     _check_prediction(said)
     return Conventions(family, _find_path(source, said, family))
+
+
+def _check_lightning(source: Source, said: Statements, file: _Evidence | None) -> None:
+    """Check that LightningDiT's conventions are those of a model with its parameters: its kin have them too."""
+    name = said.text("model", "model_name", "arch", "model_type") or ""
+    proven = file is not None and file.families == ("sit",)  # its transport is SiT's, and has SiT's arguments
+    if file is not None and file.families == ("repa",):
+        raise CheckpointError(
+            f"{said.source}: has a LightningDiT's parameters, and {file.words} say repa; not supported"
+        )
+    if source.family is None and not proven and not re.search("lightning", name, re.IGNORECASE):
+        raise CheckpointError(
+            f"{said.source}: has a LightningDiT's parameters, which its kin have too, and no name or shape tells which "
+            "way time runs; say --family lightningdit --path linear for a model of hustvl/LightningDiT, whose time is "
+            f"{NOISE_AT_0}"
+        )
 
 
 def _find_family(source: Source, said: Statements, file: _Evidence | None) -> str:
@@ -216,7 +238,7 @@ def _find_path(source: Source, said: Statements, family: str) -> str:
         )
     found = source.path or path
     if found is None:
-        published = "SiTs" if family == "sit" else "REPA"
+        published = {"sit": "SiTs", "repa": "REPA", "lightningdit": "LightningDiT"}[family]
         raise CheckpointError(
             f"{said.source}: the file does not say which path it was trained on; say --path {', '.join(known[:-1])} or "
             f"{known[-1]} (the published {published}: linear)"

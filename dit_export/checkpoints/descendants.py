@@ -43,12 +43,6 @@ DESCENDANTS = (
     Descendant("DDT", f"an encoder, a decoder and {_TOKENS}", (r"(s_embedder|encoder_blocks)\.",), "sit"),
     Descendant("JiT", "pixels in place of latents", (r"x_embedder\.proj1\.",), "sit"),
     Descendant("MeanFlow", "a second time", (r"r_embedder\.mlp\.", r"t_embedder\."), "repa"),
-    Descendant(
-        "LightningDiT",
-        "SwiGLU or rotary positions",
-        (r"(blocks\.\d+\.mlp\.w12|feat_rope)\b", r"[xty]_embedder\."),
-        "sit",
-    ),
 )
 
 

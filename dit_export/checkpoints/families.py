@@ -22,6 +22,7 @@ class Family:
         copies_embedders: whether the source stores a copy of the timestep and label embedders in each block.
         stores_positions: whether the source stores its positional table; otherwise the reference computes it.
         time: which way the time of a velocity model runs; None for a diffusion model.
+        time_shift: LightningDiT's ``timestep_shift`` of an ODE solver's times; 1 is none.
         autoencoder: the hub id of the autoencoder that the reference samples with, for a file that has none.
     """
 
@@ -32,6 +33,7 @@ class Family:
     copies_embedders: bool
     stores_positions: bool
     time: str | None = None
+    time_shift: float = 1.0
     autoencoder: str = "stabilityai/sd-vae-ft-mse"  # the official sample.py's
 
     def describe_reference(self, model: ModelSpec, diffusion: DiffusionSpec) -> str:
@@ -86,5 +88,17 @@ FAMILIES = {
         stores_positions=True,
         time=NOISE_AT_1,
         autoencoder="stabilityai/sd-vae-ft-ema",
+    ),
+    "lightningdit": Family(
+        # The configuration of the published model of 800 epochs, whose 250 points are 249 steps.
+        defaults=DefaultsSpec(sampler="euler", steps=249, guidance=6.7),
+        model="hustvl/LightningDiT's model",
+        reference="{model} and fixed-step samplers, {path} path, diffusers autoencoder, FP32",
+        guidance_channels=3,
+        copies_embedders=False,
+        stores_positions=True,
+        time=NOISE_AT_0,
+        time_shift=0.3,
+        autoencoder="hustvl/vavae-imagenet256-f16d32-dinov2",
     ),
 }

@@ -28,7 +28,7 @@ from dit_export.checkpoints.formats import CheckpointFormat, Location
 from dit_export.checkpoints.layouts import Numerics, official_spec
 from dit_export.checkpoints.positions import grid_of_table
 from dit_export.checkpoints.source import Source, refuse_options
-from dit_export.checkpoints.stated_model import check_model, has_null_row, heads_of
+from dit_export.checkpoints.stated_model import check_model, check_parts, has_null_row, heads_of
 from dit_export.checkpoints.statements import Statements
 from dit_export.checkpoints.training_parts import LatentStatistics, ModelPart, statistics_from_file, take_model
 from dit_export.checkpoints.weights import (
@@ -60,7 +60,7 @@ def _load(source: Source, location: Location) -> Checkpoint:
     said = Statements(str(file), read.arguments)
     refuse_descendants(str(file), read.tensors)
     part = take_model(said, read.tensors)
-    conventions = find_conventions(source, said, location.name, part.sign, _learns_variance(part.tensors))
+    conventions = find_conventions(source, said, location.name, part, _learns_variance(part.tensors))
     if FAMILIES[conventions.family].time is None:
         refuse_options(source, {"path", "time"})
     weights = Weights(str(file), part.tensors)
@@ -80,6 +80,7 @@ def _load(source: Source, location: Location) -> Checkpoint:
     if read.path is not None:
         name = f"{name} (weights {read.path})"
         logger.info("%s: took the weights %s; beside them: %s", file, read.path, ", ".join(read.others) or "none")
+    check_parts(str(file), conventions.family, spec)
     if not spec.has_null:
         logger.info("%s: no row of the label table is the null class: the model is exported without guidance", file)
     return official_checkpoint(
@@ -158,6 +159,7 @@ def official_checkpoint(
     else:
         path = source.path or PATHS[0]
         diffusion = DiffusionSpec((), "velocity", guided, "uniform", 0, True, path, time=cast(Time, time))
+        diffusion = replace(diffusion, time_shift=FAMILIES[family].time_shift)
     defaults = FAMILIES[family].defaults
     return Checkpoint(
         name=name,

@@ -24,6 +24,7 @@ _PROJECTOR = re.compile(r"projectors\.\d+\.[024]\.(weight|bias)")  # Linear, SiL
 _LEGACY = re.compile(r"decoder_blocks\.(\d+)\.(.+)")  # REPA's first names of the blocks after the aligned ones
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 _MEAN, _VARIANCE, _COUNT = "bn.running_mean", "bn.running_var", "bn.num_batches_tracked"
+_LIGHTNING = re.compile(r"feat_rope\.freqs_cos|blocks\.0\.(mlp\.w12|norm1)\.weight")
 _PAIRS = (("mean", "std"), ("latents_bias", "latents_scale"))  # in files of their own
 _LIKE_DDT = re.compile(r"encoder_blocks\.|s_embedder\.|mask_token|decoder_pos_embed")
 
@@ -46,6 +47,7 @@ class ModelPart:
         tensors: by official name.
         sign: the name of a tensor that proves a training of REPA's or REPA-E's; None without one.
         statistics: REPA-E's, of the latents.
+        is_lightning: whether parameters are there that only a LightningDiT has, of which ``sign`` names one.
         lacks_statistics: whether the model is of REPA-E's, and its statistics lie in a file of their own.
     """
 
@@ -53,6 +55,7 @@ class ModelPart:
     sign: str | None = None
     statistics: LatentStatistics | None = None
     lacks_statistics: bool = False
+    is_lightning: bool = False
 
 
 def take_model(said: Statements, tensors: Mapping[str, StoredTensor]) -> ModelPart:
@@ -80,8 +83,22 @@ def take_model(said: Statements, tensors: Mapping[str, StoredTensor]) -> ModelPa
             count / 1e6,
         )
     has_norm = _MEAN in tensors
+    if lightning := _signs_of_lightning(own):
+        if mixed := [*projectors, *legacy, *(name for name in (_MEAN,) if name in tensors)]:
+            raise CheckpointError(
+                f"{said.source}: holds parts of a training of REPA ({short_name(mixed[0])}) and of a LightningDiT "
+                f"({lightning[0]}); such models are not supported, since neither's conventions need be theirs"
+            )
+        return ModelPart(own, lightning[0], statistics, is_lightning=True)
     sign = next(iter([*projectors, *legacy, *([_MEAN] if has_norm else [])]), None)
     return ModelPart(own, sign, statistics, lacks_statistics=has_norm and statistics is None)
+
+
+def _signs_of_lightning(tensors: Mapping[str, StoredTensor]) -> list[str]:
+    """The names that only a LightningDiT has: normalizations with a weight alone have no other family's bias."""
+    if "blocks.0.norm1.bias" in tensors:
+        return []
+    return [name for name in tensors if _LIGHTNING.fullmatch(name)]
 
 
 def statistics_from_file(file: Path) -> LatentStatistics:

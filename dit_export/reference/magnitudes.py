@@ -64,6 +64,11 @@ def _hook_scores(reference: Reference, block: Any, count: Callable[[Tensor], Non
             block.attn1.to_q.register_forward_hook(lambda _, __, output: queries.append(output)),
             block.attn1.to_k.register_forward_hook(lambda _, __, output: count_scores(queries.pop(), output)),
         ]
+    if hasattr(block.attn, "q_used"):
+        return [
+            block.attn.q_used.register_forward_hook(lambda _, __, output: queries.append(output)),
+            block.attn.k_used.register_forward_hook(lambda _, __, output: count(scores(queries.pop(), output))),
+        ]
     if reference.spec.qk_norm != "none":
         return [
             block.attn.q_norm.register_forward_hook(lambda _, __, output: queries.append(output)),

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from dit_export.checkpoints.checkpoint import Checkpoint
 from dit_export.checkpoints.random_weights import SkippedInitialization
+from dit_export.reference.lightning_model import LightningDiT
 from dit_export.reference.loops import (
     LoopStep,
     OfficialDiffusion,
@@ -66,7 +67,9 @@ class Reference:
             self.evaluate = self._run_diffusers if self.spec.grid[0] == self.spec.grid[1] else self._run_diffusers_parts
         else:
             with SkippedInitialization():
-                self.transformer = DiT(self.spec, checkpoint.channels)
+                spec = self.spec
+                is_lightning = spec.norm == "rms" or spec.mlp == "swiglu" or spec.rotary
+                self.transformer = (LightningDiT if is_lightning else DiT)(spec, checkpoint.channels)
             state = (
                 dict(checkpoint.weights)
                 if self.spec.latent_size == checkpoint.trained_size
@@ -127,6 +130,8 @@ class Reference:
         diffusion, learned = self.checkpoint.diffusion, self.spec.learned_variance
         if diffusion.path is not None:
             path = RepaPath(diffusion.path) if diffusion.time == NOISE_AT_1 else SiTPath(diffusion.path)
+            if isinstance(path, SiTPath) and name == "euler":
+                return path.ode(steps, diffusion.time_shift)
             return path.ode(steps) if name == "euler" else path.sde(steps, generators)
         if self.checkpoint.scheduler is None:
             official = OfficialDiffusion(diffusion.betas, steps, self.table_dtype)

@@ -129,6 +129,8 @@ def _check_diffusion(manifest: Manifest) -> None:
         raise ValueError(f"prediction type {diffusion.prediction_type!r} with path {show(diffusion.path)}")
     if diffusion.time == NOISE_AT_1 and diffusion.path not in TURNED:
         raise ValueError(f"time {NOISE_AT_1} with path {show(diffusion.path)}; expected one of {', '.join(TURNED)}")
+    if diffusion.time_shift != 1 and (diffusion.path is None or diffusion.time == NOISE_AT_1):
+        raise ValueError(f"time_shift {diffusion.time_shift:g} with path {show(diffusion.path)} and {diffusion.time}")
     *betas, last = diffusion.betas or (0.5,)
     if diffusion.path is None and not (
         diffusion.betas and all(LEAST_BETA <= beta < 1 for beta in betas) and 0 < last <= 1

@@ -45,7 +45,11 @@ class ModelSpec:
         classes: the number of classes, without the null class.
         learned_variance: whether the network also predicts the variance.
         has_null: whether the label table's last row is the null class, which guidance needs.
-        qk_norm: of queries and keys before their product, over each head: ``none``, or a LayerNorm with weights.
+        qk_norm: of queries and keys before their product, over each head: ``none``, a LayerNorm or an RMSNorm, with
+            weights.
+        norm: before attention, before the MLP and at the end: a LayerNorm, or an RMSNorm with weights.
+        mlp: the MLP's activation: ``gelu`` approximated with tanh, or ``swiglu``, whose first layer is twice as wide.
+        rotary: whether queries and keys are turned by their token's row and column (RoPE).
     """
 
     conditioning: str
@@ -59,7 +63,10 @@ class ModelSpec:
     classes: Annotated[int, Range(0, 1 << 24)]
     learned_variance: bool
     has_null: bool = optional(True)
-    qk_norm: Literal["none", "layer"] = optional("none")
+    qk_norm: Literal["none", "layer", "rms"] = optional("none")
+    norm: Literal["layer", "rms"] = optional("layer")
+    mlp: Literal["gelu", "swiglu"] = optional("gelu")
+    rotary: bool = optional(False)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -142,6 +149,7 @@ class DiffusionSpec:
         path: SiT's ``linear``, ``gvp`` or ``vp``; None for a model with betas.
         options: the options of diffusers' scheduler; the file leaves them out where nothing is stated.
         time: which way the time of a velocity model runs, one of ``TIMES``: the velocity is dx/dt in that time.
+        time_shift: s of the times s·t/(1 + (s − 1)·t) at which an ODE solver of a velocity model takes the uniform t.
     """
 
     betas: tuple[float, ...]
@@ -153,6 +161,7 @@ class DiffusionSpec:
     path: str | None = None
     options: SchedulerOptions = optional(SchedulerOptions())
     time: Time = optional("noise-at-0")
+    time_shift: Annotated[float, Range(1e-3, 1e3)] = optional(1.0)
 
 
 @dataclass(frozen=True)

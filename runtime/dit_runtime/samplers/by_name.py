@@ -39,6 +39,11 @@ class SamplerArguments:
         return self.diffusion.time
 
     @property
+    def shift(self) -> float:
+        """The shift of an ODE solver's times of a velocity model."""
+        return self.diffusion.time_shift
+
+    @property
     def form(self) -> str:
         """The diffusion form of a velocity model's SDE: SiT's default, or REPA's on every path."""
         return "sigma" if self.time == NOISE_AT_0 else "linear"
@@ -64,8 +69,8 @@ DIFFUSION: dict[str, Make] = {
 }
 # Samplers for velocity models; their steps are uniform, without a spacing.
 FLOW: dict[str, Make] = {
-    "euler": lambda a: skip_steps(flow_ode(a.path, a.steps, "euler", a.time), a.skipped),
-    "heun": lambda a: skip_steps(flow_ode(a.path, a.steps, "heun", a.time), a.skipped),
+    "euler": lambda a: skip_steps(flow_ode(a.path, a.steps, "euler", a.time, a.shift), a.skipped),
+    "heun": lambda a: skip_steps(flow_ode(a.path, a.steps, "heun", a.time, a.shift), a.skipped),
     "sde-euler": lambda a: flow_sde(a.path, a.steps, "euler", a.form, skipped=a.skipped, time=a.time),
     "sde-heun": lambda a: flow_sde(a.path, a.steps, "heun", a.form, skipped=a.skipped, time=a.time),
 }

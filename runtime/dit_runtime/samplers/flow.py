@@ -99,16 +99,18 @@ def diffusion_coefficient(path: str, t: float, form: str, norm: float) -> float:
     return float(forms[form]())
 
 
-def flow_ode(path: str, steps: int, method: str, time: str = NOISE_AT_0) -> Schedule:
+def flow_ode(path: str, steps: int, method: str, time: str = NOISE_AT_0, shift: float = 1.0) -> Schedule:
     """The probability-flow ODE by ``euler`` or ``heun`` over uniform steps, as SiT's ``sample_ode`` with torchdiffeq.
 
     ``steps`` counts steps; SiT's ``num_steps`` counts grid points, which are one more. Heun's method evaluates the
     network at both ends of each step. With the ``time`` of REPA's models it evaluates the last step only at its start,
-    as REPA's ``euler_sampler`` does.
+    as REPA's ``euler_sampler`` does. ``shift`` is LightningDiT's ``timestep_shift``: below 1 it makes the first steps,
+    which are in the noise, shorter.
     """
     if method not in METHODS:
         raise SamplingError(f"method {method!r} is unknown; expected one of {', '.join(METHODS)}")
     grid = np.linspace(0, VP_END if path == "vp" else 1.0, steps + 1)
+    grid = shift * grid / (1 + (shift - 1) * grid) if shift != 1 else grid
     rows, times = [], []
     corrected = 0 if method == "euler" else steps - (time == NOISE_AT_1)
     for step, (t, after) in enumerate(pairwise(grid.tolist())):
