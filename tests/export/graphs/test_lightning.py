@@ -181,7 +181,7 @@ def test_a_trajectory_is_shifted_eulers(exported: Bundle) -> None:
         scale = 1.0 if times[index] < 0.11 else 3.0
         z = z + (times[index + 1] - times[index]) * predict(z, times[index], labels, scale)
         errors.append(relative_error(found[index], z.numpy()))
-    assert max(errors) <= TRAJECTORY_LIMIT[exported.manifest.precision.name]  # measured: 4.0e-7 and 6.1e-4
+    assert max(errors) <= TRAJECTORY_LIMIT[exported.manifest.precision.name]  # measured: 2.5e-7 and 1.3e-3
 
 
 @pytest.mark.slow  # an export in FP16 and a build
