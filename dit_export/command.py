@@ -70,15 +70,15 @@ def _add_checkpoint_options(parser: Parser) -> None:
     group = parser.add_argument_group("what the checkpoint is, if it does not tell this itself")
     group.add_argument(
         "--family",
-        help="diffusers, official or sit (default: as a file's training arguments say, else official for files; as the "
-        "name says for presets; else diffusers)",
+        help="diffusers, official, sit, repa or lightningdit (default: as a file's parameters or training arguments "
+        "say, else official for files; as the name says for presets; else diffusers)",
     )
     group.add_argument("--heads", type=positive, help="number of attention heads, for shapes that the paper lacks")
     group.add_argument(
         "--vae",
         metavar="FOLDER|FILE",
         help="the autoencoder's folder, file or hub id (default: the pipeline's own; for files "
-        "stabilityai/sd-vae-ft-mse)",
+        "stabilityai/sd-vae-ft-mse, or its -ema for REPA's)",
     )
     group.add_argument(
         "--vae-scaling",
@@ -87,11 +87,19 @@ def _add_checkpoint_options(parser: Parser) -> None:
         metavar=("FACTOR", "SHIFT"),
         help="of a VAE that is a file: how its latents are scaled, such as 0.18215 for Stable Diffusion 1's",
     )
+    group.add_argument(
+        "--latent-stats",
+        metavar="FILE",
+        help="of a file's model: mean and deviation of each channel by which its latents were normalized, as training "
+        "code stores them (latents_stats.pt); in place of the VAE's own scaling",
+    )
     group.add_argument("--variant", help="variant of a diffusers folder's weights files, such as fp16")
     group.add_argument("--sha256", metavar="HEX", help="refuse the transformer's weights unless this is their SHA-256")
-    group.add_argument("--path", help="a SiT's path: linear, gvp or vp (default: as the file says)")
+    group.add_argument("--path", help="a velocity model's path: linear, gvp or vp (default: as the file says)")
     group.add_argument(
-        "--time", help="which way a SiT's time runs: noise-at-0, or noise-at-1 as REPA's (default: as the file says)"
+        "--time",
+        help="which way a velocity model's time runs: noise-at-0 as SiT's, or noise-at-1 as REPA's (default: as the "
+        "family or the file says)",
     )
     group.add_argument(
         "--weights",
@@ -208,6 +216,7 @@ def _request_from_arguments(args: argparse.Namespace) -> ExportRequest:
         heads=args.heads,
         vae=args.vae,
         vae_scaling=None if args.vae_scaling is None else tuple(args.vae_scaling),
+        latent_stats=args.latent_stats,
         variant=args.variant,
         sha256=args.sha256,
         path=args.path,

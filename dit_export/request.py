@@ -32,16 +32,21 @@ class ExportRequest:
             layers multiply INT8.
         keep_fp32: with ``fp16``, units that stay FP32, such as ``blocks.17.attn``, and files that list such units, as
             ``dit-export --bisect`` writes them.
-        family: ``diffusers``, ``official`` or ``sit``; None means as a file's training arguments say, else official
-            for files, as the name says for presets, and diffusers otherwise.
+        family: ``diffusers``, ``official``, ``sit``, ``repa`` or ``lightningdit``; None means as a file's
+            parameters, its training arguments or ``time`` say, else official for files, as the name says for presets,
+            and diffusers otherwise.
         heads: the number of attention heads of a file whose shapes are not the paper's.
         vae: the autoencoder's folder, file or hub id; None means the pipeline's own, or for files and SiT the official
             one.
         vae_scaling: of an autoencoder that is a file: its latents' scaling factor, and maybe their shift.
+        latent_stats: a file with mean and deviation of each channel by which the latents of a file's model were
+            normalized; it takes the place of the autoencoder's own scaling.
         variant: the variant of a diffusers folder's weights files, such as ``fp16``.
         sha256: the SHA-256 that the transformer's weights must have, in hexadecimal digits.
-        path: the path of a SiT: ``linear``, ``gvp`` or ``vp``; None means as the file says, or linear for presets.
-        time: which way the time of a SiT runs: ``noise-at-0`` or ``noise-at-1``; None means as the file says.
+        path: the path of a velocity model: ``linear``, ``gvp`` or ``vp``; None means as the file says, or linear for
+            presets.
+        time: which way the time of a velocity model runs: ``noise-at-0`` as SiT's, or ``noise-at-1`` as REPA's; None
+            means as the family or the file says.
         weights: which set of weights of a file is taken, such as ``ema``; None means the averaged one, or the only one.
         guidance_channels: how many latent channels guidance acts on, or ``all``; None means as the reference does.
         random_weights: the seed of a preset's random weights.
@@ -72,6 +77,7 @@ class ExportRequest:
     heads: int | None = None
     vae: str | None = None
     vae_scaling: tuple[float, ...] | None = None
+    latent_stats: str | None = None
     variant: str | None = None
     sha256: str | None = None
     path: str | None = None
@@ -157,6 +163,7 @@ class ExportRequest:
             heads=self.heads,
             autoencoder=self.vae,
             autoencoder_scaling=self.vae_scaling,
+            latent_stats=self.latent_stats,
             variant=self.variant,
             sha256=self.sha256,
             path=self.path,

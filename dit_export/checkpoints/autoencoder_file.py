@@ -26,7 +26,8 @@ AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTi
 # A parameter that each layout has; what comes before it is the prefix of the autoencoder in a whole pipeline's file.
 FIRST_OF_KL, FIRST_OF_TINY = "encoder.conv_in.weight", "encoder.layers.0.weight"
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-TRAINING = ("loss.", "model_ema.")  # what latent-diffusion's training checkpoints hold beside the autoencoder
+# What training checkpoints of latent-diffusion and of VA-VAE hold beside the autoencoder.
+TRAINING = ("loss.", "model_ema.", "foundation_model.", "linear_proj.")
 EXPECTED = (
     f"expected an AutoencoderKL or AutoencoderTiny of diffusers, or latent-diffusion's layout, in a {SAFE}, "
     f"{', '.join(PICKLES[:-1])} or {PICKLES[-1]} file"
@@ -41,29 +42,32 @@ RENAMES = tuple(
         (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
         (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
         (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
+        (r"\.(down|up)\.(\d+)\.attn\.", r".\1_blocks.\2.attentions."),
         (r"\.nin_shortcut\.", ".conv_shortcut."),
         (r"coder\.norm_out\.", "coder.conv_norm_out."),
-        (r"\.attentions\.0\.norm\.", ".attentions.0.group_norm."),
-        (r"\.attentions\.0\.(?:q|query)\.", ".attentions.0.to_q."),
-        (r"\.attentions\.0\.(?:k|key)\.", ".attentions.0.to_k."),
-        (r"\.attentions\.0\.(?:v|value)\.", ".attentions.0.to_v."),
-        (r"\.attentions\.0\.(?:proj_out|proj_attn)\.", ".attentions.0.to_out.0."),
+        (r"\.attentions\.(\d+)\.norm\.", r".attentions.\1.group_norm."),
+        (r"\.attentions\.(\d+)\.(?:q|query)\.", r".attentions.\1.to_q."),
+        (r"\.attentions\.(\d+)\.(?:k|key)\.", r".attentions.\1.to_k."),
+        (r"\.attentions\.(\d+)\.(?:v|value)\.", r".attentions.\1.to_v."),
+        (r"\.attentions\.(\d+)\.(?:proj_out|proj_attn)\.", r".attentions.\1.to_out.0."),
     )
 )
 
 
-def autoencoder_from_file(file: Path, scaling: tuple[float, ...] | None) -> Autoencoder:
+def autoencoder_from_file(file: Path, scaling: tuple[float, ...] | None, part: str | None = None) -> Autoencoder:
     """An ``AutoencoderKL`` or ``AutoencoderTiny`` from a file with its weights, FP32 and in evaluation mode.
 
     Args:
         file: its weights. Where its configuration lies beside it (``config.json``), that configuration is used.
-        scaling: the scaling factor of latents and maybe their shift, for a file without a configuration.
+        scaling: the scaling factor of latents and maybe their shift, for a file without a configuration; empty where
+            the model's file has statistics of the latents, which replace both.
+        part: the key under which a training checkpoint holds the autoencoder; its configuration is not beside the file.
 
     Raises:
         CheckpointError: the file is unreadable or no such autoencoder, or the scaling is missing or known already.
     """
-    stored = _autoencoder_part(file, weights_from_file(file))
-    config = _config_beside(file)
+    stored = _autoencoder_part(file, weights_from_file(file, part))
+    config = _config_beside(file) if part is None else None
     if config is None:
         name, settings = _config_from_shapes(file, stored)
         settings |= _check_scaling(file, scaling, name)
@@ -79,7 +83,7 @@ def autoencoder_from_file(file: Path, scaling: tuple[float, ...] | None) -> Auto
 
 def refuse_scaling(config: Path, scaling: tuple[float, ...] | None) -> None:
     """Check that no scaling is given where a configuration states it. Raises CheckpointError if one is given."""
-    if scaling is not None:
+    if scaling:
         raise CheckpointError(f"{config}: states the scaling of latents; leave --vae-scaling out")
 
 
@@ -145,8 +149,13 @@ def _config_from_shapes(file: Path, stored: Stored) -> tuple[str, dict[str, Any]
         return "AutoencoderKL", {
             "in_channels": shapes[FIRST_OF_KL][1],
             "out_channels": shapes["decoder.conv_out.weight"][0],
-            "down_block_types": ("DownEncoderBlock2D",) * len(widths),
-            "up_block_types": ("UpDecoderBlock2D",) * len(widths),
+            "down_block_types": tuple(
+                f"{_attention_of(shapes, f'encoder.down_blocks.{block}')}DownEncoderBlock2D"
+                for block in range(len(widths))
+            ),
+            "up_block_types": tuple(
+                f"{_attention_of(shapes, f'decoder.up_blocks.{block}')}UpDecoderBlock2D" for block in range(len(widths))
+            ),
             "block_out_channels": tuple(widths),
             "layers_per_block": _count(shapes, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
             "latent_channels": shapes["decoder.conv_in.weight"][1],
@@ -156,6 +165,11 @@ def _config_from_shapes(file: Path, stored: Stored) -> tuple[str, dict[str, Any]
         }
     except (KeyError, IndexError) as error:
         raise CheckpointError(f"{file}: not an autoencoder that is known (no {error}); {EXPECTED}") from error
+
+
+def _attention_of(names: Iterable[str], block: str) -> str:
+    """What the class of a block with attention after each residual block begins with, as in VA-VAE's lowest level."""
+    return "Attn" if f"{block}.attentions.0.to_q.weight" in names else ""
 
 
 def _count(names: Iterable[str], pattern: str) -> int:
@@ -168,6 +182,8 @@ def _check_scaling(file: Path, scaling: tuple[float, ...] | None, name: str) -> 
     Raises:
         CheckpointError: none is given.
     """
+    if scaling == ():
+        return {}
     if scaling is None:
         known = (
             "1 for the published tiny ones"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,17 @@ from torch.func import functional_call
 
 from dit_export.checkpoints.autoencoder_file import AUTOENCODERS, Autoencoder, autoencoder_from_file, refuse_scaling
 from dit_export.checkpoints.diffusers_modules import freeze, load_module, read_json_object
+from dit_export.checkpoints.families import FAMILIES
 from dit_export.checkpoints.file_kinds import check_links
 from dit_export.checkpoints.hub import check_hub_id, download_repository, find_local
 from dit_export.checkpoints.random_weights import SkippedInitialization, randomize
 from dit_export.checkpoints.source import Source
+from dit_export.checkpoints.training_parts import LatentStatistics
 from dit_export.checkpoints.weights import PICKLES, SAFE, files_of_module
 from dit_runtime.bundle.manifest import AutoencoderSpec
 from dit_runtime.core.errors import CheckpointError
 
 __all__ = ["AUTOENCODERS", "Autoencoder", "autoencoder_for", "load_autoencoder", "spec_of_autoencoder"]
-
-OFFICIAL_VAE = "stabilityai/sd-vae-ft-mse"  # the official sample.py's
 
 SIDE = 256  # pixels of the image that is tried by its shape
 
@@ -43,13 +44,13 @@ STABLE_DIFFUSION_VAE: dict[str, Any] = {
 }
 
 
-def autoencoder_for(source: Source) -> Autoencoder:
-    """The autoencoder that ``--vae`` names, or the official default.
+def autoencoder_for(source: Source, usual: str = FAMILIES["official"].autoencoder) -> Autoencoder:
+    """The autoencoder that ``--vae`` names, or else the ``usual`` one, a hub id.
 
     Raises:
         CheckpointError: it cannot be found or read.
     """
-    name = OFFICIAL_VAE if source.autoencoder is None else source.autoencoder
+    name = usual if source.autoencoder is None else source.autoencoder
     path = find_local(name)
     if path is not None and path.is_file():
         return checked_autoencoder(path, autoencoder_from_file(path, source.autoencoder_scaling))
@@ -106,11 +107,50 @@ def checked_autoencoder(path: Path, autoencoder: Autoencoder) -> Autoencoder:
         raise CheckpointError(f"{path}: {config.in_channels} to {config.out_channels} channels; expected RGB images")
     if not isinstance(config.scaling_factor, int | float) or not 0 < config.scaling_factor < float("inf"):
         raise CheckpointError(f"{path}: scaling_factor is {config.scaling_factor!r}; expected a number above 0")
-    if config.get("latents_mean") is not None or config.get("latents_std") is not None:
-        raise CheckpointError(
-            f"{path}: latents_mean and latents_std are not supported; expected a scaling_factor and a shift_factor"
-        )
+    _check_statistics(path, config)
     _check_runs(path, autoencoder)
+    return autoencoder
+
+
+def _check_statistics(path: Path, config: Any) -> None:
+    """Check the statistics of latents in a configuration, where there are any.
+
+    Raises:
+        CheckpointError: one is missing, or they are not a finite number for each channel, or there is a shift too.
+    """
+    mean, deviation = config.get("latents_mean"), config.get("latents_std")
+    if mean is None and deviation is None:
+        return
+    count = config.latent_channels
+    for name, values, least in (("latents_mean", mean, -math.inf), ("latents_std", deviation, 0.0)):
+        plain = isinstance(values, list | tuple) and all(type(value) in (int, float) for value in values)
+        if not plain or len(values) != count or not all(least < value < math.inf for value in values):
+            shown = f"{len(values)} numbers" if plain else repr(values)[:60]
+            raise CheckpointError(
+                f"{path}: {name} is {shown}; expected {count} finite numbers{' above 0' if least == 0 else ''}, one "
+                "for each latent channel"
+            )
+    if config.shift_factor:
+        raise CheckpointError(
+            f"{path}: states a shift_factor and latents_mean; expected one of the two; remove the other"
+        )
+
+
+def with_statistics(path: Path, autoencoder: Autoencoder, statistics: LatentStatistics) -> Autoencoder:
+    """The same autoencoder for a model whose file has statistics of its latents: they replace its scaling and shift.
+
+    Raises:
+        CheckpointError: they are of another number of channels.
+    """
+    channels = autoencoder.config.latent_channels
+    if len(statistics.mean) != channels:
+        raise CheckpointError(
+            f"{path}: statistics of {len(statistics.mean)} latent channels, the autoencoder has {channels}; name the "
+            "one it was trained with (--vae)"
+        )
+    autoencoder.register_to_config(
+        scaling_factor=1.0, shift_factor=None, latents_mean=statistics.mean, latents_std=statistics.deviation
+    )
     return autoencoder
 
 
@@ -173,6 +213,8 @@ def spec_of_autoencoder(autoencoder: Autoencoder) -> AutoencoderSpec:
         scaling_factor=config.scaling_factor,
         shift_factor=config.shift_factor or 0.0,
         factor=factor,
+        latents_mean=tuple(map(float, config.get("latents_mean") or ())),
+        latents_std=tuple(map(float, config.get("latents_std") or ())),
     )
 
 

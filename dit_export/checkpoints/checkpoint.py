@@ -100,6 +100,11 @@ def checkpoint_at_sizes(checkpoint: Checkpoint, image_sizes: tuple[tuple[int, in
     sizes = tuple((height // factor, width // factor) for height, width in image_sizes)
     if len(set(sizes)) != len(sizes):
         raise CheckpointError("sizes: one is there twice; name each size once")
+    if checkpoint.model.rotary and any(size != checkpoint.trained_size for size in sizes):
+        raise CheckpointError(
+            f"{checkpoint.name}: its rotary positions are of {checkpoint.trained_size[0]}x{checkpoint.trained_size[1]} "
+            "latents, and other sizes are not supported with them; leave --size out"
+        )
     stores_positions = FAMILIES[checkpoint.family].stores_positions
     elsewhere = stores_positions and any(size != checkpoint.trained_size for size in sizes)
     if elsewhere and not is_official_table(checkpoint.weights, checkpoint.at(checkpoint.trained_size).grid):

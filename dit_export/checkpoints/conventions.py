@@ -1,65 +1,144 @@
-"""What no shape tells of a model: its family, a SiT's path and the direction of its time."""
+"""What no shape tells of a model: its family, and a velocity model's path and the direction of its time."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 
-from dit_export.checkpoints.families import TIMES
+from dit_export.checkpoints.families import FAMILIES
 from dit_export.checkpoints.source import Source
 from dit_export.checkpoints.statements import ALONE, MODEL_NAME, Statements, quote
+from dit_export.checkpoints.training_parts import ModelPart
 from dit_export.checkpoints.velocity_words import KIN_NAME, argument_of_velocity
-from dit_runtime.bundle.manifest import PATHS
+from dit_runtime.bundle.manifest import NOISE_AT_0, NOISE_AT_1, PATHS, TURNED
 from dit_runtime.core.errors import CheckpointError
 
 STEP_COUNTS = (
     *("diffusion_steps", "num_train_timesteps", "num_timesteps", "num_diffusion_timesteps", "num_diffusion_steps"),
     "timesteps",
 )
-PUBLISHED = f"--path linear --time {TIMES[0]}"  # of the published SiTs
+# What says that a file is of the published SiTs, and of REPA's.
+AS_SIT = f"--family sit --path linear --time {NOISE_AT_0}"
+AS_REPA = "--family repa --path linear"
 # Arguments that only REPA's training and its kin have, and those that only SiT's own has.
 REPA_ARGUMENTS = ("encoder_depth", "proj_coeff", "enc_type", "projector_dim", "z_dims", "repa_loss", "proj_loss")
 SIT_ARGUMENTS = ("train_eps", "sample_eps", "loss_weight")
+SIT_PATHS = ("Linear", "GVP", "VP")  # as SiT's own arguments write them
 # Of diffusion: what the official code trains with.
 NOISE_PREDICTIONS = ("epsilon", "eps", "noise")
 VELOCITIES = ("velocity", "v")
+_BY_TIME = {NOISE_AT_0: "sit", NOISE_AT_1: "repa"}
+_PATH_NAMES = {"cosine": "gvp"}  # REPA's name of the same path
 
 
 @dataclass(frozen=True)
 class Conventions:
-    """What no shape tells. ``path`` is a SiT's, and None for a DiT."""
+    """What no shape tells. ``path`` is a velocity model's, and None for a DiT."""
 
     family: str
     path: str | None
 
 
-def find_conventions(source: Source, said: Statements, stem: str) -> Conventions:
-    """The family of a file, and a SiT's path: what the options say, else what the file says of itself.
+@dataclass(frozen=True)
+class _Evidence:
+    """The families that a file's arguments or parameters allow, and what in the file says so."""
 
-    A DiT's file that says nothing is taken as such. A SiT's path and the direction of its time are asked for.
+    families: tuple[str, ...]
+    words: str
+
+
+def find_conventions(
+    source: Source, said: Statements, stem: str, part: ModelPart, learns_variance: bool
+) -> Conventions:
+    """The family of a file, and a velocity model's path: what the options say, else what the file says of itself.
+
+    A DiT's file that says nothing is taken as such. A velocity model's path and the direction of its time are asked
+    for.
 
     Args:
         source: the options.
         said: the training arguments.
         stem: the file's name without its ending.
+        part: the model's tensors, with the name of one that proves its family, if there is one.
+        learns_variance: whether the network has more output channels than latents have, as every DiT of the official
+            training has.
 
     Raises:
         CheckpointError: the options contradict the file, or neither tells, or what they tell is not supported.
     """
-    file = _family_of_arguments(said)
-    if file is not None and source.family not in (None, file[0]):
-        raise CheckpointError(
-            f"{said.source}: its training arguments say {file[1]}, --family says {source.family}; leave --family out "
-            f"to go by the file, or {ALONE.replace('their shapes', '--family')}"
-        )
-    family = source.family or (file[0] if file else "official")
+    file = _evidence_of_arguments(said)
+    if part.is_lightning:
+        _check_lightning(source, said, file)
+        file = _Evidence(("lightningdit",), f"its parameters ({part.sign})")
+    elif part.sign:
+        file = _Evidence(("repa",), f"its parameters ({part.sign})")
+    family = _find_family(source, said, file)
     if family == "official":
         if source.family is None and file is None:
             _check_names(said, stem)
+            _check_output(said, stem, learns_variance)
         _check_diffusion(said)
         return Conventions(family, None)
-    _check_time(source, said)
-    return Conventions(family, _find_path(source, said))
+    _check_prediction(said)
+    return Conventions(family, _find_path(source, said, family))
+
+
+def _check_lightning(source: Source, said: Statements, file: _Evidence | None) -> None:
+    """Check that LightningDiT's conventions are those of a model with its parameters: its kin have them too."""
+    name = said.text("model", "model_name", "arch", "model_type") or ""
+    proven = file is not None and file.families == ("sit",)  # its transport is SiT's, and has SiT's arguments
+    if file is not None and file.families == ("repa",):
+        raise CheckpointError(
+            f"{said.source}: has a LightningDiT's parameters, and {file.words} say repa; not supported"
+        )
+    if source.family is None and not proven and not re.search("lightning", name, re.IGNORECASE):
+        raise CheckpointError(
+            f"{said.source}: has a LightningDiT's parameters, which its kin have too, and no name or shape tells which "
+            "way time runs; say --family lightningdit --path linear for a model of hustvl/LightningDiT, whose time is "
+            f"{NOISE_AT_0}"
+        )
+
+
+def _find_family(source: Source, said: Statements, file: _Evidence | None) -> str:
+    """The family by ``--family``, else by ``--time``, else by the file; a DiT where none of them says one."""
+    asked, time = source.family, source.time
+    if asked is not None and file is not None and asked not in file.families:
+        raise CheckpointError(
+            f"{said.source}: {file.words} say {_name_families(file)}, --family says {asked}; leave --family out to go "
+            f"by the file, or {ALONE.replace('their shapes', '--family')}"
+        )
+    if asked is None and time is not None and (file is None or file.families != ("official",)):
+        asked = _BY_TIME[time]
+        if file is not None and asked not in file.families:
+            raise CheckpointError(
+                f"{said.source}: --time {time}, while {file.words} say {_name_families(file)}, whose time is "
+                f"{FAMILIES[file.families[0]].time}; leave --time out"
+            )
+    if asked is not None and time is not None and FAMILIES[asked].time not in (None, time):
+        raise CheckpointError(
+            f"{said.source}: --family {asked} with --time {time}, and the time of that family is "
+            f"{FAMILIES[asked].time}; say --family {_BY_TIME[time]} for a velocity model with {time}"
+        )
+    told = file.families if file is not None else ("official",)
+    # A model of REPA has all that a SiT has: that somebody calls it a SiT proves no direction.
+    is_open = len(told) > 1 if asked is None else asked == "sit" and told != ("sit",) and time is None
+    if is_open:
+        _check_prediction(said)
+        raise _error_for_direction(source, said)
+    return asked or told[0]
+
+
+def _name_families(file: _Evidence) -> str:
+    return " or ".join(file.families)
+
+
+def _error_for_direction(source: Source, said: Statements) -> CheckpointError:
+    known = said.text("path_type", "path") or source.path
+    sit, repa = (text if known is None else text.replace(" --path linear", "") for text in (AS_SIT, AS_REPA))
+    return CheckpointError(
+        f"{said.source}: no name or shape tells which way the time of a velocity model runs, and the file does not say "
+        f"it; say {sit} for a SiT of willisma/SiT, or {repa} for one of REPA, whose time is {NOISE_AT_1}"
+    )
 
 
 def _check_names(said: Statements, stem: str) -> None:
@@ -69,25 +148,50 @@ def _check_names(said: Statements, stem: str) -> None:
         where = "is named" if match.string == stem else "its training arguments say"
         raise CheckpointError(
             f"{said.source}: {where} {match.string[:60]}, whose parameters may have a DiT's names, while its "
-            "conventions are its own; say --family official or --family sit if it was trained as those are"
+            f"conventions are its own; say {AS_REPA} for a SiT of REPA, or --family official or {AS_SIT} if it was "
+            "trained as those are"
         )
     if (match := MODEL_NAME.search(stem)) and match[1].lower() == "sit":
         raise CheckpointError(
-            f"{said.source}: is named like a SiT, and its parameters have a DiT's names too; say --family sit "
-            f"{PUBLISHED} for a SiT of willisma/SiT, or --family official for a DiT"
+            f"{said.source}: is named like a SiT, and its parameters have a DiT's names too; say {AS_SIT} for a SiT of "
+            f"willisma/SiT, {AS_REPA} for one of REPA, or --family official for a DiT"
         )
 
 
-def _family_of_arguments(said: Statements) -> tuple[str, str] | None:
-    """The family that the training arguments tell, and which argument does so."""
+def _check_output(said: Statements, stem: str, learns_variance: bool) -> None:
+    """Check that a file that says nothing of itself, not even by its name, has a DiT's output.
+
+    What it is taken for otherwise may well be a SiT of REPA, whose parameters are those of a DiT without variance.
+    """
+    name = MODEL_NAME.search(stem)
+    if not learns_variance and said.flag("learn_sigma") is None and (name is None or name[1].lower() != "dit"):
+        raise CheckpointError(
+            f"{said.source}: has as many output channels as latents have, and says nothing of itself: it may be a DiT "
+            "without learned variance, or a velocity model whose time runs either way; say --family official, "
+            f"{AS_REPA}, or {AS_SIT}"
+        )
+
+
+def _evidence_of_arguments(said: Statements) -> _Evidence | None:
+    """The families that the training arguments allow, and which argument says so."""
+    name = said.text("model", "model_name", "arch", "model_type") or ""
+    if re.search(r"repa(?![a-z])", name, re.IGNORECASE):
+        return _Evidence(("repa",), f"its training arguments ({name[:60]})")
+    if argument := said.sign_of(REPA_ARGUMENTS):
+        return _Evidence(("repa",), f"its training arguments ({argument} = {quote(said.arguments[argument])})")
+    prediction, path = (said.text("prediction") or "").lower(), said.text("path_type") or ""
+    proof = said.sign_of(SIT_ARGUMENTS)
+    if proof is None and (prediction == "velocity" or path in SIT_PATHS):
+        proof = "prediction" if prediction == "velocity" else "path_type"
+    if proof is not None:
+        return _Evidence(("sit",), f"its training arguments ({proof} = {quote(said.arguments[proof])})")
     if (model := said.model) and not KIN_NAME.search(model.string):
-        return ("sit" if model[1].lower() == "sit" else "official"), model.string[:60]
-    if name := said.sign_of((*REPA_ARGUMENTS, *SIT_ARGUMENTS, "path_type")):
-        return "sit", f"{name} = {quote(said.arguments[name])}"
-    if (prediction := said.text("prediction")) and prediction.lower() == "velocity":
-        return "sit", f"prediction = {prediction}"
-    if name := said.sign_of(("noise_schedule", "diffusion_steps")):
-        return "official", f"{name} = {quote(said.arguments[name])}"
+        families = ("sit", "repa") if model[1].lower() == "sit" else ("official",)
+        return _Evidence(families, f"its training arguments ({model.string[:60]})")
+    if path:
+        return _Evidence(("sit", "repa"), f"its training arguments (path_type = {quote(path)})")
+    if argument := said.sign_of(("noise_schedule", "diffusion_steps")):
+        return _Evidence(("official",), f"its training arguments ({argument} = {quote(said.arguments[argument])})")
     return None
 
 
@@ -108,45 +212,25 @@ def _check_diffusion(said: Statements) -> None:
     if argument := argument_of_velocity(said.arguments):
         raise CheckpointError(
             f"{said.source}: its training arguments say {argument} = {quote(said.arguments[argument])}, and a DiT "
-            f"with the official names predicts epsilon; for a velocity model say --family sit, or {ALONE}"
+            f"with the official names predicts epsilon; for a velocity model say {AS_SIT} or {AS_REPA}, or {ALONE}"
         )
 
 
-def _check_time(source: Source, said: Statements) -> None:
-    """Check that a velocity model's time runs from noise at 0, which the file proves or the caller says."""
-    model = said.text("model", "model_name", "arch", "model_type") or ""
-    repa = said.sign_of(REPA_ARGUMENTS) or (model[:60] if re.search(r"repa(?![a-z])", model, re.IGNORECASE) else None)
+def _check_prediction(said: Statements) -> None:
     prediction = (said.text("prediction") or "").lower()
-    if repa is not None:
-        raise CheckpointError(
-            f"{said.source}: its training arguments ({repa}) are REPA's or its kin's, whose time runs from the data at "
-            "0 to noise at 1; such models are not supported yet"
-        )
     if prediction and prediction not in VELOCITIES:
         raise CheckpointError(f"{said.source}: predicts the {prediction[:60]}; only velocity models are supported")
-    path = said.text("path_type") or ""
-    proof = said.sign_of(SIT_ARGUMENTS)
-    if proof is None and (prediction == "velocity" or path in ("Linear", "GVP", "VP")):
-        proof = "prediction" if prediction == "velocity" else "path_type"
-    if source.time == TIMES[1]:
-        against = f", while its training arguments ({proof}) are SiT's own, with {TIMES[0]}" if proof else ""
-        raise CheckpointError(
-            f"{said.source}: a velocity model with {TIMES[1]}, as REPA trains them, is not supported yet{against}"
-        )
-    if source.time is None and proof is None:
-        options = f"--time {TIMES[0]}" if path or source.path else PUBLISHED
-        raise CheckpointError(
-            f"{said.source}: no name or shape tells which way the time of a velocity model runs, and the file does not "
-            f"say it; say {options} for a SiT of willisma/SiT (REPA's are {TIMES[1]}, not supported yet)"
-        )
 
 
-def _find_path(source: Source, said: Statements) -> str:
+def _find_path(source: Source, said: Statements, family: str) -> str:
     stated = said.text("path_type", "path")
     path = None if stated is None else stated.lower()
-    if path is not None and path not in PATHS:
+    known = TURNED if family == "repa" else PATHS
+    if family == "repa" and path is not None:
+        path = _PATH_NAMES.get(path, path)
+    if path is not None and path not in known:
         raise CheckpointError(
-            f"{said.source}: was trained on the path {quote(stated)}; expected one of {', '.join(PATHS)}"
+            f"{said.source}: was trained on the path {quote(stated)}; expected one of {', '.join(known)}"
         )
     if source.path is not None and path not in (None, source.path):
         raise CheckpointError(
@@ -154,8 +238,16 @@ def _find_path(source: Source, said: Statements) -> str:
         )
     found = source.path or path
     if found is None:
+        published = {"sit": "SiTs", "repa": "REPA", "lightningdit": "LightningDiT"}[family]
         raise CheckpointError(
-            f"{said.source}: the file does not say which path it was trained on; say --path {', '.join(PATHS[:-1])} or "
-            f"{PATHS[-1]} (the published SiTs: linear)"
+            f"{said.source}: the file does not say which path it was trained on; say --path {', '.join(known[:-1])} or "
+            f"{known[-1]} (the published {published}: linear)"
         )
+    check_path(said.source, family, found)
     return found
+
+
+def check_path(source: str, family: str, path: str) -> None:
+    """Check that a family has models on a path. Raises CheckpointError if it has none."""
+    if FAMILIES[family].time == NOISE_AT_1 and path not in TURNED:
+        raise CheckpointError(f"{source}: --path {path}; models of the family {family} have {' or '.join(TURNED)}")

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dit_runtime.bundle.manifest import DefaultsSpec, DiffusionSpec, ModelSpec
-
-# Which way the time of a velocity model runs: SiT's own, and that of REPA and its kin. Names and shapes are the same.
-TIMES = ("noise-at-0", "noise-at-1")
+from dit_runtime.bundle.manifest import NOISE_AT_0, NOISE_AT_1, DefaultsSpec, DiffusionSpec, ModelSpec
 
 
 @dataclass(frozen=True)
@@ -24,6 +21,9 @@ class Family:
         guidance_channels: how many latent channels the reference's guidance acts on; None is all of them.
         copies_embedders: whether the source stores a copy of the timestep and label embedders in each block.
         stores_positions: whether the source stores its positional table; otherwise the reference computes it.
+        time: which way the time of a velocity model runs; None for a diffusion model.
+        time_shift: LightningDiT's ``timestep_shift`` of an ODE solver's times; 1 is none.
+        autoencoder: the hub id of the autoencoder that the reference samples with, for a file that has none.
     """
 
     defaults: DefaultsSpec
@@ -32,6 +32,9 @@ class Family:
     guidance_channels: int | None
     copies_embedders: bool
     stores_positions: bool
+    time: str | None = None
+    time_shift: float = 1.0
+    autoencoder: str = "stabilityai/sd-vae-ft-mse"  # the official sample.py's
 
     def describe_reference(self, model: ModelSpec, diffusion: DiffusionSpec) -> str:
         """What the golden records of a model are made with, in words, for the manifest."""
@@ -73,5 +76,29 @@ FAMILIES = {
         guidance_channels=3,
         copies_embedders=False,
         stores_positions=True,
+        time=NOISE_AT_0,
+    ),
+    "repa": Family(
+        # The defaults of REPA's generate.py; the published figures are its SDE's, 250 steps, 1.8 up to a time of 0.7.
+        defaults=DefaultsSpec(sampler="euler", steps=50, guidance=1.5),
+        model="sihyun-yu/REPA's SiT",
+        reference="{model} and samplers, {path} path, diffusers autoencoder, FP32",
+        guidance_channels=None,
+        copies_embedders=False,
+        stores_positions=True,
+        time=NOISE_AT_1,
+        autoencoder="stabilityai/sd-vae-ft-ema",
+    ),
+    "lightningdit": Family(
+        # The configuration of the published model of 800 epochs, whose 250 points are 249 steps.
+        defaults=DefaultsSpec(sampler="euler", steps=249, guidance=6.7),
+        model="hustvl/LightningDiT's model",
+        reference="{model} and fixed-step samplers, {path} path, diffusers autoencoder, FP32",
+        guidance_channels=3,
+        copies_embedders=False,
+        stores_positions=True,
+        time=NOISE_AT_0,
+        time_shift=0.3,
+        autoencoder="hustvl/vavae-imagenet256-f16d32-dinov2",
     ),
 }

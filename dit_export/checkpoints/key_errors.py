@@ -12,11 +12,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 # Patterns of names that each layout must have. The first of those that fit best is named. All but the last two cannot
 # be exported: the error says what they are.
 KNOWN_LAYOUTS = {
-    "a training file of REPA or its kin (a SiT with projectors, whose time runs from the data at 0 to noise at 1: not "
-    "supported yet)": (r"projectors?\.\d+\.",),
-    "an encoder and decoder of DDT or its kin (a flow model of other blocks than a SiT's: not supported)": (
-        r"(decoder_blocks|encoder_blocks)\.\d+\.",
-    ),
+    "a training file of REPA's kin (a SiT with other projectors than REPA's own)": (r"projectors?\.",),
+    "a flow model of other blocks than a SiT's": (r"(decoder_blocks|encoder_blocks)\.\d+\.",),
     "a text-conditioned transformer (PixArt, SD3, Flux, Sana and others)": (
         r"(caption_projection|adaln_single|context_embedder|text_embedd|txt_in|txt_norm|caption_norm)\.",
         r".*\b(attn2|cross_attn\.kv_linear|add_k_proj|txt_mlp|txt_attn|y_proj|img_mod)\b",

@@ -3,7 +3,10 @@
 Inside the exporter every checkpoint has the official names (facebookresearch/DiT ``models.py``, which SiT shares); each
 format translates its own names into them. The three conditionings that were never published extend the official names:
 ``blocks.N.norm1`` to ``norm3`` and ``final_layer.norm_final`` are LayerNorms with weights where nothing modulates them,
-and cross-attention is ``blocks.N.cross_attn.{q,kv,proj}``.
+and cross-attention is ``blocks.N.cross_attn.{q,kv,proj}``. ``blocks.N.attn.{q_norm,k_norm}`` are timm's LayerNorms of
+queries and keys over each head, where a model was trained with them. LightningDiT (hustvl/LightningDiT
+``models/lightningdit.py``) adds its own: RMSNorms have a weight alone, ``blocks.N.mlp.{w12,w3}`` is SwiGLU, and
+``feat_rope.freqs_{cos,sin}`` are the tables of its rotary positions.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from dit_export.checkpoints.key_errors import Shapes, check_shapes, error_for_keys
 from dit_export.checkpoints.presets import PRESETS
@@ -18,6 +22,8 @@ from dit_runtime.bundle.macs import FREQUENCIES, MODULATIONS
 from dit_runtime.bundle.manifest import ModelSpec
 from dit_runtime.core.errors import CheckpointError
 
+ROTARY = ("feat_rope.freqs_cos", "feat_rope.freqs_sin")  # tables [T, head]
+NORM_PARTS = {"layer": ("weight", "bias"), "rms": ("weight",)}
 # The timestep and label embedders.
 EMBEDDERS = (
     *(f"t_embedder.mlp.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")),
@@ -33,6 +39,8 @@ class Numerics:
     attention_eps: float = 1e-6  # LayerNorm before attention
     mlp_eps: float = 1e-6  # LayerNorm before the MLP
     final_eps: float = 1e-6  # LayerNorm before the output projection
+    qk_eps: float = 1e-5  # LayerNorm of queries and keys: timm's Attention takes nn.LayerNorm's default
+    qk_rms_eps: float = 1e-6  # RMSNorm of queries and keys
 
 
 def official_shapes(spec: ModelSpec, channels: int) -> dict[str, tuple[int, ...]]:
@@ -50,7 +58,14 @@ def official_shapes(spec: ModelSpec, channels: int) -> dict[str, tuple[int, ...]
     for index in range(spec.depth):
         block = f"blocks.{index}"
         shapes |= _linear_shapes(f"{block}.attn.qkv", d, 3 * d) | _linear_shapes(f"{block}.attn.proj", d, d)
-        shapes |= _linear_shapes(f"{block}.mlp.fc1", d, hidden) | _linear_shapes(f"{block}.mlp.fc2", hidden, d)
+        for part in ("q_norm", "k_norm") if spec.qk_norm != "none" else ():
+            shapes |= _norm_shapes(f"{block}.attn.{part}", d // spec.heads, spec.qk_norm)
+        if spec.mlp == "swiglu":
+            shapes |= _linear_shapes(f"{block}.mlp.w12", d, 2 * hidden) | _linear_shapes(f"{block}.mlp.w3", hidden, d)
+        else:
+            shapes |= _linear_shapes(f"{block}.mlp.fc1", d, hidden) | _linear_shapes(f"{block}.mlp.fc2", hidden, d)
+        if spec.norm == "rms":
+            shapes |= _norm_shapes(f"{block}.norm1", d, "rms") | _norm_shapes(f"{block}.norm2", d, "rms")
         if adaptive:
             shapes |= _linear_shapes(f"{block}.adaLN_modulation.1", d, MODULATIONS[spec.conditioning] * d)
             continue
@@ -60,6 +75,10 @@ def official_shapes(spec: ModelSpec, channels: int) -> dict[str, tuple[int, ...]
             shapes |= _linear_shapes(f"{block}.cross_attn.kv", d, 2 * d) | _linear_shapes(
                 f"{block}.cross_attn.proj", d, d
             )
+    if spec.rotary:
+        shapes |= dict.fromkeys(ROTARY, (spec.tokens, d // spec.heads))
+    if spec.norm == "rms":
+        shapes |= _norm_shapes("final_layer.norm_final", d, "rms")
     shapes |= _linear_shapes("final_layer.linear", d, p * p * channels)
     shapes |= (
         _linear_shapes("final_layer.adaLN_modulation.1", d, 2 * d)
@@ -73,9 +92,11 @@ def _linear_shapes(name: str, inputs: int, outputs: int) -> dict[str, tuple[int,
     return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
 
 
-def _norm_shapes(name: str, width: int) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+def _norm_shapes(name: str, width: int, kind: str = "layer") -> dict[str, tuple[int, ...]]:
+    return {f"{name}.{part}": (width,) for part in NORM_PARTS[kind]}
 
+
+_Q_NORM = "blocks.0.attn.q_norm.weight"
 
 # The parameters whose shapes describe the model, and how many axes each has.
 ESSENTIAL = {
@@ -84,8 +105,8 @@ ESSENTIAL = {
     "pos_embed": 3,
     "final_layer.linear.weight": 2,
     "blocks.0.attn.qkv.weight": 2,
-    "blocks.0.mlp.fc1.weight": 2,
 }
+_MLPS = {"gelu": "blocks.0.mlp.fc1.weight", "swiglu": "blocks.0.mlp.w12.weight"}
 
 
 def official_spec(
@@ -102,8 +123,8 @@ def official_spec(
     Args:
         source: the file's name, for errors.
         shapes: the shape of each parameter.
-        heads: the number of attention heads, which no shape tells; None takes the paper's model of the same depth and
-            width.
+        heads: the number of attention heads, which only a norm of queries and keys tells; None takes that, or the
+            paper's model of the same depth and width.
         learned_variance: whether a second half of the output channels, if there is one, is the variance; SiT does not
             use it.
         has_null: tells whether the last of so many rows of the label table is the null class.
@@ -113,11 +134,13 @@ def official_spec(
     Raises:
         CheckpointError: another layout, keys that are missing or left over, or shapes that do not fit together.
     """
-    if missing := [key for key in ESSENTIAL if key not in shapes]:
+    mlp: Literal["gelu", "swiglu"] = "swiglu" if _MLPS["swiglu"] in shapes else "gelu"
+    essential = {**ESSENTIAL, _MLPS[mlp]: 2}
+    if missing := [key for key in essential if key not in shapes]:
         raise error_for_keys(source, shapes, missing, [])
     modulation = shapes.get("blocks.0.adaLN_modulation.1.weight", (1, 1))
     for key, shape, axes in [
-        *((key, shapes[key], axes) for key, axes in ESSENTIAL.items()),
+        *((key, shapes[key], axes) for key, axes in essential.items()),
         ("blocks.0.adaLN_modulation.1.weight", modulation, 2),
     ]:
         if len(shape) != axes or min(shape) < 1:
@@ -134,18 +157,32 @@ def official_spec(
     rows = shapes["y_embedder.embedding_table.weight"][0]
     null = has_null(rows)
     depth = count_blocks(source, shapes)
+    normalizes = _Q_NORM in shapes
+    if normalizes:
+        heads = _heads_of_norm(source, shapes[_Q_NORM], heads, width)
+    conditioning = _find_conditioning(shapes, width)
+    has_rms = "blocks.0.norm1.weight" in shapes and "blocks.0.norm1.bias" not in shapes
+    if conditioning != "adaln-zero" and (has_rms or mlp == "swiglu" or ROTARY[0] in shapes):
+        raise CheckpointError(
+            f"{source}: blocks.0.adaLN_modulation.1.weight {list(modulation)} beside RMSNorm, SwiGLU or rotary "
+            f"positions; expected {6 * width} rows (a LightningDiT without shift is not supported)"
+        )
     spec = ModelSpec(
-        conditioning=_find_conditioning(shapes, width),
+        conditioning=conditioning,
         latent_channels=channels,
         latent_size=(shapes["pos_embed"][1] * patch, patch),  # whatever has so many tokens, until the shapes fit
         patch_size=patch,
         width=width,
         depth=depth,
         heads=_find_heads(source, heads, depth, width),
-        mlp_width=shapes["blocks.0.mlp.fc1.weight"][0],
+        mlp_width=shapes[_MLPS[mlp]][0] // (2 if mlp == "swiglu" else 1),
         classes=rows - null,
         learned_variance=learned_variance and outputs == 2 * channels,
         has_null=null,
+        qk_norm=("layer" if _Q_NORM.replace("weight", "bias") in shapes else "rms") if normalizes else "none",
+        norm="rms" if has_rms else "layer",
+        mlp=mlp,
+        rotary=ROTARY[0] in shapes,
     )
     check_shapes(source, shapes, official_shapes(spec, outputs))
     height, columns = grid(patch)
@@ -174,6 +211,19 @@ def _find_conditioning(shapes: Shapes, width: int) -> str:
     if modulation is None:
         return "in-context" if "blocks.0.norm1.weight" in shapes else "adaln-zero"
     return "adaln" if modulation[0] == MODULATIONS["adaln"] * width else "adaln-zero"
+
+
+def _heads_of_norm(source: str, shape: tuple[int, ...], heads: int | None, width: int) -> int:
+    """The number of heads that the norm of queries tells, whose ``shape`` is one head's."""
+    size = shape[0] if len(shape) == 1 else 0
+    if not size or width % size:
+        raise CheckpointError(f"{source}: {_Q_NORM} {list(shape)}; expected one axis, a divisor of the width {width}")
+    if heads not in (None, width // size):
+        raise CheckpointError(
+            f"{source}: --heads or the file says {heads} heads, and the norms of queries are of heads of {size}, which "
+            f"are {width // size} for width {width}; leave --heads out"
+        )
+    return width // size
 
 
 def _find_heads(source: str, heads: int | None, depth: int, width: int) -> int:

@@ -1,25 +1,46 @@
-"""Reads a file with the official names: the DiT of facebookresearch/DiT, or the SiT of willisma/SiT."""
+"""Reads a file with the official names: the DiT of facebookresearch/DiT, or a SiT of willisma/SiT or sihyun-yu/REPA."""
 
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
+from typing import cast
 
 from diffusers import DDIMScheduler
 
-from dit_export.checkpoints.autoencoders import Autoencoder, autoencoder_for, spec_of_autoencoder
+from dit_export.checkpoints.autoencoder_file import autoencoder_from_file
+from dit_export.checkpoints.autoencoders import (
+    Autoencoder,
+    autoencoder_for,
+    checked_autoencoder,
+    spec_of_autoencoder,
+    with_statistics,
+)
 from dit_export.checkpoints.checkpoint import Checkpoint
 from dit_export.checkpoints.conventions import find_conventions
+from dit_export.checkpoints.descendants import refuse_descendants
 from dit_export.checkpoints.diffusers_folder.scheduler import LINEAR_BETAS, diffusion_from_config
 from dit_export.checkpoints.families import FAMILIES
 from dit_export.checkpoints.formats import CheckpointFormat, Location
 from dit_export.checkpoints.layouts import Numerics, official_spec
 from dit_export.checkpoints.positions import grid_of_table
 from dit_export.checkpoints.source import Source, refuse_options
-from dit_export.checkpoints.stated_model import check_model, has_null_row, heads_of
+from dit_export.checkpoints.stated_model import check_model, check_parts, has_null_row, heads_of
 from dit_export.checkpoints.statements import Statements
-from dit_export.checkpoints.weights import PICKLES, SAFE, Weights, check_sha256, read_weights_file
-from dit_runtime.bundle.manifest import PATHS, DiffusionSpec, ModelSpec
+from dit_export.checkpoints.training_parts import LatentStatistics, ModelPart, statistics_from_file, take_model
+from dit_export.checkpoints.weights import (
+    AUTOENCODER,
+    PICKLES,
+    SAFE,
+    StoredTensor,
+    Weights,
+    check_sha256,
+    read_weights_file,
+)
+from dit_runtime.bundle.manifest import PATHS, DiffusionSpec, ModelSpec, Time
 from dit_runtime.core.errors import CheckpointError
 
 logger = logging.getLogger("dit_runtime.export")  # a command prints what is logged below dit_runtime
@@ -37,11 +58,14 @@ def _load(source: Source, location: Location) -> Checkpoint:
     read = read_weights_file(file, source.weights)
     sha256 = check_sha256([file], source.sha256)
     said = Statements(str(file), read.arguments)
-    conventions = find_conventions(source, said, location.name)
-    if conventions.family != "sit":
+    refuse_descendants(str(file), read.tensors)
+    part = take_model(said, read.tensors)
+    conventions = find_conventions(source, said, location.name, part, _learns_variance(part.tensors))
+    if FAMILIES[conventions.family].time is None:
         refuse_options(source, {"path", "time"})
-    weights = Weights(str(file), read.tensors)
-    autoencoder = autoencoder_for(source)
+    weights = Weights(str(file), part.tensors)
+    statistics = _statistics_of(source, file, part, read.has_autoencoder)
+    autoencoder = _autoencoder_of(source, file, read.has_autoencoder, conventions.family, statistics)
     factor = spec_of_autoencoder(autoencoder).factor
     spec, channels = official_spec(
         str(file),
@@ -56,11 +80,64 @@ def _load(source: Source, location: Location) -> Checkpoint:
     if read.path is not None:
         name = f"{name} (weights {read.path})"
         logger.info("%s: took the weights %s; beside them: %s", file, read.path, ", ".join(read.others) or "none")
+    check_parts(str(file), conventions.family, spec)
     if not spec.has_null:
         logger.info("%s: no row of the label table is the null class: the model is exported without guidance", file)
     return official_checkpoint(
         replace(source, path=conventions.path), conventions.family, spec, channels, weights, autoencoder, name, sha256
     )
+
+
+def _learns_variance(tensors: Mapping[str, StoredTensor]) -> bool:
+    """Whether the network's output has more channels than its input; True for shapes that are no DiT's."""
+    output, patches = (tensors.get(name) for name in ("final_layer.linear.weight", "x_embedder.proj.weight"))
+    if output is None or patches is None or len(patches.shape) != 4 or not output.shape:
+        return True
+    return output.shape[0] > math.prod(patches.shape[1:])
+
+
+def _statistics_of(source: Source, file: Path, part: ModelPart, has_autoencoder: bool) -> LatentStatistics | None:
+    """The statistics of a model's latents: of ``--latent-stats``, else its file's own, else none.
+
+    REPA-E trains a model with its autoencoder, which the file then holds, or on latents of a finished one, whose
+    statistics lie in a file of their own.
+
+    Raises:
+        CheckpointError: both are there for one autoencoder, or neither is where there must be one.
+    """
+    if source.latent_stats is not None:
+        if part.statistics is not None and has_autoencoder:
+            raise CheckpointError(
+                f"{file}: holds statistics of the latents of the autoencoder in it; leave --latent-stats out"
+            )
+        return statistics_from_file(Path(source.latent_stats))
+    if part.lacks_statistics:
+        raise CheckpointError(
+            f"{file}: its statistics of latents (bn.running_mean, bn.running_var) are 0 and 1, which no training made; "
+            "name the file that has those of its autoencoder (--latent-stats)"
+        )
+    return part.statistics
+
+
+def _autoencoder_of(
+    source: Source, file: Path, is_inside: bool, family: str, statistics: LatentStatistics | None
+) -> Autoencoder:
+    """The autoencoder of a file: the one that ``--vae`` names, the file's own, or the family's usual one.
+
+    Where there are statistics of the latents, they say how latents are scaled.
+    """
+    if statistics is not None:
+        refuse_options(source, {"autoencoder_scaling"})
+        source = replace(source, autoencoder_scaling=())
+    if source.autoencoder is None and is_inside:
+        logger.info("%s: took the autoencoder that is in the file (%s)", file, AUTOENCODER)
+        autoencoder = checked_autoencoder(file, autoencoder_from_file(file, source.autoencoder_scaling, AUTOENCODER))
+    else:
+        autoencoder = autoencoder_for(source, FAMILIES[family].autoencoder)
+    if statistics is None:
+        return autoencoder
+    logger.info("%s: statistics of %d latent channels scale the latents", file, len(statistics.mean))
+    return with_statistics(file, autoencoder, statistics)
 
 
 def official_checkpoint(
@@ -73,13 +150,16 @@ def official_checkpoint(
     name: str,
     sha256: str | None,
 ) -> Checkpoint:
-    """A checkpoint of the official or the SiT family; ``channels`` are the network's output channels."""
-    if family == "official":
+    """A checkpoint whose reference is not diffusers' own; ``channels`` are the network's output channels."""
+    guided = min(FAMILIES[family].guidance_channels or spec.latent_channels, spec.latent_channels)
+    if (time := FAMILIES[family].time) is None:
         scheduler = DDIMScheduler(**LINEAR_BETAS)
-        diffusion = replace(diffusion_from_config(scheduler.config, 3), timestep_spacing="official", steps_offset=0)
+        diffusion = diffusion_from_config(scheduler.config, guided)
+        diffusion = replace(diffusion, timestep_spacing="official", steps_offset=0)
     else:
-        diffusion = DiffusionSpec((), "velocity", 3, "uniform", 0, True, source.path or PATHS[0])
-    diffusion = replace(diffusion, guidance_channels=min(3, spec.latent_channels))
+        path = source.path or PATHS[0]
+        diffusion = DiffusionSpec((), "velocity", guided, "uniform", 0, True, path, time=cast(Time, time))
+        diffusion = replace(diffusion, time_shift=FAMILIES[family].time_shift)
     defaults = FAMILIES[family].defaults
     return Checkpoint(
         name=name,
@@ -99,7 +179,7 @@ def official_checkpoint(
 
 
 FORMAT = CheckpointFormat(
-    options=frozenset({"heads", "path", "time", "weights", "classes", "sha256", "autoencoder_scaling"}),
+    options=frozenset({"heads", "path", "time", "weights", "classes", "sha256", "autoencoder_scaling", "latent_stats"}),
     recognizes=_is_weights_file,
     load=_load,
 )

@@ -7,10 +7,12 @@ from torch import device
 
 from dit_export.checkpoints.autoencoders import Autoencoder, autoencoder_for, random_autoencoder, spec_of_autoencoder
 from dit_export.checkpoints.checkpoint import Checkpoint
+from dit_export.checkpoints.conventions import check_path
 from dit_export.checkpoints.diffusers_folder.load import checkpoint_from_parts
 from dit_export.checkpoints.diffusers_folder.scheduler import LINEAR_BETAS
 from dit_export.checkpoints.diffusers_folder.transformer import diffusers_from_official
 from dit_export.checkpoints.diffusers_modules import freeze
+from dit_export.checkpoints.families import FAMILIES
 from dit_export.checkpoints.formats import CheckpointFormat, Location
 from dit_export.checkpoints.layouts import official_shapes
 from dit_export.checkpoints.official_file import official_checkpoint
@@ -19,7 +21,7 @@ from dit_export.checkpoints.presets import PRESETS, Preset, preset_from_name
 from dit_export.checkpoints.random_weights import SkippedInitialization, random_tensors
 from dit_export.checkpoints.source import Source, refuse_options
 from dit_export.checkpoints.weights import StoredTensor, Weights
-from dit_runtime.bundle.manifest import ModelSpec
+from dit_runtime.bundle.manifest import PATHS, ModelSpec
 from dit_runtime.core.errors import CheckpointError
 from dit_runtime.samplers.noise import check_seed
 
@@ -58,7 +60,7 @@ def _load(source: Source, location: Location) -> Checkpoint:
         classes=source.classes or 1000,
         learned_variance=learned and not preset.is_sit,
     )
-    channels = 2 * spec.latent_channels if preset.is_sit and learned else spec.output_channels
+    channels = 2 * spec.latent_channels if family == "sit" and learned else spec.output_channels
     tensors = random_tensors(official_shapes(spec, channels), source.random_seed)
     tensors["pos_embed"] = StoredTensor(tensors["pos_embed"].shape, lambda: official_table(spec.width, spec.grid))
     weights = Weights(source.name, tensors)
@@ -78,9 +80,11 @@ def _family_of(source: Source, preset: Preset, conditioning: str) -> str:
     family = source.family or ("sit" if preset.is_sit else by_conditioning)
     if family == "diffusers" and conditioning != "adaln-zero":
         raise CheckpointError(f"conditioning {conditioning}: diffusers has none such; use --family official")
-    if preset.is_sit != (family == "sit"):
+    if preset.is_sit != (FAMILIES[family].time is not None):
         raise CheckpointError(f"{source.name} with --family {family}: expected a preset of the same family")
-    if not preset.is_sit:
+    if preset.is_sit:
+        check_path(source.name, family, source.path or PATHS[0])
+    else:
         refuse_options(source, {"path"})
     return family
 

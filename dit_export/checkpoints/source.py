@@ -11,8 +11,8 @@ from dit_runtime.core.errors import CheckpointError
 # Options that only some formats of checkpoint take, and what they are for.
 OPTION_PURPOSES = {
     "heads": "describe a file with the official names",
-    "path": "describe a SiT",
-    "time": "describe a SiT",
+    "path": "describe a velocity model",
+    "time": "describe a velocity model",
     "weights": "choose among the sets of weights in a file",
     "variant": "choose among a diffusers folder's files",
     "sha256": "pin a file that holds weights",
@@ -20,8 +20,13 @@ OPTION_PURPOSES = {
     "classes": "say how many classes a file, folder or preset has",
     "learned_variance": "describe a preset",
     "autoencoder_scaling": "describe a VAE that is a file",
+    "latent_stats": "say how a file's model had its latents normalized",
 }
-OPTION_NAMES = {"learned_variance": "fixed-variance", "autoencoder_scaling": "vae-scaling"}
+OPTION_NAMES = {
+    "learned_variance": "fixed-variance",
+    "autoencoder_scaling": "vae-scaling",
+    "latent_stats": "latent-stats",
+}
 
 
 @dataclass(frozen=True)
@@ -31,15 +36,19 @@ class Source:
     Attributes:
         name: a diffusers folder, a ``.pt`` or ``.safetensors`` file, a hub id (``owner/name[@revision]``) or a preset.
         random_seed: the seed of a preset's random weights; None for checkpoints that have weights.
-        family: ``diffusers``, ``official`` or ``sit``; None means as a file's training arguments say, else official for
-            files, sit for presets of SiT, and diffusers otherwise.
+        family: one of ``families.FAMILIES``; None means as a file's parameters, its training arguments or ``time`` say,
+            else official for files, sit for presets of SiT, and diffusers otherwise.
         heads: the number of attention heads, for shapes that the paper does not list.
         autoencoder: a folder, file or hub id with the VAE; None means the pipeline's own VAE or the official default.
-        autoencoder_scaling: the scaling factor of the latents of a VAE that is a file, and maybe their shift.
+        autoencoder_scaling: the scaling factor of the latents of a VAE that is a file, and maybe their shift; empty
+            where statistics in the model's file tell it.
+        latent_stats: a file with mean and deviation of each channel of the VAE's latents, by which a model's latents
+            were normalized.
         variant: the variant of a diffusers folder's weights files, such as ``fp16``.
         sha256: the hash that the transformer's weights file must have.
-        path: the path of a SiT: ``linear``, ``gvp`` or ``vp``; None means as the file says, or linear for presets.
-        time: which way the time of a SiT runs, one of ``families.TIMES``; None means as the file says.
+        path: the path of a velocity model: ``linear``, ``gvp`` or ``vp``; None means as the file says, or linear for
+            presets.
+        time: which way the time of a velocity model runs, one of ``TIMES``; None means as the family or the file says.
         weights: the path of the set of weights to take from a file that holds several, such as ``ema``.
         guidance_channels: how many latent channels guidance acts on, 0 for all; None means as the reference does.
         image_sizes: heights and widths of images in pixels; an empty tuple means the trained size.
@@ -56,6 +65,7 @@ class Source:
     heads: int | None = None
     autoencoder: str | None = None
     autoencoder_scaling: tuple[float, ...] | None = None
+    latent_stats: str | None = None
     variant: str | None = None
     sha256: str | None = None
     path: str | None = None

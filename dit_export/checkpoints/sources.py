@@ -13,7 +13,7 @@ from dit_export.checkpoints import official_file, random_preset
 from dit_export.checkpoints.autoencoders import is_complete_autoencoder
 from dit_export.checkpoints.checkpoint import Checkpoint, check_guidance_channels, checkpoint_at_sizes
 from dit_export.checkpoints.diffusers_folder import load as diffusers_folder
-from dit_export.checkpoints.families import FAMILIES, TIMES
+from dit_export.checkpoints.families import FAMILIES
 from dit_export.checkpoints.file_kinds import PICKLES, SAFE, check_name, check_regular, kind_of_file
 from dit_export.checkpoints.formats import Location
 from dit_export.checkpoints.hub import check_hub_id, download_repository, find_local, hub_id_of_snapshot
@@ -21,7 +21,7 @@ from dit_export.checkpoints.key_errors import SUPPORTED
 from dit_export.checkpoints.presets import preset_from_name
 from dit_export.checkpoints.source import OPTION_PURPOSES, Source, refuse_options
 from dit_export.checkpoints.weights import files_of_module
-from dit_runtime.bundle.manifest import CONDITIONINGS, PATHS
+from dit_runtime.bundle.manifest import CONDITIONINGS, PATHS, TIMES
 from dit_runtime.core.errors import CheckpointError
 from dit_runtime.core.files import named
 

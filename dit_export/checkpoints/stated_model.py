@@ -9,7 +9,7 @@ from dit_runtime.bundle.manifest import ModelSpec
 from dit_runtime.core.errors import CheckpointError
 
 # What a DiT with the official names has not, though no parameter's name or shape may show it.
-NO_PARTS = ("qk_norm", "use_qknorm", "use_swiglu", "swiglu", "use_rope", "rope", "use_rmsnorm", "rmsnorm", "wo_shift")
+NO_PARTS = ("wo_shift",)
 # Names of the number of classes in the training scripts of DiT's descendants.
 CLASS_COUNTS = ("num_classes", "n_classes", "nb_classes", "num_labels", "nclass", "n_class", "num_class", "class_num")
 
@@ -99,10 +99,31 @@ def check_model(source: Source, said: Statements, spec: ModelSpec, channels: int
         raise _error_for_contradiction(
             said, f"learn_sigma = {learned}", f"there are {channels} output channels for {spec.latent_channels}"
         )
+    normalizes = said.flag("qk_norm", "use_qknorm")
+    if normalizes is not None and normalizes != (spec.qk_norm != "none"):
+        has = "have" if spec.qk_norm != "none" else "have no"
+        raise _error_for_contradiction(said, f"qk_norm = {normalizes}", f"the weights {has} norms of queries and keys")
+    for names, is_there, what in (
+        (("use_swiglu", "swiglu"), spec.mlp == "swiglu", "SwiGLU"),
+        (("use_rope", "rope"), spec.rotary, "rotary positions"),
+        (("use_rmsnorm", "rmsnorm"), spec.norm == "rms", "RMSNorm"),
+    ):
+        flag = said.flag(*names)
+        if flag is not None and flag != is_there:
+            raise _error_for_contradiction(
+                said, f"{names[0]} = {flag}", f"the weights are {'with' if is_there else 'without'} {what}"
+            )
     if part := next((name for name in NO_PARTS if said.flag(name)), None):
         raise _error_for_contradiction(said, f"{part} = True", "a DiT or SiT with the official names has no such part")
     _check_model_name(source, said, spec)
     _check_image_size(source, said, spec, factor)
+
+
+def check_parts(source: str, family: str, spec: ModelSpec) -> None:
+    """Check that a family has the parts of a model. Raises CheckpointError where only LightningDiT has them."""
+    parts = {"RMSNorm": spec.norm == "rms", "SwiGLU": spec.mlp == "swiglu", "rotary positions": spec.rotary}
+    if family != "lightningdit" and (found := [name for name, has in parts.items() if has]):
+        raise CheckpointError(f"{source}: has {' and '.join(found)}, --family says {family}; leave --family out")
 
 
 def _check_model_name(source: Source, said: Statements, spec: ModelSpec) -> None:

@@ -33,6 +33,7 @@ from dit_runtime.core.files import sha256_of
 __all__ = ["PICKLES", "SAFE", "StoredTensor", "Weights", "stored_from_tensor"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+AUTOENCODER = "vae"  # where REPA-E's training checkpoints hold theirs
 LARGEST_HEADER = 1 << 24  # bytes, of a safetensors file; DiT-XL/2 has about 3e4
 LARGEST_INDEX = 1 << 24  # bytes, of an index of shards
 
@@ -85,12 +86,14 @@ class WeightsFile:
         path: which set of weights they are, if the file holds several; else None.
         others: the paths of the other sets.
         arguments: the arguments of the training run, or the metadata of a safetensors file; may be empty.
+        has_autoencoder: whether the file holds an autoencoder too, under ``AUTOENCODER``.
     """
 
     tensors: Mapping[str, StoredTensor]
     path: str | None
     others: tuple[str, ...] = ()
     arguments: dict[str, Any] = field(default_factory=dict)
+    has_autoencoder: bool = False
 
 
 def read_weights_file(file: Path, wanted: str | None = None) -> WeightsFile:
@@ -108,19 +111,20 @@ def read_weights_file(file: Path, wanted: str | None = None) -> WeightsFile:
     check_plain(str(file), chosen.tensors)
     check_distinct(str(file), chosen.tensors)
     path = chosen.path if others or (wanted is not None and wanted != WHOLE) else None
-    return WeightsFile(chosen.tensors, path, others, arguments_from_content(metadata or content))
+    has_autoencoder = isinstance(content, dict) and isinstance(content.get(AUTOENCODER), dict)
+    return WeightsFile(chosen.tensors, path, others, arguments_from_content(metadata or content), has_autoencoder)
 
 
-def weights_from_file(file: Path) -> dict[str, StoredTensor]:
+def weights_from_file(file: Path, part: str | None = None) -> dict[str, StoredTensor]:
     """The tensors of a ``.safetensors`` file or of a pickled state dict, by name, without what wrappers put in.
 
-    The dict may be inside another, under ``model`` or ``state_dict``.
+    The dict may be inside another, under ``model`` or ``state_dict``, or under the key ``part``.
 
     Raises:
         CheckpointError: the file is unreadable or something else, or holds more than tensors by name.
     """
     content, _ = _read(file)
-    for key in ("model", "state_dict"):
+    for key in ("model", "state_dict") if part is None else (part,):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
             break

@@ -22,18 +22,26 @@ class Decoder(nn.Module):
     serves comparisons with the reference, and images that are put together from tiles. h and w may be any size.
     """
 
+    scale: float | Tensor
+    shift: float | Tensor
+
     def __init__(self, autoencoder: Autoencoder, precision: PrecisionSpec) -> None:
         super().__init__()
         spec = spec_of_autoencoder(autoencoder)
         self.channels, self.factor = autoencoder.config.latent_channels, spec.factor
-        self.scale, self.shift = 1 / spec.scaling_factor, spec.shift_factor
+        if spec.latents_std:
+            self.scale = nn.Buffer(_per_channel(spec.latents_std) / spec.scaling_factor, persistent=False)
+            self.shift = nn.Buffer(_per_channel(spec.latents_mean), persistent=False)
+        else:
+            self.scale, self.shift = 1 / spec.scaling_factor, spec.shift_factor
+        self.shifts = bool(spec.latents_std) or spec.shift_factor != 0
         self.dtype = dtype_of(precision, "decoder")
         tiny = isinstance(autoencoder, AutoencoderTiny)
         self.post_quant = _copy_in_dtype(None if tiny else autoencoder.post_quant_conv, self.dtype)
         self.decoder = _copy_in_dtype(autoencoder.decoder, self.dtype)
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        z = (self.scale * latents + self.shift).to(self.dtype) if self.shift else (self.scale * latents).to(self.dtype)
+        z = (self.scale * latents + self.shift if self.shifts else self.scale * latents).to(self.dtype)
         if self.post_quant is not None:
             z = self.post_quant(z)
         decoded = self.decoder(z).float()  # (B, 3, H, W)
@@ -50,11 +58,18 @@ class Encoder(nn.Module):
     has no posterior; its latents are the mean.
     """
 
+    scale: float | Tensor
+    shift: float | Tensor
+
     def __init__(self, autoencoder: Autoencoder, precision: PrecisionSpec) -> None:
         super().__init__()
         spec = spec_of_autoencoder(autoencoder)
         self.channels, self.factor = autoencoder.config.latent_channels, spec.factor
-        self.scale, self.shift = spec.scaling_factor, spec.shift_factor
+        if spec.latents_std:
+            self.scale = nn.Buffer(spec.scaling_factor / _per_channel(spec.latents_std), persistent=False)
+            self.shift = nn.Buffer(_per_channel(spec.latents_mean), persistent=False)
+        else:
+            self.scale, self.shift = spec.scaling_factor, spec.shift_factor
         self.dtype = dtype_of(precision, ENCODER)
         self.has_deviation = not isinstance(autoencoder, AutoencoderTiny)
         self.quant = _copy_in_dtype(autoencoder.quant_conv if self.has_deviation else None, self.dtype)
@@ -72,6 +87,11 @@ class Encoder(nn.Module):
         mean, log_variance = h.float().chunk(2, dim=1)
         # DiagonalGaussianDistribution clamps so.
         return (mean - self.shift) * self.scale, torch.exp(0.5 * log_variance.clamp(-30, 20)) * self.scale
+
+
+def _per_channel(values: tuple[float, ...]) -> Tensor:
+    """Numbers of each channel ``[1, C, 1, 1]``; on the CPU even under a meta device."""
+    return torch.tensor(values, dtype=torch.float32, device="cpu").view(1, -1, 1, 1)
 
 
 def _copy_in_dtype(module: nn.Module | None, dtype: torch.dtype) -> Any:

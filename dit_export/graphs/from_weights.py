@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from dit_export.checkpoints.layouts import EMBEDDERS, Numerics
+from dit_export.checkpoints.layouts import EMBEDDERS, NORM_PARTS, ROTARY, Numerics
 from dit_export.graphs.model import Conditioner, Step
 from dit_export.graphs.precision import dtype_of
 from dit_runtime.bundle.macs import MODULATIONS
@@ -49,8 +49,10 @@ def step_from_weights(
     with torch.device("meta"):
         module = Step(spec, numerics)
     state = {"position": position}
-    for target, source, unit in _step_names(spec):
-        for kind in ("weight", "bias"):
+    if spec.rotary:
+        state["rotary"] = torch.stack([weights[name] for name in ROTARY])
+    for target, source, unit, kinds in _step_names(spec):
+        for kind in kinds:
             state[f"{target}.{kind}"] = weights[f"{source}.{kind}"].to(
                 torch.float32 if unit is None else dtype_of(precision, unit)
             )
@@ -61,20 +63,27 @@ def step_from_weights(
     return module.eval().requires_grad_(False)
 
 
-def _step_names(spec: ModelSpec) -> Iterator[tuple[str, str, str | None]]:
-    """The name in ``Step``, the official name, and the unit of the precision policy; None is always FP32."""
-    yield "patch_embed", "x_embedder.proj", "patch_embed"
-    yield "final", "final_layer.linear", "final"
-    norms, affine = ["norm1", "norm2"], spec.conditioning not in MODULATIONS
+def _step_names(spec: ModelSpec) -> Iterator[tuple[str, str, str | None, tuple[str, ...]]]:
+    """The name in ``Step``, the official name, the unit of the precision policy and the parts of a parameter.
+
+    The unit None is always FP32.
+    """
+    both = NORM_PARTS["layer"]
+    yield "patch_embed", "x_embedder.proj", "patch_embed", both
+    yield "final", "final_layer.linear", "final", both
+    norms, affine = ["norm1", "norm2"], spec.norm == "rms" or spec.conditioning not in MODULATIONS
     parts = [("attn", "qkv"), ("attn", "proj"), ("mlp", "fc1"), ("mlp", "fc2")]
+    theirs = {"fc1": "w12", "fc2": "w3"} if spec.mlp == "swiglu" else {}
     if spec.conditioning == "cross-attention":
         norms.append("norm3")
         parts += [("cross_attn", "q"), ("cross_attn", "proj")]
     for index in range(spec.depth):
         block = f"blocks.{index}"
         for unit, name in parts:
-            yield f"{block}.{unit}.{name}", f"{block}.{unit}.{name}", f"{block}.{unit}"
+            yield f"{block}.{unit}.{name}", f"{block}.{unit}.{theirs.get(name, name)}", f"{block}.{unit}", both
         for norm in norms if affine else ():
-            yield f"{block}.{norm}", f"{block}.{norm}", None
+            yield f"{block}.{norm}", f"{block}.{norm}", None, NORM_PARTS[spec.norm]
+        for norm in ("attn.q_norm", "attn.k_norm") if spec.qk_norm != "none" else ():
+            yield f"{block}.{norm}", f"{block}.{norm}", None, NORM_PARTS[spec.qk_norm]
     if affine:
-        yield "final_norm", "final_layer.norm_final", None
+        yield "final_norm", "final_layer.norm_final", None, NORM_PARTS[spec.norm]

@@ -91,18 +91,25 @@ class Conditioner(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; products in the weights' dtype, softmax in FP32."""
+    """Multi-head self-attention; products in the weights' dtype, softmax and the norm of queries and keys in FP32."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, spec: ModelSpec, numerics: Numerics) -> None:
         super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.heads = spec.heads
+        self.qkv = nn.Linear(spec.width, 3 * spec.width)
+        self.proj = nn.Linear(spec.width, spec.width)
+        self.normalizes = spec.qk_norm != "none"
+        if self.normalizes:
+            self.q_norm, self.k_norm = make_qk_norm(spec, numerics), make_qk_norm(spec, numerics)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor | None = None) -> Tensor:
         # The images stay outermost. If q, k and v were outermost, TensorRT-RTX would copy each of them in a kernel of
         # its own, on streams that wait for each other, instead of all three in one (benchmarks/kernels.py).
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(0, 2, 3, 1, 4).unbind(1)  # (N, h, T, d)
+        if self.normalizes:
+            q, k = self.q_norm(q.float()).to(v.dtype), self.k_norm(k.float()).to(v.dtype)
+        if rotary is not None:
+            q, k = turn(q.float(), rotary).to(v.dtype), turn(k.float(), rotary).to(v.dtype)
         result: Tensor = self.proj(attend(q, k, v))
         return result
 
@@ -130,6 +137,31 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return mixed.transpose(1, 2).flatten(2)
 
 
+def turn(x: Tensor, rotary: Tensor) -> Tensor:
+    """Queries or keys ``[N, h, T, d]`` with each pair of neighboring channels turned.
+
+    ``rotary``: cosines and sines ``[2, T, d]``.
+
+    As in Su et al. 2021 (arXiv 2104.09864); the angles come from the token's row and column.
+    """
+    even, odd = x.unflatten(3, (-1, 2)).unbind(4)  # (N, h, T, d/2)
+    return x * rotary[0] + torch.stack([-odd, even], dim=4).flatten(3) * rotary[1]
+
+
+class SwiGlu(nn.Module):
+    """Pointwise MLP with SwiGLU: the first half of the first product, through SiLU, times the second."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, 2 * hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.fc1(x).chunk(2, dim=-1)
+        result: Tensor = self.fc2(F.silu(gate) * value)
+        return result
+
+
 class Mlp(nn.Module):
     """Pointwise MLP with tanh-approximated GELU."""
 
@@ -152,20 +184,19 @@ class Block(nn.Module):
     def __init__(self, spec: ModelSpec, numerics: Numerics) -> None:
         super().__init__()
         self.conditioning = spec.conditioning
-        affine = spec.conditioning not in MODULATIONS
-        self.norm1 = nn.LayerNorm(spec.width, numerics.attention_eps, elementwise_affine=affine)
-        self.attn = Attention(spec.width, spec.heads)
-        self.norm2 = nn.LayerNorm(spec.width, numerics.mlp_eps, elementwise_affine=affine)
+        self.norm1 = make_norm(spec, numerics.attention_eps)
+        self.attn = Attention(spec, numerics)
+        self.norm2 = make_norm(spec, numerics.mlp_eps)
         if spec.conditioning == "cross-attention":
             self.cross_attn = CrossAttention(spec.width, spec.heads)
             self.norm3 = nn.LayerNorm(spec.width, numerics.mlp_eps)
-        self.mlp = Mlp(spec.width, spec.mlp_width)
+        self.mlp = (SwiGlu if spec.mlp == "swiglu" else Mlp)(spec.width, spec.mlp_width)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor, rotary: Tensor | None = None) -> Tensor:
         attention, mlp = self.attn.qkv.weight.dtype, self.mlp.fc1.weight.dtype
         if self.conditioning == "adaln-zero":
             shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = condition.unsqueeze(2).unbind(1)  # each (N, 1, D)
-            x = x + gate_1 * self.attn(modulate(self.norm1(x), shift_1, scale_1).to(attention)).float()
+            x = x + gate_1 * self.attn(modulate(self.norm1(x), shift_1, scale_1).to(attention), rotary).float()
             x = x + gate_2 * self.mlp(modulate(self.norm2(x), shift_2, scale_2).to(mlp)).float()
         elif self.conditioning == "adaln":
             shift_1, scale_1, shift_2, scale_2 = condition.unsqueeze(2).unbind(1)  # each (N, 1, D)
@@ -179,6 +210,19 @@ class Block(nn.Module):
             x = x + self.attn(self.norm1(x).to(attention)).float()
             x = x + self.mlp(self.norm2(x).to(mlp)).float()
         return x
+
+
+def make_qk_norm(spec: ModelSpec, numerics: Numerics) -> nn.Module:
+    """A normalization of queries or keys over a head, with weights."""
+    head = spec.width // spec.heads
+    return nn.RMSNorm(head, numerics.qk_rms_eps) if spec.qk_norm == "rms" else nn.LayerNorm(head, numerics.qk_eps)
+
+
+def make_norm(spec: ModelSpec, eps: float) -> nn.Module:
+    """A normalization of tokens; a LayerNorm has weights where nothing modulates it, an RMSNorm always."""
+    if spec.norm == "rms":
+        return nn.RMSNorm(spec.width, eps)
+    return nn.LayerNorm(spec.width, eps, elementwise_affine=spec.conditioning not in MODULATIONS)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -202,8 +246,8 @@ class Step(nn.Module):
         self.patch_embed = nn.Conv2d(spec.latent_channels, spec.width, kernel_size=patch, stride=patch)
         self.position = nn.Parameter(torch.empty(1, spec.tokens, spec.width))
         self.blocks = nn.ModuleList(Block(spec, numerics) for _ in range(spec.depth))
-        affine = spec.conditioning not in MODULATIONS
-        self.final_norm = nn.LayerNorm(spec.width, numerics.final_eps, elementwise_affine=affine)
+        self.rotary = nn.Buffer(torch.empty(2, spec.tokens, spec.width // spec.heads)) if spec.rotary else None
+        self.final_norm = make_norm(spec, numerics.final_eps)
         self.final = nn.Linear(spec.width, patch * patch * spec.output_channels)
 
     def at(self, spec: ModelSpec, position: Tensor) -> Step:
@@ -227,7 +271,7 @@ class Step(nn.Module):
             x = torch.cat([x, condition], dim=1)  # (G·B, T + 2, D)
         outputs = []
         for index, block in enumerate(self.blocks):
-            x = block(x, self.condition_for_block(condition, index))
+            x = block(x, self.condition_for_block(condition, index), self.rotary)
             outputs.append(x)
         x = self.final_norm(x[:, : spec.tokens])
         if spec.conditioning in MODULATIONS:

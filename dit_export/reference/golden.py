@@ -28,6 +28,7 @@ from dit_export.reference.record_settings import (
     Measurements,
     RecordSettings,
 )
+from dit_runtime.bundle.manifest import NOISE_AT_1
 from dit_runtime.bundle.reader import CONDITIONS, STRONG, TILE, UNGUIDED, UNQUANTIZED
 from dit_runtime.core.errors import ParityError
 from dit_runtime.verify.conditions import choose_conditions
@@ -135,14 +136,19 @@ def _make_inputs(
     z = torch.randn(count, reference.channels, *reference.spec.latent_size, generator=generator)
     training = len(reference.checkpoint.diffusion.betas)
     if settings.seed == 0:
-        # From pure noise nearly to the image: 999 … 10 of 1000 steps, 0 … 0.99 of a velocity model.
+        # From pure noise nearly to the image: 999 … 10 of 1000 steps, 0 … 0.99 of a SiT, 1 … 0.01 of a model of REPA.
         times, labels = torch.linspace(1, 0.01, count), torch.linspace(0, reference.classes - 1, count).long()
     else:
         times = torch.rand(count, generator=generator)
         labels = torch.randint(reference.classes, (count,), generator=generator)
     if not training:
-        return z, 1 - times, labels
+        return z, _model_time(reference, times), labels
     return z, (times * training).long().clamp(max=training - 1), labels
+
+
+def _model_time(reference: Reference, noise_times: Tensor) -> Tensor:
+    """The time of a velocity model at noise times ``[N]``, 1 at pure noise."""
+    return noise_times if reference.checkpoint.diffusion.time == NOISE_AT_1 else 1 - noise_times
 
 
 def _record_forward(reference: Reference, settings: RecordSettings, guidance: float) -> dict[str, Any]:
@@ -166,7 +172,9 @@ def _record_blocks(reference: Reference, settings: RecordSettings) -> dict[str, 
     z, timesteps, labels = (of_two[1:] for of_two in _make_inputs(reference, settings, 2, seed=1))
     if settings.seed == 0:
         training = len(reference.checkpoint.diffusion.betas)
-        timesteps = torch.tensor([training // 100 * 20]) if training else torch.tensor([0.8])
+        timesteps = (
+            torch.tensor([training // 100 * 20]) if training else _model_time(reference, torch.tensor([0.2])).float()
+        )
     stride = max(1, reference.spec.tokens // TOKENS_KEPT)
     with reference.observe() as seen:
         reference.predict(z, timesteps, labels, settings.guidance)

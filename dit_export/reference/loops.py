@@ -211,15 +211,17 @@ class SiTPath:
         alpha, d_alpha, sigma, d_sigma = self.coefficients_at(t)
         return (d_sigma * z - sigma * velocity) / (alpha * d_sigma - d_alpha * sigma)
 
-    def ode(self, steps: int) -> Iterator[LoopStep]:
-        """``sample_ode`` with torchdiffeq's fixed-step Euler."""
+    def ode(self, steps: int, shift: float = 1.0) -> Iterator[LoopStep]:
+        """``sample_ode`` with torchdiffeq's fixed-step Euler; ``shift`` is LightningDiT's ``timestep_shift``."""
         h = self.end / steps
         for i in range(steps):
+            t, then = (shift * at / (1 + (shift - 1) * at) for at in (i * h, (i + 1) * h))
+            step = h if shift == 1 else then - t
 
-            def advance(e: Tensor, _: Tensor, z: Tensor, t: float = i * h) -> tuple[Tensor, Tensor]:
-                return z + h * e, self.clean_from_velocity(e, z, t)
+            def advance(e: Tensor, _: Tensor, z: Tensor, t: float = t, step: float = step) -> tuple[Tensor, Tensor]:
+                return z + step * e, self.clean_from_velocity(e, z, t)
 
-            yield LoopStep(i * h, advance)
+            yield LoopStep(t, advance)
 
     def sde(self, steps: int, generators: Generators) -> Iterator[LoopStep]:
         """``sample_sde`` by Euler–Maruyama with diffusion σ_t and the last step by the mean."""

@@ -51,14 +51,28 @@ def _hook_scores(reference: Reference, block: Any, count: Callable[[Tensor], Non
     heads = reference.spec.heads
     queries: list[Tensor] = []
 
+    def scores(q: Tensor, k: Tensor) -> Tensor:
+        found: Tensor = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # of (N, h, T, d)
+        return found
+
     def count_scores(q: Tensor, k: Tensor) -> None:
         q, k = (x.unflatten(-1, (heads, -1)).transpose(-3, -2) for x in (q, k))  # (N, h, T, d)
-        count((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1))
+        count(scores(q, k))
 
     if reference.checkpoint.transformer is not None:
         return [
             block.attn1.to_q.register_forward_hook(lambda _, __, output: queries.append(output)),
             block.attn1.to_k.register_forward_hook(lambda _, __, output: count_scores(queries.pop(), output)),
+        ]
+    if hasattr(block.attn, "q_used"):
+        return [
+            block.attn.q_used.register_forward_hook(lambda _, __, output: queries.append(output)),
+            block.attn.k_used.register_forward_hook(lambda _, __, output: count(scores(queries.pop(), output))),
+        ]
+    if reference.spec.qk_norm != "none":
+        return [
+            block.attn.q_norm.register_forward_hook(lambda _, __, output: queries.append(output)),
+            block.attn.k_norm.register_forward_hook(lambda _, __, output: count(scores(queries.pop(), output))),
         ]
     return [block.attn.qkv.register_forward_hook(lambda _, __, output: count_scores(*output.chunk(3, dim=-1)[:2]))]
 

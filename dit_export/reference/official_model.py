@@ -60,18 +60,23 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with one product for queries, keys and values."""
+    """Multi-head self-attention with one product for queries, keys and values.
 
-    def __init__(self, width: int, heads: int) -> None:
+    With ``qk_norm`` queries and keys go through LayerNorms over each head, as in timm's ``Attention``.
+    """
+
+    def __init__(self, width: int, heads: int, qk_norm: bool = False) -> None:
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
+        self.q_norm: nn.Module = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
+        self.k_norm: nn.Module = nn.LayerNorm(width // heads) if qk_norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         n, t, d = x.shape
         q, k, v = self.qkv(x).reshape(n, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v)
+        mixed = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
         result: Tensor = self.proj(mixed.transpose(1, 2).reshape(n, t, d))
         return result
 
@@ -121,7 +126,7 @@ class Block(nn.Module):
         width, self.conditioning = spec.width, spec.conditioning
         adaptive = self.conditioning in ("adaln", "adaln-zero")
         self.norm1 = nn.LayerNorm(width, EPS, elementwise_affine=not adaptive)
-        self.attn = Attention(width, spec.heads)
+        self.attn = Attention(width, spec.heads, spec.qk_norm == "layer")
         self.norm2 = nn.LayerNorm(width, EPS, elementwise_affine=not adaptive)
         if self.conditioning == "cross-attention":
             self.cross_attn = CrossAttention(width, spec.heads)

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from dit_export.checkpoints.checkpoint import Checkpoint
 from dit_export.checkpoints.random_weights import SkippedInitialization
+from dit_export.reference.lightning_model import LightningDiT
 from dit_export.reference.loops import (
     LoopStep,
     OfficialDiffusion,
@@ -30,6 +31,8 @@ from dit_export.reference.loops import (
     diffusers_ddpm,
 )
 from dit_export.reference.official_model import DiT
+from dit_export.reference.repa import RepaPath
+from dit_runtime.bundle.manifest import NOISE_AT_1
 
 
 @dataclass
@@ -64,7 +67,9 @@ class Reference:
             self.evaluate = self._run_diffusers if self.spec.grid[0] == self.spec.grid[1] else self._run_diffusers_parts
         else:
             with SkippedInitialization():
-                self.transformer = DiT(self.spec, checkpoint.channels)
+                spec = self.spec
+                is_lightning = spec.norm == "rms" or spec.mlp == "swiglu" or spec.rotary
+                self.transformer = (LightningDiT if is_lightning else DiT)(spec, checkpoint.channels)
             state = (
                 dict(checkpoint.weights)
                 if self.spec.latent_size == checkpoint.trained_size
@@ -124,7 +129,9 @@ class Reference:
         """
         diffusion, learned = self.checkpoint.diffusion, self.spec.learned_variance
         if diffusion.path is not None:
-            path = SiTPath(diffusion.path)
+            path = RepaPath(diffusion.path) if diffusion.time == NOISE_AT_1 else SiTPath(diffusion.path)
+            if isinstance(path, SiTPath) and name == "euler":
+                return path.ode(steps, diffusion.time_shift)
             return path.ode(steps) if name == "euler" else path.sde(steps, generators)
         if self.checkpoint.scheduler is None:
             official = OfficialDiffusion(diffusion.betas, steps, self.table_dtype)
@@ -234,15 +241,23 @@ class Reference:
         """Float images ``[B, 3, H, W]`` from latents, not clamped."""
         config = self.checkpoint.autoencoder.config
         latents = 1 / config.scaling_factor * z
-        if config.shift_factor:
+        if config.get("latents_std") is not None:
+            latents = latents * self._per_channel(config.latents_std) + self._per_channel(config.latents_mean)
+        elif config.shift_factor:
             latents = latents + config.shift_factor
         images: Tensor = self.checkpoint.autoencoder.decode(latents.to(self.dtype)).sample
         return images.to(z.dtype)
+
+    def _per_channel(self, values: Any) -> Tensor:
+        return torch.tensor(values, dtype=self.table_dtype)[:, None, None]  # (C, 1, 1)
 
     def encode(self, images: np.ndarray[Any, np.dtype[np.uint8]]) -> dict[str, Tensor]:
         """Mean and, with a posterior, standard deviation of uint8 images ``[B, H, W, 3]``, as the sampler's latents."""
         autoencoder = self.checkpoint.autoencoder
         scale, shift = autoencoder.config.scaling_factor, autoencoder.config.shift_factor or 0.0
+        if autoencoder.config.get("latents_std") is not None:
+            scale = scale / self._per_channel(autoencoder.config.latents_std)
+            shift = self._per_channel(autoencoder.config.latents_mean)
         outside = self.table_dtype
         x = (2 * (torch.from_numpy(images).permute(0, 3, 1, 2).to(outside) / 255) - 1).to(self.dtype)
         if isinstance(autoencoder, AutoencoderTiny):

@@ -25,6 +25,7 @@ Predict = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 CONDITIONINGS = ("adaln-zero", "adaln", "cross-attention", "in-context")
 NORM_EPS = 1e-6
+QK_NORM_EPS = 1e-5  # of timm's q_norm and k_norm, nn.LayerNorm's own
 FREQUENCIES = 128  # the timestep embedding has as many cosines, then as many sines
 MAX_PERIOD = 10000
 
@@ -41,19 +42,35 @@ def _gelu_tanh(x: Tensor) -> Tensor:
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def _normalized(x: Tensor) -> Tensor:
+def _normalized(x: Tensor, eps: float = NORM_EPS) -> Tensor:
     """LayerNorm without weights: the biased variance over the last axis."""
     centered = x - x.mean(-1, keepdim=True)
-    return centered / torch.sqrt(centered.square().mean(-1, keepdim=True) + NORM_EPS)
+    return centered / torch.sqrt(centered.square().mean(-1, keepdim=True) + eps)
 
 
-def _affine_norm(weights: Weights, name: str, x: Tensor) -> Tensor:
-    return _normalized(x) * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+def _rms_norm(weights: Weights, name: str, x: Tensor) -> Tensor:
+    return x / torch.sqrt(x.square().mean(-1, keepdim=True) + NORM_EPS) * weights[f"{name}.weight"]
 
 
-def _modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Adaptive LayerNorm of x [N, T, D] by shift and scale [N, D]."""
-    return _normalized(x) * (1 + scale[:, None]) + shift[:, None]
+def _turned(x: Tensor, rows: int, columns: int) -> Tensor:
+    """RoPE of queries or keys [N, T, A, d]: pairs of channels as complex numbers, half by row and half by column."""
+    n, tokens, heads, d = x.shape
+    omega = 1 / MAX_PERIOD ** (torch.arange(d // 4, dtype=torch.float64) / (d / 4))  # [d/4]
+    at = torch.arange(tokens)
+    angles = torch.cat([place[:, None].double() * omega for place in (at // columns, at % columns)], dim=1)  # [T, d/2]
+    pairs = torch.view_as_complex(x.double().reshape(n, tokens, heads, d // 2, 2).contiguous())
+    turned = pairs * torch.polar(torch.ones_like(angles), angles)[None, :, None]
+    return torch.view_as_real(turned).flatten(3).to(x.dtype)
+
+
+def _affine_norm(weights: Weights, name: str, x: Tensor, eps: float = NORM_EPS) -> Tensor:
+    return _normalized(x, eps) * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+
+def _modulated_norm(weights: Weights, name: str, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Adaptive LayerNorm, or RMSNorm where it has a weight, of x [N, T, D] by shift and scale [N, D]."""
+    normalized = _rms_norm(weights, name, x) if f"{name}.weight" in weights else _normalized(x)
+    return normalized * (1 + scale[:, None]) + shift[:, None]
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:
@@ -72,6 +89,15 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
 def _self_attention(weights: Weights, name: str, x: Tensor, heads: int) -> Tensor:
     q, k, v = _linear(weights, f"{name}.qkv", x).chunk(3, dim=-1)
+    q, k = (part.unflatten(2, (heads, -1)) for part in (q, k))  # [N, T, A, D/A]
+    if f"{name}.q_norm.bias" in weights:  # over the channels of each head
+        q, k = (_affine_norm(weights, f"{name}.{p}_norm", y, QK_NORM_EPS) for p, y in zip("qk", (q, k), strict=True))
+    elif f"{name}.q_norm.weight" in weights:
+        q, k = (_rms_norm(weights, f"{name}.{p}_norm", y) for p, y in zip("qk", (q, k), strict=True))
+    if "feat_rope.freqs_cos" in weights:
+        side = math.isqrt(x.shape[1])
+        q, k = _turned(q, side, side), _turned(k, side, side)
+    q, k = q.flatten(2), k.flatten(2)
     return _linear(weights, f"{name}.proj", _attention(q, k, v, heads))
 
 
@@ -82,6 +108,9 @@ def _cross_attention(weights: Weights, name: str, x: Tensor, memory: Tensor, hea
 
 
 def _mlp(weights: Weights, name: str, x: Tensor) -> Tensor:
+    if f"{name}.w12.weight" in weights:
+        gate, value = _linear(weights, f"{name}.w12", x).chunk(2, dim=-1)
+        return _linear(weights, f"{name}.w3", _silu(gate) * value)
     return _linear(weights, f"{name}.fc2", _gelu_tanh(_linear(weights, f"{name}.fc1", x)))
 
 
@@ -124,14 +153,20 @@ def _timestep_embedding(weights: Weights, t: Tensor, sinusoid_dtype: torch.dtype
 
 def _adaln_zero_block(weights: Weights, name: str, x: Tensor, c: Tensor, heads: int) -> Tensor:
     shift1, scale1, gate1, shift2, scale2, gate2 = _modulation(weights, name, c, 6)
-    x = x + gate1[:, None] * _self_attention(weights, f"{name}.attn", _modulated_norm(x, shift1, scale1), heads)
-    return x + gate2[:, None] * _mlp(weights, f"{name}.mlp", _modulated_norm(x, shift2, scale2))
+    x = x + gate1[:, None] * _self_attention(
+        weights, f"{name}.attn", _modulated_norm(weights, f"{name}.norm1", x, shift1, scale1), heads
+    )
+    return x + gate2[:, None] * _mlp(
+        weights, f"{name}.mlp", _modulated_norm(weights, f"{name}.norm2", x, shift2, scale2)
+    )
 
 
 def _adaln_block(weights: Weights, name: str, x: Tensor, c: Tensor, heads: int) -> Tensor:
     shift1, scale1, shift2, scale2 = _modulation(weights, name, c, 4)
-    x = x + _self_attention(weights, f"{name}.attn", _modulated_norm(x, shift1, scale1), heads)
-    return x + _mlp(weights, f"{name}.mlp", _modulated_norm(x, shift2, scale2))
+    x = x + _self_attention(
+        weights, f"{name}.attn", _modulated_norm(weights, f"{name}.norm1", x, shift1, scale1), heads
+    )
+    return x + _mlp(weights, f"{name}.mlp", _modulated_norm(weights, f"{name}.norm2", x, shift2, scale2))
 
 
 def _cross_attention_block(weights: Weights, name: str, x: Tensor, memory: Tensor, heads: int) -> Tensor:
@@ -174,7 +209,7 @@ def dit(
         for name in blocks:
             tokens = block(weights, name, tokens, c, heads)
         shift, scale = _modulation(weights, "final_layer", c, 2)
-        tokens = _modulated_norm(tokens, shift, scale)
+        tokens = _modulated_norm(weights, "final_layer.norm_final", tokens, shift, scale)
     elif conditioning in ("cross-attention", "in-context"):
         pair = torch.stack([t_embedding, y_embedding], dim=1)  # [N, 2, D]
         if conditioning == "cross-attention":
@@ -208,11 +243,14 @@ def random_weights(
     out_channels: int,
     conditioning: str,
     mlp_width: int | None = None,
+    qk_heads: int = 0,
+    lightning: bool = False,
 ) -> Weights:
     """Seeded float32 weights of which every one acts: fan-in scaled, no zero gate, no unit norm; positions as official.
 
-    ``grid`` is rows, columns of patches; ``mlp_width`` is 4·width unless told. The table of labels has a last row for
-    the null class.
+    ``lightning`` is LightningDiT's RMSNorm, SwiGLU and rotary tables, of as many heads as have norms. With ``qk_heads``
+    each of so many heads has norms of queries and keys. ``grid`` is rows, columns of patches;
+    ``mlp_width`` is 4·width unless told. The table of labels has a last row for the null class.
     """
     generator = torch.Generator().manual_seed(seed)
     weights: Weights = {}
@@ -224,7 +262,7 @@ def random_weights(
         weights[f"{name}.weight"] = normal(outputs, inputs) / math.sqrt(inputs)
         weights[f"{name}.bias"] = 0.3 * normal(outputs)
 
-    def norm(name: str) -> None:
+    def norm(name: str, width: int = width) -> None:
         weights[f"{name}.weight"] = 1 + 0.3 * normal(width)
         weights[f"{name}.bias"] = 0.3 * normal(width)
 
@@ -244,18 +282,32 @@ def random_weights(
             norm(f"{name}.norm{number}")
         linear(f"{name}.attn.qkv", width, 3 * width)
         linear(f"{name}.attn.proj", width, width)
+        for part in ("q_norm", "k_norm") if qk_heads else ():
+            norm(f"{name}.attn.{part}", width // qk_heads)
+        for part in ("attn.q_norm", "attn.k_norm", "norm1", "norm2") if lightning else ():
+            weights.pop(f"{name}.{part}.bias", None)
+            if part.startswith("norm"):
+                weights[f"{name}.{part}.weight"] = 1 + 0.3 * normal(width)
         if conditioning == "cross-attention":
             linear(f"{name}.cross_attn.q", width, width)
             linear(f"{name}.cross_attn.kv", width, 2 * width)
             linear(f"{name}.cross_attn.proj", width, width)
-        linear(f"{name}.mlp.fc1", width, hidden)
-        linear(f"{name}.mlp.fc2", hidden, width)
+        linear(f"{name}.mlp.w12" if lightning else f"{name}.mlp.fc1", width, 2 * hidden if lightning else hidden)
+        linear(f"{name}.mlp.w3" if lightning else f"{name}.mlp.fc2", hidden, width)
         if parts:
             linear(f"{name}.adaLN_modulation.1", width, parts * width)
     if parts:
         linear("final_layer.adaLN_modulation.1", width, 2 * width)
     else:
         norm("final_layer.norm_final")
+    if lightning:
+        weights["final_layer.norm_final.weight"] = 1 + 0.3 * normal(width)
+        quarter = width // qk_heads // 4
+        omega = 1 / MAX_PERIOD ** (np.arange(quarter) / quarter)
+        places = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
+        angles = np.concatenate([np.outer(place, omega) for place in places], axis=1).repeat(2, axis=1)
+        for name, table in (("cos", np.cos(angles)), ("sin", np.sin(angles))):
+            weights[f"feat_rope.freqs_{name}"] = torch.from_numpy(table).float()
     linear("final_layer.linear", width, patch**2 * out_channels)
     return weights
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from diffusers import DDIMScheduler, DiTTransformer2DModel
@@ -17,6 +19,8 @@ from dit_export.checkpoints.diffusers_folder.scheduler import (
     load_scheduler,
 )
 from dit_export.checkpoints.diffusers_folder.scheduler_options import options_of_config, own_sampler
+from dit_export.checkpoints.diffusers_folder.sit import PIPELINE as SIT_PIPELINE
+from dit_export.checkpoints.diffusers_folder.sit import load_sit
 from dit_export.checkpoints.diffusers_folder.transformer import (
     check_kind,
     check_transformer_weights,
@@ -35,6 +39,8 @@ from dit_export.checkpoints.source import Source
 from dit_export.checkpoints.weights import Weights, check_sha256, files_of_module
 from dit_runtime.core.errors import CheckpointError
 
+logger = logging.getLogger("dit_runtime.export")  # a command prints what is logged below dit_runtime
+
 
 def _is_folder(location: Location) -> bool:
     return location.path is not None and location.path.is_dir()
@@ -43,11 +49,15 @@ def _is_folder(location: Location) -> bool:
 def _load(source: Source, location: Location) -> Checkpoint:
     folder = location.path
     assert folder is not None
-    if source.family not in (None, "diffusers"):
-        raise CheckpointError(f"{folder}: is a folder, which --family {source.family} does not have; give the file")
     check_links(folder, ("model_index.json", "transformer", "scheduler"), folder)
     index = read_json_object(folder / "model_index.json")
-    if (kind := index.get("_class_name")) != "DiTPipeline":
+    kind = class_of_pipeline(folder, index)
+    if kind == SIT_PIPELINE:
+        sit = load_sit(source, location)
+        return replace(sit, class_names=_class_names(folder, index, sit.model.classes))
+    if source.family not in (None, "diffusers"):
+        raise CheckpointError(f"{folder}: is a folder, which --family {source.family} does not have; give the file")
+    if kind != "DiTPipeline":
         raise CheckpointError(f"{folder}: is a {kind}; {SUPPORTED}")
     check_kind(folder / "transformer")
     tensors = read_transformer_weights(folder / "transformer", source.variant)
@@ -66,16 +76,11 @@ def _load(source: Source, location: Location) -> Checkpoint:
     own = None
     if source.autoencoder is None:
         own = load_autoencoder(folder / "vae", source.variant, source.autoencoder_scaling)
-    names = index.get("id2label") or {}
-    if not isinstance(names, dict):
-        raise CheckpointError(f"{folder}/model_index.json: id2label is no object; expected class names by number")
-    count = config.num_embeds_ada_norm
-    if strangers := [key for key in names if not (key.isdecimal() and len(key) < 9 and int(key) < count)]:
+    if (null := index.get("null_class_id")) not in (None, config.num_embeds_ada_norm):
         raise CheckpointError(
-            f"{folder}/model_index.json: id2label names the class {strangers[0][:60]!r}, and the model's {count} "
-            f"classes have the numbers from 0 to {count - 1}; correct id2label, or remove it"
+            f"{folder}/model_index.json: null_class_id is {null!r:.60}, and the label table's last row, which is the "
+            f"null class, is {config.num_embeds_ada_norm}; correct it, or remove it"
         )
-    classes = tuple(str(names.get(str(number), number)) for number in range(count))
     return checkpoint_from_parts(
         config,
         official_from_diffusers(str(folder / "transformer"), tensors, config.num_layers),
@@ -85,9 +90,38 @@ def _load(source: Source, location: Location) -> Checkpoint:
         name=location.name,
         revision=location.revision,
         weights_sha256=sha256,
-        class_names=classes if names else (),
+        class_names=_class_names(folder, index, config.num_embeds_ada_norm),
         sampler=own_sampler(scheduler_class, options_of_config(scheduler.config)),
     )
+
+
+def class_of_pipeline(folder: Path, index: Mapping[str, Any]) -> str:
+    """The class that ``model_index.json`` names; of a pair, a file of the folder and its class, the class.
+
+    The folder's own file is not run: the class says which model it is, and the weights are read as that model's.
+    """
+    kind = index.get("_class_name")
+    if isinstance(kind, list) and len(kind) == 2 and all(isinstance(part, str) for part in kind):
+        logger.info("%s: its own %s.py is not run; it is read as a %s", folder, kind[0][:60], kind[1][:60])
+        return str(kind[1])
+    return str(kind)
+
+
+def _class_names(folder: Path, index: Mapping[str, Any], count: int) -> tuple[str, ...]:
+    """One name for each of ``count`` classes, or none where the index names none.
+
+    Raises:
+        CheckpointError: it names a class that the model does not have.
+    """
+    names = index.get("id2label") or {}
+    if not isinstance(names, dict):
+        raise CheckpointError(f"{folder}/model_index.json: id2label is no object; expected class names by number")
+    if strangers := [key for key in names if not (key.isdecimal() and len(key) < 9 and int(key) < count)]:
+        raise CheckpointError(
+            f"{folder}/model_index.json: id2label names the class {strangers[0][:60]!r}, and the model's {count} "
+            f"classes have the numbers from 0 to {count - 1}; correct id2label, or remove it"
+        )
+    return tuple(str(names.get(str(number), number)) for number in range(count)) if names else ()
 
 
 def checkpoint_from_parts(

@@ -15,8 +15,10 @@ from dit_runtime.bundle.manifest import (
     CONDITIONINGS,
     ENCODER,
     GRAPHS,
+    NOISE_AT_1,
     PATHS,
     SIZED_GRAPHS,
+    TURNED,
     GraphSpec,
     Manifest,
     ModelSpec,
@@ -51,6 +53,7 @@ def check_consistency(manifest: Manifest) -> None:
     _check_files(manifest)
     _check_model(manifest)
     _check_sizes(manifest)
+    _check_latents(manifest)
     _check_diffusion(manifest)
     _check_graphs(manifest)
     _check_weights(manifest)
@@ -131,12 +134,25 @@ def _check_sizes(manifest: Manifest) -> None:
             )
 
 
+def _check_latents(manifest: Manifest) -> None:
+    autoencoder, channels = manifest.autoencoder, manifest.model.latent_channels
+    counts = {len(autoencoder.latents_mean), len(autoencoder.latents_std)}
+    if counts not in ({0}, {channels}):
+        raise ValueError(f"latents_mean and latents_std of {show(sorted(counts))} channels; expected {channels}")
+    if not all(value > 0 for value in autoencoder.latents_std):
+        raise ValueError("latents_std holds 0; expected numbers above 0")
+
+
 def _check_diffusion(manifest: Manifest) -> None:
     diffusion = manifest.diffusion
     _check_choice("prediction type", diffusion.prediction_type, PREDICTIONS)
     _check_choice("timestep spacing", diffusion.timestep_spacing, SPACINGS)
     if (diffusion.prediction_type == "velocity") != (diffusion.path in PATHS):
         raise ValueError(f"prediction type {diffusion.prediction_type!r} with path {show(diffusion.path)}")
+    if diffusion.time == NOISE_AT_1 and diffusion.path not in TURNED:
+        raise ValueError(f"time {NOISE_AT_1} with path {show(diffusion.path)}; expected one of {', '.join(TURNED)}")
+    if diffusion.time_shift != 1 and (diffusion.path is None or diffusion.time == NOISE_AT_1):
+        raise ValueError(f"time_shift {diffusion.time_shift:g} with path {show(diffusion.path)} and {diffusion.time}")
     *betas, last = diffusion.betas or (0.5,)
     if diffusion.path is None and not (
         diffusion.betas and all(LEAST_BETA <= beta < 1 for beta in betas) and 0 < last <= 1

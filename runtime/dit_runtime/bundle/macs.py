@@ -41,9 +41,9 @@ def count_step_gmac(model: ModelSpec) -> float:
     """Count the GMAC of one branch of one image in the step graph: the work that every sampling step repeats."""
     d, patch = model.width, model.patch_size**2
     tokens = model.tokens + (CONDITION_TOKENS if model.conditioning == "in-context" else 0)
-    # For each token, queries, keys, values and output take 4·D², and the MLP's two layers 2·D·hidden. For each pair of
-    # tokens, the attention's two products take D each.
-    block = tokens * (4 * d * d + 2 * d * model.mlp_width) + 2 * tokens**2 * d
+    # For each token, queries, keys, values and output take 4·D², and the MLP's two layers 2·D·hidden, with SwiGLU
+    # 3·D·hidden. For each pair of tokens, the attention's two products take D each.
+    block = tokens * (4 * d * d + (3 if model.mlp == "swiglu" else 2) * d * model.mlp_width) + 2 * tokens**2 * d
     if model.conditioning == "cross-attention":
         block += tokens * 2 * d * d + 2 * tokens * CONDITION_TOKENS * d  # queries and output, then the two products
     ends = model.tokens * patch * (model.latent_channels + model.output_channels) * d

@@ -20,6 +20,10 @@ ENCODER = "encoder"
 SIZED_GRAPHS = ("step", "probe")  # each is traced for one latent size; the other graphs take any size
 CONDITIONINGS = ("adaln-zero", "adaln", "cross-attention", "in-context")
 PATHS = ("linear", "gvp", "vp")
+# Which way the time of a velocity model runs: to the image as SiT's, or to the noise as REPA's.
+TIMES = (NOISE_AT_0, NOISE_AT_1) = ("noise-at-0", "noise-at-1")
+Time = Literal["noise-at-0", "noise-at-1"]
+TURNED = ("linear", "gvp")  # the paths of models with the time ``noise-at-1``
 
 # Far above any model's: with larger numbers a damaged manifest would cost memory or time before it is found out.
 Side = Annotated[int, Range(1, 1 << 16)]  # of latents; the graphs take no more
@@ -42,6 +46,11 @@ class ModelSpec:
         classes: the number of classes, without the null class.
         learned_variance: whether the network also predicts the variance.
         has_null: whether the label table's last row is the null class, which guidance needs.
+        qk_norm: of queries and keys before their product, over each head: ``none``, a LayerNorm or an RMSNorm, with
+            weights.
+        norm: before attention, before the MLP and at the end: a LayerNorm, or an RMSNorm with weights.
+        mlp: the MLP's activation: ``gelu`` approximated with tanh, or ``swiglu``, whose first layer is twice as wide.
+        rotary: whether queries and keys are turned by their token's row and column (RoPE).
     """
 
     conditioning: str
@@ -55,6 +64,10 @@ class ModelSpec:
     classes: Annotated[int, Range(0, 1 << 24)]
     learned_variance: bool
     has_null: bool = optional(True)
+    qk_norm: Literal["none", "layer", "rms"] = optional("none")
+    norm: Literal["layer", "rms"] = optional("layer")
+    mlp: Literal["gelu", "swiglu"] = optional("gelu")
+    rotary: bool = optional(False)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -136,6 +149,8 @@ class DiffusionSpec:
             A spacing of ``default`` is one that the checkpoint does not state: each sampler has its own.
         path: SiT's ``linear``, ``gvp`` or ``vp``; None for a model with betas.
         options: the options of diffusers' scheduler; the file leaves them out where nothing is stated.
+        time: which way the time of a velocity model runs, one of ``TIMES``: the velocity is dx/dt in that time.
+        time_shift: s of the times s·t/(1 + (s − 1)·t) at which an ODE solver of a velocity model takes the uniform t.
     """
 
     betas: tuple[float, ...]
@@ -146,6 +161,8 @@ class DiffusionSpec:
     set_alpha_to_one: bool
     path: str | None = None
     options: SchedulerOptions = optional(SchedulerOptions())
+    time: Time = optional("noise-at-0")
+    time_shift: Annotated[float, Range(1e-3, 1e3)] = optional(1.0)
 
 
 @dataclass(frozen=True)
@@ -171,13 +188,16 @@ class GraphSpec:
 class AutoencoderSpec:
     """The autoencoder. ``factor`` is image pixels per latent pixel.
 
-    The graphs apply the scaling and shift factors themselves; they are here for the record.
+    The graphs apply scaling and shift themselves; they are here for the record. With ``latents_mean`` and
+    ``latents_std`` ``[C]`` the autoencoder's own latents are z·std/scaling_factor + mean.
     """
 
     name: str
     scaling_factor: float
     shift_factor: float
     factor: Annotated[int, Range(1, 256)]
+    latents_mean: tuple[float, ...] = optional(())
+    latents_std: tuple[Amount, ...] = optional(())
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dit_runtime.bundle.manifest import DiffusionSpec, ModelSpec
+from dit_runtime.bundle.manifest import NOISE_AT_0, DiffusionSpec, ModelSpec
 from dit_runtime.core.errors import SamplingError
 from dit_runtime.samplers.diffusion import ddim, ddpm, dpm_solver_pp, euler_ancestral, unipc
 from dit_runtime.samplers.flow import flow_ode, flow_sde
@@ -33,6 +33,21 @@ class SamplerArguments:
         """The path of a velocity model."""
         return self.diffusion.path or ""
 
+    @property
+    def time(self) -> str:
+        """Which way the time of a velocity model runs."""
+        return self.diffusion.time
+
+    @property
+    def shift(self) -> float:
+        """The shift of an ODE solver's times of a velocity model."""
+        return self.diffusion.time_shift
+
+    @property
+    def form(self) -> str:
+        """The diffusion form of a velocity model's SDE: SiT's default, or REPA's on every path."""
+        return "sigma" if self.time == NOISE_AT_0 else "linear"
+
     def settings(self, sampler: str, order: int = 2) -> SolverSettings:
         """The settings of a multistep solver."""
         return settings_for(sampler, order, self.diffusion)
@@ -54,10 +69,10 @@ DIFFUSION: dict[str, Make] = {
 }
 # Samplers for velocity models; their steps are uniform, without a spacing.
 FLOW: dict[str, Make] = {
-    "euler": lambda a: skip_steps(flow_ode(a.path, a.steps, "euler"), a.skipped),
-    "heun": lambda a: skip_steps(flow_ode(a.path, a.steps, "heun"), a.skipped),
-    "sde-euler": lambda a: flow_sde(a.path, a.steps, "euler", skipped=a.skipped),
-    "sde-heun": lambda a: flow_sde(a.path, a.steps, "heun", skipped=a.skipped),
+    "euler": lambda a: skip_steps(flow_ode(a.path, a.steps, "euler", a.time, a.shift), a.skipped),
+    "heun": lambda a: skip_steps(flow_ode(a.path, a.steps, "heun", a.time, a.shift), a.skipped),
+    "sde-euler": lambda a: flow_sde(a.path, a.steps, "euler", a.form, skipped=a.skipped, time=a.time),
+    "sde-heun": lambda a: flow_sde(a.path, a.steps, "heun", a.form, skipped=a.skipped, time=a.time),
 }
 TAKES_ETA = ("ddim",)
 

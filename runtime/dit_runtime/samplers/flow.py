@@ -2,6 +2,10 @@
 
 Time t runs from 0, noise, to 1, the image: x_t = α_t·x₁ + σ_t·x₀ where x₀ is the noise. The network gets t itself, not
 scaled, and predicts the velocity dx/dt = α'_t·x₁ + σ'_t·x₀.
+
+REPA's models (Yu et al. 2024, arXiv 2410.06940) have the time ``noise-at-1``: the network gets 1 − t, and its output is
+the velocity in that time, −dx/dt. Their tables are these in that time, except where REPA's ``samplers.py`` does
+otherwise: Heun's method does not correct its last step, and the SDE's diffusion is ``linear`` on every path.
 """
 
 from __future__ import annotations
@@ -12,9 +16,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dit_runtime.bundle.manifest import PATHS
+from dit_runtime.bundle.manifest import NOISE_AT_0, NOISE_AT_1, PATHS
 from dit_runtime.core.errors import SamplingError
 from dit_runtime.samplers.schedule import (
+    B_E,
+    COEFFICIENTS,
+    INPUT,
+    LOG_SIGMA,
     S0,
     S1,
     S2,
@@ -91,27 +99,32 @@ def diffusion_coefficient(path: str, t: float, form: str, norm: float) -> float:
     return float(forms[form]())
 
 
-def flow_ode(path: str, steps: int, method: str) -> Schedule:
+def flow_ode(path: str, steps: int, method: str, time: str = NOISE_AT_0, shift: float = 1.0) -> Schedule:
     """The probability-flow ODE by ``euler`` or ``heun`` over uniform steps, as SiT's ``sample_ode`` with torchdiffeq.
 
     ``steps`` counts steps; SiT's ``num_steps`` counts grid points, which are one more. Heun's method evaluates the
-    network at both ends of each step.
+    network at both ends of each step. With the ``time`` of REPA's models it evaluates the last step only at its start,
+    as REPA's ``euler_sampler`` does. ``shift`` is LightningDiT's ``timestep_shift``: below 1 it makes the first steps,
+    which are in the noise, shorter.
     """
     if method not in METHODS:
         raise SamplingError(f"method {method!r} is unknown; expected one of {', '.join(METHODS)}")
     grid = np.linspace(0, VP_END if path == "vp" else 1.0, steps + 1)
+    grid = shift * grid / (1 + (shift - 1) * grid) if shift != 1 else grid
     rows, times = [], []
-    for t, after in pairwise(grid.tolist()):
+    corrected = 0 if method == "euler" else steps - (time == NOISE_AT_1)
+    for step, (t, after) in enumerate(pairwise(grid.tolist())):
         h = after - t
         times.append(t)
-        if method == "euler":
+        if step >= corrected:
             rows.append(make_row(clean_at(path_at(path, t)), S0 + h * E))
             continue
         rows.append(make_row(clean_at(path_at(path, t)), S0 + h * E, memory=S0, memory_2=E))
         times.append(after)
         rows.append(make_row(clean_at(path_at(path, after)), S1 + h / 2 * (S2 + E)))
-    completes = True if method == "euler" else np.arange(2 * steps) % 2 == 1
-    return schedule_from_rows(method, UNIFORM, times, rows, _signal_and_noise(path, times), completes=completes)
+    completes = [False, True] * corrected + [True] * (steps - corrected)
+    initial = _signal_and_noise(path, times)
+    return schedule_from_rows(method, UNIFORM, *_in_time(time, times, rows), initial, completes=completes)
 
 
 def flow_sde(
@@ -123,6 +136,7 @@ def flow_sde(
     last_step: str = "mean",
     last_step_size: float = 0.04,
     skipped: int = 0,
+    time: str = NOISE_AT_0,
 ) -> Schedule:
     """The SDE by ``euler`` (Euler–Maruyama) or ``heun``, as SiT's ``sample_sde`` with its defaults for sampling.
 
@@ -156,8 +170,7 @@ def flow_sde(
     return schedule_from_rows(
         f"sde-{method}",
         UNIFORM,
-        times[first:],
-        rows[first:],
+        *_in_time(time, times[first:], rows[first:]),
         _signal_and_noise(path, times[first:]),
         draws[first:],
         completes[first:],
@@ -213,6 +226,18 @@ def _last_row(path: str, t: float, form: str, norm: float, last_step: str, size:
     if last_step == "euler":
         return make_row(clean_at(at), S0 + size * E)
     return make_row(clean_at(at), (S0 + at.sigma**2 * score_at(at)) / at.alpha)
+
+
+def _in_time(time: str, times: list[float], rows: list[Float64]) -> tuple[list[float], list[Float64]]:
+    """The same times and rows for a network whose time runs as ``time`` says: its output is then the other way round.
+
+    What the slots hold stays the same.
+    """
+    if time == NOISE_AT_0:
+        return times, rows
+    signs = np.ones(COEFFICIENTS)
+    signs[[B_E, *range(INPUT, LOG_SIGMA)]] = -1
+    return [1 - t for t in times], [signs * row + 0.0 for row in rows]  # + 0.0: no zero with a sign
 
 
 def _signal_and_noise(path: str, times: list[float]) -> Float64:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dit_runtime.bundle.manifest import DiffusionSpec, ModelSpec
+from dit_runtime.bundle.manifest import NOISE_AT_1, DiffusionSpec, ModelSpec
 from dit_runtime.core.errors import SamplingError
 from dit_runtime.samplers.noise import Float32
 from dit_runtime.samplers.schedule import LARGEST, Float64, Schedule
@@ -25,13 +25,15 @@ from dit_runtime.samplers.schedule import LARGEST, Float64, Schedule
 Int32 = NDArray[np.int32]
 
 SHAPES = ("constant", "linear", "cosine")
+DECIMALS = 6  # of a velocity model's noise time: a time of 0.7 is a little less in float32, and belongs to 0.7 to 1
 
 
 @dataclass(frozen=True)
 class Guidance:
     """How strongly an image is guided, at which noise times, and how the scale changes over them.
 
-    The noise time τ is 1 at pure noise and 0 at the image: t/(T−1) with T training timesteps, 1 − t in a flow model.
+    The noise time τ is 1 at pure noise and 0 at the image: t/(T−1) with T training timesteps; in a flow model 1 − t, or
+    t where its time is ``noise-at-1``.
 
     Attributes:
         scale: s. With 1 there is no guidance, at half the cost. A scale below 1 follows the formula too, and a constant
@@ -92,9 +94,19 @@ class Branches:
 
 
 def noise_times_of(schedule: Schedule, diffusion: DiffusionSpec) -> Float64:
-    """The noise time of each row ``[T]``: 1 at pure noise, 0 at the image."""
+    """The noise time of each row ``[T]``, for guidance: 1 at pure noise, 0 at the image.
+
+    With the time ``noise-at-1`` an inner evaluation has the noise time at which its step starts, since REPA decides
+    once a step whether it is guided.
+    """
     times = schedule.timesteps[schedule.rows].astype(np.float64)
-    return 1 - times if diffusion.path else times / max(len(diffusion.betas) - 1, 1)
+    if diffusion.path is None:
+        return times / max(len(diffusion.betas) - 1, 1)
+    times = np.round(times, DECIMALS)
+    if diffusion.time == NOISE_AT_1:
+        starts = np.append(True, schedule.completes_step[:-1])
+        return np.asarray(times[np.maximum.accumulate(np.where(starts, np.arange(len(times)), 0))])
+    return np.asarray(np.round(1 - times, DECIMALS))
 
 
 def branches_from_labels(

@@ -93,7 +93,7 @@ def test_the_spec_is_inferred_from_shapes(tmp_path: Path, vae: str, conditioning
     """Conditioning, depth, width, patch, classes, MLP width, size and learned variance are all in the shapes."""
     shape = {"width": 48, "depth": 3, "patch": 4, "grid": (3, 3), "classes": 7, "mlp_width": 96}
     weights = weights_of(conditioning, out_channels, **shape)
-    model = loaded(saved(weights, tmp_path / "w.safetensors"), vae).model
+    model = loaded(saved(weights, tmp_path / "w.safetensors"), vae, family="official").model
     assert (model.conditioning, model.depth, model.width, model.patch_size) == (conditioning, 3, 48, 4)
     assert (model.classes, model.mlp_width, model.latent_size, model.heads) == (7, 96, (12, 12), HEADS)
     assert model.learned_variance == (out_channels == 8)
@@ -396,10 +396,10 @@ def test_nothing_is_written_for_a_bad_file(tmp_path: Path, vae: str) -> None:
         ({"path": "cubic"}, "path 'cubic' is unknown; expected one of linear, gvp, vp"),
         ({"heads": 5}, "5 heads for width 32; expected a divisor"),
         ({"variant": "fp16"}, "--variant is there to choose among a diffusers folder's files; leave it out"),
-        ({"path": "gvp"}, "--path is there to describe a SiT"),
+        ({"path": "gvp"}, "--path is there to describe a velocity model"),
         ({"conditioning": "adaln"}, "--conditioning is there to describe a preset"),
         ({"classes": 3}, "--classes 3, and a label table of 11 rows.*--classes 10 or --classes 11"),
-        ({"time": "noise-at-0"}, "--time is there to describe a SiT"),
+        ({"time": "noise-at-0"}, "does not say which path it was trained on"),
         (
             {"time": "noise-at-0", "family": "sit"},
             "does not say which path it was trained on; say --path linear, gvp or vp",
@@ -602,6 +602,9 @@ AUTOENCODERS = {
     "kl": lambda: AutoencoderKL(**KL, scaling_factor=0.3, shift_factor=0.1),
     "kl-without-quant": lambda: AutoencoderKL(**KL, use_quant_conv=False, use_post_quant_conv=False),
     "kl-without-attention": lambda: AutoencoderKL(**KL, mid_block_add_attention=False),
+    "kl-of-statistics": lambda: AutoencoderKL(
+        **KL, scaling_factor=0.3, latents_mean=[0.5, -1.0, 0.0, 2.0], latents_std=[2.0, 0.5, 1.0, 3.0]
+    ),
     "tiny": lambda: AutoencoderTiny(**TINY, scaling_factor=0.7),
 }
 
@@ -630,6 +633,9 @@ def test_any_autoencoder(tmp_path: Path, kind: str, precision: str) -> None:
     write_decoder(tmp_path, Decoder(original, policy).eval())
     write_encoder(tmp_path, Encoder(original, policy).eval())
     scale, shift = original.config.scaling_factor, original.config.shift_factor or 0.0
+    if kind == "kl-of-statistics":  # as diffusers' pipelines of SDXL apply them
+        mean, deviation = (torch.tensor(original.config[key])[:, None, None] for key in ("latents_mean", "latents_std"))
+        scale, shift = scale / deviation, mean
     random = np.random.default_rng(1)
     for height, width in ((8, 8), (5, 12)):
         z = random.standard_normal((2, 4, height, width)).astype(np.float32)
@@ -666,9 +672,18 @@ def test_autoencoders_that_are_refused(tmp_path: Path) -> None:
     AutoencoderKL(**{**KL, "latent_channels": 16}).save_pretrained(folder)
     with pytest.raises(CheckpointError, match=r"4 latent channels, the autoencoder has 16; name the one.*--vae"):
         loaded(file, str(folder))
-    AutoencoderKL(**KL, latents_mean=[0.0] * 4, latents_std=[1.0] * 4).save_pretrained(folder)
-    with pytest.raises(CheckpointError, match="latents_mean and latents_std are not supported"):
-        loaded(file, str(folder))
+    for statistics, message in (
+        ({"latents_mean": [0.0] * 4}, r"latents_std is None; expected 4 finite numbers above 0, one for each latent"),
+        (
+            {"latents_mean": [0.0] * 3, "latents_std": [1.0] * 4},
+            "latents_mean is 3 numbers; expected 4 finite numbers,",
+        ),
+        ({"latents_mean": [0.0] * 4, "latents_std": [1.0, 1.0, 0.0, 1.0]}, "latents_std is 4 numbers; .* above 0"),
+        ({"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4, "shift_factor": 0.1}, "a shift_factor and latents_mean"),
+    ):
+        AutoencoderKL(**KL, **statistics).save_pretrained(folder)
+        with pytest.raises(CheckpointError, match=message):
+            loaded(file, str(folder))
     AutoencoderKL(**KL, in_channels=1, out_channels=1).save_pretrained(folder)
     with pytest.raises(CheckpointError, match="1 to 1 channels; expected RGB images"):
         loaded(file, str(folder))
