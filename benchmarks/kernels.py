@@ -135,7 +135,7 @@ def attend_query_bias_alone(self: model.Attention, x: Tensor) -> Tensor:
 
 
 def replace_attention(attention: Attention) -> dict[tuple[Any, str], Callable[..., Any]]:
-    return {(model.Attention, "forward"): lambda self, x: self.proj(attention(self, x))}
+    return {(model.Attention, "forward"): lambda self, x, rotary=None: self.proj(attention(self, x))}
 
 
 # The scale of the scores: each function takes queries, keys and values [N, h, T, d].

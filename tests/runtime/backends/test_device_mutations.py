@@ -597,6 +597,7 @@ def moved(engine: TensorRtEngine, machine: Machine, pipe: Pipeline, expected: di
     assert batches == {1, 2}, f"filled up to {batches}"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(graphs, "MOST_GRAPHS", 1)
+        patch.setattr(graphs, "OF_A_BATCH", 0)
         found = pipe([3], 4, sampler="ddpm", steps=9, guidance=2.0, guidance_interval=(0.4, 1.0))
     assert np.array_equal(found, expected["ddpm"]), "with one graph: differs"
 

@@ -366,6 +366,15 @@ def opened(folder: Path, raw: Any) -> Bundle | BundleError:
     return refused
 
 
+# Fields that a manifest leaves out where they have these values.
+LEFT_OUT: dict[str, dict[str, Any]] = {
+    "model": {"qk_norm": "none", "norm": "layer", "mlp": "gelu", "rotary": False},
+    "diffusion": {"time": "noise-at-0", "time_shift": 1.0},
+    "autoencoder": {"latents_mean": [], "latents_std": []},
+    "precision": {"keep_fp16": []},
+}
+
+
 def test_a_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
     """The manifest that the next tests change is a sound one, and nothing of it is lost."""
     found = opened(tmp_path, MANIFEST)
@@ -374,6 +383,9 @@ def test_a_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
     written = json.loads(json.dumps(asdict(manifest())))
     assert written["model"].pop("has_null")  # left out where it is true
     assert not any(written["diffusion"].pop("options").values())  # left out where nothing is stated
+    for part, defaults in LEFT_OUT.items():
+        assert {key: written[part].pop(key) for key in defaults} == defaults
+    assert written.pop("calibration") is None  # of an INT8 bundle alone
     assert json.loads(found.manifest.to_json()) == written
     written["model"]["has_null"] = False
     assert json.loads(manifest_from_json(written).to_json()) == written

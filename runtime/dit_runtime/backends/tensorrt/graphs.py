@@ -52,7 +52,6 @@ class Graphs(Generic[Key]):
 
     def __init__(self, device: Device, name: str, moves: Callable[[], tuple[int, ...]], captured: bool = True) -> None:
         self._device, self._name, self._moves, self._captures = device, name, moves, captured
-        self._most = max(MOST_GRAPHS, OF_A_BATCH * device.profiles_of(name).largest_batch)
         self._prepared: OrderedDict[Key, _Prepared] = OrderedDict()
         self._valid_for: tuple[int, ...] | None = None
 
@@ -93,7 +92,8 @@ class Graphs(Generic[Key]):
         if key in self._prepared:
             self._prepared.move_to_end(key)
             return self._prepared[key]
-        while len(self._prepared) >= self._most:
+        most = max(MOST_GRAPHS, OF_A_BATCH * device.profiles_of(self._name).largest_batch)
+        while len(self._prepared) >= most:
             self._forget(next(iter(self._prepared)))
         loaded = device.load(self._name)
         device.activations.reserve(room())
