@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from dit_export.checkpoints.sources import Checkpoint, Source, load_checkpoint
 from dit_export.graphs.autoencoder import Decoder, Encoder
-from dit_export.graphs.from_weights import conditioner_from_weights, step_from_weights
+from dit_export.graphs.from_weights import conditioner_from_weights, official_linear, step_from_weights
 from dit_export.graphs.precision import check_units
 from dit_export.graphs.quantize import quantize_step
 from dit_export.graphs.tracing import (
@@ -163,7 +163,9 @@ def _quantization_of(
     factors = {name: each for name, each in factors.items() if name in scales}
 
     def weight(name: str) -> NDArray[np.float32]:
-        matrix: NDArray[np.float32] = checkpoint.weights[f"{name}.weight"].float().numpy()
+        matrix: NDArray[np.float32] = (
+            checkpoint.weights[f"{official_linear(checkpoint.model, name)}.weight"].float().numpy()
+        )
         return matrix
 
     return lambda model: quantize_step(model, scales, factors, weight)

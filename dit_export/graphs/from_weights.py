@@ -63,6 +63,13 @@ def step_from_weights(
     return module.eval().requires_grad_(False)
 
 
+def official_linear(spec: ModelSpec, name: str) -> str:
+    """The official name of a block's linear layer; LightningDiT has names of its own for SwiGLU's."""
+    if spec.mlp == "swiglu":
+        return name.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3")
+    return name
+
+
 def _step_names(spec: ModelSpec) -> Iterator[tuple[str, str, str | None, tuple[str, ...]]]:
     """The name in ``Step``, the official name, the unit of the precision policy and the parts of a parameter.
 
@@ -73,14 +80,14 @@ def _step_names(spec: ModelSpec) -> Iterator[tuple[str, str, str | None, tuple[s
     yield "final", "final_layer.linear", "final", both
     norms, affine = ["norm1", "norm2"], spec.norm == "rms" or spec.conditioning not in MODULATIONS
     parts = [("attn", "qkv"), ("attn", "proj"), ("mlp", "fc1"), ("mlp", "fc2")]
-    theirs = {"fc1": "w12", "fc2": "w3"} if spec.mlp == "swiglu" else {}
     if spec.conditioning == "cross-attention":
         norms.append("norm3")
         parts += [("cross_attn", "q"), ("cross_attn", "proj")]
     for index in range(spec.depth):
         block = f"blocks.{index}"
         for unit, name in parts:
-            yield f"{block}.{unit}.{name}", f"{block}.{unit}.{theirs.get(name, name)}", f"{block}.{unit}", both
+            linear = f"{block}.{unit}.{name}"
+            yield linear, official_linear(spec, linear), f"{block}.{unit}", both
         for norm in norms if affine else ():
             yield f"{block}.{norm}", f"{block}.{norm}", None, NORM_PARTS[spec.norm]
         for norm in ("attn.q_norm", "attn.k_norm") if spec.qk_norm != "none" else ():

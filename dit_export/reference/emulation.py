@@ -35,7 +35,8 @@ def linear_modules(reference: Reference) -> dict[str, list[nn.Linear]]:
             attention, first, second = block.attn1, block.ff.net[0].proj, block.ff.net[2]
             own = {"attn.qkv": [attention.to_q, attention.to_k, attention.to_v], "attn.proj": [attention.to_out[0]]}
         else:
-            first, second = block.mlp.fc1, block.mlp.fc2
+            swiglu = reference.spec.mlp == "swiglu"
+            first, second = (block.mlp.w12, block.mlp.w3) if swiglu else (block.mlp.fc1, block.mlp.fc2)
             own = {"attn.qkv": [block.attn.qkv], "attn.proj": [block.attn.proj]}
             if reference.spec.conditioning == "cross-attention":
                 own |= {"cross_attn.q": [block.cross_attn.q], "cross_attn.proj": [block.cross_attn.proj]}

@@ -40,7 +40,8 @@ def test_a_seeded_fault_fails_at_its_rung(fault: Fault, bundle: Bundle) -> None:
     assert_caught(fault, bundle, fault.first_failure(bundle))
 
 
-@pytest.mark.parametrize("name", ["sized", pytest.param("fp16-encoder", marks=pytest.mark.slow)])  # another export
+@pytest.mark.slow  # a whole verification each, and an export
+@pytest.mark.parametrize("name", ["sized", "fp16-encoder"])
 @pytest.mark.parametrize("fault", IN_ENCODER, ids=lambda fault: fault.name)
 def test_a_fault_of_the_encoder_fails_at_its_rung(fault: Fault, name: str, tiny_bundle: Callable[[str], Path]) -> None:
     """The same of bundles that have an encoder, in FP32 and in FP16."""

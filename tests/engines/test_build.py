@@ -112,6 +112,7 @@ def test_the_command_builds_and_audits(bundle: Bundle, report: dict[str, Any]) -
     assert report["memory_bytes"] > sum(graphs[name]["weights_bytes"] for name in ("step", "decoder"))
 
 
+@pytest.mark.slow  # a build of RTX, and an export
 def test_int8_is_built_as_int8(int8_bundle: Path, tmp_path: Path) -> None:
     """The builder multiplies INT8 in every quantized layer, fuses all attentions, and rounds in no other kernel."""
     done = run_command(

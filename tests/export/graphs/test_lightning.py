@@ -134,7 +134,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, vae: str) -> None:
         loaded(saved(tmp_path, plain), vae)
 
 
-@pytest.fixture(scope="module", params=["fp32", pytest.param("fp16", marks=pytest.mark.slow)])  # another export
+@pytest.fixture(scope="module", params=["fp32", "fp16"])
 def exported(request: pytest.FixtureRequest, vae: str, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A bundle without golden records: the oracle takes their place here."""
     folder = tmp_path_factory.mktemp(f"lightning-{request.param}")
@@ -153,6 +153,7 @@ def predict(z: torch.Tensor, t: float, labels: list[int], scale: float) -> torch
     return guided(lightning_weights(), z, times, y, scale, heads=HEADS, conditioning="adaln-zero", null=CLASSES)[0]
 
 
+@pytest.mark.slow  # an export
 def test_a_forward_is_the_oracles(exported: Bundle) -> None:
     """Every part at a time in the middle, guided on three channels."""
     engine = OnnxRuntimeEngine(exported, threads=1)
@@ -167,6 +168,7 @@ def test_a_forward_is_the_oracles(exported: Bundle) -> None:
     assert relative_error(e, wanted) <= FORWARD_LIMIT[exported.manifest.precision.name]  # measured: 5.7e-7 and 8.4e-4
 
 
+@pytest.mark.slow  # an export
 def test_a_trajectory_is_shifted_eulers(exported: Bundle) -> None:
     """LightningDiT's grid and its guidance interval, which begins at a time of 0.11 after the noise."""
     steps, labels = 10, [7, 2]
@@ -205,6 +207,15 @@ def verified(vae: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stderr + done.stdout
     assert "hustvl/LightningDiT's model and fixed-step samplers, linear path" in done.stdout
     return folder / "l.bundle"
+
+
+@pytest.mark.slow  # another export, with calibration
+def test_int8_knows_its_layers(vae: str, tmp_path: Path) -> None:
+    """SwiGLU's layers have names of their own in the file; INT8's rungs compare them with the reference's."""
+    file = saved(tmp_path, lightning_weights())
+    done = run_command("dit-export", file, "--vae", vae, "--int8", "-o", tmp_path / "l.bundle")
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert "INT8 weights" in done.stdout
 
 
 def swap_halves(graph: onnx.GraphProto) -> None:

@@ -36,6 +36,7 @@ def zero_snr(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     return source, folder / "bundle"
 
 
+@pytest.mark.slow  # an export
 def test_betas_end_in_pure_noise(zero_snr: tuple[Path, Path]) -> None:
     """The manifest's betas are diffusers' rescaled ones; the last leaves nothing of the image."""
     source, bundle = zero_snr
@@ -46,6 +47,7 @@ def test_betas_end_in_pure_noise(zero_snr: tuple[Path, Path]) -> None:
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
 
 
+@pytest.mark.slow  # an export
 def test_images_are_pytorchs(zero_snr: tuple[Path, Path]) -> None:
     """v prediction from pure noise, guided, gives diffusers' images."""
     source, bundle = zero_snr
