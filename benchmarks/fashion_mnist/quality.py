@@ -1,13 +1,16 @@
 """Measure the effect of a precision on the demo model's images: class accuracy and Fréchet distance, with intervals.
 
     python benchmarks/fashion_mnist/quality.py     # half an hour on two CPU cores; an interrupted run goes on
+    python benchmarks/fashion_mnist/quality.py --int8 --output benchmarks/fashion_mnist/quality-int8.json
 
 All contenders sample the same labels from the same seeds, and are compared in pairs of images. So their differences are
 distinguished from chance with far fewer images than their figures alone would need. Accuracies are compared with
 McNemar's exact test, distances by resampling pairs of images. Images are kept in ``--work``. The results are
 ``quality.json`` and, as a table, ``quality.md``.
 
-FP16 is measured twice. ONNX Runtime on a CPU computes some FP16 operations in FP32, and does not round between them.
+With ``--int8`` the INT8 bundle is compared with the FP32 one, on ONNX Runtime, which rounds as the graph says and
+multiplies in FP32, and on OpenVINO, which multiplies INT8. Otherwise FP16 is measured twice. ONNX Runtime on a CPU
+computes some FP16 operations in FP32, and does not round between them.
 The emulation rounds the result of every FP16 operation, as a GPU does.
 """
 
@@ -105,7 +108,9 @@ class Contender:
     sample: Callable[[list[int], list[int]], Array]
 
 
-def find_contenders(work: Path, steps: int, guidance: float, batch: int, threads: int) -> Iterator[Contender]:
+def find_contenders(
+    work: Path, steps: int, guidance: float, batch: int, threads: int, int8: bool = False
+) -> Iterator[Contender]:
     """Yield the contenders that can run here. Their bundles are exported to ``work`` where they are missing."""
     if threads:
         torch.set_num_threads(threads)
@@ -114,16 +119,29 @@ def find_contenders(work: Path, steps: int, guidance: float, batch: int, threads
     def sample_by_pytorch(labels: list[int], seeds: list[int]) -> Array:
         return sample_with_pytorch(labels, seeds, batch, steps, guidance)
 
-    yield Contender(PYTORCH, str(weights), sample_by_pytorch)
+    if not int8:
+        yield Contender(PYTORCH, str(weights), sample_by_pytorch)
+
+    def onnxruntime(bundle: Bundle) -> Engine:
+        return open_engine(bundle, "onnxruntime", threads)
+
+    def openvino(bundle: Bundle) -> Engine:
+        return open_engine(bundle, "openvino", threads, "fp32" if int8 else "bf16")
+
     fp32 = bundle_at(work / "fp32.bundle", weights)
-    fp16 = bundle_at(work / "fp16.bundle", weights, "--fp16")
-    engines: list[tuple[str, Bundle, Callable[[Bundle], Engine]]] = [
-        ("ONNX Runtime FP32", fp32, lambda bundle: open_engine(bundle, "onnxruntime", threads)),
-        ("ONNX Runtime FP16", fp16, lambda bundle: open_engine(bundle, "onnxruntime", threads)),
-        ("FP16 emulated", fp16, lambda bundle: PrecisionTrials(bundle, {}, threads=threads).engine_for()),
-    ]
-    if importlib.util.find_spec("openvino") is not None:
-        engines.append(("OpenVINO BF16", fp16, lambda bundle: open_engine(bundle, "openvino", threads, "bf16")))
+    engines: list[tuple[str, Bundle, Callable[[Bundle], Engine]]] = [("ONNX Runtime FP32", fp32, onnxruntime)]
+    if int8:
+        small = bundle_at(work / "int8.bundle", weights, "--int8", "--no-verify")
+        engines += [("ONNX Runtime INT8", small, onnxruntime), ("OpenVINO INT8", small, openvino)]
+    else:
+        fp16 = bundle_at(work / "fp16.bundle", weights, "--fp16")
+        engines += [
+            ("ONNX Runtime FP16", fp16, onnxruntime),
+            ("FP16 emulated", fp16, lambda bundle: PrecisionTrials(bundle, {}, threads=threads).engine_for()),
+            ("OpenVINO BF16", fp16, openvino),
+        ]
+    if importlib.util.find_spec("openvino") is None:
+        engines = [each for each in engines if not each[0].startswith("OpenVINO")]
     for name, bundle, open_for in engines:
         try:
             pipe = Pipeline(bundle, open_for(bundle))
@@ -214,7 +232,7 @@ def format_markdown(result: dict[str, Any]) -> str:
     """Format the figures as a Markdown table."""
     lines = [
         f"{result['samples']} images each, DDIM {result['steps']} steps, guidance {result['guidance']:g}, the same "
-        f"labels and seeds for all; 95 % intervals; differences are from {PYTORCH} and in pairs.",
+        f"labels and seeds for all; 95 % intervals; differences are from the first row's and in pairs.",
         "",
         "| | class accuracy | Fréchet distance | accuracy: pairs lost, won, p | Fréchet distance: difference |",
         "|---|--:|--:|--:|--:|",
@@ -237,6 +255,7 @@ def format_markdown(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--int8", action="store_true", help="INT8 against FP32, in place of the other precisions")
     parser.add_argument("--samples", type=int, default=1000, help="images of each precision")
     parser.add_argument("--guidance", type=float, default=1.5)
     parser.add_argument("--steps", type=int, default=50)
@@ -249,7 +268,7 @@ def main() -> None:
     evaluator = load_evaluator()
     labels = np.arange(args.samples) % len(CLASS_NAMES)
     judgements = {}
-    for contender in find_contenders(args.work, args.steps, args.guidance, args.batch, args.threads):
+    for contender in find_contenders(args.work, args.steps, args.guidance, args.batch, args.threads, args.int8):
         with Progress(contender.name, math.ceil(args.samples / args.batch)) as bar:
             judgements[contender.name] = judge(evaluator, make_images(contender, args, bar))
     result = {
