@@ -143,7 +143,7 @@ def test_who_hangs_up_frees_the_place(triton: Triton, tmp_path: Path) -> None:
     """The instance has one place, which a long image had that nobody waits for."""
     long = {"labels": ["1"], "steps": [1000], "sampler": ["ddim"]}
     with triton.loaded("left"):
-        triton.run_client([{"by": "stream", "model": "left", "tensors": long, "cancel_after": 0.3}], tmp_path)
+        triton.run_client([{"by": "stream", "model": "left", "tensors": long, "cancel_after": 0.05}], tmp_path)
         assert triton.generate("left", labels=["1"], steps=1)[0] == 200
         await_true(lambda: figures_of(triton, "left") == [1])
 
