@@ -230,9 +230,10 @@ def compare(judgements: dict[str, tuple[Array, Array]], labels: Array, resamples
 
 def format_markdown(result: dict[str, Any]) -> str:
     """Format the figures as a Markdown table."""
+    first = result["precisions"][0]["name"]
     lines = [
         f"{result['samples']} images each, DDIM {result['steps']} steps, guidance {result['guidance']:g}, the same "
-        f"labels and seeds for all; 95 % intervals; differences are from the first row's and in pairs.",
+        f"labels and seeds for all; 95 % intervals; differences are from {first} and in pairs.",
         "",
         "| | class accuracy | Fréchet distance | accuracy: pairs lost, won, p | Fréchet distance: difference |",
         "|---|--:|--:|--:|--:|",
