@@ -34,7 +34,7 @@ from dit_runtime.backends.onnxruntime import engine as onnxruntime_engine
 from dit_runtime.backends.onnxruntime import gpu as onnxruntime_gpu
 from dit_runtime.backends.onnxruntime import open as onnxruntime_open
 from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
-from dit_runtime.backends.onnxruntime.steps import FixedSteps
+from dit_runtime.backends.onnxruntime.steps import FixedSteps, pad_rows
 from dit_runtime.backends.open import BACKENDS, find_candidates, open_engine
 from dit_runtime.backends.openvino import engine as openvino_engine
 from dit_runtime.backends.openvino import open as openvino_open
@@ -793,8 +793,10 @@ def test_a_step_that_cannot_be_captured_runs(
 
 
 @pytest.mark.usefixtures("gpu")
-def test_a_session_that_cannot_capture_is_opened_without(fp32: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ONNX Runtime refuses at opening what it could not capture."""
+def test_a_session_that_cannot_capture_is_opened_without(
+    fp32: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """ONNX Runtime refuses at opening what it could not capture; the log says so."""
 
     class Refusing(GpuSession):
         def __init__(self, path: str, options: Any, providers: Sequence[Any] | None = None, **rest: Any) -> None:
@@ -806,6 +808,18 @@ def test_a_session_that_cannot_capture_is_opened_without(fp32: Bundle, monkeypat
     monkeypatch.setattr(engine._runtime, "InferenceSession", Refusing)
     inputs = step_inputs(fp32, batch=1, branches=2, rows=4)
     assert np.isfinite(engine.session("step").run(inputs, ["denoised"])[0]).all()
+    assert "the step is not captured as a CUDA graph" in caplog.text
+    assert "cannot use the graph capture feature" in caplog.text
+
+
+@pytest.mark.parametrize(("rows", "most", "padded"), [(1, 1000, 16), (17, 1000, 32), (600, 1000, 1000), (5, 9, 9)])
+def test_a_padded_table_keeps_its_limit(rows: int, most: int, padded: int) -> None:
+    """As many rows as the next power of two, and never more than the limit of memory has room for."""
+    table = np.arange(rows * 2, dtype=np.float32).reshape(rows, 2)
+    found = pad_rows(table, most)
+    assert found.shape == (padded, 2)
+    assert np.array_equal(found[:rows], table)
+    assert not found[rows:].any()
 
 
 @pytest.mark.usefixtures("gpu")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -38,6 +39,8 @@ CPU = "CPUExecutionProvider"
 MODEL, WEIGHTS = "model.onnx", "model.weights"  # the files of a prepared graph
 # These graphs run once, or for a few rows: packing their weights costs more time than it saves, and a copy in memory.
 UNPACKED = ("probe", "conditioner")
+
+logger = logging.getLogger(__name__)
 
 
 class OnnxRuntimeEngine:
@@ -124,11 +127,12 @@ class OnnxRuntimeEngine:
         captured = graph == "step" and self.info.loop_on_device
         try:
             session = open_gpu_session(runtime, provider, path, self._make_options(), precision, captured)
-        except EngineError:
+        except EngineError as error:
             if not captured:
                 raise
             # ONNX Runtime opens no session with CUDA graphs where it copies between CPU and GPU in mid-graph.
             session, captured = open_gpu_session(runtime, provider, path, self._make_options(), precision), False
+            logger.warning("the step is not captured as a CUDA graph: %s", error)
         table = manifest.table.name if graph in SIZED_GRAPHS else None
         options = run_options(runtime, UNCAPTURED) if captured else None
         return functools.partial(run_bound, session, provider, table, options)

@@ -116,9 +116,9 @@ class ResidentLoop(HostLoop):
             self._sent.discard(table)
             self._table_fills = self._memory.fills
         inputs: dict[str, Array] = {"coefficients": coefficients, "guidance": guidance, "rows": rows}
-        held = {"state": self._state, "noise": self._noise, table: self._memory.array}
+        held = {"state": self._state, "noise": self._noise, table: self._memory.array[: len(self.table)]}
         for name in held.keys() - self._sent:
-            inputs[name] = pad_rows(held[name][: len(self.table)]) if name == table else held[name]
+            inputs[name] = pad_rows(held[name], self._memory.capacity) if name == table else held[name]
         result = ResidentStepResult(self._step_session.run_steps(self._steps, inputs))
         self._sent.update(held)
         self._last = result

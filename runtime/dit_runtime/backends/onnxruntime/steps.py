@@ -15,12 +15,13 @@ import numpy as np
 
 from dit_runtime.backends.base import Array
 
-LOG = logging.getLogger(__name__)
 GRAPH_ID, UNCAPTURED = "gpu_graph_id", "-1"
 STATE, NEXT_STATE, DENOISED = "state", "next_state", "denoised"
 MOST_GRAPHS = 64  # of a session: graphs stay as long as it does; steps of further shapes run uncaptured
 LEAST_ROWS = 16  # of a conditioning table on the GPU
 FLOAT32 = np.dtype(np.float32)
+
+logger = logging.getLogger(__name__)
 
 Shape = tuple[int, ...]
 Shapes = tuple[tuple[str, Shape], ...]
@@ -79,7 +80,7 @@ class FixedSteps:
         except Exception as error:  # ONNX Runtime's exception types are not public
             if options.get_run_config_entry(GRAPH_ID) == UNCAPTURED:
                 raise
-            LOG.warning("ONNX Runtime cannot capture the step as a CUDA graph (%s); steps run without", error)
+            logger.warning("ONNX Runtime cannot capture the step as a CUDA graph (%s); steps run without", error)
             uncaptured = run_options(self._runtime, UNCAPTURED)
             self._numbers = range(0)
             self._bindings = {key: (each, uncaptured) for key, (each, _) in self._bindings.items()}
@@ -104,9 +105,12 @@ def run_options(runtime: Any, graph: str) -> Any:
     return options
 
 
-def pad_rows(table: Array) -> Array:
-    """A conditioning table with as many rows as the next power of two: a graph then serves runs of several lengths."""
-    rows = max(LEAST_ROWS, 1 << (len(table) - 1).bit_length())
+def pad_rows(table: Array, most: int) -> Array:
+    """A conditioning table with as many rows as the next power of two, at most ``most``.
+
+    So a CUDA graph serves runs of several lengths.
+    """
+    rows = min(max(LEAST_ROWS, 1 << (len(table) - 1).bit_length()), most)
     padded = np.zeros((rows, *table.shape[1:]), table.dtype)
     padded[: len(table)] = table
     return padded
