@@ -23,6 +23,7 @@ from onnx import numpy_helper
 from support import repa
 from support.bundles import edit_graph, signed, step_inputs
 from support.commands import run_command
+from support.engines import step_on_rtx
 from support.oracle import Weights, dit, guided, random_weights
 
 from dit_runtime import Pipeline
@@ -99,7 +100,6 @@ def test_a_forward_is_the_oracles(exported: Bundle) -> None:
         null=CLASSES,
         guided_channels=4,
     )
-    print("ERR", relative_error(e, wanted.numpy()))
     assert relative_error(e, wanted.numpy()) <= FORWARD_LIMIT[precision]  # measured: 5.1e-7 and 5.9e-4
 
 
@@ -127,7 +127,6 @@ def test_a_trajectory_is_repas(exported: Bundle, sampler: str) -> None:
     else:
         wanted = list(repa.ode(network, next(noise), steps, sampler == "heun", 1.8, interval))
     errors = [relative_error(one, other.numpy()) for one, other in zip(found, wanted, strict=True)]
-    print("ERR", max(errors))
     assert max(errors) <= TRAJECTORY_LIMIT[exported.manifest.precision.name]  # measured: 3.4e-7 and 3.7e-4
 
 
@@ -139,7 +138,6 @@ def test_statistics_are_applied(exported: Bundle, checkpoint: Path) -> None:
     with torch.inference_mode():
         wanted = AutoencoderKL.from_pretrained(checkpoint / "vae").eval().decode(own).sample.numpy()
     limit = DECODER_LIMIT[exported.manifest.precision.name]
-    print("ERR", relative_error(decoded, wanted))
     assert relative_error(decoded, wanted) <= limit  # measured: 1.3e-6 and 7.1e-4
 
 
@@ -148,12 +146,7 @@ def test_statistics_are_applied(exported: Bundle, checkpoint: Path) -> None:
 def test_rtx_fuses_every_attention(exported: Bundle, tmp_path: Path) -> None:
     """The real builder: norms of queries and keys leave each attention one fused kernel in FP16."""
     pytest.importorskip("tensorrt_rtx")
-    from dit_engines.build import engine_from_bundle
-    from dit_engines.recipe import recipe_for
-
-    built = engine_from_bundle(exported, recipe_for("rtx", "8.9", 2, (1, 2), 64), tmp_path / "store")
-    (step,) = (graph for graph in built.graphs if graph.graph == "step")
-    profiles = step.audit.profiles
+    profiles = step_on_rtx(exported, tmp_path / "store")
     assert [profile.fused_attention for profile in profiles] == [2, 2]
     # Two kernels more a block than without the norms.
     assert [(profile.kernels, profile.synchronizations) for profile in profiles] == [(25, 0)] * 2

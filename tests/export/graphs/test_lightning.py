@@ -23,6 +23,7 @@ from dit_export.reference.record_settings import Measurements
 from onnx import numpy_helper
 from support.bundles import edit_graph, signed, step_inputs
 from support.commands import run_command
+from support.engines import step_on_rtx
 from support.oracle import Weights, guided, random_weights
 
 from dit_runtime import Pipeline
@@ -191,12 +192,8 @@ def test_a_trajectory_is_shifted_eulers(exported: Bundle) -> None:
 def test_rtx_fuses_every_attention(exported: Bundle, tmp_path: Path) -> None:
     """The real builder: norms and rotary positions leave each attention one fused kernel in FP16."""
     pytest.importorskip("tensorrt_rtx")
-    from dit_engines.build import engine_from_bundle
-    from dit_engines.recipe import recipe_for
-
-    built = engine_from_bundle(exported, recipe_for("rtx", "8.9", 2, (1, 2), 64), tmp_path / "store")
-    (step,) = (graph for graph in built.graphs if graph.graph == "step")
-    assert [(p.kernels, p.synchronizations, p.fused_attention) for p in step.audit.profiles] == [(27, 0, 2)] * 2
+    profiles = step_on_rtx(exported, tmp_path / "store")
+    assert [(p.kernels, p.synchronizations, p.fused_attention) for p in profiles] == [(27, 0, 2)] * 2
 
 
 @pytest.fixture(scope="module")
