@@ -26,7 +26,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from dit_export.checkpoints.layouts import Numerics, official_shapes
-from dit_export.checkpoints.positions import official_table
+from dit_export.checkpoints.positions import Positions, official_table
 from dit_export.checkpoints.random_weights import random_tensors
 from dit_export.graphs import model
 from dit_export.graphs.from_weights import step_from_weights
@@ -291,12 +291,12 @@ def export_step(ablation: Ablation, spec: ModelSpec, folder: Path) -> GraphSpec:
         if not re.search("adaLN|t_embedder|y_embedder", name)  # these belong to the conditioner
     }
     weights = {name: stored.read() for name, stored in random_tensors(shapes, 0).items()}
-    position = official_table(spec.width, spec.grid)
+    positions = Positions(official_table(spec.width, spec.grid))
     axes = step_axes(spec, dtype_of_table(spec))
     with ExitStack() as stack:
         for (owner, name), function in ablation.replaced.items():
             stack.enter_context(patch.object(owner, name, function))
-        graph = trace(step_from_weights(spec, Numerics(), FP16, weights, position), axes)
+        graph = trace(step_from_weights(spec, Numerics(), FP16, weights, positions), axes)
     del graph.graph.outputs[2:]  # these belong to the probe
     return save_model(graph, folder, "step", axes)
 

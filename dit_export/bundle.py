@@ -138,7 +138,7 @@ def write_graphs(
     table_dtype = conditioner.table_dtype
     yield "conditioner", write_conditioner(folder, conditioner)
     del conditioner  # a third of the weights: they must not be in memory beside the step's
-    positions = {size: checkpoint.position(size) for size in checkpoint.sizes}
+    positions = {size: checkpoint.positions(size) for size in checkpoint.sizes}
     step = step_from_weights(spec, numerics, precision, weights, positions[spec.latent_size])
     yield from write_steps(folder, step, table_dtype, positions, _quantization_of(checkpoint, precision, folder))
     del step

@@ -87,7 +87,7 @@ class SizeEstimate:
         gmac: the work of one forward of one image, with the conditioner.
         step_gmac: the work of one branch of one image in the step.
         decoder_gmac: the work of decoding one image; None without an autoencoder.
-        position_bytes: bytes of the positional table, which is always FP32.
+        position_bytes: bytes of the positional tables, which are always FP32.
         rooflines: one for each device.
     """
 
@@ -345,19 +345,21 @@ def _row_bytes(model: ModelSpec, precision: PrecisionSpec) -> int:
 
 
 def _position_bytes(model: ModelSpec) -> int:
-    return 4 * model.tokens * model.width
+    rotary = 2 * (model.width // model.heads) if model.rotary else 0
+    return 4 * model.tokens * (model.width + rotary)
 
 
 def _estimate_graph(name: str, modules: Iterable[nn.Module], fp16: PrecisionSpec, work: float) -> GraphEstimate:
     """The estimate of a graph from its modules: it counts the tensors of the weights file, each in its unit's dtype."""
     parameters, sizes = 0, {FP32: 0, fp16: 0}
     for path, part in itertools.chain.from_iterable(module.named_modules() for module in modules):
-        counts = [parameter.numel() for parameter in part.parameters(recurse=False)]
+        tables = [buffer for key, buffer in part.named_buffers(recurse=False) if key == "rotary"]
+        counts = [tensor.numel() for tensor in (*part.parameters(recurse=False), *tables)]
         parameters += sum(counts)
         if isinstance(part, nn.LayerNorm) and not part.elementwise_affine:
             counts.append(math.prod(part.normalized_shape))  # ONNX's must have a scale: a vector of ones
-        # Normalizations are FP32, and so is the one parameter of the step itself, its positional table.
-        always = isinstance(part, (nn.LayerNorm, nn.GroupNorm)) or (name == "step" and not path)
+        # Normalizations are FP32, and so are the tensors of the step itself, its positional tables.
+        always = isinstance(part, (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)) or (name == "step" and not path)
         unit = ".".join(path.split(".")[:3]) if name == "step" else name  # blocks.17.attn of blocks.17.attn.qkv
         for policy in sizes:
             itemsize = 4 if always else dtype_of(policy, unit).itemsize

@@ -31,7 +31,7 @@ def weights_from_checkpoint(checkpoint: Checkpoint, bundle: Bundle) -> dict[str,
     parts = checkpoint.model, checkpoint.numerics, FP32, checkpoint.weights
     modules = {
         "conditioner": conditioner_from_weights(*parts),
-        "probe": step_from_weights(*parts, checkpoint.position(checkpoint.sizes[0])),
+        "probe": step_from_weights(*parts, checkpoint.positions(checkpoint.sizes[0])),
         "decoder": Decoder(checkpoint.autoencoder, FP32),
         "encoder": Encoder(checkpoint.autoencoder, FP32),
     }

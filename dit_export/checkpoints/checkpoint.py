@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel
-from torch import Tensor
 
 from dit_export.checkpoints.autoencoders import Autoencoder, spec_of_autoencoder
 from dit_export.checkpoints.families import FAMILIES
 from dit_export.checkpoints.layouts import EMBEDDERS, Numerics
-from dit_export.checkpoints.positions import diffusers_table, is_official_table, official_table
+from dit_export.checkpoints.positions import (
+    ROTARY,
+    Positions,
+    diffusers_table,
+    is_official_table,
+    is_rotary_table,
+    official_table,
+    rotary_table,
+)
 from dit_export.checkpoints.weights import Weights
 from dit_runtime.bundle.manifest import AutoencoderSpec, DefaultsSpec, DiffusionSpec, ModelSpec
 from dit_runtime.core.errors import CheckpointError
@@ -73,12 +81,16 @@ class Checkpoint:
         """The model's shape at a latent size."""
         return replace(self.model, latent_size=size)
 
-    def position(self, size: tuple[int, int]) -> Tensor:
-        """The positional table ``[1, T, D]`` at a latent size, as the reference stores it or computes it."""
+    def positions(self, size: tuple[int, int]) -> Positions:
+        """The positional tables at a latent size, as the reference stores them or computes them."""
         spec = self.at(size)
         if not FAMILIES[self.family].stores_positions:
-            return diffusers_table(spec.width, spec.grid, self.trained_size[0] // spec.patch_size)
-        return self.weights["pos_embed"] if size == self.trained_size else official_table(spec.width, spec.grid)
+            return Positions(diffusers_table(spec.width, spec.grid, self.trained_size[0] // spec.patch_size))
+        if size == self.trained_size:
+            rotary = torch.stack([self.weights[name] for name in ROTARY]) if spec.rotary else None
+            return Positions(self.weights["pos_embed"], rotary)
+        rotary = rotary_table(spec.width // spec.heads, spec.grid) if spec.rotary else None
+        return Positions(official_table(spec.width, spec.grid), rotary)
 
 
 def checkpoint_at_sizes(checkpoint: Checkpoint, image_sizes: tuple[tuple[int, int], ...]) -> Checkpoint:
@@ -100,14 +112,15 @@ def checkpoint_at_sizes(checkpoint: Checkpoint, image_sizes: tuple[tuple[int, in
     sizes = tuple((height // factor, width // factor) for height, width in image_sizes)
     if len(set(sizes)) != len(sizes):
         raise CheckpointError("sizes: one is there twice; name each size once")
-    if checkpoint.model.rotary and any(size != checkpoint.trained_size for size in sizes):
-        raise CheckpointError(
-            f"{checkpoint.name}: its rotary positions are of {checkpoint.trained_size[0]}x{checkpoint.trained_size[1]} "
-            "latents, and other sizes are not supported with them; leave --size out"
-        )
     stores_positions = FAMILIES[checkpoint.family].stores_positions
     elsewhere = stores_positions and any(size != checkpoint.trained_size for size in sizes)
-    if elsewhere and not is_official_table(checkpoint.weights, checkpoint.at(checkpoint.trained_size).grid):
+    grid = checkpoint.at(checkpoint.trained_size).grid
+    if elsewhere and checkpoint.model.rotary and not is_rotary_table(checkpoint.weights, grid):
+        raise CheckpointError(
+            f"{checkpoint.name}: its rotary tables are not those of LightningDiT's code at {grid[0]}x{grid[1]} "
+            "patches, so the tables for another size cannot be computed; leave --size out"
+        )
+    if elsewhere and not is_official_table(checkpoint.weights, grid):
         raise CheckpointError(
             f"{checkpoint.name}: its positional table is not the sines and cosines of the official code, so the table "
             "for another size cannot be computed; leave --size out"

@@ -17,12 +17,12 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from dit_export.checkpoints.key_errors import Shapes, check_shapes, error_for_keys
+from dit_export.checkpoints.positions import ROTARY
 from dit_export.checkpoints.presets import PRESETS
 from dit_runtime.bundle.macs import FREQUENCIES, MODULATIONS
 from dit_runtime.bundle.manifest import ModelSpec
 from dit_runtime.core.errors import CheckpointError
 
-ROTARY = ("feat_rope.freqs_cos", "feat_rope.freqs_sin")  # tables [T, head]
 NORM_PARTS = {"layer": ("weight", "bias"), "rms": ("weight",)}
 # The timestep and label embedders.
 EMBEDDERS = (

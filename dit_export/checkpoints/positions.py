@@ -1,13 +1,15 @@
-"""Positional tables: sines and cosines of each token's row and column, in the conventions of the two references.
+"""Positional tables: sines and cosines of each token's row and column, in the conventions of the references.
 
-Both references use the first half of the channels for the column. They differ at other sizes than the trained one:
-diffusers scales the positions of any grid into the trained grid's range, the official code keeps their spacing.
+Of a table that is added to tokens, the first half of the channels is for the column. The references differ at other
+sizes than the trained one: diffusers scales the positions of any grid into the trained grid's range, the official code
+keeps their spacing. A rotary table, which turns queries and keys, has the row in the first half of a head's channels,
+and keeps the spacing (hustvl/LightningDiT, ``models/pos_embed.py``).
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +21,20 @@ from dit_export.checkpoints.weights import Weights
 from dit_runtime.core.errors import CheckpointError
 
 SAMPLED = 64  # tokens
+ROTARY = ("feat_rope.freqs_cos", "feat_rope.freqs_sin")  # tables [T, head]
 TABLE_LIMIT = 1e-4  # max |Δ| between a stored table and the formula's, below which the formula serves for other sizes
+
+
+class Positions(NamedTuple):
+    """What a model knows of its tokens' places at one size.
+
+    Attributes:
+        table: added to the tokens ``[1, T, D]``.
+        rotary: cosines and sines ``[2, T, head]`` that turn queries and keys; None of a model without.
+    """
+
+    table: Tensor
+    rotary: Tensor | None = None
 
 
 def diffusers_table(width: int, grid: tuple[int, int], trained: int) -> Tensor:
@@ -59,6 +74,27 @@ def is_official_table(weights: Weights, grid: tuple[int, int]) -> bool:
         bool((table[:, rows] - official_table(width, grid, rows).to(dtype).float()).abs().max() <= TABLE_LIMIT)
         for rows in (some, np.arange(tokens))
     )
+
+
+def rotary_table(head: int, grid: tuple[int, int]) -> Tensor:
+    """The cosines and sines ``[2, T, head]`` of LightningDiT's rotary positions, extended to grids that are no squares.
+
+    Neighboring channels are a pair, which turns by the row in the first half of a head and by the column in the second.
+    """
+    places = np.divmod(np.arange(grid[0] * grid[1]).astype(np.float64), grid[1])
+    frequencies = 10000.0 ** -(np.arange(head // 4) / (head / 4))
+    angles = np.concatenate([np.outer(place, frequencies) for place in places], axis=1).repeat(2, axis=1)  # (T, head)
+    return torch.from_numpy(np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32))
+
+
+def is_rotary_table(weights: Weights, grid: tuple[int, int]) -> bool:
+    """Whether the stored rotary tables are LightningDiT's at a grid, in the precision they are stored in."""
+    stored = torch.stack([weights[name] for name in ROTARY])
+    _, tokens, head = stored.shape
+    if head % 4 or grid[0] * grid[1] != tokens:
+        return False
+    formula = rotary_table(head, grid).to(weights.stored[ROTARY[0]].read().dtype).float()
+    return bool((stored - formula).abs().max() <= TABLE_LIMIT)
 
 
 def grid_of_table(source: Source, weights: Weights, patch: int, factor: int) -> tuple[int, int]:

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from dit_export.checkpoints.layouts import EMBEDDERS, NORM_PARTS, ROTARY, Numerics
+from dit_export.checkpoints.layouts import EMBEDDERS, NORM_PARTS, Numerics
+from dit_export.checkpoints.positions import Positions
 from dit_export.graphs.model import Conditioner, Step
 from dit_export.graphs.precision import dtype_of
 from dit_runtime.bundle.macs import MODULATIONS
@@ -40,17 +41,17 @@ def conditioner_from_weights(
 
 
 def step_from_weights(
-    spec: ModelSpec, numerics: Numerics, precision: PrecisionSpec, weights: Mapping[str, Tensor], position: Tensor
+    spec: ModelSpec, numerics: Numerics, precision: PrecisionSpec, weights: Mapping[str, Tensor], positions: Positions
 ) -> Step:
     """The step with weights by official name, each unit in the dtype that the precision policy gives it.
 
-    ``position``: the positional table ``[1, T, D]``. Output channels that the model does not use are left out.
+    Output channels that the model does not use are left out.
     """
     with torch.device("meta"):
         module = Step(spec, numerics)
-    state = {"position": position}
-    if spec.rotary:
-        state["rotary"] = torch.stack([weights[name] for name in ROTARY])
+    state = {"position": positions.table}
+    if positions.rotary is not None:
+        state["rotary"] = positions.rotary
     for target, source, unit, kinds in _step_names(spec):
         for kind in kinds:
             state[f"{target}.{kind}"] = weights[f"{source}.{kind}"].to(

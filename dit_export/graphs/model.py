@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dit_export.checkpoints.layouts import Numerics
+from dit_export.checkpoints.positions import Positions
 from dit_export.graphs.precision import dtype_of
 from dit_runtime.bundle.macs import FREQUENCIES, MODULATIONS
 from dit_runtime.bundle.manifest import ModelSpec, PrecisionSpec
@@ -25,6 +26,9 @@ from dit_runtime.samplers.schedule import A_Z, B_E, INPUT, LOG_SIGMA, LOG_SIGMA_
 #   modulation    6 (adaLN-Zero) or 4 (adaLN) vectors per block, and the final layer's shift and scale
 #   keys_values   cross-attention's keys and values of the two conditioning tokens, in each block
 #   tokens        the two conditioning tokens of in-context conditioning
+
+
+Rotary = tuple[Tensor, Tensor]  # cosines and sines [T, head]
 
 
 def table_axes(spec: ModelSpec) -> tuple[str, tuple[int, ...]]:
@@ -102,7 +106,7 @@ class Attention(nn.Module):
         if self.normalizes:
             self.q_norm, self.k_norm = make_qk_norm(spec, numerics), make_qk_norm(spec, numerics)
 
-    def forward(self, x: Tensor, rotary: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
         # The images stay outermost. If q, k and v were outermost, TensorRT-RTX would copy each of them in a kernel of
         # its own, on streams that wait for each other, instead of all three in one (benchmarks/kernels.py).
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(0, 2, 3, 1, 4).unbind(1)  # (N, h, T, d)
@@ -137,10 +141,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return mixed.transpose(1, 2).flatten(2)
 
 
-def turn(x: Tensor, rotary: Tensor) -> Tensor:
+def turn(x: Tensor, rotary: Rotary) -> Tensor:
     """Queries or keys ``[N, h, T, d]`` with each pair of neighboring channels turned.
 
-    ``rotary``: cosines and sines ``[2, T, d]``.
+    ``rotary``: cosines and sines ``[T, d]``.
 
     As in Su et al. 2021 (arXiv 2104.09864); the angles come from the token's row and column.
     """
@@ -192,7 +196,7 @@ class Block(nn.Module):
             self.norm3 = nn.LayerNorm(spec.width, numerics.mlp_eps)
         self.mlp = (SwiGlu if spec.mlp == "swiglu" else Mlp)(spec.width, spec.mlp_width)
 
-    def forward(self, x: Tensor, condition: Tensor, rotary: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor, rotary: Rotary | None = None) -> Tensor:
         attention, mlp = self.attn.qkv.weight.dtype, self.mlp.fc1.weight.dtype
         if self.conditioning == "adaln-zero":
             shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = condition.unsqueeze(2).unbind(1)  # each (N, 1, D)
@@ -250,10 +254,11 @@ class Step(nn.Module):
         self.final_norm = make_norm(spec, numerics.final_eps)
         self.final = nn.Linear(spec.width, patch * patch * spec.output_channels)
 
-    def at(self, spec: ModelSpec, position: Tensor) -> Step:
-        """The same network with the same weights at another size; ``position`` is the positional table there."""
+    def at(self, spec: ModelSpec, positions: Positions) -> Step:
+        """The same network with the same weights at another size, with the positional tables there."""
         step = copy.copy(self)
-        step._parameters = {"position": nn.Parameter(position, requires_grad=False)}
+        step._parameters = {"position": nn.Parameter(positions.table, requires_grad=False)}
+        step._buffers = {"rotary": positions.rotary}
         step.spec = spec
         return step
 
@@ -269,9 +274,11 @@ class Step(nn.Module):
         condition = table.index_select(0, rows.flatten())  # (G·B, …)
         if spec.conditioning == "in-context":
             x = torch.cat([x, condition], dim=1)  # (G·B, T + 2, D)
+        # Taken apart once: the exporter would store a copy of both for each block.
+        rotary = None if self.rotary is None else (self.rotary[0], self.rotary[1])
         outputs = []
         for index, block in enumerate(self.blocks):
-            x = block(x, self.condition_for_block(condition, index), self.rotary)
+            x = block(x, self.condition_for_block(condition, index), rotary)
             outputs.append(x)
         x = self.final_norm(x[:, : spec.tokens])
         if spec.conditioning in MODULATIONS:

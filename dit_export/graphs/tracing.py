@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from dit_export.checkpoints.positions import Positions
 from dit_export.graphs.autoencoder import Decoder, Encoder
 from dit_export.graphs.model import Conditioner, Step, table_axes
 from dit_runtime.bundle.manifest import (
@@ -102,18 +103,18 @@ def write_steps(
     folder: Path,
     step: Step,
     table_dtype: torch.dtype,
-    positions: Mapping[tuple[int, int], Tensor],
+    positions: Mapping[tuple[int, int], Positions],
     edit: Callable[[ir.Model], None] | None = None,
 ) -> Iterator[tuple[str, GraphSpec]]:
     """Trace and write step and probe for each latent size; yield the name and description of each graph when written.
 
-    ``positions``: the positional table of each size, the step's own first. ``probe`` is the step's graph with the
+    ``positions``: the positional tables of each size, the step's own first. ``probe`` is the step's graph with the
     blocks' outputs added. All graphs share one weights file. Tensors that differ at another size, above all its
     positional table, are in that size's ``.onnx`` file. ``edit`` changes each traced model in place.
     """
     shared: Shared = {}
-    for size, position in positions.items():
-        at = step if size == step.spec.latent_size else step.at(replace(step.spec, latent_size=size), position)
+    for size, at_size in positions.items():
+        at = step if size == step.spec.latent_size else step.at(replace(step.spec, latent_size=size), at_size)
         spec, axes = at.spec, step_axes(at.spec, table_dtype)
         model = trace(at, axes)
         if edit is not None:

@@ -122,6 +122,15 @@ class FinalLayer(nn.Module):
         return result
 
 
+def rotary_positions(spec: ModelSpec) -> dict[str, Tensor]:
+    """The buffers of ``Rotary`` that LightningDiT computes for a grid, by name; the grid need not be square."""
+    (h, w), half = spec.grid, spec.width // spec.heads // 2
+    frequencies = 1.0 / 10000 ** (torch.arange(0, half, 2, dtype=torch.float64) / half)
+    rows, columns = ((torch.arange(side)[:, None] * frequencies).repeat_interleave(2, dim=1) for side in (h, w))
+    angles = torch.cat([rows[:, None].expand(h, w, half), columns[None].expand(h, w, half)], dim=2).flatten(0, 1)
+    return {"feat_rope.freqs_cos": angles.cos().float(), "feat_rope.freqs_sin": angles.sin().float()}
+
+
 class LightningDiT(nn.Module):
     """LightningDiT with its parameter names; ``channels`` are the network's output channels."""
 

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from dit_export.checkpoints.checkpoint import Checkpoint
 from dit_export.checkpoints.random_weights import SkippedInitialization
-from dit_export.reference.lightning_model import LightningDiT
+from dit_export.reference.lightning_model import LightningDiT, rotary_positions
 from dit_export.reference.loops import (
     LoopStep,
     OfficialDiffusion,
@@ -77,6 +77,7 @@ class Reference:
                     **{name: checkpoint.weights[name] for name in checkpoint.weights if name != "pos_embed"},
                     "pos_embed": official_positions(self.spec.width, self.spec.grid),
                 }
+                | (rotary_positions(self.spec) if self.spec.rotary else {})
             )
             self.transformer.load_state_dict(state, assign=True)
             self.transformer.eval().requires_grad_(False)

@@ -14,6 +14,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from dit_export.checkpoints.layouts import Numerics, official_shapes
+from dit_export.checkpoints.positions import Positions
 from dit_export.checkpoints.random_weights import random_tensors
 from dit_export.graphs import model
 from dit_export.graphs.from_weights import step_from_weights
@@ -61,8 +62,8 @@ def test_an_ablation_is_the_same_function(benchmark: ModuleType) -> None:
         with ExitStack() as stack, torch.inference_mode():
             for (owner, name), function in ablation.replaced.items():  # type: ignore[attr-defined]
                 stack.enter_context(patch.object(owner, name, function))
-            position = benchmark.official_table(spec.width, spec.grid)
-            step = step_from_weights(spec, Numerics(), FP32, weights, position)
+            positions = Positions(benchmark.official_table(spec.width, spec.grid))
+            step = step_from_weights(spec, Numerics(), FP32, weights, positions)
             found: torch.Tensor = step(state, noise, coefficients, guidance, rows, table)[0]
         return found
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DiTTransformer2DModel
 from dit_export.checkpoints.autoencoders import STABLE_DIFFUSION_VAE
 from dit_export.checkpoints.layouts import Numerics, official_shapes
+from dit_export.checkpoints.positions import Positions, rotary_table
 from dit_export.checkpoints.presets import PRESETS
 from dit_export.checkpoints.random_weights import random_tensors
 from dit_export.checkpoints.weights import Weights
@@ -185,21 +187,31 @@ def test_bytes_are_the_exported_files(bundles: dict[str, Path], checkpoint: Path
         assert ("rows", *dry_run.table_shape) == manifest.table.shape
 
 
-@pytest.mark.parametrize("conditioning", grid(CONDITIONINGS, fast=lambda name: name == "cross-attention"))
-def test_bytes_of_every_conditioning(conditioning: str, tmp_path: Path) -> None:
+LIGHTNING: dict[str, Any] = {"qk_norm": "rms", "norm": "rms", "mlp": "swiglu", "rotary": True}
+
+
+@pytest.mark.parametrize(
+    ("conditioning", "parts"),
+    grid(
+        [*((name, {}) for name in CONDITIONINGS), ("adaln-zero", LIGHTNING)],
+        fast=lambda name, parts: name == "cross-attention" or parts,
+    ),
+)
+def test_bytes_of_every_conditioning(conditioning: str, parts: dict[str, Any], tmp_path: Path) -> None:
     """To the byte, but for the scales of ones of the LayerNorms, of which the exporter may keep one for all."""
-    model = replace(small(conditioning, width=320), depth=1)
+    model = replace(small(conditioning, width=320), depth=1, **parts)
     weights = Weights("random", random_tensors(official_shapes(model, 8), 0))
     conditioner = conditioner_from_weights(model, Numerics(), FP16, weights)
     write_conditioner(tmp_path, conditioner)
-    step = step_from_weights(model, Numerics(), FP16, weights, weights["pos_embed"])
-    list(write_steps(tmp_path, step, conditioner.table_dtype, {model.latent_size: weights["pos_embed"]}))
+    positions = Positions(weights["pos_embed"], rotary_table(320 // 4, model.grid) if model.rotary else None)
+    step = step_from_weights(model, Numerics(), FP16, weights, positions)
+    list(write_steps(tmp_path, step, conditioner.table_dtype, {model.latent_size: positions}))
     dry_run = dry_run_of(model, FP16, family="official")
     found = {name: (tmp_path / "graphs" / f"{name}.weights").stat().st_size for name in ("conditioner", "step")}
     print({name: dry_run.graph(name).fp16_bytes / size - 1 for name, size in found.items()})
     assert dry_run.graph("conditioner").fp16_bytes == found["conditioner"]
     # measured: 1.2e-3 with adaLN, where it keeps one of three; at XL's width it keeps each, and this is to the byte
-    spare = 2 * 320 * 4 if conditioning.startswith("adaln") else 0
+    spare = 2 * 320 * 4 if conditioning.startswith("adaln") and not parts else 0
     assert dry_run.graph("step").fp16_bytes == found["step"] + spare
 
 

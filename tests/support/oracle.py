@@ -95,8 +95,8 @@ def _self_attention(weights: Weights, name: str, x: Tensor, heads: int) -> Tenso
     elif f"{name}.q_norm.weight" in weights:
         q, k = (_rms_norm(weights, f"{name}.{p}_norm", y) for p, y in zip("qk", (q, k), strict=True))
     if "feat_rope.freqs_cos" in weights:
-        side = math.isqrt(x.shape[1])
-        q, k = _turned(q, side, side), _turned(k, side, side)
+        rows, columns = map(int, weights["grid"])
+        q, k = _turned(q, rows, columns), _turned(k, rows, columns)
     q, k = q.flatten(2), k.flatten(2)
     return _linear(weights, f"{name}.proj", _attention(q, k, v, heads))
 
@@ -199,6 +199,8 @@ def dit(
     """
     depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
     blocks = [f"blocks.{i}" for i in range(depth)]
+    p = weights["x_embedder.proj.weight"].shape[-1]
+    weights = {**weights, "grid": torch.tensor(x.shape[2:]) // p}
     tokens = _patches(weights, x) + weights["pos_embed"]  # [N, T, D]
     t_embedding = _timestep_embedding(weights, t, sinusoid_dtype)  # [N, D]
     y_embedding = weights["y_embedder.embedding_table.weight"][y]  # [N, D]
@@ -225,7 +227,6 @@ def dit(
         raise ValueError(f"conditioning is {conditioning!r}, expected one of {', '.join(CONDITIONINGS)}")
 
     pixels = _linear(weights, "final_layer.linear", tokens)  # [N, T, p·p·out]
-    p = weights["x_embedder.proj.weight"].shape[-1]
     n, _, height, width = x.shape
     pixels = pixels.reshape(n, height // p, width // p, p, p, -1)  # [N, H/p, W/p, p, p, out]
     return pixels.permute(0, 5, 1, 3, 2, 4).reshape(n, -1, height, width)  # [N, out, H, W]

@@ -122,7 +122,7 @@ def test_the_trained_size_is_read_off_the_tables_values(tmp_path: Path, vae: str
                 expected = sincos_positions(size[0] // 2, size[1] // 2, 32)
                 exact = size == found.trained_size
                 expected = expected.to(dtype).float() if exact else expected
-                assert torch.allclose(found.position(size), expected, atol=1e-6)  # measured: 0
+                assert torch.allclose(found.positions(size).table, expected, atol=1e-6)  # measured: 0
 
 
 def test_a_learned_table_that_is_not_square_is_told(tmp_path: Path, vae: str) -> None:
@@ -133,7 +133,7 @@ def test_a_learned_table_that_is_not_square_is_told(tmp_path: Path, vae: str) ->
     with pytest.raises(CheckpointError, match="15 tokens is not square; say what it was trained at with --size"):
         loaded(file, vae)
     found = loaded(file, vae, image_sizes=((24, 40),))
-    assert torch.equal(found.position((6, 10)), weights["pos_embed"])
+    assert torch.equal(found.positions((6, 10)).table, weights["pos_embed"])
     with pytest.raises(CheckpointError, match="not the sines and cosines of the official code"):
         loaded(file, vae, image_sizes=((16, 16), (24, 40)))
 

@@ -220,7 +220,7 @@ def test_different_embedder_copies_stay_different(checkpoint: Path, tmp_path: Pa
     spec, numerics = tuned.model, tuned.numerics
     conditioner = conditioner_from_weights(spec, numerics, FP32, tuned.weights)
     assert len(conditioner.embedders) == spec.depth
-    step = step_from_weights(spec, numerics, FP32, tuned.weights, tuned.position(spec.latent_size))
+    step = step_from_weights(spec, numerics, FP32, tuned.weights, tuned.positions(spec.latent_size))
     z = np.random.default_rng(7).standard_normal((2, 4, 8, 8)).astype(np.float32)
     inputs = step_inputs(z, 1)
     with torch.inference_mode():

@@ -24,7 +24,7 @@ from onnx import numpy_helper
 from support.bundles import edit_graph, signed, step_inputs
 from support.commands import run_command
 from support.engines import step_on_rtx
-from support.oracle import Weights, guided, random_weights
+from support.oracle import Weights, guided, random_weights, sincos_positions
 
 from dit_runtime import Pipeline
 from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
@@ -37,6 +37,7 @@ CHANNELS, CLASSES, HEADS = 8, 10, 4
 FORWARD_LIMIT = {"fp32": 2e-6, "fp16": 3e-3}
 TRAJECTORY_LIMIT = {"fp32": 5e-6, "fp16": 5e-3}
 SHIFT = 0.3
+SIZES = ((8, 8), (12, 8))  # of images in pixels; the first is the trained one
 
 
 def lightning_weights() -> Weights:
@@ -101,7 +102,8 @@ def test_its_parameters_prove_it(tmp_path: Path, vae: str) -> None:
         loaded(saved(tmp_path, weights), vae, family="sit")
     with pytest.raises(CheckpointError, match="say use_rope = False, and the weights are with rotary positions"):
         loaded(saved(tmp_path, weights, use_rope=False), vae)
-    with pytest.raises(CheckpointError, match="its rotary positions are of 4x4 latents, and other sizes are not supp"):
+    weights["feat_rope.freqs_cos"] = weights["feat_rope.freqs_cos"].flip(0)
+    with pytest.raises(CheckpointError, match="its rotary tables are not those of LightningDiT's code at 4x4 patches"):
         loaded(saved(tmp_path, weights), vae, image_sizes=((16, 16),))
 
 
@@ -142,23 +144,26 @@ def exported(request: pytest.FixtureRequest, vae: str, tmp_path_factory: pytest.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dit_export.bundle.records_in_process", lambda *_: Measurements())
         return bundle_from_checkpoint(
-            Source(str(saved(folder, lightning_weights())), autoencoder=vae),
+            Source(str(saved(folder, lightning_weights())), autoencoder=vae, image_sizes=SIZES),
             folder / "out.bundle",
             FP16 if request.param == "fp16" else FP32,
         )
 
 
 def predict(z: torch.Tensor, t: float, labels: list[int], scale: float) -> torch.Tensor:
-    """The oracle's velocity, guided on three of eight channels."""
+    """The oracle's velocity, guided on three of eight channels; its positions are those of the latents' size."""
     times, y = torch.full((len(labels),), t), torch.tensor(labels)
-    return guided(lightning_weights(), z, times, y, scale, heads=HEADS, conditioning="adaln-zero", null=CLASSES)[0]
+    weights = {**lightning_weights(), "pos_embed": sincos_positions(*z.shape[2:], width=64)}
+    return guided(weights, z, times, y, scale, heads=HEADS, conditioning="adaln-zero", null=CLASSES)[0]
 
 
 @pytest.mark.slow  # an export
-def test_a_forward_is_the_oracles(exported: Bundle) -> None:
-    """Every part at a time in the middle, guided on three channels."""
-    engine = OnnxRuntimeEngine(exported, threads=1)
-    z = np.random.default_rng(1).standard_normal((3, CHANNELS, 4, 4)).astype(np.float32)
+@pytest.mark.parametrize("size", SIZES)
+def test_a_forward_is_the_oracles(exported: Bundle, size: tuple[int, int]) -> None:
+    """Every part at a time in the middle, guided on three channels, at the trained size and beside it."""
+    at = exported.at(size)
+    engine = OnnxRuntimeEngine(at, threads=1)
+    z = np.random.default_rng(1).standard_normal((3, CHANNELS, *at.manifest.model.latent_size)).astype(np.float32)
     labels = [0, 4, 9]
     conditions = {"timesteps": np.full(6, 0.4, np.float32), "labels": np.int32([*labels, *[CLASSES] * 3])}
     (table,) = engine.session("conditioner").run(conditions, ["modulation"])
@@ -200,8 +205,18 @@ def test_rtx_fuses_every_attention(exported: Bundle, tmp_path: Path) -> None:
 def verified(vae: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same file with golden records, as the command exports and verifies it."""
     folder = tmp_path_factory.mktemp("lightning-records")
-    done = run_command("dit-export", saved(folder, lightning_weights()), "--vae", vae, "-o", folder / "l.bundle")
+    done = run_command(
+        "dit-export",
+        saved(folder, lightning_weights()),
+        "--vae",
+        vae,
+        "--size",
+        "8x8",
+        "12x8",
+        *("-o", folder / "l.bundle"),
+    )
     assert done.returncode == 0, done.stderr + done.stdout
+    assert "12x8 blocks" in done.stdout
     assert "hustvl/LightningDiT's model and fixed-step samplers, linear path" in done.stdout
     return folder / "l.bundle"
 
