@@ -44,6 +44,20 @@ STABLE_DIFFUSION_VAE: dict[str, Any] = {
 }
 
 
+# LightningDiT's (hustvl/LightningDiT, vavae/configs/f16d32_vfdinov2.yaml), with statistics that change latents visibly:
+# the published ones are in a file of their own.
+VA_VAE: dict[str, Any] = {
+    **STABLE_DIFFUSION_VAE,
+    "down_block_types": (*("DownEncoderBlock2D",) * 4, "AttnDownEncoderBlock2D"),
+    "up_block_types": ("AttnUpDecoderBlock2D", *("UpDecoderBlock2D",) * 4),
+    "block_out_channels": (128, 128, 256, 256, 512),
+    "latent_channels": 32,
+    "scaling_factor": 1.0,
+    "latents_mean": tuple((index - 15.5) / 16 for index in range(32)),
+    "latents_std": tuple(2 + index / 16 for index in range(32)),
+}
+
+
 def autoencoder_for(source: Source, usual: str = FAMILIES["official"].autoencoder) -> Autoencoder:
     """The autoencoder that ``--vae`` names, or else the ``usual`` one, a hub id.
 
@@ -192,10 +206,10 @@ def is_complete_autoencoder(folder: Path, variant: str | None) -> bool:
         return False
 
 
-def random_autoencoder(seed: int) -> AutoencoderKL:
-    """Stable Diffusion's autoencoder with random weights."""
+def random_autoencoder(seed: int, architecture: dict[str, Any]) -> AutoencoderKL:
+    """An autoencoder of this configuration with random weights."""
     with SkippedInitialization():
-        autoencoder = AutoencoderKL(**STABLE_DIFFUSION_VAE)
+        autoencoder = AutoencoderKL(**architecture)
     randomize(autoencoder, seed)
     loaded: AutoencoderKL = freeze(autoencoder)
     return loaded

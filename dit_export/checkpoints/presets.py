@@ -1,30 +1,37 @@
-"""The paper's models by name: Peebles & Xie 2022, table 1."""
+"""Published models by name: those of Peebles & Xie 2022, table 1, which SiT shares, and LightningDiT's."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 
-# Layers, width, heads. SiT has the same models under its own name.
+# Layers, width, heads. SiT and LightningDiT have models of the same shapes under their own names.
 PRESETS = {
     "DiT-S": (12, 384, 6),
     "DiT-B": (12, 768, 12),
     "DiT-L": (24, 1024, 16),
     "DiT-XL": (28, 1152, 16),
 }
-_NAME = re.compile(r"([DS]iT)-(S|B|L|XL)/([248])-(256|512)")
+_NAME = re.compile(r"(?:([DS]iT)-(S|B|L|XL)/([248])|(LightningDiT)-(B|L|XL)/([12]))-(256|512)")
+# The families that a preset of a kind may be of; the first is the usual one.
+FAMILIES_OF_KIND = {"DiT": ("diffusers", "official"), "SiT": ("sit", "repa"), "LightningDiT": ("lightningdit",)}
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A model of the paper: its shape, the side of its square images in pixels, and whether it is a SiT."""
+    """A published model: its kind, its shape, and the side of its square images in pixels."""
 
+    kind: str
     depth: int
     width: int
     heads: int
     patch_size: int
     image_side: int
-    is_sit: bool
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """The families that it may be of; the first is the usual one."""
+        return FAMILIES_OF_KIND[self.kind]
 
 
 def preset_from_name(name: str) -> Preset | None:
@@ -32,5 +39,6 @@ def preset_from_name(name: str) -> Preset | None:
     match = _NAME.fullmatch(name)
     if match is None:
         return None
-    depth, width, heads = PRESETS[f"DiT-{match[2]}"]
-    return Preset(depth, width, heads, int(match[3]), int(match[4]), match[1] == "SiT")
+    kind, size, patch = match.group(1, 2, 3) if match[1] else match.group(4, 5, 6)
+    depth, width, heads = PRESETS[f"DiT-{size}"]
+    return Preset(kind, depth, width, heads, int(patch), int(match[7]))

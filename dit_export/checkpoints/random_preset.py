@@ -1,11 +1,21 @@
-"""Makes a model of the paper with random weights, for measurements that need no trained weights."""
+"""Makes a published model with random weights, for measurements that need no trained weights."""
 
 from __future__ import annotations
 
-from diffusers import DDIMScheduler, DiTTransformer2DModel
-from torch import device
+from collections.abc import Callable
+from dataclasses import replace
 
-from dit_export.checkpoints.autoencoders import Autoencoder, autoencoder_for, random_autoencoder, spec_of_autoencoder
+from diffusers import DDIMScheduler, DiTTransformer2DModel
+from torch import Tensor, device
+
+from dit_export.checkpoints.autoencoders import (
+    STABLE_DIFFUSION_VAE,
+    VA_VAE,
+    Autoencoder,
+    autoencoder_for,
+    random_autoencoder,
+    spec_of_autoencoder,
+)
 from dit_export.checkpoints.checkpoint import Checkpoint
 from dit_export.checkpoints.conventions import check_path
 from dit_export.checkpoints.diffusers_folder.load import checkpoint_from_parts
@@ -16,7 +26,7 @@ from dit_export.checkpoints.families import FAMILIES
 from dit_export.checkpoints.formats import CheckpointFormat, Location
 from dit_export.checkpoints.layouts import official_shapes
 from dit_export.checkpoints.official_file import official_checkpoint
-from dit_export.checkpoints.positions import official_table
+from dit_export.checkpoints.positions import ROTARY, official_table, rotary_table
 from dit_export.checkpoints.presets import PRESETS, Preset, preset_from_name
 from dit_export.checkpoints.random_weights import SkippedInitialization, random_tensors
 from dit_export.checkpoints.source import Source, refuse_options
@@ -43,14 +53,17 @@ def _load(source: Source, location: Location) -> Checkpoint:
         refuse_options(source, {"autoencoder_scaling"})
     conditioning = source.conditioning or "adaln-zero"
     family = _family_of(source, preset, conditioning)
+    architecture = VA_VAE if family == "lightningdit" else STABLE_DIFFUSION_VAE
     autoencoder: Autoencoder = (
-        random_autoencoder((source.random_seed + 1) % 2**64) if source.autoencoder is None else autoencoder_for(source)
+        random_autoencoder((source.random_seed + 1) % 2**64, architecture)
+        if source.autoencoder is None
+        else autoencoder_for(source)
     )
     learned = source.learned_variance is not False
     latent = preset.image_side // spec_of_autoencoder(autoencoder).factor
     spec = ModelSpec(
         conditioning=conditioning,
-        latent_channels=4,
+        latent_channels=architecture["latent_channels"],
         latent_size=(latent, latent),
         patch_size=preset.patch_size,
         width=preset.width,
@@ -58,16 +71,31 @@ def _load(source: Source, location: Location) -> Checkpoint:
         heads=preset.heads,
         mlp_width=4 * preset.width,
         classes=source.classes or 1000,
-        learned_variance=learned and not preset.is_sit,
+        learned_variance=learned and preset.kind == "DiT",
     )
+    if family == "lightningdit":  # the published configuration: configs/lightningdit_xl_vavae_f16d32.yaml
+        spec = replace(spec, mlp_width=int(2 / 3 * spec.mlp_width), norm="rms", mlp="swiglu", rotary=True)
     channels = 2 * spec.latent_channels if family == "sit" and learned else spec.output_channels
-    tensors = random_tensors(official_shapes(spec, channels), source.random_seed)
-    tensors["pos_embed"] = StoredTensor(tensors["pos_embed"].shape, lambda: official_table(spec.width, spec.grid))
-    weights = Weights(source.name, tensors)
+    weights = Weights(source.name, _random_weights(spec, channels, source.random_seed))
     name = f"{source.name} ({conditioning}, random weights, seed {source.random_seed})"
     if family == "diffusers":
         return _diffusers_checkpoint(spec, weights, autoencoder, name)
     return official_checkpoint(source, family, spec, channels, weights, autoencoder, name, None)
+
+
+def _random_weights(spec: ModelSpec, channels: int, seed: int) -> dict[str, StoredTensor]:
+    """Random tensors by official name, and the positional tables that the published code computes."""
+    tensors = random_tensors(official_shapes(spec, channels), seed)
+
+    def computed(name: str, read: Callable[[], Tensor]) -> None:
+        tensors[name] = StoredTensor(tensors[name].shape, read)
+
+    computed("pos_embed", lambda: official_table(spec.width, spec.grid))
+    if spec.rotary:
+        cosines, sines = ROTARY
+        computed(cosines, lambda: rotary_table(spec.width // spec.heads, spec.grid)[0])
+        computed(sines, lambda: rotary_table(spec.width // spec.heads, spec.grid)[1])
+    return tensors
 
 
 def _family_of(source: Source, preset: Preset, conditioning: str) -> str:
@@ -76,13 +104,18 @@ def _family_of(source: Source, preset: Preset, conditioning: str) -> str:
     Raises:
         CheckpointError: the family does not have this preset or conditioning.
     """
-    by_conditioning = "diffusers" if conditioning == "adaln-zero" else "official"
-    family = source.family or ("sit" if preset.is_sit else by_conditioning)
+    usual = preset.families[0]
+    family = source.family or ("official" if usual == "diffusers" and conditioning != "adaln-zero" else usual)
     if family == "diffusers" and conditioning != "adaln-zero":
         raise CheckpointError(f"conditioning {conditioning}: diffusers has none such; use --family official")
-    if preset.is_sit != (FAMILIES[family].time is not None):
-        raise CheckpointError(f"{source.name} with --family {family}: expected a preset of the same family")
-    if preset.is_sit:
+    if family not in preset.families:
+        raise CheckpointError(
+            f"{source.name} with --family {family}: expected a preset of that family, or --family "
+            f"{' or '.join(preset.families)}"
+        )
+    if family == "lightningdit" and conditioning != "adaln-zero":
+        raise CheckpointError(f"conditioning {conditioning}: LightningDiT has none such; leave --conditioning out")
+    if FAMILIES[family].time is not None:
         check_path(source.name, family, source.path or PATHS[0])
     else:
         refuse_options(source, {"path"})

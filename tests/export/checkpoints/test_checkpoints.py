@@ -221,10 +221,22 @@ def test_presets(vae: str) -> None:
         Source("DiT-S/2-256", 4, autoencoder=vae, conditioning="in-context", learned_variance=False)
     )
     assert (other.family, other.model.conditioning, other.channels) == ("official", "in-context", 4)
+    repa = load_checkpoint(Source("SiT-B/4-512", 4, autoencoder=vae, family="repa"))
+    assert (repa.family, repa.diffusion.time, repa.channels) == ("repa", "noise-at-1", 4)
+    lightning = load_checkpoint(Source("LightningDiT-B/1-256", 4))
+    model = lightning.model
+    assert (model.width, model.mlp_width, model.latent_channels, model.latent_size) == (768, 2048, 32, (16, 16))
+    assert (model.norm, model.mlp, model.rotary, model.qk_norm) == ("rms", "swiglu", True, "none")
+    assert lightning.positions((24, 16)).rotary is not None  # the random file's tables are the code's
     with pytest.raises(CheckpointError, match="diffusers has none such; use --family official"):
         load_checkpoint(Source("DiT-S/2-256", 4, autoencoder=vae, conditioning="adaln", family="diffusers"))
+    with pytest.raises(CheckpointError, match="LightningDiT has none such; leave --conditioning out"):
+        load_checkpoint(Source("LightningDiT-B/1-256", 4, conditioning="adaln"))
+    with pytest.raises(CheckpointError, match="LightningDiT-B/4-256: not a preset"):
+        load_checkpoint(Source("LightningDiT-B/4-256", 4))
     with pytest.raises(
-        CheckpointError, match="SiT-S/2-256 with --family official: expected a preset of the same family"
+        CheckpointError,
+        match="SiT-S/2-256 with --family official: expected a preset of that family, or --family sit or repa",
     ):
         load_checkpoint(Source("SiT-S/2-256", 4, autoencoder=vae, family="official"))
 
