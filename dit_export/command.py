@@ -20,6 +20,8 @@ EXAMPLES = (
     "dit-export facebook/DiT-XL-2-256 --bisect dit-xl.bundle -o keep.txt",
     "dit-export facebook/DiT-XL-2-256 --fp16 --keep-fp32 keep.txt -o dit-xl.bundle",
     "dit-export facebook/DiT-XL-2-256 --int8 -o dit-xl-int8.bundle",
+    "dit-export facebook/DiT-XL-2-256 --bisect dit-xl-int8.bundle -o keep.txt",
+    "dit-export facebook/DiT-XL-2-256 --int8 --keep-fp16 keep.txt -o dit-xl-int8.bundle",
 )
 
 
@@ -35,13 +37,15 @@ def _main(argv: list[str] | None) -> int:
         parser.error("a checkpoint is required")
     if args.fp16 and args.int8:
         parser.error("--fp16 and --int8: choose one; with --int8 all that is not INT8 is FP16")
+    if args.bisect is None and (args.most_fp16 is not None or args.least_psnr is not None):
+        parser.error("--most-fp16 and --least-psnr say how much --bisect keeps; add --bisect BUNDLE")
     if args.keep_fp32 and not args.fp16 and not args.int8:
         parser.error("--keep-fp32 is for FP16 graphs, whose other units are FP16; add --fp16")
     check_installed()
     import_libraries()
     request = None if args.checkpoint is None else _request_from_arguments(args)
     if args.bisect is not None:
-        return _bisect(args.bisect, request, args.output, args.json)
+        return _bisect(args, request)
     assert request is not None
     return _dry_run(request, args.json) if args.dry_run else _export(request, args.json)
 
@@ -190,8 +194,24 @@ def _add_task_options(parser: Parser) -> None:
         "--bisect",
         type=Path,
         metavar="BUNDLE",
-        help="find the units of an FP16 bundle that break its error budget, and write the list to keep in FP32; units "
-        "in FP32 take their weights from the checkpoint if it is given, else from the bundle",
+        help="find the units of an FP16 bundle that break its error budget, and write the list to keep in FP32; of an "
+        "INT8 bundle the layers whose quantization costs most, and the list to keep in FP16. Kept units take their "
+        "weights from the checkpoint if it is given, else from the bundle, which has them rounded",
+    )
+    wanted = group.add_mutually_exclusive_group()
+    wanted.add_argument(
+        "--most-fp16",
+        type=float,
+        metavar="SHARE",
+        help="with --bisect of an INT8 bundle: keep layers that stand out, up to this share of the INT8 multiply-adds "
+        "(default: 0.1)",
+    )
+    wanted.add_argument(
+        "--least-psnr",
+        type=float,
+        metavar="DB",
+        help="with --bisect of an INT8 bundle: keep as few layers as give the worst recorded image this PSNR against "
+        "the FP32 model's; samples images at each trial",
     )
     group.add_argument("--dry-run", action="store_true", help="print what would be made and what it needs, then stop")
     group.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -282,17 +302,23 @@ def _dry_run(request: ExportRequest, as_json: bool) -> int:
     return 0
 
 
-def _bisect(path: Path, request: ExportRequest | None, output: Path | None, as_json: bool) -> int:
-    """Find the units of a bundle to keep in FP32; with a checkpoint, units in FP32 have its weights."""
+def _bisect(args: argparse.Namespace, request: ExportRequest | None) -> int:
+    """Find the units of a bundle to keep in FP32 or FP16; with a checkpoint, kept units have its weights."""
     from dit_export.bisect.keep_list import find_keep_list
-    from dit_export.bisect.report import format_bisection
+    from dit_export.bisect.quantization_bisection import MOST_FP16, QuantizationBisection, Wanted
+    from dit_export.bisect.report import format_bisection, format_quantization_bisection
     from dit_runtime.bundle.reader import open_bundle
 
-    bundle = open_bundle(path)
-    output = output or Path(f"{named(path).stem}.keep.txt")
-    found = find_keep_list(bundle, None if request is None else request.checkpoint, output)
-    if as_json:
-        print_json({"bundle": str(path), "output": str(output) if found.findings else None, **found.as_json()})
+    wanted = None
+    if args.most_fp16 is not None or args.least_psnr is not None:
+        wanted = Wanted(MOST_FP16 if args.most_fp16 is None else args.most_fp16, args.least_psnr)
+    bundle = open_bundle(args.bisect)
+    output = args.output or Path(f"{named(args.bisect).stem}.keep.txt")
+    found = find_keep_list(bundle, None if request is None else request.checkpoint, output, wanted)
+    if args.json:
+        print_json({"bundle": str(args.bisect), "output": str(output) if found.findings else None, **found.as_json()})
+    elif isinstance(found, QuantizationBisection):
+        print(format_quantization_bisection(found, bundle, output))
     else:
         print(format_bisection(found, bundle, output))
     return 0

@@ -1,1 +1,1 @@
-"""Finds which units and operations of an FP16 bundle break its error budget."""
+"""Finds which units of an FP16 bundle break its error budget, and which layers of an INT8 bundle cost most."""

@@ -20,7 +20,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from dit_export.bisect.fp16_operations import describe_unit
 from dit_export.bisect.graph_edits import Array
@@ -32,6 +32,7 @@ from dit_runtime.core.errors import ParityError
 from dit_runtime.core.progress import Progress
 from dit_runtime.verify.rung import Rung
 
+Item = TypeVar("Item")
 CLOSEST = 3  # how many of the operations nearest to FP16's range are reported
 
 
@@ -168,6 +169,15 @@ def find_shortest(order: Sequence[str], passes: Callable[[Sequence[str]], bool])
 
     It is known that all units together pass, and that no unit at all fails.
     """
+    found = find_beginning(order, passes)
+    for unit in found[:-1]:  # the search has shown that it fails without the last one
+        fewer = tuple(other for other in found if other != unit)
+        found = fewer if passes(fewer) else found
+    return found
+
+
+def find_beginning(order: Sequence[Item], passes: Callable[[Sequence[Item]], bool]) -> tuple[Item, ...]:
+    """The shortest beginning of ``order`` that passes, where every longer one does; as above, all of it passes."""
     low, high = 0, 1
     while high < len(order) and not passes(order[:high]):
         low, high = high, 2 * high
@@ -175,11 +185,7 @@ def find_shortest(order: Sequence[str], passes: Callable[[Sequence[str]], bool])
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if passes(order[:middle]) else (middle, high)
-    found = tuple(order[:high])
-    for unit in found[:-1]:  # the search has shown that it fails without the last one
-        fewer = tuple(other for other in found if other != unit)
-        found = fewer if passes(fewer) else found
-    return found
+    return tuple(order[:high])
 
 
 def _join(rungs: Mapping[str, Iterable[Rung]]) -> tuple[Rung, ...]:

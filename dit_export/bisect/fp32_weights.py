@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
+import torch
 
 from dit_export.bisect.fp16_operations import scope_of
 from dit_export.bisect.graph_edits import Array
@@ -13,12 +14,17 @@ from dit_export.checkpoints.checkpoint import Checkpoint
 from dit_export.graphs.autoencoder import Decoder, Encoder
 from dit_export.graphs.from_weights import conditioner_from_weights, step_from_weights
 from dit_export.graphs.precision import FP32
+from dit_runtime.bundle.manifest import ENCODER
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import CheckpointError
 
+GRAPHS = ("conditioner", "probe", "decoder", ENCODER)
 
-def weights_from_checkpoint(checkpoint: Checkpoint, bundle: Bundle) -> dict[str, dict[str, Array]]:
-    """The checkpoint's FP32 weights by graph and module.
+
+def weights_from_checkpoint(
+    checkpoint: Checkpoint, bundle: Bundle, graphs: Sequence[str] = GRAPHS
+) -> dict[str, dict[str, Array]]:
+    """The checkpoint's FP32 weights of some graphs, by graph and module.
 
     Raises:
         CheckpointError: the bundle was made from other weights.
@@ -29,15 +35,14 @@ def weights_from_checkpoint(checkpoint: Checkpoint, bundle: Bundle) -> dict[str,
             f"{bundle.manifest.source.name}"
         )
     parts = checkpoint.model, checkpoint.numerics, FP32, checkpoint.weights
-    modules = {
-        "conditioner": conditioner_from_weights(*parts),
-        "probe": step_from_weights(*parts, checkpoint.positions(checkpoint.sizes[0])),
-        "decoder": Decoder(checkpoint.autoencoder, FP32),
-        "encoder": Encoder(checkpoint.autoencoder, FP32),
+    make: dict[str, Callable[[], torch.nn.Module]] = {
+        "conditioner": lambda: conditioner_from_weights(*parts),
+        "probe": lambda: step_from_weights(*parts, checkpoint.positions(checkpoint.sizes[0])),
+        "decoder": lambda: Decoder(checkpoint.autoencoder, FP32),
+        ENCODER: lambda: Encoder(checkpoint.autoencoder, FP32),
     }
     return {
-        graph: {name: tensor.float().numpy() for name, tensor in module.state_dict().items()}
-        for graph, module in modules.items()
+        graph: {name: tensor.float().numpy() for name, tensor in make[graph]().state_dict().items()} for graph in graphs
     }
 
 

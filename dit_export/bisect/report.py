@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from dit_export.bisect.bisection import Bisection
 from dit_export.bisect.kernel_cost import KernelCost
+from dit_export.bisect.quantization_bisection import STANDS_OUT, QuantizationBisection
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.text import join_lines
 from dit_runtime.verify.budget import FP16_MAX
@@ -13,6 +15,14 @@ from dit_runtime.verify.budget import FP16_MAX
 EMULATION = (
     "FP16 is emulated: results are rounded to FP16, sums inside a kernel are FP32; overflow inside one is not seen"
 )
+
+EXACT = "the checkpoint's"
+INEXACT = "as INT8 rounded them; name the checkpoint too, and what their rounding costs is measured as well"
+CANCELLED = (
+    "the images are no nearer: along a trajectory the errors of layers cancel in part, and of few images it is chance "
+    "how far; with --least-psnr images decide"
+)
+MOST_LISTED = 8  # layers, of those that cost most
 
 
 def format_bisection(bisection: Bisection, bundle: Bundle, output: Path) -> str:
@@ -44,6 +54,55 @@ def format_bisection(bisection: Bisection, bundle: Bundle, output: Path) -> str:
     if bisection.findings:
         lines.append(f"{output}: now dit-export CHECKPOINT --fp16 --keep-fp32 {output}")
     return join_lines(lines)
+
+
+def format_quantization_bisection(bisection: QuantizationBisection, bundle: Bundle, output: Path) -> str:
+    """A bisection of an INT8 bundle as sentences and a list; ``output`` is the list's file."""
+    lines = [
+        f"{bundle.path}: int8 on {bisection.engine}, {len(bisection.layers)} layers, {bisection.trials} evaluations in "
+        f"{bisection.seconds:.0f} s",
+        "weights of layers in FP16: " + (EXACT if bisection.exact else INEXACT),
+        "layers that cost most in INT8, each alone:",
+        *(f"  {each.unit:<24} {each}" for each in bisection.layers[:MOST_LISTED]),
+    ]
+    kept = bisection.findings
+    if kept:
+        lines.append("to keep in FP16:")
+        lines += [f"  {each.unit:<24} +{each.weights_bytes / 1e6:.2f} MB" for each in kept]
+        more, (before, after) = sum(each.weights_bytes for each in kept), bisection.int8_gmac
+        lines.append(
+            f"cost: weights +{more / 1e6:.2f} MB ({more / bisection.weights_bytes:.1%} of the step's "
+            f"{bisection.weights_bytes / 1e6:.1f} MB); INT8 multiply-adds of a branch {before:.3g} → {after:.3g} GMAC "
+            f"({after / before - 1:.1%})"
+        )
+    elif bisection.wanted.least_psnr is not None:
+        lines.append("images reach the level that is wanted as they are: no layer needs to be kept in FP16")
+    else:
+        lines.append(_say_why_none(bisection))
+    arrow = " → {}" if kept else ""
+    error, psnr = bisection.error, bisection.psnr
+    gain = f"error of the guided prediction against FP32: {error[0]:.2%}{arrow.format(f'{error[1]:.2%}')}"
+    if psnr is not None:
+        gain += f"; worst image {psnr[0]:.1f} dB{arrow.format(f'{psnr[1]:.1f} dB')}"
+    lines.append(gain)
+    if kept and psnr is not None and psnr[1] <= psnr[0]:
+        lines.append(CANCELLED)
+    if kept:
+        lines.append(f"{output}: now dit-export CHECKPOINT --int8 --keep-fp16 {output}")
+    return join_lines(lines)
+
+
+def _say_why_none(bisection: QuantizationBisection) -> str:
+    over = max(bisection.layers, key=lambda each: each.worth)
+    if over.worth < STANDS_OUT:
+        return (
+            f"no layer stands out, none costs {STANDS_OUT:g} times its share of the multiply-adds: nothing is worth "
+            "keeping in FP16"
+        )
+    return (
+        f"{over.unit} stands out and is {over.macs:.1%} of the INT8 multiply-adds, more than is to be kept in FP16: "
+        f"add --most-fp16 {math.ceil(1000 * over.macs) / 1000:g}"
+    )
 
 
 def _describe_cost(cost: KernelCost | None) -> str:

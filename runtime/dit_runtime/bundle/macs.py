@@ -37,10 +37,14 @@ def count_conditioner_gmac(model: ModelSpec, embedders: int = 1) -> float:
     return count / 1e9
 
 
+def count_tokens(model: ModelSpec) -> int:
+    """How many tokens a block sees of one branch of one image."""
+    return model.tokens + (CONDITION_TOKENS if model.conditioning == "in-context" else 0)
+
+
 def count_step_gmac(model: ModelSpec) -> float:
     """Count the GMAC of one branch of one image in the step graph: the work that every sampling step repeats."""
-    d, patch = model.width, model.patch_size**2
-    tokens = model.tokens + (CONDITION_TOKENS if model.conditioning == "in-context" else 0)
+    d, patch, tokens = model.width, model.patch_size**2, count_tokens(model)
     # For each token, queries, keys, values and output take 4·D², and the MLP's two layers 2·D·hidden, with SwiGLU
     # 3·D·hidden. For each pair of tokens, the attention's two products take D each.
     block = tokens * (4 * d * d + (3 if model.mlp == "swiglu" else 2) * d * model.mlp_width) + 2 * tokens**2 * d

@@ -106,7 +106,7 @@ def _rungs(replay: Replay, quick: bool, images: list[tuple[Array, Array]]) -> It
     yield network_rungs.update(replay)
     first, *_ = samplers = trajectories_of(manifest.diffusion)
     for sampler in samplers:
-        record, schedule = _trajectory(replay, sampler, sampler)
+        record, schedule = recorded_trajectory(replay, sampler, sampler)
         yield image_rungs.noise(replay, sampler, record, schedule)
         if not guided:
             continue  # these trajectories are guided
@@ -117,7 +117,7 @@ def _rungs(replay: Replay, quick: bool, images: list[tuple[Array, Array]]) -> It
         if sampler == first:
             final = latents
     if not (quick and guided):
-        record, schedule = _trajectory(replay, samplers[-1], UNGUIDED)
+        record, schedule = recorded_trajectory(replay, samplers[-1], UNGUIDED)
         yield image_rungs.free_running(replay, samplers[-1], record, schedule)[1]
     yield image_rungs.decoder(replay)
     yield image_rungs.quantized(replay)
@@ -128,7 +128,7 @@ def _rungs(replay: Replay, quick: bool, images: list[tuple[Array, Array]]) -> It
         if _has_cost(replay):
             yield quantization_rungs.cost(replay, both[0])
         if _has_strong(replay):
-            record, schedule = _trajectory(replay, first, STRONG)
+            record, schedule = recorded_trajectory(replay, first, STRONG)
             strong, rung = image_rungs.free_running(replay, first, record, schedule)
             yield rung
             if replay.tile is None:
@@ -173,7 +173,7 @@ def _strongest_guidance(replay: Replay, names: Sequence[str]) -> float:
     return max(scales, default=1.0)
 
 
-def _trajectory(replay: Replay, sampler: str, name: str) -> tuple[image_rungs.Record, Schedule]:
+def recorded_trajectory(replay: Replay, sampler: str, name: str) -> tuple[image_rungs.Record, Schedule]:
     """A recorded trajectory of a sampler, and the sampler's schedule."""
     record, manifest = replay.bundle.records(name), replay.bundle.manifest
     schedule = schedule_for(sampler, manifest.model, manifest.diffusion, int(record["steps"]))
