@@ -13,12 +13,13 @@ from dit_runtime.backends.base import Engine
 from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
 from dit_runtime.bundle.manifest import ENCODER
 from dit_runtime.bundle.reader import Bundle
-from dit_runtime.core.errors import SamplingError
+from dit_runtime.core.errors import BundleError, SamplingError
 from dit_runtime.sampling.requests import ImageRequest
 from dit_runtime.verify.metrics import psnr
 
 BATCHES = (1, 2, 3, 5, 7, 10)  # each makes all images anew
 NOT_FINITE = "not finite"
+NO_IMAGE = "no image"  # the bundle is not read
 
 
 def make_requests(pipe: Pipeline) -> list[ImageRequest]:
@@ -75,6 +76,8 @@ def damage_of(fault: Fault, bundle: Bundle, sound: list[Array] | None = None) ->
             found = list(make(changed, engine))
     except SamplingError:
         return NOT_FINITE
+    except BundleError:
+        return NO_IMAGE
     return min(psnr(*pair) for batch in zip(found, expected, strict=True) for pair in zip(*batch, strict=True))
 
 

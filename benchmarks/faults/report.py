@@ -26,6 +26,10 @@ reads its neighbour's row" on, the rung is the first relation that fails; the ru
 were not run.
 """
 
+INT8 = "INT8"
+INT8_HEAD = """Faults of quantization, in a copy of a bundle's files or in an engine. "refused" and "no image" mean
+that the bundle is not read."""
+
 
 def format_document() -> str:
     """The page, from results.json."""
@@ -34,14 +38,21 @@ def format_document() -> str:
 
 
 def _lines(results: dict[str, Any]) -> Iterator[str]:
-    bundles: list[str] = results["bundles"]
+    bundles: list[str] = [title for title in results["bundles"] if title != INT8]
     yield f"On {results['engine']}, the tiny model with random weights of the tests. {_count(results)}"
     yield ""
     yield f"| fault | {' | '.join(f'{name}: first to fail | damage' for name in bundles)} |"
     yield f"|---|{'---|---|' * len(bundles)}"
     for name, cells in results["faults"].items():
-        columns = [_cell(cells.get(each)) for each in bundles]
-        yield f"| {name} | {' | '.join(columns)} |"
+        if INT8 not in cells:
+            columns = [_cell(cells.get(each)) for each in bundles]
+            yield f"| {name} | {' | '.join(columns)} |"
+    if INT8 in results["bundles"]:
+        yield from ("", "## In an INT8 bundle", "", INT8_HEAD, "")
+        yield from ("| fault | first to fail | damage |", "|---|---|---|")
+        for name, cells in results["faults"].items():
+            if INT8 in cells:
+                yield f"| {name} | {_cell(cells[INT8])} |"
     if passing := {
         name: cells for name, cells in results["faults"].items() if any(cell["why"] for cell in cells.values())
     }:

@@ -24,7 +24,8 @@ from dit_runtime.verify.rung import Rung
 def ranges(replay: Replay) -> Rung:
     """Each layer's scale, which must map the largest |x| of all timesteps of calibration to 127.
 
-    A smaller scale clips numbers that the model has, a larger one wastes levels.
+    A smaller scale clips numbers that the model has, a larger one wastes levels. A layer whose range is the same at all
+    timesteps was calibrated on one of them: a network's numbers differ.
     """
     manifest = replay.bundle.manifest
     calibration, record = manifest.calibration, replay.bundle.records(CALIBRATION)
@@ -35,7 +36,7 @@ def ranges(replay: Replay) -> Rung:
             f"expected {calibration.steps}; export the bundle again"
         )
     layers = [
-        (name, float(found.max()) / (LARGEST * float(scale)))
+        (name, float(found.max()) / (LARGEST * float(scale)), len(found) > 1 and bool((found == found[0]).all()))
         for name, found, scale in zip(
             linears_of(manifest.model.conditioning, manifest.model.depth),
             record["ranges"],
@@ -44,15 +45,18 @@ def ranges(replay: Replay) -> Rung:
         )
         if manifest.precision.quantizes(name)
     ]
-    off = [abs(share - 1) for _, share in layers]
+    off = [math.inf if single else abs(share - 1) for _, share, single in layers]
     worst = int(np.argmax(off))
-    name, share = layers[worst]
+    name, share, single = layers[worst]
+    reached = f"{name} reaches {share:.3g} of its scale's end"
+    if single:
+        reached = f"{name} has one range for all timesteps: calibrated on one of them; export the bundle again"
     return Rung(
         "INT8 ranges",
         off[worst],
         replay.budget.tolerance_of("int8_ranges"),
         "relative",
-        f"{name} reaches {share:.3g} of its scale's end; {len(layers)} layers at {calibration.steps} timesteps of "
+        f"{reached}; {len(layers)} layers at {calibration.steps} timesteps of "
         f"{calibration.sampler}, {len(set(calibration.labels))} classes",
         axis="layer",
         series={"error": off},
