@@ -84,8 +84,8 @@ def test_weights_that_are_not_numbers(copied: Path, tmp_path: Path) -> None:
 def test_another_architecture(copied: Path, tmp_path: Path) -> None:
     """Another pipeline, another transformer, another scheduler: each is named."""
     output = tmp_path / "out.bundle"
-    edit_json(copied / "scheduler" / "scheduler_config.json", clip_sample=True)
-    export_refused(copied, output, "clip_sample true is not supported")
+    edit_json(copied / "scheduler" / "scheduler_config.json", thresholding=True)
+    export_refused(copied, output, "thresholding true is not supported")
     edit_json(copied / "transformer" / "config.json", activation_fn="geglu")
     export_refused(copied, output, "activation_fn is 'geglu'")
     edit_json(copied / "transformer" / "config.json", _class_name="PixArtTransformer2DModel")

@@ -66,6 +66,8 @@ def load_checkpoint(source: Source) -> Checkpoint:
         if location.path is not None:
             check_name(location.path, kind_of_file(location.path))
         raise CheckpointError(f"{source.name}: is a {kind or 'plain'} file; {SUPPORTED}")
+    if checkpoint.diffusion.options.clip_bound is not None:
+        checkpoint = replace(checkpoint, model=replace(checkpoint.model, clips=True))
     channels = checkpoint.model.latent_channels
     if checkpoint.autoencoder.config.latent_channels != channels:
         raise CheckpointError(

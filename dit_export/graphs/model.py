@@ -20,7 +20,7 @@ from dit_export.checkpoints.positions import Positions
 from dit_export.graphs.precision import dtype_of
 from dit_runtime.bundle.macs import FREQUENCIES, MODULATIONS
 from dit_runtime.bundle.manifest import ModelSpec, PrecisionSpec
-from dit_runtime.samplers.schedule import A_Z, B_E, INPUT, LOG_SIGMA, LOG_SIGMA_V, MATRIX, NOISE
+from dit_runtime.samplers.schedule import A_Z, B_E, BOUND, CLEAN, CLIPPED, INPUT, LOG_SIGMA, LOG_SIGMA_V, MATRIX, NOISE
 
 # The conditioning table by its name, and what one of its rows holds:
 #   modulation    6 (adaLN-Zero) or 4 (adaLN) vectors per block, and the final layer's shift and scale
@@ -319,7 +319,8 @@ def sampler_update(
 
     The update is written as multiply-adds because a matrix product could run in TF32.
 
-    denoised = a·s₀ + b·e;  s'ᵢ = Σⱼ Aᵢⱼ·sⱼ + Bᵢ·e;  s'₀ += exp(g + h·v)·k·noise.
+    denoised = a·s₀ + b·e;  s'ᵢ = Σⱼ Aᵢⱼ·sⱼ + Bᵢ·e;  s'₀ += exp(g + h·v)·k·noise. With two numbers more, denoised is
+    clipped to ±r, and s'₀ += w·denoised.
     """
     c = coefficients[:, :, None, None, None]  # (B, 17, 1, 1, 1)
     denoised = c[:, A_Z] * state[:, 0] + c[:, B_E] * e
@@ -328,4 +329,7 @@ def sampler_update(
     g, h, k = c[:, LOG_SIGMA], c[:, LOG_SIGMA_V], c[:, NOISE]
     exponent = g if v is None else g + h * v
     z = slots[:, :1] + (torch.exp(exponent) * k * noise)[:, None]
+    if coefficients.shape[1] == CLIPPED:
+        denoised = torch.minimum(torch.maximum(denoised, -c[:, BOUND]), c[:, BOUND])
+        z = z + (c[:, CLEAN] * denoised)[:, None]
     return torch.cat([z, slots[:, 1:]], dim=1), denoised

@@ -29,7 +29,7 @@ from dit_runtime.bundle.manifest import (
     TensorSpec,
     name_for_size,
 )
-from dit_runtime.samplers.schedule import COEFFICIENTS
+from dit_runtime.samplers.schedule import CLIPPED, COEFFICIENTS
 
 OPSET = 20  # the newest that TensorRT 10.3 (JetPack 6) reads; has a single Gelu node
 INLINE_BYTES = 1024  # smaller constants stay in the .onnx file
@@ -60,7 +60,7 @@ def step_axes(spec: ModelSpec, table_dtype: torch.dtype) -> Axes:
         inputs={
             "state": (torch.float32, ("batch", 3, *image)),
             "noise": (torch.float32, ("batch", *image)),
-            "coefficients": (torch.float32, ("batch", COEFFICIENTS)),
+            "coefficients": (torch.float32, ("batch", CLIPPED if spec.clips else COEFFICIENTS)),
             "guidance": (torch.float32, ("branches", "batch", spec.latent_channels)),
             "rows": (torch.int32, ("branches", "batch")),
             name: (table_dtype, ("rows", *shape)),

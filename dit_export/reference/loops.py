@@ -62,7 +62,7 @@ def diffusers_ddpm(
     """
     stated = config.get("variance_type")
     variance_type = stated or ("learned_range" if learned else "fixed_large")
-    scheduler: Any = DDPMScheduler.from_config(config, variance_type=variance_type, clip_sample=False)
+    scheduler: Any = DDPMScheduler.from_config(config, variance_type=variance_type)
     if betas is not None:
         scheduler = _copy_in_float64(scheduler, betas)
     if stated is None:

@@ -71,12 +71,14 @@ def run_table(
     state[0] = z
     for index, (row, coefficients) in enumerate(zip(schedule.rows, schedule.coefficients, strict=True)):
         a, b, *rest = coefficients.astype(np.float64)
-        A, B, (g, h, k) = np.reshape(rest[:9], (3, 3)), np.array(rest[9:12]), rest[12:]
+        A, B, (g, h, k) = np.reshape(rest[:9], (3, 3)), np.array(rest[9:12]), rest[12:15]
+        bound, weight = rest[15:] or (np.inf, 0.0)
         if teacher is not None:
             state[0] = teacher[index]
         e, v = network(state[0], float(schedule.timesteps[row]))
-        denoised = a * state[0] + b * e
+        denoised = np.clip(a * state[0] + b * e, -bound, bound)
         state = np.tensordot(A, state, axes=1) + np.multiply.outer(B, e)
+        state[0] += weight * denoised
         mean, scale = state[0].copy(), np.exp(g + h * v) * k
         state[0] += scale * noise[index]
         steps.append(Step(denoised, mean, scale, state[0].copy()))

@@ -23,7 +23,7 @@ from dit_export.checkpoints.diffusers_folder.scheduler_options import (
 from dit_export.checkpoints.diffusers_modules import explain_config_errors, read_json_object
 from dit_runtime.bundle.manifest import DiffusionSpec
 from dit_runtime.core.errors import CheckpointError, SamplingError
-from dit_runtime.samplers.options import DDIM, DDPM, check_options
+from dit_runtime.samplers.options import DDIM, DDPM, THRESHOLDS, check_options
 from dit_runtime.samplers.spacing import UNSTATED
 
 logger = logging.getLogger("dit_runtime.export")  # a command prints what is logged below dit_runtime
@@ -32,6 +32,7 @@ logger = logging.getLogger("dit_runtime.export")  # a command prints what is log
 SCHEDULERS = tuple(TABLE)
 # Defaults of the forward process, of the classes whose defaults are not DDIMScheduler's.
 OWN_DEFAULTS = {"HeunDiscreteScheduler": {"beta_start": 0.00085, "beta_end": 0.012}}
+LEAST_BOUND, MOST_BOUND = 1e-6, 1e6  # of a clip
 # The forward process of the published DiT.
 LINEAR_BETAS = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "clip_sample": False}
 
@@ -94,12 +95,15 @@ def load_scheduler(path: Path, kind: str) -> DDIMScheduler:
         config = leave_out_options(own, kind, config)
     check_config(path, kind, config)
     config = {**OWN_DEFAULTS.get(kind, {}), **take_own_values(kind, config)}
-    for key in ("clip_sample", "thresholding"):
-        # DDIMScheduler and DDPMScheduler clip by default: without the key in the file, they clip.
-        if config.get(key, key == "clip_sample" and kind in (DDIM, DDPM)):
-            raise CheckpointError(
-                f"{path}: {key} is not supported (it is not linear in the network's output); set it to false"
-            )
+    if config.get("thresholding"):
+        raise CheckpointError(f"{path}: thresholding is not supported ({THRESHOLDS.reason}); set it to false")
+    # DDIMScheduler and DDPMScheduler clip by default: without the key in the file, they clip.
+    config.setdefault("clip_sample", kind in (DDIM, DDPM))
+    if config["clip_sample"] and not LEAST_BOUND <= config.get("clip_sample_range", 1.0) <= MOST_BOUND:
+        raise CheckpointError(
+            f"{path}: clip_sample_range {config['clip_sample_range']:g}; expected a number from {LEAST_BOUND:g} to "
+            f"{MOST_BOUND:g}"
+        )
     if kind == DDPM and config.get("variance_type") is None:
         config["variance_type"] = "fixed_small"
     _check_betas(path, config)
@@ -107,7 +111,7 @@ def load_scheduler(path: Path, kind: str) -> DDIMScheduler:
     settings = {key: value for key, value in config.items() if key in names and not key.startswith("_")}
     others = {key: value for key, value in config.items() if key not in names and not key.startswith("_")}
     with explain_config_errors(path):
-        scheduler = DDIMScheduler(**{**settings, "clip_sample": False, "thresholding": False})
+        scheduler = DDIMScheduler(**{**settings, "thresholding": False})
         scheduler.register_to_config(**others)
         betas = betas_of(scheduler.config)
         options = options_of_config(scheduler.config)

@@ -24,7 +24,6 @@ from dit_runtime.bundle.manifest import SchedulerOptions
 from dit_runtime.core.decode import DecodeError, Natural, Range, decode
 from dit_runtime.core.errors import CheckpointError
 from dit_runtime.samplers.options import (
-    CLIPPING,
     DDIM,
     DDPM,
     DPM,
@@ -32,6 +31,7 @@ from dit_runtime.samplers.options import (
     INERT,
     LEVELS,
     PROCESS,
+    THRESHOLDS,
     UNIPC,
     USES,
     Only,
@@ -49,7 +49,7 @@ _SOLVER: dict[str, Use] = {
     **_SIGMAS,
     **dict.fromkeys(("solver_order", "algorithm_type", "solver_type", "lower_order_final"), HANDED_ON),
     **dict.fromkeys(("use_flow_sigmas", "flow_shift", "use_dynamic_shifting", "time_shift_type"), HANDED_ON),
-    "thresholding": CLIPPING,
+    "thresholding": THRESHOLDS,
     **dict.fromkeys(("dynamic_thresholding_ratio", "sample_max_value"), INERT),
 }
 OTHERS: dict[str, dict[str, Use]] = {
@@ -72,7 +72,7 @@ OTHERS: dict[str, dict[str, Use]] = {
         **_SOLVER,
         "algorithm_type": Only(("deis", "dpmsolver++", "dpmsolver"), "DEIS is no other algorithm"),
     },
-    "HeunDiscreteScheduler": {**_SPACED, **_SIGMAS, "clip_sample": CLIPPING, "clip_sample_range": INERT},
+    "HeunDiscreteScheduler": {**_SPACED, **_SIGMAS, "clip_sample": HANDED_ON, "clip_sample_range": HANDED_ON},
     "LMSDiscreteScheduler": {**_SPACED, **_SIGMAS},
 }
 # Schedulers of diffusion models: the configuration describes the same forward process, whichever of them samples.
@@ -103,7 +103,7 @@ KINDS: dict[str, Any] = {
     "solver_order": Annotated[int, Range(1, 3)],
     "trained_betas": list[float] | None,
     "beta_schedule": Literal["linear", "scaled_linear", "squaredcos_cap_v2"],
-    "prediction_type": Literal["epsilon", "v_prediction"],
+    "prediction_type": Literal["epsilon", "v_prediction", "sample"],
     "timestep_spacing": Literal["leading", "trailing", "linspace"],
     "variance_type": (
         Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"] | None
@@ -130,6 +130,7 @@ _UNTOLD: dict[str, tuple[Any, ...]] = {
     "lambda_min_clipped": (-math.inf,),
     "disable_corrector": ([],),
     "beta_schedule": ("linear", "scaled_linear"),
+    "clip_sample_range": (1.0,),
 }
 
 
@@ -205,6 +206,7 @@ def options_of_config(config: Mapping[str, Any]) -> SchedulerOptions:
     for name in (item.name for item in fields(SchedulerOptions)):
         value = config.get(name)
         untold = value is None or (value is False and name not in ("lower_order_final", "predict_x0"))
+        untold = untold or (name == "clip_sample_range" and not config.get("clip_sample"))
         if not untold and value not in _UNTOLD.get(name, ()):
             values[name] = tuple(value) if isinstance(value, list) else value
     options = SchedulerOptions(**values)

@@ -10,6 +10,7 @@ from dit_runtime.backends.base import Array, Engine
 from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.core.errors import SamplingError
 from dit_runtime.samplers.noise import Float32
+from dit_runtime.samplers.schedule import widen_rows
 
 STATE_SLOTS = 3  # slot 0 is z_t, slots 1 and 2 are the sampler's memory
 
@@ -42,7 +43,7 @@ def step_inputs(
     Args:
         manifest: of the bundle; it names the conditioning table.
         state: ``[B, 3, C, H, W]`` float32.
-        coefficients: ``[B, 17]`` float32, each image's row of its schedule.
+        coefficients: ``[B, 17]`` float32, each image's row of its schedule; ``[B, 19]`` with a clip.
         guidance: ``[G, B, C]`` float32, the weight of each branch.
         rows: ``[G, B]`` int32, the row of the conditioning table that each branch of each image reads.
         table: the conditioning table ``[R, …]``, in the manifest's dtype.
@@ -51,7 +52,7 @@ def step_inputs(
     return {
         "state": state,
         "noise": np.zeros_like(state[:, 0]) if noise is None else noise,
-        "coefficients": coefficients,
+        "coefficients": widen_rows(coefficients, manifest.model.clips),
         "guidance": guidance,
         "rows": rows,
         manifest.table.name: table,

@@ -29,9 +29,9 @@ from dit_runtime.bundle.precision import EXPORTED, Precision
 from dit_runtime.bundle.quantization import linears_of
 from dit_runtime.core.decode import show
 
-COEFFICIENTS = 17  # of a row of a sampler's schedule
+COEFFICIENTS, CLIPPED = 17, 19  # of a row of a sampler's schedule, without and with a clip
 SPACINGS = ("default", "leading", "trailing", "linspace", "official", "uniform")
-PREDICTIONS = ("epsilon", "v_prediction", "velocity")
+PREDICTIONS = ("epsilon", "v_prediction", "sample", "velocity")
 CONDITION_TOKENS = 2  # timestep and label
 VECTORS = {"adaln-zero": 6, "adaln": 4}  # of a block in the table
 
@@ -162,6 +162,8 @@ def _check_diffusion(manifest: Manifest) -> None:
         raise ValueError(f"{len(diffusion.betas)} betas with path {show(diffusion.path)}")
     if (diffusion.options.first_timestep or 0) >= max(len(diffusion.betas), 1):
         raise ValueError(f"first_timestep {diffusion.options.first_timestep} of {len(diffusion.betas)} timesteps")
+    if diffusion.options.clip_bound is not None and not manifest.model.clips:
+        raise ValueError("options.clip_sample true, and the model's step does not clip")
     if abs(diffusion.steps_offset) > len(diffusion.betas):
         raise ValueError(f"steps_offset {diffusion.steps_offset} for {len(diffusion.betas)} training timesteps")
     if diffusion.guidance_channels > manifest.model.latent_channels:
@@ -227,7 +229,7 @@ def _tensors_of(manifest: Manifest, name: str, size: tuple[int, int], table: Ten
     inputs: Tensors = {
         "state": ("float32", state),
         "noise": ("float32", latents),
-        "coefficients": ("float32", ("batch", COEFFICIENTS)),
+        "coefficients": ("float32", ("batch", CLIPPED if model.clips else COEFFICIENTS)),
         "guidance": ("float32", ("branches", "batch", model.latent_channels)),
         "rows": ("int32", ("branches", "batch")),
         **table,

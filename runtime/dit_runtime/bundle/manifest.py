@@ -51,6 +51,7 @@ class ModelSpec:
         norm: before attention, before the MLP and at the end: a LayerNorm, or an RMSNorm with weights.
         mlp: the MLP's activation: ``gelu`` approximated with tanh, or ``swiglu``, whose first layer is twice as wide.
         rotary: whether queries and keys are turned by their token's row and column (RoPE).
+        clips: whether the step clips the denoised estimate: its rows of coefficients have a bound.
     """
 
     conditioning: str
@@ -68,6 +69,7 @@ class ModelSpec:
     norm: Literal["layer", "rms"] = optional("layer")
     mlp: Literal["gelu", "swiglu"] = optional("gelu")
     rotary: bool = optional(False)
+    clips: bool = optional(False)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -131,6 +133,13 @@ class SchedulerOptions:
     disable_corrector: tuple[Natural, ...] | None = optional(None)
     beta_schedule: Literal["squaredcos_cap_v2"] | None = optional(None)
     first_timestep: Natural | None = optional(None)
+    clip_sample: bool | None = optional(None)
+    clip_sample_range: Annotated[float, Range(1e-6, 1e6)] | None = optional(None)
+
+    @property
+    def clip_bound(self) -> float | None:
+        """The bound of the denoised estimate of the samplers that clip; None where they do not."""
+        return (self.clip_sample_range or 1.0) if self.clip_sample else None
 
     def stated(self) -> dict[str, Any]:
         """The options that are stated, by name."""

@@ -106,7 +106,8 @@ def _write_table(request: TableRequest) -> int:
         steps = count_default_steps(sampler, model, diffusion, manifest.defaults.steps, request.spacing)
     schedule = schedule_for(sampler, model, diffusion, steps, request.eta, request.spacing)
     write_table(schedule, request.path)
-    line = f"{request.path}: {schedule.sampler}, {schedule.steps} steps, {len(schedule)} rows of 17 numbers"
+    rows = f"{len(schedule)} rows of {schedule.coefficients.shape[1]} numbers"
+    line = f"{request.path}: {schedule.sampler}, {schedule.steps} steps, {rows}"
     print(join_lines([line]))
     return 0
 

@@ -53,15 +53,19 @@ def clean_and_noise(prediction_type: str, alpha: float, sigma: float) -> tuple[F
         return (S0 - sigma * E) / alpha, E
     if prediction_type == "v_prediction":
         return alpha * S0 - sigma * E, sigma * S0 + alpha * E
+    if prediction_type == "sample":
+        return E, (S0 - alpha * E) / sigma
     raise SamplingError(
-        f"prediction type {prediction_type!r} is not supported by this sampler; expected 'epsilon' or 'v_prediction'"
+        f"prediction type {prediction_type!r} is not supported by this sampler; expected 'epsilon', 'v_prediction' or "
+        "'sample'"
     )
 
 
 def ddim(diffusion: DiffusionSpec, steps: int, eta: float = 0.0, spacing: str | None = None) -> Schedule:
-    """DDIM (Song et al. 2020, arXiv 2010.02502, equations 12 and 16), as diffusers' ``DDIMScheduler`` without clipping.
+    """DDIM (Song et al. 2020, arXiv 2010.02502, equations 12 and 16), as diffusers' ``DDIMScheduler``.
 
-    ``eta`` is in [0, 1]: with 0 the sampler is deterministic, above 0 it draws noise at every row, the last included.
+    Where the bundle's options say so, x₀ is clipped and ε stays the network's, as by default there. ``eta`` is in
+    [0, 1]: with 0 the sampler is deterministic, above 0 it draws noise at every row, the last included.
     With an official spacing this is the official code's ``ddim_sample``: each step leads to the next timestep of the
     list, and the last step to x₀.
     """
@@ -82,7 +86,8 @@ def ddim(diffusion: DiffusionSpec, steps: int, eta: float = 0.0, spacing: str | 
         x_0, noise = clean_and_noise(diffusion.prediction_type, np.sqrt(now), np.sqrt(1 - now))
         # Rounding could leave a variance of zero slightly negative.
         spread = eta * np.sqrt(max((1 - then) / (1 - now) * (1 - now / then), 0.0))
-        rows.append(make_row(x_0, np.sqrt(then) * x_0 + np.sqrt(max(1 - then - spread**2, 0.0)) * noise, noise=spread))
+        direction = np.sqrt(max(1 - then - spread**2, 0.0)) * noise
+        rows.append(_row_from_clean(diffusion, x_0, np.sqrt(then), direction, noise=spread))
     return schedule_from_rows("ddim", spacing, timesteps, rows, _signal_and_noise(alpha_bars[timesteps]), draws=eta > 0)
 
 
@@ -119,16 +124,32 @@ def ddpm(diffusion: DiffusionSpec, steps: int, learned_variance: bool, spacing: 
     rows = []
     for t, now, then, beta, least in zip(timesteps, kept, before, betas, posterior, strict=True):
         x_0, _ = clean_and_noise(diffusion.prediction_type, np.sqrt(now), np.sqrt(1 - now))
-        mean = (beta * np.sqrt(then) * x_0 + (1 - then) * np.sqrt(1 - beta) * S0) / (1 - now)
+        weight, rest = beta * np.sqrt(then) / (1 - now), (1 - then) * np.sqrt(1 - beta) / (1 - now) * S0
         if t == 0:
-            rows.append(make_row(x_0, mean))
+            rows.append(_row_from_clean(diffusion, x_0, weight, rest))
             continue
         high, low = np.log(beta), np.log(least)
         # Half of fraction·high + (1 − fraction)·low, with fraction = (v + 1)/2.
         learned = ((low + high) / 4, (high - low) / 4)
         fixed = (high / 2 if variance_type == "fixed_large" else low / 2, 0.0)
-        rows.append(make_row(x_0, mean, noise=1.0, log_sigma=learned if variance_type == "learned_range" else fixed))
+        spread = learned if variance_type == "learned_range" else fixed
+        rows.append(_row_from_clean(diffusion, x_0, weight, rest, noise=1.0, log_sigma=spread))
     return schedule_from_rows("ddpm", spacing, timesteps, rows, _signal_and_noise(kept), draws=timesteps > 0)
+
+
+def _row_from_clean(
+    diffusion: DiffusionSpec,
+    x_0: Float64,
+    weight: float,
+    rest: Float64,
+    noise: float = 0.0,
+    log_sigma: tuple[float, float] = (0.0, 0.0),
+) -> Float64:
+    """The row of a sampler that goes to ``weight``·x₀ + ``rest``, with x₀ clipped where the bundle's options say so."""
+    bound = diffusion.options.clip_bound
+    if bound is None:
+        return make_row(x_0, weight * x_0 + rest, noise=noise, log_sigma=log_sigma)
+    return make_row(x_0, rest, noise=noise, log_sigma=log_sigma, clip=(bound, weight))
 
 
 def dpm_solver_pp(

@@ -29,7 +29,7 @@ class Only:
 
 Use = str | Only
 
-CLIPPING = Only((False,), "it is not linear in the network's output")
+THRESHOLDS = Only((False,), "its bound is another for each image and step")
 BETA_SIGMAS = Only((False,), "its noise levels are SciPy's beta distribution, which is not here")
 FLOW_SIGMAS = Only((False,), "its steps are those of a flow, and the model's betas are not")
 SHIFTING = Only((False,), "a configuration does not say by how much it shifts")
@@ -40,10 +40,10 @@ _PROCESS = dict.fromkeys(
 _SPACING = dict.fromkeys(("timestep_spacing", "steps_offset"), PROCESS)
 _RESCALING = {"rescale_betas_zero_snr": PROCESS}
 _THRESHOLDING: dict[str, Use] = {
-    "thresholding": CLIPPING,
+    "thresholding": THRESHOLDS,
     **dict.fromkeys(("dynamic_thresholding_ratio", "sample_max_value"), INERT),
 }
-_CLIPPING: dict[str, Use] = {"clip_sample": CLIPPING, "clip_sample_range": INERT}
+_CLIPPING: dict[str, Use] = dict.fromkeys(("clip_sample", "clip_sample_range"), STEPS)
 _LEVELS: dict[str, Use] = {
     **dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "final_sigmas_type"), STEPS),
     "use_beta_sigmas": BETA_SIGMAS,

@@ -9,6 +9,14 @@ means
     s'₀     += exp(g + h·v)·k·noise
 
 The step graph evaluates one row for each image. At run time a sampler does nothing else.
+
+A row of a model that clips has two numbers more, a bound r and a weight w, and means
+
+    denoised = a·s₀ + b·e, between −r and r
+    s'₀     += w·denoised
+
+so A and B are what does not go through the clip. The clip is in no sampler's A and B, because a value beyond the bound
+may be thousands of times larger, and would leave its rounding in the sum.
 """
 
 from __future__ import annotations
@@ -29,6 +37,7 @@ from dit_runtime.core.replace import replace_file
 from dit_runtime.samplers.fitted import FittedFor
 
 COEFFICIENTS = 17
+CLIPPED = 19  # numbers of a row with a clip
 
 # Of numbers in a schedule. DPM-Solver++ at LEAST_ALPHA_BAR needs 4096; above 8e6, 1/float32's resolution, terms of a
 # row would cancel to nothing.
@@ -45,6 +54,9 @@ A_Z, B_E = 0, 1  # denoised = a·s₀ + b·e
 MATRIX = 2  # nine numbers, row by row
 INPUT = 11  # three numbers
 LOG_SIGMA, LOG_SIGMA_V, NOISE = 14, 15, 16  # g, h, k
+BOUND, CLEAN = 17, 18  # r, w
+
+NO_BOUND = float(np.finfo(np.float32).max)
 
 Float64 = NDArray[np.float64]
 
@@ -62,7 +74,7 @@ class Schedule:
         spacing: how the timesteps were chosen, for the record.
         timesteps: float32 ``[U]``, the distinct timesteps that the network gets.
         rows: int32 ``[T]``, the index in ``timesteps`` of each evaluation.
-        coefficients: float32 ``[T, 17]``, a row for each evaluation.
+        coefficients: float32 ``[T, 17]``, a row for each evaluation; ``[T, 19]`` with a clip.
         initial: float32 ``[T, 2]``, scales of signal and noise in z before each row, where image-to-image can start.
         start: float32 ``[S]``: z before the first row is Σᵢ startᵢ · the i-th draw of noise. In image-to-image
             ``initial[0]``, with the image and the first draw, replaces the first term.
@@ -85,6 +97,11 @@ class Schedule:
     fitted: FittedFor | None = None
 
     @property
+    def clips(self) -> bool:
+        """Whether the rows have a bound of the denoised estimate."""
+        return int(self.coefficients.shape[1]) == CLIPPED
+
+    @property
     def uses_variance(self) -> bool:
         """Whether any row depends on v, the learned variance."""
         return bool(np.any(self.coefficients[:, LOG_SIGMA_V] != 0))
@@ -105,13 +122,36 @@ def make_row(
     memory_2: Float64 = NOTHING,
     noise: float = 0.0,
     log_sigma: tuple[float, float] = (0.0, 0.0),
+    clip: tuple[float, float] | None = None,
 ) -> Float64:
     """One row ``[17]`` from combinations ``[4]`` of (s₀, s₁, s₂, e): the denoised estimate and the next state's slots.
 
     ``noise`` is k, the scale of the row's noise. ``log_sigma`` is (g, h), for noise with a scale that depends on v.
+    ``clip`` is (r, w), the bound of the denoised estimate and its weight in z, for a row ``[19]``.
     """
     matrix = np.stack([z, memory, memory_2])
-    return np.concatenate([denoised[[0, 3]], matrix[:, :3].reshape(-1), matrix[:, 3], log_sigma, [noise]])
+    more = () if clip is None else clip
+    return np.concatenate([denoised[[0, 3]], matrix[:, :3].reshape(-1), matrix[:, 3], log_sigma, [noise], more])
+
+
+def widen_rows(coefficients: NDArray[np.float32], clips: bool) -> NDArray[np.float32]:
+    """Rows ``[…, 17 or 19]`` as the step of a model takes them: ``[…, 19]`` where it ``clips``, else ``[…, 17]``.
+
+    A row without a bound gets one that no number is beyond. A row that has one stays as it is.
+    """
+    if not clips or coefficients.shape[-1] == CLIPPED:
+        return coefficients
+    more = np.broadcast_to(np.array([NO_BOUND, 0], np.float32), (*coefficients.shape[:-1], 2))
+    return np.concatenate([coefficients, more], axis=-1)
+
+
+def drop_clip(coefficients: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Rows ``[T, 17]`` that do what ``[T, 17 or 19]`` do to latents whose denoised estimate is within the bound."""
+    plain = coefficients[:, :COEFFICIENTS].copy()
+    if coefficients.shape[1] == CLIPPED:
+        plain[:, MATRIX] += coefficients[:, CLEAN] * coefficients[:, A_Z]
+        plain[:, INPUT] += coefficients[:, CLEAN] * coefficients[:, B_E]
+    return plain
 
 
 def schedule_from_rows(
@@ -214,9 +254,10 @@ def write_table(schedule: Schedule, path: Path) -> None:
 def read_table(path: Path) -> Schedule:
     """The schedule of a sampler table: a JSON file that ``write_table`` or the user wrote.
 
-    ``timesteps [U]`` and ``coefficients [T, 17]`` are required. The other fields have defaults: ``rows`` is 0 … T−1,
-    ``start`` [1], ``draws_noise`` true where k is not 0, ``completes_step`` true, ``initial`` [0, 1] in every row (no
-    image-to-image), ``skipped`` 0. ``fitted`` says what a table of ``dit-tune`` was fitted for.
+    ``timesteps [U]`` and ``coefficients [T, 17]``, or ``[T, 19]`` with a clip, are required. The other fields have
+    defaults: ``rows`` is 0 … T−1, ``start`` [1], ``draws_noise`` true where k is not 0, ``completes_step`` true,
+    ``initial`` [0, 1] in every row (no image-to-image), ``skipped`` 0. ``fitted`` says what a table of ``dit-tune`` was
+    fitted for.
 
     Raises:
         SamplingError: the file cannot be read, or the step graph cannot run its rows.
@@ -279,7 +320,7 @@ def _schedule_from_record(record: _TableRecord, name: str) -> Schedule:
             raise ValueError(f"sampler or spacing {show(text)} has {len(text)} characters")
     coefficients = np.asarray(record.coefficients, np.float32)
     count = len(coefficients)
-    if coefficients.shape[1:] != (COEFFICIENTS,):
+    if coefficients.shape[1:] not in ((COEFFICIENTS,), (CLIPPED,)):
         raise ValueError(f"coefficients has shape {list(coefficients.shape)}, expected [{count}, {COEFFICIENTS}]")
     draws = coefficients[:, NOISE] != 0 if record.draws_noise is None else record.draws_noise
     completes = [True] * count if record.completes_step is None else record.completes_step
@@ -304,7 +345,7 @@ def _check(schedule: Schedule) -> None:
     shapes = {
         "timesteps": (len(schedule.timesteps),),
         "rows": (count,),
-        "coefficients": (count, COEFFICIENTS),
+        "coefficients": (count, CLIPPED if schedule.clips else COEFFICIENTS),
         "initial": (count, 2),
         "start": (len(schedule.start),),
         "draws_noise": (count,),
@@ -320,11 +361,13 @@ def _check(schedule: Schedule) -> None:
         raise ValueError("expected at least one row and one start, and a last row that completes a step")
     if schedule.rows.min() < 0 or schedule.rows.max() >= len(schedule.timesteps):
         raise ValueError(f"rows leave 0 to {len(schedule.timesteps) - 1}, the timesteps")
-    g, h, k = schedule.coefficients[:, LOG_SIGMA:].T
+    g, h, k = schedule.coefficients[:, LOG_SIGMA:BOUND].T
     if (g[k == 0] != 0).any() or (h[k == 0] != 0).any():
         raise ValueError("g and h must be 0 where k is 0: 0·exp(g + h·v) could be no number")
     if (k[~schedule.draws_noise] != 0).any():
         raise ValueError("a row with k other than 0 must draw noise")
+    if schedule.clips and not (schedule.coefficients[:, BOUND] > 0).all():
+        raise ValueError("a bound r must be above 0")
     if unwritten := _find_unwritten_read(schedule.coefficients):
         raise ValueError(f"row {unwritten[0]} reads slot {unwritten[1]} before any row wrote it")
 

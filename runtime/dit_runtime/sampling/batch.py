@@ -13,7 +13,7 @@ from dit_runtime.backends.profiles import BatchShape
 from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.core.errors import SamplingError
 from dit_runtime.samplers.noise import Float32, Noise, draw_normals
-from dit_runtime.samplers.schedule import COEFFICIENTS
+from dit_runtime.samplers.schedule import widen_rows
 from dit_runtime.sampling.requests import ImageRequest
 
 LIMITS = TableLimits()  # the memory for the conditioning table of any batch
@@ -41,7 +41,7 @@ class _Slot:
         return [(time, label) for label in self.labels[: self.needed[row]]]
 
 
-def _inputs_for_run(slots: Sequence[_Slot], table: ConditioningTable) -> RunInputs | None:
+def _inputs_for_run(slots: Sequence[_Slot], table: ConditioningTable, clips: bool) -> RunInputs | None:
     """The step's inputs for the rest of a run.
 
     None where the images are not at the same row of the same schedule, or where rows of the conditioning table that
@@ -66,7 +66,7 @@ def _inputs_for_run(slots: Sequence[_Slot], table: ConditioningTable) -> RunInpu
             if None in found:
                 return None
             rows[slot.row :, branch, index] = np.array(found, np.int32)
-    coefficients = np.repeat(schedule.coefficients[:, None], count, axis=1)
+    coefficients = np.repeat(widen_rows(schedule.coefficients, clips)[:, None], count, axis=1)
     return RunInputs(coefficients, weights, rows, needed.tolist(), first.draws)
 
 
@@ -122,7 +122,7 @@ class Batch:
         self._engine, self._goes_on, model = engine, goes_on, manifest.model
         self._loop: Loop = engine.open_loop(LIMITS)
         self._table = self._loop.table
-        self._shape = (model.latent_channels, *model.latent_size)
+        self._shape, self._clips = (model.latent_channels, *model.latent_size), model.clips
         self._slots: list[_Slot] = []
         self._inputs: RunInputs | None = None
         self._changed = True  # whether images were added or removed since the last step
@@ -209,17 +209,17 @@ class Batch:
         needed = [condition for each in conditions for condition in each]
         self._table.prepare(needed, self._iterate_upcoming, self._changed and self._loop.looks_ahead)
         if self._changed:
-            self._inputs, self._changed = _inputs_for_run(slots, self._table), False
+            self._inputs, self._changed = _inputs_for_run(slots, self._table, self._clips), False
         _, branches = self.next_shape
-        coefficients = np.empty((len(slots), COEFFICIENTS), np.float32)
         weights = np.zeros((branches, len(slots), self._shape[0]), np.float32)
         rows = np.zeros((branches, len(slots)), np.int32)  # a branch of weight 0 may read any row
         for index, slot in enumerate(slots):
             row, image = slot.row, slot.image
             count = len(conditions[index])
-            coefficients[index] = image.schedule.coefficients[row]
             weights[:count, index] = image.branches.weights[row, :count]
             rows[:count, index] = [self._table[condition] for condition in conditions[index]]
+        own = [widen_rows(slot.image.schedule.coefficients[slot.row], self._clips) for slot in slots]
+        coefficients = np.stack(own)
         drawing = [index for index, slot in enumerate(slots) if slot.draws[slot.row]]
         noise = self._draw([slots[index] for index in drawing]) if drawing else None
         return self._loop.run_step(coefficients, weights, rows, noise, drawing)

@@ -29,6 +29,11 @@ def check_table(table: Schedule, manifest: Manifest, digest: str) -> None:
             f"a sampler table with timesteps {table.timesteps.min():g} to {table.timesteps.max():g}: this model's "
             f"timesteps are 0 to {last}; the sampler table is for another kind of model"
         )
+    if table.clips and not manifest.model.clips:
+        raise SamplingError(
+            "a sampler table with rows of 19 numbers, which clip: the step of this bundle does not clip, and takes 17; "
+            "export it from a checkpoint whose scheduler has clip_sample true, or use a table without a clip"
+        )
     if table.uses_variance and not manifest.model.learned_variance:
         raise SamplingError(
             "a sampler table that uses the learned variance (h is not 0): this model has no learned variance"

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_runtime.core.errors import SamplingError
-from dit_runtime.samplers.schedule import A_Z, B_E, INPUT, MATRIX, Float64, Schedule
+from dit_runtime.samplers.schedule import A_Z, B_E, INPUT, MATRIX, Float64, Schedule, drop_clip
 
 NO_SIGNAL = 1e-12  # of the weight of the first latents: a division by less says nothing
 
@@ -68,7 +68,7 @@ def grid_from_schedule(schedule: Schedule) -> Grid:
     if schedule.skipped or len(schedule.start) != 1:
         raise SamplingError(f"{what}: it does not start from one draw of noise; expected a named sampler")
     starts = np.append(0, np.flatnonzero(schedule.completes_step) + 1)
-    signal, output = _follow_constant(schedule.coefficients.astype(np.float64), starts)
+    signal, output = _follow_constant(drop_clip(schedule.coefficients).astype(np.float64), starts)
     if (np.abs(signal[:-1]) < NO_SIGNAL).any():
         raise SamplingError(f"{what}: its rows leave nothing of the first latents; use another teacher")
     first = starts[:-1]

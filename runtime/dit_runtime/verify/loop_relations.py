@@ -17,7 +17,7 @@ from dit_runtime.backends.profiles import BatchShape
 from dit_runtime.backends.step import state_from_latents
 from dit_runtime.samplers.guidance import Guidance, branches_from_labels
 from dit_runtime.samplers.noise import Noise
-from dit_runtime.samplers.schedule import INPUT, LOG_SIGMA, LOG_SIGMA_V, MATRIX, NOISE, Schedule
+from dit_runtime.samplers.schedule import A_Z, B_E, BOUND, CLEAN, INPUT, LOG_SIGMA, LOG_SIGMA_V, MATRIX, NOISE, Schedule
 from dit_runtime.sampling.batch import Batch
 from dit_runtime.sampling.requests import ImageRequest
 from dit_runtime.verify.effort import Effort
@@ -97,8 +97,11 @@ def _walk(replay: Replay, request: ImageRequest, factor: np.float32) -> Array:
     state[0] = latents
     for row, coefficients in enumerate(request.schedule.coefficients.astype(np.float64)):
         e, v = _predict(replay, request, state[0].astype(np.float32), row, factor)
+        denoised = coefficients[A_Z] * state[0] + coefficients[B_E] * e.value
         state = np.einsum("ij,jchw->ichw", coefficients[MATRIX:INPUT].reshape(3, 3), state)
         state += coefficients[INPUT:LOG_SIGMA, None, None, None] * e.value
+        if request.schedule.clips:
+            state[0] += coefficients[CLEAN] * np.clip(denoised, -coefficients[BOUND], coefficients[BOUND])
         if request.schedule.draws_noise[row]:
             spread = np.exp(coefficients[LOG_SIGMA] + coefficients[LOG_SIGMA_V] * v) * coefficients[NOISE]
             state[0] += spread * request.draw_noise(stream, latents.shape)

@@ -12,6 +12,8 @@ from dit_runtime.bundle.precision import Precision
 from dit_runtime.samplers.schedule import (
     A_Z,
     B_E,
+    BOUND,
+    CLEAN,
     COEFFICIENTS,
     INPUT,
     LOG_SIGMA,
@@ -159,7 +161,8 @@ def update(replay: Replay) -> Rung:
     e, v = (np.stack([outputs[part] for _, _, outputs in evaluated]).astype(np.float64) for part in ("e", "v"))
     random = np.random.default_rng(0)
     row = random.uniform(0.5, 1.5, COEFFICIENTS) * np.where(np.arange(COEFFICIENTS) % 2, 1, -1)
-    row[LOG_SIGMA_V] = 0.5 / max(float(np.abs(v).max()), 1e-3)
+    row[LOG_SIGMA_V] = 0.5 / max(float(np.abs(v).max(initial=0)), 1e-3)
+    row = np.append(row, [1.0, -0.7]) if replay.model.clips else row  # a bound that some values are beyond
     coefficients = np.repeat(row[None].astype(np.float32), shape[0], axis=0)
     noise = random.standard_normal(images.latents.shape).astype(np.float32)
     inputs = replay.make_inputs(images, coefficients, noise, shape[1])
@@ -170,13 +173,16 @@ def update(replay: Replay) -> Rung:
     following = mixed + exact[INPUT:LOG_SIGMA, None, None, None] * e[:, None]
     following[:, 0] += np.exp(exact[LOG_SIGMA] + exact[LOG_SIGMA_V] * v) * exact[NOISE] * noise
     denoised = exact[A_Z] * state[:, 0] + exact[B_E] * e
+    if replay.model.clips:
+        denoised = np.clip(denoised, -exact[BOUND], exact[BOUND])
+        following[:, 0] += exact[CLEAN] * denoised
     errors = {
         **{f"slot {slot}": relative_error(found[0][:, slot], following[:, slot]) for slot in range(3)},
         "denoised": relative_error(found[1], denoised),
     }
     worst = max(errors, key=lambda part: errors[part] if np.isfinite(errors[part]) else np.inf)
     limit = replay.budget.tolerance_of("update")
-    return Rung("sampler update", errors[worst], limit, "relative", f"worst: {worst}; all 17 coefficients")
+    return Rung("sampler update", errors[worst], limit, "relative", f"worst: {worst}; all {len(exact)} coefficients")
 
 
 def _evaluate(

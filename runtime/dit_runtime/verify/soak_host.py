@@ -14,7 +14,7 @@ from dit_runtime.backends.open import open_engine
 from dit_runtime.bundle.manifest import ENCODER, Manifest
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import SamplingError
-from dit_runtime.samplers.schedule import A_Z, B_E, INPUT, LOG_SIGMA
+from dit_runtime.samplers.schedule import A_Z, B_E, BOUND, CLEAN, CLIPPED, INPUT, LOG_SIGMA
 from dit_runtime.sampling.batch import Batch
 from dit_runtime.sampling.requests import ImageRequest
 from dit_runtime.verify.metrics import relative_error
@@ -183,7 +183,11 @@ class DisturbedSession:
         gain = max(1.0, float(np.abs(inputs["guidance"]).sum(axis=0).max()))
         noise = self._draw(e, gain)
         next_state += coefficients[:, INPUT:LOG_SIGMA] * noise[:, None]
-        denoised += factor * noise
+        disturbed = denoised + factor * noise
+        if coefficients.shape[1] == CLIPPED:
+            disturbed = np.clip(disturbed, -coefficients[:, BOUND], coefficients[:, BOUND])
+            next_state[:, 0] += coefficients[:, CLEAN] * (disturbed - denoised)
+        denoised = disturbed
         named = {"next_state": next_state, "denoised": denoised}
         return [named[name] for name in outputs]
 

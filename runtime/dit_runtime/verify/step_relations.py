@@ -13,7 +13,7 @@ import numpy as np
 from dit_runtime.backends.base import Array
 from dit_runtime.backends.conditioning import bytes_of_row
 from dit_runtime.backends.profiles import BatchShape
-from dit_runtime.samplers.schedule import NOISE
+from dit_runtime.samplers.schedule import NOISE, widen_rows
 from dit_runtime.verify.effort import Effort, list_shapes
 from dit_runtime.verify.made_images import MadeImages, Prediction
 from dit_runtime.verify.relation import Relation
@@ -156,12 +156,12 @@ class StepRelations:
         if branches == 1:
             weights = np.ones((1, batch, self.channels))
             predicted = self._check(self.invariance[1], images, conditions, weights)
-            rows = draw_rows(batch, predicted.v, silent=batch % 2)
+            rows = draw_rows(batch, predicted.v, batch % 2, self.replay.model.clips)
             self._check_update(images, conditions, weights, predicted, rows, [""] * batch)
             return
         weights = self._vary_weights(conditions)
         v = np.stack([made.predict_alone(image, int(conditions[0, image])).v for image in images])
-        rows = draw_rows(batch, v, silent=batch % 2)
+        rows = draw_rows(batch, v, batch % 2, self.replay.model.clips)
         state, denoised = made.run(images, conditions, weights, rows, made.noise[images])
         for image in images:
             found = [*state[image], denoised[image]]
@@ -187,13 +187,16 @@ class StepRelations:
         predicted = made.predict(images, conditions, weights)
         more = branches == 1 or batch <= SMALL
         for silent in (0, 1)[: 1 + more]:
-            rows = draw_rows(batch, predicted.v, silent)
+            rows = draw_rows(batch, predicted.v, silent, self.replay.model.clips)
             self._check_update(images, conditions, weights, predicted, rows, [""] * batch)
         if not more:
             return
         picked = [self.sampled[(self._row + place) % len(self.sampled)] for place in range(batch)]
         self._row += batch
-        names, rows = [f" with a row of {name}" for name, _ in picked], np.stack([row for _, row in picked])
+        names, rows = (
+            [f" with a row of {name}" for name, _ in picked],
+            np.stack([widen_rows(row, self.replay.model.clips) for _, row in picked]),
+        )
         self._check_update(images, conditions, weights, predicted, rows.astype(np.float32), names)
 
     def _check_update(

@@ -76,7 +76,7 @@ def scheduler_for(sampler: str, config: dict[str, Any]) -> Any:
     """The unpatched scheduler that users would sample with: made from the folder's own, as diffusers' manual says."""
     own = KINDS_OF_SCHEDULERS[config["_class_name"]].from_config(config)
     named = {"dpmpp-2m-sde": {"algorithm_type": "sde-dpmsolver++"}, "dpmpp-3m": {"solver_order": 3}}.get(sampler, {})
-    clipping = {"clip_sample": False} if CLASSES[sampler] in (DDIM, DDPM) else {}
+    clipping = {"clip_sample": config["clip_sample"]} if CLASSES[sampler] in (DDIM, DDPM) else {}
     return KINDS_OF_SCHEDULERS[CLASSES[sampler]].from_config(own.config, **named, **clipping)
 
 
@@ -129,8 +129,9 @@ VALUES: dict[str, list[Any]] = {
     "sample_max_value": [2.0],
     "clip_sample_range": [2.0],
 }
-# diffusers cuts the output to three channels, and fails on latents; DPM-Solver here gets the latent channels.
-FAILS_IN_DIFFUSERS = [(DPM, "variance_type", "learned_range")]
+# diffusers cuts the output to three channels, and fails on latents; DPM-Solver here gets the latent channels. Its
+# ancestral sampler has no case for the prediction of x₀.
+FAILS_IN_DIFFUSERS = [(DPM, "variance_type", "learned_range"), (EULER_ANCESTRAL, "prediction_type", "sample")]
 ALONE = [
     (kind, {option: value})
     for kind in (DDIM, DDPM, EULER_ANCESTRAL, DPM, UNIPC)
@@ -168,6 +169,16 @@ TOGETHER = [
     ("DEISMultistepScheduler", {"solver_type": "heun", "lower_order_final": False}),
     ("DPMSolverSinglestepScheduler", {"solver_type": "heun", "lambda_min_clipped": -1.0}),
     (UNIPC, {"solver_type": "heun"}),
+    *((kind, {"clip_sample": True, "clip_sample_range": bound}) for kind in (DDIM, DDPM) for bound in (1.0, 0.3)),
+    *(
+        (kind, {"clip_sample": True, "prediction_type": each})
+        for kind in (DDIM, DDPM)
+        for each in ("sample", "v_prediction")
+    ),
+    *((kind, {"clip_sample": True, **COSINE}) for kind in (DDIM, DDPM, DPM)),
+    (DDPM, {"clip_sample": True, "variance_type": "learned_range"}),
+    (DDIM, {"clip_sample": True, "set_alpha_to_one": False}),
+    ("HeunDiscreteScheduler", {"clip_sample": True}),
 ]
 
 

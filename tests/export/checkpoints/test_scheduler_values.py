@@ -75,7 +75,7 @@ def test_what_is_common_is_read(name: str, tmp_path: Path) -> None:
         *(("beta_end", value, f"beta_end {value}; expected") for value in (1, -1)),
         ("beta_end", float("inf"), "expected a finite number"),
         *(("beta_schedule", value, "expected one of 'linear'") for value in ("sigmoid", "laplace", "exp", None, 1)),
-        *(("prediction_type", value, "expected one of 'epsilon'") for value in ("sample", None, "flow_prediction")),
+        *(("prediction_type", value, "expected one of 'epsilon'") for value in ("x0", None, "flow_prediction")),
         *(("timestep_spacing", value, "expected one of 'leading'") for value in ("odd", None, 1)),
         *(("clip_sample", value, "expected true or false") for value in (None, 0, "false")),
         *(("set_alpha_to_one", value, "expected true or false") for value in (None, 1, "true")),
@@ -109,12 +109,25 @@ def test_no_value_of_a_wrong_kind_gets_to_diffusers(kind: str, tmp_path: Path) -
             assert "diffusers can build" not in (refusal or "")
 
 
-@pytest.mark.parametrize("key", ["clip_sample", "thresholding"])
 @pytest.mark.parametrize("kind", TABLE)
-def test_clipping_is_refused_whichever_class_states_it(kind: str, key: str, tmp_path: Path) -> None:
-    """A class without the option hands it on to DDIM, which clips."""
-    with pytest.raises(CheckpointError, match=f"{key} .*not linear"):
-        load(tmp_path, {"_class_name": kind, "clip_sample": False, key: True})
+def test_thresholding_is_refused_whichever_class_states_it(kind: str, tmp_path: Path) -> None:
+    """A class without the option hands it on to DDIM, which thresholds."""
+    with pytest.raises(CheckpointError, match=r"thresholding .*another for each image and step"):
+        load(tmp_path, {"_class_name": kind, "clip_sample": False, "thresholding": True})
+
+
+@pytest.mark.parametrize("kind", TABLE)
+def test_a_clip_is_kept_whichever_class_states_it(kind: str, tmp_path: Path) -> None:
+    """A class without the option hands it on to DDIM, which clips; a range without a clip says nothing."""
+    for stated, bound in (({"clip_sample": True}, 1.0), ({"clip_sample": True, "clip_sample_range": 3}, 3.0)):
+        options = diffusion_from_config(load(tmp_path, {"_class_name": kind, **stated}), 4).options
+        assert options.clip_bound == bound
+    without = diffusion_from_config(
+        load(tmp_path, {"_class_name": kind, "clip_sample": False, "clip_sample_range": 3}), 4
+    )
+    assert (
+        without.options == diffusion_from_config(load(tmp_path, {"_class_name": kind, "clip_sample": False}), 4).options
+    )
 
 
 def test_few_betas_need_few_timesteps(tmp_path: Path) -> None:

@@ -73,8 +73,11 @@ def test_images_are_pytorchs(zero_snr: tuple[Path, Path]) -> None:
     ("changes", "message"),
     [
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr with epsilon prediction"),
-        ({"prediction_type": "sample"}, "prediction_type: got 'sample', expected one of 'epsilon', 'v_prediction'"),
-        ({"clip_sample": True}, "clip_sample true is not supported"),
+        (
+            {"prediction_type": "flow"},
+            "prediction_type: got 'flow', expected one of 'epsilon', 'v_prediction', 'sample'",
+        ),
+        ({"clip_sample": True, "clip_sample_range": 0}, "clip_sample_range 0; expected a number from 1e-06"),
         ({"thresholding": True}, "thresholding true is not supported"),
     ],
 )
