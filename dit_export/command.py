@@ -74,8 +74,8 @@ def _add_checkpoint_options(parser: Parser) -> None:
     group = parser.add_argument_group("what the checkpoint is, if it does not tell this itself")
     group.add_argument(
         "--family",
-        help="diffusers, official, sit, repa or lightningdit (default: as a file's parameters or training arguments "
-        "say, else official for files; as the name says for presets; else diffusers)",
+        help="diffusers, official, sit, repa, lightningdit or meanflow (default: as a file's parameters or training "
+        "arguments say, else official for files; as the name says for presets; else diffusers)",
     )
     group.add_argument("--heads", type=positive, help="number of attention heads, for shapes that the paper lacks")
     group.add_argument(
@@ -104,6 +104,11 @@ def _add_checkpoint_options(parser: Parser) -> None:
         "--time",
         help="which way a velocity model's time runs: noise-at-0 as SiT's, or noise-at-1 as REPA's (default: as the "
         "family or the file says)",
+    )
+    group.add_argument(
+        "--second-time",
+        help="what a MeanFlow gets beside its time t: t-r, the length of the step, or r, its end (default: as the file "
+        "says)",
     )
     group.add_argument(
         "--weights",
@@ -241,6 +246,7 @@ def _request_from_arguments(args: argparse.Namespace) -> ExportRequest:
         sha256=args.sha256,
         path=args.path,
         time=args.time,
+        second_time=args.second_time,
         weights=args.weights,
         guidance_channels=args.guidance_channels,
         random_weights=args.random_weights,

@@ -32,7 +32,8 @@ from dit_runtime.bundle.macs import count_conditioner_gmac, count_gmac, count_st
 from dit_runtime.bundle.manifest import ENCODER, ModelSpec, PrecisionSpec
 
 STEPS = (10, 50, 250, 1000)
-BRANCHES = 2  # a guided step has two: the image's label and null
+FEW_STEPS = (1, 2, 4)  # of a model that predicts a whole step
+BRANCHES = 2  # a guided step has two: the image's label and null; where guidance is in the weights, one is enough
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,16 @@ class GraphEstimate:
 
 @dataclass(frozen=True)
 class Roofline:
-    """The least time that one guided step of one image in FP16 takes on a device, in milliseconds.
+    """The least time that one step of one image in FP16 takes on a device, guided unless guidance is in the weights.
+
+    Times are in milliseconds.
 
     Attributes:
         device: the device.
         compute_ms: the time of the step's operations at the peak rate of the tensor cores.
         memory_inside_ms: the time to read the weights once at the peak bandwidth, if the conditioner were in the step.
-        memory_hoisted_ms: the same time as exported: the step reads two rows of the conditioning table in place of the
-            conditioner.
+        memory_hoisted_ms: the same time as exported: the step reads a row of the conditioning table for each branch in
+            place of the conditioner.
     """
 
     device: Device
@@ -117,7 +120,8 @@ class DryRun:
         graphs: conditioner, step and, with an autoencoder, decoder (and encoder).
         table: the name of the conditioning table.
         table_shape, table_dtype, table_row_bytes: shape, dtype and bytes of a row of it.
-        table_bytes: its bytes with guidance, which needs two rows a timestep, for each step count.
+        branches: guidance branches of a step, each of which needs a row a timestep.
+        table_bytes: its bytes for each step count.
         sizes: the estimates for each size; the first is the model's.
     """
 
@@ -136,6 +140,7 @@ class DryRun:
     table_shape: tuple[int, ...]
     table_dtype: str
     table_row_bytes: int
+    branches: int
     table_bytes: dict[int, int]
     sizes: tuple[SizeEstimate, ...]
 
@@ -172,6 +177,7 @@ def dry_run_of(
     encoder: bool = False,
     steps: Sequence[int] = STEPS,
     devices: Sequence[Device] = DEVICES,
+    branches: int = BRANCHES,
 ) -> DryRun:
     """The estimates of an export.
 
@@ -187,6 +193,7 @@ def dry_run_of(
         encoder: whether the encoder is exported too.
         steps: step counts for which the conditioning table's size is given.
         devices: devices for which a roofline is given.
+        branches: guidance branches of a step.
     """
     copies = model.depth if FAMILIES[family].copies_embedders else 1
     embedders = copies if copies_differ else 1
@@ -195,7 +202,7 @@ def dry_run_of(
     decoding = {} if autoencoder is None else _count_decoder_gmac(model, autoencoder, sides)
     graphs = _estimate_graphs(model, fp16, embedders, autoencoder, sides[0], decoding, encoder)
     stored, copied = _count_source_parameters(model, family, channels, trained_size)
-    inside, hoisted = _count_step_bytes(model, fp16, graphs, embedders)
+    inside, hoisted = _count_step_bytes(model, fp16, graphs, embedders, branches)
     factor = None if autoencoder is None else spec_of_autoencoder(autoencoder).factor
 
     def estimate_size(side: tuple[int, int]) -> SizeEstimate:
@@ -210,7 +217,7 @@ def dry_run_of(
             step_gmac=count_step_gmac(at),
             decoder_gmac=decoding.get(side),
             position_bytes=position,
-            rooflines=tuple(roofline(device, BRANCHES * count_step_gmac(at), *reads) for device in devices),
+            rooflines=tuple(roofline(device, branches * count_step_gmac(at), *reads) for device in devices),
         )
 
     table, row = table_axes(model)
@@ -230,7 +237,8 @@ def dry_run_of(
         table_shape=row,
         table_dtype=str(_table_dtype(model, precision)).removeprefix("torch."),
         table_row_bytes=_row_bytes(model, precision),
-        table_bytes={count: count * BRANCHES * _row_bytes(model, precision) for count in steps},
+        branches=branches,
+        table_bytes={count: count * branches * _row_bytes(model, precision) for count in steps},
         sizes=tuple(estimate_size(side) for side in sides),
     )
 
@@ -286,7 +294,7 @@ def _count_source_parameters(
 
 
 def _count_step_bytes(
-    model: ModelSpec, fp16: PrecisionSpec, graphs: Mapping[str, GraphEstimate], embedders: int
+    model: ModelSpec, fp16: PrecisionSpec, graphs: Mapping[str, GraphEstimate], embedders: int, branches: int
 ) -> tuple[int, int]:
     """The bytes of weights that a step would read with the conditioner in it, and those that it reads as exported.
 
@@ -296,7 +304,7 @@ def _count_step_bytes(
     # A step would read every weight of the conditioner except the label table, of which it would read one row.
     label_tables = embedders * model.label_rows * model.width * dtype_of(fp16, "conditioner").itemsize
     inside = fixed + graphs["conditioner"].fp16_bytes - label_tables
-    return inside, fixed + BRANCHES * _row_bytes(model, fp16)
+    return inside, fixed + branches * _row_bytes(model, fp16)
 
 
 def dry_run_of_request(request: ExportRequest) -> tuple[Checkpoint, DryRun]:
@@ -321,6 +329,8 @@ def dry_run_of_request(request: ExportRequest) -> tuple[Checkpoint, DryRun]:
         copies_differ=checkpoint.copies_differ,
         sizes=checkpoint.sizes,
         encoder=request.encoder,
+        steps=STEPS if checkpoint.model.times == 1 else FEW_STEPS,
+        branches=1 if checkpoint.diffusion.guidance_inside else BRANCHES,
     )
     return checkpoint, estimate
 

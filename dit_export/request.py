@@ -32,7 +32,7 @@ class ExportRequest:
             layers multiply INT8.
         keep_fp32: with ``fp16``, units that stay FP32, such as ``blocks.17.attn``, and files that list such units, as
             ``dit-export --bisect`` writes them.
-        family: ``diffusers``, ``official``, ``sit``, ``repa`` or ``lightningdit``; None means as a file's
+        family: ``diffusers``, ``official``, ``sit``, ``repa``, ``lightningdit`` or ``meanflow``; None means as a file's
             parameters, its training arguments or ``time`` say, else official for files, as the name says for presets,
             and diffusers otherwise.
         heads: the number of attention heads of a file whose shapes are not the paper's.
@@ -47,6 +47,8 @@ class ExportRequest:
             presets.
         time: which way the time of a velocity model runs: ``noise-at-0`` as SiT's, or ``noise-at-1`` as REPA's; None
             means as the family or the file says.
+        second_time: what a MeanFlow gets beside its time t: ``t-r``, or ``r`` itself; None means as the file says, or
+            ``t-r`` for presets.
         weights: which set of weights of a file is taken, such as ``ema``; None means the averaged one, or the only one.
         guidance_channels: how many latent channels guidance acts on, or ``all``; None means as the reference does.
         random_weights: the seed of a preset's random weights.
@@ -82,6 +84,7 @@ class ExportRequest:
     sha256: str | None = None
     path: str | None = None
     time: str | None = None
+    second_time: str | None = None
     weights: str | None = None
     guidance_channels: int | Literal["all"] | None = None
     random_weights: int | None = None
@@ -168,6 +171,7 @@ class ExportRequest:
             sha256=self.sha256,
             path=self.path,
             time=self.time,
+            second_time=self.second_time,
             weights=self.weights,
             guidance_channels=0 if isinstance(channels, str) else channels,
             image_sizes=self.sizes,

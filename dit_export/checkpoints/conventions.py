@@ -1,4 +1,6 @@
-"""What no shape tells of a model: its family, and a velocity model's path and the direction of its time."""
+"""What no shape tells of a model: its family, a velocity model's path and the direction of its time, and of a MeanFlow
+what its second time is and whether guidance is in its weights.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ import re
 from dataclasses import dataclass
 
 from dit_export.checkpoints.families import FAMILIES
+from dit_export.checkpoints.mean_flow import ARGUMENTS, check_parameters, find_second_time, is_unguided
 from dit_export.checkpoints.source import Source
 from dit_export.checkpoints.statements import ALONE, MODEL_NAME, Statements, quote
 from dit_export.checkpoints.training_parts import ModelPart
@@ -33,18 +36,31 @@ _PATH_NAMES = {"cosine": "gvp"}  # REPA's name of the same path
 
 @dataclass(frozen=True)
 class Conventions:
-    """What no shape tells. ``path`` is a velocity model's, and None for a DiT."""
+    """What no shape tells.
+
+    Attributes:
+        family: one of ``FAMILIES``.
+        path: a velocity model's; None for a DiT.
+        second_time: a MeanFlow's; None for every other model.
+        guidance_inside: whether guidance was trained into the weights.
+    """
 
     family: str
     path: str | None
+    second_time: str | None = None
+    guidance_inside: bool = False
 
 
 @dataclass(frozen=True)
 class _Evidence:
-    """The families that a file's arguments or parameters allow, and what in the file says so."""
+    """The families that a file's arguments or parameters allow, and what in the file says so.
+
+    ``is_lasting``: whether weights that are stored alone still say it.
+    """
 
     families: tuple[str, ...]
     words: str
+    is_lasting: bool = False
 
 
 def find_conventions(
@@ -67,11 +83,13 @@ def find_conventions(
         CheckpointError: the options contradict the file, or neither tells, or what they tell is not supported.
     """
     file = _evidence_of_arguments(said)
-    if part.is_lightning:
+    by_arguments = file
+    if part.family == "lightningdit":
         _check_lightning(source, said, file)
-        file = _Evidence(("lightningdit",), f"its parameters ({part.sign})")
-    elif part.sign:
-        file = _Evidence(("repa",), f"its parameters ({part.sign})")
+    if part.family == "meanflow":
+        check_parameters(source, said, *_told_by(file), part.sign)
+    if part.family is not None:
+        file = _Evidence((part.family,), f"its parameters ({part.sign})", is_lasting=True)
     family = _find_family(source, said, file)
     if family == "official":
         if source.family is None and file is None:
@@ -80,7 +98,16 @@ def find_conventions(
         _check_diffusion(said)
         return Conventions(family, None)
     _check_prediction(said)
-    return Conventions(family, _find_path(source, said, family))
+    if family == "meanflow" and part.family != "meanflow":
+        raise CheckpointError(
+            f"{said.source}: has no second timestep embedder (r_embedder.mlp.0.weight), which every MeanFlow has; say "
+            f"{AS_SIT} for a SiT of willisma/SiT, or {AS_REPA} for one of REPA"
+        )
+    path = _find_path(source, said, family)
+    if family != "meanflow":
+        return Conventions(family, path)
+    second = find_second_time(source, said, *_told_by(by_arguments))
+    return Conventions(family, path, second, not is_unguided(said))
 
 
 def _check_lightning(source: Source, said: Statements, file: _Evidence | None) -> None:
@@ -99,16 +126,21 @@ def _check_lightning(source: Source, said: Statements, file: _Evidence | None) -
         )
 
 
+def _told_by(file: _Evidence | None) -> tuple[tuple[str, ...], str]:
+    return ((), "") if file is None else (file.families, file.words)
+
+
 def _find_family(source: Source, said: Statements, file: _Evidence | None) -> str:
     """The family by ``--family``, else by ``--time``, else by the file; a DiT where none of them says one."""
     asked, time = source.family, source.time
     if asked is not None and file is not None and asked not in file.families:
+        other = "" if file.is_lasting else f" to go by the file, or {ALONE.replace('their shapes', '--family')}"
         raise CheckpointError(
-            f"{said.source}: {file.words} say {_name_families(file)}, --family says {asked}; leave --family out to go "
-            f"by the file, or {ALONE.replace('their shapes', '--family')}"
+            f"{said.source}: {file.words} say {_name_families(file)}, --family says {asked}; leave --family out{other}"
         )
     if asked is None and time is not None and (file is None or file.families != ("official",)):
-        asked = _BY_TIME[time]
+        asked = next((each for each in file.families if FAMILIES[each].time == time), None) if file else None
+        asked = asked or _BY_TIME[time]
         if file is not None and asked not in file.families:
             raise CheckpointError(
                 f"{said.source}: --time {time}, while {file.words} say {_name_families(file)}, whose time is "
@@ -175,6 +207,8 @@ def _check_output(said: Statements, stem: str, learns_variance: bool) -> None:
 def _evidence_of_arguments(said: Statements) -> _Evidence | None:
     """The families that the training arguments allow, and which argument says so."""
     name = said.text("model", "model_name", "arch", "model_type") or ""
+    if argument := said.sign_of(ARGUMENTS):
+        return _Evidence(("meanflow",), f"its training arguments ({argument} = {quote(said.arguments[argument])})")
     if re.search(r"repa(?![a-z])", name, re.IGNORECASE):
         return _Evidence(("repa",), f"its training arguments ({name[:60]})")
     if argument := said.sign_of(REPA_ARGUMENTS):
@@ -225,8 +259,9 @@ def _check_prediction(said: Statements) -> None:
 def _find_path(source: Source, said: Statements, family: str) -> str:
     stated = said.text("path_type", "path")
     path = None if stated is None else stated.lower()
-    known = TURNED if family == "repa" else PATHS
-    if family == "repa" and path is not None:
+    is_turned = FAMILIES[family].time == NOISE_AT_1
+    known = TURNED if is_turned else PATHS
+    if is_turned and path is not None:
         path = _PATH_NAMES.get(path, path)
     if path is not None and path not in known:
         raise CheckpointError(
@@ -238,7 +273,7 @@ def _find_path(source: Source, said: Statements, family: str) -> str:
         )
     found = source.path or path
     if found is None:
-        published = {"sit": "SiTs", "repa": "REPA", "lightningdit": "LightningDiT"}[family]
+        published = {"sit": "SiTs", "repa": "REPA", "lightningdit": "LightningDiT", "meanflow": "MeanFlow"}[family]
         raise CheckpointError(
             f"{said.source}: the file does not say which path it was trained on; say --path {', '.join(known[:-1])} or "
             f"{known[-1]} (the published {published}: linear)"

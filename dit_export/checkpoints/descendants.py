@@ -42,7 +42,6 @@ DESCENDANTS = (
     Descendant("RAE's DiT with a DDT head", _TOKENS, (r"s_embedder\.", r"t_embedder\.W"), "sit"),
     Descendant("DDT", f"an encoder, a decoder and {_TOKENS}", (r"(s_embedder|encoder_blocks)\.",), "sit"),
     Descendant("JiT", "pixels in place of latents", (r"x_embedder\.proj1\.",), "sit"),
-    Descendant("MeanFlow", "a second time", (r"r_embedder\.mlp\.", r"t_embedder\."), "repa"),
 )
 
 

@@ -7,7 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dit_runtime.bundle.manifest import NOISE_AT_0, NOISE_AT_1, DefaultsSpec, DiffusionSpec, ModelSpec
+from dit_runtime.bundle.manifest import (
+    NOISE_AT_0,
+    NOISE_AT_1,
+    DefaultsSpec,
+    DiffusionSpec,
+    ModelSpec,
+    SecondTime,
+)
 
 
 @dataclass(frozen=True)
@@ -24,6 +31,9 @@ class Family:
         time: which way the time of a velocity model runs; None for a diffusion model.
         time_shift: LightningDiT's ``timestep_shift`` of an ODE solver's times; 1 is none.
         autoencoder: the hub id of the autoencoder that the reference samples with, for a file that has none.
+        second_time: what models of two times get beside t where nobody says it; None for models of one time.
+        latent_scale: by which the reference scales the latents of Stable Diffusion's autoencoder, where that is not the
+            autoencoder's own scaling.
     """
 
     defaults: DefaultsSpec
@@ -35,6 +45,8 @@ class Family:
     time: str | None = None
     time_shift: float = 1.0
     autoencoder: str = "stabilityai/sd-vae-ft-mse"  # the official sample.py's
+    second_time: SecondTime | None = None
+    latent_scale: float | None = None
 
     def describe_reference(self, model: ModelSpec, diffusion: DiffusionSpec) -> str:
         """What the golden records of a model are made with, in words, for the manifest."""
@@ -100,5 +112,18 @@ FAMILIES = {
         time=NOISE_AT_0,
         time_shift=0.3,
         autoencoder="hustvl/vavae-imagenet256-f16d32-dinov2",
+    ),
+    "meanflow": Family(
+        # evaluate.py's one step, and the scale that its README asks for: guidance is in the weights.
+        defaults=DefaultsSpec(sampler="meanflow", steps=1, guidance=1.0),
+        model="zhuyu-cs/MeanFlow's SiT",
+        reference="{model} and sampler, {path} path, diffusers autoencoder, FP32",
+        guidance_channels=None,
+        copies_embedders=False,
+        stores_positions=True,
+        time=NOISE_AT_1,
+        autoencoder="stabilityai/sd-vae-ft-ema",
+        second_time="t-r",
+        latent_scale=0.18125,
     ),
 }

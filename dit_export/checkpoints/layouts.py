@@ -6,7 +6,8 @@ format translates its own names into them. The three conditionings that were nev
 and cross-attention is ``blocks.N.cross_attn.{q,kv,proj}``. ``blocks.N.attn.{q_norm,k_norm}`` are timm's LayerNorms of
 queries and keys over each head, where a model was trained with them. LightningDiT (hustvl/LightningDiT
 ``models/lightningdit.py``) adds its own: RMSNorms have a weight alone, ``blocks.N.mlp.{w12,w3}`` is SwiGLU, and
-``feat_rope.freqs_{cos,sin}`` are the tables of its rotary positions.
+``feat_rope.freqs_{cos,sin}`` are the tables of its rotary positions. MeanFlow's second timestep embedder is
+``r_embedder`` (zhuyu-cs/MeanFlow ``sit.py``).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from dit_runtime.bundle.macs import FREQUENCIES, MODULATIONS
 from dit_runtime.bundle.manifest import ModelSpec
 from dit_runtime.core.errors import CheckpointError
 
+SECOND_EMBEDDER = tuple(f"r_embedder.mlp.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias"))
 NORM_PARTS = {"layer": ("weight", "bias"), "rms": ("weight",)}
 # The timestep and label embedders.
 EMBEDDERS = (
@@ -54,6 +56,8 @@ def official_shapes(spec: ModelSpec, channels: int) -> dict[str, tuple[int, ...]
         "y_embedder.embedding_table.weight": (spec.label_rows, d),
         "pos_embed": (1, spec.tokens, d),
     }
+    if spec.times == 2:
+        shapes |= _linear_shapes("r_embedder.mlp.0", FREQUENCIES, d) | _linear_shapes("r_embedder.mlp.2", d, d)
     adaptive = spec.conditioning in MODULATIONS
     for index in range(spec.depth):
         block = f"blocks.{index}"
@@ -183,6 +187,7 @@ def official_spec(
         norm="rms" if has_rms else "layer",
         mlp=mlp,
         rotary=ROTARY[0] in shapes,
+        times=2 if any(name in shapes for name in SECOND_EMBEDDER) else 1,
     )
     check_shapes(source, shapes, official_shapes(spec, outputs))
     height, columns = grid(patch)

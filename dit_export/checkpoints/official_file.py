@@ -1,4 +1,4 @@
-"""Reads a file with the official names: the DiT of facebookresearch/DiT, or a SiT of willisma/SiT or sihyun-yu/REPA."""
+"""Reads a file with the official names: facebookresearch/DiT's, or that of a velocity model with its parameters."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from diffusers import DDIMScheduler
 
 from dit_export.checkpoints.autoencoder_file import autoencoder_from_file
 from dit_export.checkpoints.autoencoders import (
+    STABLE_DIFFUSION_VAE,
     Autoencoder,
     autoencoder_for,
     checked_autoencoder,
@@ -40,7 +41,7 @@ from dit_export.checkpoints.weights import (
     check_sha256,
     read_weights_file,
 )
-from dit_runtime.bundle.manifest import PATHS, DiffusionSpec, ModelSpec, Time
+from dit_runtime.bundle.manifest import PATHS, DiffusionSpec, ModelSpec, SecondTime, Time
 from dit_runtime.core.errors import CheckpointError
 
 logger = logging.getLogger("dit_runtime.export")  # a command prints what is logged below dit_runtime
@@ -63,6 +64,8 @@ def _load(source: Source, location: Location) -> Checkpoint:
     conventions = find_conventions(source, said, location.name, part, _learns_variance(part.tensors))
     if FAMILIES[conventions.family].time is None:
         refuse_options(source, {"path", "time"})
+    if conventions.second_time is None:
+        refuse_options(source, {"second_time"})
     weights = Weights(str(file), part.tensors)
     statistics = _statistics_of(source, file, part, read.has_autoencoder)
     autoencoder = _autoencoder_of(source, file, read.has_autoencoder, conventions.family, statistics)
@@ -83,9 +86,9 @@ def _load(source: Source, location: Location) -> Checkpoint:
     check_parts(str(file), conventions.family, spec)
     if not spec.has_null:
         logger.info("%s: no row of the label table is the null class: the model is exported without guidance", file)
-    return official_checkpoint(
-        replace(source, path=conventions.path), conventions.family, spec, channels, weights, autoencoder, name, sha256
-    )
+    source = replace(source, path=conventions.path, second_time=conventions.second_time)
+    found = official_checkpoint(source, conventions.family, spec, channels, weights, autoencoder, name, sha256)
+    return replace(found, diffusion=replace(found.diffusion, guidance_inside=conventions.guidance_inside))
 
 
 def _learns_variance(tensors: Mapping[str, StoredTensor]) -> bool:
@@ -135,9 +138,20 @@ def _autoencoder_of(
     else:
         autoencoder = autoencoder_for(source, FAMILIES[family].autoencoder)
     if statistics is None:
-        return autoencoder
+        return _scale_latents(source, file, autoencoder, family)
     logger.info("%s: statistics of %d latent channels scale the latents", file, len(statistics.mean))
     return with_statistics(file, autoencoder, statistics)
+
+
+def _scale_latents(source: Source, file: Path, autoencoder: Autoencoder, family: str) -> Autoencoder:
+    """The same autoencoder with the family's own scaling of Stable Diffusion's latents, where it has one."""
+    scale, own = FAMILIES[family].latent_scale, autoencoder.config.scaling_factor
+    if scale is not None and source.autoencoder_scaling is None and own == STABLE_DIFFUSION_VAE["scaling_factor"]:
+        logger.info(
+            "%s: %s's code scales latents by %g; the autoencoder's own %g is not used", file, family, scale, own
+        )
+        autoencoder.register_to_config(scaling_factor=scale)
+    return autoencoder
 
 
 def official_checkpoint(
@@ -160,6 +174,9 @@ def official_checkpoint(
         path = source.path or PATHS[0]
         diffusion = DiffusionSpec((), "velocity", guided, "uniform", 0, True, path, time=cast(Time, time))
         diffusion = replace(diffusion, time_shift=FAMILIES[family].time_shift)
+    if FAMILIES[family].second_time is not None:
+        second = cast(SecondTime, source.second_time or FAMILIES[family].second_time)
+        diffusion = replace(diffusion, second_time=second, guidance_inside=True)
     defaults = FAMILIES[family].defaults
     return Checkpoint(
         name=name,
@@ -179,7 +196,12 @@ def official_checkpoint(
 
 
 FORMAT = CheckpointFormat(
-    options=frozenset({"heads", "path", "time", "weights", "classes", "sha256", "autoencoder_scaling", "latent_stats"}),
+    options=frozenset(
+        {
+            *("heads", "path", "time", "second_time", "weights", "classes", "sha256"),
+            *("autoencoder_scaling", "latent_stats"),
+        }
+    ),
     recognizes=_is_weights_file,
     load=_load,
 )

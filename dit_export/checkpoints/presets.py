@@ -14,7 +14,11 @@ PRESETS = {
 }
 _NAME = re.compile(r"(?:([DS]iT)-(S|B|L|XL)/([248])|(LightningDiT)-(B|L|XL)/([12]))-(256|512)")
 # The families that a preset of a kind may be of; the first is the usual one.
-FAMILIES_OF_KIND = {"DiT": ("diffusers", "official"), "SiT": ("sit", "repa"), "LightningDiT": ("lightningdit",)}
+FAMILIES_OF_KIND = {
+    "DiT": ("diffusers", "official"),
+    "SiT": ("sit", "repa", "meanflow"),
+    "LightningDiT": ("lightningdit",),
+}
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from dit_export.checkpoints.presets import PRESETS, Preset, preset_from_name
 from dit_export.checkpoints.random_weights import SkippedInitialization, random_tensors
 from dit_export.checkpoints.source import Source, refuse_options
 from dit_export.checkpoints.weights import StoredTensor, Weights
+from dit_runtime.bundle.macs import MODULATIONS
 from dit_runtime.bundle.manifest import PATHS, ModelSpec
 from dit_runtime.core.errors import CheckpointError
 from dit_runtime.samplers.noise import check_seed
@@ -72,6 +73,7 @@ def _load(source: Source, location: Location) -> Checkpoint:
         mlp_width=4 * preset.width,
         classes=source.classes or 1000,
         learned_variance=learned and preset.kind == "DiT",
+        times=1 if FAMILIES[family].second_time is None else 2,
     )
     if family == "lightningdit":  # the published configuration: configs/lightningdit_xl_vavae_f16d32.yaml
         spec = replace(spec, mlp_width=int(2 / 3 * spec.mlp_width), norm="rms", mlp="swiglu", rotary=True)
@@ -119,6 +121,10 @@ def _family_of(source: Source, preset: Preset, conditioning: str) -> str:
         check_path(source.name, family, source.path or PATHS[0])
     else:
         refuse_options(source, {"path"})
+    if FAMILIES[family].second_time is None:
+        refuse_options(source, {"second_time"})
+    elif conditioning not in MODULATIONS:
+        raise CheckpointError(f"conditioning {conditioning} with --family {family}; expected adaln-zero or adaln")
     return family
 
 
@@ -149,7 +155,7 @@ def _diffusers_checkpoint(spec: ModelSpec, weights: Weights, autoencoder: Autoen
 
 
 FORMAT = CheckpointFormat(
-    options=frozenset({"path", "conditioning", "classes", "learned_variance", "autoencoder_scaling"}),
+    options=frozenset({"path", "second_time", "conditioning", "classes", "learned_variance", "autoencoder_scaling"}),
     recognizes=_has_no_path,
     load=_load,
 )

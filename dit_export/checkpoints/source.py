@@ -13,6 +13,7 @@ OPTION_PURPOSES = {
     "heads": "describe a file with the official names",
     "path": "describe a velocity model",
     "time": "describe a velocity model",
+    "second_time": "describe a MeanFlow, which gets two times",
     "weights": "choose among the sets of weights in a file",
     "variant": "choose among a diffusers folder's files",
     "sha256": "pin a file that holds weights",
@@ -26,6 +27,7 @@ OPTION_NAMES = {
     "learned_variance": "fixed-variance",
     "autoencoder_scaling": "vae-scaling",
     "latent_stats": "latent-stats",
+    "second_time": "second-time",
 }
 
 
@@ -49,6 +51,8 @@ class Source:
         path: the path of a velocity model: ``linear``, ``gvp`` or ``vp``; None means as the file says, or linear for
             presets.
         time: which way the time of a velocity model runs, one of ``TIMES``; None means as the family or the file says.
+        second_time: what a MeanFlow gets beside t, one of ``SECOND_TIMES``; None means as the file says, or ``t-r`` for
+            presets.
         weights: the path of the set of weights to take from a file that holds several, such as ``ema``.
         guidance_channels: how many latent channels guidance acts on, 0 for all; None means as the reference does.
         image_sizes: heights and widths of images in pixels; an empty tuple means the trained size.
@@ -70,6 +74,7 @@ class Source:
     sha256: str | None = None
     path: str | None = None
     time: str | None = None
+    second_time: str | None = None
     weights: str | None = None
     guidance_channels: int | None = None
     image_sizes: tuple[tuple[int, int], ...] = ()

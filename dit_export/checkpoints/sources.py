@@ -21,7 +21,7 @@ from dit_export.checkpoints.key_errors import SUPPORTED
 from dit_export.checkpoints.presets import preset_from_name
 from dit_export.checkpoints.source import OPTION_PURPOSES, Source, refuse_options
 from dit_export.checkpoints.weights import files_of_module
-from dit_runtime.bundle.manifest import CONDITIONINGS, PATHS, TIMES
+from dit_runtime.bundle.manifest import CONDITIONINGS, PATHS, SECOND_TIMES, TIMES
 from dit_runtime.core.errors import CheckpointError
 from dit_runtime.core.files import named
 
@@ -51,6 +51,7 @@ def load_checkpoint(source: Source) -> Checkpoint:
         ("path", source.path, PATHS),
         ("family", source.family, tuple(FAMILIES)),
         ("time", source.time, TIMES),
+        ("second time", source.second_time, SECOND_TIMES),
         ("conditioning", source.conditioning, CONDITIONINGS),
     ):
         if value is not None and value not in known:

@@ -120,10 +120,14 @@ def check_model(source: Source, said: Statements, spec: ModelSpec, channels: int
 
 
 def check_parts(source: str, family: str, spec: ModelSpec) -> None:
-    """Check that a family has the parts of a model. Raises CheckpointError where only LightningDiT has them."""
+    """Check that a family has the parts of a model. Raises CheckpointError where only another has them."""
     parts = {"RMSNorm": spec.norm == "rms", "SwiGLU": spec.mlp == "swiglu", "rotary positions": spec.rotary}
     if family != "lightningdit" and (found := [name for name, has in parts.items() if has]):
         raise CheckpointError(f"{source}: has {' and '.join(found)}, --family says {family}; leave --family out")
+    if family != "meanflow" and spec.times > 1:
+        raise CheckpointError(
+            f"{source}: has a second timestep embedder, which {family} has not; say --family meanflow for a MeanFlow"
+        )
 
 
 def _check_model_name(source: Source, said: Statements, spec: ModelSpec) -> None:

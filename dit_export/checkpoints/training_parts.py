@@ -24,7 +24,9 @@ _PROJECTOR = re.compile(r"projectors\.\d+\.[024]\.(weight|bias)")  # Linear, SiL
 _LEGACY = re.compile(r"decoder_blocks\.(\d+)\.(.+)")  # REPA's first names of the blocks after the aligned ones
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 _MEAN, _VARIANCE, _COUNT = "bn.running_mean", "bn.running_var", "bn.num_batches_tracked"
+_SECOND_EMBEDDER = re.compile(r"r_embedder\.mlp\.\d")
 _LIGHTNING = re.compile(r"feat_rope\.freqs_cos|blocks\.0\.(mlp\.w12|norm1)\.weight")
+_FAMILIES = ("repa", "lightningdit", "meanflow")  # of which a file may hold parts
 _PAIRS = (("mean", "std"), ("latents_bias", "latents_scale"))  # in files of their own
 _LIKE_DDT = re.compile(r"encoder_blocks\.|s_embedder\.|mask_token|decoder_pos_embed")
 
@@ -45,17 +47,18 @@ class ModelPart:
 
     Attributes:
         tensors: by official name.
-        sign: the name of a tensor that proves a training of REPA's or REPA-E's; None without one.
+        family: whose parameters or parts of a training are there: REPA's, LightningDiT's or MeanFlow's; None where they
+            are those of several.
+        sign: the name of a tensor that shows it.
         statistics: REPA-E's, of the latents.
-        is_lightning: whether parameters are there that only a LightningDiT has, of which ``sign`` names one.
         lacks_statistics: whether the model is of REPA-E's, and its statistics lie in a file of their own.
     """
 
     tensors: Mapping[str, StoredTensor]
-    sign: str | None = None
+    family: str | None = None
+    sign: str = ""
     statistics: LatentStatistics | None = None
     lacks_statistics: bool = False
-    is_lightning: bool = False
 
 
 def take_model(said: Statements, tensors: Mapping[str, StoredTensor]) -> ModelPart:
@@ -83,15 +86,20 @@ def take_model(said: Statements, tensors: Mapping[str, StoredTensor]) -> ModelPa
             count / 1e6,
         )
     has_norm = _MEAN in tensors
-    if lightning := _signs_of_lightning(own):
-        if mixed := [*projectors, *legacy, *(name for name in (_MEAN,) if name in tensors)]:
-            raise CheckpointError(
-                f"{said.source}: holds parts of a training of REPA ({short_name(mixed[0])}) and of a LightningDiT "
-                f"({lightning[0]}); such models are not supported, since neither's conventions need be theirs"
-            )
-        return ModelPart(own, lightning[0], statistics, is_lightning=True)
-    sign = next(iter([*projectors, *legacy, *([_MEAN] if has_norm else [])]), None)
-    return ModelPart(own, sign, statistics, lacks_statistics=has_norm and statistics is None)
+    signs = {
+        "a training of REPA": [*projectors, *legacy, *(name for name in (_MEAN,) if name in tensors)],
+        "a LightningDiT": _signs_of_lightning(own),
+        "a MeanFlow": [name for name in own if _SECOND_EMBEDDER.match(name)],
+    }
+    found = [(family, signs[whose][0], whose) for family, whose in zip(_FAMILIES, signs, strict=True) if signs[whose]]
+    if len(found) > 1:
+        (_, one, whose), (_, other, whose_else), *_ = found
+        raise CheckpointError(
+            f"{said.source}: holds parts of {whose} ({short_name(one)}) and of {whose_else} ({other}); such models are "
+            "not supported, since neither's conventions need be theirs"
+        )
+    family, sign, _ = found[0] if found else (None, "", "")
+    return ModelPart(own, family, sign, statistics, lacks_statistics=has_norm and statistics is None)
 
 
 def _signs_of_lightning(tensors: Mapping[str, StoredTensor]) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from dit_export.checkpoints.layouts import EMBEDDERS, NORM_PARTS, Numerics
+from dit_export.checkpoints.layouts import EMBEDDERS, NORM_PARTS, SECOND_EMBEDDER, Numerics
 from dit_export.checkpoints.positions import Positions
 from dit_export.graphs.model import Conditioner, Step
 from dit_export.graphs.precision import dtype_of
@@ -29,6 +29,9 @@ def conditioner_from_weights(
             ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias", "labels.weight"), EMBEDDERS, strict=True
         ):
             names[f"embedders.{index}.{target}"] = prefix + source
+    second = ("second_fc1.weight", "second_fc1.bias", "second_fc2.weight", "second_fc2.bias")
+    if spec.times == 2:
+        names |= {f"embedders.0.{target}": source for target, source in zip(second, SECOND_EMBEDDER, strict=True)}
     for kind in ("weight", "bias"):
         if spec.conditioning in MODULATIONS:
             names |= {f"blocks.{i}.{kind}": f"blocks.{i}.adaLN_modulation.1.{kind}" for i in range(spec.depth)}

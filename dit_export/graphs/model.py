@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -41,20 +42,26 @@ def table_axes(spec: ModelSpec) -> tuple[str, tuple[int, ...]]:
 
 
 class Embedder(nn.Module):
-    """Timestep MLP and label table → two embeddings ``[R, D]``."""
+    """Timestep MLP and label table → two embeddings ``[R, D]``; a second time has an MLP of its own, which is added."""
 
-    def __init__(self, width: int, rows: int) -> None:
+    def __init__(self, width: int, rows: int, times: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(FREQUENCIES, width)
         self.fc2 = nn.Linear(width, width)
+        if times == 2:
+            self.second_fc1, self.second_fc2 = nn.Linear(FREQUENCIES, width), nn.Linear(width, width)
         self.labels = nn.Embedding(rows, width)
 
-    def forward(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return self.fc2(F.silu(self.fc1(features))), self.labels(labels)
+    def forward(self, features: Sequence[Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+        time = self.fc2(F.silu(self.fc1(features[0])))
+        for second in features[1:]:
+            time = time + self.second_fc2(F.silu(self.second_fc1(second)))
+        return time, self.labels(labels)
 
 
 class Conditioner(nn.Module):
-    """``timesteps [R]`` f32, ``labels [R]`` i32 → the conditioning table ``[R, …]`` (``table_axes``).
+    """``timesteps [R]`` f32, of a model of two times ``[R, 2]``, ``labels [R]`` i32 → the conditioning table ``[R, …]``
+    (``table_axes``).
 
     With adaLN, a row of the conditioning table holds each block's vectors in the order shift, scale (and gate) for
     attention, then the same for the MLP; its last two vectors are the final layer's shift and scale. The conditioning
@@ -65,7 +72,7 @@ class Conditioner(nn.Module):
         super().__init__()
         self.spec = spec
         self.dtype = dtype_of(precision, "conditioner")
-        self.embedders = nn.ModuleList(Embedder(spec.width, spec.label_rows) for _ in range(embedders))
+        self.embedders = nn.ModuleList(Embedder(spec.width, spec.label_rows, spec.times) for _ in range(embedders))
         if spec.conditioning in MODULATIONS:
             rows = MODULATIONS[spec.conditioning] * spec.width
             self.blocks = nn.ModuleList(nn.Linear(spec.width, rows) for _ in range(spec.depth))
@@ -79,8 +86,7 @@ class Conditioner(nn.Module):
         self.frequencies = nn.Buffer(torch.exp(exponent / (half - numerics.frequency_shift)), persistent=False)
 
     def forward(self, timesteps: Tensor, labels: Tensor) -> Tensor:
-        angles = timesteps[:, None] * self.frequencies  # FP16 here would be off by up to half a radian
-        features = torch.cat([torch.cos(angles), torch.sin(angles)], dim=1).to(self.dtype)  # (R, 256)
+        features = [self.featurize(each) for each in ((timesteps,) if self.spec.times == 1 else timesteps.unbind(1))]
         embeddings = [embedder(features, labels) for embedder in self.embedders]
         if self.spec.conditioning in MODULATIONS:
             conditions = [F.silu(time + label) for time, label in embeddings]  # one for all blocks, or one per block
@@ -92,6 +98,11 @@ class Conditioner(nn.Module):
             return tokens.float()
         pairs = [block(tokens).unflatten(2, (2, -1)).transpose(1, 2) for block in self.blocks]  # (R, 2, 2, D) each
         return torch.stack(pairs, dim=1)
+
+    def featurize(self, timesteps: Tensor) -> Tensor:
+        """The sinusoidal features ``[R, 256]`` of timesteps ``[R]``."""
+        angles = timesteps[:, None] * self.frequencies  # FP16 here would be off by up to half a radian
+        return torch.cat([torch.cos(angles), torch.sin(angles)], dim=1).to(self.dtype)
 
 
 class Attention(nn.Module):

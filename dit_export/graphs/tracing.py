@@ -46,8 +46,9 @@ class Axes:
 def conditioner_axes(spec: ModelSpec, table_dtype: torch.dtype) -> Axes:
     """The conditioner's tensors."""
     name, shape = table_axes(spec)
+    times = ("rows",) if spec.times == 1 else ("rows", spec.times)
     return Axes(
-        inputs={"timesteps": (torch.float32, ("rows",)), "labels": (torch.int32, ("rows",))},
+        inputs={"timesteps": (torch.float32, times), "labels": (torch.int32, ("rows",))},
         outputs={name: (_dtype_name(table_dtype), ("rows", *shape))},
     )
 

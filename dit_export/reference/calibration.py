@@ -45,7 +45,7 @@ class Calibration:
 
     Attributes:
         spec: how they were found.
-        timesteps: of the trajectories ``[S]``.
+        timesteps: of the trajectories ``[S]``; the first of two times.
         ranges: the largest |x| of each layer's input, times its factors, at each timestep ``[L, S]``.
         scales: of each layer's input, by name; numbers that FP16 holds.
         factors: of the input's channels, of the layers that have some.
@@ -175,9 +175,9 @@ def _run_trajectory(reference: Reference, spec: CalibrationSpec) -> Iterator[tup
     labels = torch.tensor(spec.labels)
     for step in reference.loop(spec.sampler, spec.steps, generators):
         with _largest_inputs(reference) as largest:
-            e, v = reference.predict(z, torch.full((len(z),), step.t), labels, spec.guidance)
+            e, v = reference.predict(z, step.times_of(len(z)), labels, spec.guidance)
         z, _ = step.advance(e, v, z)
-        yield float(step.t), list(largest.values())
+        yield step.time, list(largest.values())
 
 
 @contextlib.contextmanager

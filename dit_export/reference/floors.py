@@ -65,12 +65,12 @@ def floors_of(
     return floors
 
 
-def count_measurements(whole: int, steps: int, measured: int, precisions: Sequence[str]) -> int:
+def count_measurements(whole: int, steps: int, measured: int, precisions: Sequence[str], samplers: int = 2) -> int:
     """How many times ``floors_of`` advances for trajectories of ``whole`` steps, for the progress bar.
 
     The trajectory at a strong guidance scale advances once more for each of its steps.
     """
-    return len(precisions) * (4 + whole + 2 * steps + measured)
+    return len(precisions) * (4 + whole + samplers * steps + measured)
 
 
 def _measure_floors(
@@ -199,7 +199,7 @@ def _measure_single_steps(
     loop = list(reference.loop(name, int(record["steps"]), generators))[:steps]
     batch = len(record["labels"])
     z = _tensor_from_array(reference, np.concatenate(record["latents"][: len(loop)]))  # (steps·B, C, H, W)
-    times = torch.tensor([step.t for step in loop], dtype=torch.float32).repeat_interleave(batch)
+    times = torch.tensor([step.t for step in loop], dtype=torch.float32).repeat_interleave(batch, dim=0)
     labels = torch.from_numpy(record["labels"]).repeat(len(loop))
     parts = zip(z.split(CHUNK), times.split(CHUNK), labels.split(CHUNK), strict=True)
     evaluated = [reference.predict(*part, float(record["guidance"])) for part in parts]
@@ -223,7 +223,7 @@ def _run_trajectory(
     z, labels = _tensor_from_array(reference, record["latents"][0]), torch.from_numpy(record["labels"])
     z = z * (1 + move)
     for step in reference.loop(name, int(record["steps"]), generators):
-        e, v = reference.predict(z, torch.full((len(z),), step.t), labels, float(record["guidance"]))
+        e, v = reference.predict(z, step.times_of(len(z)), labels, float(record["guidance"]))
         z, _ = step.advance(e, v, z)
         advance()
         yield z

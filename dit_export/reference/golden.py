@@ -28,7 +28,7 @@ from dit_export.reference.record_settings import (
     Measurements,
     RecordSettings,
 )
-from dit_runtime.bundle.manifest import NOISE_AT_1
+from dit_runtime.bundle.manifest import INTERVAL, NOISE_AT_1
 from dit_runtime.bundle.reader import CONDITIONS, STRONG, TILE, UNGUIDED, UNQUANTIZED
 from dit_runtime.core.errors import ParityError
 from dit_runtime.verify.conditions import choose_conditions
@@ -77,7 +77,7 @@ def write_records(
                 records[f"forward_{branches}"] = record = _record_forward(reference, settings, guidance)
             advance()
         records["conditioner"] = {
-            "timesteps": np.tile(record["timesteps"], 2),
+            "timesteps": np.concatenate([record["timesteps"]] * 2),
             "labels": np.concatenate([record["labels"], np.full_like(record["labels"], reference.spec.null_class)]),
             "table": reference.table_from_observation(seen).numpy(),
         }
@@ -86,7 +86,7 @@ def write_records(
             for part, name in enumerate(names):
                 records[name] = _record_trajectory(reference, settings, name, advance, part)
             unguided = replace(settings, images=min(settings.images, UNGUIDED_IMAGES), guidance=1.0)
-            records[UNGUIDED] = _record_trajectory(reference, unguided, names[1], advance, 2)
+            records[UNGUIDED] = _record_trajectory(reference, unguided, names[-1], advance, 2)
             strong = _record_trajectory(reference, settings.strong, names[0], advance, 3)
             strong["decoded"] = reference.decode(torch.from_numpy(strong["latents"][-1])).numpy()
             records[STRONG] = {**strong, "images": reference.images_from_decoded(torch.from_numpy(strong["decoded"]))}
@@ -138,17 +138,26 @@ def _make_inputs(
     if settings.seed == 0:
         # From pure noise nearly to the image: 999 … 10 of 1000 steps, 0 … 0.99 of a SiT, 1 … 0.01 of a model of REPA.
         times, labels = torch.linspace(1, 0.01, count), torch.linspace(0, reference.classes - 1, count).long()
+        shares = torch.linspace(1, 0, count)
     else:
         times = torch.rand(count, generator=generator)
         labels = torch.randint(reference.classes, (count,), generator=generator)
+        shares = times.flip(0)
     if not training:
-        return z, _model_time(reference, times), labels
+        return z, _model_time(reference, times, shares), labels
     return z, (times * training).long().clamp(max=training - 1), labels
 
 
-def _model_time(reference: Reference, noise_times: Tensor) -> Tensor:
-    """The time of a velocity model at noise times ``[N]``, 1 at pure noise."""
-    return noise_times if reference.checkpoint.diffusion.time == NOISE_AT_1 else 1 - noise_times
+def _model_time(reference: Reference, noise_times: Tensor, shares: Tensor) -> Tensor:
+    """The time ``[N]`` of a velocity model at noise times ``[N]``, 1 at pure noise; of a model of two times ``[N, 2]``.
+
+    ``shares [N]``: of the way to the image, for which the latter predicts the average velocity.
+    """
+    diffusion = reference.checkpoint.diffusion
+    times = noise_times if diffusion.time == NOISE_AT_1 else 1 - noise_times
+    if diffusion.second_time is None:
+        return times
+    return torch.stack([times, times * (shares if diffusion.second_time == INTERVAL else 1 - shares)], dim=1)
 
 
 def _record_forward(reference: Reference, settings: RecordSettings, guidance: float) -> dict[str, Any]:
@@ -173,7 +182,9 @@ def _record_blocks(reference: Reference, settings: RecordSettings) -> dict[str, 
     if settings.seed == 0:
         training = len(reference.checkpoint.diffusion.betas)
         timesteps = (
-            torch.tensor([training // 100 * 20]) if training else _model_time(reference, torch.tensor([0.2])).float()
+            torch.tensor([training // 100 * 20])
+            if training
+            else _model_time(reference, torch.tensor([0.2]), torch.tensor([0.5])).float()
         )
     stride = max(1, reference.spec.tokens // TOKENS_KEPT)
     with reference.observe() as seen:
@@ -192,7 +203,9 @@ def _record_blocks(reference: Reference, settings: RecordSettings) -> dict[str, 
 
 def _record_conditions(reference: Reference) -> dict[str, Any]:
     """Random projections of every class's and every timestep's row of the conditioning table."""
-    timesteps, labels = choose_conditions(len(reference.checkpoint.diffusion.betas), reference.spec.label_rows)
+    timesteps, labels = choose_conditions(
+        len(reference.checkpoint.diffusion.betas), reference.spec.label_rows, reference.spec.times
+    )
     projections, norms = project_conditions(reference, timesteps, labels)
     numbers = {"projections": projections.astype(np.float32), "norms": norms.astype(np.float32)}
     return {"timesteps": timesteps, "labels": labels, **numbers}
@@ -213,7 +226,7 @@ def _record_trajectory(
     z = randn_tensor((settings.images, reference.channels, *reference.spec.latent_size), generator=generators)
     latents, denoised, noises = [z], [], []
     for step in reference.loop(name, settings.steps, generators):
-        e, v = reference.predict(z, torch.full((settings.images,), step.t), labels, settings.guidance)
+        e, v = reference.predict(z, step.times_of(settings.images), labels, settings.guidance)
         before = [generator.get_state() for generator in generators]
         z, clean = step.advance(e, v, z)
         latents.append(z)

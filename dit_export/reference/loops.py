@@ -30,10 +30,22 @@ LAST_STEP = 0.04  # SiT's default size of its SDE's last step
 
 @dataclass(frozen=True)
 class LoopStep:
-    """One network evaluation: its timestep, and the function that turns its output into the next latents."""
+    """One network evaluation: its timestep, and the function that turns its output into the next latents.
 
-    t: float
+    ``t`` is both times of a model that gets two.
+    """
+
+    t: float | tuple[float, float]
     advance: Advance
+
+    @property
+    def time(self) -> float:
+        """The timestep, or the first of two times."""
+        return float(self.t[0] if isinstance(self.t, tuple) else self.t)
+
+    def times_of(self, count: int) -> Tensor:
+        """The timesteps ``[count]`` of so many images, or ``[count, 2]``."""
+        return torch.stack([torch.tensor(self.t)] * count)
 
 
 def diffusers_ddim(
@@ -180,7 +192,26 @@ class OfficialDiffusion:
         return torch.tensor(value, dtype=self.dtype)
 
 
-class SiTPath:
+class FlowPath:
+    """A path z = α·x + σ·ε of a velocity model that predicts α'·x + σ'·ε, in the model's own time."""
+
+    def coefficients_at(self, t: float) -> tuple[float, float, float, float]:
+        """α, α', σ and σ' at time t."""
+        raise NotImplementedError
+
+    def score_from_velocity(self, velocity: Tensor, z: Tensor, t: float) -> Tensor:
+        """``get_score_from_velocity`` of SiT, which REPA's code shares."""
+        alpha, d_alpha, sigma, d_sigma = self.coefficients_at(t)
+        ratio = alpha / d_alpha
+        return (ratio * velocity - z) / (sigma**2 - ratio * d_sigma * sigma)
+
+    def clean_from_velocity(self, velocity: Tensor, z: Tensor, t: float) -> Tensor:
+        """x, from z and the velocity."""
+        alpha, d_alpha, sigma, d_sigma = self.coefficients_at(t)
+        return (d_sigma * z - sigma * velocity) / (alpha * d_sigma - d_alpha * sigma)
+
+
+class SiTPath(FlowPath):
     """α, σ and their derivatives of SiT's interpolants (``transport/path.py``) at a time from 0, noise, to 1."""
 
     def __init__(self, path: str) -> None:
@@ -199,17 +230,6 @@ class SiTPath:
         slope = 0.5 * (1 - t) * (high - low) + 0.5 * low
         sigma = math.sqrt(1 - math.exp(2 * log_mean))
         return math.exp(log_mean), math.exp(log_mean) * slope, sigma, math.exp(2 * log_mean) * 2 * slope / (-2 * sigma)
-
-    def score_from_velocity(self, velocity: Tensor, z: Tensor, t: float) -> Tensor:
-        """SiT's ``get_score_from_velocity``."""
-        alpha, d_alpha, sigma, d_sigma = self.coefficients_at(t)
-        ratio = alpha / d_alpha
-        return (ratio * velocity - z) / (sigma**2 - ratio * d_sigma * sigma)
-
-    def clean_from_velocity(self, velocity: Tensor, z: Tensor, t: float) -> Tensor:
-        """x₁ of z = α·x₁ + σ·x₀ and velocity = α'·x₁ + σ'·x₀."""
-        alpha, d_alpha, sigma, d_sigma = self.coefficients_at(t)
-        return (d_sigma * z - sigma * velocity) / (alpha * d_sigma - d_alpha * sigma)
 
     def ode(self, steps: int, shift: float = 1.0) -> Iterator[LoopStep]:
         """``sample_ode`` with torchdiffeq's fixed-step Euler; ``shift`` is LightningDiT's ``timestep_shift``."""

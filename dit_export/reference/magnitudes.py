@@ -96,6 +96,8 @@ def _modules_by_unit(reference: Reference, encoder: bool) -> Iterator[tuple[str,
         yield "final", model.proj_out_2
     else:
         yield "conditioner", model.t_embedder
+        if reference.spec.times == 2:
+            yield "conditioner", model.r_embedder
         yield "final", model.final_layer.linear
         if reference.spec.conditioning in MODULATIONS:
             yield "conditioner", model.final_layer.adaLN_modulation

@@ -35,6 +35,16 @@ class TimestepEmbedder(nn.Module):
         return embedding
 
 
+def embed_times(model: nn.Module, t: Tensor) -> Tensor:
+    """The embedding ``[N, D]`` of timesteps ``[N]``, or of both times ``[N, 2]`` of a MeanFlow.
+
+    The latter are embedded as zhuyu-cs/MeanFlow's ``sit.py`` does: the sum of two embedders' outputs.
+    """
+    embed, embed_second = model.get_submodule("t_embedder"), getattr(model, "r_embedder", None)
+    embedding: Tensor = embed(t) if embed_second is None else embed(t[:, 0]) + embed_second(t[:, 1])
+    return embedding
+
+
 class LabelEmbedder(nn.Module):
     """Labels ``[N]`` → ``[N, D]``; the last row is the null class, if there is one."""
 
@@ -196,15 +206,16 @@ class DiT(nn.Module):
         self.channels = spec.output_channels if channels is None else channels
         self.x_embedder = PatchEmbed(spec.latent_channels, spec.width, spec.patch_size)
         self.t_embedder = TimestepEmbedder(spec.width)
+        self.r_embedder = TimestepEmbedder(spec.width) if spec.times == 2 else None
         self.y_embedder = LabelEmbedder(spec.label_rows, spec.width)
         self.pos_embed = nn.Parameter(torch.zeros(1, spec.tokens, spec.width), requires_grad=False)
         self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.depth))
         self.final_layer = FinalLayer(spec, self.channels)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Latents ``[N, C, H, W]``, timesteps ``[N]`` and labels ``[N]`` → ``[N, C or 2C, H, W]``."""
+        """Latents ``[N, C, H, W]``, timesteps ``[N]`` or ``[N, 2]`` and labels ``[N]`` → ``[N, C or 2C, H, W]``."""
         x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
-        t_embedding, y_embedding = self.t_embedder(t), self.y_embedder(y)  # (N, D) each
+        t_embedding, y_embedding = embed_times(self, t), self.y_embedder(y)  # (N, D) each
         condition = t_embedding + y_embedding
         if self.spec.conditioning in ("in-context", "cross-attention"):
             condition = torch.stack([t_embedding, y_embedding], dim=1)  # (N, 2, D)

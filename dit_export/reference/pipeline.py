@@ -30,7 +30,8 @@ from dit_export.reference.loops import (
     diffusers_ddim,
     diffusers_ddpm,
 )
-from dit_export.reference.official_model import DiT
+from dit_export.reference.mean_flow import mean_flow
+from dit_export.reference.official_model import DiT, embed_times
 from dit_export.reference.repa import RepaPath
 from dit_runtime.bundle.manifest import NOISE_AT_1
 
@@ -129,6 +130,8 @@ class Reference:
         slightly off, and this error is part of every difference from the reference, also of an engine's.
         """
         diffusion, learned = self.checkpoint.diffusion, self.spec.learned_variance
+        if diffusion.second_time is not None:
+            return mean_flow(steps, diffusion.second_time)
         if diffusion.path is not None:
             path = RepaPath(diffusion.path) if diffusion.time == NOISE_AT_1 else SiTPath(diffusion.path)
             if isinstance(path, SiTPath) and name == "euler":
@@ -185,7 +188,8 @@ class Reference:
         return [*(block.adaLN_modulation for block in self.blocks), model.final_layer.adaLN_modulation]
 
     def compute_table(self, t: Tensor, labels: Tensor) -> Tensor:
-        """The conditioning table ``[N, …]`` of timesteps ``[N]`` and labels ``[N]``, by the conditioning modules alone.
+        """The conditioning table ``[N, …]`` of timesteps ``[N]`` or ``[N, 2]`` and labels ``[N]``, by the conditioning
+        modules alone.
 
         It is the table that ``observe`` gives for an evaluation of the whole network.
         """
@@ -198,7 +202,7 @@ class Reference:
                 condition = self.blocks[0].norm1.emb(t, labels, hidden_dtype=self.dtype)
                 model.proj_out_1(nn.functional.silu(condition))
             else:
-                embeddings: tuple[Tensor, Tensor] = model.t_embedder(t), model.y_embedder(labels)
+                embeddings: tuple[Tensor, Tensor] = embed_times(model, t), model.y_embedder(labels)
                 as_tokens = self.spec.conditioning in ("in-context", "cross-attention")
                 condition = torch.stack(embeddings, dim=1) if as_tokens else embeddings[0] + embeddings[1]
                 if self.spec.conditioning == "in-context":

@@ -11,6 +11,7 @@ from dit_export.checkpoints.checkpoint import Checkpoint
 from dit_export.reference.floors import count_measurements
 from dit_runtime.bundle.macs import count_step_gmac
 from dit_runtime.bundle.manifest import name_for_size
+from dit_runtime.verify.verification import trajectories_of
 
 GUIDANCE = 1.5  # the trajectories'
 FORWARD_GUIDANCE = 4.0
@@ -38,6 +39,7 @@ class RecordSettings:
         seed: the seed of all noise. With 0, timesteps and labels are spread evenly; otherwise they are drawn as well.
         guidance: the guidance scale of trajectories.
         forward_guidance: the guidance scale of the guided forward.
+        samplers: the number of samplers whose trajectories are recorded.
     """
 
     images: int
@@ -49,6 +51,7 @@ class RecordSettings:
     seed: int = 0
     guidance: float = GUIDANCE
     forward_guidance: float = FORWARD_GUIDANCE
+    samplers: int = 2
 
     @staticmethod
     def for_checkpoint(checkpoint: Checkpoint, precision: str) -> RecordSettings:
@@ -63,22 +66,31 @@ class RecordSettings:
         first = checkpoint.model.latent_size == checkpoint.sizes[0]
         cheap = count_step_gmac(checkpoint.model) <= CHEAP_GMAC
         precisions = tuple(dict.fromkeys((precision, "bf16")))
+        samplers = len(trajectories_of(checkpoint.diffusion))
         if elements > LARGE_MODEL:
-            return RecordSettings(1, min(4, most), 2, measured=1, measured_steps=min(2, most), precisions=precisions)
+            return RecordSettings(
+                1, min(4, most), 2, measured=1, measured_steps=min(2, most), precisions=precisions, samplers=samplers
+            )
         images, steps = ((4, min(50, most)) if cheap else (2, min(20, most))) if first else (2, min(10, most))
         forwards = max(images, 4) if first else images
         if precision != "int8":  # whose engines are compared in no other precision
             precisions = ("fp32", "fp16", "bf16")
         return RecordSettings(
-            images, steps, forwards, measured=1 + (first or cheap), measured_steps=steps, precisions=precisions
+            images,
+            steps,
+            forwards,
+            measured=min(1 + (first or cheap), samplers),
+            measured_steps=steps,
+            precisions=precisions,
+            samplers=samplers,
         )
 
     @property
     def work(self) -> int:
         """How many times ``write_records`` advances, for the progress bar."""
-        measured = count_measurements(self.steps, self.measured_steps, self.measured, self.precisions)
+        measured = count_measurements(self.steps, self.measured_steps, self.measured, self.precisions, self.samplers)
         strong = self.strong.steps
-        return 4 + 3 * self.steps + strong + measured + strong * len(self.precisions)
+        return 4 + (1 + self.samplers) * self.steps + strong + measured + strong * len(self.precisions)
 
     @property
     def strong(self) -> RecordSettings:

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from dit_export.reference.loops import Generators, LoopStep, draw_noise
+from dit_export.reference.loops import FlowPath, Generators, LoopStep, draw_noise
 
 LAST_TIME = 0.04  # where the SDE's last step begins
 
 
-class RepaPath:
+class RepaPath(FlowPath):
     """α, σ and their derivatives on a path by a bundle's name: ``linear``, or ``gvp``, which REPA calls ``cosine``."""
 
     def __init__(self, path: str) -> None:
@@ -27,17 +27,6 @@ class RepaPath:
             return 1 - t, -1.0, t, 1.0
         half = math.pi / 2
         return math.cos(half * t), -half * math.sin(half * t), math.sin(half * t), half * math.cos(half * t)
-
-    def score_from_velocity(self, velocity: Tensor, z: Tensor, t: float) -> Tensor:
-        """REPA's ``get_score_from_velocity``."""
-        alpha, d_alpha, sigma, d_sigma = self.coefficients_at(t)
-        ratio = alpha / d_alpha
-        return (ratio * velocity - z) / (sigma**2 - ratio * d_sigma * sigma)
-
-    def clean_from_velocity(self, velocity: Tensor, z: Tensor, t: float) -> Tensor:
-        """x of z = α·x + σ·ε and velocity = α'·x + σ'·ε."""
-        alpha, d_alpha, sigma, d_sigma = self.coefficients_at(t)
-        return (d_sigma * z - sigma * velocity) / (alpha * d_sigma - d_alpha * sigma)
 
     def ode(self, steps: int) -> Iterator[LoopStep]:
         """``euler_sampler`` without Heun's correction."""

@@ -19,7 +19,7 @@ from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle, open_bundle
 from dit_runtime.core.errors import SamplingError
 from dit_runtime.samplers.by_name import count_default_steps, count_skipped_steps, schedule_for
-from dit_runtime.samplers.guidance import Branches, Guidance, branches_from_labels
+from dit_runtime.samplers.guidance import Branches, Guidance, branches_from_labels, check_guidance
 from dit_runtime.samplers.noise import CudaNoise, Float32, check_seed
 from dit_runtime.samplers.schedule import Schedule
 from dit_runtime.sampling.batch import Advance, Batch
@@ -355,6 +355,7 @@ class Pipeline:
             weights = weights_from_label(label, self.manifest)
             key = (tuple(weights.items()), value)
             if key not in conditioned:
+                check_guidance(guidances[value], weights, diffusion)
                 conditioned[key] = branches_from_labels(weights, guidances[value], schedule, model, diffusion, against)
             made.append(
                 ImageRequest(

@@ -21,7 +21,7 @@ from starlette.routing import Route
 
 from dit_runtime.core.errors import DiTError, SamplingError
 from dit_runtime.core.version import __version__
-from dit_runtime.samplers.by_name import DIFFUSION_SAMPLERS, FLOW_SAMPLERS
+from dit_runtime.samplers.by_name import samplers_for
 from dit_runtime.sampling.requests import ImageRequest
 from dit_serve.bodies import BODY_BYTES, GenerateBody, ImagesBody, read_body
 from dit_serve.images import RequestedImages
@@ -332,7 +332,7 @@ def _describe(model: ServedModel) -> dict[str, Any]:
         "image_size": list(manifest.image_size),
         "classes": manifest.model.classes,
         "class_names": list(manifest.class_names),
-        "samplers": [*(FLOW_SAMPLERS if manifest.diffusion.path else DIFFUSION_SAMPLERS), *model.tables],
+        "samplers": [*samplers_for(manifest.diffusion), *model.tables],
         "tables": {name: table.steps for name, table in model.tables.items()},
         "defaults": asdict(manifest.defaults),
         "load": asdict(model.batcher.load()),

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dit_runtime.backends.openvino.engine import ANY_BATCH
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.pipeline import Pipeline
-from dit_runtime.samplers.by_name import DIFFUSION_SAMPLERS, FLOW_SAMPLERS
+from dit_runtime.samplers.by_name import samplers_for
+from dit_runtime.samplers.guidance import is_guidable
 from dit_runtime.sampling.batch import Batch
 from dit_runtime.verify.auto import AUTO, choose_engine
 
@@ -49,7 +50,9 @@ def warm_up(pipe: Pipeline, batch_size: int) -> list[tuple[int, int]]:
         ParityError: an engine that ``auto`` chose does not match the reference at such a batch.
     """
     info = pipe.engine.info
-    branches = [count for count in GUIDANCE if info.has_branches(count)]
+    model, diffusion = pipe.manifest.model, pipe.manifest.diffusion
+    guided = is_guidable(model, diffusion)
+    branches = [count for count in GUIDANCE if info.has_branches(count)] if guided else [1]
     sizes = range(batch_size, 0, -1) if info.prepares_shapes else (batch_size,)
     ran = []
     with Batch(pipe.engine, pipe.manifest) as batch:
@@ -73,7 +76,7 @@ def _fill_table(pipe: Pipeline, batch: Batch, size: int, branches: int) -> None:
     manifest = pipe.manifest
     steps = len(manifest.diffusion.betas) or MOST_STEPS
     labels = [index % manifest.model.classes for index in range(size)]
-    sampler = next(iter(FLOW_SAMPLERS if manifest.diffusion.path else DIFFUSION_SAMPLERS))
+    sampler, *_ = samplers_for(manifest.diffusion)
     images = pipe.prepare(labels, steps=steps, sampler=sampler, guidance=GUIDANCE[branches])
     pipe.trust((size, branches))
     batch.add(list(enumerate(images)))

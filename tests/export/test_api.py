@@ -71,7 +71,7 @@ def test_the_command_makes_the_same_request(
     monkeypatch.setattr(api, "export_request", take)
     argv = (
         "w.pt --fp16 --keep-fp32 blocks.1 decoder --family sit --heads 2 --vae v --variant fp16 --sha256 ab --path gvp "
-        "--time noise-at-0 --weights ema --vae-scaling 0.5 0.1 --latent-stats s.pt "
+        "--time noise-at-0 --second-time r --weights ema --vae-scaling 0.5 0.1 --latent-stats s.pt "
         "--guidance-channels all --random-weights 3 --conditioning adaln --classes 7 --fixed-variance "
         "--size 32x48 64x64 --decode-tile 16 24 --encoder --no-verify -o out"
     )
@@ -90,6 +90,7 @@ def test_the_command_makes_the_same_request(
             sha256="ab",
             path="gvp",
             time="noise-at-0",
+            second_time="r",
             weights="ema",
             vae_scaling=(0.5, 0.1),
             latent_stats=Path("s.pt"),

@@ -146,9 +146,11 @@ def _patches(weights: Weights, x: Tensor) -> Tensor:
     return cut.flatten(3).flatten(1, 2) @ kernel.flatten(1).mT + weights["x_embedder.proj.bias"]  # [N, T, D]
 
 
-def _timestep_embedding(weights: Weights, t: Tensor, sinusoid_dtype: torch.dtype) -> Tensor:
-    features = sinusoids(t, sinusoid_dtype).to(weights["t_embedder.mlp.0.weight"].dtype)  # [N, 256]
-    return _linear(weights, "t_embedder.mlp.2", _silu(_linear(weights, "t_embedder.mlp.0", features)))  # [N, D]
+def _timestep_embedding(
+    weights: Weights, t: Tensor, sinusoid_dtype: torch.dtype, embedder: str = "t_embedder"
+) -> Tensor:
+    features = sinusoids(t, sinusoid_dtype).to(weights[f"{embedder}.mlp.0.weight"].dtype)  # [N, 256]
+    return _linear(weights, f"{embedder}.mlp.2", _silu(_linear(weights, f"{embedder}.mlp.0", features)))  # [N, D]
 
 
 def _adaln_zero_block(weights: Weights, name: str, x: Tensor, c: Tensor, heads: int) -> Tensor:
@@ -190,7 +192,7 @@ def dit(
     conditioning: str,
     sinusoid_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """What the network predicts for x [N, C, H, W], t [N] and labels y [N]: [N, out, H, W].
+    """What the network predicts for x [N, C, H, W], t [N] (of a MeanFlow [N, 2]) and labels y [N]: [N, out, H, W].
 
     The two embeddings, of t and of y, enter by ``conditioning``. ``adaln-zero`` and ``adaln``: their sum gives every
     LayerNorm its shift and scale, and with Zero every branch its gate. ``cross-attention``: they are the memory, a
@@ -202,7 +204,10 @@ def dit(
     p = weights["x_embedder.proj.weight"].shape[-1]
     weights = {**weights, "grid": torch.tensor(x.shape[2:]) // p}
     tokens = _patches(weights, x) + weights["pos_embed"]  # [N, T, D]
+    t, *second = t.unbind(1) if t.ndim == 2 else (t,)
     t_embedding = _timestep_embedding(weights, t, sinusoid_dtype)  # [N, D]
+    for other in second:  # MeanFlow's
+        t_embedding = t_embedding + _timestep_embedding(weights, other, sinusoid_dtype, "r_embedder")
     y_embedding = weights["y_embedder.embedding_table.weight"][y]  # [N, D]
 
     if conditioning in ("adaln-zero", "adaln"):
@@ -246,9 +251,11 @@ def random_weights(
     mlp_width: int | None = None,
     qk_heads: int = 0,
     lightning: bool = False,
+    second_time: bool = False,
 ) -> Weights:
     """Seeded float32 weights of which every one acts: fan-in scaled, no zero gate, no unit norm; positions as official.
 
+    ``second_time`` is MeanFlow's second timestep embedder.
     ``lightning`` is LightningDiT's RMSNorm, SwiGLU and rotary tables, of as many heads as have norms. With ``qk_heads``
     each of so many heads has norms of queries and keys. ``grid`` is rows, columns of patches;
     ``mlp_width`` is 4·width unless told. The table of labels has a last row for the null class.
@@ -310,6 +317,9 @@ def random_weights(
         for name, table in (("cos", np.cos(angles)), ("sin", np.sin(angles))):
             weights[f"feat_rope.freqs_{name}"] = torch.from_numpy(table).float()
     linear("final_layer.linear", width, patch**2 * out_channels)
+    if second_time:
+        linear("r_embedder.mlp.0", 2 * FREQUENCIES, width)
+        linear("r_embedder.mlp.2", width, width)
     return weights
 
 

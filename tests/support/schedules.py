@@ -37,11 +37,21 @@ LEARNED = ModelSpec(
     learned_variance=True,
 )
 FIXED = replace(LEARNED, learned_variance=False)
+PAIRED = replace(FIXED, times=2)  # a MeanFlow
+AVERAGE = replace(
+    DIFFUSION,
+    betas=(),
+    prediction_type="velocity",
+    path="linear",
+    time="noise-at-1",
+    second_time="t-r",
+    guidance_inside=True,
+)
 SCHEDULER = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "clip_sample": False}
 SHAPE = (2, 4, 3)  # images, channels, pixels
 MIX = np.random.default_rng(2024).standard_normal((4, 4))
 Float64 = np.ndarray[Any, np.dtype[np.float64]]
-Network = Callable[[Float64, float], tuple[Float64, Float64]]
+Network = Callable[[Float64, Any], tuple[Float64, Float64]]  # latents and a timestep, or both of a MeanFlow
 
 ETAS = [0.0, 0.5, 1.0]
 
@@ -75,7 +85,7 @@ def run_table(
         bound, weight = rest[15:] or (np.inf, 0.0)
         if teacher is not None:
             state[0] = teacher[index]
-        e, v = network(state[0], float(schedule.timesteps[row]))
+        e, v = network(state[0], schedule.timesteps[row].tolist())
         denoised = np.clip(a * state[0] + b * e, -bound, bound)
         state = np.tensordot(A, state, axes=1) + np.multiply.outer(B, e)
         state[0] += weight * denoised

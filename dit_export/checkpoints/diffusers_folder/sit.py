@@ -21,7 +21,7 @@ from dit_export.checkpoints.layouts import official_spec
 from dit_export.checkpoints.official_file import official_checkpoint
 from dit_export.checkpoints.positions import grid_of_table
 from dit_export.checkpoints.source import Source
-from dit_export.checkpoints.stated_model import check_model, has_null_row, heads_of
+from dit_export.checkpoints.stated_model import check_model, check_parts, has_null_row, heads_of
 from dit_export.checkpoints.statements import Statements
 from dit_export.checkpoints.weights import Weights, check_sha256, files_of_module
 from dit_runtime.core.errors import CheckpointError
@@ -72,6 +72,7 @@ def load_sit(source: Source, location: Location) -> Checkpoint:
         grid=lambda patch: grid_of_table(source, weights, patch, factor),
     )
     check_model(source, said, spec, channels, factor)
+    check_parts(str(folder / "transformer"), "sit", spec)
     found = official_checkpoint(
         replace(source, path="linear"), "sit", spec, channels, weights, autoencoder, location.name, sha256
     )

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from dit_runtime.bundle.manifest import TensorSpec
 from dit_runtime.core.errors import SamplingError
 
-Condition = tuple[float, int]  # timestep and label
+Time = float | tuple[float, ...]  # a timestep; of a model of two times, both
+Condition = tuple[Time, int]  # timestep and label
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def bytes_of_row(spec: TensorSpec) -> int:
 
 
 def inputs_from_conditions(conditions: Sequence[Condition]) -> dict[str, NDArray[Any]]:
-    """The conditioner's inputs: ``timesteps [R]`` float32 and ``labels [R]`` int32."""
+    """The conditioner's inputs: ``timesteps`` float32 ``[R]``, or ``[R, 2]`` of two times, and ``labels [R]`` int32."""
     return {
         "timesteps": np.array([time for time, _ in conditions], np.float32),
         "labels": np.array([label for _, label in conditions], np.int32),

@@ -60,7 +60,7 @@ def step_inputs(
 
 
 def compute_table(engine: Engine, manifest: Manifest, timesteps: Array, labels: Array) -> Array:
-    """Compute the conditioning table ``[R, …]`` for pairs of timestep ``[R]`` and label ``[R]``.
+    """Compute the conditioning table ``[R, …]`` for pairs of timestep ``[R]`` or ``[R, 2]`` and label ``[R]``.
 
     The conditioner is called with as many rows at a time as the engine takes.
     """

@@ -31,7 +31,8 @@ def time_parts(bundle: Bundle, engine: Engine, batch: int, steps: int, repeat: i
     the decoder.
 
     For an engine that keeps its loop on the device, the time of a step is a whole loop's time divided by its steps.
-    An engine that was built without guidance has no guided step, and no conditioner for guided steps. An engine that
+    An engine that was built without guidance has no guided step, and no conditioner for guided steps; a pipeline has no
+    guided step of a model with guidance in its weights. An engine that
     was built for tiles decodes one tile.
     """
     model, diffusion = bundle.manifest.model, bundle.manifest.diffusion
@@ -47,9 +48,11 @@ def time_parts(bundle: Bundle, engine: Engine, batch: int, steps: int, repeat: i
             continue
         weights = guidance_weights(scale, batch, model.latent_channels, diffusion.guidance_channels)
         conditions, rows = branch_rows(labels, model.null_class, len(weights))
-        pairs = np.repeat(schedule.timesteps, len(conditions)), np.tile(conditions, len(schedule.timesteps))
+        pairs = np.repeat(schedule.timesteps, len(conditions), axis=0), np.tile(conditions, len(schedule.timesteps))
         if scale != 1:
             work[f"conditioner, {steps} steps"] = partial(compute_table, engine, bundle.manifest, *pairs)
+        if resident and scale != 1 and diffusion.guidance_inside:
+            continue  # a pipeline has no such step
         if resident:  # a session's call uploads the whole conditioning table, the loop does not
             pipe = Pipeline(bundle, engine)
             settings: Settings = {"steps": steps, "guidance": scale}

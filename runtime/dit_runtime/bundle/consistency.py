@@ -91,6 +91,10 @@ def _check_model(manifest: Manifest) -> None:
         raise ValueError(f"precision {manifest.precision.name}: not implemented, expected {' or '.join(EXPORTED)}")
     _check_quantization(manifest)
     _check_choice("conditioning", model.conditioning, CONDITIONINGS)
+    if model.times > 1 and model.conditioning not in VECTORS:
+        raise ValueError(
+            f"{model.times} times with conditioning {model.conditioning}, expected one of {', '.join(VECTORS)}"
+        )
     if model.width % model.heads:
         raise ValueError(f"{model.heads} heads do not divide width {model.width}")
     if math.prod(table_shape(model)) > MOST_ROW:
@@ -153,6 +157,10 @@ def _check_diffusion(manifest: Manifest) -> None:
         raise ValueError(f"time {NOISE_AT_1} with path {show(diffusion.path)}; expected one of {', '.join(TURNED)}")
     if diffusion.time_shift != 1 and (diffusion.path is None or diffusion.time == NOISE_AT_1):
         raise ValueError(f"time_shift {diffusion.time_shift:g} with path {show(diffusion.path)} and {diffusion.time}")
+    if (diffusion.second_time is not None) != (manifest.model.times == 2):
+        raise ValueError(f"second_time {show(diffusion.second_time)} of a model of {manifest.model.times} times")
+    if diffusion.second_time is not None and diffusion.time != NOISE_AT_1:
+        raise ValueError(f"second_time {diffusion.second_time} with time {diffusion.time}; expected {NOISE_AT_1}")
     *betas, last = diffusion.betas or (0.5,)
     if diffusion.path is None and not (
         diffusion.betas and all(LEAST_BETA <= beta < 1 for beta in betas) and 0 < last <= 1
@@ -215,7 +223,8 @@ def _tensors_of(manifest: Manifest, name: str, size: tuple[int, int], table: Ten
     latents: Axes = ("batch", model.latent_channels, *size)
     state: Axes = ("batch", 3, *latents[1:])
     if name == "conditioner":
-        return {"timesteps": ("float32", ("rows",)), "labels": ("int32", ("rows",))}, table
+        times: Axes = ("rows",) if model.times == 1 else ("rows", model.times)
+        return {"timesteps": ("float32", times), "labels": ("int32", ("rows",))}, table
     if name == "decoder":
         image = (f"{factor}*height", f"{factor}*width")
         return (

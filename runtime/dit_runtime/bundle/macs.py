@@ -22,14 +22,14 @@ def count_gmac(model: ModelSpec) -> float:
 def count_conditioner_gmac(model: ModelSpec, embedders: int = 1) -> float:
     """Count the GMAC of one row of the conditioning table: the work outside the sampling loop.
 
-    It is the work of the timestep MLP, and of adaLN's modulations or cross-attention's keys and values.
+    It is the work of the timestep MLPs, and of adaLN's modulations or cross-attention's keys and values.
 
     Args:
         model: the transformer.
-        embedders: the number of timestep MLPs, for a checkpoint whose copies differ.
+        embedders: the number of timestep embedders, for a checkpoint whose copies differ.
     """
     d = model.width
-    count = embedders * (FREQUENCIES * d + d * d)
+    count = embedders * model.times * (FREQUENCIES * d + d * d)
     if model.conditioning in MODULATIONS:
         count += (MODULATIONS[model.conditioning] * model.depth + 2) * d * d
     elif model.conditioning == "cross-attention":

@@ -24,6 +24,9 @@ PATHS = ("linear", "gvp", "vp")
 TIMES = (NOISE_AT_0, NOISE_AT_1) = ("noise-at-0", "noise-at-1")
 Time = Literal["noise-at-0", "noise-at-1"]
 TURNED = ("linear", "gvp")  # the paths of models with the time ``noise-at-1``
+# What a model of two times gets as its second one, beside t: the length of the step to r, or r.
+SECOND_TIMES = (INTERVAL, END) = ("t-r", "r")
+SecondTime = Literal["t-r", "r"]
 
 # Far above any model's: with larger numbers a damaged manifest would cost memory or time before it is found out.
 Side = Annotated[int, Range(1, 1 << 16)]  # of latents; the graphs take no more
@@ -52,6 +55,7 @@ class ModelSpec:
         mlp: the MLP's activation: ``gelu`` approximated with tanh, or ``swiglu``, whose first layer is twice as wide.
         rotary: whether queries and keys are turned by their token's row and column (RoPE).
         clips: whether the step clips the denoised estimate: its rows of coefficients have a bound.
+        times: how many times the network gets: t, or t and a second one (MeanFlow).
     """
 
     conditioning: str
@@ -70,6 +74,7 @@ class ModelSpec:
     mlp: Literal["gelu", "swiglu"] = optional("gelu")
     rotary: bool = optional(False)
     clips: bool = optional(False)
+    times: Literal[1, 2] = optional(1)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -160,6 +165,9 @@ class DiffusionSpec:
         options: the options of diffusers' scheduler; the file leaves them out where nothing is stated.
         time: which way the time of a velocity model runs, one of ``TIMES``: the velocity is dx/dt in that time.
         time_shift: s of the times s·t/(1 + (s − 1)·t) at which an ODE solver of a velocity model takes the uniform t.
+        second_time: what a model of two times gets beside t, one of ``SECOND_TIMES``: it predicts the average velocity
+            from r to t. None for a model of one time.
+        guidance_inside: whether guidance was trained into the weights, so that sampling takes no scale but 1.
     """
 
     betas: tuple[float, ...]
@@ -172,6 +180,8 @@ class DiffusionSpec:
     options: SchedulerOptions = optional(SchedulerOptions())
     time: Time = optional("noise-at-0")
     time_shift: Annotated[float, Range(1e-3, 1e3)] = optional(1.0)
+    second_time: SecondTime | None = optional(None)
+    guidance_inside: bool = optional(False)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ STRONG = "strong"  # name of the record of a trajectory at a strong guidance sca
 PROJECTIONS = 8  # of each condition's row
 MOST_STEPS = 10_000
 MOST_GUIDANCE = 1e6
-TRAJECTORIES = ("ddim", "ddpm", "euler", "sde-euler", UNGUIDED, STRONG)
+TRAJECTORIES = ("ddim", "ddpm", "euler", "sde-euler", "meanflow", UNGUIDED, STRONG)
 
 
 def specs_of_record(name: str, manifest: Manifest) -> dict[str, ArraySpec]:
@@ -44,6 +44,7 @@ def specs_of_record(name: str, manifest: Manifest) -> dict[str, ArraySpec]:
     pixels = (height * factor, width * factor)
     table = manifest.table.shape[1:]
     times = "float32" if manifest.diffusion.path else "int64"
+    second = () if model.times == 1 else (model.times,)
 
     def float32(*shape: int | str) -> ArraySpec:
         return ArraySpec("float32", shape)
@@ -53,15 +54,15 @@ def specs_of_record(name: str, manifest: Manifest) -> dict[str, ArraySpec]:
 
     guidance = ArraySpec("float64", ())
     if name == "conditioner":
-        return {"timesteps": ArraySpec(times, ("P",)), "labels": int64("P"), "table": float32("P", *table)}
+        return {"timesteps": ArraySpec(times, ("P", *second)), "labels": int64("P"), "table": float32("P", *table)}
     if name == CONDITIONS:
         return {
-            **{"timesteps": float32("R"), "labels": int64("R"), "norms": float32("R")},
+            **{"timesteps": float32("R", *second), "labels": int64("R"), "norms": float32("R")},
             "projections": float32("R", PROJECTIONS),
         }
     if name == "blocks":
         return {
-            **{"latents": float32(1, *latents), "timesteps": ArraySpec(times, (1,)), "labels": int64(1)},
+            **{"latents": float32(1, *latents), "timesteps": ArraySpec(times, (1, *second)), "labels": int64(1)},
             **{"guidance": guidance, "token_stride": int64(), "table": float32(2, *table)},
             "tokens": float32(1, "T", model.width),
             "outputs": float32(model.depth, 2, "T of outputs", model.width),
@@ -69,7 +70,7 @@ def specs_of_record(name: str, manifest: Manifest) -> dict[str, ArraySpec]:
     if name in ("forward_1", "forward_2"):
         variance = model.latent_channels if model.learned_variance else 0
         return {
-            **{"latents": float32("N", *latents), "timesteps": ArraySpec(times, ("N",)), "labels": int64("N")},
+            **{"latents": float32("N", *latents), "timesteps": ArraySpec(times, ("N", *second)), "labels": int64("N")},
             **{"guidance": guidance, "e": float32("N", *latents), "v": float32("N", variance, *latents[1:])},
         }
     if name in TRAJECTORIES:

@@ -29,6 +29,8 @@ def bundle_info(bundle: Bundle) -> dict[str, Any]:
         "keep_fp16": list(manifest.precision.keep_fp16),
         "model": _model_of(bundle),
         "prediction": manifest.diffusion.prediction_type,
+        "second_time": manifest.diffusion.second_time,
+        "guidance_inside": manifest.diffusion.guidance_inside,
         "image_sizes": [list(size) for size in manifest.image_sizes],
         "defaults": {
             "sampler": manifest.defaults.sampler,
@@ -95,6 +97,13 @@ def format_info(path: Path, info: dict[str, Any]) -> str:
     return join_lines([*_model_lines(path, info), *_engine_lines(info), *_verdict_lines(path, info)])
 
 
+def _show_prediction(info: dict[str, Any]) -> str:
+    if info["second_time"] is None:
+        return str(info["prediction"])
+    guided = ", guidance in its weights" if info["guidance_inside"] else ""
+    return f"the average {info['prediction']} from t, with {info['second_time']} beside it{guided}"
+
+
 def _model_lines(path: Path, info: dict[str, Any]) -> Iterator[str]:
     model, defaults = info["model"], info["defaults"]
     kept = "" if info["precision"] == "fp32" else f", {', '.join(info['keep_fp32'])} in FP32"
@@ -105,7 +114,7 @@ def _model_lines(path: Path, info: dict[str, Any]) -> Iterator[str]:
     yield (
         f"model       {model['conditioning']}, {model['depth']} blocks of width {model['width']}, "
         f"{model['heads']} heads, patch {model['patch_size']}, {model['classes']} classes, "
-        f"predicts {info['prediction']}{' and the variance' if model['learned_variance'] else ''}"
+        f"predicts {_show_prediction(info)}{' and the variance' if model['learned_variance'] else ''}"
     )
     sizes = ", ".join(f"{height}x{width}" for height, width in info["image_sizes"])
     yield (

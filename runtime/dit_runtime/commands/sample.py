@@ -34,7 +34,7 @@ from dit_runtime.output.request import (
     ShardSettings,
     TableRequest,
 )
-from dit_runtime.samplers.by_name import DIFFUSION_SAMPLERS, FLOW_SAMPLERS
+from dit_runtime.samplers.by_name import AVERAGE_SAMPLERS, DIFFUSION_SAMPLERS, FLOW_SAMPLERS
 
 if TYPE_CHECKING:
     from dit_runtime.output.writer import Written
@@ -266,8 +266,8 @@ def _add_sampling_arguments(parser: Parser) -> None:
     group.add_argument("--steps", type=int, help="sampling steps (default: the bundle's)")
     group.add_argument(
         "--sampler",
-        help=f"{_either(DIFFUSION_SAMPLERS)}; for velocity models {_either(FLOW_SAMPLERS)}; or a sampler table, "
-        "TABLE.json (default: the bundle's)",
+        help=f"{_either(DIFFUSION_SAMPLERS)}; for velocity models {_either(FLOW_SAMPLERS)}; "
+        f"for those of two times {_either(AVERAGE_SAMPLERS)}; or a sampler table, TABLE.json (default: the bundle's)",
     )
     group.add_argument(
         "--spacing",
@@ -303,7 +303,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def _either(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:-1])} or {names[-1]}"
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def _add_noise_arguments(parser: Parser) -> None:

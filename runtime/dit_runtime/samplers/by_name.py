@@ -1,6 +1,7 @@
 """The samplers by name: one table, from a name to the function that makes its schedule.
 
-A new sampler is a function in ``diffusion.py`` or ``flow.py`` and a line in ``DIFFUSION`` or ``FLOW`` here.
+A new sampler is a function in ``diffusion.py`` or ``flow.py`` and a line in ``DIFFUSION``, ``FLOW`` or ``AVERAGE``
+here.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from dit_runtime.bundle.manifest import NOISE_AT_0, DiffusionSpec, ModelSpec
 from dit_runtime.core.errors import SamplingError
 from dit_runtime.samplers.diffusion import ddim, ddpm, dpm_solver_pp, euler_ancestral, unipc
-from dit_runtime.samplers.flow import flow_ode, flow_sde
+from dit_runtime.samplers.flow import flow_ode, flow_sde, mean_flow
 from dit_runtime.samplers.options import SolverSettings, check_options, settings_for
 from dit_runtime.samplers.schedule import Schedule, skip_steps
 
@@ -42,6 +43,11 @@ class SamplerArguments:
     def shift(self) -> float:
         """The shift of an ODE solver's times of a velocity model."""
         return self.diffusion.time_shift
+
+    @property
+    def second_time(self) -> str:
+        """What a model of two times gets beside t."""
+        return self.diffusion.second_time or ""
 
     @property
     def form(self) -> str:
@@ -74,16 +80,28 @@ FLOW: dict[str, Make] = {
     "sde-euler": lambda a: flow_sde(a.path, a.steps, "euler", a.form, skipped=a.skipped, time=a.time),
     "sde-heun": lambda a: flow_sde(a.path, a.steps, "heun", a.form, skipped=a.skipped, time=a.time),
 }
+# Samplers for models of two times, which predict an average velocity.
+AVERAGE: dict[str, Make] = {
+    "meanflow": lambda a: skip_steps(mean_flow(a.path, a.steps, a.second_time), a.skipped),
+}
 TAKES_ETA = ("ddim",)
 
 DIFFUSION_SAMPLERS = tuple(DIFFUSION)
 FLOW_SAMPLERS = tuple(FLOW)
-SAMPLERS = DIFFUSION_SAMPLERS + FLOW_SAMPLERS
+AVERAGE_SAMPLERS = tuple(AVERAGE)
+SAMPLERS = DIFFUSION_SAMPLERS + FLOW_SAMPLERS + AVERAGE_SAMPLERS
 
 MOST_STEPS = 10_000  # of a velocity model, whose time is continuous
 
 # torchdiffeq's solvers that choose their own steps: no table can hold their steps.
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver")
+
+
+def samplers_for(diffusion: DiffusionSpec) -> tuple[str, ...]:
+    """The samplers of a kind of model; the first draws no noise and has no memory."""
+    if diffusion.second_time is not None:
+        return AVERAGE_SAMPLERS
+    return FLOW_SAMPLERS if diffusion.prediction_type == "velocity" else DIFFUSION_SAMPLERS
 
 
 def schedule_for(
@@ -99,7 +117,7 @@ def schedule_for(
 
     Args:
         sampler: one of ``SAMPLERS``: of ``DIFFUSION_SAMPLERS`` for ε and v prediction, of ``FLOW_SAMPLERS`` for
-            velocity models.
+            velocity models, of ``AVERAGE_SAMPLERS`` for those of two times.
         model: ``ddpm`` asks whether the model learned the variance.
         diffusion: the bundle's forward process.
         steps: sampling steps; ``heun`` and ``sde-heun`` evaluate the network twice in each.
@@ -115,9 +133,9 @@ def schedule_for(
     """
     _check_name(sampler, eta, diffusion)
     arguments = SamplerArguments(diffusion, model.learned_variance, steps, eta, spacing, skipped)
-    if sampler in FLOW:
+    if (uniform := FLOW | AVERAGE).get(sampler):
         _check_uniform_steps(sampler, steps, spacing)
-        return FLOW[sampler](arguments)
+        return uniform[sampler](arguments)
     check_options(sampler, diffusion.options)
     total = len(diffusion.betas)
     if not 1 <= steps <= total:
@@ -158,12 +176,12 @@ def _check_name(sampler: str, eta: float, diffusion: DiffusionSpec) -> None:
         raise SamplingError(f"sampler {sampler!r} is unknown; choose one of {', '.join(SAMPLERS)}")
     if sampler not in TAKES_ETA and eta != 0:
         raise SamplingError(f"eta {eta:g} with sampler {sampler}: eta is DDIM's; leave it out or use --sampler ddim")
-    fitting = FLOW_SAMPLERS if diffusion.prediction_type == "velocity" else DIFFUSION_SAMPLERS
+    fitting = samplers_for(diffusion)
     if sampler not in fitting:
-        raise SamplingError(
-            f"sampler {sampler} with a model of prediction type {diffusion.prediction_type!r}: "
-            f"expected one of {', '.join(fitting)}"
-        )
+        kind = f"prediction type {diffusion.prediction_type!r}"
+        if diffusion.second_time is not None:
+            kind = "two times, which predicts the average velocity of a whole step (MeanFlow)"
+        raise SamplingError(f"sampler {sampler} with a model of {kind}: expected one of {', '.join(fitting)}")
 
 
 def _check_uniform_steps(sampler: str, steps: int, spacing: str | None) -> None:

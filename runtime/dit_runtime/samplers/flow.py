@@ -6,6 +6,9 @@ scaled, and predicts the velocity dx/dt = α'_t·x₁ + σ'_t·x₀.
 REPA's models (Yu et al. 2024, arXiv 2410.06940) have the time ``noise-at-1``: the network gets 1 − t, and its output is
 the velocity in that time, −dx/dt. Their tables are these in that time, except where REPA's ``samplers.py`` does
 otherwise: Heun's method does not correct its last step, and the SDE's diffusion is ``linear`` on every path.
+
+MeanFlow's models (Geng et al. 2025, arXiv 2505.13447) have REPA's time and a second one: they predict the average
+velocity between two times, so a step between them has no error of a solver.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dit_runtime.bundle.manifest import NOISE_AT_0, NOISE_AT_1, PATHS
+from dit_runtime.bundle.manifest import INTERVAL, NOISE_AT_0, NOISE_AT_1, PATHS
 from dit_runtime.core.errors import SamplingError
 from dit_runtime.samplers.schedule import (
     B_E,
@@ -177,6 +180,19 @@ def flow_sde(
         start,
         skipped,
     )
+
+
+def mean_flow(path: str, steps: int, second_time: str) -> Schedule:
+    """MeanFlow's sampler over uniform times from 1, noise, to 0: z_r = z_t − (t − r)·u(z_t, r, t).
+
+    ``second_time`` says whether the network gets t − r beside t, or r. Between steps the clean latents are estimated
+    as if the average velocity went on to the image: z_t − t·u.
+    """
+    rows, times = [], []
+    for t, r in pairwise(np.linspace(1, 0, steps + 1).tolist()):
+        times.append((t, t - r if second_time == INTERVAL else r))
+        rows.append(make_row(S0 - t * E, S0 - (t - r) * E))
+    return schedule_from_rows("meanflow", UNIFORM, times, rows, _signal_and_noise(path, [1 - t for t, _ in times]))
 
 
 def _check_sde(steps: int, method: str, last_step: str, last_step_size: float) -> None:

@@ -99,7 +99,7 @@ def noise_times_of(schedule: Schedule, diffusion: DiffusionSpec) -> Float64:
     With the time ``noise-at-1`` an inner evaluation has the noise time at which its step starts, since REPA decides
     once a step whether it is guided.
     """
-    times = schedule.timesteps[schedule.rows].astype(np.float64)
+    times = schedule.times[:, 0].astype(np.float64)
     if diffusion.path is None:
         return times / max(len(diffusion.betas) - 1, 1)
     times = np.round(times, DECIMALS)
@@ -107,6 +107,24 @@ def noise_times_of(schedule: Schedule, diffusion: DiffusionSpec) -> Float64:
         starts = np.append(True, schedule.completes_step[:-1])
         return np.asarray(times[np.maximum.accumulate(np.where(starts, np.arange(len(times)), 0))])
     return np.asarray(np.round(1 - times, DECIMALS))
+
+
+def is_guidable(model: ModelSpec, diffusion: DiffusionSpec) -> bool:
+    """Whether images may be guided away from the null class."""
+    return model.has_null and not diffusion.guidance_inside
+
+
+def check_guidance(guidance: Guidance, labels: Mapping[int, float], diffusion: DiffusionSpec) -> None:
+    """Check that a model without a choice of guidance is not guided.
+
+    Raises:
+        SamplingError: guidance is inside the model's weights, and a scale or weights of labels would add to it.
+    """
+    if diffusion.guidance_inside and (guidance.scale != 1 or abs(sum(labels.values()) - 1) > 1e-9):
+        raise SamplingError(
+            f"{_describe_guidance(guidance, labels)}: guidance was trained into this model's weights, where no scale "
+            "can change it; use guidance 1 and label weights that sum to 1"
+        )
 
 
 def branches_from_labels(
@@ -160,13 +178,16 @@ def branches_from_labels(
 
 
 def _no_null(guidance: Guidance, labels: Mapping[int, float]) -> str:
-    what = (
-        f"guidance {guidance.scale:g}" if guidance.scale != 1 else f"label weights that sum to {sum(labels.values()):g}"
-    )
     return (
-        f"{what}: this model has no null class to guide away from; use guidance 1 and label weights that sum to 1, or "
-        "name a class to guide away from (--negative-label)"
+        f"{_describe_guidance(guidance, labels)}: this model has no null class to guide away from; use guidance 1 and "
+        "label weights that sum to 1, or name a class to guide away from (--negative-label)"
     )
+
+
+def _describe_guidance(guidance: Guidance, labels: Mapping[int, float]) -> str:
+    if guidance.scale != 1:
+        return f"guidance {guidance.scale:g}"
+    return f"label weights that sum to {sum(labels.values()):g}"
 
 
 def guidance_weights(scale: float, batch: int, channels: int, guided_channels: int) -> Float32:

@@ -72,7 +72,7 @@ class Schedule:
     Attributes:
         sampler: the sampler's name, for the record.
         spacing: how the timesteps were chosen, for the record.
-        timesteps: float32 ``[U]``, the distinct timesteps that the network gets.
+        timesteps: float32 ``[U]``, the distinct timesteps that the network gets; of a model of two times ``[U, 2]``.
         rows: int32 ``[T]``, the index in ``timesteps`` of each evaluation.
         coefficients: float32 ``[T, 17]``, a row for each evaluation; ``[T, 19]`` with a clip.
         initial: float32 ``[T, 2]``, scales of signal and noise in z before each row, where image-to-image can start.
@@ -110,6 +110,11 @@ class Schedule:
     def steps(self) -> int:
         """Completed steps, without the skipped ones."""
         return int(self.completes_step.sum())
+
+    @property
+    def times(self) -> NDArray[np.float32]:
+        """The times of each evaluation ``[T, 1]``, of a model of two times ``[T, 2]``."""
+        return self.timesteps[self.rows].reshape(len(self.rows), -1)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -167,11 +172,13 @@ def schedule_from_rows(
 ) -> Schedule:
     """A schedule from one time, row and pair of scales (signal, noise) for each evaluation, all in float64.
 
+    A model of two times has a pair of times for each evaluation.
+
     Raises:
         SamplingError: a number that is not finite, or above ``LARGEST``.
     """
     evaluated = np.asarray(times, np.float64).astype(np.float32)
-    distinct, first, inverse = np.unique(evaluated, return_index=True, return_inverse=True)
+    distinct, first, inverse = np.unique(evaluated, return_index=True, return_inverse=True, axis=0)
     order = np.argsort(first)
     with np.errstate(over="ignore", invalid="ignore"):
         coefficients = np.asarray(rows, np.float64).astype(np.float32)
@@ -254,10 +261,10 @@ def write_table(schedule: Schedule, path: Path) -> None:
 def read_table(path: Path) -> Schedule:
     """The schedule of a sampler table: a JSON file that ``write_table`` or the user wrote.
 
-    ``timesteps [U]`` and ``coefficients [T, 17]``, or ``[T, 19]`` with a clip, are required. The other fields have
-    defaults: ``rows`` is 0 … T−1, ``start`` [1], ``draws_noise`` true where k is not 0, ``completes_step`` true,
-    ``initial`` [0, 1] in every row (no image-to-image), ``skipped`` 0. ``fitted`` says what a table of ``dit-tune`` was
-    fitted for.
+    ``timesteps [U]`` (``[U, 2]`` of a model of two times) and ``coefficients [T, 17]``, or ``[T, 19]`` with a clip, are
+    required. The other fields have defaults: ``rows`` is 0 … T−1, ``start`` [1], ``draws_noise`` true where k is not 0,
+    ``completes_step`` true, ``initial`` [0, 1] in every row (no image-to-image), ``skipped`` 0. ``fitted`` says what a
+    table of ``dit-tune`` was fitted for.
 
     Raises:
         SamplingError: the file cannot be read, or the step graph cannot run its rows.
@@ -268,7 +275,7 @@ def read_table(path: Path) -> Schedule:
             _check_lengths(raw)
             raw = {**{name: None for name in OPTIONAL if name not in raw}, **raw}
         with np.errstate(over="ignore"):  # what float32 cannot hold is refused by its name
-            schedule = _schedule_from_record(decode(_TableRecord, raw), replace_controls(path.stem))
+            schedule = _schedule_from_record(decode(_kind_of_record(raw), raw), replace_controls(path.stem))
         _check(schedule)
     except (ValueError, OverflowError) as error:
         if isinstance(error.__cause__, OSError):
@@ -297,7 +304,7 @@ def _check_lengths(raw: dict[str, object]) -> None:
 class _TableRecord:
     """The content of a sampler table; None is a field that the file leaves out."""
 
-    timesteps: tuple[float, ...]
+    timesteps: tuple[float, ...] | tuple[tuple[float, float], ...]
     coefficients: tuple[tuple[float, ...], ...]
     sampler: str | None
     spacing: str | None
@@ -308,6 +315,23 @@ class _TableRecord:
     completes_step: tuple[bool, ...] | None
     skipped: Annotated[int, Range(0, LARGEST)] | None
     fitted: FittedFor | None
+
+
+@dataclass(frozen=True)
+class _OneTime(_TableRecord):
+    timesteps: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class _TwoTimes(_TableRecord):
+    timesteps: tuple[tuple[float, float], ...]
+
+
+def _kind_of_record(raw: object) -> type[_TableRecord]:
+    """What to read a sampler table as, by its first timestep, so that a message says where the first wrong one is."""
+    timesteps = raw.get("timesteps") if isinstance(raw, dict) else None
+    paired = isinstance(timesteps, list) and timesteps and isinstance(timesteps[0], list)
+    return _TwoTimes if paired else _OneTime
 
 
 def _schedule_from_record(record: _TableRecord, name: str) -> Schedule:
@@ -343,7 +367,7 @@ def _check(schedule: Schedule) -> None:
     """Raises ValueError for a schedule that the loop or the step graph cannot run."""
     count = len(schedule.rows)
     shapes = {
-        "timesteps": (len(schedule.timesteps),),
+        "timesteps": (len(schedule.timesteps), *schedule.timesteps.shape[1:2]),
         "rows": (count,),
         "coefficients": (count, CLIPPED if schedule.clips else COEFFICIENTS),
         "initial": (count, 2),

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dit_runtime.backends.base import Engine, Loop, RunInputs, StepResult
-from dit_runtime.backends.conditioning import Condition, ConditioningTable, TableLimits
+from dit_runtime.backends.conditioning import Condition, ConditioningTable, TableLimits, Time
 from dit_runtime.backends.profiles import BatchShape
 from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.core.errors import SamplingError
@@ -25,7 +25,8 @@ class _Slot:
     def __init__(self, key: int, image: ImageRequest, stream: Noise) -> None:
         self.key, self.image, self.stream, self.row = key, image, stream, 0
         schedule = image.schedule
-        self.times: list[float] = schedule.timesteps[schedule.rows].tolist()
+        times: list[list[float]] = schedule.times.tolist()
+        self.times: list[Time] = [each[0] if len(each) == 1 else tuple(each) for each in times]
         self.labels: list[int] = image.branches.labels.tolist()
         self.needed: list[int] = image.branches.needed.tolist()
         self.draws: list[bool] = schedule.draws_noise.tolist()

@@ -24,6 +24,11 @@ def check_table(table: Schedule, manifest: Manifest, digest: str) -> None:
             f"sampler table {table.sampler}: it was fitted to bundle {fitted.bundle[:12]}… ({fitted.model}), this one "
             f"is {digest[:12]}…; fit one for this bundle with dit-tune, or use a named sampler"
         )
+    if table.times.shape[1] != manifest.model.times:
+        raise SamplingError(
+            f"a sampler table with {_count_times(table.times.shape[1])} in a row: this model gets "
+            f"{_count_times(manifest.model.times)}; the sampler table is for another kind of model"
+        )
     if table.timesteps.min() < 0 or table.timesteps.max() > last:
         raise SamplingError(
             f"a sampler table with timesteps {table.timesteps.min():g} to {table.timesteps.max():g}: this model's "
@@ -38,6 +43,10 @@ def check_table(table: Schedule, manifest: Manifest, digest: str) -> None:
         raise SamplingError(
             "a sampler table that uses the learned variance (h is not 0): this model has no learned variance"
         )
+
+
+def _count_times(count: int) -> str:
+    return "one time" if count == 1 else f"{count} times"
 
 
 def describe_difference(

@@ -158,6 +158,11 @@ def fit_table(pipe: Pipeline, request: TuneRequest) -> Tuned:
 
 def _prepare(pipe: Pipeline, request: TuneRequest) -> _Lesson:
     """Check the whole request, then run the teacher."""
+    if pipe.manifest.model.times > 1:
+        raise SamplingError(
+            f"{pipe.manifest.source.name}: gets two times and predicts the average velocity of a whole step "
+            "(MeanFlow), so it needs no few-step table; use its own sampler with 1 or 2 steps"
+        )
     images = _teacher_images(pipe, request)
     grid = grid_from_schedule(images[0].schedule)
     if request.steps >= len(grid):

@@ -19,7 +19,7 @@ from dit_runtime.bundle.records import PROJECTIONS
 from dit_runtime.verify.budget import LEAST_FLOOR
 from dit_runtime.verify.effort import Effort
 from dit_runtime.verify.relation import Relation
-from dit_runtime.verify.replay import Replay
+from dit_runtime.verify.replay import Replay, show_time
 from dit_runtime.verify.rung import Rung
 
 FEW = 8  # rows of a call that the rung "conditioner" has compared with the reference
@@ -46,19 +46,28 @@ def relative_norms(difference: Array, norms: Array) -> NDArray[np.float64]:
     return np.asarray(np.sqrt(np.mean(np.square(difference), axis=1)) / np.maximum(norms, 1e-30), np.float64)
 
 
-def choose_conditions(timesteps: int, label_rows: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+def choose_conditions(timesteps: int, label_rows: int, times: int = 1) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Choose timesteps ``[R]`` and labels ``[R]`` so that every row of the label table and every timestep is there.
+
+    The timesteps of a model of two times are ``[R, 2]``; the second is at most the first.
 
     Args:
         timesteps: the training timesteps; 0 is a velocity model, whose time is from 0 to 1.
         label_rows: the rows of the label table: a class each, and the null class where there is one.
+        times: how many times the model gets.
     """
     random = np.random.default_rng(0)
     count = max(timesteps or 4 * DRAWN, label_rows)
     whole = np.arange(count) % timesteps if timesteps else np.linspace(0, 1, count)
     between = random.uniform(0, max(timesteps - 1, 1), DRAWN)
     labels = np.concatenate([random.permutation(count), random.integers(0, count, DRAWN)]) % label_rows
-    return np.concatenate([whole, between]).astype(np.float32), labels
+    chosen = np.concatenate([whole, between]).astype(np.float32)
+    return (chosen if times == 1 else with_second_times(chosen, random)), labels
+
+
+def with_second_times(first: NDArray[np.float32], random: np.random.Generator) -> NDArray[np.float32]:
+    """Times ``[R]`` with second ones beside them, drawn from 0 to the first: ``[R, 2]``, for t − r or r alike."""
+    return np.stack([first, first * random.random(len(first), np.float32)], axis=1)
 
 
 def conditions(replay: Replay, effort: Effort) -> Iterator[Rung]:
@@ -66,7 +75,8 @@ def conditions(replay: Replay, effort: Effort) -> Iterator[Rung]:
     manifest = replay.bundle.manifest
     record = replay.bundle.records(CONDITIONS) if replay.bundle.has_records(CONDITIONS) else None
     if record is None:
-        timesteps, labels = choose_conditions(len(manifest.diffusion.betas), manifest.model.label_rows)
+        model = manifest.model
+        timesteps, labels = choose_conditions(len(manifest.diffusion.betas), model.label_rows, model.times)
     else:
         timesteps, labels = record["timesteps"], record["labels"]
     most = max(1, TableLimits().conditioner_bytes // bytes_of_row(manifest.table))
@@ -114,8 +124,8 @@ def _compare_with_record(replay: Replay, record: Mapping[str, Array], found: Arr
     floor = max(budget.floors.get(CONDITIONS, ()), default=0.0)
     has_null = replay.model.has_null
     label = "null" if has_null and labels[worst] == replay.model.null_class else labels[worst]
-    detail = f"timestep {record['timesteps'][worst]:g} label {label}"
-    count, times = len(np.unique(labels)), len(np.unique(record["timesteps"]))
+    detail = f"timestep {show_time(record['timesteps'][worst])} label {label}"
+    count, times = len(np.unique(labels)), len(np.unique(record["timesteps"], axis=0))
     visited = f"{count - has_null} classes{' and null' if has_null else ''}, {times} timesteps"
     rung = Rung(
         "classes and timesteps",

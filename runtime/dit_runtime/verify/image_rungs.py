@@ -88,7 +88,8 @@ def _run_loop(replay: Replay, record: Record, schedule: Schedule) -> list[Array]
     images = []
     for label, seed in zip(record["labels"], record["seeds"], strict=True):
         weights = {int(label): 1.0}
-        own = branches_from_labels(weights, guidance, schedule, manifest.model, manifest.diffusion)
+        null = manifest.model.null_class  # without a null class, the class that the records are guided away from
+        own = branches_from_labels(weights, guidance, schedule, manifest.model, manifest.diffusion, null)
         images.append(ImageRequest(weights, int(seed), schedule, guidance, None, own))
     most = replay.engine.info.batch_of(len(images))
     parts = []
@@ -102,7 +103,7 @@ def _run_loop(replay: Replay, record: Record, schedule: Schedule) -> list[Array]
 def _run_step(replay: Replay, record: Record, schedule: Schedule, index: int, latents: Array) -> tuple[Array, Array]:
     """The next latents and the denoised estimate of one step from the given latents."""
     batch = len(latents)
-    timesteps = np.repeat(schedule.timesteps[schedule.rows[index]], batch)
+    timesteps = np.repeat(schedule.timesteps[schedule.rows[index]][None], batch, axis=0)
     images = RecordedInputs(latents, timesteps, record["labels"], float(record["guidance"]))
     coefficients = np.repeat(schedule.coefficients[index : index + 1], batch, axis=0)
     next_state, denoised = replay.run_step(images, coefficients, record["noise"][index])

@@ -39,7 +39,7 @@ SCALES = (1.5, 1.0, 3.0)  # of guidance, image by image
 # first one draws no noise, so that the place of an image that draws is not its place among those that draw.
 ORDER = (
     *("dpmpp-3m", "ddpm", "ddim", "euler-ancestral", "unipc", "dpmpp-2m-sde", "dpmpp-2m"),
-    *("heun", "sde-heun", "euler", "sde-euler"),
+    *("heun", "sde-heun", "euler", "sde-euler", "meanflow"),
 )
 SEED = 31  # of the first image
 STEPS_OF_SHAPE = 3  # the last image joins in the second; a graph is captured there, and replayed in the third

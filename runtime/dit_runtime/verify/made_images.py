@@ -14,6 +14,7 @@ import numpy as np
 from dit_runtime.backends.base import Array
 from dit_runtime.backends.step import step_inputs
 from dit_runtime.samplers.schedule import B_E, COEFFICIENTS, LOG_SIGMA_V, NOISE
+from dit_runtime.verify.conditions import with_second_times
 from dit_runtime.verify.replay import RecordedInputs, Replay
 
 LARGEST_EXPONENT = 40.0  # of exp(h·v); exp(88) is float32's largest number
@@ -71,7 +72,8 @@ class MadeImages:
     Attributes:
         state: float32 ``[N, 3, C, H, W]``; all three slots are filled.
         noise: float32 ``[N, C, H, W]``.
-        timesteps, labels: ``[2·N]``, of the conditions; most timesteps are no whole numbers.
+        timesteps, labels: ``[2·N]``, of the conditions; most timesteps are no whole numbers. Those of a model of two
+            times are ``[2·N, 2]``.
         table: the conditions' rows of the conditioning table, as the engine computes them.
     """
 
@@ -87,8 +89,10 @@ class MadeImages:
         last = len(manifest.diffusion.betas) - 1 if manifest.diffusion.betas else 1
         timesteps = random.uniform(0.01, 0.99, count).astype(np.float32) * np.float32(last)
         labels = random.integers(0, manifest.model.classes, count).astype(np.int32)
+        if manifest.model.times > 1:
+            timesteps = with_second_times(timesteps, random)
         timesteps[:known], labels[:known] = recorded.timesteps[:known], recorded.labels[:known]
-        self.timesteps = np.tile(timesteps, 2)
+        self.timesteps = np.concatenate([timesteps, timesteps])
         self.labels = np.concatenate([labels, np.full_like(labels, manifest.model.null_class)])
         self.table = replay.compute_table(self.timesteps, self.labels)
         self._factor = factor_to_read_variance(2 * record["v"])

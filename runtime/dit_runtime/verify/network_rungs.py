@@ -23,7 +23,7 @@ from dit_runtime.samplers.schedule import (
 )
 from dit_runtime.verify.budget import FP16_MAX, Series, compare_series
 from dit_runtime.verify.metrics import relative_error, relative_l2
-from dit_runtime.verify.replay import RecordedInputs, Replay, choose_shapes, cover_with_batches
+from dit_runtime.verify.replay import RecordedInputs, Replay, choose_shapes, cover_with_batches, show_time
 from dit_runtime.verify.rung import Rung
 
 # The vectors that adaLN has in the conditioning table for each block, in their order.
@@ -134,7 +134,7 @@ def forward(replay: Replay, branches: int) -> Iterator[Rung]:
         series = Series(
             "image",
             [
-                f"timestep {float(images.timesteps[image]):g} label {images.labels[image]} at batch {batch}"
+                f"timestep {show_time(images.timesteps[image])} label {images.labels[image]} at batch {batch}"
                 for image, (_, batch) in sorted(worst.items())
             ],
             [worst[image][0] for image in sorted(worst)],

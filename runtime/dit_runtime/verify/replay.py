@@ -45,13 +45,18 @@ def cover_with_batches(count: int, batch: int) -> list[NDArray[np.int64]]:
     return [(first + np.arange(batch)) % count for first in range(0, count, batch)]
 
 
+def show_time(time: Array) -> str:
+    """A timestep, or both times of a model that gets two, for a message."""
+    return " and ".join(f"{value:g}" for value in np.atleast_1d(time).tolist())
+
+
 @dataclass(frozen=True)
 class RecordedInputs:
     """Inputs of the network from a golden record.
 
     Attributes:
         latents: float32 ``[B, C, H, W]``.
-        timesteps, labels: ``[B]``.
+        timesteps, labels: ``[B]``; timesteps of a model of two times ``[B, 2]``.
         guidance: the guidance scale of all images.
     """
 
@@ -114,7 +119,7 @@ class Replay:
         return kind if self.tile is None else f"{self._images} {kind}"
 
     def compute_table(self, timesteps: Array, labels: Array) -> Array:
-        """Compute the conditioning table ``[R, …]`` for pairs of timestep ``[R]`` and label ``[R]``."""
+        """Compute the conditioning table ``[R, …]`` for pairs of timestep ``[R]`` or ``[R, 2]`` and label ``[R]``."""
         return compute_table(self.engine, self.bundle.manifest, timesteps, labels)
 
     def run_step(
@@ -171,7 +176,7 @@ class Replay:
             weights[-more - 1 :] /= more + 1
             rows = np.pad(rows, ((0, more), (0, 0)), mode="edge")
         # The conditioning table has a row for every image and condition, with repeats: simple, and records are small.
-        table = self.compute_table(np.repeat(images.timesteps, len(conditions)), np.tile(conditions, batch))
+        table = self.compute_table(np.repeat(images.timesteps, len(conditions), axis=0), np.tile(conditions, batch))
         numbers = (rows + np.arange(batch) * len(conditions)).astype(np.int32)
         state = state_from_latents(images.latents)
         return step_inputs(self.bundle.manifest, state, coefficients, weights, numbers, table, noise)

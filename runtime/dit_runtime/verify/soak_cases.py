@@ -14,14 +14,8 @@ from dit_runtime.bundle.macs import count_step_gmac
 from dit_runtime.bundle.manifest import ENCODER, Manifest
 from dit_runtime.core.decode import DecodeError, Natural, Positive, Range, decode, json_from_bytes
 from dit_runtime.core.errors import SamplingError
-from dit_runtime.samplers.by_name import (
-    DIFFUSION_SAMPLERS,
-    FLOW_SAMPLERS,
-    TAKES_ETA,
-    count_skipped_steps,
-    schedule_for,
-)
-from dit_runtime.samplers.guidance import SHAPES, Guidance, branches_from_labels
+from dit_runtime.samplers.by_name import TAKES_ETA, count_skipped_steps, samplers_for, schedule_for
+from dit_runtime.samplers.guidance import SHAPES, Guidance, branches_from_labels, check_guidance
 from dit_runtime.samplers.noise import check_seed
 from dit_runtime.samplers.schedule import Schedule
 from dit_runtime.samplers.spacing import DIFFUSERS, KARRAS, OFFICIAL
@@ -183,6 +177,7 @@ def request_for(
     guidance = Guidance(image.guidance, image.guidance_interval, image.guidance_schedule)
     negative = None if image.negative_label is None else number_from_label(image.negative_label, manifest)
     weights = weights_from_label(dict(image.labels), manifest)
+    check_guidance(guidance, weights, diffusion)
     return ImageRequest(
         labels=weights,
         seed=check_seed(image.seed),
@@ -197,7 +192,7 @@ def request_for(
 
 def simplest_sampler(manifest: Manifest) -> str:
     """A sampler of this kind of model that has no memory and draws no noise."""
-    return "euler" if manifest.diffusion.path else "ddim"
+    return samplers_for(manifest.diffusion)[0]
 
 
 def takes(info: EngineInfo, batch: int, branches: int) -> bool:
@@ -264,7 +259,7 @@ def _draw_image(
 
 def _draw_settings(rng: np.random.Generator, manifest: Manifest, rows: int) -> SoakImage:
     flow, classes = bool(manifest.diffusion.path), manifest.model.classes
-    sampler = str(rng.choice(FLOW_SAMPLERS if flow else DIFFUSION_SAMPLERS))
+    sampler = str(rng.choice(samplers_for(manifest.diffusion)))
     chosen = rng.permutation(classes)[: min(int(rng.choice([1, 1, 1, 2, 3])), classes)].tolist()
     shares = rng.uniform(0.2, 1.0, len(chosen))
     weights = [round(float(share), 2) for share in shares / shares.sum()]

@@ -10,7 +10,7 @@ import numpy as np
 from dit_runtime.backends.base import Array
 from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.core.errors import SamplingError
-from dit_runtime.samplers.by_name import DIFFUSION_SAMPLERS, FLOW_SAMPLERS, schedule_for
+from dit_runtime.samplers.by_name import samplers_for, schedule_for
 from dit_runtime.samplers.schedule import (
     A_Z,
     B_E,
@@ -55,9 +55,8 @@ def draw_rows(batch: int, v: Array, silent: int, clips: bool = False) -> Array:
 
 def list_schedules(manifest: Manifest, steps: int) -> list[Schedule]:
     """A schedule of every sampler that the model can use."""
-    names = FLOW_SAMPLERS if manifest.diffusion.path else DIFFUSION_SAMPLERS
     schedules = []
-    for name in names:
+    for name in samplers_for(manifest.diffusion):
         with contextlib.suppress(SamplingError):  # a noise schedule that this sampler has no formula for
             schedules.append(schedule_for(name, manifest.model, manifest.diffusion, steps))
     return schedules

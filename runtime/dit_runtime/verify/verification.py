@@ -40,8 +40,10 @@ from dit_runtime.verify.rung import Rung, Verification
 from dit_runtime.verify.step_relations import StepRelations
 
 
-def trajectories_of(diffusion: DiffusionSpec) -> tuple[str, str]:
-    """The samplers whose trajectories are recorded: a deterministic sampler, and a sampler that draws noise."""
+def trajectories_of(diffusion: DiffusionSpec) -> tuple[str, ...]:
+    """The samplers whose trajectories are recorded: a deterministic one, and one that draws noise, if there is."""
+    if diffusion.second_time is not None:
+        return ("meanflow",)
     return ("euler", "sde-euler") if diffusion.path else ("ddim", "ddpm")
 
 
@@ -163,11 +165,10 @@ def relations(replay: Replay, effort: Effort) -> Iterator[Rung]:
 
 def _strongest_guidance(replay: Replay, names: Sequence[str]) -> float:
     """The largest guidance scale of the trajectories that were compared with the reference."""
-    first, second = trajectories_of(replay.bundle.manifest.diffusion)
+    samplers = trajectories_of(replay.bundle.manifest.diffusion)
     records = {
-        f"{first} free-running": first,
-        f"{second} free-running": second,
-        f"{first} free-running, strong": STRONG,
+        **{f"{sampler} free-running": sampler for sampler in samplers},
+        f"{samplers[0]} free-running, strong": STRONG,
     }
     scales = [float(replay.bundle.records(record)["guidance"]) for name, record in records.items() if name in names]
     return max(scales, default=1.0)
@@ -205,9 +206,11 @@ def _rung_count(replay: Replay, quick: bool) -> int:
     """The number of rungs, for the progress bar."""
     manifest, guided = replay.bundle.manifest, replay.engine.info.has_branches(2)
     probed = _has_probe(replay) * (1 + (manifest.model.conditioning == "adaln-zero"))
-    # The forward and its variance; update, two samplers' noise, decoder and uint8 images; with guidance the two
+    samplers = len(trajectories_of(manifest.diffusion))
+    # The forward and its variance; update, the samplers' noise, decoder and uint8 images; with guidance their
     # trajectories and the four rungs of their images.
-    always = _has_range(replay) + probed + (1 + guided) * (1 + manifest.model.learned_variance) + 5 + 6 * guided
+    always = _has_range(replay) + probed + (1 + guided) * (1 + manifest.model.learned_variance) + 3 + samplers
+    always += (4 + samplers) * guided
     unguided = not (quick and guided)
     # Conditioner's calls; batches, rows, samplers and the repeated call of the step; the loop; two rungs of the
     # decoder; with guidance the step's batches, branches and scales.
@@ -215,4 +218,4 @@ def _rung_count(replay: Replay, quick: bool) -> int:
     strong = _has_strong(replay) * (1 + (replay.tile is None))
     encoder = strong + 2 * (ENCODER in manifest.graphs)
     always += 2 * (manifest.calibration is not None) + (_has_cost(replay) and guided)
-    return always + unguided + relations + encoder + (1 + 2 * guided) * (not quick)
+    return always + unguided + relations + encoder + (1 + samplers * guided) * (not quick)

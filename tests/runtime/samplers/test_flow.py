@@ -366,4 +366,4 @@ def test_an_sde_that_cannot_be_run_is_refused(changes: dict[str, Any]) -> None:
 
 def test_flow_samplers_are_listed() -> None:
     """Fails if the command line would not offer a sampler, or offers one that no model can run."""
-    assert set(FLOW_SAMPLERS + DIFFUSION_SAMPLERS) == set(SAMPLERS)
+    assert {*FLOW_SAMPLERS, *DIFFUSION_SAMPLERS, "meanflow"} == set(SAMPLERS)

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from support.grids import grid
 from support.papers import CASES, FREE_LIMIT, REFUSED, Papers, noise_of, sigmas_for, spec_for, table_for
 from support.schedules import (
+    AVERAGE,
     DIFFUSION,
     FIXED,
     LEARNED,
+    PAIRED,
     STRENGTHS,
     assert_close,
     assert_same,
@@ -36,6 +38,7 @@ from support.sit import (
 )
 
 from dit_runtime import SAMPLERS, schedule_for
+from dit_runtime.bundle.manifest import DiffusionSpec, ModelSpec
 from dit_runtime.core.errors import SamplingError
 from dit_runtime.samplers.by_name import count_skipped_steps
 
@@ -101,12 +104,18 @@ def test_flows_from_an_image_are_sits(path: str, sampler: str, steps: int) -> No
             assert_close(step.sample, wanted.sample, FLOW_LIMIT)
 
 
+def kind_of(sampler: str) -> tuple[ModelSpec, DiffusionSpec]:
+    """A model that the sampler is for."""
+    if sampler == "meanflow":
+        return PAIRED, AVERAGE
+    return (FIXED, spec_of("linear")) if sampler in FLOW_SAMPLERS else (LEARNED, DIFFUSION)
+
+
 @given(sampler=st.sampled_from(SAMPLERS), steps=st.integers(2, 60), data=st.data())
 @settings(max_examples=80, deadline=None)
 def test_every_start_is_sound(sampler: str, steps: int, data: st.DataObject) -> None:
     """Fails if the rows after any step read memory of rows before, or are others than the whole schedule's times."""
-    flows = sampler in FLOW_SAMPLERS
-    model, spec = (FIXED, spec_of("linear")) if flows else (LEARNED, DIFFUSION)
+    model, spec = kind_of(sampler)
     skipped = data.draw(st.integers(0, steps - 1), "skipped")
     whole = schedule_for(sampler, model, spec, steps)
     schedule = schedule_for(sampler, model, spec, steps, skipped=skipped)
@@ -123,14 +132,14 @@ def test_every_start_is_sound(sampler: str, steps: int, data: st.DataObject) -> 
         matrix, inputs = row[2:11].reshape(3, 3), row[11:14]
         assert {slot for slot in range(3) if matrix[:, slot].any()} <= written
         written |= {slot for slot in range(3) if matrix[slot].any() or inputs[slot]}
-    if sampler in ("ddim", "ddpm", "euler-ancestral", *FLOW_SAMPLERS):
+    if sampler in ("ddim", "ddpm", "euler-ancestral", "meanflow", *FLOW_SAMPLERS):
         assert np.array_equal(schedule.coefficients, whole.coefficients[-len(schedule) :])
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_too_many_steps_left_out(sampler: str) -> None:
     """Fails if a schedule of no rows is made, or rows are counted from the end."""
-    model, spec = (FIXED, spec_of("gvp")) if sampler in FLOW_SAMPLERS else (LEARNED, DIFFUSION)
+    model, spec = kind_of(sampler)
     for skipped in (10, 11, -1):
         with pytest.raises(SamplingError, match=rf"{skipped} of 10 steps skipped: expected 0 to 9"):
             schedule_for(sampler, model, spec, 10, skipped=skipped)

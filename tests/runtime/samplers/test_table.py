@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.optional import diffusers, torch
-from support.schedules import DIFFUSION, FIXED, LEARNED, assert_same
+from support.schedules import AVERAGE, DIFFUSION, FIXED, LEARNED, PAIRED, assert_same
 
 from dit_runtime import SAMPLERS, Bundle, Pipeline, open_bundle, read_table, schedule_for, write_table
 from dit_runtime.core.errors import SamplingError
@@ -26,14 +26,15 @@ Change = Callable[[dict[str, Any]], object]
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_table_is_read_as_it_was_written(tmp_path: Path, sampler: str) -> None:
     """Fails if a file changes a table by as much as a bit, for any sampler: seeds would give other images."""
-    flows = sampler in ("euler", "heun", "sde-euler", "sde-heun")
+    kind = (FIXED, FLOW) if sampler in ("euler", "heun", "sde-euler", "sde-heun") else (LEARNED, DIFFUSION)
+    kind = (PAIRED, AVERAGE) if sampler == "meanflow" else kind
     cases: list[dict[str, Any]] = [{}]
     if sampler == "ddim":
         cases = [{"eta": 0.7}, {"spacing": "trailing"}, {"spacing": "official-ddim"}]
     elif sampler in ("dpmpp-2m", "unipc"):
         cases += [{"spacing": "karras"}]
     for case in cases:
-        schedule = schedule_for(sampler, FIXED if flows else LEARNED, FLOW if flows else DIFFUSION, 20, **case)
+        schedule = schedule_for(sampler, *kind, 20, **case)
         write_table(schedule, tmp_path / "table.json")
         assert_same(read_table(tmp_path / "table.json"), schedule)
     assert [path.name for path in tmp_path.iterdir()] == ["table.json"]
@@ -102,7 +103,9 @@ BAD_TABLES: list[tuple[str, Change, str]] = [
     ("rows without end", assign(rows=[0] * 20_001), "rows has 20001 values, expected at most 20000"),
     ("coefficients without end", assign(coefficients=[[]] * 20_001), "coefficients has 20001 values"),
     ("timesteps without end", assign(timesteps=[0] * 20_001), "timesteps has 20001 values"),
-    ("a matrix of timesteps", assign(timesteps=[[1.0, 2.0]] * 5), r"timesteps\[0\]: got \[1.0, 2.0\], expected a"),
+    ("a matrix of timesteps", assign(timesteps=[[1.0, 2.0, 3.0]] * 5), r"timesteps\[0\]: got \[1.0, 2.0, 3.0\], exp"),
+    ("one of two times", assign(timesteps=[[1.0, 2.0]] * 4 + [[1.0]]), r"timesteps\[4\]: got \[1.0\], expected a list"),
+    ("a pair among times", assign(timesteps=[1.0, [1.0, 2.0]]), r"timesteps\[1\]: got \[1.0, 2.0\], expected a finite"),
     ("a row beyond int32", put("rows", 3, 1 << 40), "not a sampler table"),
     ("a row beyond the timesteps", put("rows", 3, 5), "rows leave 0 to 4, the timesteps"),
     ("a row before the timesteps", put("rows", 3, -1), "rows leave 0 to 4"),
