@@ -22,9 +22,10 @@ from dit_engines.targets import DEVICES, Device
 from dit_export.checkpoints.autoencoders import Autoencoder, parts_of_decoder, parts_of_encoder, spec_of_autoencoder
 from dit_export.checkpoints.families import FAMILIES
 from dit_export.checkpoints.layouts import EMBEDDERS, Numerics, official_shapes
+from dit_export.checkpoints.policy_folder import own_shapes
 from dit_export.checkpoints.presets import preset_from_name
 from dit_export.checkpoints.sources import Checkpoint, load_checkpoint
-from dit_export.graphs.model import Conditioner, Step, table_axes
+from dit_export.graphs.model import Conditioner, PolicyConditioner, Step, table_axes
 from dit_export.graphs.precision import FP16, FP32, check_units, dtype_of
 from dit_export.graphs.tracing import INLINE_BYTES
 from dit_export.request import ExportRequest
@@ -32,7 +33,11 @@ from dit_runtime.bundle.macs import count_conditioner_gmac, count_gmac, count_st
 from dit_runtime.bundle.manifest import ENCODER, ModelSpec, PrecisionSpec
 
 STEPS = (10, 50, 250, 1000)
-BRANCHES = 2  # a guided step has two: the image's label and null
+
+
+def branches_of(model: ModelSpec) -> int:
+    """The branches of a step: with guidance two, the image's label and null. A policy is not guided."""
+    return 1 if model.observation else 2
 
 
 @dataclass(frozen=True)
@@ -210,7 +215,7 @@ def dry_run_of(
             step_gmac=count_step_gmac(at),
             decoder_gmac=decoding.get(side),
             position_bytes=position,
-            rooflines=tuple(roofline(device, BRANCHES * count_step_gmac(at), *reads) for device in devices),
+            rooflines=tuple(roofline(device, branches_of(at) * count_step_gmac(at), *reads) for device in devices),
         )
 
     table, row = table_axes(model)
@@ -230,7 +235,7 @@ def dry_run_of(
         table_shape=row,
         table_dtype=str(_table_dtype(model, precision)).removeprefix("torch."),
         table_row_bytes=_row_bytes(model, precision),
-        table_bytes={count: count * BRANCHES * _row_bytes(model, precision) for count in steps},
+        table_bytes={count: count * branches_of(model) * _row_bytes(model, precision) for count in steps},
         sizes=tuple(estimate_size(side) for side in sides),
     )
 
@@ -255,7 +260,11 @@ def _estimate_graphs(
     """The estimates of the graphs at the latent size ``side``."""
     with torch.device("meta"):
         modules: dict[str, list[nn.Module]] = {
-            "conditioner": [Conditioner(model, Numerics(), fp16, embedders)],
+            "conditioner": [
+                PolicyConditioner(model, Numerics(), fp16)
+                if model.observation
+                else Conditioner(model, Numerics(), fp16, embedders)
+            ],
             "step": [Step(model, Numerics())],
         }
     work = {"conditioner": count_conditioner_gmac(model, embedders), "step": count_step_gmac(model)}
@@ -274,6 +283,8 @@ def _count_source_parameters(
     model: ModelSpec, family: str, channels: int | None, trained_size: tuple[int, int] | None
 ) -> tuple[int, int]:
     """The parameters that the source stores, and those of one copy of its embedders."""
+    if model.observation:
+        return sum(map(math.prod, own_shapes(model, has_positions=False).values())), 0
     trained = replace(model, latent_size=trained_size or model.latent_size)
     shapes = official_shapes(trained, channels or model.output_channels)
     stored = sum(map(math.prod, shapes.values()))
@@ -295,8 +306,9 @@ def _count_step_bytes(
     fixed = graphs["step"].fp16_bytes - _position_bytes(model)
     # A step would read every weight of the conditioner except the label table, of which it would read one row.
     label_tables = embedders * model.label_rows * model.width * dtype_of(fp16, "conditioner").itemsize
+    label_tables = 0 if model.observation else label_tables
     inside = fixed + graphs["conditioner"].fp16_bytes - label_tables
-    return inside, fixed + BRANCHES * _row_bytes(model, fp16)
+    return inside, fixed + branches_of(model) * _row_bytes(model, fp16)
 
 
 def dry_run_of_request(request: ExportRequest) -> tuple[Checkpoint, DryRun]:

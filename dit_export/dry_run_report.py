@@ -26,14 +26,20 @@ def format_dry_run(estimate: DryRun) -> str:
         for graph in estimate.graphs
     ]
     for size in estimate.sizes:
-        lines += _lines_of_size(size)
+        lines += _lines_of_size(size, "step of one chunk" if estimate.model.observation else "guided step of one image")
     return join_lines(lines)
 
 
 def _facts_of(estimate: DryRun) -> dict[str, str]:
     model = estimate.model
     kept = f"; in FP32 {', '.join(estimate.keep_fp32)}" if estimate.keep_fp32 else ""
-    if estimate.embedder_copies == 1:
+    condition = f"{model.classes} classes"
+    if model.observation:
+        condition = f"observations of {model.observation} numbers, {model.tokens} actions of {model.latent_channels}"
+    rows = "one row a step" if model.observation else "with guidance, two rows a step"
+    if model.observation:
+        copies = "nothing: the source has one timestep embedder"
+    elif estimate.embedder_copies == 1:
         copies = "nothing: the source has one timestep and one label embedder"
     elif estimate.embedders > 1:
         copies = f"nothing: the {estimate.embedder_copies} copies of the embedders differ, so each is kept"
@@ -46,17 +52,17 @@ def _facts_of(estimate: DryRun) -> dict[str, str]:
     steps = ", ".join(f"{count} steps {_show_bytes(size)}" for count, size in estimate.table_bytes.items())
     return {
         "model": f"{model.conditioning}, {model.depth} blocks of width {model.width}, {model.heads} heads, patches of "
-        f"{model.patch_size}, {model.classes} classes",
+        f"{model.patch_size}, {condition}",
         "source": f"{estimate.family}, {_show_count(estimate.source_parameters)} parameters as stored",
         "precision": estimate.precision + kept,
         "deduplicated": copies,
         "hoisted": f"{estimate.hoisted_share:.1%} of the transformer's parameters: run once, not in every step",
-        "table": f"{estimate.table}, a row {row} {estimate.table_dtype}, {_show_bytes(estimate.table_row_bytes)}; with "
-        f"guidance, two rows a step: {steps}",
+        "table": f"{estimate.table}, a row {row} {estimate.table_dtype}, {_show_bytes(estimate.table_row_bytes)}; "
+        f"{rows}: {steps}",
     }
 
 
-def _lines_of_size(size: SizeEstimate) -> Iterator[str]:
+def _lines_of_size(size: SizeEstimate, step: str) -> Iterator[str]:
     height, width = size.image_size or size.latent_size
     decoder = "" if size.decoder_gmac is None else f", decoder {_show_number(size.decoder_gmac)} an image"
     yield ""
@@ -64,7 +70,7 @@ def _lines_of_size(size: SizeEstimate) -> Iterator[str]:
         f"{height}x{width}{' latents' if size.image_size is None else ''}: {size.tokens} tokens; GMAC: forward "
         f"{_show_number(size.gmac)} a branch{decoder}; positional table {_show_bytes(size.position_bytes)}"
     )
-    yield "roofline of a guided step of one image in FP16, ms; memory with the conditioner inside, and hoisted"
+    yield f"roofline of a {step} in FP16, ms; memory with the conditioner inside, and hoisted"
     yield (
         f"{'device':<24} {'SM':>5} {'memory':>8} {'GB/s':>7} {'TFLOPS':>7} {'compute':>8} {'inside':>8} "
         f"{'hoisted':>8} {'bound':>8}"

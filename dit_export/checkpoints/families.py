@@ -41,7 +41,7 @@ class Family:
         published = model.conditioning == "adaln-zero"
         own = self.model if published else f"the paper's {model.conditioning} DiT with the official numerics"
         text = self.reference.format(model=own, path=diffusion.path)
-        if not model.has_null:
+        if not model.has_null and not model.observation:
             text += ", no null class"
         guided = diffusion.guidance_channels
         if guided == (self.guidance_channels or model.latent_channels):
@@ -100,5 +100,14 @@ FAMILIES = {
         time=NOISE_AT_0,
         time_shift=0.3,
         autoencoder="hustvl/vavae-imagenet256-f16d32-dinov2",
+    ),
+    "multi-task-dit": Family(
+        # The configuration's defaults; a policy has its own sampler and steps.
+        defaults=DefaultsSpec(sampler="ddpm", steps=100, guidance=1.0),
+        model="huggingface/lerobot's multi-task DiT",
+        reference="{model}, its scheduler of diffusers or its Euler, FP32",
+        guidance_channels=None,
+        copies_embedders=False,
+        stores_positions=True,
     ),
 }

@@ -38,6 +38,7 @@ class RecordSettings:
         seed: the seed of all noise. With 0, timesteps and labels are spread evenly; otherwise they are drawn as well.
         guidance: the guidance scale of trajectories.
         forward_guidance: the guidance scale of the guided forward.
+        has_images: whether latents become images; a policy's do not.
     """
 
     images: int
@@ -49,6 +50,7 @@ class RecordSettings:
     seed: int = 0
     guidance: float = GUIDANCE
     forward_guidance: float = FORWARD_GUIDANCE
+    has_images: bool = True
 
     @staticmethod
     def for_checkpoint(checkpoint: Checkpoint, precision: str) -> RecordSettings:
@@ -64,20 +66,27 @@ class RecordSettings:
         cheap = count_step_gmac(checkpoint.model) <= CHEAP_GMAC
         precisions = tuple(dict.fromkeys((precision, "bf16")))
         if elements > LARGE_MODEL:
-            return RecordSettings(1, min(4, most), 2, measured=1, measured_steps=min(2, most), precisions=precisions)
+            few = RecordSettings(1, min(4, most), 2, measured=1, measured_steps=min(2, most), precisions=precisions)
+            return replace(few, has_images=checkpoint.autoencoder is not None)
         images, steps = ((4, min(50, most)) if cheap else (2, min(20, most))) if first else (2, min(10, most))
         forwards = max(images, 4) if first else images
         if precision != "int8":  # whose engines are compared in no other precision
             precisions = ("fp32", "fp16", "bf16")
         return RecordSettings(
-            images, steps, forwards, measured=1 + (first or cheap), measured_steps=steps, precisions=precisions
+            images,
+            steps,
+            forwards,
+            measured=1 + (first or cheap),
+            measured_steps=steps,
+            precisions=precisions,
+            has_images=checkpoint.autoencoder is not None,
         )
 
     @property
     def work(self) -> int:
         """How many times ``write_records`` advances, for the progress bar."""
         measured = count_measurements(self.steps, self.measured_steps, self.measured, self.precisions)
-        strong = self.strong.steps
+        strong = self.strong.steps if self.has_images else 0
         return 4 + 3 * self.steps + strong + measured + strong * len(self.precisions)
 
     @property

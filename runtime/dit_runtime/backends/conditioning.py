@@ -17,7 +17,23 @@ from numpy.typing import NDArray
 from dit_runtime.bundle.manifest import TensorSpec
 from dit_runtime.core.errors import SamplingError
 
-Condition = tuple[float, int]  # timestep and label
+
+class Observation:
+    """An observation float32 ``[O]``, of a policy, in place of a label: equal where every bit is."""
+
+    def __init__(self, values: NDArray[np.float32]) -> None:
+        self.values = values
+        self._bytes = values.tobytes()
+        self._hash = hash(self._bytes)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Observation) and self._bytes == other._bytes
+
+
+Condition = tuple[float, int | Observation]  # timestep, and label or observation
 
 
 @dataclass(frozen=True)
@@ -120,8 +136,9 @@ def bytes_of_row(spec: TensorSpec) -> int:
 
 
 def inputs_from_conditions(conditions: Sequence[Condition]) -> dict[str, NDArray[Any]]:
-    """The conditioner's inputs: ``timesteps [R]`` float32 and ``labels [R]`` int32."""
-    return {
-        "timesteps": np.array([time for time, _ in conditions], np.float32),
-        "labels": np.array([label for _, label in conditions], np.int32),
-    }
+    """The conditioner's inputs: ``timesteps [R]`` float32, and ``labels [R]`` int32 or ``observations [R, O]``."""
+    timesteps = np.array([time for time, _ in conditions], np.float32)
+    observations = [given.values for _, given in conditions if isinstance(given, Observation)]
+    if observations:
+        return {"timesteps": timesteps, "observations": np.stack(observations)}
+    return {"timesteps": timesteps, "labels": np.array([label for _, label in conditions], np.int32)}

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dit_runtime.backends.base import Engine, Loop, RunInputs, StepResult
-from dit_runtime.backends.conditioning import Condition, ConditioningTable, TableLimits
+from dit_runtime.backends.conditioning import Condition, ConditioningTable, Observation, TableLimits
 from dit_runtime.backends.profiles import BatchShape
 from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.core.errors import SamplingError
@@ -26,7 +26,10 @@ class _Slot:
         self.key, self.image, self.stream, self.row = key, image, stream, 0
         schedule = image.schedule
         self.times: list[float] = schedule.timesteps[schedule.rows].tolist()
-        self.labels: list[int] = image.branches.labels.tolist()
+        labels: list[int] = image.branches.labels.tolist()
+        self.labels: Sequence[int | Observation] = labels
+        if image.observations is not None:
+            self.labels = [image.observations[label] for label in labels]
         self.needed: list[int] = image.branches.needed.tolist()
         self.draws: list[bool] = schedule.draws_noise.tolist()
         self.completes: list[bool] = schedule.completes_step.tolist()
