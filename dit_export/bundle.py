@@ -40,7 +40,7 @@ from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.quantization import SMOOTHED, CalibrationSpec, linears_of
 from dit_runtime.bundle.reader import CALIBRATION, ENGINES, GOLDEN, MANIFEST, Bundle, open_bundle
 from dit_runtime.core.decode import DecodeError, decode, read_json, replace_controls
-from dit_runtime.core.errors import OutputError
+from dit_runtime.core.errors import CheckpointError, OutputError
 from dit_runtime.core.files import sha256_of
 from dit_runtime.core.progress import Progress
 from dit_runtime.core.reading import MANIFEST_BYTES
@@ -79,6 +79,7 @@ def bundle_from_checkpoint(
     check_replaceable(output)
     checkpoint = load_checkpoint(source)  # a mistake is reported before the work
     check_units(precision, checkpoint.model)
+    check_parts_of_export(checkpoint, precision, encoder)
     if calibration is not None:
         spec_for_checkpoint(checkpoint, calibration)
     with replace_folder(output) as folder:
@@ -97,6 +98,15 @@ def bundle_from_checkpoint(
             written.structure(name)
         check_replaceable(output)  # again: an export may take hours
     return open_bundle(output)
+
+
+def check_parts_of_export(checkpoint: Checkpoint, precision: PrecisionSpec, encoder: bool) -> None:
+    """Check that a policy is not asked for what it does not have. Raises CheckpointError if it is."""
+    if checkpoint.autoencoder is None and (encoder or precision.name == Precision.INT8):
+        raise CheckpointError(
+            f"{checkpoint.name}: is a policy; it has no encoder, and INT8 is not supported for it: leave --encoder and "
+            "--int8 out (--fp16 is)"
+        )
 
 
 def check_replaceable(output: Path) -> None:
@@ -142,7 +152,8 @@ def write_graphs(
     step = step_from_weights(spec, numerics, precision, weights, positions[spec.latent_size])
     yield from write_steps(folder, step, table_dtype, positions, _quantization_of(checkpoint, precision, folder))
     del step
-    autoencoder = checkpoint.autoencoder
+    if (autoencoder := checkpoint.autoencoder) is None:
+        return
     yield "decoder", write_decoder(folder, Decoder(autoencoder, precision).eval().requires_grad_(False))
     if encoder:
         yield ENCODER, write_encoder(folder, Encoder(autoencoder, precision).eval().requires_grad_(False))

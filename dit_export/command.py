@@ -285,7 +285,9 @@ def _format_result(result: ExportResult) -> str:
     from dit_runtime.verify.rung import format_rungs
 
     manifest, sizes = result.manifest, result.weights_bytes
-    weights = ", ".join(f"{name} {sizes[name] / 1e6:.1f} MB" for name in ("conditioner", "step", "decoder"))
+    weights = ", ".join(
+        f"{name} {sizes[name] / 1e6:.1f} MB" for name in ("conditioner", "step", "decoder") if name in sizes
+    )
     lines = [f"{result.path}: {manifest.source.name}, {manifest.precision.name}; weights: {weights}"]
     if result.rungs:
         lines.append(f"against {manifest.source.reference}, on {result.engine}:")

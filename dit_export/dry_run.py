@@ -22,9 +22,10 @@ from dit_engines.targets import DEVICES, Device
 from dit_export.checkpoints.autoencoders import Autoencoder, parts_of_decoder, parts_of_encoder, spec_of_autoencoder
 from dit_export.checkpoints.families import FAMILIES
 from dit_export.checkpoints.layouts import EMBEDDERS, Numerics, official_shapes
+from dit_export.checkpoints.policy_folder import own_shapes
 from dit_export.checkpoints.presets import preset_from_name
 from dit_export.checkpoints.sources import Checkpoint, load_checkpoint
-from dit_export.graphs.model import Conditioner, Step, table_axes
+from dit_export.graphs.model import Conditioner, PolicyConditioner, Step, table_axes
 from dit_export.graphs.precision import FP16, FP32, check_units, dtype_of
 from dit_export.graphs.tracing import INLINE_BYTES
 from dit_export.request import ExportRequest
@@ -33,7 +34,8 @@ from dit_runtime.bundle.manifest import ENCODER, ModelSpec, PrecisionSpec
 
 STEPS = (10, 50, 250, 1000)
 FEW_STEPS = (1, 2, 4)  # of a model that predicts a whole step
-BRANCHES = 2  # a guided step has two: the image's label and null; where guidance is in the weights, one is enough
+# A guided step has two: the image's label and null; where guidance is in the weights, or of a policy, one is enough.
+BRANCHES = 2
 
 
 @dataclass(frozen=True)
@@ -263,7 +265,11 @@ def _estimate_graphs(
     """The estimates of the graphs at the latent size ``side``."""
     with torch.device("meta"):
         modules: dict[str, list[nn.Module]] = {
-            "conditioner": [Conditioner(model, Numerics(), fp16, embedders)],
+            "conditioner": [
+                PolicyConditioner(model, Numerics(), fp16)
+                if model.observation
+                else Conditioner(model, Numerics(), fp16, embedders)
+            ],
             "step": [Step(model, Numerics())],
         }
     work = {"conditioner": count_conditioner_gmac(model, embedders), "step": count_step_gmac(model)}
@@ -282,6 +288,8 @@ def _count_source_parameters(
     model: ModelSpec, family: str, channels: int | None, trained_size: tuple[int, int] | None
 ) -> tuple[int, int]:
     """The parameters that the source stores, and those of one copy of its embedders."""
+    if model.observation:
+        return sum(map(math.prod, own_shapes(model, has_positions=False).values())), 0
     trained = replace(model, latent_size=trained_size or model.latent_size)
     shapes = official_shapes(trained, channels or model.output_channels)
     stored = sum(map(math.prod, shapes.values()))
@@ -303,6 +311,7 @@ def _count_step_bytes(
     fixed = graphs["step"].fp16_bytes - _position_bytes(model)
     # A step would read every weight of the conditioner except the label table, of which it would read one row.
     label_tables = embedders * model.label_rows * model.width * dtype_of(fp16, "conditioner").itemsize
+    label_tables = 0 if model.observation else label_tables
     inside = fixed + graphs["conditioner"].fp16_bytes - label_tables
     return inside, fixed + branches * _row_bytes(model, fp16)
 
@@ -330,7 +339,7 @@ def dry_run_of_request(request: ExportRequest) -> tuple[Checkpoint, DryRun]:
         sizes=checkpoint.sizes,
         encoder=request.encoder,
         steps=STEPS if checkpoint.model.times == 1 else FEW_STEPS,
-        branches=1 if checkpoint.diffusion.guidance_inside else BRANCHES,
+        branches=1 if checkpoint.diffusion.guidance_inside or checkpoint.model.observation else BRANCHES,
     )
     return checkpoint, estimate
 

@@ -26,14 +26,18 @@ def format_dry_run(estimate: DryRun) -> str:
         for graph in estimate.graphs
     ]
     for size in estimate.sizes:
-        lines += _lines_of_size(size, estimate.branches)
+        lines += _lines_of_size(size, _describe_step(estimate))
     return join_lines(lines)
 
 
 def _facts_of(estimate: DryRun) -> dict[str, str]:
     model = estimate.model
     kept = f"; in FP32 {', '.join(estimate.keep_fp32)}" if estimate.keep_fp32 else ""
-    if estimate.embedder_copies == 1:
+    condition = f"{model.classes} classes"
+    if model.observation:
+        condition = f"observations of {model.observation} numbers, {model.tokens} actions of {model.latent_channels}"
+        copies = "nothing: the source has one timestep embedder"
+    elif estimate.embedder_copies == 1:
         copies = (
             f"nothing: the source has {'one timestep' if model.times == 1 else 'two timestep'} and one label embedder"
         )
@@ -48,10 +52,12 @@ def _facts_of(estimate: DryRun) -> dict[str, str]:
     steps = ", ".join(
         f"{count} step{'s' if count > 1 else ''} {_show_bytes(size)}" for count, size in estimate.table_bytes.items()
     )
-    rows = "with guidance, two rows a step" if estimate.branches > 1 else "guidance is in the weights: a row a step"
+    rows = "one row a step" if model.observation else "with guidance, two rows a step"
+    if estimate.branches == 1 and not model.observation:
+        rows = "guidance is in the weights: a row a step"
     return {
         "model": f"{model.conditioning}, {model.depth} blocks of width {model.width}, {model.heads} heads, patches of "
-        f"{model.patch_size}, {model.classes} classes",
+        f"{model.patch_size}, {condition}",
         "source": f"{estimate.family}, {_show_count(estimate.source_parameters)} parameters as stored",
         "precision": estimate.precision + kept,
         "deduplicated": copies,
@@ -61,7 +67,13 @@ def _facts_of(estimate: DryRun) -> dict[str, str]:
     }
 
 
-def _lines_of_size(size: SizeEstimate, branches: int) -> Iterator[str]:
+def _describe_step(estimate: DryRun) -> str:
+    if estimate.model.observation:
+        return "step of one chunk"
+    return f"{'guided step' if estimate.branches > 1 else 'step'} of one image"
+
+
+def _lines_of_size(size: SizeEstimate, step: str) -> Iterator[str]:
     height, width = size.image_size or size.latent_size
     decoder = "" if size.decoder_gmac is None else f", decoder {_show_number(size.decoder_gmac)} an image"
     yield ""
@@ -69,8 +81,7 @@ def _lines_of_size(size: SizeEstimate, branches: int) -> Iterator[str]:
         f"{height}x{width}{' latents' if size.image_size is None else ''}: {size.tokens} tokens; GMAC: forward "
         f"{_show_number(size.gmac)} a branch{decoder}; positional table {_show_bytes(size.position_bytes)}"
     )
-    kind = "guided step" if branches > 1 else "step"
-    yield f"roofline of a {kind} of one image in FP16, ms; memory with the conditioner inside, and hoisted"
+    yield f"roofline of a {step} in FP16, ms; memory with the conditioner inside, and hoisted"
     yield (
         f"{'device':<24} {'SM':>5} {'memory':>8} {'GB/s':>7} {'TFLOPS':>7} {'compute':>8} {'inside':>8} "
         f"{'hoisted':>8} {'bound':>8}"

@@ -30,6 +30,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("sampling",),
         ("verify",),
         ("pipeline",),
+        ("policy",),
         ("bench", "output", "tuning"),
         ("commands",),
     ),

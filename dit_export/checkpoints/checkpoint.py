@@ -21,7 +21,7 @@ from dit_export.checkpoints.positions import (
     rotary_table,
 )
 from dit_export.checkpoints.weights import Weights
-from dit_runtime.bundle.manifest import AutoencoderSpec, DefaultsSpec, DiffusionSpec, ModelSpec
+from dit_runtime.bundle.manifest import NO_AUTOENCODER, AutoencoderSpec, DefaultsSpec, DiffusionSpec, ModelSpec
 from dit_runtime.core.errors import CheckpointError
 
 LARGEST_SIDE = 16384  # of an image, in pixels
@@ -40,10 +40,11 @@ class Checkpoint:
         channels: the output channels of the network, including those that the model does not use.
         numerics, diffusion, defaults: the conventions of the reference.
         weights: tensors by official name; for copies of the embedders see ``official_from_diffusers``.
-        autoencoder: diffusers' module, unpatched.
+        autoencoder: diffusers' module, unpatched; None of a policy.
         class_names: one name per class, or none.
         scheduler: diffusers' own scheduler; only in the diffusers family.
         transformer: loads diffusers' own transformer; only in the diffusers family.
+        own_weights: a policy's tensors by its own names, for the reference.
     """
 
     name: str
@@ -58,10 +59,11 @@ class Checkpoint:
     diffusion: DiffusionSpec
     defaults: DefaultsSpec
     weights: Weights
-    autoencoder: Autoencoder
+    autoencoder: Autoencoder | None
     class_names: tuple[str, ...] = ()
     scheduler: DDIMScheduler | None = None
     transformer: Callable[[], DiTTransformer2DModel] | None = None
+    own_weights: Weights | None = None
 
     @property
     def copies_differ(self) -> bool:
@@ -70,7 +72,7 @@ class Checkpoint:
 
     @property
     def autoencoder_spec(self) -> AutoencoderSpec:
-        return spec_of_autoencoder(self.autoencoder)
+        return NO_AUTOENCODER if self.autoencoder is None else spec_of_autoencoder(self.autoencoder)
 
     @property
     def reference(self) -> str:
@@ -101,6 +103,10 @@ def checkpoint_at_sizes(checkpoint: Checkpoint, image_sizes: tuple[tuple[int, in
     """
     if not image_sizes:
         return checkpoint
+    if checkpoint.autoencoder is None:
+        raise CheckpointError(
+            f"{checkpoint.name}: is a policy, whose chunk of actions has one length; leave --size out"
+        )
     factor = checkpoint.autoencoder_spec.factor
     step = factor * checkpoint.model.patch_size
     for height, width in image_sizes:

@@ -53,7 +53,7 @@ class Family:
         published = model.conditioning == "adaln-zero"
         own = self.model if published else f"the paper's {model.conditioning} DiT with the official numerics"
         text = self.reference.format(model=own, path=diffusion.path)
-        if not model.has_null:
+        if not model.has_null and not model.observation:
             text += ", no null class"
         guided = diffusion.guidance_channels
         if guided == (self.guidance_channels or model.latent_channels):
@@ -125,5 +125,14 @@ FAMILIES = {
         autoencoder="stabilityai/sd-vae-ft-ema",
         second_time="t-r",
         latent_scale=0.18125,
+    ),
+    "multi-task-dit": Family(
+        # The configuration's defaults; a policy has its own sampler and steps.
+        defaults=DefaultsSpec(sampler="ddpm", steps=100, guidance=1.0),
+        model="huggingface/lerobot's multi-task DiT",
+        reference="{model}, its scheduler of diffusers or its Euler, FP32",
+        guidance_channels=None,
+        copies_embedders=False,
+        stores_positions=True,
     ),
 }

@@ -18,6 +18,10 @@ KNOWN_LAYOUTS = {
         r"(caption_projection|adaln_single|context_embedder|text_embedd|txt_in|txt_norm|caption_norm)\.",
         r".*\b(attn2|cross_attn\.kv_linear|add_k_proj|txt_mlp|txt_attn|y_proj|img_mod)\b",
     ),
+    "lerobot's multi-task DiT policy (export its folder, with config.json beside the weights)": (
+        r"noise_predictor\.transformer_blocks\.",
+        r"noise_predictor\.time_mlp\.",
+    ),
     "a U-Net of Stable Diffusion": (r"(down_blocks|up_blocks|mid_block)\.", r"(time_embedding|conv_in)\."),
     "an autoencoder": (r"decoder\.(conv_in|layers|mid_block)", r"encoder\.(conv_in|layers|mid_block)"),
     "a vision transformer": (r"cls_token", r"patch_embed\.proj"),

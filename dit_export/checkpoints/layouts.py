@@ -43,6 +43,7 @@ class Numerics:
     final_eps: float = 1e-6  # LayerNorm before the output projection
     qk_eps: float = 1e-5  # LayerNorm of queries and keys: timm's Attention takes nn.LayerNorm's default
     qk_rms_eps: float = 1e-6  # RMSNorm of queries and keys
+    rotary_base: float = 10000.0  # of a policy's rotary positions; other models store their tables
 
 
 def official_shapes(spec: ModelSpec, channels: int) -> dict[str, tuple[int, ...]]:

@@ -27,6 +27,8 @@ from dit_export.checkpoints.diffusers_folder.scheduler import LINEAR_BETAS, diff
 from dit_export.checkpoints.families import FAMILIES
 from dit_export.checkpoints.formats import CheckpointFormat, Location
 from dit_export.checkpoints.layouts import Numerics, official_spec
+from dit_export.checkpoints.policy_folder import FAMILY as POLICY
+from dit_export.checkpoints.policy_folder import NETWORK, error_without_config
 from dit_export.checkpoints.positions import grid_of_table
 from dit_export.checkpoints.source import Source, refuse_options
 from dit_export.checkpoints.stated_model import check_model, check_parts, has_null_row, heads_of
@@ -54,9 +56,13 @@ def _is_weights_file(location: Location) -> bool:
 def _load(source: Source, location: Location) -> Checkpoint:
     file = location.path
     assert file is not None
+    if source.family == POLICY:
+        raise error_without_config(file)
     if source.family == "diffusers":
         raise CheckpointError(f"{file}: is a file; with --family diffusers expected a DiTPipeline folder")
     read = read_weights_file(file, source.weights)
+    if any(name.startswith(NETWORK) for name in read.tensors):
+        raise error_without_config(file)
     sha256 = check_sha256([file], source.sha256)
     said = Statements(str(file), read.arguments)
     refuse_descendants(str(file), read.tensors)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from dit_export.checkpoints import official_file, random_preset
+from dit_export.checkpoints import official_file, policy_folder, random_preset
 from dit_export.checkpoints.autoencoders import is_complete_autoencoder
 from dit_export.checkpoints.checkpoint import Checkpoint, check_guidance_channels, checkpoint_at_sizes
 from dit_export.checkpoints.diffusers_folder import load as diffusers_folder
@@ -30,6 +30,7 @@ __all__ = ["FORMATS", "Checkpoint", "Source", "load_checkpoint"]
 # The formats of checkpoint, one line each. The first that recognizes a location reads it.
 FORMATS = (
     random_preset.FORMAT,
+    policy_folder.FORMAT,
     diffusers_folder.FORMAT,
     official_file.FORMAT,
 )
@@ -70,7 +71,7 @@ def load_checkpoint(source: Source) -> Checkpoint:
     if checkpoint.diffusion.options.clip_bound is not None:
         checkpoint = replace(checkpoint, model=replace(checkpoint.model, clips=True))
     channels = checkpoint.model.latent_channels
-    if checkpoint.autoencoder.config.latent_channels != channels:
+    if checkpoint.autoencoder is not None and checkpoint.autoencoder.config.latent_channels != channels:
         raise CheckpointError(
             f"{source.name}: {channels} latent channels, the autoencoder has "
             f"{checkpoint.autoencoder.config.latent_channels}; name the one it was trained with (--vae)"

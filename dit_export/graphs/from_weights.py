@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dit_export.checkpoints.layouts import EMBEDDERS, NORM_PARTS, SECOND_EMBEDDER, Numerics
 from dit_export.checkpoints.positions import Positions
-from dit_export.graphs.model import Conditioner, Step
+from dit_export.graphs.model import Conditioner, PolicyConditioner, Step
 from dit_export.graphs.precision import dtype_of
 from dit_runtime.bundle.macs import MODULATIONS
 from dit_runtime.bundle.manifest import ModelSpec, PrecisionSpec
@@ -17,8 +17,10 @@ from dit_runtime.bundle.manifest import ModelSpec, PrecisionSpec
 
 def conditioner_from_weights(
     spec: ModelSpec, numerics: Numerics, precision: PrecisionSpec, weights: Mapping[str, Tensor]
-) -> Conditioner:
+) -> Conditioner | PolicyConditioner:
     """The conditioner with weights by official name; it shares their storage where the dtype allows it."""
+    if spec.observation:
+        return _policy_conditioner(spec, numerics, precision, weights)
     own = f"blocks.0.{EMBEDDERS[0]}" in weights  # each block has embedders of its own
     with torch.device("meta"):
         module = Conditioner(spec, numerics, precision, embedders=spec.depth if own else 1)
@@ -40,6 +42,19 @@ def conditioner_from_weights(
             names |= {f"blocks.{i}.{kind}": f"blocks.{i}.cross_attn.kv.{kind}" for i in range(spec.depth)}
     dtype = dtype_of(precision, "conditioner")
     module.load_state_dict({name: weights[source].to(dtype) for name, source in names.items()}, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def _policy_conditioner(
+    spec: ModelSpec, numerics: Numerics, precision: PrecisionSpec, weights: Mapping[str, Tensor]
+) -> PolicyConditioner:
+    with torch.device("meta"):
+        module = PolicyConditioner(spec, numerics, precision)
+    names = {"fc1": "t_embedder.mlp.0", "fc2": "t_embedder.mlp.2"}
+    names |= {f"blocks.{index}": f"blocks.{index}.adaLN_modulation.1" for index in range(spec.depth)}
+    dtype = dtype_of(precision, "conditioner")
+    parts = {f"{own}.{kind}": f"{name}.{kind}" for own, name in names.items() for kind in ("weight", "bias")}
+    module.load_state_dict({own: weights[name].to(dtype) for own, name in parts.items()}, assign=True)
     return module.eval().requires_grad_(False)
 
 

@@ -24,7 +24,7 @@ from dit_runtime.bundle.manifest import ModelSpec, PrecisionSpec
 from dit_runtime.samplers.schedule import A_Z, B_E, BOUND, CLEAN, CLIPPED, INPUT, LOG_SIGMA, LOG_SIGMA_V, MATRIX, NOISE
 
 # The conditioning table by its name, and what one of its rows holds:
-#   modulation    6 (adaLN-Zero) or 4 (adaLN) vectors per block, and the final layer's shift and scale
+#   modulation    6 (adaLN-Zero) or 4 (adaLN) vectors per block, and the final layer's shift and scale, if it has them
 #   keys_values   cross-attention's keys and values of the two conditioning tokens, in each block
 #   tokens        the two conditioning tokens of in-context conditioning
 
@@ -38,7 +38,8 @@ def table_axes(spec: ModelSpec) -> tuple[str, tuple[int, ...]]:
         return "keys_values", (spec.depth, 2, 2, spec.width)  # block, key or value, token
     if spec.conditioning == "in-context":
         return "tokens", (2, spec.width)
-    return "modulation", (MODULATIONS[spec.conditioning] * spec.depth + 2, spec.width)
+    ends = 0 if spec.observation else 2
+    return "modulation", (MODULATIONS[spec.conditioning] * spec.depth + ends, spec.width)
 
 
 class Embedder(nn.Module):
@@ -80,13 +81,11 @@ class Conditioner(nn.Module):
         elif spec.conditioning == "cross-attention":
             self.blocks = nn.ModuleList(nn.Linear(spec.width, 2 * spec.width) for _ in range(spec.depth))
         self.table_dtype = self.dtype if spec.conditioning == "cross-attention" else torch.float32
-        half = FREQUENCIES // 2
-        # As diffusers' get_timestep_embedding computes it, in float32; on the CPU even under a meta device.
-        exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device="cpu")
-        self.frequencies = nn.Buffer(torch.exp(exponent / (half - numerics.frequency_shift)), persistent=False)
+        self.frequencies = nn.Buffer(make_frequencies(FREQUENCIES // 2, numerics), persistent=False)
 
     def forward(self, timesteps: Tensor, labels: Tensor) -> Tensor:
-        features = [self.featurize(each) for each in ((timesteps,) if self.spec.times == 1 else timesteps.unbind(1))]
+        times = (timesteps,) if self.spec.times == 1 else timesteps.unbind(1)
+        features = [make_time_features(each, self.frequencies).to(self.dtype) for each in times]  # each (R, 256)
         embeddings = [embedder(features, labels) for embedder in self.embedders]
         if self.spec.conditioning in MODULATIONS:
             conditions = [F.silu(time + label) for time, label in embeddings]  # one for all blocks, or one per block
@@ -99,10 +98,41 @@ class Conditioner(nn.Module):
         pairs = [block(tokens).unflatten(2, (2, -1)).transpose(1, 2) for block in self.blocks]  # (R, 2, 2, D) each
         return torch.stack(pairs, dim=1)
 
-    def featurize(self, timesteps: Tensor) -> Tensor:
-        """The sinusoidal features ``[R, 256]`` of timesteps ``[R]``."""
-        angles = timesteps[:, None] * self.frequencies  # FP16 here would be off by up to half a radian
-        return torch.cat([torch.cos(angles), torch.sin(angles)], dim=1).to(self.dtype)
+
+class PolicyConditioner(nn.Module):
+    """``timesteps [R]`` f32, ``observations [R, O]`` f32 → the conditioning table ``[R, 6·depth, D]`` FP32.
+
+    The timestep's embedding and the observation, side by side, go through SiLU to each block's vectors.
+    """
+
+    def __init__(self, spec: ModelSpec, numerics: Numerics, precision: PrecisionSpec) -> None:
+        super().__init__()
+        self.spec, self.table_dtype = spec, torch.float32
+        self.dtype = dtype_of(precision, "conditioner")
+        self.fc1 = nn.Linear(spec.time_width, 2 * spec.time_width)
+        self.fc2 = nn.Linear(2 * spec.time_width, spec.time_width)
+        width = spec.time_width + spec.observation
+        self.blocks = nn.ModuleList(nn.Linear(width, 6 * spec.width) for _ in range(spec.depth))
+        self.frequencies = nn.Buffer(make_frequencies(spec.time_width // 2, numerics), persistent=False)
+
+    def forward(self, timesteps: Tensor, observations: Tensor) -> Tensor:
+        features = make_time_features(timesteps, self.frequencies).to(self.dtype)
+        time = F.gelu(self.fc2(F.gelu(self.fc1(features))))
+        condition = F.silu(torch.cat([time, observations.to(self.dtype)], dim=1))  # (R, time_width + O)
+        table = torch.cat([block(condition) for block in self.blocks], dim=1).float()
+        return table.reshape(-1, *table_axes(self.spec)[1])  # (R, 6·depth, D)
+
+
+def make_frequencies(half: int, numerics: Numerics) -> Tensor:
+    """``[half]``, as diffusers' get_timestep_embedding computes it, in float32; on the CPU even under a meta device."""
+    exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device="cpu")
+    return torch.exp(exponent / (half - numerics.frequency_shift))
+
+
+def make_time_features(timesteps: Tensor, frequencies: Tensor) -> Tensor:
+    """Cosines and sines ``[R, 2·half]`` of timesteps ``[R]``, in float32: FP16 would be off by up to half a radian."""
+    angles = timesteps[:, None] * frequencies
+    return torch.cat([torch.cos(angles), torch.sin(angles)], dim=1)
 
 
 class Attention(nn.Module):
@@ -262,7 +292,7 @@ class Step(nn.Module):
         self.position = nn.Parameter(torch.empty(1, spec.tokens, spec.width))
         self.blocks = nn.ModuleList(Block(spec, numerics) for _ in range(spec.depth))
         self.rotary = nn.Buffer(torch.empty(2, spec.tokens, spec.width // spec.heads)) if spec.rotary else None
-        self.final_norm = make_norm(spec, numerics.final_eps)
+        self.final_norm = nn.Identity() if spec.observation else make_norm(spec, numerics.final_eps)
         self.final = nn.Linear(spec.width, patch * patch * spec.output_channels)
 
     def at(self, spec: ModelSpec, positions: Positions) -> Step:
@@ -292,7 +322,7 @@ class Step(nn.Module):
             x = block(x, self.condition_for_block(condition, index), rotary)
             outputs.append(x)
         x = self.final_norm(x[:, : spec.tokens])
-        if spec.conditioning in MODULATIONS:
+        if spec.conditioning in MODULATIONS and not spec.observation:
             x = modulate(x, condition[:, -2, None], condition[:, -1, None])
         x = self.final(x.to(self.final.weight.dtype)).float()
         x = unpatchify(x, spec).unflatten(0, (rows.shape[0], -1))  # (G, B, C or 2C, H, W)

@@ -20,7 +20,7 @@ from torch import nn
 
 from dit_export.checkpoints.positions import Positions
 from dit_export.graphs.autoencoder import Decoder, Encoder
-from dit_export.graphs.model import Conditioner, Step, table_axes
+from dit_export.graphs.model import Conditioner, PolicyConditioner, Step, table_axes
 from dit_runtime.bundle.manifest import (
     ENCODER,
     SIZED_GRAPHS,
@@ -47,8 +47,11 @@ def conditioner_axes(spec: ModelSpec, table_dtype: torch.dtype) -> Axes:
     """The conditioner's tensors."""
     name, shape = table_axes(spec)
     times = ("rows",) if spec.times == 1 else ("rows", spec.times)
+    condition: dict[str, tuple[torch.dtype, tuple[int | str, ...]]] = {"labels": (torch.int32, ("rows",))}
+    if spec.observation:
+        condition = {"observations": (torch.float32, ("rows", spec.observation))}
     return Axes(
-        inputs={"timesteps": (torch.float32, times), "labels": (torch.int32, ("rows",))},
+        inputs={"timesteps": (torch.float32, times), **condition},
         outputs={name: (_dtype_name(table_dtype), ("rows", *shape))},
     )
 
@@ -94,7 +97,7 @@ def encoder_axes(channels: int, factor: int, has_deviation: bool) -> Axes:
     )
 
 
-def write_conditioner(folder: Path, conditioner: Conditioner) -> GraphSpec:
+def write_conditioner(folder: Path, conditioner: Conditioner | PolicyConditioner) -> GraphSpec:
     """Trace and write the conditioner."""
     axes = conditioner_axes(conditioner.spec, conditioner.table_dtype)
     return save_model(trace(conditioner, axes), folder, "conditioner", axes)

@@ -96,6 +96,9 @@ def _measure_floors(
         yield name, _measure_trajectory(trajectory, record)
         end = trajectory[-1]
     yield UNGUIDED, _measure_chaotic(reference, samplers[-1], records[UNGUIDED], steps, advance)
+    if STRONG not in records:  # a policy's, which has no images either
+        advance()
+        return
     record = records[STRONG]
     strong = list(_run_trajectory(reference, samplers[0], record, advance))
     yield STRONG, _measure_trajectory(strong, record)

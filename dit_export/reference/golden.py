@@ -29,7 +29,7 @@ from dit_export.reference.record_settings import (
     RecordSettings,
 )
 from dit_runtime.bundle.manifest import INTERVAL, NOISE_AT_1
-from dit_runtime.bundle.reader import CONDITIONS, STRONG, TILE, UNGUIDED, UNQUANTIZED
+from dit_runtime.bundle.reader import CONDITIONS, OBSERVATIONS, STRONG, TILE, UNGUIDED, UNQUANTIZED
 from dit_runtime.core.errors import ParityError
 from dit_runtime.verify.conditions import choose_conditions
 from dit_runtime.verify.verification import trajectories_of
@@ -87,19 +87,11 @@ def write_records(
                 records[name] = _record_trajectory(reference, settings, name, advance, part)
             unguided = replace(settings, images=min(settings.images, UNGUIDED_IMAGES), guidance=1.0)
             records[UNGUIDED] = _record_trajectory(reference, unguided, names[-1], advance, 2)
-            strong = _record_trajectory(reference, settings.strong, names[0], advance, 3)
-            strong["decoded"] = reference.decode(torch.from_numpy(strong["latents"][-1])).numpy()
-            records[STRONG] = {**strong, "images": reference.images_from_decoded(torch.from_numpy(strong["decoded"]))}
-            latents = torch.from_numpy(records[names[0]]["latents"][-1])
-            decoded = reference.decode(latents)
-            images = reference.images_from_decoded(decoded)
-            records["images"] = {"latents": latents.numpy(), "decoded": decoded.numpy(), "images": images}
-            for tile in tiles:
-                if tile < max(reference.spec.latent_size):
-                    records[f"{TILE}{tile}"] = _record_tile(reference, latents, tile)
-            if encoder:
-                encoded = reference.encode(images)
-                records["encoder"] = {"images": images, **{key: value.numpy() for key, value in encoded.items()}}
+            if reference.observations is not None:
+                records[OBSERVATIONS] = {"observations": reference.observations.numpy()}
+            else:
+                strong = _record_trajectory(reference, settings.strong, names[0], advance, 3)
+                records |= _record_images(reference, strong, records[names[0]]["latents"][-1], encoder, tiles)
         advance()
         check_records(checkpoint.name, records)
         floors = floors_of(
@@ -123,7 +115,7 @@ def check_records(name: str, records: dict[str, dict[str, Any]]) -> None:
                     f"{name}: the PyTorch reference itself is not finite ({record}, {key}); "
                     "the checkpoint or its scheduler is unusable"
                 )
-    for index, image in enumerate(records["images"]["images"]):
+    for index, image in enumerate(records.get("images", {}).get("images", ())):
         if image.std() == 0:
             raise ParityError(f"{name}: the PyTorch reference's image {index + 1} is constant; nothing to compare with")
 
@@ -242,6 +234,25 @@ def _record_trajectory(
         "denoised": torch.stack(denoised).numpy(),
         "noise": torch.stack(noises).numpy(),
     }
+
+
+def _record_images(
+    reference: Reference, strong: dict[str, Any], final: Any, encoder: bool, tiles: Sequence[int]
+) -> dict[str, dict[str, Any]]:
+    """The records of images, by name: of the trajectory ``strong`` and of the latents ``final`` of the first one."""
+    strong["decoded"] = reference.decode(torch.from_numpy(strong["latents"][-1])).numpy()
+    records = {STRONG: {**strong, "images": reference.images_from_decoded(torch.from_numpy(strong["decoded"]))}}
+    latents = torch.from_numpy(final)
+    decoded = reference.decode(latents)
+    images = reference.images_from_decoded(decoded)
+    records["images"] = {"latents": latents.numpy(), "decoded": decoded.numpy(), "images": images}
+    for tile in tiles:
+        if tile < max(reference.spec.latent_size):
+            records[f"{TILE}{tile}"] = _record_tile(reference, latents, tile)
+    if encoder:
+        encoded = reference.encode(images)
+        records["encoder"] = {"images": images, **{key: value.numpy() for key, value in encoded.items()}}
+    return records
 
 
 def _record_unquantized(reference: Reference, settings: RecordSettings, name: str) -> dict[str, Any]:

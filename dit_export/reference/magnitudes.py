@@ -64,10 +64,11 @@ def _hook_scores(reference: Reference, block: Any, count: Callable[[Tensor], Non
             block.attn1.to_q.register_forward_hook(lambda _, __, output: queries.append(output)),
             block.attn1.to_k.register_forward_hook(lambda _, __, output: count_scores(queries.pop(), output)),
         ]
-    if hasattr(block.attn, "q_used"):
+    attention = block.attention if reference.spec.observation else block.attn
+    if hasattr(attention, "q_used"):
         return [
-            block.attn.q_used.register_forward_hook(lambda _, __, output: queries.append(output)),
-            block.attn.k_used.register_forward_hook(lambda _, __, output: count(scores(queries.pop(), output))),
+            attention.q_used.register_forward_hook(lambda _, __, output: queries.append(output)),
+            attention.k_used.register_forward_hook(lambda _, __, output: count(scores(queries.pop(), output))),
         ]
     if reference.spec.qk_norm != "none":
         return [
@@ -80,6 +81,9 @@ def _hook_scores(reference: Reference, block: Any, count: Callable[[Tensor], Non
 def _modules_by_unit(reference: Reference, encoder: bool) -> Iterator[tuple[str, nn.Module]]:
     """The reference's modules, each with the name of its unit in the precision policy and the graphs."""
     model, autoencoder = reference.transformer, reference.checkpoint.autoencoder
+    if autoencoder is None:
+        yield from _modules_of_policy(model)
+        return
     diffusers = reference.checkpoint.transformer is not None
     yield "patch_embed", model.pos_embed if diffusers else model.x_embedder
     for index, block in enumerate(reference.blocks):
@@ -105,3 +109,13 @@ def _modules_by_unit(reference: Reference, encoder: bool) -> Iterator[tuple[str,
         yield "decoder", part
     for part in parts_of_encoder(autoencoder) if encoder else ():
         yield ENCODER, part
+
+
+def _modules_of_policy(model: Any) -> Iterator[tuple[str, nn.Module]]:
+    yield "patch_embed", model.input_proj
+    for index, block in enumerate(model.transformer_blocks):
+        yield f"blocks.{index}.attn", block.attention
+        yield f"blocks.{index}.mlp", block.mlp
+        yield "conditioner", block.adaLN_modulation
+    yield "conditioner", model.time_mlp
+    yield "final", model.output_proj

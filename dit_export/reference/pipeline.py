@@ -32,8 +32,9 @@ from dit_export.reference.loops import (
 )
 from dit_export.reference.mean_flow import mean_flow
 from dit_export.reference.official_model import DiT, embed_times
+from dit_export.reference.policy_model import PolicyDiT
 from dit_export.reference.repa import RepaPath
-from dit_runtime.bundle.manifest import NOISE_AT_1
+from dit_runtime.bundle.manifest import NOISE_AT_1, ModelSpec
 
 
 @dataclass
@@ -61,11 +62,20 @@ class Reference:
         self.checkpoint, self.spec = checkpoint, checkpoint.model
         self.dtype = torch.float32
         self.channels, self.classes = self.spec.latent_channels, self.spec.classes
+        self.observations = make_observations(self.spec) if self.spec.observation else None
         self.blocks: Any  # a module list; the attributes of its modules have no types
         if checkpoint.transformer is not None:
             self.transformer: Any = checkpoint.transformer()
             self.blocks = self.transformer.transformer_blocks
             self.evaluate = self._run_diffusers if self.spec.grid[0] == self.spec.grid[1] else self._run_diffusers_parts
+        elif checkpoint.own_weights is not None:
+            own = checkpoint.own_weights
+            with SkippedInitialization():
+                self.transformer = PolicyDiT(self.spec, checkpoint.numerics.rotary_base, "pos_embedding" in own)
+            self.transformer.load_state_dict(dict(own), assign=True)
+            self.transformer.eval().requires_grad_(False)
+            self.blocks = self.transformer.transformer_blocks
+            self.evaluate = self._run_policy
         else:
             with SkippedInitialization():
                 spec = self.spec
@@ -105,6 +115,12 @@ class Reference:
     def _run_official(self, z: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         output: Tensor = self.transformer(z, t, labels)
         return output[:, : self.spec.output_channels]  # SiT drops the second half
+
+    def _run_policy(self, z: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        """Actions are latents ``[N, A, 1, T]`` here, and a label is the number of an observation."""
+        assert self.observations is not None
+        output: Tensor = self.transformer(z[:, :, 0].transpose(1, 2), t, self.observations[labels])
+        return output.transpose(1, 2)[:, :, None]
 
     def predict(self, z: Tensor, t: Tensor, labels: Tensor, guidance: float) -> tuple[Tensor, Tensor]:
         """Guided prediction ``[B, C, H, W]`` and the conditional branch's variance channels.
@@ -185,6 +201,8 @@ class Reference:
             return [block.cross_attn.kv for block in self.blocks]
         if self.spec.conditioning == "in-context":
             return []
+        if self.spec.observation:
+            return [block.adaLN_modulation for block in self.blocks]
         return [*(block.adaLN_modulation for block in self.blocks), model.final_layer.adaLN_modulation]
 
     def compute_table(self, t: Tensor, labels: Tensor) -> Tensor:
@@ -201,6 +219,10 @@ class Reference:
                     block.norm1(x, timestep=t, class_labels=labels, hidden_dtype=self.dtype)
                 condition = self.blocks[0].norm1.emb(t, labels, hidden_dtype=self.dtype)
                 model.proj_out_1(nn.functional.silu(condition))
+            elif self.observations is not None:
+                condition = model.features(t, self.observations[labels])
+                for module in self._find_conditioning_modules():
+                    module(condition)
             else:
                 embeddings: tuple[Tensor, Tensor] = embed_times(model, t), model.y_embedder(labels)
                 as_tokens = self.spec.conditioning in ("in-context", "cross-attention")
@@ -224,7 +246,8 @@ class Reference:
     @contextlib.contextmanager
     def at_precision(self, dtype: torch.dtype) -> Iterator[None]:
         """Run the modules in another dtype inside this block; afterwards they are FP32 again, bit by bit."""
-        modules = (self.transformer, self.checkpoint.autoencoder)
+        autoencoder = self.checkpoint.autoencoder
+        modules = (self.transformer,) if autoencoder is None else (self.transformer, autoencoder)
         tensors = [t for module in modules for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
         # FP64 holds every FP32 number, so the originals need not be kept.
         originals = [None if dtype == torch.float64 else tensor.data for tensor in tensors]
@@ -244,13 +267,15 @@ class Reference:
 
     def decode(self, z: Tensor) -> Tensor:
         """Float images ``[B, 3, H, W]`` from latents, not clamped."""
-        config = self.checkpoint.autoencoder.config
+        autoencoder = self.checkpoint.autoencoder
+        assert autoencoder is not None
+        config = autoencoder.config
         latents = 1 / config.scaling_factor * z
         if config.get("latents_std") is not None:
             latents = latents * self._per_channel(config.latents_std) + self._per_channel(config.latents_mean)
         elif config.shift_factor:
             latents = latents + config.shift_factor
-        images: Tensor = self.checkpoint.autoencoder.decode(latents.to(self.dtype)).sample
+        images: Tensor = autoencoder.decode(latents.to(self.dtype)).sample
         return images.to(z.dtype)
 
     def _per_channel(self, values: Any) -> Tensor:
@@ -259,6 +284,7 @@ class Reference:
     def encode(self, images: np.ndarray[Any, np.dtype[np.uint8]]) -> dict[str, Tensor]:
         """Mean and, with a posterior, standard deviation of uint8 images ``[B, H, W, 3]``, as the sampler's latents."""
         autoencoder = self.checkpoint.autoencoder
+        assert autoencoder is not None
         scale, shift = autoencoder.config.scaling_factor, autoencoder.config.shift_factor or 0.0
         if autoencoder.config.get("latents_std") is not None:
             scale = scale / self._per_channel(autoencoder.config.latents_std)
@@ -276,6 +302,11 @@ class Reference:
         scaled = (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().numpy()
         images: np.ndarray[Any, np.dtype[np.uint8]] = (scaled * 255).round().astype("uint8")
         return images
+
+
+def make_observations(spec: ModelSpec) -> Tensor:
+    """The observations ``[classes, O]`` that a policy's records are of."""
+    return torch.randn(spec.classes, spec.observation, generator=torch.Generator().manual_seed(0))
 
 
 def official_positions(width: int, grid: tuple[int, int]) -> Tensor:

@@ -40,6 +40,7 @@ class RecordSettings:
         guidance: the guidance scale of trajectories.
         forward_guidance: the guidance scale of the guided forward.
         samplers: the number of samplers whose trajectories are recorded.
+        has_images: whether latents become images; a policy's do not.
     """
 
     images: int
@@ -52,6 +53,7 @@ class RecordSettings:
     guidance: float = GUIDANCE
     forward_guidance: float = FORWARD_GUIDANCE
     samplers: int = 2
+    has_images: bool = True
 
     @staticmethod
     def for_checkpoint(checkpoint: Checkpoint, precision: str) -> RecordSettings:
@@ -68,9 +70,10 @@ class RecordSettings:
         precisions = tuple(dict.fromkeys((precision, "bf16")))
         samplers = len(trajectories_of(checkpoint.diffusion))
         if elements > LARGE_MODEL:
-            return RecordSettings(
+            few = RecordSettings(
                 1, min(4, most), 2, measured=1, measured_steps=min(2, most), precisions=precisions, samplers=samplers
             )
+            return replace(few, has_images=checkpoint.autoencoder is not None)
         images, steps = ((4, min(50, most)) if cheap else (2, min(20, most))) if first else (2, min(10, most))
         forwards = max(images, 4) if first else images
         if precision != "int8":  # whose engines are compared in no other precision
@@ -83,13 +86,14 @@ class RecordSettings:
             measured_steps=steps,
             precisions=precisions,
             samplers=samplers,
+            has_images=checkpoint.autoencoder is not None,
         )
 
     @property
     def work(self) -> int:
         """How many times ``write_records`` advances, for the progress bar."""
         measured = count_measurements(self.steps, self.measured_steps, self.measured, self.precisions, self.samplers)
-        strong = self.strong.steps
+        strong = self.strong.steps if self.has_images else 0
         return 4 + (1 + self.samplers) * self.steps + strong + measured + strong * len(self.precisions)
 
     @property

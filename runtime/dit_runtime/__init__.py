@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from dit_runtime.bundle.reader import Bundle, open_bundle
     from dit_runtime.core.errors import DiTError
     from dit_runtime.pipeline import Pipeline
+    from dit_runtime.policy import Policy
     from dit_runtime.samplers.by_name import SAMPLERS, schedule_for
     from dit_runtime.samplers.schedule import Schedule, read_table, write_table
     from dit_runtime.tuning.tune import tune
@@ -18,6 +19,7 @@ else:
         "Bundle": "bundle.reader",
         "DiTError": "core.errors",
         "Pipeline": "pipeline",
+        "Policy": "policy",
         "SAMPLERS": "samplers.by_name",
         "Schedule": "samplers.schedule",
         "open_bundle": "bundle.reader",
@@ -40,6 +42,7 @@ __all__ = [
     "Bundle",
     "DiTError",
     "Pipeline",
+    "Policy",
     "Schedule",
     "__version__",
     "open_bundle",

@@ -315,26 +315,23 @@ class Pipeline:
         Raises:
             SamplingError: an argument does not fit the model.
         """
+        if self.manifest.model.observation:
+            raise SamplingError(
+                f"{self.bundle.path}: is a policy's bundle, which takes observations and gives actions; use "
+                "dit_runtime.Policy(bundle)(observation)"
+            )
         labels = list_labels(labels)
         count = len(labels)
         if not count:
             raise SamplingError("no labels: expected at least one class number or name")
-        if isinstance(seeds, np.ndarray):
-            seeds = seeds.tolist()
-        if isinstance(seeds, str | bytes) or not isinstance(seeds, Iterable):
-            first = check_seed(seeds)
-            seeds = range(first, first + count)
-        seeds = list(seeds)
-        if len(seeds) != count:
-            raise SamplingError(f"{len(seeds)} seeds for {count} labels: expected one seed per label, or one number")
-        checked = [check_seed(seed) for seed in seeds]
+        checked = list_seeds(seeds, count, "label")
         defaults = self.manifest.defaults
         scale = settings.get("guidance")
         scales = scales_from_setting(defaults.guidance if scale is None else scale, count)
         interval = settings.get("guidance_interval") or (0.0, 1.0)
         shape = settings.get("guidance_schedule") or "constant"
         guidances = {value: Guidance(value, interval, shape) for value in scales}
-        schedule, strength = self._schedule_from_settings(settings)
+        schedule, strength = self.schedule_from_settings(settings)
         start = settings.get("init")
         self._note_use(schedule, list(guidances.values()), start is not None)
         inits = [None] * count if start is None else self.inits(start, count)
@@ -375,7 +372,7 @@ class Pipeline:
             )
         return made
 
-    def _schedule_from_settings(self, settings: Settings) -> tuple[Schedule, float | None]:
+    def schedule_from_settings(self, settings: Settings) -> tuple[Schedule, float | None]:
         """The schedule that the settings ask for, and the strength that was used for it."""
         defaults, given = self.manifest.defaults, settings.get("sampler")
         steps, eta, spacing = settings.get("steps"), settings.get("eta") or 0.0, settings.get("spacing")
@@ -439,6 +436,23 @@ class Pipeline:
                 f"a batch of {batch}: {self.engine.info.name} takes at most {self.engine.info.max_batch}; "
                 f"use smaller batches (--batch-size {self.engine.info.max_batch}) or build an engine for more"
             )
+
+
+def list_seeds(seeds: Sequence[int] | int, count: int, what: str) -> list[int]:
+    """A seed for each of ``count`` labels or observations, as ``what`` says: those that are given, or N, N+1, ….
+
+    Raises:
+        SamplingError: seeds that are none, or another number of them.
+    """
+    if isinstance(seeds, np.ndarray):
+        seeds = seeds.tolist()
+    if isinstance(seeds, str | bytes) or not isinstance(seeds, Iterable):
+        first = check_seed(seeds)
+        seeds = range(first, first + count)
+    seeds = list(seeds)
+    if len(seeds) != count:
+        raise SamplingError(f"{len(seeds)} seeds for {count} {what}s: expected one seed per {what}, or one number")
+    return [check_seed(seed) for seed in seeds]
 
 
 @lru_cache(maxsize=64)

@@ -99,14 +99,10 @@ def load_scheduler(path: Path, kind: str) -> DDIMScheduler:
         raise CheckpointError(f"{path}: thresholding is not supported ({THRESHOLDS.reason}); set it to false")
     # DDIMScheduler and DDPMScheduler clip by default: without the key in the file, they clip.
     config.setdefault("clip_sample", kind in (DDIM, DDPM))
-    if config["clip_sample"] and not LEAST_BOUND <= config.get("clip_sample_range", 1.0) <= MOST_BOUND:
-        raise CheckpointError(
-            f"{path}: clip_sample_range {config['clip_sample_range']:g}; expected a number from {LEAST_BOUND:g} to "
-            f"{MOST_BOUND:g}"
-        )
+    check_clip(path, config)
     if kind == DDPM and config.get("variance_type") is None:
         config["variance_type"] = "fixed_small"
-    _check_betas(path, config)
+    check_betas(path, config)
     names = DDIMScheduler().config.keys()
     settings = {key: value for key, value in config.items() if key in names and not key.startswith("_")}
     others = {key: value for key, value in config.items() if key not in names and not key.startswith("_")}
@@ -125,7 +121,16 @@ def load_scheduler(path: Path, kind: str) -> DDIMScheduler:
     return scheduler
 
 
-def _check_betas(path: Path, config: dict[str, Any]) -> None:
+def check_clip(path: Path, config: Mapping[str, Any]) -> None:
+    """Raises CheckpointError where a checked configuration clips to a range that is none."""
+    bound = config.get("clip_sample_range", 1.0)
+    if config["clip_sample"] and not LEAST_BOUND <= bound <= MOST_BOUND:
+        raise CheckpointError(
+            f"{path}: clip_sample_range {bound:g}; expected a number from {LEAST_BOUND:g} to {MOST_BOUND:g}"
+        )
+
+
+def check_betas(path: Path, config: Mapping[str, Any]) -> None:
     """Raises CheckpointError where a checked configuration's numbers make no betas, or betas of pure noise for ε."""
     trained, count = config.get("trained_betas"), config.get("num_train_timesteps", 1000)
     start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)

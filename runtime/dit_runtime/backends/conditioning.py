@@ -17,8 +17,24 @@ from numpy.typing import NDArray
 from dit_runtime.bundle.manifest import TensorSpec
 from dit_runtime.core.errors import SamplingError
 
+
+class Observation:
+    """An observation float32 ``[O]``, of a policy, in place of a label: equal where every bit is."""
+
+    def __init__(self, values: NDArray[np.float32]) -> None:
+        self.values = values
+        self._bytes = values.tobytes()
+        self._hash = hash(self._bytes)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Observation) and self._bytes == other._bytes
+
+
 Time = float | tuple[float, ...]  # a timestep; of a model of two times, both
-Condition = tuple[Time, int]  # timestep and label
+Condition = tuple[Time, int | Observation]  # timestep, and label or observation
 
 
 @dataclass(frozen=True)
@@ -121,8 +137,12 @@ def bytes_of_row(spec: TensorSpec) -> int:
 
 
 def inputs_from_conditions(conditions: Sequence[Condition]) -> dict[str, NDArray[Any]]:
-    """The conditioner's inputs: ``timesteps`` float32 ``[R]``, or ``[R, 2]`` of two times, and ``labels [R]`` int32."""
-    return {
-        "timesteps": np.array([time for time, _ in conditions], np.float32),
-        "labels": np.array([label for _, label in conditions], np.int32),
-    }
+    """The conditioner's inputs: ``timesteps`` float32 ``[R]``, or ``[R, 2]`` of two times, and ``labels [R]`` int32.
+
+    Of a policy they are ``timesteps`` and ``observations`` float32 ``[R, O]``.
+    """
+    timesteps = np.array([time for time, _ in conditions], np.float32)
+    observations = [given.values for _, given in conditions if isinstance(given, Observation)]
+    if observations:
+        return {"timesteps": timesteps, "observations": np.stack(observations)}
+    return {"timesteps": timesteps, "labels": np.array([label for _, label in conditions], np.int32)}

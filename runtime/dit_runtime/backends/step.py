@@ -59,8 +59,12 @@ def step_inputs(
     }
 
 
-def compute_table(engine: Engine, manifest: Manifest, timesteps: Array, labels: Array) -> Array:
+def compute_table(
+    engine: Engine, manifest: Manifest, timesteps: Array, labels: Array, observations: Array | None = None
+) -> Array:
     """Compute the conditioning table ``[R, …]`` for pairs of timestep ``[R]`` or ``[R, 2]`` and label ``[R]``.
+
+    With ``observations`` ``[K, O]``, of a policy, a label is the number of one of them.
 
     The conditioner is called with as many rows at a time as the engine takes.
     """
@@ -71,6 +75,10 @@ def compute_table(engine: Engine, manifest: Manifest, timesteps: Array, labels: 
     parts: list[Array] = []
     for first in range(0, len(timesteps), most):
         part = slice(first, first + most)
-        inputs = {"timesteps": timesteps[part].astype(np.float32), "labels": labels[part].astype(np.int32)}
+        inputs = {"timesteps": timesteps[part].astype(np.float32)}
+        if observations is None:
+            inputs["labels"] = labels[part].astype(np.int32)
+        else:
+            inputs["observations"] = observations[labels[part]]
         parts += session.run(inputs, [manifest.table.name])
     return parts[0] if len(parts) == 1 else np.concatenate(parts)

@@ -15,6 +15,7 @@ from dit_runtime.bundle.manifest import (
     CONDITIONINGS,
     ENCODER,
     GRAPHS,
+    NO_AUTOENCODER,
     NOISE_AT_1,
     PATHS,
     SIZED_GRAPHS,
@@ -97,6 +98,12 @@ def _check_model(manifest: Manifest) -> None:
         )
     if model.width % model.heads:
         raise ValueError(f"{model.heads} heads do not divide width {model.width}")
+    if bool(model.observation) != bool(model.time_width):
+        raise ValueError(f"observation {model.observation} with time_width {model.time_width}; expected both or none")
+    if model.observation and (model.conditioning != "adaln-zero" or model.has_null or model.learned_variance):
+        raise ValueError("a policy with another conditioning than adaln-zero, a null class or a learned variance")
+    if model.observation and manifest.autoencoder != NO_AUTOENCODER:
+        raise ValueError(f"a policy with the autoencoder {show(manifest.autoencoder.name)}; expected none")
     if math.prod(table_shape(model)) > MOST_ROW:
         raise ValueError(f"a conditioning table with {math.prod(table_shape(model))} numbers in a row")
     if len(manifest.class_names) not in (0, model.classes):
@@ -185,9 +192,13 @@ def _check_graphs(manifest: Manifest) -> None:
     sizes = dict.fromkeys(SIZED_GRAPHS, model.latent_size)
     sizes |= {name_for_size(name, size): size for size in manifest.sizes[1:] for name in SIZED_GRAPHS}
     expected = dict.fromkeys((*GRAPHS, *sizes))
+    optional: tuple[str, ...] = (ENCODER,)
+    if model.observation:
+        del expected["decoder"]
+        optional = ()
     if missing := [name for name in expected if name not in manifest.graphs]:
         raise ValueError(f"no graph {missing[0]!r}")
-    if unknown := [name for name in manifest.graphs if name not in (*expected, ENCODER)]:
+    if unknown := [name for name in manifest.graphs if name not in (*expected, *optional)]:
         raise ValueError(f"unknown graph {show(unknown[0])}")
     table = _table_of(manifest)
     for name, graph in manifest.graphs.items():
@@ -214,7 +225,8 @@ def table_shape(model: ModelSpec) -> tuple[int, ...]:
         return (model.depth, 2, CONDITION_TOKENS, model.width)  # keys and values
     if model.conditioning == "in-context":
         return (CONDITION_TOKENS, model.width)
-    return (VECTORS[model.conditioning] * model.depth + 2, model.width)  # and the final layer's shift and scale
+    vectors = VECTORS[model.conditioning] * model.depth
+    return (vectors if model.observation else vectors + 2, model.width)  # and the final layer's shift and scale
 
 
 def _tensors_of(manifest: Manifest, name: str, size: tuple[int, int], table: Tensors) -> tuple[Tensors, Tensors]:
@@ -224,7 +236,10 @@ def _tensors_of(manifest: Manifest, name: str, size: tuple[int, int], table: Ten
     state: Axes = ("batch", 3, *latents[1:])
     if name == "conditioner":
         times: Axes = ("rows",) if model.times == 1 else ("rows", model.times)
-        return {"timesteps": ("float32", times), "labels": ("int32", ("rows",))}, table
+        condition: Tensors = {"labels": ("int32", ("rows",))}
+        if model.observation:
+            condition = {"observations": ("float32", ("rows", model.observation))}
+        return {"timesteps": ("float32", times), **condition}, table
     if name == "decoder":
         image = (f"{factor}*height", f"{factor}*width")
         return (
@@ -270,7 +285,8 @@ def _check_weights(manifest: Manifest) -> None:
     model = manifest.model
     number = 1 if manifest.precision.name == Precision.INT8 else 2  # the least bytes of one
     for name, numbers in {
-        "conditioner": model.classes * model.width,  # the labels' embedding
+        # The labels' embedding, or a policy's modulations.
+        "conditioner": model.width * (6 * model.depth * model.observation or model.classes),
         "step": model.width * model.mlp_width,  # a matrix of a block's MLP
     }.items():
         held = sum(manifest.files[file].bytes for file in _files_of(manifest.graphs[name]))

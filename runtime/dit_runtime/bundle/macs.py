@@ -29,6 +29,9 @@ def count_conditioner_gmac(model: ModelSpec, embedders: int = 1) -> float:
         embedders: the number of timestep embedders, for a checkpoint whose copies differ.
     """
     d = model.width
+    if model.observation:
+        time = model.time_width
+        return (4 * time * time + 6 * model.depth * d * (time + model.observation)) / 1e9
     count = embedders * model.times * (FREQUENCIES * d + d * d)
     if model.conditioning in MODULATIONS:
         count += (MODULATIONS[model.conditioning] * model.depth + 2) * d * d

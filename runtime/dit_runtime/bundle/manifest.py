@@ -46,7 +46,7 @@ class ModelSpec:
         width: the hidden size D.
         depth, heads: the number of blocks, and of attention heads in each.
         mlp_width: width of the MLP's hidden layer.
-        classes: the number of classes, without the null class.
+        classes: the number of classes, without the null class; of a policy, the number of recorded observations.
         learned_variance: whether the network also predicts the variance.
         has_null: whether the label table's last row is the null class, which guidance needs.
         qk_norm: of queries and keys before their product, over each head: ``none``, a LayerNorm or an RMSNorm, with
@@ -54,6 +54,9 @@ class ModelSpec:
         norm: before attention, before the MLP and at the end: a LayerNorm, or an RMSNorm with weights.
         mlp: the MLP's activation: ``gelu`` approximated with tanh, or ``swiglu``, whose first layer is twice as wide.
         rotary: whether queries and keys are turned by their token's row and column (RoPE).
+        observation: numbers of an observation, of a policy: the conditioner takes an observation in place of a label,
+            and the network has neither norm nor modulation after its last block; 0 for a model of classes.
+        time_width: width of a policy's timestep embedding, which stands beside the observation.
         clips: whether the step clips the denoised estimate: its rows of coefficients have a bound.
         times: how many times the network gets: t, or t and a second one (MeanFlow).
     """
@@ -75,6 +78,8 @@ class ModelSpec:
     rotary: bool = optional(False)
     clips: bool = optional(False)
     times: Literal[1, 2] = optional(1)
+    observation: Annotated[int, Range(0, 1 << 16)] = optional(0)
+    time_width: Annotated[int, Range(0, 1 << 12)] = optional(0)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -157,7 +162,8 @@ class DiffusionSpec:
 
     Attributes:
         betas: one float64 for each training timestep; a last beta of 1 means zero terminal SNR. Empty with a ``path``.
-        prediction_type: ``epsilon``, ``v_prediction``, or ``velocity`` for a model with a ``path``.
+        prediction_type: ``epsilon``, ``v_prediction``, ``sample`` (the clean latents), or ``velocity`` for a model with
+            a ``path``.
         guidance_channels: the number of latent channels that classifier-free guidance acts on, from the first.
         timestep_spacing, steps_offset, set_alpha_to_one: diffusers' scheduler settings of the same names.
             A spacing of ``default`` is one that the checkpoint does not state: each sampler has its own.
@@ -205,7 +211,7 @@ class GraphSpec:
 
 @dataclass(frozen=True)
 class AutoencoderSpec:
-    """The autoencoder. ``factor`` is image pixels per latent pixel.
+    """The autoencoder. ``factor`` is image pixels per latent pixel. A policy has ``NO_AUTOENCODER``.
 
     The graphs apply scaling and shift themselves; they are here for the record. With ``latents_mean`` and
     ``latents_std`` ``[C]`` the autoencoder's own latents are z·std/scaling_factor + mean.
@@ -217,6 +223,9 @@ class AutoencoderSpec:
     factor: Annotated[int, Range(1, 256)]
     latents_mean: tuple[float, ...] = optional(())
     latents_std: tuple[Amount, ...] = optional(())
+
+
+NO_AUTOENCODER = AutoencoderSpec("none", 1.0, 0.0, 1)  # of a policy, whose latents are its actions
 
 
 @dataclass(frozen=True)
@@ -307,6 +316,11 @@ class Manifest:
     def table(self) -> TensorSpec:
         """The tensor of the conditioning table: the conditioner's output, and an input of step and probe."""
         return self.graphs["conditioner"].outputs[0]
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether latents become images; a policy's are its actions."""
+        return "decoder" in self.graphs
 
     @property
     def image_size(self) -> tuple[int, int]:

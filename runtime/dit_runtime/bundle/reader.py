@@ -46,6 +46,7 @@ from dit_runtime.bundle.manifest import (
 from dit_runtime.bundle.records import (
     CALIBRATION,
     CONDITIONS,
+    OBSERVATIONS,
     RECORD_BYTES,
     STRONG,
     TILE,
@@ -78,6 +79,7 @@ __all__ = [
     "GOLDEN",
     "GRAPHS",
     "MANIFEST",
+    "OBSERVATIONS",
     "PATHS",
     "SCHEMA",
     "SIZED_GRAPHS",

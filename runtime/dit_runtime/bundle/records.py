@@ -20,6 +20,7 @@ UNGUIDED = "unguided"  # name of the record of a trajectory without guidance, by
 CONDITIONS = "conditions"  # name of the record of every class and timestep
 CALIBRATION = "calibration"  # name of the record of the ranges that an INT8 bundle's scales are from
 UNQUANTIZED = "unquantized"  # name of the record of what an INT8 bundle's model computes in FP32
+OBSERVATIONS = "observations"  # name of the record of the observations that a policy's labels number
 STRONG = "strong"  # name of the record of a trajectory at a strong guidance scale, with its images
 PROJECTIONS = 8  # of each condition's row
 MOST_STEPS = 10_000
@@ -55,6 +56,8 @@ def specs_of_record(name: str, manifest: Manifest) -> dict[str, ArraySpec]:
     guidance = ArraySpec("float64", ())
     if name == "conditioner":
         return {"timesteps": ArraySpec(times, ("P", *second)), "labels": int64("P"), "table": float32("P", *table)}
+    if name == OBSERVATIONS and model.observation:
+        return {"observations": float32(model.classes, model.observation)}
     if name == CONDITIONS:
         return {
             **{"timesteps": float32("R", *second), "labels": int64("R"), "norms": float32("R")},

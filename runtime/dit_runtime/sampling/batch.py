@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dit_runtime.backends.base import Engine, Loop, RunInputs, StepResult
-from dit_runtime.backends.conditioning import Condition, ConditioningTable, TableLimits, Time
+from dit_runtime.backends.conditioning import Condition, ConditioningTable, Observation, TableLimits, Time
 from dit_runtime.backends.profiles import BatchShape
 from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.core.errors import SamplingError
@@ -27,7 +27,10 @@ class _Slot:
         schedule = image.schedule
         times: list[list[float]] = schedule.times.tolist()
         self.times: list[Time] = [each[0] if len(each) == 1 else tuple(each) for each in times]
-        self.labels: list[int] = image.branches.labels.tolist()
+        labels: list[int] = image.branches.labels.tolist()
+        self.labels: Sequence[int | Observation] = labels
+        if image.observations is not None:
+            self.labels = [image.observations[label] for label in labels]
         self.needed: list[int] = image.branches.needed.tolist()
         self.draws: list[bool] = schedule.draws_noise.tolist()
         self.completes: list[bool] = schedule.completes_step.tolist()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from dit_runtime.backends.conditioning import Observation
 from dit_runtime.samplers.guidance import Branches, Guidance
 from dit_runtime.samplers.noise import CudaNoise, Float32, Noise, TorchNoise
 from dit_runtime.samplers.schedule import Schedule
@@ -29,6 +31,7 @@ class ImageRequest:
         cuda_threads: resident threads of the CUDA device, for draws that depend on them (``CudaNoise``).
         init: the image or latents to start from; None starts from noise.
         strength: the strength that was asked for, for the record.
+        observations: of a policy, what its labels number; None of a model of classes.
     """
 
     labels: dict[int, float]
@@ -43,6 +46,7 @@ class ImageRequest:
     cuda_threads: int | None = None
     init: Init | None = None
     strength: float | None = None
+    observations: Sequence[Observation] | None = None
 
     def make_stream(self) -> Noise:
         """Make the image's noise generator, at its beginning."""

@@ -126,7 +126,8 @@ def _compare_with_record(replay: Replay, record: Mapping[str, Array], found: Arr
     label = "null" if has_null and labels[worst] == replay.model.null_class else labels[worst]
     detail = f"timestep {show_time(record['timesteps'][worst])} label {label}"
     count, times = len(np.unique(labels)), len(np.unique(record["timesteps"], axis=0))
-    visited = f"{count - has_null} classes{' and null' if has_null else ''}, {times} timesteps"
+    kind = "observations" if replay.model.observation else "classes"
+    visited = f"{count - has_null} {kind}{' and null' if has_null else ''}, {times} timesteps"
     rung = Rung(
         "classes and timesteps",
         float(errors[worst]),

@@ -51,16 +51,16 @@ def coverage_of(visits: Visits, info: EngineInfo, manifest: Manifest, compared: 
         compared: whether every class was compared with the reference.
     """
     shapes = {graph: tuple(sorted(found)) for graph, found in sorted(visits.shapes.items())}
-    classes = manifest.model.label_rows
+    classes = 0 if manifest.model.observation else manifest.model.label_rows
     whole = range(len(manifest.diffusion.betas))
     counts = {
-        "classes and null": (len(visits.labels & set(range(classes))), classes),
+        **({"classes and null": (len(visits.labels & set(range(classes))), classes)} if classes else {}),
         "rows of the longest table": (len(visits.rows), visits.longest),
         "slots of the state": (len(visits.slots), SLOTS),
     }
     if whole:
         counts["training timesteps"] = (len(visits.timesteps & set(map(float, whole))), len(whole))
-    left = [*_list_left(shapes, info)]
+    left = [*_list_left(shapes, info, ("step", "decoder") if manifest.has_decoder else ("step",))]
     if not compared:
         left.append("classes beside the recorded images', against the reference: export the bundle again")
     if len(visits.labels) < classes:
@@ -68,10 +68,10 @@ def coverage_of(visits: Visits, info: EngineInfo, manifest: Manifest, compared: 
     return Coverage(shapes, counts, tuple(left))
 
 
-def _list_left(shapes: Shapes, info: EngineInfo) -> list[str]:
+def _list_left(shapes: Shapes, info: EngineInfo, graphs: Sequence[str]) -> list[str]:
     """The batches and branches of step and decoder that the engine takes and nothing visited."""
     left = []
-    for graph in ("step", "decoder"):
+    for graph in graphs:
         found = shapes.get(graph, ())
         largest = max((batch for batch, _ in found), default=0)
         if graph not in info.profiles:

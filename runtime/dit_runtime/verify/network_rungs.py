@@ -90,7 +90,7 @@ def _entries(replay: Replay, count: int) -> list[str]:
         return [f"block {index} keys and values" for index in range(count)]
     names = VECTORS[replay.model.conditioning]
     of_blocks = [f"block {index} {name}" for index in range(replay.model.depth) for name in names]
-    return [*of_blocks, "final shift", "final scale"]
+    return of_blocks if replay.model.observation else [*of_blocks, "final shift", "final scale"]
 
 
 def embedding(replay: Replay) -> Rung:

@@ -13,7 +13,7 @@ import numpy as np
 from dit_runtime.backends.base import Array
 from dit_runtime.backends.step import state_from_latents, step_inputs
 from dit_runtime.bundle.manifest import ENCODER
-from dit_runtime.bundle.reader import Bundle
+from dit_runtime.bundle.reader import OBSERVATIONS, Bundle
 from dit_runtime.core.errors import OutputError
 from dit_runtime.core.extras import check_extra
 from dit_runtime.core.replace import replace_file
@@ -73,17 +73,21 @@ def _write_calls(calls: list[Call], inputs: Path, outputs: Path) -> None:
 def _calls(bundle: Bundle) -> dict[str, list[Call]]:
     """The recorded calls of each graph."""
     name = bundle.manifest.table.name
-    conditions, images = bundle.records("conditioner"), bundle.records("images")
-    asked = {
-        "timesteps": conditions["timesteps"].astype(np.float32),
-        "labels": conditions["labels"].astype(np.int32),
-    }
+    conditions = bundle.records("conditioner")
+    asked = {"timesteps": conditions["timesteps"].astype(np.float32)}
+    if bundle.manifest.model.observation:
+        asked["observations"] = bundle.records(OBSERVATIONS)["observations"][conditions["labels"]]
+    else:
+        asked["labels"] = conditions["labels"].astype(np.int32)
     table = conditions["table"].astype(bundle.manifest.table.dtype)
     calls = {
         "conditioner": [(asked, {name: table})],
         "step": list(_step_calls(bundle, table)),
-        "decoder": [({"latents": images["latents"]}, {key: images[key] for key in ("images", "decoded")})],
     }
+    if bundle.manifest.has_decoder:
+        images = bundle.records("images")
+        shown = {key: images[key] for key in ("images", "decoded")}
+        calls["decoder"] = [({"latents": images["latents"]}, shown)]
     if ENCODER in bundle.manifest.graphs:
         record = bundle.records(ENCODER)
         calls[ENCODER] = [({"images": record["images"]}, {key: record[key] for key in record if key != "images"})]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from dit_runtime.backends.base import Array, Engine, EngineInfo
 from dit_runtime.backends.profiles import BatchShape
 from dit_runtime.backends.step import compute_table, state_from_latents, step_inputs
-from dit_runtime.bundle.reader import TILE, Bundle
+from dit_runtime.bundle.reader import OBSERVATIONS, TILE, Bundle
 from dit_runtime.core.errors import EngineError
 from dit_runtime.samplers.guidance import branch_rows, guidance_weights
 from dit_runtime.samplers.schedule import COEFFICIENTS
@@ -81,6 +81,7 @@ class Replay:
         engine: the engine; what it is asked is noted in ``visits``.
         budget: the bundle's limits for this engine.
         tile: height and width of the tiles that the engine's decoder was built for; None for whole images.
+        observations: float32 ``[K, O]``, those that a policy's labels number; None of a model of classes.
 
     Raises:
         BundleError: the bundle has no limits for the engine's precision.
@@ -92,6 +93,9 @@ class Replay:
         self.visits = self.engine.visits
         self.budget = budget_for(bundle, precision_for_limits(bundle, engine.info))
         self.tile = engine.info.tile
+        self.observations: Array | None = None
+        if self.model.observation:
+            self.observations = bundle.records(OBSERVATIONS)["observations"]
         self._images = "images"
         if self.tile is not None:
             side = max(self.tile)
@@ -120,7 +124,7 @@ class Replay:
 
     def compute_table(self, timesteps: Array, labels: Array) -> Array:
         """Compute the conditioning table ``[R, …]`` for pairs of timestep ``[R]`` or ``[R, 2]`` and label ``[R]``."""
-        return compute_table(self.engine, self.bundle.manifest, timesteps, labels)
+        return compute_table(self.engine, self.bundle.manifest, timesteps, labels, self.observations)
 
     def run_step(
         self, images: RecordedInputs, coefficients: Array, noise: Array | None = None, branches: int = 0

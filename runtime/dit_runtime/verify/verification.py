@@ -121,9 +121,10 @@ def _rungs(replay: Replay, quick: bool, images: list[tuple[Array, Array]]) -> It
     if not (quick and guided):
         record, schedule = recorded_trajectory(replay, samplers[-1], UNGUIDED)
         yield image_rungs.free_running(replay, samplers[-1], record, schedule)[1]
-    yield image_rungs.decoder(replay)
-    yield image_rungs.quantized(replay)
-    if guided:
+    if manifest.has_decoder:
+        yield image_rungs.decoder(replay)
+        yield image_rungs.quantized(replay)
+    if guided and manifest.has_decoder:
         both, rungs = image_rungs.images(replay, final, first)
         images.append(both)
         yield from rungs
@@ -158,7 +159,8 @@ def relations(replay: Replay, effort: Effort) -> Iterator[Rung]:
     step.visit()
     yield from step.rungs()
     yield mixed_batch(replay, effort, step.shapes)
-    yield from decoder_batches(replay, effort)
+    if replay.bundle.manifest.has_decoder:
+        yield from decoder_batches(replay, effort)
     if ENCODER in replay.bundle.manifest.graphs:
         yield encoder_batches(replay, effort)
 
@@ -207,14 +209,15 @@ def _rung_count(replay: Replay, quick: bool) -> int:
     manifest, guided = replay.bundle.manifest, replay.engine.info.has_branches(2)
     probed = _has_probe(replay) * (1 + (manifest.model.conditioning == "adaln-zero"))
     samplers = len(trajectories_of(manifest.diffusion))
-    # The forward and its variance; update, the samplers' noise, decoder and uint8 images; with guidance their
-    # trajectories and the four rungs of their images.
-    always = _has_range(replay) + probed + (1 + guided) * (1 + manifest.model.learned_variance) + 3 + samplers
-    always += (4 + samplers) * guided
+    # The forward and its variance; update and the samplers' noise; with guidance their trajectories.
+    always = _has_range(replay) + probed + (1 + guided) * (1 + manifest.model.learned_variance) + 1 + samplers
+    always += samplers * guided
+    # Decoder, uint8 images and the decoder's batches; with guidance the four rungs of images.
+    always += (4 + 4 * guided) * manifest.has_decoder
     unguided = not (quick and guided)
-    # Conditioner's calls; batches, rows, samplers and the repeated call of the step; the loop; two rungs of the
-    # decoder; with guidance the step's batches, branches and scales.
-    relations = replay.bundle.has_records(CONDITIONS) + 8 + 3 * guided
+    # Conditioner's calls; batches, rows, samplers and the repeated call of the step; the loop; with guidance the step's
+    # batches, branches and scales.
+    relations = replay.bundle.has_records(CONDITIONS) + 6 + 3 * guided
     strong = _has_strong(replay) * (1 + (replay.tile is None))
     encoder = strong + 2 * (ENCODER in manifest.graphs)
     always += 2 * (manifest.calibration is not None) + (_has_cost(replay) and guided)

@@ -49,7 +49,8 @@ class Visits:
             self.longest = max(self.longest, *(len(value) for name, value in inputs.items() if name not in STEP_INPUTS))
             self.slots |= {slot for slot in range(inputs["state"].shape[1]) if inputs["state"][:, slot].any()}
         if graph == "conditioner":
-            self.labels |= set(np.unique(inputs["labels"]).tolist())
+            if "labels" in inputs:  # a policy gets observations
+                self.labels |= set(np.unique(inputs["labels"]).tolist())
             self.timesteps |= set(np.unique(inputs["timesteps"]).tolist())
         self.note_shape(graph, shape)
 

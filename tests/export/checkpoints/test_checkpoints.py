@@ -236,7 +236,7 @@ def test_presets(vae: str) -> None:
         load_checkpoint(Source("LightningDiT-B/4-256", 4))
     with pytest.raises(
         CheckpointError,
-        match="SiT-S/2-256 with --family official: expected .* --family sit or repa or meanflow",
+        match=r"SiT-S/2-256 with --family official: expected .* --family sit or repa or meanflow",
     ):
         load_checkpoint(Source("SiT-S/2-256", 4, autoencoder=vae, family="official"))
 
