@@ -20,6 +20,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from dit_export.bundle import bundle_from_checkpoint
 from dit_export.checkpoints import policy_folder
+from dit_export.checkpoints.positions import ROTARY, Positions
 from dit_export.checkpoints.sources import Checkpoint, Source, load_checkpoint
 from dit_export.graphs.from_weights import conditioner_from_weights, step_from_weights
 from dit_export.graphs.precision import FP16, FP32
@@ -149,7 +150,9 @@ def run_modules(checkpoint: Checkpoint, z: np.ndarray, t: np.ndarray, weights: A
     weights = checkpoint.weights if weights is None else weights
     spec, count = checkpoint.model, len(z)
     conditioner = conditioner_from_weights(spec, checkpoint.numerics, FP32, weights)
-    step = step_from_weights(spec, checkpoint.numerics, FP32, weights, weights["pos_embed"])
+    rotary = torch.stack([weights[name] for name in ROTARY]) if spec.rotary else None
+    positions = Positions(weights["pos_embed"], rotary)
+    step = step_from_weights(spec, checkpoint.numerics, FP32, weights, positions)
     state, coefficients = torch.zeros(count, 3, *z.shape[1:]), torch.zeros(count, 17)
     state[:, 0], coefficients[:, 1] = torch.from_numpy(z), 1
     table = conditioner(torch.from_numpy(t), torch.from_numpy(OBSERVATIONS[:count]))

@@ -17,6 +17,7 @@ import onnx
 import pytest
 import torch
 from dit_export.checkpoints.layouts import Numerics
+from dit_export.checkpoints.positions import Positions
 from dit_export.checkpoints.sources import Checkpoint
 from dit_export.graphs.from_weights import conditioner_from_weights, step_from_weights
 from dit_export.graphs.precision import FP32
@@ -70,7 +71,7 @@ class Modules:
     def __init__(self, checkpoint: Checkpoint) -> None:
         spec, weights = checkpoint.model, checkpoint.weights
         self.conditioner = conditioner_from_weights(spec, Numerics(), FP32, weights)
-        self.step = step_from_weights(spec, Numerics(), FP32, weights, weights["pos_embed"])
+        self.step = step_from_weights(spec, Numerics(), FP32, weights, Positions(weights["pos_embed"]))
 
     def run(self, z: torch.Tensor, times: torch.Tensor, labels: list[int], row: torch.Tensor) -> torch.Tensor:
         """The state after a row, of one branch."""
