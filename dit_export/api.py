@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from dit_export.request import ExportRequest
 from dit_runtime.bundle.manifest import Manifest
-from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle, open_bundle
 from dit_runtime.core.errors import EngineError
 from dit_runtime.verify.rung import Rung, Verification
@@ -209,12 +208,9 @@ def export_request(request: ExportRequest) -> ExportResult:
     """``export`` with its arguments in one object; it raises the same errors."""
     check_installed()
     from dit_export.bundle import bundle_from_checkpoint
-    from dit_export.reference.record_settings import CalibrationRequest
 
     precision = request.read_precision()
-    calibration = None
-    if precision.name == Precision.INT8:
-        calibration = CalibrationRequest(request.calibration_seed, request.calibration_images, precision.keep_fp16)
+    calibration = request.calibration_of(precision)
     bundle = bundle_from_checkpoint(request.checkpoint, request.bundle_path, precision, request.encoder, calibration)
     if not request.verify:
         return ExportResult(bundle)

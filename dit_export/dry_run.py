@@ -19,6 +19,7 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from dit_engines.targets import DEVICES, Device
+from dit_export.bundle import check_parts_of_export
 from dit_export.checkpoints.autoencoders import Autoencoder, parts_of_decoder, parts_of_encoder, spec_of_autoencoder
 from dit_export.checkpoints.families import FAMILIES
 from dit_export.checkpoints.layouts import EMBEDDERS, Numerics, official_shapes
@@ -28,9 +29,12 @@ from dit_export.checkpoints.sources import Checkpoint, load_checkpoint
 from dit_export.graphs.model import Conditioner, PolicyConditioner, Step, table_axes
 from dit_export.graphs.precision import FP16, FP32, check_units, dtype_of
 from dit_export.graphs.tracing import INLINE_BYTES
+from dit_export.reference.calibration import spec_for_checkpoint
 from dit_export.request import ExportRequest
 from dit_runtime.bundle.macs import count_conditioner_gmac, count_gmac, count_step_gmac
 from dit_runtime.bundle.manifest import ENCODER, ModelSpec, PrecisionSpec
+from dit_runtime.bundle.precision import Precision
+from dit_runtime.bundle.quantization import SMOOTHED, CalibrationSpec
 
 STEPS = (10, 50, 250, 1000)
 FEW_STEPS = (1, 2, 4)  # of a model that predicts a whole step
@@ -42,8 +46,9 @@ BRANCHES = 2
 class GraphEstimate:
     """A graph's parameters, the bytes of its weights file in each precision, and its work.
 
-    ``gmac`` is the work of one row of the conditioning table (conditioner), one branch of one image (step) or one image
-    (decoder, encoder), at the first size.
+    ``quantized_bytes`` is that file of a quantized export as it is stored; None of others. ``gmac`` is the work of one
+    row of the conditioning table (conditioner), one branch of one image (step) or one image (decoder, encoder), at the
+    first size.
     """
 
     name: str
@@ -51,6 +56,7 @@ class GraphEstimate:
     fp32_bytes: int
     fp16_bytes: int
     gmac: float
+    quantized_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,21 @@ class Roofline:
     @property
     def bound_by(self) -> str:
         return "compute" if self.compute_ms >= self.memory_hoisted_ms else "memory"
+
+
+@dataclass(frozen=True)
+class CalibrationEstimate:
+    """What a quantized export will run to find its scales.
+
+    Attributes:
+        spec: the trajectories.
+        evaluations: forwards of one branch of one image, by PyTorch in FP32.
+        gmac: their work, with the conditioner.
+    """
+
+    spec: CalibrationSpec
+    evaluations: int
+    gmac: float
 
 
 @dataclass(frozen=True)
@@ -112,7 +133,7 @@ class DryRun:
 
     Attributes:
         model, family: the source's shape and family.
-        precision, keep_fp32: the precision policy of the export.
+        precision, keep_fp32, keep_fp16: the precision policy of the export.
         source_parameters: the parameters that the source stores, with copies and unused output channels.
         embedder_copies: copies of the timestep and label embedders in the source.
         embedders: copies of the timestep and label embedders in the conditioner.
@@ -125,6 +146,7 @@ class DryRun:
         branches: guidance branches of a step, each of which needs a row a timestep.
         table_bytes: its bytes for each step count.
         sizes: the estimates for each size; the first is the model's.
+        calibration: of a quantized export of a checkpoint; None of others.
     """
 
     model: ModelSpec
@@ -145,6 +167,8 @@ class DryRun:
     branches: int
     table_bytes: dict[int, int]
     sizes: tuple[SizeEstimate, ...]
+    keep_fp16: tuple[str, ...] = ()
+    calibration: CalibrationEstimate | None = None
 
     def graph(self, name: str) -> GraphEstimate:
         """A graph by its name."""
@@ -177,6 +201,7 @@ def dry_run_of(
     copies_differ: bool = False,
     sizes: Sequence[tuple[int, int]] = (),
     encoder: bool = False,
+    calibration: CalibrationSpec | None = None,
     steps: Sequence[int] = STEPS,
     devices: Sequence[Device] = DEVICES,
     branches: int = BRANCHES,
@@ -185,7 +210,8 @@ def dry_run_of(
 
     Args:
         model: the transformer's shape at the first size.
-        precision: the policy of the graphs. Bytes are given for FP32 and FP16; rooflines are always FP16's.
+        precision: the policy of the graphs. Bytes are given for FP32 and FP16, and for a quantized policy as it stores
+            them; rooflines are always FP16's.
         autoencoder: diffusers' module on any device, also on the meta device; its weights are not read.
         family: the source's family, one of ``FAMILIES``; it says which parameters the source stores.
         channels: output channels that the source stores; None means those that the model uses.
@@ -193,6 +219,7 @@ def dry_run_of(
         copies_differ: whether the copies of the embedders in the source differ; then each copy is exported.
         sizes: latent sizes to make graphs for, the first is the model's; empty means the model's alone.
         encoder: whether the encoder is exported too.
+        calibration: how a quantized export is calibrated.
         steps: step counts for which the conditioning table's size is given.
         devices: devices for which a roofline is given.
         branches: guidance branches of a step.
@@ -242,7 +269,14 @@ def dry_run_of(
         branches=branches,
         table_bytes={count: count * branches * _row_bytes(model, precision) for count in steps},
         sizes=tuple(estimate_size(side) for side in sides),
+        keep_fp16=precision.keep_fp16,
+        calibration=None if calibration is None else _estimate_calibration(model, calibration),
     )
+
+
+def _estimate_calibration(model: ModelSpec, spec: CalibrationSpec) -> CalibrationEstimate:
+    evaluations = len(spec.labels) * spec.steps * (1 if spec.guidance == 1 else BRANCHES)
+    return CalibrationEstimate(spec, evaluations, evaluations * count_gmac(model))
 
 
 def _count_decoder_gmac(
@@ -328,6 +362,8 @@ def dry_run_of_request(request: ExportRequest) -> tuple[Checkpoint, DryRun]:
     precision = request.read_precision()
     checkpoint = load_checkpoint(source)
     check_units(precision, checkpoint.model)
+    check_parts_of_export(checkpoint, precision, request.encoder)
+    calibration = request.calibration_of(precision)
     estimate = dry_run_of(
         checkpoint.model,
         precision,
@@ -340,6 +376,7 @@ def dry_run_of_request(request: ExportRequest) -> tuple[Checkpoint, DryRun]:
         encoder=request.encoder,
         steps=STEPS if checkpoint.model.times == 1 else FEW_STEPS,
         branches=1 if checkpoint.diffusion.guidance_inside or checkpoint.model.observation else BRANCHES,
+        calibration=None if calibration is None else spec_for_checkpoint(checkpoint, calibration),
     )
     return checkpoint, estimate
 
@@ -370,7 +407,7 @@ def _position_bytes(model: ModelSpec) -> int:
 
 def _estimate_graph(name: str, modules: Iterable[nn.Module], fp16: PrecisionSpec, work: float) -> GraphEstimate:
     """The estimate of a graph from its modules: it counts the tensors of the weights file, each in its unit's dtype."""
-    parameters, sizes = 0, {FP32: 0, fp16: 0}
+    parameters, quantized, sizes = 0, 0, {FP32: 0, fp16: 0}
     for path, part in itertools.chain.from_iterable(module.named_modules() for module in modules):
         tables = [buffer for key, buffer in part.named_buffers(recurse=False) if key == "rotary"]
         counts = [tensor.numel() for tensor in (*part.parameters(recurse=False), *tables)]
@@ -382,8 +419,25 @@ def _estimate_graph(name: str, modules: Iterable[nn.Module], fp16: PrecisionSpec
         unit = ".".join(path.split(".")[:3]) if name == "step" else name  # blocks.17.attn of blocks.17.attn.qkv
         for policy in sizes:
             itemsize = 4 if always else dtype_of(policy, unit).itemsize
-            sizes[policy] += sum(count * itemsize for count in counts if count * itemsize > INLINE_BYTES)
-    return GraphEstimate(name, parameters, sizes[FP32], sizes[fp16], work)
+            found = _sum_stored(count * itemsize for count in counts)
+            sizes[policy] += found
+        quantized += _quantized_bytes(path, part) if name == "step" and fp16.quantizes(path) else found
+    own = quantized if fp16.name == Precision.INT8 else None
+    return GraphEstimate(name, parameters, sizes[FP32], sizes[fp16], work, own)
+
+
+def _sum_stored(sizes: Iterable[int]) -> int:
+    """The bytes of the tensors that are in the weights file."""
+    return sum(size for size in sizes if size > INLINE_BYTES)
+
+
+def _quantized_bytes(path: str, part: nn.Module) -> int:
+    """The bytes of a quantized linear layer: a byte a weight; scales, bias and an input's factors in FP16."""
+    assert isinstance(part, nn.Linear)
+    halves = [part.out_features, 0 if part.bias is None else part.bias.numel()]
+    if path.endswith(SMOOTHED):
+        halves.append(part.in_features)
+    return _sum_stored([part.weight.numel(), *(2 * count for count in halves)])
 
 
 def _count_gmac(modules: Iterable[nn.Module], shape: tuple[int, ...]) -> float:

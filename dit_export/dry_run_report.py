@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from textwrap import fill
 
-from dit_export.dry_run import DryRun, Roofline, SizeEstimate
+from dit_export.dry_run import CalibrationEstimate, DryRun, Roofline, SizeEstimate
 from dit_runtime.bundle.manifest import ENCODER
 from dit_runtime.core.text import join_lines
 
@@ -19,10 +19,14 @@ def format_dry_run(estimate: DryRun) -> str:
     facts = _facts_of(estimate)
     filled = [fill(f"{name:<{LABEL}}{text}", COLUMNS, subsequent_indent=" " * LABEL) for name, text in facts.items()]
     lines = "\n".join(filled).split("\n")
-    lines += ["", f"{'graph':<12} {'parameters':>10} {'FP32':>10} {'FP16':>10} {'GMAC':>9}"]
+    own = any(graph.quantized_bytes is not None for graph in estimate.graphs)
+    title = f" {estimate.precision.upper():>10}" if own else ""
+    lines += ["", f"{'graph':<12} {'parameters':>10} {'FP32':>10} {'FP16':>10}{title} {'GMAC':>9}"]
     lines += [
         f"{graph.name:<12} {_show_count(graph.parameters):>10} {_show_bytes(graph.fp32_bytes):>10} "
-        f"{_show_bytes(graph.fp16_bytes):>10} {_show_number(graph.gmac):>9} {WORK_OF[graph.name]}"
+        f"{_show_bytes(graph.fp16_bytes):>10}"
+        + ("" if graph.quantized_bytes is None else f" {_show_bytes(graph.quantized_bytes):>10}")
+        + f" {_show_number(graph.gmac):>9} {WORK_OF[graph.name]}"
         for graph in estimate.graphs
     ]
     for size in estimate.sizes:
@@ -33,6 +37,7 @@ def format_dry_run(estimate: DryRun) -> str:
 def _facts_of(estimate: DryRun) -> dict[str, str]:
     model = estimate.model
     kept = f"; in FP32 {', '.join(estimate.keep_fp32)}" if estimate.keep_fp32 else ""
+    kept += f"; in FP16 {', '.join(estimate.keep_fp16)}" if estimate.keep_fp16 else ""
     condition = f"{model.classes} classes"
     if model.observation:
         condition = f"observations of {model.observation} numbers, {model.tokens} actions of {model.latent_channels}"
@@ -60,11 +65,21 @@ def _facts_of(estimate: DryRun) -> dict[str, str]:
         f"{model.patch_size}, {condition}",
         "source": f"{estimate.family}, {_show_count(estimate.source_parameters)} parameters as stored",
         "precision": estimate.precision + kept,
+        **({} if estimate.calibration is None else {"calibration": _describe_calibration(estimate.calibration)}),
         "deduplicated": copies,
         "hoisted": f"{estimate.hoisted_share:.1%} of the transformer's parameters: run once, not in every step",
         "table": f"{estimate.table}, a row {row} {estimate.table_dtype}, {_show_bytes(estimate.table_row_bytes)}; "
         f"{rows}: {steps}",
     }
+
+
+def _describe_calibration(calibration: CalibrationEstimate) -> str:
+    spec, classes = calibration.spec, len(set(calibration.spec.labels))
+    work = f"{calibration.evaluations} evaluations of a branch, {_show_number(calibration.gmac)} GMAC in PyTorch"
+    return (
+        f"{len(spec.labels)} images of {classes} classes, {spec.steps} steps of {spec.sampler}, guidance "
+        f"{spec.guidance:g}: {work}"
+    )
 
 
 def _describe_step(estimate: DryRun) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from dit_export.checkpoints.source import Source
 from dit_runtime.bundle.manifest import PrecisionSpec
@@ -14,6 +14,9 @@ from dit_runtime.core.errors import CheckpointError
 from dit_runtime.core.files import named
 from dit_runtime.core.reading import kind_of
 from dit_runtime.sampling.tiles import check_tile
+
+if TYPE_CHECKING:
+    from dit_export.reference.record_settings import CalibrationRequest
 
 ALL = "all"
 MOST_IMAGES = 10_000  # of a calibration
@@ -180,6 +183,14 @@ class ExportRequest:
             learned_variance=False if self.fixed_variance else None,
             tiles=self.decode_tiles,
         )
+
+    def calibration_of(self, precision: PrecisionSpec) -> CalibrationRequest | None:
+        """How graphs of the policy of ``read_precision`` are calibrated; None if nothing in them is quantized."""
+        from dit_export.reference.record_settings import CalibrationRequest
+
+        if precision.name != Precision.INT8:
+            return None
+        return CalibrationRequest(self.calibration_seed, self.calibration_images, precision.keep_fp16)
 
     def read_precision(self) -> PrecisionSpec:
         """The precision policy of the graphs; it reads the files that ``keep_fp32`` names.

@@ -124,6 +124,8 @@ def _compile_graph(
                 f"{folder.parent}: the {graph}'s plan {result['error']}; free some space, or choose another "
                 f"{STORE_OPTION}"
             )
+        if result["refused"]:
+            raise BuildError(f"{bundle.path}: {result['error']}")
         raise BuildError(f"{result['error']}; report it with dit-build --version and the bundle's manifest")
     if "result" not in result and last_words and (code or 0) > 0:
         raise BuildError(f"{onnx}: the builder process failed ({last_words}); report it")

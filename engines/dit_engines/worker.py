@@ -3,7 +3,8 @@
 When a process of its own ends, the builder's memory is free again, and a crash of the compiler is only an exit code.
 The first line of stdin is the request, as JSON. The end of stdin cancels the build, so that a builder never outlives
 its parent. The process prints one JSON object per line: ``{"progress": share}`` while it works, and at the end
-``{"result": {…}}`` or ``{"error": "…", "full": whether the disk is full}``.
+``{"result": {…}}`` or ``{"error": "…", "full": whether the disk is full, "refused": whether such an engine cannot be
+here}``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from dit_engines.audit import Audit, audit_of
 from dit_engines.graph_work import work_of_graph
 from dit_engines.kernels import Kernel, kernel_from_layer, kernels_from_log
 from dit_runtime.backends.tensorrt import api as tensorrt_api
-from dit_runtime.core.errors import DiTError, explain
+from dit_runtime.core.errors import DiTError, EngineError, explain
 from dit_runtime.core.reading import TIMING_CACHE_BYTES, FileError, read_file
 from dit_runtime.core.streams import guarded_streams
 
@@ -41,6 +42,8 @@ def _answer() -> None:
     threading.Thread(target=_wait_for_end, args=(cancelled,), daemon=True).start()
     try:
         _say({"result": _build_plan(request, cancelled)})
+    except EngineError as error:
+        _fail(str(error), full=False, refused=True)
     except DiTError as error:
         _fail(str(error), full=False)
     except FileError as error:
@@ -51,8 +54,8 @@ def _answer() -> None:
         _fail(explain(error), full=False)
 
 
-def _fail(reason: str, full: bool) -> None:
-    _say({"error": reason, "full": full})
+def _fail(reason: str, full: bool, refused: bool = False) -> None:
+    _say({"error": reason, "full": full, "refused": refused})
     sys.exit(1)
 
 
@@ -122,6 +125,7 @@ def _build_plan(request: dict[str, Any], cancelled: threading.Event) -> dict[str
             auxiliary_streams=request["auxiliary_streams"],
             timing_cache=None if cache is None else read_file(cache, TIMING_CACHE_BYTES),
             tactic_bytes=request["tactic_bytes"],
+            int8=bool(request["quantized"]),
         )
     finally:
         _write(Path(request["log"]), "\n".join(log_lines).encode(errors="backslashreplace") + b"\n")

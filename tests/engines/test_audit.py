@@ -8,19 +8,31 @@ of TensorRT-RTX.
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict
+import re
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dit_engines.audit import Audit, ProfileAudit, audit_from_json, audit_of, find_problems, find_unknowns
+from dit_engines.audit import (
+    CODE_BYTES,
+    Audit,
+    ProfileAudit,
+    audit_from_json,
+    audit_of,
+    find_problems,
+    find_unknowns,
+)
+from dit_engines.compile import judge_audit
+from dit_engines.engine_store import BuiltGraph
 from dit_engines.graph_work import work_of_graph
 from dit_engines.kernels import Kernel, kernel_from_layer, kernels_from_log, split_by_profile
 from dit_runtime.bundle.macs import count_conditioner_gmac, count_step_gmac
 from dit_runtime.bundle.manifest import ModelSpec, PrecisionSpec
 from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import open_bundle
+from dit_runtime.core.errors import BuildError
 
 FP16 = PrecisionSpec(Precision.FP16, ("patch_embed", "final"))
 FP32 = PrecisionSpec(Precision.FP32, ())
@@ -163,6 +175,24 @@ def test_int8_work_is_found() -> None:
         "step, profile 0: 3 kernels only quantize or dequantize, expected none"
     ]
     assert find_problems(audited(multiplied={"Half": 9}), "decoder", MODEL, INT8) == []
+
+
+def test_an_int8_engine_that_is_none_is_refused(int8_bundle: Path) -> None:
+    """RTX's log is believed, so that nothing is stored; TensorRT's inspector leaves a doubt that is told."""
+    bundle = open_bundle(int8_bundle)
+    wrong = audited(multiplied={"Half": 9}, quantized={"Half": 90}, fused_attention=2, quantizing=8)
+    step = BuiltGraph("step", "step.plan", 0, "", 0.0, (), wrong)
+    said = [
+        "step, profile 0: 0.0% of the quantized layers' multiply-adds are INT8, expected at least 99%",
+        "step, profile 0: 8 kernels only quantize or dequantize, expected none",
+    ]
+    with pytest.raises(BuildError, match=re.escape(f"not the int8 that was asked for: {'; '.join(said)}; nothing was")):
+        judge_audit(bundle, step, "tensorrt_rtx")
+    assert list(judge_audit(bundle, step, "tensorrt")) == said
+    untold = audited(multiplied={"": 9}, quantized={"": 90}, fused_attention=2)
+    untold.weights_bytes = 10 * bundle.manifest.files["graphs/step.weights"].bytes + CODE_BYTES
+    (doubt,) = judge_audit(bundle, replace(step, audit=untold), "tensorrt")
+    assert "the builder does not tell their datatypes" in doubt
 
 
 def int8_kernel(name: str, kind: str, dtype: str, *nodes: str) -> Kernel:

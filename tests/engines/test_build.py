@@ -295,6 +295,35 @@ def test_a_doubt_on_a_device_is_stored(bundle: Bundle, tmp_path: Path, monkeypat
         assert as_json(built)["doubts"] == ["step, profile 0: 1 of 2 attentions fused"]
 
 
+def test_a_gpu_without_int8(int8_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An INT8 bundle on a GPU that does not multiply INT8 is refused in one line, which names FP16."""
+    pretend_tensorrt(tmp_path, monkeypatch)
+    host = BuildHost("tensorrt", "10.3.0", "8.9", "NVIDIA L4", "580.1", 24 * 10**9)
+    recipe = recipe_for("l4", None, 1, (1,), 64, version=host.numbers)
+    monkeypatch.setenv("DUMMY_WITHOUT_INT8", "1")
+    with pytest.raises(BuildError) as raised:
+        engine_from_bundle(open_bundle(int8_bundle), recipe, tmp_path / "store", host)
+    said, _, _ = str(raised.value).partition("; what the builder said")
+    assert said == (
+        f"{int8_bundle}: tensorrt 10.3.0: the GPU here does not multiply INT8; build the checkpoint's export with "
+        "--fp16"
+    )
+
+
+@pytest.mark.slow  # a build of RTX
+def test_int8_on_a_device_that_chose_fp16(int8_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network is strongly typed, or the double would not build it; products that are not INT8 are told."""
+    pretend_tensorrt(tmp_path, monkeypatch)
+    monkeypatch.setenv("DUMMY_ATTENTIONS", "2")
+    host = BuildHost("tensorrt", "10.3.0", "8.9", "NVIDIA L4", "580.1", 24 * 10**9)
+    recipe = recipe_for("l4", None, 1, (1,), 64, version=host.numbers)
+    built = engine_from_bundle(open_bundle(int8_bundle), recipe, tmp_path / "store", host)
+    (step,) = (graph for graph in built.graphs if graph.graph == "step")
+    assert step.doubts == (
+        "step, profile 0: 0.0% of the quantized layers' multiply-adds are INT8, expected at least 99%",
+    )
+
+
 def test_the_timing_cache_is_pinned(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next build begins with the last one's cache while it has its digest; one that cannot be read is an error."""
     pretend_tensorrt(tmp_path, monkeypatch)

@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DiTTransformer2DModel
@@ -19,7 +21,7 @@ from dit_export.checkpoints.positions import Positions, rotary_table
 from dit_export.checkpoints.presets import PRESETS
 from dit_export.checkpoints.random_weights import random_tensors
 from dit_export.checkpoints.weights import Weights
-from dit_export.dry_run import DryRun, dry_run_of
+from dit_export.dry_run import DryRun, dry_run_of, dry_run_of_request
 from dit_export.dry_run_report import format_dry_run
 from dit_export.graphs.from_weights import conditioner_from_weights, step_from_weights
 from dit_export.graphs.model import (
@@ -27,9 +29,14 @@ from dit_export.graphs.model import (
     Step,
     table_axes,
 )
-from dit_export.graphs.precision import FP16, FP32
+from dit_export.graphs.precision import FP16, FP32, make_int8_policy
+from dit_export.graphs.quantize import quantize_step
 from dit_export.graphs.tracing import write_conditioner, write_steps
+from dit_export.reference.calibration import calibrate
+from dit_export.reference.emulation import linear_modules
 from dit_export.reference.official_model import DiT
+from dit_export.reference.pipeline import Reference
+from dit_export.request import ExportRequest
 from support.grids import grid
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -37,6 +44,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dit_engines.targets import DEVICES
 from dit_runtime.bundle.macs import count_conditioner_gmac, count_gmac, count_step_gmac
 from dit_runtime.bundle.manifest import CONDITIONINGS, ModelSpec
+from dit_runtime.bundle.quantization import linears_of
 from dit_runtime.bundle.reader import open_bundle
 
 
@@ -187,6 +195,43 @@ def test_bytes_are_the_exported_files(bundles: dict[str, Path], checkpoint: Path
         assert ("rows", *dry_run.table_shape) == manifest.table.shape
 
 
+def test_an_int8_export_is_what_was_said(int8_bundle: Path, checkpoint: Path) -> None:
+    """The bytes of its graphs to the byte, and the trajectories of its calibration, by the command's request."""
+    manifest = open_bundle(int8_bundle).manifest
+    _, dry_run = dry_run_of_request(ExportRequest(str(checkpoint), precision="int8"))
+    for graph in dry_run.graphs:
+        assert graph.quantized_bytes == manifest.files[f"graphs/{graph.name}.weights"].bytes
+    step = dry_run.graph("step")
+    assert step.quantized_bytes is not None
+    assert step.quantized_bytes < 0.7 * step.fp16_bytes  # the tiny model's positions and final layer are much of it
+    assert dry_run.calibration is not None
+    assert dry_run.calibration.spec == manifest.calibration
+    text = format_dry_run(dry_run)
+    print(text)
+    assert f"{step.quantized_bytes / 1e3:.1f} kB" in text
+    kept = ExportRequest(str(checkpoint), precision="int8", keep_fp16=("blocks.0", "blocks.1.mlp"))
+    _, fewer = dry_run_of_request(kept)
+    # A second byte for each weight of block 0 and of block 1's MLP; scales and factors are in the graph's own file.
+    more = 64 * 192 + 64 * 64 + 2 * 2 * 64 * 256
+    assert fewer.graph("step").quantized_bytes == step.quantized_bytes + more
+    assert "in FP16 blocks.0, blocks.1.mlp" in format_dry_run(fewer)
+
+
+def test_the_work_of_calibration(checkpoint: Path) -> None:
+    """As many evaluations of a branch as PyTorch makes, counted where a block's first product is."""
+    request = ExportRequest(str(checkpoint), precision="int8", calibration_images=3)
+    source, dry_run = dry_run_of_request(request)
+    assert dry_run.calibration is not None
+    spec = replace(dry_run.calibration.spec, steps=5)
+    reference, rows = Reference(source), []
+    first, *_ = linear_modules(reference)["blocks.0.mlp.fc1"]
+    first.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    with torch.inference_mode():
+        calibrate(reference, spec, lambda _: True, lambda: None)
+    assert sum(rows) == dry_run.calibration.evaluations * 5 // dry_run.calibration.spec.steps == 3 * 5 * 2
+    assert dry_run.calibration.gmac == pytest.approx(3 * 50 * 2 * count_gmac(source.model))
+
+
 LIGHTNING: dict[str, Any] = {"qk_norm": "rms", "norm": "rms", "mlp": "swiglu", "rotary": True}
 
 
@@ -213,6 +258,31 @@ def test_bytes_of_every_conditioning(conditioning: str, parts: dict[str, Any], t
     # measured: 1.2e-3 with adaLN, where it keeps one of three; at XL's width it keeps each, and this is to the byte
     spare = 2 * 320 * 4 if conditioning.startswith("adaln") and not parts else 0
     assert dry_run.graph("step").fp16_bytes == found["step"] + spare
+
+
+@pytest.mark.slow  # traces, to the byte for the layers that the tiny model does not have
+@pytest.mark.parametrize(
+    ("conditioning", "parts"), [("cross-attention", {}), ("in-context", {}), ("adaln-zero", LIGHTNING)]
+)
+def test_int8_bytes_of_a_conditioning(conditioning: str, parts: dict[str, Any], tmp_path: Path) -> None:
+    """To the byte, with a layer that stays FP16."""
+    model = replace(small(conditioning, width=576), depth=1, **parts)
+    weights = Weights("random", random_tensors(official_shapes(model, 8), 0))
+    positions = Positions(weights["pos_embed"], rotary_table(576 // 4, model.grid) if model.rotary else None)
+    step = step_from_weights(model, Numerics(), FP16, weights, positions)
+    int8, state = make_int8_policy(["blocks.0.attn.proj"]), step.state_dict()
+    scales = {name: 0.5 for name in linears_of(conditioning, 1) if int8.quantizes(name)}
+    factors = {name: np.ones(model.mlp_width, np.float32) for name in scales if name.endswith("mlp.fc2")}
+
+    def quantize(traced: ir.Model) -> None:
+        quantize_step(traced, scales, factors, lambda name: state[f"{name}.weight"].float().numpy())
+
+    dtype = conditioner_from_weights(model, Numerics(), FP16, weights).table_dtype
+    (tmp_path / "graphs").mkdir()
+    list(write_steps(tmp_path, step, dtype, {model.latent_size: positions}, quantize))
+    found = dry_run_of(model, int8, family="official").graph("step")
+    assert found.quantized_bytes == (tmp_path / "graphs" / "step.weights").stat().st_size
+    assert found.quantized_bytes < 0.7 * found.fp16_bytes
 
 
 @pytest.mark.parametrize(
@@ -298,6 +368,9 @@ def test_the_plan_in_print_and_in_json() -> None:
         assert values["source_parameters"] == dry_run.source_parameters
         assert values["sizes"][0]["rooflines"][0]["bound_ms"] == dry_run.sizes[0].rooflines[0].bound_ms
         assert values["table_bytes"]["50"] == dry_run.table_bytes[50]
+    int8 = dry_run_of(preset("XL/2"), make_int8_policy([]), meta_vae())
+    assert f"{(int8.graph('step').quantized_bytes or 0) / 1e6:.1f}" == "449.0"
+    assert max(map(len, format_dry_run(int8).splitlines())) <= 110
     text = format_dry_run(dry_runs[0])
     for figure in ("749.8 M", "118.62", "524.54", "894.1 MB", "28 copies of the embedders → 1", "33.9%", "78.3 MB"):
         assert figure in text

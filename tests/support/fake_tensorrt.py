@@ -20,7 +20,15 @@ _parsed: list[Path] = []
 
 
 class Builder(tensorrt_rtx.Builder):
-    """Builds for the GPU that is not here."""
+    """Builds for the GPU that is not here; ``DUMMY_WITHOUT_INT8`` is one that has no INT8."""
+
+    platform_has_fast_int8 = "DUMMY_WITHOUT_INT8" not in os.environ
+
+    def create_network(self, flags: int = 0) -> Any:
+        """Explicit quantization is exact only where every type is the graph's own."""
+        if not flags & 1 << int(tensorrt_rtx.NetworkDefinitionCreationFlag.STRONGLY_TYPED):
+            raise RuntimeError("a weakly typed network: TensorRT would choose the datatypes itself")
+        return super().create_network(flags)
 
     def create_builder_config(self) -> Any:
         config = super().create_builder_config()

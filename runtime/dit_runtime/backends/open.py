@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 from dit_runtime.backends.base import Backend, Candidate, Engine, EngineOptions
-from dit_runtime.bundle.precision import precision_named
+from dit_runtime.bundle.precision import Precision, precision_named
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import EngineError
+from dit_runtime.core.machine import Processor, explain_slow_int8, read_processor
+
+logger = logging.getLogger(__name__)
 
 # Each name that ``--engine`` takes, and the module with its ``BACKEND``. ``auto`` tries engines in this order: the one
 # that is expected to be fastest first.
@@ -56,7 +61,17 @@ def open_engine(
             what to do.
     """
     asked = None if precision is None else precision_named(precision, EngineError)
-    return backend_named(name).open(bundle, name, EngineOptions(threads, asked, store))
+    engine = backend_named(name).open(bundle, name, EngineOptions(threads, asked, store))
+    if bundle.manifest.precision.name == Precision.INT8 and engine.info.device == "CPU":
+        _say_if_slow(read_processor())
+    return engine
+
+
+@lru_cache
+def _say_if_slow(processor: Processor) -> None:
+    """Log, once, that this processor does not multiply INT8."""
+    if (line := explain_slow_int8(processor)) is not None:
+        logger.warning(line)
 
 
 def engine_for(bundle: Bundle, name: str, threads: int = 0, precision: str | None = None) -> Engine:

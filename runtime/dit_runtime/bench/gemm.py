@@ -16,6 +16,8 @@ from dit_runtime.bundle.precision import Precision
 from dit_runtime.samplers.noise import Float32
 
 CALLS = 5  # of each shape; the fastest counts, since the rate is a limit
+LARGEST_INPUT = 6.0  # what 127 stands for, of an input of INT8 products
+PRODUCTS = ("FullyConnected", "MatMul")  # OpenVINO's names of products in a compiled model
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,13 @@ def shapes_of(model: ModelSpec, rows: int) -> list[tuple[int, int, int]]:
 def measure_gemm_rates(
     shapes: Sequence[tuple[int, int, int]], precision: Precision = Precision.FP32, threads: int = 0
 ) -> list[GemmRate]:
-    """Measure the rates of numpy's BLAS (FP32) and of OpenVINO (FP32 and BF16) where they are installed, in turn.
+    """Measure the rates of numpy's BLAS (FP32) and of OpenVINO where they are installed, in turn.
 
     Args:
         shapes: (M, K, N) of each product.
-        precision: ``fp32`` or ``bf16``; numpy has no BF16, so without OpenVINO the list is empty.
+        precision: ``fp32``, ``bf16`` or ``int8``; numpy has FP32 alone, so for others the list is empty without
+            OpenVINO, and for INT8 where OpenVINO does not multiply it here. INT8 products read numbers that are rounded
+            to INT8 before each, as in the step of an INT8 bundle.
         threads: of OpenVINO; 0 lets it choose. The environment sets numpy's.
     """
     random = np.random.default_rng(0)
@@ -58,7 +62,8 @@ def measure_gemm_rates(
         if precision == Precision.FP32:
             work.append(("numpy", (m, k, n), _product_by_numpy(left, forth, back)))
         if importlib.util.find_spec("openvino") is not None:
-            work.append(("openvino", (m, k, n), _product_by_openvino(left, forth, back, precision, threads)))
+            product = _product_by_openvino(left, forth, back, precision, threads)
+            work += [] if product is None else [("openvino", (m, k, n), product)]
     best = [float("inf")] * len(work)
     for _ in range(1 + CALLS):  # the first call fills caches and pages
         for index, (_, _, call) in enumerate(work):
@@ -76,17 +81,35 @@ def _product_by_numpy(left: Float32, forth: Float32, back: Float32) -> Callable[
 
 
 def _product_by_openvino(
-    left: Float32, forth: Float32, back: Float32, precision: str, threads: int
-) -> Callable[[], Any]:
+    left: Float32, forth: Float32, back: Float32, precision: Precision, threads: int
+) -> Callable[[], Any] | None:
+    """Both products in turn; None if OpenVINO does not multiply INT8 where that is asked for."""
     openvino = import_openvino()
     opset13 = openvino.opset13
-
     parameter = opset13.parameter(list(left.shape), np.float32)
-    product = opset13.matmul(parameter, opset13.constant(forth), False, False)
-    product = opset13.matmul(product, opset13.constant(back), False, False)
+    product, int8 = parameter, precision == Precision.INT8
+    for weight in (forth, back):
+        if int8:  # values of both inputs have a deviation near 1
+            ends = [opset13.constant(np.float32(end)) for end in 2 * (-LARGEST_INPUT * 128 / 127, LARGEST_INPUT)]
+            product = opset13.fake_quantize(product, *ends, 256)
+        product = opset13.matmul(product, _weight_by_openvino(opset13, weight, int8), False, False)
     model = openvino.Model([opset13.result(product)], [parameter])
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "bf16" if precision == Precision.BF16 else "f32"}
     if threads:
         settings["INFERENCE_NUM_THREADS"] = threads
-    request = load_core().compile_model(model, "CPU", settings).create_infer_request()
+    compiled = load_core().compile_model(model, "CPU", settings)
+    kinds = [node.get_rt_info() for node in compiled.get_runtime_model().get_ops()] if int8 else []
+    types = [kind["runtimePrecision"].astype(str) for kind in kinds if kind["layerType"].astype(str) in PRODUCTS]
+    if int8 and (not types or not set(types) <= {"i8", "u8"}):
+        return None
+    request = compiled.create_infer_request()
     return lambda: request.infer([left], share_inputs=True, share_outputs=True)
+
+
+def _weight_by_openvino(opset13: Any, weight: Float32, int8: bool) -> Any:
+    """A weight as a constant; in INT8 with a scale for each output channel."""
+    if not int8:
+        return opset13.constant(weight)
+    scales = (np.abs(weight).max(axis=0, keepdims=True) / 127).astype(np.float32)
+    numbers = opset13.constant(np.round(weight / scales).astype(np.int8))
+    return opset13.multiply(opset13.convert(numbers, np.float32), opset13.constant(scales))

@@ -14,7 +14,9 @@ from dit_runtime.backends.base import Engine
 from dit_runtime.backends.step import compute_table, state_from_latents, step_inputs
 from dit_runtime.bench.gemm import measure_gemm_rates, shapes_of
 from dit_runtime.bench.timing import ClockedEngine, time_calls, timing_of
-from dit_runtime.bundle.macs import count_step_gmac
+from dit_runtime.bundle.macs import count_linear_gmac, count_step_gmac
+from dit_runtime.bundle.precision import Precision
+from dit_runtime.bundle.quantization import linears_of
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.progress import Progress
 from dit_runtime.pipeline import Pipeline
@@ -120,16 +122,34 @@ def time_images(bundle: Bundle, engine: Engine, batch: int, steps: int, runs: in
 def compare_with_gemm(bundle: Bundle, engine: Engine, parts: dict[int, dict[str, Any]]) -> dict[str, Any]:
     """The fastest matrix product of the model's shapes on this CPU, and for each batch the guided step's rate as a
     share of it; empty for an engine on a GPU, or without a library for the engine's precision.
+
+    Of an INT8 bundle the limit is mixed: the quantized layers at the fastest INT8 product, all else at the fastest one
+    of the engine's precision. Where nothing multiplies INT8 here, it is the latter alone.
     """
     if engine.info.device != "CPU":
         return {}  # the rates are the CPU's
-    model = bundle.manifest.model
-    rates = measure_gemm_rates(shapes_of(model, 2 * max(parts)), engine.info.precision, engine.info.threads)
+    manifest, model = bundle.manifest, bundle.manifest.model
+    shapes, threads = shapes_of(model, 2 * max(parts)), engine.info.threads
+    rates = measure_gemm_rates(shapes, engine.info.precision, threads)
     if not rates:
         return {}
-    best = max(rates, key=lambda rate: rate.gflops)
+    linears = linears_of(model.conditioning, model.depth)
+    quantized = sum(count_linear_gmac(model, name) for name in linears if manifest.precision.quantizes(name))
+    own = measure_gemm_rates(shapes, Precision.INT8, threads) if quantized else []
+    best, work = max(rates, key=lambda rate: rate.gflops), count_step_gmac(model)
+    found: dict[str, Any] = {"best": asdict(best), "rates": [asdict(rate) for rate in (*rates, *own)]}
+    limit = best.gflops
+    if own:
+        int8, share = max(own, key=lambda rate: rate.gflops), quantized / work
+        limit = mix_rates(share, int8.gflops, best.gflops)
+        found |= {"int8": asdict(int8), "int8_share": round(share, 4), "limit_gflops": round(limit, 1)}
     shares = {}
     for batch, timings in parts.items():
-        gflops = 2 * 2 * batch * count_step_gmac(model) / (timings[GUIDED].p50_ms / 1e3)
-        shares[batch] = {"step_gflops": round(gflops, 1), "share": round(gflops / best.gflops, 4)}
-    return {"best": asdict(best), "rates": [asdict(rate) for rate in rates], "guided_step": shares}
+        gflops = 2 * 2 * batch * work / (timings[GUIDED].p50_ms / 1e3)
+        shares[batch] = {"step_gflops": round(gflops, 1), "share": round(gflops / limit, 4)}
+    return {**found, "guided_step": shares}
+
+
+def mix_rates(share: float, first: float, second: float) -> float:
+    """The rate of work of which a share, 0 to 1, runs at the first rate, and then the rest at the second."""
+    return 1 / (share / first + (1 - share) / second)

@@ -31,17 +31,27 @@ def tables_of(report: dict[str, Any]) -> dict[str, list[Sequence[str]]]:
     if "sizes" in report:
         tables["sizes, p50 in ms"] = _table_of_sizes(report["sizes"])
     if report.get("gemm"):
-        best = report["gemm"]["best"]
-        title = (
-            f"guided step against the fastest matrix product here ({best['library']} {best['precision']}, "
-            f"{best['m']}x{best['k']}x{best['n']}: {best['gflops']:.0f} GFLOP/s)"
-        )
+        title = _title_of_gemm(report["gemm"])
         tables[title] = [("batch", "GFLOP/s", "share")]
         tables[title] += [
             (str(batch), f"{found['step_gflops']:.0f}", f"{found['share']:.1%}")
             for batch, found in report["gemm"]["guided_step"].items()
         ]
     return tables
+
+
+def _title_of_gemm(gemm: dict[str, Any]) -> str:
+    """What the guided step is compared with: a rate, or in an INT8 bundle the mix of two."""
+    shown = " and ".join(
+        f"{rate['library']} {rate['precision']}, {rate['m']}x{rate['k']}x{rate['n']}: {rate['gflops']:.0f} GFLOP/s"
+        for rate in (gemm[name] for name in ("int8", "best") if name in gemm)
+    )
+    if "int8" not in gemm:
+        return f"guided step against the fastest matrix product here ({shown})"
+    return (
+        f"guided step against the fastest matrix products here ({shown}; with {gemm['int8_share']:.1%} in INT8 "
+        f"{gemm['limit_gflops']:.0f} GFLOP/s)"
+    )
 
 
 def _table_of_images(timings: dict[Any, dict[str, Any]], unit: str) -> list[Sequence[str]]:

@@ -45,6 +45,13 @@ def count_tokens(model: ModelSpec) -> int:
     return model.tokens + (CONDITION_TOKENS if model.conditioning == "in-context" else 0)
 
 
+def count_linear_gmac(model: ModelSpec, name: str) -> float:
+    """Count the GMAC of a block's linear layer, such as ``blocks.17.mlp.fc1``, for one branch of one image."""
+    d, hidden = model.width, model.mlp_width
+    sizes = {"attn.qkv": 3 * d * d, "mlp.fc1": (2 if model.mlp == "swiglu" else 1) * d * hidden, "mlp.fc2": hidden * d}
+    return count_tokens(model) * sizes.get(name.split(".", 2)[2], d * d) / 1e9
+
+
 def count_step_gmac(model: ModelSpec) -> float:
     """Count the GMAC of one branch of one image in the step graph: the work that every sampling step repeats."""
     d, patch, tokens = model.width, model.patch_size**2, count_tokens(model)

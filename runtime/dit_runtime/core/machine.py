@@ -9,7 +9,7 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
-from dit_runtime.core.environment import CPU_FLAGS
+from dit_runtime.core.environment import CPU_FLAGS, INT8_FLAGS
 from dit_runtime.core.errors import EngineError
 
 
@@ -32,6 +32,17 @@ def read_processor(root: Path = Path("/")) -> Processor:
             elif key.strip() in ("flags", "Features"):
                 return Processor(model, tuple(flag for flag in CPU_FLAGS if flag in value.split()))
     return Processor(model, ())
+
+
+def explain_slow_int8(processor: Processor) -> str | None:
+    """A line that says what INT8 is worth on a processor that does not multiply it; None of others and unknown ones."""
+    if not processor.flags or set(INT8_FLAGS) & set(processor.flags):
+        return None
+    return (
+        f"this CPU ({processor.model}) has no instructions that multiply INT8 ({' or '.join(INT8_FLAGS)}), so an INT8 "
+        "bundle may be slower here than others; compare the checkpoint's export with --fp16, or without an option for "
+        "FP32: dit-bench BUNDLE"
+    )
 
 
 def describe_machine() -> dict[str, str]:

@@ -27,6 +27,7 @@ from support.onnxruntime_graphs import GraphSession
 from support.optional import onnx, torch
 
 from dit_runtime import Pipeline
+from dit_runtime.backends import open as opening
 from dit_runtime.backends import prepared
 from dit_runtime.backends.base import Candidate, most_threads
 from dit_runtime.backends.conditioning import TableLimits
@@ -968,3 +969,18 @@ def test_fp16_products_are_fp32_on_a_cpu() -> None:
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     x = np.array([[1000, 3], [-5, 7]], np.float16)  # 1000 · 2¹² is beyond 65504
     np.testing.assert_array_equal(session.run(None, {"x": x})[0], x)
+
+
+def test_a_cpu_without_int8_is_told_once(
+    int8_bundle: Path, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever opens an INT8 bundle on a CPU that does not multiply INT8 reads it, once; of other bundles nothing."""
+    monkeypatch.setattr(opening, "read_processor", lambda: cpu.Processor("Old 1", ("avx2",)))
+    opening._say_if_slow.cache_clear()
+    open_engine(open_bundle(bundles["fp16"]), "onnxruntime", threads=1)
+    assert caplog.messages == []
+    for _ in range(2):
+        open_engine(open_bundle(int8_bundle), "onnxruntime", threads=1)
+    (said,) = caplog.messages
+    assert said.startswith("this CPU (Old 1) has no instructions that multiply INT8")
+    opening._say_if_slow.cache_clear()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,13 +14,19 @@ from support.commands import run_command, run_process
 
 from dit_runtime.backends.base import most_threads
 from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
-from dit_runtime.bench import benchmark
+from dit_runtime.bench import benchmark, gemm, parts
 from dit_runtime.bench.benchmark import BenchmarkRequest
-from dit_runtime.bench.gemm import measure_gemm_rates, shapes_of
+from dit_runtime.bench.gemm import GemmRate, measure_gemm_rates, shapes_of
+from dit_runtime.bench.report import tables_of
 from dit_runtime.bench.timing import time_calls, timing_of
+from dit_runtime.bundle.macs import count_linear_gmac, count_step_gmac
+from dit_runtime.bundle.precision import Precision
+from dit_runtime.bundle.quantization import linears_of
 from dit_runtime.bundle.reader import open_bundle
+from dit_runtime.bundle.stored_numbers import numbers_of_graph
 from dit_runtime.core.machine import memory_use
 from dit_runtime.verify.auto import Choice
+from dit_runtime.verify.metrics import relative_l2
 
 
 def test_the_report_adds_up(bundles: dict[str, Path], tmp_path: Path) -> None:
@@ -101,6 +109,61 @@ def test_the_rate_of_products(bundles: dict[str, Path]) -> None:
     rates = measure_gemm_rates([(256, 256, 512)])
     assert {(rate.library, rate.m, rate.k, rate.n) for rate in rates} >= {("numpy", 256, 256, 512)}
     assert all(0.1 < rate.gflops < 1e5 for rate in rates)
+
+
+def test_the_rate_of_int8_products() -> None:
+    """OpenVINO multiplies INT8 and gets the same product; where it would multiply something else there is no rate."""
+    pytest.importorskip("openvino")
+    for rate in measure_gemm_rates([(256, 256, 512)], Precision.INT8, threads=1):
+        assert (rate.library, rate.precision) == ("openvino", "int8")
+        assert 0.1 < rate.gflops < 1e5
+    random = np.random.default_rng(0)
+    left, forth, back = (random.standard_normal(shape, np.float32) for shape in ((64, 128), (128, 256), (256, 128)))
+    forth, back = forth / np.float32(np.sqrt(128)), back / np.float32(np.sqrt(256))
+    multiply = gemm._product_by_openvino(left, forth, back, Precision.INT8, 1)
+    assert multiply is not None
+    found, wanted = np.asarray(multiply()[0]), (left @ forth) @ back
+    assert 1e-3 < relative_l2(found, wanted) < 0.05  # measured: 2.2e-2
+
+
+def test_the_mixed_limit_of_int8(int8_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The quantized layers' share at INT8's rate and the rest at the engine's own; without INT8 here, the latter."""
+    bundle = open_bundle(int8_bundle)
+    model = bundle.manifest.model
+    # The blocks' four products, by the integers that the step stores, for each of 16 tokens; with attention's two
+    # products and the two ends it is the whole step.
+    stored = numbers_of_graph(bundle, "step")
+    names = linears_of("adaln-zero", 2)
+    quantized = sum(16 * stored[f"{name}.weight"].size for name in names) / 1e9
+    assert sum(count_linear_gmac(model, name) for name in names) == pytest.approx(quantized)
+    whole = quantized + (2 * 2 * 16 * 16 * 64 + 16 * 4 * (4 + 8) * 64) / 1e9
+    assert count_step_gmac(model) == pytest.approx(whole)
+    rates = {Precision.INT8: 400.0, Precision.FP32: 100.0}
+    monkeypatch.setattr(
+        parts,
+        "measure_gemm_rates",
+        lambda shapes, precision, threads: [GemmRate("x", precision, 1, 2, 3, rates[precision])],
+    )
+    engine: Any = SimpleNamespace(info=SimpleNamespace(device="CPU", precision=Precision.FP32, threads=1))
+    timings: Any = {1: {parts.GUIDED: SimpleNamespace(p50_ms=1.0)}}
+    found = parts.compare_with_gemm(bundle, engine, timings)
+    limit = whole / (quantized / 400 + (whole - quantized) / 100)
+    assert found["limit_gflops"] == pytest.approx(limit, rel=1e-3)
+    assert found["guided_step"][1]["share"] == pytest.approx(4 * whole / 1e-3 / limit, rel=1e-2)
+    assert f"x int8, 1x2x3: 400 GFLOP/s and x fp32, 1x2x3: 100 GFLOP/s; with {quantized / whole:.1%}" in str(
+        tables_of({"parts": {}, "gemm": found})
+    )
+    monkeypatch.setattr(
+        parts,
+        "measure_gemm_rates",
+        lambda shapes, precision, threads: (
+            [] if precision == Precision.INT8 else [GemmRate("x", precision, 1, 2, 3, 100.0)]
+        ),
+    )
+    plain = parts.compare_with_gemm(bundle, engine, timings)
+    assert "int8" not in plain
+    assert plain["guided_step"][1]["share"] == pytest.approx(4 * whole / 1e-3 / 100, rel=1e-2)
+    assert "fastest matrix product here (x fp32" in str(tables_of({"parts": {}, "gemm": plain}))
 
 
 def test_memory_of_another_system(tmp_path: Path) -> None:

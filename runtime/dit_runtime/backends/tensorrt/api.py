@@ -150,6 +150,7 @@ def plan_from_onnx(
     auxiliary_streams: int | None = None,
     timing_cache: bytes | None = None,
     tactic_bytes: int | None = None,
+    int8: bool = False,
 ) -> Built:
     """Compile a strongly typed ONNX file to a plan. TF32 is off.
 
@@ -165,8 +166,10 @@ def plan_from_onnx(
         auxiliary_streams: the most auxiliary streams; None lets the library choose.
         timing_cache: from an earlier build by the same library on the same device; None is empty. TensorRT only.
         tactic_bytes: the most device memory that the builder may take to time kernels; None is the library's default.
+        int8: whether products of the graph are INT8.
 
     Raises:
+        EngineError: the GPU here has no INT8, and the graph needs it.
         BuildError: the file cannot be parsed or compiled, a profile is refused, or the build was cancelled.
     """
     trt = library.module
@@ -196,6 +199,11 @@ def plan_from_onnx(
 
     own_logger = make_logger(library, note)
     builder: Builder = _make_builder(library, own_logger, errors)
+    if int8 and not getattr(builder, "platform_has_fast_int8", True):  # TensorRT 11 and RTX do not tell: they have it
+        raise EngineError(
+            f"{library.name} {library.version}: the GPU here does not multiply INT8; build the checkpoint's export "
+            "with --fp16"
+        )
     # TensorRT 10 needs this flag. In 11 every network is strongly typed, and the flag is ignored.
     network: INetworkDefinition = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser: OnnxParser = trt.OnnxParser(network, own_logger)
