@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 
 from dit_export.checkpoints.families import FAMILIES
-from dit_export.checkpoints.mean_flow import ARGUMENTS, check_parameters, find_second_time, is_unguided
+from dit_export.checkpoints.mean_flow import ARGUMENTS, check_arguments, check_parameters, find_second_time, is_unguided
 from dit_export.checkpoints.source import Source
 from dit_export.checkpoints.statements import ALONE, MODEL_NAME, Statements, quote
 from dit_export.checkpoints.training_parts import ModelPart
@@ -82,6 +82,7 @@ def find_conventions(
     Raises:
         CheckpointError: the options contradict the file, or neither tells, or what they tell is not supported.
     """
+    check_arguments(said)
     file = _evidence_of_arguments(said)
     by_arguments = file
     if part.family == "lightningdit":

@@ -6,7 +6,7 @@ zhuyu-cs/MeanFlow's models embed t − r beside t, with time from noise at 1. Ot
 from __future__ import annotations
 
 from dit_export.checkpoints.source import Source
-from dit_export.checkpoints.statements import ALONE, Statements
+from dit_export.checkpoints.statements import ALONE, Statements, quote
 from dit_runtime.bundle.manifest import END, INTERVAL, NOISE_AT_1
 from dit_runtime.core.errors import CheckpointError
 
@@ -14,6 +14,20 @@ from dit_runtime.core.errors import CheckpointError
 AS_MEANFLOW = f"--family meanflow --path linear --second-time {INTERVAL}"
 ARGUMENTS = ("ratio_r_not_equal_t", "cfg_omega", "cfg_kappa")
 PROVEN = ("meanflow",)
+
+
+def check_arguments(said: Statements) -> None:
+    """Check that a model with a SiT's parameters does not get a second time by them.
+
+    Raises:
+        CheckpointError: its training arguments are kyungmnlee/dmf's, whose later blocks get r by the embedder of t.
+    """
+    if argument := said.sign_of(("dmf_depth",)):
+        raise CheckpointError(
+            f"{said.source}: its training arguments say {argument} = {quote(said.arguments[argument])}, which only a "
+            "Decoupled MeanFlow, with the second time in its later blocks alone, has; not supported; the nearest "
+            "family that is: meanflow"
+        )
 
 
 def check_parameters(source: Source, said: Statements, families: tuple[str, ...], words: str, sign: str) -> None:
