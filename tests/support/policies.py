@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 Array = np.ndarray[Any, Any]
 
-ACTIONS, HORIZON, WIDTH, DEPTH, HEADS, TIME, OBSERVATION, BASE = 3, 8, 32, 2, 4, 16, 11, 100.0
+ACTIONS, HORIZON, WIDTH, DEPTH, HEADS, TIME, OBSERVATION, BASE = 3, 8, 64, 2, 4, 16, 11, 100.0
 DIFFUSION = {
     "objective": "diffusion",
     "noise_scheduler_type": "DDIM",

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from dit_runtime.backends.base import Engine
-from dit_runtime.bench.parts import compare_with_gemm, time_images, time_parts
+from dit_runtime.bench.parts import compare_with_gemm, time_images, time_parts, time_policy, time_policy_calls
 from dit_runtime.bench.timing import Timing
 from dit_runtime.bundle.reader import Bundle, open_bundle
 from dit_runtime.core.environment import describe_environment
+from dit_runtime.core.errors import SamplingError
 from dit_runtime.core.machine import memory_use
 from dit_runtime.samplers.by_name import count_default_steps
 from dit_runtime.verify.auto import choose_engine
@@ -19,6 +20,7 @@ from dit_runtime.verify.verification import trajectories_of
 
 STEPS = 50
 SWEEP_STEPS = (10, 25, 50)
+POLICY_CALLS = 1000  # whole calls of a policy, of which the worst is reported
 
 
 @dataclass(frozen=True)
@@ -65,17 +67,12 @@ def benchmark(request: BenchmarkRequest) -> dict[str, Any]:
     """
     bundle = open_bundle(request.bundle, request.store)
     engine = _open_engine(request, bundle)
+    if bundle.manifest.model.observation:
+        return _benchmark_policy(request, bundle, engine)
     steps = _count_steps(bundle, STEPS) if request.steps is None else request.steps
     parts = {batch: time_parts(bundle, engine, batch, steps, request.repeat) for batch in request.batches}
     report: dict[str, Any] = {
-        "bundle": bundle.digest,
-        "model": bundle.manifest.source.name,
-        "image_size": bundle.manifest.image_size,
-        "precision": bundle.manifest.precision.name,
-        "engine": engine.info.name,
-        "verified": True,
-        "steps": steps,
-        "environment": describe_environment(request.threads),
+        **_facts_of(request, bundle, engine, steps),
         "parts": {batch: _json_from_timings(timings) for batch, timings in parts.items()},
     }
     if request.image_runs > 0:
@@ -89,6 +86,37 @@ def benchmark(request: BenchmarkRequest) -> dict[str, Any]:
         report["gemm"] = compare_with_gemm(bundle, engine, parts)
     report["memory_bytes"] = memory_use()
     return report
+
+
+def _benchmark_policy(request: BenchmarkRequest, bundle: Bundle, engine: Engine) -> dict[str, Any]:
+    """A policy's report: by default of its own sampler and steps, whose calls must come in time."""
+    if request.sweep:
+        raise SamplingError(
+            f"{bundle.path}: is a policy's bundle, which has one size; name the steps instead (--steps)"
+        )
+    manifest = bundle.manifest
+    steps = manifest.defaults.steps if request.steps is None else request.steps
+    parts = {batch: time_policy(bundle, engine, batch, steps, request.repeat) for batch in request.batches}
+    report = {
+        **_facts_of(request, bundle, engine, steps),
+        "actions": [manifest.model.latent_size[1], manifest.model.latent_channels],
+        "parts": {batch: _json_from_timings(timings) for batch, timings in parts.items()},
+        "calls": {batch: time_policy_calls(bundle, engine, batch, steps, POLICY_CALLS) for batch in request.batches},
+    }
+    return {**report, "memory_bytes": memory_use()}
+
+
+def _facts_of(request: BenchmarkRequest, bundle: Bundle, engine: Engine, steps: int) -> dict[str, Any]:
+    return {
+        "bundle": bundle.digest,
+        "model": bundle.manifest.source.name,
+        "image_size": bundle.manifest.image_size,
+        "precision": bundle.manifest.precision.name,
+        "engine": engine.info.name,
+        "verified": True,
+        "steps": steps,
+        "environment": describe_environment(request.threads),
+    }
 
 
 def _open_engine(request: BenchmarkRequest, bundle: Bundle) -> Engine:

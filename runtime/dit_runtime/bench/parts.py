@@ -13,13 +13,14 @@ import numpy as np
 from dit_runtime.backends.base import Engine
 from dit_runtime.backends.step import compute_table, state_from_latents, step_inputs
 from dit_runtime.bench.gemm import measure_gemm_rates, shapes_of
-from dit_runtime.bench.timing import ClockedEngine, time_calls, timing_of
+from dit_runtime.bench.timing import MOST_WARMUPS, ClockedEngine, time_calls, timing_of
 from dit_runtime.bundle.macs import count_linear_gmac, count_step_gmac
 from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.quantization import linears_of
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.progress import Progress
 from dit_runtime.pipeline import Pipeline
+from dit_runtime.policy import Policy
 from dit_runtime.samplers.by_name import schedule_for
 from dit_runtime.samplers.guidance import branch_rows, guidance_weights
 from dit_runtime.sampling.settings import Settings
@@ -73,6 +74,49 @@ def time_parts(bundle: Bundle, engine: Engine, batch: int, steps: int, repeat: i
     for name, timing in time_calls(whole, max(repeat // 4, 3), f"timing loops, batch {batch}").items():
         found[name] = timing.of_each(steps)
     return found
+
+
+def time_policy(bundle: Bundle, engine: Engine, batch: int, steps: int, repeat: int) -> dict[str, Any]:
+    """A ``Timing`` of a policy's conditioner for ``steps`` timesteps, and of its step."""
+    manifest, model = bundle.manifest, bundle.manifest.model
+    schedule = schedule_for(manifest.defaults.sampler, model, manifest.diffusion, steps)
+    given = _draw_observations(bundle, batch)
+    numbers = np.tile(np.arange(batch), len(schedule.timesteps))
+    times = np.repeat(schedule.timesteps, batch)
+    table = compute_table(engine, manifest, times, numbers, given)
+    actions = (batch, model.latent_channels, *model.latent_size)
+    inputs = step_inputs(
+        manifest,
+        state_from_latents(np.random.default_rng(0).standard_normal(actions).astype(np.float32)),
+        np.repeat(schedule.coefficients[:1], batch, axis=0),
+        guidance_weights(1.0, batch, model.latent_channels, model.latent_channels),
+        np.arange(batch, dtype=np.int32)[None],
+        table,
+    )
+    return time_calls(
+        {
+            f"conditioner, {steps} steps": partial(compute_table, engine, manifest, times, numbers, given),
+            "step": partial(engine.session("step").run, inputs, ["next_state", "denoised"]),
+        },
+        repeat,
+        f"timing parts, batch {batch}",
+    )
+
+
+def time_policy_calls(bundle: Bundle, engine: Engine, batch: int, steps: int, calls: int) -> dict[str, Any]:
+    """The ``Timing`` of whole calls of a policy, observations in and actions out, and their jitter, p99 - p50.
+
+    Each call has observations of its own, as a robot's has: nothing of the call before serves.
+    """
+    policy = Policy(bundle, engine)
+    given = iter(_draw_observations(bundle, (calls + MOST_WARMUPS + 2) * batch).reshape(-1, batch, policy.observation))
+    work = {"call": lambda: policy(next(given), steps=steps)}
+    timing = time_calls(work, calls, f"timing calls, batch {batch}")["call"]
+    return {**asdict(timing), "jitter_ms": round(timing.p99_ms - timing.p50_ms, 3)}
+
+
+def _draw_observations(bundle: Bundle, count: int) -> Any:
+    return np.random.default_rng(1).standard_normal((count, bundle.manifest.model.observation)).astype(np.float32)
 
 
 def time_images(bundle: Bundle, engine: Engine, batch: int, steps: int, runs: int) -> dict[str, Any]:

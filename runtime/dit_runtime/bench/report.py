@@ -16,13 +16,13 @@ PLOTS = (".png", ".svg", ".pdf")
 def tables_of(report: dict[str, Any]) -> dict[str, list[Sequence[str]]]:
     """The report's tables by title, each a header and rows of text."""
     tables: dict[str, list[Sequence[str]]] = {}
-    head = ("", "first", "p50", "p95", "p99")
+    columns = {"first_ms": "first", "p50_ms": "p50", "p95_ms": "p95", "p99_ms": "p99", "worst_ms": "worst"}
+    head = ("", *columns.values())
     for batch, timings in report["parts"].items():
-        rows = [
-            (name, *(f"{row[key]:.2f}" for key in ("first_ms", "p50_ms", "p95_ms", "p99_ms")))
-            for name, row in timings.items()
-        ]
+        rows = [(name, *(f"{row[key]:.2f}" for key in columns)) for name, row in timings.items()]
         tables[f"parts, batch {batch}, ms"] = [head, *rows]
+    if "calls" in report:
+        tables[f"whole calls of {report['steps']} steps, ms"] = _table_of_calls(report["calls"])
     if "pictures" in report:
         tables["whole images"] = _table_of_images(report["pictures"], "batch")
     if "step_counts" in report:
@@ -52,6 +52,13 @@ def _title_of_gemm(gemm: dict[str, Any]) -> str:
         f"guided step against the fastest matrix products here ({shown}; with {gemm['int8_share']:.1%} in INT8 "
         f"{gemm['limit_gflops']:.0f} GFLOP/s)"
     )
+
+
+def _table_of_calls(timings: dict[Any, dict[str, Any]]) -> list[Sequence[str]]:
+    """A policy's whole calls by batch: the usual one, the rare ones, and how far apart they are."""
+    names = {"p50_ms": "p50", "p99_ms": "p99", "worst_ms": "worst", "jitter_ms": "jitter (p99 - p50)"}
+    rows = [(str(batch), *(f"{row[key]:.2f}" for key in names), str(row["calls"])) for batch, row in timings.items()]
+    return [("batch", *names.values(), "calls"), *rows]
 
 
 def _table_of_images(timings: dict[Any, dict[str, Any]], unit: str) -> list[Sequence[str]]:
@@ -84,9 +91,11 @@ def _split_names(timings: dict[Any, dict[str, Any]]) -> list[str]:
 def heading_of(report: dict[str, Any]) -> list[str]:
     """Lines that say which model and engine were timed, and on which machine."""
     here = report["environment"]
+    made = "x".join(map(str, report["image_size"]))
+    if "actions" in report:
+        made = f"{report['actions'][0]} actions of {report['actions'][1]} numbers"
     lines = [
-        f"{report['model']}, {report['image_size'][0]}x{report['image_size'][1]}, {report['precision']} on "
-        f"{report['engine']} (verified)",
+        f"{report['model']}, {made}, {report['precision']} on {report['engine']} (verified)",
         f"{here.get('board', here['processor'])}, {here['cores']} cores, threads "
         f"{here['threads'] or 'chosen by the engine'}, {', '.join(f'{k} {v}' for k, v in here['libraries'].items())}",
     ]

@@ -29,17 +29,19 @@ class Timing:
     p50_ms: float
     p95_ms: float
     p99_ms: float
+    worst_ms: float
 
     def of_each(self, count: int) -> Timing:
         """Of calls that did the same thing ``count`` times: once."""
-        shares = [round(value / count, 4) for value in (self.first_ms, self.p50_ms, self.p95_ms, self.p99_ms)]
+        own = (self.first_ms, self.p50_ms, self.p95_ms, self.p99_ms, self.worst_ms)
+        shares = [round(value / count, 4) for value in own]
         return Timing(shares[0], self.warmup, self.calls, *shares[1:])
 
 
 def timing_of(milliseconds: Sequence[float], first_ms: float, warmup: int = 0) -> Timing:
     """Percentiles of timed calls (linear interpolation between them)."""
-    p50, p95, p99 = (float(value) for value in np.percentile(milliseconds, [50, 95, 99]))
-    return Timing(round(first_ms, 3), warmup, len(milliseconds), *(round(value, 3) for value in (p50, p95, p99)))
+    found = (float(value) for value in np.percentile(milliseconds, [50, 95, 99, 100]))
+    return Timing(round(first_ms, 3), warmup, len(milliseconds), *(round(value, 3) for value in found))
 
 
 def time_calls(work: Mapping[str, Callable[[], Any]], repeat: int, label: str = "timing") -> dict[str, Timing]:

@@ -60,7 +60,8 @@ def _parser() -> Parser:
     parser = Parser(
         "dit-bench",
         "Time a verified engine: conditioner, step with and without guidance, decoder, and whole images with the time "
-        "that is spent outside the engine. An engine that does not match the reference is refused. Torch is not "
+        "that is spent outside the engine; of a policy, the worst of 1000 whole calls and their jitter. "
+        "An engine that does not match the reference is refused. Torch is not "
         "needed.",
         EXAMPLES,
     )

@@ -73,6 +73,8 @@ def _model_of(bundle: Bundle) -> dict[str, Any]:
         "patch_size": model.patch_size,
         "classes": model.classes,
         "learned_variance": model.learned_variance,
+        "observation": model.observation,
+        "actions": [model.latent_size[1], model.latent_channels] if model.observation else None,
     }
 
 
@@ -111,16 +113,19 @@ def _model_lines(path: Path, info: dict[str, Any]) -> Iterator[str]:
     yield f"{path}: {info['source']}, {info['precision']}{kept}"
     yield f"digest      {info['bundle']}"
     yield f"reference   {info['reference']}"
+    condition = f"{model['classes']} classes"
+    if model["actions"]:
+        condition = f"observations of {model['observation']} numbers"
     yield (
         f"model       {model['conditioning']}, {model['depth']} blocks of width {model['width']}, "
-        f"{model['heads']} heads, patch {model['patch_size']}, {model['classes']} classes, "
+        f"{model['heads']} heads, patch {model['patch_size']}, {condition}, "
         f"predicts {_show_prediction(info)}{' and the variance' if model['learned_variance'] else ''}"
     )
     sizes = ", ".join(f"{height}x{width}" for height, width in info["image_sizes"])
-    yield (
-        f"images      {sizes}; by default {defaults['sampler']}, {defaults['steps']} steps, guidance "
-        f"{defaults['guidance']:g}"
-    )
+    made = f"images      {sizes}"
+    if model["actions"]:
+        made = f"actions     {model['actions'][0]} of {model['actions'][1]} numbers"
+    yield (f"{made}; by default {defaults['sampler']}, {defaults['steps']} steps, guidance {defaults['guidance']:g}")
     weights = [f"{name} {info['weights_bytes'][name] / 1e6:.1f} MB" for name in PARTS if name in info["weights_bytes"]]
     yield f"weights     {', '.join(weights)}"
     budgets = ", ".join(info["budgets"]) or "no precision"

@@ -96,8 +96,8 @@ def test_objectives_are_read(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"horizon": 0}, "horizon 0, expected 1 or more"),
-        ({"num_heads": 5}, "5 heads for width 32"),
-        ({"hidden_dim": 64}, "says hidden_dim = 64, and the weights are of 32"),
+        ({"num_heads": 5}, "5 heads for width 64"),
+        ({"hidden_dim": 32}, "says hidden_dim = 32, and the weights are of 64"),
         ({"num_layers": 3}, "says num_layers = 3, and the weights are of 2"),
         ({"use_rope": False}, "says use_rope = False, and the weights are of True"),
         ({"use_positional_encoding": True}, "says use_positional_encoding = True"),
@@ -182,7 +182,7 @@ def test_network_and_reference_are_the_oracles(rotary: bool, positions: bool, tm
     ("name", "mistake"),
     [
         ("t_embedder.mlp.0.weight", lambda tensor: tensor.roll(8, 1)),
-        ("blocks.0.attn.qkv.weight", lambda tensor: tensor.unflatten(0, (3, 4, 4, 2)).transpose(2, 3).flatten(0, 3)),
+        ("blocks.0.attn.qkv.weight", lambda tensor: tensor.unflatten(0, (3, 4, 8, 2)).transpose(2, 3).flatten(0, 3)),
         ("feat_rope.freqs_sin", lambda tensor: -tensor),
     ],
 )
@@ -338,7 +338,7 @@ def ignore_observations(graph: onnx.GraphProto) -> None:
 def turn_the_wrong_way(graph: onnx.GraphProto) -> None:
     """Negate the rotary sines, which are 0 at the first action."""
     for tensor in graph.initializer:
-        if list(tensor.dims) == [HORIZON, 8] and not tensor.external_data:
+        if list(tensor.dims) == [HORIZON, 16] and not tensor.external_data:
             array = numpy_helper.to_array(tensor)
             if not array[0].any():
                 tensor.CopyFrom(numpy_helper.from_array(-array, tensor.name))
@@ -379,8 +379,10 @@ def test_auto_chooses_an_engine(verified: Callable[[str], Path]) -> None:
     """Verdicts, the choice and a command that reads the bundle need neither decoder nor classes."""
     bundle = open_bundle(verified("ddim"))
     assert Policy(bundle)(OBSERVATIONS).shape == (3, HORIZON, ACTIONS)
-    done = run_command("dit-sample", verified("ddim"), "--info")
-    assert done.returncode == 0, done.stderr
+    for command in (["dit-verify", "--info"], ["dit-bench"]):
+        done = run_command(command[0], verified("ddim"), *command[1:])
+        assert done.returncode == 0, done.stderr
+    assert "jitter (p99 - p50)" in done.stdout
 
 
 def test_recorded_observations_are_as_many_as_the_file_says(tmp_path: Path) -> None:

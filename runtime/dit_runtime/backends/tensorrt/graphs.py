@@ -186,7 +186,7 @@ class StepGraphs(Graphs[BatchShape]):
         """
         device = self._device
         needs = [1]
-        for graph in ("step", "decoder"):
+        for graph in ("step", "decoder") if device.manifest.has_decoder else ("step",):
             needs += device.profiles_of(graph).values_at(batch, device.stored.graphs[graph].activation_bytes)
         return max(needs)
 

@@ -78,7 +78,7 @@ def need_of(
 
     Args:
         manifest: of the bundle at the size in use.
-        graphs: the plans of conditioner, step and decoder.
+        graphs: the plans of conditioner, step and, but for a policy, decoder.
         batch: images in one call.
         branches: guidance branches.
         rows: rows of the conditioning table.
@@ -96,14 +96,18 @@ def need_of(
     fits = graphs["step"].profiles_of(step).find_fits(shapes)
     if not fits:
         raise EngineError(f"no optimization profile of the step takes batch {batch} with {branches} branches")
-    decoder = max(_activations_at(graphs["decoder"], batch, manifest))
+    decoder, decoder_weights, decoded = 0, 0, 0
+    if manifest.has_decoder:
+        decoder = max(_activations_at(graphs["decoder"], batch, manifest))
+        decoder_weights = graphs["decoder"].weights_bytes
+        decoded = _count_bytes(manifest.graphs["decoder"], sizes, manifest)
     table = _count_bytes(manifest.graphs["conditioner"], sizes, manifest, manifest.table.name)
-    weights = [graphs["step"].weights_bytes, graphs["decoder"].weights_bytes]
+    weights = [graphs["step"].weights_bytes, decoder_weights]
     loop = Need(
         weights=max(weights) if in_turns else sum(weights),
         activations=max(min(memory[fit.profile] for fit in fits), decoder),
         table=table,
-        buffers=_count_bytes(step, sizes, manifest) - table + _count_bytes(manifest.graphs["decoder"], sizes, manifest),
+        buffers=_count_bytes(step, sizes, manifest) - table + decoded,
         estimated=estimated,
     )
     before = Need(
@@ -188,7 +192,7 @@ def check_engine(manifest: Manifest, stored: StoredEngine, available: int, batch
     Raises:
         EngineError: the batch does not fit. The message has the need by the builder's figures, and the device's memory.
     """
-    if not {"conditioner", "step", "decoder"} <= stored.graphs.keys():
+    if not {"conditioner", "step", *(["decoder"] if manifest.has_decoder else [])} <= stored.graphs.keys():
         return  # the call that needs the missing plan raises the error
     ranges = stored.graphs["step"].profiles_of(manifest.graphs["step"]).ranges()
     taking = [
