@@ -4,9 +4,9 @@ The FP32 reference runs guided trajectories of its own sampler, for images of al
 from fixed seeds. The largest |x| of each layer's input is kept for each timestep; nothing else is held. A scale maps
 the largest of all timesteps to 127.
 
-Of an MLP's second layer the largest |x| of each channel is kept, since some channels are far larger than others there.
-Factors even them out, half in the input and half in the weight (SmoothQuant, Xiao et al. 2022, arXiv 2211.10438, with α
-0.5), each rounded to a power of 2. ``benchmarks/int8_ranges.py`` says what this and other choices are worth.
+Some channels are far larger than others. Factors even them out, half in the input and half in the weight (SmoothQuant,
+Xiao et al. 2022, arXiv 2211.10438, with α 0.5), each rounded to a power of 2. ``benchmarks/int8_ranges.py`` says what
+this and other choices are worth.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class Calibration:
         timesteps: of the trajectories ``[S]``; the first of two times.
         ranges: the largest |x| of each layer's input, times its factors, at each timestep ``[L, S]``.
         scales: of each layer's input, by name; numbers that FP16 holds.
-        factors: of the input's channels, of the layers that have some.
+        factors: of the input's channels ``[in]``, of the layers that have some, by name; 1 of a layer that is not
+            quantized.
     """
 
     spec: CalibrationSpec
@@ -60,12 +61,13 @@ class Calibration:
     def write(self, path: Path, weights: Mapping[str, IntegerWeight]) -> None:
         """Write the record of the ranges, and of what tells the quantized layers' integers, in the layers' order."""
         scales = np.array(list(self.scales.values()), np.float32)
+        blocks = len({name.split(".")[1] for name in self.factors})
         np.savez(
             path,
             timesteps=self.timesteps,
             ranges=self.ranges,
             scales=scales,
-            factors=torch.stack(list(self.factors.values())).numpy(),
+            factors=torch.cat(list(self.factors.values())).reshape(blocks, -1).numpy(),
             weight_scales=torch.cat([each.scales for each in weights.values()]).numpy(),
             weight_sums=torch.cat([each.sums for each in weights.values()]).numpy().astype(np.int64),
         )
@@ -113,7 +115,7 @@ def calibrate(
     """
     modules = linear_modules(reference)
     timesteps: list[float] = []
-    largest: list[list[Tensor]] = []  # by timestep and layer: [in] or []
+    largest: list[list[Tensor]] = []  # by timestep and layer: [in]
     for first in range(0, len(spec.labels), TOGETHER):
         part = replace(spec, seed=spec.seed + first, labels=spec.labels[first : first + TOGETHER])
         timesteps = []
@@ -137,22 +139,26 @@ def calibrate(
         )
     factors = {}
     for name, each in by_layer.items():
-        if name.endswith(SMOOTHED):
-            weights = modules[name][0].weight.abs().amax(dim=0)
-            factors[name] = find_factors(each.amax(dim=0), weights) if quantizes(name) else torch.ones_like(weights)
-            by_layer[name] = (each * factors[name]).amax(dim=1)
+        if not name.endswith(SMOOTHED):
+            by_layer[name] = each.amax(dim=1)
+            continue
+        weights = torch.stack([module.weight.abs().amax(dim=0) for module in modules[name]]).amax(dim=0)
+        factors[name] = find_factors(each.amax(dim=0), weights) if quantizes(name) else torch.ones_like(weights)
+        by_layer[name] = (each * factors[name]).amax(dim=1)
     ranges = torch.stack(list(by_layer.values())).numpy()  # (L, S)
     scales = {name: _scale_of(float(each.max())) for name, each in by_layer.items()}
     return Calibration(spec, np.array(timesteps, np.float32), ranges, scales, factors)
 
 
-def find_factors(inputs: Tensor, weights: Tensor) -> Tensor:
+def find_factors(inputs: Tensor, weights: Tensor, alpha: float = 0.5) -> Tensor:
     """Powers of 2 that even channels out, from the largest |x| of each channel and of its weights ``[in]``.
+
+    ``alpha``: the share of a channel's size that its factor takes out of the input, as in SmoothQuant.
 
     A channel that is always 0, or has no weights, has the factor 1 and no part in the others'.
     """
     alive = (inputs > 0) & (weights > 0)
-    wanted = (weights[alive].log2() - inputs[alive].log2()) / 2  # the factors' logarithms
+    wanted = (1 - alpha) * weights[alive].log2() - alpha * inputs[alive].log2()  # the factors' logarithms
     factors = torch.ones_like(inputs)
     factors[alive] = torch.exp2(torch.round(wanted - wanted.mean()).clamp(*map(math.log2, FACTORS)))
     return factors
@@ -182,16 +188,12 @@ def _run_trajectory(reference: Reference, spec: CalibrationSpec) -> Iterator[tup
 
 @contextlib.contextmanager
 def _largest_inputs(reference: Reference) -> Iterator[dict[str, Tensor]]:
-    """Collect the largest |x| of each layer's input inside this block; NaN where there is a NaN.
-
-    Of layers that have factors it is that of each channel ``[in]``, of others a single number.
-    """
+    """Collect the largest |x| of each channel ``[in]`` of each layer's input inside this block; NaN where NaN is."""
     modules = linear_modules(reference)
     largest: dict[str, Tensor] = {}
 
     def see(name: str, inputs: Any) -> None:
-        x = inputs[0].abs()
-        largest[name] = x.flatten(0, -2).amax(dim=0) if name.endswith(SMOOTHED) else x.max()
+        largest[name] = inputs[0].abs().flatten(0, -2).amax(dim=0)
 
     hooks = [
         own[0].register_forward_pre_hook(lambda _, inputs, name=name: see(name, inputs))

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from dit_runtime.bundle.manifest import ENCODER, Manifest
-from dit_runtime.bundle.quantization import FACTORS, linears_of
+from dit_runtime.bundle.quantization import FACTORS, linears_of, smoothed_channels
 from dit_runtime.core.arrays import Array, ArraySpec
 from dit_runtime.core.decode import DecodeError
 
@@ -93,10 +93,11 @@ def specs_of_record(name: str, manifest: Manifest) -> dict[str, ArraySpec]:
         }
     if name == CALIBRATION:
         linears = len(linears_of(model.conditioning, model.depth))
+        channels = sum(smoothed_channels(model.conditioning, model.width, model.mlp_width).values())
         return {
             **{"timesteps": float32("S"), "ranges": float32(linears, "S"), "scales": float32(linears)},
             **{"weight_scales": float32("R"), "weight_sums": int64("R")},
-            "factors": float32(model.depth, model.mlp_width),
+            "factors": float32(model.depth, channels),
         }
     if name == UNQUANTIZED:
         return {

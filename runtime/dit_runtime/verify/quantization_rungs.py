@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from dit_runtime.backends.base import Array
-from dit_runtime.bundle.quantization import LARGEST, SMOOTHED, linears_of
+from dit_runtime.bundle.quantization import LARGEST, factors_by_layer, linears_of, stores_factors
 from dit_runtime.bundle.reader import CALIBRATION, UNQUANTIZED
 from dit_runtime.bundle.stored_numbers import numbers_of_graph
 from dit_runtime.core.errors import BundleError
@@ -70,11 +70,10 @@ def weights(replay: Replay) -> Rung:
     integers. The other rungs would not see a fault that is smaller than what the roundings of INT8 move by chance.
     """
     manifest, record = replay.bundle.manifest, replay.bundle.records(CALIBRATION)
-    found = numbers_of_graph(replay.bundle, "step")
-    first, off, one = 0, {}, np.ones(())
-    for name, scale in zip(
-        linears_of(manifest.model.conditioning, manifest.model.depth), record["scales"], strict=True
-    ):
+    found, model = numbers_of_graph(replay.bundle, "step"), manifest.model
+    factors = factors_by_layer(record["factors"], model.conditioning, model.width, model.mlp_width)
+    first, off, one = 0, dict[str, float](), np.ones(())
+    for name, scale in zip(linears_of(model.conditioning, model.depth), record["scales"], strict=True):
         if not manifest.precision.quantizes(name):
             continue
         stored = [found.get(f"{name}.{part}") for part in ("scale", "weight_scale", "weight")]
@@ -84,9 +83,10 @@ def weights(replay: Replay) -> Rung:
         at, scales, integers = (np.asarray(each) for each in stored)
         rows = slice(first, first := first + len(scales))
         sums = record["weight_sums"][rows]
-        factor = record["factors"][int(name.split(".")[1])] if name.endswith(SMOOTHED) else one
         off[name] = max(
-            _largest_difference(found.get(f"{name}.factor", one), factor),
+            _largest_difference(found.get(f"{name}.factor", one), factors[name])
+            if stores_factors(model.conditioning, name)
+            else 0.0,
             _largest_difference(at, scale),
             _largest_difference(scales, record["weight_scales"][rows]),
             _largest_difference(integers.sum(axis=0, dtype=np.int64), sums),
