@@ -1,8 +1,8 @@
 """Calibration: how large the inputs of the linear layers become on the checkpoint's own sampling trajectories.
 
 The FP32 reference runs guided trajectories of its own sampler, for images of all classes or of some spread over them,
-from fixed seeds. The largest |x| of each layer's input is kept for each timestep; nothing else is held. A scale maps
-the largest of all timesteps to 127.
+from fixed seeds, at each size that is exported. The largest |x| of each channel of a layer's input is kept for each
+timestep; nothing else is held. A scale maps the largest of all sizes and timesteps to 127.
 
 Some channels are far larger than others. Factors even them out, half in the input and half in the weight (SmoothQuant,
 Xiao et al. 2022, arXiv 2211.10438, with α 0.5), each rounded to a power of 2. ``benchmarks/int8_ranges.py`` says what
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ class Calibration:
     Attributes:
         spec: how they were found.
         timesteps: of the trajectories ``[S]``; the first of two times.
-        ranges: the largest |x| of each layer's input, times its factors, at each timestep ``[L, S]``.
+        ranges: of each size, the largest |x| of each layer's input, times its factors, at each timestep ``[L, S]``.
         scales: of each layer's input, by name; numbers that FP16 holds.
         factors: of the input's channels ``[in]``, of the layers that have some, by name; 1 of a layer that is not
             quantized.
@@ -54,18 +54,22 @@ class Calibration:
 
     spec: CalibrationSpec
     timesteps: np.ndarray[Any, np.dtype[np.float32]]
-    ranges: np.ndarray[Any, np.dtype[np.float32]]
+    ranges: tuple[np.ndarray[Any, np.dtype[np.float32]], ...]
     scales: dict[str, float]
     factors: dict[str, Tensor]
 
-    def write(self, path: Path, weights: Mapping[str, IntegerWeight]) -> None:
-        """Write the record of the ranges, and of what tells the quantized layers' integers, in the layers' order."""
+    def write(self, path: Path, size: int, weights: Mapping[str, IntegerWeight]) -> None:
+        """Write the record of the ranges, and of what tells the quantized layers' integers, in the layers' order.
+
+        ``size``: whose ranges they are, by its place; the record has the largest of all sizes too.
+        """
         scales = np.array(list(self.scales.values()), np.float32)
         blocks = len({name.split(".")[1] for name in self.factors})
         np.savez(
             path,
             timesteps=self.timesteps,
-            ranges=self.ranges,
+            ranges=self.ranges[size],
+            largest=np.max([each.max(axis=1) for each in self.ranges], axis=0),
             scales=scales,
             factors=torch.cat(list(self.factors.values())).reshape(blocks, -1).numpy(),
             weight_scales=torch.cat([each.scales for each in weights.values()]).numpy(),
@@ -99,20 +103,51 @@ def spec_for_checkpoint(checkpoint: Checkpoint, request: CalibrationRequest) -> 
 
 
 def calibrate(
-    reference: Reference, spec: CalibrationSpec, quantizes: Callable[[str], bool], advance: Callable[[], None]
+    references: Iterable[Reference],
+    spec: CalibrationSpec,
+    quantizes: Callable[[str], bool],
+    advance: Callable[[], None],
 ) -> Calibration:
     """Run the trajectories, and find the range and the scale of each layer's input.
 
     Args:
-        reference: the modules in FP32.
+        references: the modules in FP32, at each size; they are needed one at a time.
         spec: the trajectories.
         quantizes: whether a layer is quantized, so that it needs a range.
-        advance: called after each step of each part of the images, ``count_calibration`` times.
+        advance: called after each step of each part of the images, ``count_calibration`` times for each size.
 
     Raises:
         ParityError: a number is not finite.
         CheckpointError: the input of a layer is always 0.
     """
+    sizes: list[dict[str, Tensor]] = []
+    for reference in references:
+        timesteps, found = _measure_inputs(reference, spec, advance)
+        sizes.append(found)
+        modules, checkpoint = linear_modules(reference), reference.checkpoint.name
+    factors, ranges, scales = {}, [], {}
+    for name, own in modules.items():
+        inputs = [each[name] for each in sizes]
+        if quantizes(name) and not any(each.any() for each in inputs):
+            raise CheckpointError(
+                f"{checkpoint}: the input of {name} is 0 at every timestep of calibration, so it has no scale; keep it "
+                f"in FP16 with --keep-fp16 {name}"
+            )
+        if name.endswith(SMOOTHED):
+            weights = torch.stack([module.weight.abs().amax(dim=0) for module in own]).amax(dim=0)
+            largest = torch.cat(inputs).amax(dim=0)
+            factors[name] = find_factors(largest, weights) if quantizes(name) else torch.ones_like(weights)
+            inputs = [each * factors[name] for each in inputs]
+        ranges.append(torch.stack([each.amax(dim=1) for each in inputs]))
+        scales[name] = _scale_of(float(ranges[-1].max()))
+    by_size = torch.stack(ranges, dim=1).numpy()  # (sizes, L, S)
+    return Calibration(spec, np.array(timesteps, np.float32), tuple(by_size), scales, factors)
+
+
+def _measure_inputs(
+    reference: Reference, spec: CalibrationSpec, advance: Callable[[], None]
+) -> tuple[list[float], dict[str, Tensor]]:
+    """The timesteps, and the largest |x| of each channel of each layer's input there ``[S, in]``."""
     modules = linear_modules(reference)
     timesteps: list[float] = []
     largest: list[list[Tensor]] = []  # by timestep and layer: [in]
@@ -131,23 +166,7 @@ def calibrate(
                 largest.append(found)
             largest[index] = [torch.maximum(*pair) for pair in zip(largest[index], found, strict=True)]
             advance()
-    by_layer = {name: torch.stack(each) for name, each in zip(modules, zip(*largest, strict=True), strict=True)}
-    if dead := [name for name, each in by_layer.items() if not each.any() and quantizes(name)]:
-        raise CheckpointError(
-            f"{reference.checkpoint.name}: the input of {dead[0]} is 0 at every timestep of calibration, so it has no "
-            f"scale; keep it in FP16 with --keep-fp16 {dead[0]}"
-        )
-    factors = {}
-    for name, each in by_layer.items():
-        if not name.endswith(SMOOTHED):
-            by_layer[name] = each.amax(dim=1)
-            continue
-        weights = torch.stack([module.weight.abs().amax(dim=0) for module in modules[name]]).amax(dim=0)
-        factors[name] = find_factors(each.amax(dim=0), weights) if quantizes(name) else torch.ones_like(weights)
-        by_layer[name] = (each * factors[name]).amax(dim=1)
-    ranges = torch.stack(list(by_layer.values())).numpy()  # (L, S)
-    scales = {name: _scale_of(float(each.max())) for name, each in by_layer.items()}
-    return Calibration(spec, np.array(timesteps, np.float32), ranges, scales, factors)
+    return timesteps, {name: torch.stack(each) for name, each in zip(modules, zip(*largest, strict=True), strict=True)}
 
 
 def find_factors(inputs: Tensor, weights: Tensor, alpha: float = 0.5) -> Tensor:
@@ -165,7 +184,7 @@ def find_factors(inputs: Tensor, weights: Tensor, alpha: float = 0.5) -> Tensor:
 
 
 def count_calibration(spec: CalibrationSpec) -> int:
-    """How many times ``calibrate`` advances, for the progress bar."""
+    """How many times ``calibrate`` advances for a size, for the progress bar."""
     return spec.steps * math.ceil(len(spec.labels) / TOGETHER)
 
 

@@ -22,10 +22,10 @@ from dit_runtime.verify.rung import Rung
 
 
 def ranges(replay: Replay) -> Rung:
-    """Each layer's scale, which must map the largest |x| of all timesteps of calibration to 127.
+    """Each layer's scale, which must map the largest |x| of calibration, at all sizes and timesteps, to 127.
 
-    A smaller scale clips numbers that the model has, a larger one wastes levels. A layer whose range is the same at all
-    timesteps was calibrated on one of them: a network's numbers differ.
+    A smaller scale clips numbers that the model has, a larger one wastes levels. At the size in use nothing may be
+    beyond it. A layer whose range is the same at all timesteps was calibrated on one of them: a network's numbers differ.
     """
     manifest = replay.bundle.manifest
     calibration, record = manifest.calibration, replay.bundle.records(CALIBRATION)
@@ -35,31 +35,26 @@ def ranges(replay: Replay) -> Rung:
             f"{replay.bundle.path}: the record {CALIBRATION} has ranges of {len(record['timesteps'])} timesteps, "
             f"expected {calibration.steps}; export the bundle again"
         )
-    layers = [
-        (name, float(found.max()) / (LARGEST * float(scale)), len(found) > 1 and bool((found == found[0]).all()))
-        for name, found, scale in zip(
-            linears_of(manifest.model.conditioning, manifest.model.depth),
-            record["ranges"],
-            record["scales"],
-            strict=True,
-        )
-        if manifest.precision.quantizes(name)
-    ]
-    off = [math.inf if single else abs(share - 1) for _, share, single in layers]
+    names = linears_of(manifest.model.conditioning, manifest.model.depth)
+    kept = [index for index, name in enumerate(names) if manifest.precision.quantizes(name)]
+    found, ends = record["ranges"][kept], LARGEST * record["scales"][kept].astype(np.float64)
+    every, here = record["largest"][kept] / ends, found.max(axis=1) / ends
+    single = (found == found[:, :1]).all(axis=1) & (found.shape[1] > 1)
+    off = np.where(single, math.inf, np.maximum(np.abs(every - 1), here - 1))
     worst = int(np.argmax(off))
-    name, share, single = layers[worst]
-    reached = f"{name} reaches {share:.3g} of its scale's end"
-    if single:
+    name = names[kept[worst]]
+    reached = f"{name} reaches {max(every[worst], here[worst]):.3g} of its scale's end"
+    if single[worst]:
         reached = f"{name} has one range for all timesteps: calibrated on one of them; export the bundle again"
     return Rung(
         "INT8 ranges",
-        off[worst],
+        float(off[worst]),
         replay.budget.tolerance_of("int8_ranges"),
         "relative",
-        f"{reached}; {len(layers)} layers at {calibration.steps} timesteps of "
+        f"{reached}; {len(kept)} layers at {calibration.steps} timesteps of "
         f"{calibration.sampler}, {len(set(calibration.labels))} classes",
         axis="layer",
-        series={"error": off},
+        series={"error": off.tolist()},
     )
 
 

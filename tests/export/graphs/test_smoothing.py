@@ -72,10 +72,10 @@ class Made:
         sampler = "euler" if checkpoint.diffusion.path else "ddim"
         spec = CalibrationSpec(seed=0, labels=(2, 7), sampler=sampler, steps=3, guidance=1.5)
         with torch.no_grad():
-            found = calibrate(self.reference, spec, lambda _: True, lambda: None)
+            found = calibrate([self.reference], spec, lambda _: True, lambda: None)
             integers = emulate_int8(self.reference, found.scales, found.factors)
         (folder / GOLDEN).mkdir()
-        found.write(folder / GOLDEN / f"{CALIBRATION}.npz", integers)
+        found.write(folder / GOLDEN / f"{CALIBRATION}.npz", 0, integers)
         self.record = dict(np.load(folder / GOLDEN / f"{CALIBRATION}.npz"))
         graphs = write_graphs(checkpoint, make_int8_policy(()), folder, encoder=False)
         self.files = {name: folder / spec.file for name, spec in islice(graphs, 2)}

@@ -227,6 +227,17 @@ def test_a_wrong_scale_is_named(copied: Path, fault: str) -> None:
     assert rung.detail.startswith(LAYER)
 
 
+def test_a_size_beyond_a_scale_is_named(copied: Path) -> None:
+    """A size at which a layer reads more than its scale holds fails there, however right the scale is elsewhere."""
+
+    def change(record: dict[str, Any]) -> None:
+        record["ranges"][7] *= 1.1  # of blocks.1.mlp.fc2
+
+    rung = quantization_rungs.ranges(replay_of(edit_record(copied, "calibration", change)))
+    assert not rung.passed
+    assert rung.detail.startswith(f"{LAYER} reaches 1.1 of")
+
+
 def test_ranges_of_too_few_timesteps(copied: Path) -> None:
     """A calibration of one timestep, where the manifest says 50, is no calibration."""
 
