@@ -24,8 +24,8 @@ from dit_runtime.verify.rung import Rung
 def ranges(replay: Replay) -> Rung:
     """Each layer's scale, which must map the largest |x| of calibration, at all sizes and timesteps, to 127.
 
-    A smaller scale clips numbers that the model has, a larger one wastes levels. At the size in use nothing may be
-    beyond it. A layer whose range is the same at all timesteps was calibrated on one of them: a network's numbers differ.
+    A smaller scale clips numbers that the model has, a larger one wastes levels. Nothing may be beyond it at the size
+    in use. A layer whose range is the same at all timesteps was calibrated on one of them: a network's numbers differ.
     """
     manifest = replay.bundle.manifest
     calibration, record = manifest.calibration, replay.bundle.records(CALIBRATION)
