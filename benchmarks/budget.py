@@ -44,7 +44,7 @@ from dit_export.reference.record_settings import RecordSettings
 from dit_runtime.backends.base import Engine
 from dit_runtime.backends.open import open_engine
 from dit_runtime.bundle.manifest import FileSpec
-from dit_runtime.bundle.quantization import linears_of
+from dit_runtime.bundle.quantization import factors_by_layer, linears_of
 from dit_runtime.bundle.reader import (
     CALIBRATION,
     GOLDEN,
@@ -121,13 +121,17 @@ def list_models(velocity: int, rough: bool, work: Path) -> dict[str, Source]:
 
 def draw_records(bundle: Bundle, source: Source, draw: int) -> tuple[Bundle, float]:
     """Replace a bundle's golden records by those of a draw; return the bundle and the records' guidance scale."""
-    guidance, scales = GUIDANCE[draw % len(GUIDANCE)], None
+    guidance, scales, factors = GUIDANCE[draw % len(GUIDANCE)], None, None
     settings = RecordSettings(2, 10, 6, 2, 10, seed=draw, guidance=guidance, forward_guidance=guidance)
     if bundle.manifest.calibration is not None:
-        found, model = bundle.records(CALIBRATION)["scales"], bundle.manifest.model
-        scales = dict(zip(linears_of(model.conditioning, model.depth), found.tolist(), strict=True))
+        record, model = bundle.records(CALIBRATION), bundle.manifest.model
+        by_layer = factors_by_layer(record["factors"], model.conditioning, model.width, model.mlp_width)
+        factors = {name: torch.from_numpy(each.copy()) for name, each in by_layer.items()}
+        scales = dict(zip(linears_of(model.conditioning, model.depth), record["scales"].tolist(), strict=True))
         settings = replace(settings, precisions=("int8", "bf16"))
-    measured = write_records(load_checkpoint(source), settings, bundle.path / GOLDEN, True, lambda: None, scales=scales)
+    measured = write_records(
+        load_checkpoint(source), settings, bundle.path / GOLDEN, True, lambda: None, scales=scales, factors=factors
+    )
     return update_manifest(bundle, measured.floors), guidance
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from numpy.typing import NDArray
 
 from dit_export.checkpoints.sources import Checkpoint, Source, load_checkpoint
@@ -17,6 +18,7 @@ from dit_export.graphs.autoencoder import Decoder, Encoder
 from dit_export.graphs.from_weights import conditioner_from_weights, official_linear, step_from_weights
 from dit_export.graphs.precision import check_units
 from dit_export.graphs.quantize import quantize_step
+from dit_export.graphs.smoothing import SmoothedWeights
 from dit_export.graphs.tracing import (
     write_conditioner,
     write_decoder,
@@ -37,7 +39,7 @@ from dit_runtime.bundle.manifest import (
     SourceSpec,
 )
 from dit_runtime.bundle.precision import Precision
-from dit_runtime.bundle.quantization import SMOOTHED, CalibrationSpec, linears_of
+from dit_runtime.bundle.quantization import CalibrationSpec, factors_by_layer, linears_of, stores_factors
 from dit_runtime.bundle.reader import CALIBRATION, ENGINES, GOLDEN, MANIFEST, Bundle, open_bundle
 from dit_runtime.core.decode import DecodeError, decode, read_json, replace_controls
 from dit_runtime.core.errors import CheckpointError, OutputError
@@ -143,14 +145,18 @@ def write_graphs(
     checkpoint: Checkpoint, precision: PrecisionSpec, folder: Path, encoder: bool
 ) -> Iterator[tuple[str, GraphSpec]]:
     """Trace and write the graphs one by one; yield the name and description of each graph when it is written."""
-    spec, numerics, weights = checkpoint.model, checkpoint.numerics, checkpoint.weights
+    spec, numerics = checkpoint.model, checkpoint.numerics
+    weights: Mapping[str, torch.Tensor] = checkpoint.weights
+    edit: Callable[[ir.Model], None] | None = None
+    if precision.name == Precision.INT8:
+        weights, edit = _quantization_of(checkpoint, precision, folder)
     conditioner = conditioner_from_weights(spec, numerics, precision, weights)
     table_dtype = conditioner.table_dtype
     yield "conditioner", write_conditioner(folder, conditioner)
     del conditioner  # a third of the weights: they must not be in memory beside the step's
     positions = {size: checkpoint.positions(size) for size in checkpoint.sizes}
     step = step_from_weights(spec, numerics, precision, weights, positions[spec.latent_size])
-    yield from write_steps(folder, step, table_dtype, positions, _quantization_of(checkpoint, precision, folder))
+    yield from write_steps(folder, step, table_dtype, positions, edit)
     del step
     if (autoencoder := checkpoint.autoencoder) is None:
         return
@@ -161,25 +167,25 @@ def write_graphs(
 
 def _quantization_of(
     checkpoint: Checkpoint, precision: PrecisionSpec, folder: Path
-) -> Callable[[ir.Model], None] | None:
-    """What writes INT8 into a traced step, with the scales of the record of calibration; None of other precisions."""
-    if precision.name != Precision.INT8:
-        return None
+) -> tuple[SmoothedWeights, Callable[[ir.Model], None]]:
+    """The weights of an INT8 bundle, and what writes INT8 into a traced step, by the record of calibration."""
+    model = checkpoint.model
     with np.load(folder / GOLDEN / f"{CALIBRATION}.npz", allow_pickle=False) as record:
-        found, by_block = [float(scale) for scale in record["scales"]], record["factors"]
-    linears = linears_of(checkpoint.model.conditioning, checkpoint.model.depth)
+        found, recorded = [float(scale) for scale in record["scales"]], record["factors"]
+    factors = factors_by_layer(recorded, model.conditioning, model.width, model.mlp_width)
+    linears = linears_of(model.conditioning, model.depth)
     scales = {name: scale for name, scale in zip(linears, found, strict=True) if precision.quantizes(name)}
-
-    factors = {f"blocks.{block}.{SMOOTHED}": each for block, each in enumerate(by_block)}
     factors = {name: each for name, each in factors.items() if name in scales}
+    weights = SmoothedWeights(
+        model, checkpoint.weights, {name: torch.from_numpy(each.copy()) for name, each in factors.items()}
+    )
+    stored = {name: each for name, each in factors.items() if stores_factors(model.conditioning, name)}
 
     def weight(name: str) -> NDArray[np.float32]:
-        matrix: NDArray[np.float32] = (
-            checkpoint.weights[f"{official_linear(checkpoint.model, name)}.weight"].float().numpy()
-        )
+        matrix: NDArray[np.float32] = weights[f"{official_linear(model, name)}.weight"].float().numpy()
         return matrix
 
-    return lambda model: quantize_step(model, scales, factors, weight)
+    return weights, lambda traced: quantize_step(traced, scales, stored, weight)
 
 
 def _make_manifest(checkpoint: Checkpoint, precision: PrecisionSpec, measurements: Measurements) -> Manifest:

@@ -1,10 +1,11 @@
 """Writes INT8 into a traced step: the linear layers of its blocks get explicit QuantizeLinear and DequantizeLinear.
 
-    x (· factors) → QuantizeLinear → DequantizeLinear → MatMul ← DequantizeLinear ← INT8 weight (/ factors)
+    x → QuantizeLinear → DequantizeLinear → MatMul ← DequantizeLinear ← INT8 weight
 
 Builders read this pattern as one INT8 product: TensorRT calls it explicit quantization. Zero points are 0. The input
 has one scale, from calibration. The weight has one for each output channel, and is stored as INT8. Scales have the
-dtype of the product, FP16.
+dtype of the product, FP16. The factors of an input's channels are in the weights that make it (``smoothing``), or are
+written here: in place of the 1 that adaLN adds to its scale, or as a Mul.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from dit_runtime.bundle.quantization import LARGEST
+from dit_runtime.bundle.quantization import LARGEST, MULTIPLIED
 
 LEAST_SCALE = np.float16(2.0**-24)  # FP16's least number above 0: of a channel whose weights are all 0
 
@@ -31,8 +32,8 @@ def quantize_step(
     Args:
         model: the traced graph, in FP16.
         scales: of the input of each layer to quantize, by name; numbers that FP16 holds.
-        factors: powers of 2 for the channels of a layer's input, for the layers that have some.
-        weight: gives a layer's weight ``[out, in]`` as the checkpoint has it: rounding it to FP16 first would move
+        factors: powers of 2 for the channels of a layer's input, for the layers whose factors the step stores.
+        weight: gives a layer's weight ``[out, in]`` in FP32, by its factors: rounding it to FP16 first would move
             numbers across a rounding boundary of INT8.
     """
     graph = model.graph
@@ -44,13 +45,15 @@ def quantize_step(
         assert x is not None
         assert old is not None
         matrix = weight(name)
-        if name in factors:
-            matrix = matrix / factors[name]
+        if name in factors and name.endswith(MULTIPLIED):
             factor = _add_initializer(graph, f"{name}.factor", factors[name].astype(np.float16))
             even = ir.node("Mul", [x, factor], name=f"{name}/Mul")
             _describe(even, f"{name}/even", ir.DataType.FLOAT16, x.shape)
             graph.insert_before(product, even)
             x = even.outputs[0]
+        elif name in factors:
+            node, index = _find_one(x)
+            node.replace_input_with(index, _add_initializer(graph, f"{name}.factor", factors[name]))
         numbers, weight_scales = quantize_weight(matrix)
         at = _add_initializer(graph, f"{name}.scale", np.array(scale, np.float16))
         to_int8 = _make_node("QuantizeLinear", name, "quantized", x, at, zero, ir.DataType.INT8)
@@ -71,6 +74,18 @@ def quantize_step(
         if not old.uses():
             assert old.name is not None
             del graph.initializers[old.name]
+
+
+def _find_one(x: ir.Value) -> tuple[ir.Node, int]:
+    """The node that adds 1 to adaLN's scale, and which of its inputs is the 1, from the modulated tokens in FP16."""
+    cast = x.producer()
+    assert cast is not None
+    shifted = cast.predecessors()[0]
+    scaled = next(node for node in shifted.predecessors() if node.op_type == "Mul")
+    node = next(node for node in scaled.predecessors() if node.op_type == "Add")
+    constants = [each.const_value if each is not None else None for each in node.inputs]
+    (index,) = (at for at, each in enumerate(constants) if each is not None and each.size == 1 and each.numpy() == 1)
+    return node, index
 
 
 def quantize_weight(weight: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float16]]:

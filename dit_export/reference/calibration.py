@@ -1,19 +1,19 @@
 """Calibration: how large the inputs of the linear layers become on the checkpoint's own sampling trajectories.
 
 The FP32 reference runs guided trajectories of its own sampler, for images of all classes or of some spread over them,
-from fixed seeds. The largest |x| of each layer's input is kept for each timestep; nothing else is held. A scale maps
-the largest of all timesteps to 127.
+from fixed seeds, at each size that is exported. The largest |x| of each channel of a layer's input is kept for each
+timestep; nothing else is held. A scale maps the largest of all sizes and timesteps to 127.
 
-Of an MLP's second layer the largest |x| of each channel is kept, since some channels are far larger than others there.
-Factors even them out, half in the input and half in the weight (SmoothQuant, Xiao et al. 2022, arXiv 2211.10438, with α
-0.5), each rounded to a power of 2. ``benchmarks/int8_ranges.py`` says what this and other choices are worth.
+Some channels are far larger than others. Factors even them out, half in the input and half in the weight (SmoothQuant,
+Xiao et al. 2022, arXiv 2211.10438, with α 0.5), each rounded to a power of 2. ``benchmarks/int8_ranges.py`` says what
+this and other choices are worth.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,26 +46,32 @@ class Calibration:
     Attributes:
         spec: how they were found.
         timesteps: of the trajectories ``[S]``; the first of two times.
-        ranges: the largest |x| of each layer's input, times its factors, at each timestep ``[L, S]``.
+        ranges: of each size, the largest |x| of each layer's input, times its factors, at each timestep ``[L, S]``.
         scales: of each layer's input, by name; numbers that FP16 holds.
-        factors: of the input's channels, of the layers that have some.
+        factors: of the input's channels ``[in]``, of the layers that have some, by name; 1 of a layer that is not
+            quantized.
     """
 
     spec: CalibrationSpec
     timesteps: np.ndarray[Any, np.dtype[np.float32]]
-    ranges: np.ndarray[Any, np.dtype[np.float32]]
+    ranges: tuple[np.ndarray[Any, np.dtype[np.float32]], ...]
     scales: dict[str, float]
     factors: dict[str, Tensor]
 
-    def write(self, path: Path, weights: Mapping[str, IntegerWeight]) -> None:
-        """Write the record of the ranges, and of what tells the quantized layers' integers, in the layers' order."""
+    def write(self, path: Path, size: int, weights: Mapping[str, IntegerWeight]) -> None:
+        """Write the record of the ranges, and of what tells the quantized layers' integers, in the layers' order.
+
+        ``size``: whose ranges they are, by its place; the record has the largest of all sizes too.
+        """
         scales = np.array(list(self.scales.values()), np.float32)
+        blocks = len({name.split(".")[1] for name in self.factors})
         np.savez(
             path,
             timesteps=self.timesteps,
-            ranges=self.ranges,
+            ranges=self.ranges[size],
+            largest=np.max([each.max(axis=1) for each in self.ranges], axis=0),
             scales=scales,
-            factors=torch.stack(list(self.factors.values())).numpy(),
+            factors=torch.cat(list(self.factors.values())).reshape(blocks, -1).numpy(),
             weight_scales=torch.cat([each.scales for each in weights.values()]).numpy(),
             weight_sums=torch.cat([each.sums for each in weights.values()]).numpy().astype(np.int64),
         )
@@ -97,23 +103,54 @@ def spec_for_checkpoint(checkpoint: Checkpoint, request: CalibrationRequest) -> 
 
 
 def calibrate(
-    reference: Reference, spec: CalibrationSpec, quantizes: Callable[[str], bool], advance: Callable[[], None]
+    references: Iterable[Reference],
+    spec: CalibrationSpec,
+    quantizes: Callable[[str], bool],
+    advance: Callable[[], None],
 ) -> Calibration:
     """Run the trajectories, and find the range and the scale of each layer's input.
 
     Args:
-        reference: the modules in FP32.
+        references: the modules in FP32, at each size; they are needed one at a time.
         spec: the trajectories.
         quantizes: whether a layer is quantized, so that it needs a range.
-        advance: called after each step of each part of the images, ``count_calibration`` times.
+        advance: called after each step of each part of the images, ``count_calibration`` times for each size.
 
     Raises:
         ParityError: a number is not finite.
         CheckpointError: the input of a layer is always 0.
     """
+    sizes: list[dict[str, Tensor]] = []
+    for reference in references:
+        timesteps, found = _measure_inputs(reference, spec, advance)
+        sizes.append(found)
+        modules, checkpoint = linear_modules(reference), reference.checkpoint.name
+    factors, ranges, scales = {}, [], {}
+    for name, own in modules.items():
+        inputs = [each[name] for each in sizes]
+        if quantizes(name) and not any(each.any() for each in inputs):
+            raise CheckpointError(
+                f"{checkpoint}: the input of {name} is 0 at every timestep of calibration, so it has no scale; keep it "
+                f"in FP16 with --keep-fp16 {name}"
+            )
+        if name.endswith(SMOOTHED):
+            weights = torch.stack([module.weight.abs().amax(dim=0) for module in own]).amax(dim=0)
+            largest = torch.cat(inputs).amax(dim=0)
+            factors[name] = find_factors(largest, weights) if quantizes(name) else torch.ones_like(weights)
+            inputs = [each * factors[name] for each in inputs]
+        ranges.append(torch.stack([each.amax(dim=1) for each in inputs]))
+        scales[name] = _scale_of(float(ranges[-1].max()))
+    by_size = torch.stack(ranges, dim=1).numpy()  # (sizes, L, S)
+    return Calibration(spec, np.array(timesteps, np.float32), tuple(by_size), scales, factors)
+
+
+def _measure_inputs(
+    reference: Reference, spec: CalibrationSpec, advance: Callable[[], None]
+) -> tuple[list[float], dict[str, Tensor]]:
+    """The timesteps, and the largest |x| of each channel of each layer's input there ``[S, in]``."""
     modules = linear_modules(reference)
     timesteps: list[float] = []
-    largest: list[list[Tensor]] = []  # by timestep and layer: [in] or []
+    largest: list[list[Tensor]] = []  # by timestep and layer: [in]
     for first in range(0, len(spec.labels), TOGETHER):
         part = replace(spec, seed=spec.seed + first, labels=spec.labels[first : first + TOGETHER])
         timesteps = []
@@ -129,37 +166,25 @@ def calibrate(
                 largest.append(found)
             largest[index] = [torch.maximum(*pair) for pair in zip(largest[index], found, strict=True)]
             advance()
-    by_layer = {name: torch.stack(each) for name, each in zip(modules, zip(*largest, strict=True), strict=True)}
-    if dead := [name for name, each in by_layer.items() if not each.any() and quantizes(name)]:
-        raise CheckpointError(
-            f"{reference.checkpoint.name}: the input of {dead[0]} is 0 at every timestep of calibration, so it has no "
-            f"scale; keep it in FP16 with --keep-fp16 {dead[0]}"
-        )
-    factors = {}
-    for name, each in by_layer.items():
-        if name.endswith(SMOOTHED):
-            weights = modules[name][0].weight.abs().amax(dim=0)
-            factors[name] = find_factors(each.amax(dim=0), weights) if quantizes(name) else torch.ones_like(weights)
-            by_layer[name] = (each * factors[name]).amax(dim=1)
-    ranges = torch.stack(list(by_layer.values())).numpy()  # (L, S)
-    scales = {name: _scale_of(float(each.max())) for name, each in by_layer.items()}
-    return Calibration(spec, np.array(timesteps, np.float32), ranges, scales, factors)
+    return timesteps, {name: torch.stack(each) for name, each in zip(modules, zip(*largest, strict=True), strict=True)}
 
 
-def find_factors(inputs: Tensor, weights: Tensor) -> Tensor:
+def find_factors(inputs: Tensor, weights: Tensor, alpha: float = 0.5) -> Tensor:
     """Powers of 2 that even channels out, from the largest |x| of each channel and of its weights ``[in]``.
+
+    ``alpha``: the share of a channel's size that its factor takes out of the input, as in SmoothQuant.
 
     A channel that is always 0, or has no weights, has the factor 1 and no part in the others'.
     """
     alive = (inputs > 0) & (weights > 0)
-    wanted = (weights[alive].log2() - inputs[alive].log2()) / 2  # the factors' logarithms
+    wanted = (1 - alpha) * weights[alive].log2() - alpha * inputs[alive].log2()  # the factors' logarithms
     factors = torch.ones_like(inputs)
     factors[alive] = torch.exp2(torch.round(wanted - wanted.mean()).clamp(*map(math.log2, FACTORS)))
     return factors
 
 
 def count_calibration(spec: CalibrationSpec) -> int:
-    """How many times ``calibrate`` advances, for the progress bar."""
+    """How many times ``calibrate`` advances for a size, for the progress bar."""
     return spec.steps * math.ceil(len(spec.labels) / TOGETHER)
 
 
@@ -182,16 +207,12 @@ def _run_trajectory(reference: Reference, spec: CalibrationSpec) -> Iterator[tup
 
 @contextlib.contextmanager
 def _largest_inputs(reference: Reference) -> Iterator[dict[str, Tensor]]:
-    """Collect the largest |x| of each layer's input inside this block; NaN where there is a NaN.
-
-    Of layers that have factors it is that of each channel ``[in]``, of others a single number.
-    """
+    """Collect the largest |x| of each channel ``[in]`` of each layer's input inside this block; NaN where NaN is."""
     modules = linear_modules(reference)
     largest: dict[str, Tensor] = {}
 
     def see(name: str, inputs: Any) -> None:
-        x = inputs[0].abs()
-        largest[name] = x.flatten(0, -2).amax(dim=0) if name.endswith(SMOOTHED) else x.max()
+        largest[name] = inputs[0].abs().flatten(0, -2).amax(dim=0)
 
     hooks = [
         own[0].register_forward_pre_hook(lambda _, inputs, name=name: see(name, inputs))

@@ -7,6 +7,9 @@ for the linear layers of its blocks. The integers are held as floating-point num
 is the calibrated scale of the layer's input, ``s_w`` the scale of each row of the weight, its largest |w / f| by 127.
 Both are numbers of FP16, as the graphs store them. ``f`` are powers of 2 for the input's channels, or 1. Nothing is
 shared with the code that writes those graphs.
+
+In the graphs the factors are in what makes a layer's input. So the shifts and scales of an engine's conditioning table
+are the model's own times the factors, and the reference's table has them too.
 """
 
 from __future__ import annotations
@@ -64,10 +67,12 @@ def emulate_int8(
         factors: of the channels of a layer's input ``[in]``, for the layers that have some.
     """
     modules, found = linear_modules(reference), {}
+    factors = {name: factor for name, factor in factors.items() if name in scales}
+    reference.table_factors = _factors_of_table(reference, factors)
     for name, scale in scales.items():
         parts = []
+        factor = factors.get(name, torch.ones(()))
         for module in modules[name]:
-            factor = factors.get(name, torch.ones(()))
             rows = module.weight.detach().float() / factor
             by_row = (rows.abs().amax(dim=1) / 127).half().float().clamp(min=LEAST_SCALE)  # (out,)
             integers = torch.round(rows / by_row[:, None]).clamp(-127, 127)
@@ -76,6 +81,23 @@ def emulate_int8(
             module.forward = partial(_compute_int8, module, scale, by_row, factor)  # type: ignore[method-assign]
         found[name] = IntegerWeight(*(torch.cat(part) for part in zip(*parts, strict=True)))
     return found
+
+
+def _factors_of_table(reference: Reference, factors: Mapping[str, Tensor]) -> Tensor:
+    """The factors of a row of the conditioning table."""
+    spec = reference.spec
+    ones = torch.ones(spec.width)
+
+    def of(name: str) -> list[Tensor]:
+        return [factors.get(f"blocks.{index}.{name}", ones) for index in range(spec.depth)]
+
+    if spec.conditioning in ("in-context", "cross-attention"):
+        return torch.ones(())
+    vectors = []
+    for attention, mlp in zip(of("attn.qkv"), of("mlp.fc1"), strict=True):
+        gate = [ones] if spec.conditioning == "adaln-zero" else []
+        vectors += [attention, attention, *gate, mlp, mlp, *gate]
+    return torch.stack([*vectors, ones, ones])
 
 
 def _compute_int8(module: nn.Linear, scale: float, by_row: Tensor, factor: Tensor, x: Tensor) -> Tensor:

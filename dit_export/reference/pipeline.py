@@ -56,11 +56,13 @@ class Reference:
     """A checkpoint's unpatched modules, at the size of its ``model``.
 
     ``dtype`` is the dtype that the modules compute in; guidance and sampler compute in the dtype of the latents.
+    ``table_factors`` are what the numbers of the conditioning table are multiplied by in the graphs; of INT8 alone.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint, self.spec = checkpoint, checkpoint.model
         self.dtype = torch.float32
+        self.table_factors = torch.ones(())
         self.channels, self.classes = self.spec.latent_channels, self.spec.classes
         self.observations = make_observations(self.spec) if self.spec.observation else None
         self.blocks: Any  # a module list; the attributes of its modules have no types
@@ -239,9 +241,11 @@ class Reference:
             return seen.conditions[0]  # (N, 2, D)
         if self.spec.conditioning == "cross-attention":
             pairs = [kv.unflatten(2, (2, -1)).transpose(1, 2) for kv in seen.conditions]  # (N, 2, 2, D) each
-            return torch.stack(pairs, dim=1)
-        vectors = torch.cat(seen.conditions, dim=1)
-        return vectors.reshape(len(vectors), -1, self.spec.width)  # (N, 6·depth + 2, D)
+            table = torch.stack(pairs, dim=1)
+        else:
+            vectors = torch.cat(seen.conditions, dim=1)
+            table = vectors.reshape(len(vectors), -1, self.spec.width)  # (N, 6·depth + 2, D)
+        return table * self.table_factors.to(table.dtype)
 
     @contextlib.contextmanager
     def at_precision(self, dtype: torch.dtype) -> Iterator[None]:

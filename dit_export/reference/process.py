@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -90,15 +92,15 @@ def make_records(
     if precision == Precision.INT8:
         request = calibration or CalibrationRequest()
         policy = PrecisionSpec(Precision.INT8, (), request.keep_fp16)
-        ranges, integers = _calibrate(checkpoint, request, policy)
+        ranges, integers = _calibrate(models, request, policy)
         scales = {name: ranges.scales[name] for name in integers}
     with Progress("PyTorch reference", sum(each.work for each in settings)) as bar:
-        for model, each in zip(models, settings, strict=True):
+        for index, (model, each) in enumerate(zip(models, settings, strict=True)):
             size = model.model.latent_size
             target = folder / (GOLDEN if measurements is None else name_for_size(GOLDEN, size))
             target.mkdir()
             if ranges is not None:
-                ranges.write(target / f"{CALIBRATION}.npz", integers)
+                ranges.write(target / f"{CALIBRATION}.npz", index, integers)
             found = write_records(
                 model,
                 each,
@@ -115,11 +117,12 @@ def make_records(
 
 
 def _calibrate(
-    checkpoint: Checkpoint, request: CalibrationRequest, policy: PrecisionSpec
+    models: Sequence[Checkpoint], request: CalibrationRequest, policy: PrecisionSpec
 ) -> tuple[Calibration, dict[str, IntegerWeight]]:
-    """The ranges and scales of the linear layers, at the first size, and what tells the quantized layers' integers."""
-    spec, reference = spec_for_checkpoint(checkpoint, request), Reference(checkpoint)
-    with Progress("calibrating", count_calibration(spec)) as bar, torch.inference_mode():
-        found = calibrate(reference, spec, policy.quantizes, bar.advance)
+    """The ranges and scales of the linear layers at all sizes, and what tells the quantized layers' integers."""
+    spec, reference = spec_for_checkpoint(models[0], request), Reference(models[0])
+    references = chain([reference], map(Reference, models[1:]))
+    with Progress("calibrating", len(models) * count_calibration(spec)) as bar, torch.inference_mode():
+        found = calibrate(references, spec, policy.quantizes, bar.advance)
     quantized = {name: scale for name, scale in found.scales.items() if policy.quantizes(name)}
     return found, emulate_int8(reference, quantized, found.factors)

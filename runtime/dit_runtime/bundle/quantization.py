@@ -1,9 +1,11 @@
 """Quantization to INT8: which linear layers an INT8 bundle quantizes, and how their calibration was made.
 
 Symmetric, with zero points of 0. A weight has a scale for each output channel; a layer's input has one scale, which
-calibration found: x ≈ scale · clamp(round(x / scale), -128, 127), where ties are rounded to even. The input of an
-MLP's second layer is multiplied by a factor for each channel before that, and its weight is divided by them: channels
-that are much larger than others would cost the others their levels. Factors are powers of 2, so nothing is rounded.
+calibration found: x ≈ scale · clamp(round(x / scale), -128, 127), where ties are rounded to even. The channels of an
+input have factors, which the weight is divided by: channels that are much larger than others would cost the others
+their levels. Factors are powers of 2, so nothing is rounded. They are in what makes the input: in the conditioning
+table and in place of the 1 that adaLN adds to its scale, or in the weights of a LayerNorm. An MLP's second layer has a
+product of its own for them.
 """
 
 from __future__ import annotations
@@ -13,10 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
+from dit_runtime.core.arrays import Array
 from dit_runtime.core.decode import Natural, Range
 
 LARGEST = 127  # what the largest |x| of a range becomes
-SMOOTHED = "mlp.fc2"  # the layer of a block that has factors
+SMOOTHED = ("attn.qkv", "cross_attn.q", "mlp.fc1", "mlp.fc2")  # the layers that have factors
+MULTIPLIED = "mlp.fc2"  # the layer of a block whose input the step multiplies by its factors
+MODULATED = ("attn.qkv", "mlp.fc1")  # the layers whose input adaLN makes
 FACTORS = 2.0**-6, 2.0**6  # the least and the largest
 LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")  # of a block
 CROSS_ATTENTION_LINEARS = ("attn.qkv", "attn.proj", "cross_attn.q", "cross_attn.proj", "mlp.fc1", "mlp.fc2")
@@ -50,3 +55,25 @@ def linears_of(conditioning: str, depth: int) -> tuple[str, ...]:
     """The linear layers that calibration measures, in the order of the network."""
     names: Sequence[str] = CROSS_ATTENTION_LINEARS if conditioning == "cross-attention" else LINEARS
     return tuple(f"blocks.{index}.{name}" for index in range(depth) for name in names)
+
+
+def smoothed_channels(conditioning: str, width: int, hidden: int) -> dict[str, int]:
+    """How many factors each layer of a block has that has some, in the order of the network."""
+    names = CROSS_ATTENTION_LINEARS if conditioning == "cross-attention" else LINEARS
+    return {name: hidden if name == MULTIPLIED else width for name in names if name in SMOOTHED}
+
+
+def factors_by_layer(factors: Array, conditioning: str, width: int, hidden: int) -> dict[str, Array]:
+    """The factors ``[in]`` by the layer's name, from a record's ``[depth, …]``, where a row has those of a block."""
+    found = {}
+    for block, row in enumerate(factors):
+        first = 0
+        for name, count in smoothed_channels(conditioning, width, hidden).items():
+            found[f"blocks.{block}.{name}"] = row[first : first + count]
+            first += count
+    return found
+
+
+def stores_factors(conditioning: str, name: str) -> bool:
+    """Whether the step stores the factors of a layer's input, as ``NAME.factor``."""
+    return name.endswith(MULTIPLIED) or (conditioning in ("adaln", "adaln-zero") and name.endswith(MODULATED))

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from dit_runtime.bundle.manifest import ENCODER, Manifest
-from dit_runtime.bundle.quantization import FACTORS, linears_of
+from dit_runtime.bundle.quantization import FACTORS, linears_of, smoothed_channels
 from dit_runtime.core.arrays import Array, ArraySpec
 from dit_runtime.core.decode import DecodeError
 
@@ -93,10 +93,12 @@ def specs_of_record(name: str, manifest: Manifest) -> dict[str, ArraySpec]:
         }
     if name == CALIBRATION:
         linears = len(linears_of(model.conditioning, model.depth))
+        channels = sum(smoothed_channels(model.conditioning, model.width, model.mlp_width).values())
         return {
-            **{"timesteps": float32("S"), "ranges": float32(linears, "S"), "scales": float32(linears)},
+            **{"timesteps": float32("S"), "ranges": float32(linears, "S")},
+            **dict.fromkeys(("largest", "scales"), float32(linears)),
             **{"weight_scales": float32("R"), "weight_sums": int64("R")},
-            "factors": float32(model.depth, model.mlp_width),
+            "factors": float32(model.depth, channels),
         }
     if name == UNQUANTIZED:
         return {
@@ -144,14 +146,15 @@ def check_record(name: str, record: Mapping[str, Array], manifest: Manifest) -> 
 
 def _check_scales(record: Mapping[str, Array]) -> None:
     """Check that the scales are numbers above 0 that FP16 holds, as the graphs store them."""
-    scales, ranges = record["scales"], record["ranges"]
+    scales = record["scales"]
     if not (np.isfinite(scales).all() and (scales > 0).all() and (scales == scales.astype(np.float16)).all()):
         raise DecodeError("scales: expected numbers of FP16 above 0")
     factors = record["factors"]
     if not (np.isin(np.frexp(factors)[0], 0.5).all() and FACTORS[0] <= factors.min() <= factors.max() <= FACTORS[1]):
         raise DecodeError("factors: expected powers of 2 from 1/64 to 64")
-    if not (np.isfinite(ranges).all() and (ranges >= 0).all() and ranges.size):
-        raise DecodeError("ranges: expected numbers from 0")
+    for key in ("ranges", "largest"):
+        if not (np.isfinite(record[key]).all() and (record[key] >= 0).all() and record[key].size):
+            raise DecodeError(f"{key}: expected numbers from 0")
 
 
 def _check_range(record: Mapping[str, Array], key: str, least: float, most: float) -> None:

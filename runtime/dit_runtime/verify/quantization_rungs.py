@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from dit_runtime.backends.base import Array
-from dit_runtime.bundle.quantization import LARGEST, SMOOTHED, linears_of
+from dit_runtime.bundle.quantization import LARGEST, factors_by_layer, linears_of, stores_factors
 from dit_runtime.bundle.reader import CALIBRATION, UNQUANTIZED
 from dit_runtime.bundle.stored_numbers import numbers_of_graph
 from dit_runtime.core.errors import BundleError
@@ -22,10 +22,10 @@ from dit_runtime.verify.rung import Rung
 
 
 def ranges(replay: Replay) -> Rung:
-    """Each layer's scale, which must map the largest |x| of all timesteps of calibration to 127.
+    """Each layer's scale, which must map the largest |x| of calibration, at all sizes and timesteps, to 127.
 
-    A smaller scale clips numbers that the model has, a larger one wastes levels. A layer whose range is the same at all
-    timesteps was calibrated on one of them: a network's numbers differ.
+    A smaller scale clips numbers that the model has, a larger one wastes levels. Nothing may be beyond it at the size
+    in use. A layer whose range is the same at all timesteps was calibrated on one of them: a network's numbers differ.
     """
     manifest = replay.bundle.manifest
     calibration, record = manifest.calibration, replay.bundle.records(CALIBRATION)
@@ -35,31 +35,26 @@ def ranges(replay: Replay) -> Rung:
             f"{replay.bundle.path}: the record {CALIBRATION} has ranges of {len(record['timesteps'])} timesteps, "
             f"expected {calibration.steps}; export the bundle again"
         )
-    layers = [
-        (name, float(found.max()) / (LARGEST * float(scale)), len(found) > 1 and bool((found == found[0]).all()))
-        for name, found, scale in zip(
-            linears_of(manifest.model.conditioning, manifest.model.depth),
-            record["ranges"],
-            record["scales"],
-            strict=True,
-        )
-        if manifest.precision.quantizes(name)
-    ]
-    off = [math.inf if single else abs(share - 1) for _, share, single in layers]
+    names = linears_of(manifest.model.conditioning, manifest.model.depth)
+    kept = [index for index, name in enumerate(names) if manifest.precision.quantizes(name)]
+    found, ends = record["ranges"][kept], LARGEST * record["scales"][kept].astype(np.float64)
+    every, here = record["largest"][kept] / ends, found.max(axis=1) / ends
+    single = (found == found[:, :1]).all(axis=1) & (found.shape[1] > 1)
+    off = np.where(single, math.inf, np.maximum(np.abs(every - 1), here - 1))
     worst = int(np.argmax(off))
-    name, share, single = layers[worst]
-    reached = f"{name} reaches {share:.3g} of its scale's end"
-    if single:
+    name = names[kept[worst]]
+    reached = f"{name} reaches {max(every[worst], here[worst]):.3g} of its scale's end"
+    if single[worst]:
         reached = f"{name} has one range for all timesteps: calibrated on one of them; export the bundle again"
     return Rung(
         "INT8 ranges",
-        off[worst],
+        float(off[worst]),
         replay.budget.tolerance_of("int8_ranges"),
         "relative",
-        f"{reached}; {len(layers)} layers at {calibration.steps} timesteps of "
+        f"{reached}; {len(kept)} layers at {calibration.steps} timesteps of "
         f"{calibration.sampler}, {len(set(calibration.labels))} classes",
         axis="layer",
-        series={"error": off},
+        series={"error": off.tolist()},
     )
 
 
@@ -70,11 +65,10 @@ def weights(replay: Replay) -> Rung:
     integers. The other rungs would not see a fault that is smaller than what the roundings of INT8 move by chance.
     """
     manifest, record = replay.bundle.manifest, replay.bundle.records(CALIBRATION)
-    found = numbers_of_graph(replay.bundle, "step")
-    first, off, one = 0, {}, np.ones(())
-    for name, scale in zip(
-        linears_of(manifest.model.conditioning, manifest.model.depth), record["scales"], strict=True
-    ):
+    found, model = numbers_of_graph(replay.bundle, "step"), manifest.model
+    factors = factors_by_layer(record["factors"], model.conditioning, model.width, model.mlp_width)
+    first, off, one = 0, dict[str, float](), np.ones(())
+    for name, scale in zip(linears_of(model.conditioning, model.depth), record["scales"], strict=True):
         if not manifest.precision.quantizes(name):
             continue
         stored = [found.get(f"{name}.{part}") for part in ("scale", "weight_scale", "weight")]
@@ -84,9 +78,10 @@ def weights(replay: Replay) -> Rung:
         at, scales, integers = (np.asarray(each) for each in stored)
         rows = slice(first, first := first + len(scales))
         sums = record["weight_sums"][rows]
-        factor = record["factors"][int(name.split(".")[1])] if name.endswith(SMOOTHED) else one
         off[name] = max(
-            _largest_difference(found.get(f"{name}.factor", one), factor),
+            _largest_difference(found.get(f"{name}.factor", one), factors[name])
+            if stores_factors(model.conditioning, name)
+            else 0.0,
             _largest_difference(at, scale),
             _largest_difference(scales, record["weight_scales"][rows]),
             _largest_difference(integers.sum(axis=0, dtype=np.int64), sums),

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from dit_export.checkpoints.checkpoint import checkpoint_at_sizes
 from dit_export.checkpoints.sources import Checkpoint, Source, load_checkpoint
 from dit_export.reference import calibration
 from dit_export.reference.calibration import calibrate, count_calibration, find_factors, spec_for_checkpoint
@@ -41,7 +42,7 @@ def reference(tiny: Checkpoint) -> Reference:
 def test_ranges_are_those_of_the_inputs(reference: Reference) -> None:
     """Each timestep's range is the largest |x| that a layer reads there, in the images of every class and in null's."""
     advanced: list[int] = []
-    found = calibrate(reference, SPEC, lambda name: True, lambda: advanced.append(1))
+    found = calibrate([reference], SPEC, lambda name: True, lambda: advanced.append(1))
     assert len(advanced) == count_calibration(SPEC) == 2
     assert tuple(found.scales) == linears_of("adaln-zero", 2)
     seen: dict[str, list[float]] = {name: [] for name in found.scales}
@@ -57,27 +58,44 @@ def test_ranges_are_those_of_the_inputs(reference: Reference) -> None:
     for step in reference.loop("ddim", 2, []):
         e, v = reference.predict(z, torch.full((3,), step.t), labels, 1.5)
         z, _ = step.advance(e, v, z)
-    assert np.array_equal(found.ranges, np.array(list(seen.values()), np.float32))
+    assert np.array_equal(found.ranges[0], np.array(list(seen.values()), np.float32))
     assert found.timesteps.tolist() == [500.0, 0.0]
     for name, scale in found.scales.items():
         assert scale == np.float16(max(seen[name]) / 127)
 
 
+def test_every_size_is_calibrated(tiny: Checkpoint, tmp_path: Path) -> None:
+    """A scale is that of the largest range of all sizes; a record has its size's own, and the largest of all."""
+    sized = checkpoint_at_sizes(tiny, ((32, 32), (48, 48)))
+    references = [Reference(replace(sized, model=sized.at(size))) for size in sized.sizes]
+    spec = replace(SPEC, steps=1)
+    found = calibrate(references, spec, lambda _: True, lambda: None)
+    assert len(found.ranges) == 2
+    integers = emulate_int8(references[0], found.scales, found.factors)
+    found.write(tmp_path / "record.npz", 1, integers)
+    with np.load(tmp_path / "record.npz") as record:
+        largest = record["largest"]
+        assert np.array_equal(record["ranges"], found.ranges[1])
+        assert np.array_equal(record["scales"], np.float32(np.float16(largest / 127)))
+    assert np.array_equal(largest, np.maximum(*(each.max(axis=1) for each in found.ranges)))
+    assert all((each.max(axis=1) < largest).any() for each in found.ranges)  # neither size has all the largest
+
+
 def test_parts_of_the_images_have_one_range(reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
     """Images that do not fit into one evaluation are calibrated as if they did: each with its own noise."""
     spec = replace(SPEC, steps=1)
-    together = calibrate(reference, spec, lambda name: True, lambda: None)
+    together = calibrate([reference], spec, lambda name: True, lambda: None)
     monkeypatch.setattr(calibration, "TOGETHER", 2)
-    apart = calibrate(reference, spec, lambda name: True, lambda: None)
+    apart = calibrate([reference], spec, lambda name: True, lambda: None)
     assert count_calibration(spec) == 2
-    assert np.allclose(apart.ranges, together.ranges, rtol=1e-5)
-    assert apart.ranges.shape == (8, 1)
+    assert np.allclose(apart.ranges[0], together.ranges[0], rtol=1e-5)
+    assert apart.ranges[0].shape == (8, 1)
 
 
 def test_a_seed_gives_the_same_ranges(reference: Reference) -> None:
     """The same seed and labels give the same ranges, another seed other ones."""
     first, again, other = (
-        calibrate(reference, CalibrationSpec(seed, (0, 9), "ddim", 1, 1.5), lambda name: True, lambda: None).ranges
+        calibrate([reference], CalibrationSpec(seed, (0, 9), "ddim", 1, 1.5), lambda name: True, lambda: None).ranges[0]
         for seed in (0, 0, 1)
     )
     assert np.array_equal(first, again)
@@ -108,7 +126,7 @@ def test_numbers_that_are_not_finite(reference: Reference) -> None:
         torch.full_like(modules["blocks.1.mlp.fc1"][0].bias, torch.nan)
     )
     with pytest.raises(ParityError, match=r"not finite at timestep 500, first in the input of blocks.1.mlp.fc2"):
-        calibrate(reference, SPEC, lambda name: True, lambda: None)
+        calibrate([reference], SPEC, lambda name: True, lambda: None)
 
 
 def test_an_input_that_is_always_zero(reference: Reference) -> None:
@@ -117,8 +135,8 @@ def test_an_input_that_is_always_zero(reference: Reference) -> None:
     attention.weight.data.zero_()
     attention.bias.data.zero_()
     with pytest.raises(CheckpointError, match=r"input of blocks.0.attn.proj is 0 .* --keep-fp16 blocks.0.attn.proj"):
-        calibrate(reference, SPEC, lambda name: True, lambda: None)
-    kept = calibrate(reference, SPEC, lambda name: name != "blocks.0.attn.proj", lambda: None)
+        calibrate([reference], SPEC, lambda name: True, lambda: None)
+    kept = calibrate([reference], SPEC, lambda name: name != "blocks.0.attn.proj", lambda: None)
     assert kept.scales["blocks.0.attn.proj"] > 0
 
 

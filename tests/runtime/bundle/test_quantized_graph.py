@@ -172,6 +172,7 @@ def test_a_manifest_that_does_not_fit(
         ("factors", lambda a: a * np.float32(2**13), "factors: expected powers of 2 from 1/64"),
         ("factors", lambda a: a * 0, "factors: expected powers"),
         ("ranges", lambda a: -a, "ranges: expected numbers from 0"),
+        ("largest", lambda a: -a, "largest: expected numbers from 0"),
         ("ranges", lambda a: a[:, :0], "ranges"),
     ],
 )
