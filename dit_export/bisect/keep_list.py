@@ -17,6 +17,7 @@ from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import CheckpointError
 from dit_runtime.core.replace import check_writable, replace_file
 
+SEARCHED = (Precision.FP32, Precision.FP16, Precision.INT8)  # of FP32 there is nothing to find, which is said
 Weights = Mapping[str, Mapping[str, Array]]
 
 
@@ -34,14 +35,20 @@ def find_keep_list(
 
     Raises:
         OutputError: ``output`` cannot be written.
-        CheckpointError: the checkpoint cannot be read, the bundle was made from other weights, or ``wanted`` is given
-            of a bundle that is not INT8.
+        CheckpointError: the checkpoint cannot be read, the bundle was made from other weights, it has a precision in
+            which nothing is searched, or ``wanted`` is given of a bundle that is not INT8.
         ParityError: keeping all units is not enough.
     """
-    int8 = bundle.manifest.precision.name == Precision.INT8
+    precision = bundle.manifest.precision.name
+    if precision not in SEARCHED:
+        raise CheckpointError(
+            f"{bundle.path}: is {precision}; --bisect is for FP16 and INT8 bundles, so give it the checkpoint's export "
+            "with --fp16 or --int8"
+        )
+    int8 = precision == Precision.INT8
     if wanted is not None and not int8:
         raise CheckpointError(
-            f"{bundle.path}: is {bundle.manifest.precision.name}; --most-fp16 and --least-psnr are for INT8 bundles. "
+            f"{bundle.path}: is {precision}; --most-fp16 and --least-psnr are for INT8 bundles. "
             "Of others the list is the shortest that keeps the error budget"
         )
     check_writable(output)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -31,6 +32,8 @@ from support.commands import run_command
 from support.optional import onnx
 
 from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
+from dit_runtime.bundle.manifest import PrecisionSpec
+from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle, open_bundle
 from dit_runtime.core.errors import CheckpointError, ParityError
 from dit_runtime.samplers.schedule import B_E, COEFFICIENTS
@@ -73,8 +76,6 @@ def test_trials_are_the_two_bundles(trials: QuantizationTrials, int8_bundle: Pat
 def test_weights_of_another_checkpoint(int8_bundle: Path, trials: QuantizationTrials) -> None:
     """Weights that do not round to the bundle's integers are refused, and the layer is named."""
     weights = {f"{name}.weight": layer.rounded.T.copy() for name, layer in trials.layers.items()}
-    for name, factor in ((f"blocks.{block}.mlp.fc2", block) for block in (0, 1)):
-        weights[f"{name}.weight"] *= open_bundle(int8_bundle).records("calibration")["factors"][factor]
     bundle = open_bundle(int8_bundle)
     QuantizationTrials(bundle, weights, threads=1)
     weights[f"{WORST}.weight"][3, 5] += 0.01
@@ -178,6 +179,14 @@ def test_numbers_out_of_range(int8_bundle: Path, flags: tuple[str, ...], said: s
     assert done.returncode != 0
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_precision_that_is_not_searched(bundles: dict[str, Path], tmp_path: Path) -> None:
+    """A bundle of another precision is refused, not searched as if it were FP16."""
+    bundle = open_bundle(bundles["fp16"])
+    other = replace(bundle, manifest=replace(bundle.manifest, precision=PrecisionSpec(Precision.BF16, ())))
+    with pytest.raises(CheckpointError, match="is bf16; --bisect is for FP16 and INT8 bundles"):
+        find_keep_list(other, None, tmp_path / "keep.txt")
 
 
 def test_options_of_int8_alone(bundles: dict[str, Path], tmp_path: Path) -> None:
