@@ -34,7 +34,7 @@ from dit_export.request import ExportRequest
 from dit_runtime.bundle.macs import count_conditioner_gmac, count_gmac, count_step_gmac
 from dit_runtime.bundle.manifest import ENCODER, ModelSpec, PrecisionSpec
 from dit_runtime.bundle.precision import Precision
-from dit_runtime.bundle.quantization import SMOOTHED, CalibrationSpec
+from dit_runtime.bundle.quantization import MULTIPLIED, CalibrationSpec, stores_factors
 
 STEPS = (10, 50, 250, 1000)
 FEW_STEPS = (1, 2, 4)  # of a model that predicts a whole step
@@ -89,7 +89,7 @@ class Roofline:
 
 @dataclass(frozen=True)
 class CalibrationEstimate:
-    """What a quantized export will run to find its scales.
+    """What a quantized export will run to find its scales, at each of its sizes.
 
     Attributes:
         spec: the trajectories.
@@ -270,13 +270,16 @@ def dry_run_of(
         table_bytes={count: count * branches * _row_bytes(model, precision) for count in steps},
         sizes=tuple(estimate_size(side) for side in sides),
         keep_fp16=precision.keep_fp16,
-        calibration=None if calibration is None else _estimate_calibration(model, calibration),
+        calibration=None if calibration is None else _estimate_calibration(model, calibration, sides),
     )
 
 
-def _estimate_calibration(model: ModelSpec, spec: CalibrationSpec) -> CalibrationEstimate:
+def _estimate_calibration(
+    model: ModelSpec, spec: CalibrationSpec, sides: Sequence[tuple[int, int]]
+) -> CalibrationEstimate:
     evaluations = len(spec.labels) * spec.steps * (1 if spec.guidance == 1 else BRANCHES)
-    return CalibrationEstimate(spec, evaluations, evaluations * count_gmac(model))
+    works = [evaluations * count_gmac(replace(model, latent_size=side)) for side in sides]
+    return CalibrationEstimate(spec, evaluations * len(sides), sum(works))
 
 
 def _count_decoder_gmac(
@@ -315,7 +318,7 @@ def _estimate_graphs(
             modules[ENCODER] = parts_of_encoder(autoencoder)
             image = (autoencoder.config.in_channels, factor * side[0], factor * side[1])
             work[ENCODER] = _count_gmac(modules[ENCODER], image)
-    return {name: _estimate_graph(name, parts, fp16, work[name]) for name, parts in modules.items()}
+    return {name: _estimate_graph(name, parts, fp16, work[name], model.conditioning) for name, parts in modules.items()}
 
 
 def _count_source_parameters(
@@ -405,7 +408,9 @@ def _position_bytes(model: ModelSpec) -> int:
     return 4 * model.tokens * (model.width + rotary)
 
 
-def _estimate_graph(name: str, modules: Iterable[nn.Module], fp16: PrecisionSpec, work: float) -> GraphEstimate:
+def _estimate_graph(
+    name: str, modules: Iterable[nn.Module], fp16: PrecisionSpec, work: float, conditioning: str
+) -> GraphEstimate:
     """The estimate of a graph from its modules: it counts the tensors of the weights file, each in its unit's dtype."""
     parameters, quantized, sizes = 0, 0, {FP32: 0, fp16: 0}
     for path, part in itertools.chain.from_iterable(module.named_modules() for module in modules):
@@ -421,9 +426,10 @@ def _estimate_graph(name: str, modules: Iterable[nn.Module], fp16: PrecisionSpec
             itemsize = 4 if always else dtype_of(policy, unit).itemsize
             found = _sum_stored(count * itemsize for count in counts)
             sizes[policy] += found
-        quantized += _quantized_bytes(path, part) if name == "step" and fp16.quantizes(path) else found
-    own = quantized if fp16.name == Precision.INT8 else None
-    return GraphEstimate(name, parameters, sizes[FP32], sizes[fp16], work, own)
+        own = name == "step" and fp16.quantizes(path)
+        quantized += _quantized_bytes(path, part, conditioning) if own else found
+    stored = quantized if fp16.name == Precision.INT8 else None
+    return GraphEstimate(name, parameters, sizes[FP32], sizes[fp16], work, stored)
 
 
 def _sum_stored(sizes: Iterable[int]) -> int:
@@ -431,13 +437,16 @@ def _sum_stored(sizes: Iterable[int]) -> int:
     return sum(size for size in sizes if size > INLINE_BYTES)
 
 
-def _quantized_bytes(path: str, part: nn.Module) -> int:
-    """The bytes of a quantized linear layer: a byte a weight; scales, bias and an input's factors in FP16."""
+def _quantized_bytes(path: str, part: nn.Module, conditioning: str) -> int:
+    """The bytes of a quantized linear layer: a byte a weight; scales, bias and factors in FP16.
+
+    Factors in adaLN's place are FP32, as its arithmetic is.
+    """
     assert isinstance(part, nn.Linear)
-    halves = [part.out_features, 0 if part.bias is None else part.bias.numel()]
-    if path.endswith(SMOOTHED):
-        halves.append(part.in_features)
-    return _sum_stored([part.weight.numel(), *(2 * count for count in halves)])
+    sizes = [part.weight.numel(), 2 * part.out_features, 0 if part.bias is None else 2 * part.bias.numel()]
+    if stores_factors(conditioning, path):
+        sizes.append((2 if path.endswith(MULTIPLIED) else 4) * part.in_features)
+    return _sum_stored(sizes)
 
 
 def _count_gmac(modules: Iterable[nn.Module], shape: tuple[int, ...]) -> float:

@@ -189,13 +189,13 @@ QUANTIZATION_FAULTS = (
     in_files("a zero point other than 0", REFUSED, set_zero_point, "zero_point"),
     in_engine("a zero point on one side", "blocks", move_zero_point, "first: block 0"),
     in_engine("a scale doubled on one side", "blocks", change_scale(2, "DequantizeLinear"), "first: block 0"),
-    in_engine("a scale of a quarter", "blocks", change_scale(0.25, *BOTH), "first: block 0"),
+    in_engine("a scale halved", "blocks", change_scale(0.5, *BOTH), "first: block 0"),
     in_engine(
-        "a scale halved",
+        "a scale doubled",
         PASSES,
-        change_scale(0.5, *BOTH),
-        why="it clips few numbers, and blocks keep the limit that INT8's roundings by chance need; in the files it is "
-        "caught",
+        change_scale(2, *BOTH),
+        why="one layer has half its levels, and blocks keep the limit that INT8's roundings by chance need; in the "
+        "files it is caught",
     ),
     in_engine("inputs rounded down", "blocks", round_down, "first: block 0"),
 )

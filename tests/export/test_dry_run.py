@@ -44,7 +44,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dit_engines.targets import DEVICES
 from dit_runtime.bundle.macs import count_conditioner_gmac, count_gmac, count_step_gmac
 from dit_runtime.bundle.manifest import CONDITIONINGS, ModelSpec
-from dit_runtime.bundle.quantization import linears_of
+from dit_runtime.bundle.quantization import linears_of, stores_factors
 from dit_runtime.bundle.reader import open_bundle
 
 
@@ -227,9 +227,13 @@ def test_the_work_of_calibration(checkpoint: Path) -> None:
     first, *_ = linear_modules(reference)["blocks.0.mlp.fc1"]
     first.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
     with torch.inference_mode():
-        calibrate(reference, spec, lambda _: True, lambda: None)
+        calibrate([reference], spec, lambda _: True, lambda: None)
     assert sum(rows) == dry_run.calibration.evaluations * 5 // dry_run.calibration.spec.steps == 3 * 5 * 2
     assert dry_run.calibration.gmac == pytest.approx(3 * 50 * 2 * count_gmac(source.model))
+    _, both = dry_run_of_request(replace(request, sizes=((32, 32), (48, 48))))
+    assert both.calibration is not None
+    assert both.calibration.evaluations == 2 * dry_run.calibration.evaluations
+    assert both.calibration.gmac > 3 * dry_run.calibration.gmac  # 36 tokens beside 16
 
 
 LIGHTNING: dict[str, Any] = {"qk_norm": "rms", "norm": "rms", "mlp": "swiglu", "rotary": True}
@@ -272,7 +276,8 @@ def test_int8_bytes_of_a_conditioning(conditioning: str, parts: dict[str, Any], 
     step = step_from_weights(model, Numerics(), FP16, weights, positions)
     int8, state = make_int8_policy(["blocks.0.attn.proj"]), step.state_dict()
     scales = {name: 0.5 for name in linears_of(conditioning, 1) if int8.quantizes(name)}
-    factors = {name: np.ones(model.mlp_width, np.float32) for name in scales if name.endswith("mlp.fc2")}
+    hidden = {name: model.mlp_width if name.endswith("mlp.fc2") else model.width for name in scales}
+    factors = {name: np.full(hidden[name], 2, np.float32) for name in scales if stores_factors(conditioning, name)}
 
     def quantize(traced: ir.Model) -> None:
         quantize_step(traced, scales, factors, lambda name: state[f"{name}.weight"].float().numpy())
@@ -369,7 +374,7 @@ def test_the_plan_in_print_and_in_json() -> None:
         assert values["sizes"][0]["rooflines"][0]["bound_ms"] == dry_run.sizes[0].rooflines[0].bound_ms
         assert values["table_bytes"]["50"] == dry_run.table_bytes[50]
     int8 = dry_run_of(preset("XL/2"), make_int8_policy([]), meta_vae())
-    assert f"{(int8.graph('step').quantized_bytes or 0) / 1e6:.1f}" == "449.0"
+    assert f"{(int8.graph('step').quantized_bytes or 0) / 1e6:.1f}" == "449.3"
     assert max(map(len, format_dry_run(int8).splitlines())) <= 110
     text = format_dry_run(dry_runs[0])
     for figure in ("749.8 M", "118.62", "524.54", "894.1 MB", "28 copies of the embedders → 1", "33.9%", "78.3 MB"):
