@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path[0] = str(Path(__file__).parents[1])  # not this folder, whose triton.py is not the library
 
 from support.checkpoints import make_checkpoint
 from support.commands import run_command
