@@ -1,12 +1,13 @@
-"""Train a small policy to reach a goal around an obstacle, export it, and compare engine and PyTorch on the same episodes.
+"""Train a small policy to reach a goal around an obstacle, and compare engine and PyTorch on the same episodes.
 
     python benchmarks/policy/reach.py
 
-The task is two-dimensional and in NumPy: a point goes to a goal, and a disc that may lie between must not be touched. The
-teacher passes it on a side that it draws for each episode, so that one observation has two right answers and their mean
-is a wrong one, which is what diffusion policies are for. The network is lerobot's multi-task DiT, small, trained by
-DDPM with lerobot's defaults (cosine betas of 100 steps, epsilon, clip) and sampled by DDIM in 10 steps. Episodes are run
-in pairs: the same start, goal, disc and noise for PyTorch and for each engine. The figures go to ``reach.json``.
+The task is two-dimensional and in NumPy: a point goes to a goal, and a disc that may lie between must not be touched.
+The teacher passes it on a side that it draws for each episode, so that one observation has two right answers and
+their mean is a wrong one, which is what diffusion policies are for. The network is lerobot's multi-task DiT, small,
+trained by DDPM with lerobot's defaults (cosine betas of 100 steps, epsilon, clip) and sampled by DDIM in 10 steps.
+Episodes are run in pairs: the same start, goal, disc and noise for PyTorch and for each engine, whose rungs have
+passed. The figures go to ``reach.json``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
-from dit_export import export
+from dit_export import export, verify
 from dit_export.checkpoints.random_weights import randomize
 from dit_export.reference.policy_model import PolicyDiT
 from numpy.typing import NDArray
@@ -228,11 +229,12 @@ def main() -> None:
         source = save(network, Path(folder) / "reach")
         engines = {}
         for precision in ("fp32", "fp16"):
-            result = export(str(source), Path(folder) / f"{precision}.bundle", fp16=precision == "fp16")
-            failed = [rung.name for rung in result.rungs if not rung.passed]
-            if failed:
-                raise SystemExit(f"{precision}: {', '.join(failed)}")
-            engines[precision] = Policy(Path(folder) / f"{precision}.bundle", engine="onnxruntime")
+            bundle = Path(folder) / f"{precision}.bundle"
+            export(source, bundle, precision=precision, verify=False)
+            (checked,) = verify(bundle, "onnxruntime", quick=True)
+            if not checked.passed:
+                raise SystemExit(f"{precision}: {[rung.name for rung in checked.rungs if not rung.passed]}")
+            engines[precision] = Policy(bundle, engine="onnxruntime")
         runs = {"pytorch": act_in_pytorch(network), **{name: act_on_engine(each) for name, each in engines.items()}}
         found = {name: run_episodes(act, args.episodes, args.seed + 100) for name, act in runs.items()}
         names = {name: each.engine.info.name for name, each in engines.items()}

@@ -51,6 +51,10 @@ def find_keep_list(
             f"{bundle.path}: is {precision}; --most-fp16 and --least-psnr are for INT8 bundles. "
             "Of others the list is the shortest that keeps the error budget"
         )
+    if bundle.manifest.model.observation:
+        raise CheckpointError(
+            f"{bundle.path}: is a policy's bundle, which --bisect does not know; name units with --keep-fp32"
+        )
     check_writable(output)
     graphs = ("probe",) if int8 else GRAPHS
     weights = None if source is None else weights_from_checkpoint(load_checkpoint(source), bundle, graphs)

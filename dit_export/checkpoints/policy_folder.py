@@ -44,6 +44,7 @@ logger = logging.getLogger("dit_runtime.export")  # a command prints what is log
 FAMILY = "multi-task-dit"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 KIND = "multi_task_dit"  # what lerobot's configuration says of itself
+MOST_ACTIONS = 4096  # of a chunk
 OBSERVATIONS = 16  # recorded ones, which verification takes in place of classes
 NETWORK, _ENCODER = "noise_predictor.", "observation_encoder."
 _SCHEDULERS = {"DDPM": DDPM, "DDIM": DDIM}
@@ -179,6 +180,8 @@ def _spec_of(config: _Config, file: str, shapes: Mapping[str, tuple[int, ...]]) 
     numbers = {name.split(".")[1] for name in shapes if name.startswith("transformer_blocks.")}
     depth, horizon, heads = len(numbers), config.get("horizon", int), config.get("num_heads", int)
     rotary = "transformer_blocks.0.attn.qkv_proj.weight" in shapes
+    if horizon > MOST_ACTIONS:
+        raise CheckpointError(f"{config.path}: horizon {horizon}, expected {MOST_ACTIONS} at most")
     for name, value in (("horizon", horizon), ("num_heads", heads), ("observation", inputs - time), ("time", time - 3)):
         if value < 1:
             raise CheckpointError(f"{file}: {name} {value}, expected 1 or more")
@@ -191,11 +194,13 @@ def _spec_of(config: _Config, file: str, shapes: Mapping[str, tuple[int, ...]]) 
         config.check(name, found)
     config.check("use_rope", rotary, bool)
     config.check("use_positional_encoding", "pos_embedding" in shapes, bool)
-    action = (config.values.get("output_features") or {}).get("action") or {}
-    if isinstance(action, dict) and action.get("shape") not in (None, [actions]):
+    features = config.values.get("output_features")
+    action = features.get("action") if isinstance(features, dict) else None
+    stated = action.get("shape") if isinstance(action, dict) else None
+    if stated not in (None, [actions]):
         raise CheckpointError(
-            f"{config.path}: says actions of shape {action.get('shape')!r:.60}, and the weights are of {[actions]}; "
-            "they do not belong together"
+            f"{config.path}: says actions of shape {stated!r:.60}, and the weights are of {[actions]}; they do not "
+            "belong together"
         )
     spec = ModelSpec(
         conditioning="adaln-zero",

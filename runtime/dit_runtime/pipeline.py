@@ -61,9 +61,12 @@ class Pipeline:
 
     Raises:
         BundleError: the bundle is missing, incomplete or altered, or has no graphs for that size.
+        SamplingError: the bundle is a policy's.
         EngineError: the engine's name is unknown, its library is not installed, or there are too many threads.
         ParityError: an engine that is weakly typed does not match the reference.
     """
+
+    of_policies = False  # whether bundles of policies are taken, whose latents are actions
 
     def __init__(
         self,
@@ -76,6 +79,11 @@ class Pipeline:
     ) -> None:
         self.once = once
         self.bundle = (bundle if isinstance(bundle, Bundle) else open_bundle(bundle)).at(size)
+        if self.manifest.model.observation and not self.of_policies:
+            raise SamplingError(
+                f"{self.bundle.path}: is a policy's bundle, which takes observations and gives actions; use "
+                "dit_runtime.Policy(bundle)(observation)"
+            )
         check_choice(engine if isinstance(engine, str) else "", precision)
         check_threads(threads)
         self._threads = threads
@@ -315,11 +323,6 @@ class Pipeline:
         Raises:
             SamplingError: an argument does not fit the model.
         """
-        if self.manifest.model.observation:
-            raise SamplingError(
-                f"{self.bundle.path}: is a policy's bundle, which takes observations and gives actions; use "
-                "dit_runtime.Policy(bundle)(observation)"
-            )
         labels = list_labels(labels)
         count = len(labels)
         if not count:

@@ -23,6 +23,12 @@ from dit_runtime.sampling.requests import ImageRequest
 FP16_MAX = 65504.0
 
 
+class _ActionPipeline(Pipeline):
+    """The sampling loop of a policy, whose latents are actions."""
+
+    of_policies = True
+
+
 class Policy:
     """A policy's bundle with an engine, ready to act. PyTorch is not imported.
 
@@ -47,7 +53,7 @@ class Policy:
         threads: int = 0,
         precision: str | None = None,
     ) -> None:
-        self._pipe = Pipeline(bundle, engine, threads, precision=precision)
+        self._pipe = _ActionPipeline(bundle, engine, threads, precision=precision)
         if not self.manifest.model.observation:
             raise SamplingError(
                 f"{self._pipe.bundle.path}: is a bundle of images, not a policy's; sample it with dit_runtime.Pipeline"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -96,6 +97,8 @@ def test_objectives_are_read(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"horizon": 0}, "horizon 0, expected 1 or more"),
+        ({"horizon": 10**9}, "horizon 1000000000, expected 4096 at most"),
+        ({"horizon": "8"}, "horizon: got '8', expected a whole number"),
         ({"num_heads": 5}, "5 heads for width 64"),
         ({"hidden_dim": 32}, "says hidden_dim = 32, and the weights are of 64"),
         ({"num_layers": 3}, "says num_layers = 3, and the weights are of 2"),
@@ -268,7 +271,20 @@ def test_wrong_arguments_are_one_line(
 def test_images_and_actions_are_not_confused(exports: Callable[[str], Bundle]) -> None:
     bundle = exports("ddim")
     with pytest.raises(SamplingError, match=r"is a policy's bundle.* use dit_runtime.Policy\(bundle\)\(observation\)"):
-        Pipeline(bundle, OnnxRuntimeEngine(bundle, threads=1))([1])
+        Pipeline(bundle, OnnxRuntimeEngine(bundle, threads=1))
+
+
+def test_the_pages_example_runs(
+    exports: Callable[[str], Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """docs/policies.md, as written, on a bundle of the name that it has there."""
+    page = (Path(__file__).parents[3] / "docs" / "policies.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    shutil.copytree(exports("ddim").path, tmp_path / "policy.bundle")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(example, "policies.md", "exec"), names)
+    assert names["actions"].shape == (1, HORIZON, ACTIONS)
 
 
 def follow(kind: str, steps: int, seeds: list[int]) -> np.ndarray:
