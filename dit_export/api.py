@@ -129,9 +129,10 @@ def export(
             ``DiT-XL/2-256``.
         output: the bundle's folder; a bundle that is there is replaced. None means ``NAME-PRECISION.bundle`` in the
             working directory.
-        precision: ``fp32``, ``fp16`` for strongly typed FP16 graphs, or ``int8``: FP16 graphs whose blocks' linear
-            layers multiply INT8.
-        keep_fp32: with ``fp16``, units that stay FP32, such as ``blocks.17.attn``, and files that list such units.
+        precision: ``fp32``, ``fp16`` or ``bf16`` for strongly typed graphs, or ``int8``: FP16 graphs whose blocks'
+            linear layers multiply INT8.
+        keep_fp32: with ``fp16`` or ``bf16``, units that stay FP32, such as ``blocks.17.attn``, and files that list such
+            units.
         family: ``diffusers``, ``official``, ``sit``, ``repa``, ``lightningdit`` or ``meanflow``; None means as a file's
             parameters, its training arguments or ``time`` say, else official for files, as the name says for presets,
             and diffusers otherwise.

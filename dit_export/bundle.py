@@ -48,7 +48,7 @@ from dit_runtime.core.progress import Progress
 from dit_runtime.core.reading import MANIFEST_BYTES
 from dit_runtime.core.replace import check_writable, recover_folder, replace_folder
 from dit_runtime.samplers.by_name import count_default_steps
-from dit_runtime.verify.limits import THRESHOLDS, TOLERANCES
+from dit_runtime.verify.limits import THRESHOLDS, TOLERANCES, limits_for_bundle
 
 
 def bundle_from_checkpoint(
@@ -222,9 +222,8 @@ def _make_manifest(checkpoint: Checkpoint, precision: PrecisionSpec, measurement
 
 
 def _limits_for(precision: PrecisionSpec, limits: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """The limits of the precisions that a bundle's engines may compute in: those of INT8 only for INT8."""
-    int8 = precision.name == Precision.INT8
-    return {name: of for name, of in limits.items() if int8 or name != Precision.INT8}
+    """The limits of the precisions that a bundle's engines may compute in."""
+    return {name: dict(own) for name, own in limits_for_bundle(limits, precision.name).items()}
 
 
 def _hash_files(folder: Path) -> dict[str, FileSpec]:

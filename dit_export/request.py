@@ -31,10 +31,10 @@ class ExportRequest:
             ``.safetensors`` file with the official names; or with ``random_weights`` a preset, such as
             ``DiT-XL/2-256``.
         output: the bundle's folder; None means ``NAME-PRECISION.bundle`` in the working directory.
-        precision: ``fp32``, ``fp16`` for strongly typed FP16 graphs, or ``int8``: FP16 graphs whose blocks' linear
-            layers multiply INT8.
-        keep_fp32: with ``fp16``, units that stay FP32, such as ``blocks.17.attn``, and files that list such units, as
-            ``dit-export --bisect`` writes them.
+        precision: ``fp32``, ``fp16`` or ``bf16`` for strongly typed graphs, or ``int8``: FP16 graphs whose blocks'
+            linear layers multiply INT8.
+        keep_fp32: with ``fp16`` or ``bf16``, units that stay FP32, such as ``blocks.17.attn``, and files that list such
+            units, as ``dit-export --bisect`` writes them.
         family: ``diffusers``, ``official``, ``sit``, ``repa``, ``lightningdit`` or ``meanflow``; None means as a file's
             parameters, its training arguments or ``time`` say, else official for files, as the name says for presets,
             and diffusers otherwise.
@@ -108,8 +108,8 @@ class ExportRequest:
         self._check_int8()
         if self.keep_fp32 and self.precision == Precision.FP32:
             raise CheckpointError(
-                f"units to keep in FP32 ({self.keep_fp32[0]}): all units of FP32 graphs are FP32; choose fp16, or "
-                "name no units"
+                f"units to keep in FP32 ({self.keep_fp32[0]}): all units of FP32 graphs are FP32; choose fp16 or "
+                "bf16, or name no units"
             )
         for name, value in (("heads", self.heads), ("classes", self.classes)):
             if value is not None and value < 1:
@@ -198,8 +198,17 @@ class ExportRequest:
         Raises:
             CheckpointError: such a file is missing or is no list of units.
         """
-        from dit_export.graphs.precision import FP32, make_fp16_policy, make_int8_policy, read_keep_list
+        from dit_export.graphs.precision import (
+            FP32,
+            make_bf16_policy,
+            make_fp16_policy,
+            make_int8_policy,
+            read_keep_list,
+        )
 
         if self.precision == Precision.INT8:
             return make_int8_policy(read_keep_list(self.keep_fp16, "--keep-fp16"))
-        return FP32 if self.precision == FP32.name else make_fp16_policy(read_keep_list(self.keep_fp32))
+        if self.precision == Precision.FP32:
+            return FP32
+        make_policy = make_bf16_policy if self.precision == Precision.BF16 else make_fp16_policy
+        return make_policy(read_keep_list(self.keep_fp32))

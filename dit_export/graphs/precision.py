@@ -3,8 +3,8 @@
 TensorRT 11 has no FP16 switch, so the precision is written into the graph (strongly typed). Units are named as the
 graph's nodes are: ``conditioner``, ``patch_embed``, ``blocks.17.attn``, ``blocks.17.mlp``, ``final``, ``decoder``,
 ``encoder``. Whatever the policy, these are FP32: the residual stream, the adaLN arithmetic, normalization statistics,
-timestep features, softmax and the sampler. An INT8 policy is that of FP16, with INT8 products in the blocks' linear
-layers (``blocks.17.mlp.fc1``).
+timestep features, softmax and the sampler. In a BF16 policy decoder and encoder are FP16. An INT8 policy is that of
+FP16, with INT8 products in the blocks' linear layers (``blocks.17.mlp.fc1``).
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ FP16_KEEPS_FP32 = ("patch_embed", "final")
 
 FP32 = PrecisionSpec(Precision.FP32, ())
 FP16 = PrecisionSpec(Precision.FP16, FP16_KEEPS_FP32)
+BF16 = PrecisionSpec(Precision.BF16, FP16_KEEPS_FP32)
 # What a graph can be exported in, and torch's dtype for it.
-DTYPES = {Precision.FP32: torch.float32, Precision.FP16: torch.float16}
+DTYPES = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
 
 
 def dtype_of(precision: PrecisionSpec, unit: str) -> torch.dtype:
@@ -38,6 +39,11 @@ def dtype_of(precision: PrecisionSpec, unit: str) -> torch.dtype:
 def make_fp16_policy(keep_fp32: Iterable[str]) -> PrecisionSpec:
     """FP16 with these units in FP32, beside the units that FP16 always keeps in FP32."""
     return PrecisionSpec(FP16.name, tuple(dict.fromkeys((*FP16_KEEPS_FP32, *keep_fp32))))
+
+
+def make_bf16_policy(keep_fp32: Iterable[str]) -> PrecisionSpec:
+    """BF16 with these units in FP32, beside those that FP16 always keeps in FP32; decoder and encoder are FP16."""
+    return PrecisionSpec(BF16.name, make_fp16_policy(keep_fp32).keep_fp32)
 
 
 def make_int8_policy(keep_fp16: Iterable[str]) -> PrecisionSpec:

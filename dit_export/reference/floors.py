@@ -43,6 +43,7 @@ def floors_of(
     steps: int,
     precisions: Sequence[str],
     advance: Callable[[], None],
+    fp16_autoencoder: bool = False,
 ) -> dict[str, dict[str, list[float]]]:
     """Relative L2 errors by precision and record; see ``Manifest.floors``.
 
@@ -56,10 +57,11 @@ def floors_of(
         steps: the number of steps that are measured. The first free-running trajectory is measured in whole.
         precisions: the names of ``PRECISIONS`` to measure.
         advance: called after each measurement, ``count_measurements`` times.
+        fp16_autoencoder: whether the autoencoder is FP16 where the network is BF16.
     """
     floors = {}
     for name in precisions:
-        with reference.at_precision(PRECISIONS[name]):
+        with reference.at_precision(PRECISIONS[name], torch.float16 if fp16_autoencoder and name == "bf16" else None):
             found = dict(_measure_floors(reference, records, samplers, measured, steps, advance))
         floors[name] = {key: [_round(value) for value in series] for key, series in found.items() if _is_finite(series)}
     return floors

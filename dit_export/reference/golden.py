@@ -95,7 +95,14 @@ def write_records(
         advance()
         check_records(checkpoint.name, records)
         floors = floors_of(
-            reference, records, names, settings.measured, settings.measured_steps, settings.precisions, advance
+            reference,
+            records,
+            names,
+            settings.measured,
+            settings.measured_steps,
+            settings.precisions,
+            advance,
+            settings.fp16_autoencoder,
         )
     for name, record in records.items():
         np.savez(folder / f"{name}.npz", **record)

@@ -29,6 +29,7 @@ from dit_engines.engine_store import (
 )
 from dit_engines.recipe import Recipe
 from dit_runtime.bundle.manifest import ENCODER
+from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import BuildError
 from dit_runtime.core.files import sha256_of
@@ -120,8 +121,8 @@ def as_json(engine: BuiltEngine) -> dict[str, Any]:
     for built in engine.graphs:
         item = built.as_json()
         for own, profile in zip(item["audit"]["profiles"], built.audit.profiles, strict=True):
-            own |= {"fp16_share": round(profile.fp16_share, 4), "known_share": round(profile.known_share, 4)}
-            own["int8_share"] = round(profile.int8_share, 4)
+            shares = {f"{each}_share": round(profile.share_of_all(each), 4) for each in Precision}
+            own |= {**shares, "known_share": round(profile.known_share, 4)}
         graphs.append(item)
     return {
         "folder": str(engine.folder),

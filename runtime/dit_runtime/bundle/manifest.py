@@ -17,6 +17,7 @@ from dit_runtime.core.decode import Amount, Natural, Range, decode, optional, wi
 SCHEMA = 5
 GRAPHS = ("conditioner", "step", "probe", "decoder")
 ENCODER = "encoder"
+AUTOENCODER = ("decoder", ENCODER)
 SIZED_GRAPHS = ("step", "probe")  # each is traced for one latent size; the other graphs take any size
 CONDITIONINGS = ("adaln-zero", "adaln", "cross-attention", "in-context")
 PATHS = ("linear", "gvp", "vp")
@@ -242,8 +243,14 @@ class PrecisionSpec:
         return Precision.FP16 if self.name == Precision.INT8 else self.name
 
     def precision_of(self, unit: str) -> Precision:
-        """The precision of the numbers of a named unit, such as ``blocks.17.mlp``."""
-        return Precision.FP32 if is_kept(unit, self.keep_fp32) else self.numbers
+        """The precision of the numbers of a named unit, such as ``blocks.17.mlp``.
+
+        The autoencoder of a BF16 bundle is FP16: BF16's 8 bits would be seen in its images, and ONNX's Conv has no BF16
+        at the opset of the graphs.
+        """
+        if is_kept(unit, self.keep_fp32):
+            return Precision.FP32
+        return Precision.FP16 if self.name == Precision.BF16 and unit in AUTOENCODER else self.numbers
 
     def quantizes(self, linear: str) -> bool:
         """Whether a linear layer, such as ``blocks.17.mlp.fc1``, multiplies INT8."""

@@ -73,7 +73,7 @@ class Reader:
     """Reads the messages of one file; in all of them together at most ``MOST_FIELDS`` fields."""
 
     def __init__(self, content: bytes) -> None:
-        self._content, self._left = content, MOST_FIELDS
+        self.content, self._left = content, MOST_FIELDS
 
     def read_graph(self) -> Values:
         """The graph's fields, with the versions of the file checked."""
@@ -90,7 +90,7 @@ class Reader:
         return self._read(model["graph"][0], GRAPH, "graph")
 
     def _read_model(self) -> Values:
-        return self._read((0, len(self._content)), MODEL, "model")
+        return self._read((0, len(self.content)), MODEL, "model")
 
     def read_written_tensors(self) -> Iterator[StoredTensor]:
         """Every tensor of a graph of any operators and versions, with data of any form."""
@@ -120,16 +120,16 @@ class Reader:
         dtype = np.dtype(self.read_tensor(span).dtype.replace("bfloat16", "uint16"))
         if (end - start) % dtype.itemsize or end - start > 8 * 2 * MOST_AXES:
             return []
-        found: list[float] = np.frombuffer(self._content[start:end], dtype).tolist()
+        found: list[float] = np.frombuffer(self.content[start:end], dtype).tolist()
         return found
 
     def read_bytes(self, span: Span) -> bytes:
         """The bytes of a tensor that lie in the file."""
-        return self._content[slice(*first_of(self._read(span, TENSOR, "tensor"), "raw_data", (0, 0)))]
+        return self.content[slice(*first_of(self._read(span, TENSOR, "tensor"), "raw_data", (0, 0)))]
 
     def read_text(self, span: Span) -> str:
         """The text at a place, with other bytes replaced."""
-        return self._content[slice(*span)].decode(errors="replace")
+        return self.content[slice(*span)].decode(errors="replace")
 
     def read_tensor(self, span: Span, table: Table = TENSOR) -> StoredTensor:
         tensor = self._read(span, table, "tensor")
@@ -184,7 +184,7 @@ class Reader:
         """The values of a field of some length."""
         if field.kind == "text":
             try:
-                return [self._content[start:end].decode()]
+                return [self.content[start:end].decode()]
             except UnicodeDecodeError as error:
                 raise DecodeError(f"damaged: {field.name} of the {what} is not text") from error
         if field.kind == "floats":
@@ -206,7 +206,7 @@ class Reader:
         for shift in range(0, 70, 7):
             if position >= end:
                 raise DecodeError("damaged or cut short: it ends within a number")
-            byte = self._content[position]
+            byte = self.content[position]
             position += 1
             value |= (byte & 0x7F) << shift
             if byte < 0x80:

@@ -11,7 +11,8 @@ from dit_runtime.core.errors import DiTError
 class Precision(str, Enum):
     """The format in which numbers are stored and multiplied.
 
-    In an ``INT8`` bundle the linear layers of the blocks multiply INT8, and all else is as in FP16.
+    In an ``INT8`` bundle the linear layers of the blocks multiply INT8, and all else is as in FP16. In a ``BF16``
+    bundle decoder and encoder are FP16.
     """
 
     FP32 = "fp32"
@@ -24,7 +25,9 @@ class Precision(str, Enum):
 
 
 # What graphs can be written in.
-EXPORTED = (Precision.FP32, Precision.FP16, Precision.INT8)
+EXPORTED = (Precision.FP32, Precision.FP16, Precision.BF16, Precision.INT8)
+# Precisions of 16 bits, in which a strongly typed graph computes.
+HALF = (Precision.FP16, Precision.BF16)
 # Further names that commands take.
 ALIASES = {"f32": Precision.FP32}
 # TensorRT's names of the datatypes, in its log, its inspector's JSON and the audits.

@@ -20,7 +20,7 @@ from dit_runtime.bundle.manifest import name_for_size
 from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import BundleError
-from dit_runtime.verify.limits import LARGER_IS_BETTER, THRESHOLDS, TOLERANCES
+from dit_runtime.verify.limits import LARGER_IS_BETTER, THRESHOLDS, TOLERANCES, limits_for_bundle
 from dit_runtime.verify.metrics import measures, relative_error, relative_l2
 from dit_runtime.verify.rung import Rung
 
@@ -143,8 +143,10 @@ def budget_for(bundle: Bundle, precision: Precision) -> Budget:
     # An engine that runs the rest of an INT8 bundle in BF16 has the errors of both.
     names = tuple(dict.fromkeys((precision, manifest.precision.name)))
     names = names if Precision.INT8 in names else (precision,)
-    tolerances = _cap(_laxest(manifest.tolerances, names), _laxest(TOLERANCES, names))
-    own = _laxest(THRESHOLDS, names)
+    tolerances, own = (
+        _laxest(limits_for_bundle(each, manifest.precision.name), names) for each in (TOLERANCES, THRESHOLDS)
+    )
+    tolerances = _cap(_laxest(manifest.tolerances, names), tolerances)
     thresholds = _cap({**own, **_laxest(manifest.thresholds, names)}, own)
     peak = PEAK_OF_CLIP if manifest.model.clips else 1.0
     return Budget(precision, tolerances, thresholds, floors, peak)

@@ -5,12 +5,14 @@ The exporter copies them into the manifest. A bundle may have stricter limits; i
 ``TOLERANCES`` are absolute limits, the net below the error budget: max |Δ| over the largest reference magnitude, if the
 name does not say otherwise. Beside each limit stands the largest value measured with ONNX Runtime on a CPU: on the
 committed Fashion-MNIST model (``make demo`` prints it) and, for FP16, on DiT-XL/2 with random weights (``dit-verify``).
-The values for BF16 were measured with OpenVINO on the Fashion-MNIST model. Where PyTorch's own error is so large that
-the error budget allows more than a limit here, the budget's is the limit: see ``Budget.limits_of``.
+The values for BF16 were measured with OpenVINO on the Fashion-MNIST model, in an FP16 bundle. Where PyTorch's own error
+is so large that the error budget allows more than a limit here, the budget's is the limit: see ``Budget.limits_of``.
 
 ``THRESHOLDS`` are the limits of the error budget: how many times PyTorch's own error in the same precision an engine's
 error may be. Each is twice the largest ratio over ten draws of seeds, timesteps, labels and guidance scales, on two
 models and three engines. ``benchmarks/budget.py`` prints the distribution; ``benchmarks/budget.json`` is its output.
+
+Those of BF16 cover ``benchmarks/budget-bf16.json`` too, of BF16 bundles and three draws.
 
 Those of INT8 are twice the largest ratio of ``benchmarks/budget-int8.json``, of three draws, or of the Fashion-MNIST
 model's and the tests' own records. PyTorch's own error is there that of its emulation of INT8 in FP16 against the same
@@ -18,6 +20,16 @@ in FP32. They are above FP16's because a number near a boundary of two levels of
 errors of PyTorch and of an engine are two draws of about the same size.
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from dit_runtime.bundle.precision import Precision
+
+Limits = Mapping[str, Mapping[str, float]]
+
+# The kinds that a BF16 bundle has FP16's limits of: decoder and encoder are FP16, the first layer and the sampler FP32.
+FP16_IN_BF16 = ("fp16_range", "embedding", "update", "decoder", "encoder")
 # Kinds whose limit is a least value.
 LARGER_IS_BETTER = ("fp16_range", "int8_cost", "image_psnr", "image_ssim", "image_one_level")
 
@@ -146,3 +158,11 @@ THRESHOLDS: dict[str, dict[str, float]] = {
         "encoder": 1.3,
     },
 }
+
+
+def limits_for_bundle(limits: Limits, bundle: Precision) -> Limits:
+    """``TOLERANCES`` or ``THRESHOLDS`` for a bundle of a precision, by the precisions that its engines compute in."""
+    if bundle == Precision.BF16:
+        fp16 = {kind: limit for kind, limit in limits["fp16"].items() if kind in FP16_IN_BF16}
+        return {"bf16": {**limits["bf16"], **fp16}}
+    return {name: own for name, own in limits.items() if bundle == Precision.INT8 or name != Precision.INT8}

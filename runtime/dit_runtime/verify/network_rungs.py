@@ -47,7 +47,7 @@ def fp16_range(replay: Replay) -> Rung:
     cure = ""
     if beyond:
         kept = f"--keep-fp32 {' '.join(beyond)}" if len(beyond) <= NAMED_UNITS else "--keep-fp32"
-        kept = kept if policy.name == Precision.FP16 else f"--fp16 {kept}"
+        kept = f"--fp16 {kept}" if policy.name == Precision.INT8 else kept
         cure = f"; export again with {kept}, or with the list that dit-export --bisect finds"
     return Rung(
         "FP16 range",

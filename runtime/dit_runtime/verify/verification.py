@@ -193,7 +193,10 @@ def _has_strong(replay: Replay) -> bool:
 
 
 def _has_range(replay: Replay) -> bool:
-    return replay.budget.precision in (Precision.FP16, Precision.INT8) and bool(replay.bundle.manifest.magnitudes)
+    manifest = replay.bundle.manifest
+    # The decoder of a BF16 bundle is FP16.
+    bf16 = manifest.precision.name == Precision.BF16 and "decoder" in manifest.graphs
+    return bool(manifest.magnitudes) and (bf16 or replay.budget.precision in (Precision.FP16, Precision.INT8))
 
 
 def _has_cost(replay: Replay) -> bool:
