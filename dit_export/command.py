@@ -53,7 +53,7 @@ def _check_precision(parser: Parser, args: argparse.Namespace) -> None:
     asked = [name for name in EXPORTED if getattr(args, name, False)]
     if len(asked) > 1:
         parser.error(
-            f"{' and '.join(f'--{name}' for name in asked)}: choose one; with --int8 all that is not INT8 is FP16"
+            f"{' and '.join(f'--{name}' for name in asked)}: choose one; with --int8 and --fp8 all else is FP16"
         )
     args.precision = asked[0] if asked else Precision.FP32
     if args.keep_fp32 and not asked:
@@ -164,21 +164,31 @@ def _add_graph_options(parser: Parser) -> None:
         help="make FP16 graphs whose blocks' linear layers multiply INT8, with ranges of the checkpoint's own samples",
     )
     group.add_argument(
+        "--fp8",
+        action="store_true",
+        help="as --int8 with FP8 (E4M3) in place of INT8, for GPUs from compute capability 8.9",
+    )
+    group.add_argument(
         "--keep-fp16",
         nargs="+",
         default=[],
         metavar="FILE|UNIT",
-        help="with --int8: units whose linear layers stay FP16, such as blocks.0 or blocks.17.mlp.fc2, or a list",
+        help="with --int8 or --fp8: units whose linear layers stay FP16, such as blocks.0 or blocks.17.mlp.fc2, or a "
+        "list",
     )
     group.add_argument(
         "--calibration-images",
         type=positive,
         metavar="N",
-        help="with --int8: images on whose trajectories ranges are found, of classes spread evenly (default: 32 for a "
-        "small model, 4 for others, at most one of each class)",
+        help="with --int8 or --fp8: images on whose trajectories ranges are found, of classes spread evenly (default: "
+        "32 for a small model, 4 for others, at most one of each class)",
     )
     group.add_argument(
-        "--calibration-seed", type=natural, default=0, metavar="SEED", help="with --int8: of these images' noise"
+        "--calibration-seed",
+        type=natural,
+        default=0,
+        metavar="SEED",
+        help="with --int8 or --fp8: of these images' noise",
     )
     group.add_argument(
         "--size",

@@ -35,7 +35,7 @@ def find_keep_list(
     Raises:
         OutputError: ``output`` cannot be written.
         CheckpointError: the checkpoint cannot be read, the bundle was made from other weights, or ``wanted`` is given
-            of a bundle that is not INT8, or it is BF16.
+            of a bundle that is not INT8, or it is BF16 or FP8.
         ParityError: keeping all units is not enough.
     """
     int8 = bundle.manifest.precision.name == Precision.INT8
@@ -44,10 +44,10 @@ def find_keep_list(
             f"{bundle.path}: is {bundle.manifest.precision.name}; --most-fp16 and --least-psnr are for INT8 bundles. "
             "Of others the list is the shortest that keeps the error budget"
         )
-    if bundle.manifest.precision.name == Precision.BF16:
+    if (own := bundle.manifest.precision.name) in (Precision.BF16, Precision.FP8):
         raise CheckpointError(
-            f"{bundle.path}: is bf16; --bisect finds what FP16 or INT8 breaks, so give it the checkpoint's export with "
-            "--fp16 or --int8"
+            f"{bundle.path}: is {own}; --bisect finds what FP16 or INT8 breaks, so give it the checkpoint's export "
+            "with --fp16 or --int8"
         )
     check_writable(output)
     graphs = ("probe",) if int8 else GRAPHS

@@ -27,7 +27,8 @@ PRECISIONS = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
     "int8": torch.float16,
-}  # by name, the dtype that is run to measure it; the modules of an INT8 export emulate INT8 in each
+    "fp8": torch.float16,
+}  # by name, the dtype that is run to measure it; the modules of an INT8 or FP8 export emulate it in each
 RUNS = 3  # of a trajectory that draws noise, in FP16 and BF16; of a large model, whose records have one image, one
 MOVE = 2.0**-18  # of the further runs' first latents, below every error in FP16
 CHUNK = 64  # images in one evaluation

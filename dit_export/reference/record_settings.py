@@ -108,7 +108,7 @@ class RecordSettings:
 
 @dataclass(frozen=True)
 class CalibrationRequest:
-    """How an INT8 export is to be calibrated.
+    """How an INT8 or FP8 export is to be calibrated.
 
     Attributes:
         seed: of the images' noise.
@@ -125,7 +125,7 @@ class CalibrationRequest:
 class Measurements:
     """What is measured on the reference beside the records: see ``Manifest.floors`` and ``Manifest.magnitudes``.
 
-    ``calibration`` has the values of ``Manifest.calibration``, of an INT8 export.
+    ``calibration`` has the values of ``Manifest.calibration``, of an INT8 or FP8 export.
     """
 
     floors: dict[str, dict[str, list[float]]] = field(default_factory=dict)

@@ -14,14 +14,14 @@ from dit_engines.kernels import Kernel, split_by_profile
 from dit_engines.recipe import can_fuse_attention
 from dit_runtime.backends.tensorrt.memory import describe_bytes
 from dit_runtime.bundle.manifest import AUTOENCODER, ModelSpec, PrecisionSpec
-from dit_runtime.bundle.precision import HALF, TENSORRT_DATATYPES, Precision, is_kept
+from dit_runtime.bundle.precision import HALF, QUANTIZED, TENSORRT_DATATYPES, Precision, is_kept
 from dit_runtime.core.decode import decode, optional
 
 # The least share of the multiply-adds that must be in the graph's own precision, outside the units that a policy keeps
 # in FP32. Measured: 100 % in every graph of every variant.
 LEAST_SHARE = 0.99
 # The precisions that this audit knows.
-JUDGED = (Precision.FP32, Precision.FP16, Precision.BF16, Precision.INT8)
+JUDGED = (Precision.FP32, Precision.FP16, Precision.BF16, *QUANTIZED)
 QUANTIZING = ("QuantizeLinear", "DequantizeLinear")
 # For a builder that does not tell datatypes: the largest ratio of an engine's weights to the bundle's weights, which
 # would be 2 in FP32 (RTX's is within 10 % of 1); and the bytes that a plan may have besides its weights, for a builder
@@ -55,8 +55,8 @@ class ProfileAudit:
         activation_bytes: device memory of the activations at the profile's largest shapes.
         multiplied: multiply-adds at the profile's usual shapes by datatype; the empty name is an unknown datatype.
         kept: as ``multiplied``, for the units that the precision policy keeps in FP32; ``multiplied`` is without them.
-        quantized: as ``multiplied``, for the layers that an INT8 bundle quantizes; ``multiplied`` is without them. None
-            in what another version wrote.
+        quantized: as ``multiplied``, for the layers that the bundle quantizes; ``multiplied`` is without them. None in
+            what another version wrote.
         quantizing: kernels that do nothing but quantize or dequantize.
         unread: multiply-adds of ONNX nodes that no kernel names.
         largest: the kernels with the most multiply-adds.
@@ -88,10 +88,10 @@ class ProfileAudit:
     def share_in(self, precision: Precision) -> float:
         """The share of a precision in the multiply-adds that should be in it.
 
-        These are the quantized layers' for INT8, and for others all outside these and the units that the policy keeps
-        in FP32. Multiply-adds of unknown datatype are left out; the share is 1 where no datatype is known.
+        These are the quantized layers' for INT8 and FP8, and for others all outside these and the units that the policy
+        keeps in FP32. Multiply-adds of unknown datatype are left out; the share is 1 where no datatype is known.
         """
-        counts = (self.quantized or {}) if precision == Precision.INT8 else self.multiplied
+        counts = (self.quantized or {}) if precision in QUANTIZED else self.multiplied
         total = sum(count for dtype, count in counts.items() if dtype)
         return counts.get(TENSORRT_DATATYPES[precision], 0) / total if total else 1.0
 
@@ -131,7 +131,7 @@ def audit_of(
         weights_bytes: bytes of the plan's weights.
         activation_bytes: bytes of each profile's activations.
         keep_fp32: the units that the precision policy keeps in FP32.
-        quantized: the layers that should multiply INT8.
+        quantized: the layers that should multiply INT8 or FP8.
     """
     profiles = []
     for own, macs, size in zip(split_by_profile(kernels, len(work)), work, activation_bytes, strict=True):
@@ -146,8 +146,8 @@ def _audit_profile(
     keep_fp32: Sequence[str],
     quantized: Collection[str],
 ) -> ProfileAudit:
-    int8: dict[str, int] = {}
-    found = ProfileAudit(activation_bytes=size, quantized=int8 if quantized else None)
+    eight: dict[str, int] = {}
+    found = ProfileAudit(activation_bytes=size, quantized=eight if quantized else None)
     sizes: list[tuple[int, Kernel]] = []
     makers: dict[str, int] = {}
     # A product may be one kernel, and what follows it (an INT8 sum times its scale) another that names the node too.
@@ -176,7 +176,7 @@ def _audit_profile(
         for node in nodes_of(kernel):
             share = macs[node] // makers[node]  # kernels that share a node are assumed to do equal parts of it
             unit = unit_of_node(node)
-            counts = int8 if unit in quantized else found.kept if is_kept(unit, keep_fp32) else found.multiplied
+            counts = eight if unit in quantized else found.kept if is_kept(unit, keep_fp32) else found.multiplied
             counts[kernel.dtype] = counts.get(kernel.dtype, 0) + share
             own += share
         sizes.append((own, kernel))
@@ -238,7 +238,7 @@ def find_problems(
     for index, profile in enumerate(audit.profiles):
         where = f"{graph}, profile {index}"
         if profile.quantized is not None:
-            found += _find_quantization_problems(profile, where)
+            found += _find_quantization_problems(profile, where, precision.name)
         share = profile.share_in(own)
         if share < LEAST_SHARE and not is_kept(graph, precision.keep_fp32):
             found.append(
@@ -250,11 +250,12 @@ def find_problems(
     return found
 
 
-def _find_quantization_problems(profile: ProfileAudit, where: str) -> list[str]:
+def _find_quantization_problems(profile: ProfileAudit, where: str, name: Precision) -> list[str]:
     found = []
-    if (share := profile.share_in(Precision.INT8)) < LEAST_SHARE:
+    if (share := profile.share_in(name)) < LEAST_SHARE:
         found.append(
-            f"{where}: {share:.1%} of the quantized layers' multiply-adds are INT8, expected at least {LEAST_SHARE:.0%}"
+            f"{where}: {share:.1%} of the quantized layers' multiply-adds are {name.upper()}, expected at least "
+            f"{LEAST_SHARE:.0%}"
         )
     if profile.quantizing:
         found.append(f"{where}: {profile.quantizing} kernels only quantize or dequantize, expected none")

@@ -28,6 +28,7 @@ from dit_engines.engine_store import (
     write_sidecar,
 )
 from dit_engines.recipe import Recipe
+from dit_engines.targets import check_precision
 from dit_runtime.bundle.manifest import ENCODER
 from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle
@@ -62,10 +63,12 @@ def engine_from_bundle(
         say: told when this process has to wait for another.
 
     Raises:
-        BuildError: the library is missing, a graph cannot be built, or the audit refuses the engine.
+        BuildError: the GPU does not have the bundle's precision, the library is missing, a graph cannot be built, or
+            the audit refuses the engine.
         BundleError: a file of the bundle is missing or altered.
         OutputError: the store cannot be written, or is full.
     """
+    check_precision(bundle.manifest.precision.name, recipe.compute_capability, str(bundle.path))
     host = host or build_host_for(recipe.target, recipe.compute_capability)
     if timing_cache is not None and not host.times_kernels:
         raise BuildError(

@@ -38,8 +38,9 @@ MOST_AXES = 16
 MOST_VALUES = 1 << 48  # of a tensor
 DTYPES = {  # TensorProto.DataType: what a tensor may hold, as numpy names it
     **{1: "float32", 2: "uint8", 3: "int8", 4: "uint16", 5: "int16", 6: "int32", 7: "int64", 9: "bool"},
-    **{10: "float16", 11: "float64", 12: "uint32", 13: "uint64", 16: "bfloat16"},
+    **{10: "float16", 11: "float64", 12: "uint32", 13: "uint64", 16: "bfloat16", 17: "float8e4m3fn"},
 }
+BITS = {"bfloat16": "uint16", "float8e4m3fn": "uint8"}  # what numpy does not have is read as bits
 EXTERNAL = 1  # TensorProto.DataLocation
 
 Span = tuple[int, int]  # where a text, some bytes or a message begins and ends in the file
@@ -66,7 +67,7 @@ class StoredTensor:
 
     @property
     def size_bytes(self) -> int:
-        return math.prod(self.shape) * (2 if self.dtype == "bfloat16" else np.dtype(self.dtype).itemsize)
+        return math.prod(self.shape) * np.dtype(BITS.get(self.dtype, self.dtype)).itemsize
 
 
 class Reader:
@@ -117,7 +118,8 @@ class Reader:
     def read_values(self, span: Span) -> list[float]:
         """The numbers of a short tensor in the file; none of any other."""
         start, end = first_of(self._read(span, TENSOR, "tensor"), "raw_data", (0, 0))
-        dtype = np.dtype(self.read_tensor(span).dtype.replace("bfloat16", "uint16"))
+        told = self.read_tensor(span).dtype
+        dtype = np.dtype(BITS.get(told, told))
         if (end - start) % dtype.itemsize or end - start > 8 * 2 * MOST_AXES:
             return []
         found: list[float] = np.frombuffer(self.content[start:end], dtype).tolist()

@@ -11,7 +11,7 @@ from dit_runtime.core.errors import EngineError
 from dit_runtime.core.machine import has_nvidia_driver
 
 CPU = "onnxruntime"
-UNTYPED = (Precision.BF16,)  # what onnxruntime-tensorrt cannot be told to compute in
+UNTYPED = (Precision.BF16, Precision.FP8)  # what onnxruntime-tensorrt cannot be told to compute in
 
 
 def open_onnxruntime(bundle: Bundle, name: str, options: EngineOptions) -> OnnxRuntimeEngine:
@@ -24,8 +24,8 @@ def open_onnxruntime(bundle: Bundle, name: str, options: EngineOptions) -> OnnxR
         )
     if provider == "tensorrt" and (own := bundle.manifest.precision.name) in UNTYPED:
         raise EngineError(
-            f"{name} with a bundle in {own.upper()}: ONNX Runtime's TensorRT provider takes no precision from the graph, "
-            f"and has no switch for {own.upper()}; use --engine tensorrt after dit-build"
+            f"{name} with a bundle in {own.upper()}: ONNX Runtime's TensorRT provider has no switch for it; use "
+            "--engine tensorrt after dit-build"
         )
     return OnnxRuntimeEngine(bundle, options.threads, provider, options.store)
 
