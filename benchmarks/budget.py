@@ -3,7 +3,9 @@
     python benchmarks/budget.py --draws 10 --output benchmarks/budget.json
     python benchmarks/budget.py --velocity 3 --draws 3 --output benchmarks/budget-velocity.json
     python benchmarks/budget.py --velocity 1 --rough --draws 2 --output benchmarks/budget-rough.json
+    python benchmarks/budget.py --bf16 --draws 3 --output benchmarks/budget-bf16.json
     python benchmarks/budget.py --int8 --draws 3 --output benchmarks/budget-int8.json
+    python benchmarks/budget.py --fp8 --draws 3 --output benchmarks/budget-fp8.json
 
 Each draw makes new golden records from other seeds, timesteps, labels and guidance scales, with PyTorch's own errors on
 them. The first draw has the seeds and scales of an exported bundle. Each draw then verifies FP32 and FP16 bundles of
@@ -16,8 +18,11 @@ Trajectories that draw noise have a row of their own as well, undivided. With ``
 SiTs of the linear path and N of the trigonometric one (``random_models.py``). Their run sets no threshold; it shows how
 much of the factor √2 of such trajectories (``Budget.threshold_of``) is needed.
 
-With ``--int8`` the bundles are INT8, and PyTorch's own errors are those of its emulation of INT8, with the scales of
-the bundle's calibration.
+With ``--bf16`` the bundles are BF16, and PyTorch's own errors are those of a BF16 network and an FP16 autoencoder. The
+ratios of the FP16 bundles that OpenVINO runs in BF16 have the same thresholds.
+
+With ``--int8`` and ``--fp8`` the bundles are INT8 or FP8, and PyTorch's own errors are those of its emulation, with the
+scales of the bundle's calibration.
 """
 
 from __future__ import annotations
@@ -37,13 +42,14 @@ import torch
 from dit_export.bundle import bundle_from_checkpoint
 from dit_export.checkpoints.random_weights import randomize
 from dit_export.checkpoints.sources import Source, load_checkpoint
-from dit_export.graphs.precision import FP16, FP32, make_int8_policy
+from dit_export.graphs.precision import BF16, FP16, FP32, make_quantized_policy
 from dit_export.reference.golden import write_records
 from dit_export.reference.record_settings import RecordSettings
 
 from dit_runtime.backends.base import Engine
 from dit_runtime.backends.open import open_engine
 from dit_runtime.bundle.manifest import FileSpec
+from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.quantization import factors_by_layer, linears_of
 from dit_runtime.bundle.reader import (
     CALIBRATION,
@@ -128,9 +134,12 @@ def draw_records(bundle: Bundle, source: Source, draw: int) -> tuple[Bundle, flo
         by_layer = factors_by_layer(record["factors"], model.conditioning, model.width, model.mlp_width)
         factors = {name: torch.from_numpy(each.copy()) for name, each in by_layer.items()}
         scales = dict(zip(linears_of(model.conditioning, model.depth), record["scales"].tolist(), strict=True))
-        settings = replace(settings, precisions=("int8", "bf16"))
+        settings = replace(settings, precisions=(bundle.manifest.precision.name, "bf16"))
+    elif bundle.manifest.precision.name == Precision.BF16:
+        settings = replace(settings, precisions=("bf16",), fp16_autoencoder=True)
+    target, name = bundle.path / GOLDEN, bundle.manifest.precision.name
     measured = write_records(
-        load_checkpoint(source), settings, bundle.path / GOLDEN, True, lambda: None, scales=scales, factors=factors
+        load_checkpoint(source), settings, target, True, lambda: None, (), scales, factors, precision=name
     )
     return update_manifest(bundle, measured.floors), guidance
 
@@ -166,19 +175,25 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=10)
     parser.add_argument("--velocity", type=int, default=0, help="random SiTs of each path, instead of the two DiTs")
     parser.add_argument("--rough", action="store_true", help="random SiTs whose trajectories multiply errors")
-    parser.add_argument("--int8", action="store_true", help="INT8 bundles, instead of FP32 and FP16")
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--bf16", action="store_true", help="BF16 bundles, instead of FP32 and FP16")
+    choice.add_argument("--int8", action="store_true", help="INT8 bundles, instead of FP32 and FP16")
+    choice.add_argument("--fp8", action="store_true", help="FP8 bundles, instead of FP32 and FP16")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "budget.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
     # engine → kind → guidance → ratios
     ratios: dict[str, dict[str, dict[float, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     count = 2 * max(args.velocity, 1)
+    quantized = {Precision.INT8: args.int8, Precision.FP8: args.fp8}
+    policies = tuple(make_quantized_policy(name, ()) for name, asked in quantized.items() if asked)
+    policies = policies or ((BF16,) if args.bf16 else (FP32, FP16))
     with tempfile.TemporaryDirectory() as work, Progress("draws", count * args.draws) as bar:
         models = list_models(args.velocity, args.rough, Path(work))
         for model, source in models.items():
             bundles = [
                 bundle_from_checkpoint(source, Path(work) / f"{model} {precision.name}.bundle", precision, encoder=True)
-                for precision in ((make_int8_policy(()),) if args.int8 else (FP32, FP16))
+                for precision in policies
             ]
             for draw in range(args.draws):
                 first, guidance = draw_records(bundles[0], source, draw)

@@ -129,9 +129,10 @@ def export(
             ``DiT-XL/2-256``.
         output: the bundle's folder; a bundle that is there is replaced. None means ``NAME-PRECISION.bundle`` in the
             working directory.
-        precision: ``fp32``, ``fp16`` for strongly typed FP16 graphs, or ``int8``: FP16 graphs whose blocks' linear
-            layers multiply INT8.
-        keep_fp32: with ``fp16``, units that stay FP32, such as ``blocks.17.attn``, and files that list such units.
+        precision: ``fp32``, ``fp16`` or ``bf16`` for strongly typed graphs, ``int8`` or ``fp8``: FP16 graphs
+            whose blocks' linear layers multiply INT8 or FP8.
+        keep_fp32: with ``fp16`` or ``bf16``, units that stay FP32, such as ``blocks.17.attn``, and files that list such
+            units.
         family: ``diffusers``, ``official``, ``sit``, ``repa``, ``lightningdit`` or ``meanflow``; None means as a file's
             parameters, its training arguments or ``time`` say, else official for files, as the name says for presets,
             and diffusers otherwise.
@@ -160,11 +161,11 @@ def export(
         encoder: whether the autoencoder's encoder is exported too, for image-to-image.
         verify: whether the bundle is compared with PyTorch on ONNX Runtime at the end. A bundle that fails the
             comparison is kept; see ``ExportResult.passed``.
-        keep_fp16: with ``int8``, units whose linear layers stay FP16, such as ``blocks.17.mlp.fc2`` or ``blocks.0``,
-            and files that list such units.
-        calibration_images: with ``int8``, the number of images on whose trajectories ranges are found; None means 32 of
-            a small model and 4 of others, and no more than there are classes.
-        calibration_seed: with ``int8``, the seed of those images' noise.
+        keep_fp16: with ``int8`` or ``fp8``, units whose linear layers stay FP16, such as ``blocks.17.mlp.fc2`` or
+            ``blocks.0``, and files that list such units.
+        calibration_images: with ``int8`` or ``fp8``, the number of images on whose trajectories ranges are found; None
+            means 32 of a small model and 4 of others, and no more than there are classes.
+        calibration_seed: with ``int8`` or ``fp8``, the seed of those images' noise.
 
     Raises:
         CheckpointError: the checkpoint cannot be read or is not supported, or an argument does not fit it.

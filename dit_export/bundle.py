@@ -38,8 +38,8 @@ from dit_runtime.bundle.manifest import (
     PrecisionSpec,
     SourceSpec,
 )
-from dit_runtime.bundle.precision import Precision
-from dit_runtime.bundle.quantization import CalibrationSpec, factors_by_layer, linears_of, stores_factors
+from dit_runtime.bundle.precision import QUANTIZED
+from dit_runtime.bundle.quantization import FORMATS, CalibrationSpec, factors_by_layer, linears_of, stores_factors
 from dit_runtime.bundle.reader import CALIBRATION, ENGINES, GOLDEN, MANIFEST, Bundle, open_bundle
 from dit_runtime.core.decode import DecodeError, decode, read_json, replace_controls
 from dit_runtime.core.errors import CheckpointError, OutputError
@@ -48,7 +48,7 @@ from dit_runtime.core.progress import Progress
 from dit_runtime.core.reading import MANIFEST_BYTES
 from dit_runtime.core.replace import check_writable, recover_folder, replace_folder
 from dit_runtime.samplers.by_name import count_default_steps
-from dit_runtime.verify.limits import THRESHOLDS, TOLERANCES
+from dit_runtime.verify.limits import THRESHOLDS, TOLERANCES, limits_for_bundle
 
 
 def bundle_from_checkpoint(
@@ -68,7 +68,7 @@ def bundle_from_checkpoint(
         output: the bundle's folder; a bundle that is there is replaced.
         precision: the precision policy of the graphs.
         encoder: whether the autoencoder's encoder is exported too, for image-to-image.
-        calibration: how an export in INT8 is calibrated.
+        calibration: how an export in INT8 or FP8 is calibrated.
 
     Raises:
         CheckpointError: the source cannot be read or is not supported.
@@ -104,10 +104,10 @@ def bundle_from_checkpoint(
 
 def check_parts_of_export(checkpoint: Checkpoint, precision: PrecisionSpec, encoder: bool) -> None:
     """Check that a policy is not asked for what it does not have. Raises CheckpointError if it is."""
-    if checkpoint.autoencoder is None and (encoder or precision.name == Precision.INT8):
+    if checkpoint.autoencoder is None and (encoder or precision.name in QUANTIZED):
         raise CheckpointError(
-            f"{checkpoint.name}: is a policy; it has no encoder, and INT8 is not supported for it: leave --encoder and "
-            "--int8 out (--fp16 is)"
+            f"{checkpoint.name}: is a policy; it has no encoder, and INT8 and FP8 are not supported for it: leave "
+            "--encoder, --int8 and --fp8 out (--fp16 is)"
         )
 
 
@@ -148,7 +148,7 @@ def write_graphs(
     spec, numerics = checkpoint.model, checkpoint.numerics
     weights: Mapping[str, torch.Tensor] = checkpoint.weights
     edit: Callable[[ir.Model], None] | None = None
-    if precision.name == Precision.INT8:
+    if precision.name in QUANTIZED:
         weights, edit = _quantization_of(checkpoint, precision, folder)
     conditioner = conditioner_from_weights(spec, numerics, precision, weights)
     table_dtype = conditioner.table_dtype
@@ -168,7 +168,7 @@ def write_graphs(
 def _quantization_of(
     checkpoint: Checkpoint, precision: PrecisionSpec, folder: Path
 ) -> tuple[SmoothedWeights, Callable[[ir.Model], None]]:
-    """The weights of an INT8 bundle, and what writes INT8 into a traced step, by the record of calibration."""
+    """The weights of an INT8 or FP8 bundle, and what writes its products into a traced step, by calibration's record."""
     model = checkpoint.model
     with np.load(folder / GOLDEN / f"{CALIBRATION}.npz", allow_pickle=False) as record:
         found, recorded = [float(scale) for scale in record["scales"]], record["factors"]
@@ -185,13 +185,13 @@ def _quantization_of(
         matrix: NDArray[np.float32] = weights[f"{official_linear(model, name)}.weight"].float().numpy()
         return matrix
 
-    return weights, lambda traced: quantize_step(traced, scales, stored, weight)
+    return weights, lambda traced: quantize_step(traced, scales, stored, weight, FORMATS[precision.name])
 
 
 def _make_manifest(checkpoint: Checkpoint, precision: PrecisionSpec, measurements: Measurements) -> Manifest:
     reference = checkpoint.reference
-    if precision.name == Precision.INT8:
-        reference += ", its blocks' linear layers in emulated INT8"
+    if precision.name in QUANTIZED:
+        reference += f", its blocks' linear layers in emulated {precision.name.upper()}"
     packages = ("dit-export", "torch", "diffusers", "onnx-ir")
     return Manifest(
         schema=SCHEMA,
@@ -222,9 +222,8 @@ def _make_manifest(checkpoint: Checkpoint, precision: PrecisionSpec, measurement
 
 
 def _limits_for(precision: PrecisionSpec, limits: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """The limits of the precisions that a bundle's engines may compute in: those of INT8 only for INT8."""
-    int8 = precision.name == Precision.INT8
-    return {name: of for name, of in limits.items() if int8 or name != Precision.INT8}
+    """The limits of the precisions that a bundle's engines may compute in."""
+    return {name: dict(own) for name, own in limits_for_bundle(limits, precision.name).items()}
 
 
 def _hash_files(folder: Path) -> dict[str, FileSpec]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from dit_export.api import ExportResult, check_installed, export_request
 from dit_export.checkpoints.libraries import import_libraries
 from dit_export.request import ALL, ExportRequest
+from dit_runtime.bundle.precision import EXPORTED, Precision
 from dit_runtime.commands.common import Parser, image_size, natural, positive, print_json, run, say
 from dit_runtime.core.files import named
 
@@ -19,6 +20,7 @@ EXAMPLES = (
     "dit-export DiT-XL/2-256 --random-weights 0 --fp16 -o xl-random.bundle",
     "dit-export facebook/DiT-XL-2-256 --bisect dit-xl.bundle -o keep.txt",
     "dit-export facebook/DiT-XL-2-256 --fp16 --keep-fp32 keep.txt -o dit-xl.bundle",
+    "dit-export facebook/DiT-XL-2-256 --bf16 -o dit-xl-bf16.bundle",
     "dit-export facebook/DiT-XL-2-256 --int8 -o dit-xl-int8.bundle",
     "dit-export facebook/DiT-XL-2-256 --bisect dit-xl-int8.bundle -o keep.txt",
     "dit-export facebook/DiT-XL-2-256 --int8 --keep-fp16 keep.txt -o dit-xl-int8.bundle",
@@ -35,12 +37,9 @@ def _main(argv: list[str] | None) -> int:
     args = parser.parse_args(argv)
     if args.checkpoint is None and args.bisect is None:
         parser.error("a checkpoint is required")
-    if args.fp16 and args.int8:
-        parser.error("--fp16 and --int8: choose one; with --int8 all that is not INT8 is FP16")
+    _check_precision(parser, args)
     if args.bisect is None and (args.most_fp16 is not None or args.least_psnr is not None):
         parser.error("--most-fp16 and --least-psnr say how much --bisect keeps; add --bisect BUNDLE")
-    if args.keep_fp32 and not args.fp16 and not args.int8:
-        parser.error("--keep-fp32 is for FP16 graphs, whose other units are FP16; add --fp16")
     check_installed()
     import_libraries()
     request = None if args.checkpoint is None else _request_from_arguments(args)
@@ -48,6 +47,17 @@ def _main(argv: list[str] | None) -> int:
         return _bisect(args, request)
     assert request is not None
     return _dry_run(request, args.json) if args.dry_run else _export(request, args.json)
+
+
+def _check_precision(parser: Parser, args: argparse.Namespace) -> None:
+    asked = [name for name in EXPORTED if getattr(args, name, False)]
+    if len(asked) > 1:
+        parser.error(
+            f"{' and '.join(f'--{name}' for name in asked)}: choose one; with --int8 and --fp8 all else is FP16"
+        )
+    args.precision = asked[0] if asked else Precision.FP32
+    if args.keep_fp32 and not asked:
+        parser.error("--keep-fp32 is for FP16 and BF16 graphs, whose other units are of 16 bits; add --fp16 or --bf16")
 
 
 def _make_parser() -> Parser:
@@ -137,11 +147,16 @@ def _add_graph_options(parser: Parser) -> None:
     group = parser.add_argument_group("what to make")
     group.add_argument("--fp16", action="store_true", help="make strongly typed FP16 graphs (default: FP32)")
     group.add_argument(
+        "--bf16",
+        action="store_true",
+        help="make strongly typed BF16 graphs, for numbers beyond FP16's range; decoder and encoder are FP16",
+    )
+    group.add_argument(
         "--keep-fp32",
         nargs="+",
         default=[],
         metavar="FILE|UNIT",
-        help="with --fp16: units that stay FP32, such as blocks.17.attn, or a list that --bisect wrote",
+        help="with --fp16 or --bf16: units that stay FP32, such as blocks.17.attn, or a list that --bisect wrote",
     )
     group.add_argument(
         "--int8",
@@ -149,21 +164,31 @@ def _add_graph_options(parser: Parser) -> None:
         help="make FP16 graphs whose blocks' linear layers multiply INT8, with ranges of the checkpoint's own samples",
     )
     group.add_argument(
+        "--fp8",
+        action="store_true",
+        help="as --int8 with FP8 (E4M3) in place of INT8, for GPUs from compute capability 8.9",
+    )
+    group.add_argument(
         "--keep-fp16",
         nargs="+",
         default=[],
         metavar="FILE|UNIT",
-        help="with --int8: units whose linear layers stay FP16, such as blocks.0 or blocks.17.mlp.fc2, or a list",
+        help="with --int8 or --fp8: units whose linear layers stay FP16, such as blocks.0 or blocks.17.mlp.fc2, or a "
+        "list",
     )
     group.add_argument(
         "--calibration-images",
         type=positive,
         metavar="N",
-        help="with --int8: images on whose trajectories ranges are found, of classes spread evenly (default: 32 for a "
-        "small model, 4 for others, at most one of each class)",
+        help="with --int8 or --fp8: images on whose trajectories ranges are found, of classes spread evenly (default: "
+        "32 for a small model, 4 for others, at most one of each class)",
     )
     group.add_argument(
-        "--calibration-seed", type=natural, default=0, metavar="SEED", help="with --int8: of these images' noise"
+        "--calibration-seed",
+        type=natural,
+        default=0,
+        metavar="SEED",
+        help="with --int8 or --fp8: of these images' noise",
     )
     group.add_argument(
         "--size",
@@ -235,7 +260,7 @@ def _request_from_arguments(args: argparse.Namespace) -> ExportRequest:
     return ExportRequest(
         source=args.checkpoint,
         output=args.output,
-        precision="int8" if args.int8 else "fp16" if args.fp16 else "fp32",
+        precision=args.precision,
         keep_fp32=tuple(args.keep_fp32),
         family=args.family,
         heads=args.heads,

@@ -26,7 +26,7 @@ from dit_export.checkpoints.layouts import EMBEDDERS, Numerics, official_shapes
 from dit_export.checkpoints.policy_folder import own_shapes
 from dit_export.checkpoints.presets import preset_from_name
 from dit_export.checkpoints.sources import Checkpoint, load_checkpoint
-from dit_export.graphs.model import Conditioner, PolicyConditioner, Step, table_axes
+from dit_export.graphs.model import Conditioner, PolicyConditioner, Step, table_axes, table_dtype
 from dit_export.graphs.precision import FP16, FP32, check_units, dtype_of
 from dit_export.graphs.tracing import INLINE_BYTES
 from dit_export.reference.calibration import spec_for_checkpoint
@@ -395,8 +395,7 @@ def roofline(device: Device, work: float, inside: float, hoisted: float) -> Roof
 
 
 def _table_dtype(model: ModelSpec, precision: PrecisionSpec) -> torch.dtype:
-    """The dtype of ``Conditioner``'s table: keys and values have their products' dtype, all else is FP32."""
-    return dtype_of(precision, "conditioner") if model.conditioning == "cross-attention" else torch.float32
+    return table_dtype(model, dtype_of(precision, "conditioner"))
 
 
 def _row_bytes(model: ModelSpec, precision: PrecisionSpec) -> int:

@@ -7,6 +7,7 @@ from textwrap import fill
 
 from dit_export.dry_run import CalibrationEstimate, DryRun, Roofline, SizeEstimate
 from dit_runtime.bundle.manifest import ENCODER
+from dit_runtime.bundle.precision import Precision
 from dit_runtime.core.text import join_lines
 
 COLUMNS = 110
@@ -21,7 +22,8 @@ def format_dry_run(estimate: DryRun) -> str:
     lines = "\n".join(filled).split("\n")
     own = any(graph.quantized_bytes is not None for graph in estimate.graphs)
     title = f" {estimate.precision.upper():>10}" if own else ""
-    lines += ["", f"{'graph':<12} {'parameters':>10} {'FP32':>10} {'FP16':>10}{title} {'GMAC':>9}"]
+    half = "BF16" if estimate.precision == Precision.BF16 else "FP16"
+    lines += ["", f"{'graph':<12} {'parameters':>10} {'FP32':>10} {half:>10}{title} {'GMAC':>9}"]
     lines += [
         f"{graph.name:<12} {_show_count(graph.parameters):>10} {_show_bytes(graph.fp32_bytes):>10} "
         f"{_show_bytes(graph.fp16_bytes):>10}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from dit_export.checkpoints.source import Source
 from dit_runtime.bundle.manifest import PrecisionSpec
-from dit_runtime.bundle.precision import EXPORTED, Precision
+from dit_runtime.bundle.precision import EXPORTED, QUANTIZED, Precision
 from dit_runtime.core.errors import CheckpointError
 from dit_runtime.core.files import named
 from dit_runtime.core.reading import kind_of
@@ -31,10 +31,10 @@ class ExportRequest:
             ``.safetensors`` file with the official names; or with ``random_weights`` a preset, such as
             ``DiT-XL/2-256``.
         output: the bundle's folder; None means ``NAME-PRECISION.bundle`` in the working directory.
-        precision: ``fp32``, ``fp16`` for strongly typed FP16 graphs, or ``int8``: FP16 graphs whose blocks' linear
-            layers multiply INT8.
-        keep_fp32: with ``fp16``, units that stay FP32, such as ``blocks.17.attn``, and files that list such units, as
-            ``dit-export --bisect`` writes them.
+        precision: ``fp32``, ``fp16`` or ``bf16`` for strongly typed graphs, ``int8`` or ``fp8``: FP16 graphs
+            whose blocks' linear layers multiply INT8 or FP8.
+        keep_fp32: with ``fp16`` or ``bf16``, units that stay FP32, such as ``blocks.17.attn``, and files that list such
+            units, as ``dit-export --bisect`` writes them.
         family: ``diffusers``, ``official``, ``sit``, ``repa``, ``lightningdit`` or ``meanflow``; None means as a file's
             parameters, its training arguments or ``time`` say, else official for files, as the name says for presets,
             and diffusers otherwise.
@@ -63,11 +63,11 @@ class ExportRequest:
         decode_tiles: sides in latent pixels of decoder tiles to record, for engines that are built for tiles.
         encoder: whether the autoencoder's encoder is exported too, for image-to-image.
         verify: whether the bundle is compared with PyTorch on ONNX Runtime at the end.
-        keep_fp16: with ``int8``, units whose linear layers stay FP16, such as ``blocks.17.mlp.fc2`` or ``blocks.0``,
-            and files that list such units.
-        calibration_images: with ``int8``, the number of images on whose trajectories ranges are found; None means 32 of
-            a small model and 4 of others, and no more than there are classes.
-        calibration_seed: with ``int8``, the seed of those images' noise.
+        keep_fp16: with ``int8`` or ``fp8``, units whose linear layers stay FP16, such as ``blocks.17.mlp.fc2`` or
+            ``blocks.0``, and files that list such units.
+        calibration_images: with ``int8`` or ``fp8``, the number of images on whose trajectories ranges are found; None
+            means 32 of a small model and 4 of others, and no more than there are classes.
+        calibration_seed: with ``int8`` or ``fp8``, the seed of those images' noise.
 
     Raises:
         CheckpointError: an argument is out of its range, or does not fit the others.
@@ -105,11 +105,11 @@ class ExportRequest:
     def __post_init__(self) -> None:
         if self.precision not in EXPORTED:
             raise CheckpointError(f"precision {self.precision!r} is not implemented; expected {' or '.join(EXPORTED)}")
-        self._check_int8()
+        self._check_quantized()
         if self.keep_fp32 and self.precision == Precision.FP32:
             raise CheckpointError(
-                f"units to keep in FP32 ({self.keep_fp32[0]}): all units of FP32 graphs are FP32; choose fp16, or "
-                "name no units"
+                f"units to keep in FP32 ({self.keep_fp32[0]}): all units of FP32 graphs are FP32; choose fp16 or "
+                "bf16, or name no units"
             )
         for name, value in (("heads", self.heads), ("classes", self.classes)):
             if value is not None and value < 1:
@@ -124,21 +124,21 @@ class ExportRequest:
         for tile in self.decode_tiles:
             check_tile(tile)
 
-    def _check_int8(self) -> None:
-        int8 = self.precision == Precision.INT8
-        if int8 and self.keep_fp32:
+    def _check_quantized(self) -> None:
+        quantized, word = self.precision in QUANTIZED, self.precision.upper()
+        if quantized and self.keep_fp32:
             raise CheckpointError(
-                f"units to keep in FP32 ({self.keep_fp32[0]}) in INT8 graphs: their units are INT8 or FP16; name them "
-                "with --keep-fp16, or export with --fp16 --keep-fp32"
+                f"units to keep in FP32 ({self.keep_fp32[0]}) in {word} graphs: their units are {word} or FP16; name "
+                "them with --keep-fp16, or export with --fp16 --keep-fp32"
             )
-        if self.keep_fp16 and not int8:
+        if self.keep_fp16 and not quantized:
             raise CheckpointError(
-                f"units to keep in FP16 ({self.keep_fp16[0]}) in {self.precision} graphs: only INT8 graphs have "
-                "others; add --int8, or name no units"
+                f"units to keep in FP16 ({self.keep_fp16[0]}) in {self.precision} graphs: only INT8 and FP8 graphs "
+                "have others; add --int8 or --fp8, or name no units"
             )
-        if not int8 and (self.calibration_images is not None or self.calibration_seed):
+        if not quantized and (self.calibration_images is not None or self.calibration_seed):
             raise CheckpointError(
-                f"calibration of {self.precision} graphs: only INT8 graphs are calibrated; add --int8"
+                f"calibration of {self.precision} graphs: only INT8 and FP8 graphs are calibrated; add --int8 or --fp8"
             )
         if self.calibration_images is not None and not 1 <= self.calibration_images <= MOST_IMAGES:
             raise CheckpointError(
@@ -188,7 +188,7 @@ class ExportRequest:
         """How graphs of the policy of ``read_precision`` are calibrated; None if nothing in them is quantized."""
         from dit_export.reference.record_settings import CalibrationRequest
 
-        if precision.name != Precision.INT8:
+        if precision.name not in QUANTIZED:
             return None
         return CalibrationRequest(self.calibration_seed, self.calibration_images, precision.keep_fp16)
 
@@ -198,8 +198,17 @@ class ExportRequest:
         Raises:
             CheckpointError: such a file is missing or is no list of units.
         """
-        from dit_export.graphs.precision import FP32, make_fp16_policy, make_int8_policy, read_keep_list
+        from dit_export.graphs.precision import (
+            FP32,
+            make_bf16_policy,
+            make_fp16_policy,
+            make_quantized_policy,
+            read_keep_list,
+        )
 
-        if self.precision == Precision.INT8:
-            return make_int8_policy(read_keep_list(self.keep_fp16, "--keep-fp16"))
-        return FP32 if self.precision == FP32.name else make_fp16_policy(read_keep_list(self.keep_fp32))
+        if self.precision in QUANTIZED:
+            return make_quantized_policy(Precision(self.precision), read_keep_list(self.keep_fp16, "--keep-fp16"))
+        if self.precision == Precision.FP32:
+            return FP32
+        make_policy = make_bf16_policy if self.precision == Precision.BF16 else make_fp16_policy
+        return make_policy(read_keep_list(self.keep_fp32))

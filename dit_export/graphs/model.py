@@ -42,6 +42,15 @@ def table_axes(spec: ModelSpec) -> tuple[str, tuple[int, ...]]:
     return "modulation", (MODULATIONS[spec.conditioning] * spec.depth + ends, spec.width)
 
 
+def table_dtype(spec: ModelSpec, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the conditioning table of a conditioner that computes in ``dtype``.
+
+    It is FP32, except that cross-attention's keys and values have the dtype of their products. numpy has no BF16, so
+    BF16 is FP32 there too.
+    """
+    return dtype if spec.conditioning == "cross-attention" and dtype != torch.bfloat16 else torch.float32
+
+
 class Embedder(nn.Module):
     """Timestep MLP and label table → two embeddings ``[R, D]``; a second time has an MLP of its own, which is added."""
 
@@ -65,8 +74,8 @@ class Conditioner(nn.Module):
     (``table_axes``).
 
     With adaLN, a row of the conditioning table holds each block's vectors in the order shift, scale (and gate) for
-    attention, then the same for the MLP; its last two vectors are the final layer's shift and scale. The conditioning
-    table is FP32, except that cross-attention's keys and values have the dtype of their products.
+    attention, then the same for the MLP; its last two vectors are the final layer's shift and scale. ``table_dtype``
+    says what the table's dtype is.
     """
 
     def __init__(self, spec: ModelSpec, numerics: Numerics, precision: PrecisionSpec, embedders: int) -> None:
@@ -80,7 +89,7 @@ class Conditioner(nn.Module):
             self.final = nn.Linear(spec.width, 2 * spec.width)
         elif spec.conditioning == "cross-attention":
             self.blocks = nn.ModuleList(nn.Linear(spec.width, 2 * spec.width) for _ in range(spec.depth))
-        self.table_dtype = self.dtype if spec.conditioning == "cross-attention" else torch.float32
+        self.table_dtype = table_dtype(spec, self.dtype)
         self.frequencies = nn.Buffer(make_frequencies(FREQUENCIES // 2, numerics), persistent=False)
 
     def forward(self, timesteps: Tensor, labels: Tensor) -> Tensor:
@@ -96,7 +105,8 @@ class Conditioner(nn.Module):
         if self.spec.conditioning == "in-context":
             return tokens.float()
         pairs = [block(tokens).unflatten(2, (2, -1)).transpose(1, 2) for block in self.blocks]  # (R, 2, 2, D) each
-        return torch.stack(pairs, dim=1)
+        table = torch.stack(pairs, dim=1)
+        return table if table.dtype == self.table_dtype else table.to(self.table_dtype)
 
 
 class PolicyConditioner(nn.Module):

@@ -3,8 +3,8 @@
 TensorRT 11 has no FP16 switch, so the precision is written into the graph (strongly typed). Units are named as the
 graph's nodes are: ``conditioner``, ``patch_embed``, ``blocks.17.attn``, ``blocks.17.mlp``, ``final``, ``decoder``,
 ``encoder``. Whatever the policy, these are FP32: the residual stream, the adaLN arithmetic, normalization statistics,
-timestep features, softmax and the sampler. An INT8 policy is that of FP16, with INT8 products in the blocks' linear
-layers (``blocks.17.mlp.fc1``).
+timestep features, softmax and the sampler. In a BF16 policy decoder and encoder are FP16. An INT8 or FP8 policy is
+that of FP16, with INT8 or FP8 products in the blocks' linear layers (``blocks.17.mlp.fc1``).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from dit_runtime.bundle.manifest import ENCODER, ModelSpec, PrecisionSpec
-from dit_runtime.bundle.precision import Precision, is_kept
+from dit_runtime.bundle.precision import QUANTIZED, Precision, is_kept
 from dit_runtime.bundle.quantization import linears_of
 from dit_runtime.core.errors import CheckpointError
 from dit_runtime.core.reading import KEEP_LIST_BYTES, FileError, kind_of, read_file
@@ -26,8 +26,9 @@ FP16_KEEPS_FP32 = ("patch_embed", "final")
 
 FP32 = PrecisionSpec(Precision.FP32, ())
 FP16 = PrecisionSpec(Precision.FP16, FP16_KEEPS_FP32)
+BF16 = PrecisionSpec(Precision.BF16, FP16_KEEPS_FP32)
 # What a graph can be exported in, and torch's dtype for it.
-DTYPES = {Precision.FP32: torch.float32, Precision.FP16: torch.float16}
+DTYPES = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
 
 
 def dtype_of(precision: PrecisionSpec, unit: str) -> torch.dtype:
@@ -40,9 +41,19 @@ def make_fp16_policy(keep_fp32: Iterable[str]) -> PrecisionSpec:
     return PrecisionSpec(FP16.name, tuple(dict.fromkeys((*FP16_KEEPS_FP32, *keep_fp32))))
 
 
+def make_bf16_policy(keep_fp32: Iterable[str]) -> PrecisionSpec:
+    """BF16 with these units in FP32, beside those that FP16 always keeps in FP32; decoder and encoder are FP16."""
+    return PrecisionSpec(BF16.name, make_fp16_policy(keep_fp32).keep_fp32)
+
+
 def make_int8_policy(keep_fp16: Iterable[str]) -> PrecisionSpec:
     """INT8 with these linear layers, or all layers of these units, in FP16."""
-    return PrecisionSpec(Precision.INT8, FP16_KEEPS_FP32, tuple(dict.fromkeys(keep_fp16)))
+    return make_quantized_policy(Precision.INT8, keep_fp16)
+
+
+def make_quantized_policy(name: Precision, keep_fp16: Iterable[str]) -> PrecisionSpec:
+    """INT8 or FP8 with these linear layers, or all layers of these units, in FP16."""
+    return PrecisionSpec(name, FP16_KEEPS_FP32, tuple(dict.fromkeys(keep_fp16)))
 
 
 def units_of(model: ModelSpec) -> tuple[str, ...]:
@@ -74,8 +85,10 @@ def check_units(precision: PrecisionSpec, model: ModelSpec) -> None:
                 f"{', '.join(name.replace('.0.', '.N.') for name in linears if '.0.' in name)} or a like name, with N "
                 f"below {model.depth}"
             )
-    if precision.name == Precision.INT8 and not any(map(precision.quantizes, linears)):
-        raise CheckpointError("--keep-fp16 names every linear layer, so nothing would be INT8; use --fp16")
+    if precision.name in QUANTIZED and not any(map(precision.quantizes, linears)):
+        raise CheckpointError(
+            f"--keep-fp16 names every linear layer, so nothing would be {precision.name.upper()}; use --fp16"
+        )
 
 
 def read_keep_list(items: Sequence[str], option: str = "--keep-fp32") -> tuple[str, ...]:

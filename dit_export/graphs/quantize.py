@@ -1,11 +1,11 @@
-"""Writes INT8 into a traced step: the linear layers of its blocks get explicit QuantizeLinear and DequantizeLinear.
+"""Writes INT8 or FP8 into a traced step: its blocks' linear layers get explicit QuantizeLinear and DequantizeLinear.
 
-    x → QuantizeLinear → DequantizeLinear → MatMul ← DequantizeLinear ← INT8 weight
+    x → QuantizeLinear → DequantizeLinear → MatMul ← DequantizeLinear ← stored weight
 
-Builders read this pattern as one INT8 product: TensorRT calls it explicit quantization. Zero points are 0. The input
-has one scale, from calibration. The weight has one for each output channel, and is stored as INT8. Scales have the
-dtype of the product, FP16. The factors of an input's channels are in the weights that make it (``smoothing``), or are
-written here: in place of the 1 that adaLN adds to its scale, or as a Mul.
+Builders read this pattern as one product of 8 bits: TensorRT calls it explicit quantization. Zero points are 0. The
+input has one scale, from calibration. The weight has one for each output channel, and is stored as INT8 or FP8. Scales
+have the dtype of the product, FP16. The factors of an input's channels are in the weights that make it (``smoothing``),
+or are written here: in place of the 1 that adaLN adds to its scale, or as a Mul.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from dit_runtime.bundle.quantization import LARGEST, MULTIPLIED
+from dit_runtime.bundle.precision import Precision
+from dit_runtime.bundle.quantization import FORMATS, MULTIPLIED, NumberFormat
 
+ONNX_TYPES = {"int8": ir.DataType.INT8, "float8e4m3fn": ir.DataType.FLOAT8E4M3FN}
 LEAST_SCALE = np.float16(2.0**-24)  # FP16's least number above 0: of a channel whose weights are all 0
 
 
@@ -26,6 +28,7 @@ def quantize_step(
     scales: Mapping[str, float],
     factors: Mapping[str, NDArray[np.float32]],
     weight: Callable[[str], NDArray[np.float32]],
+    numbers_in: NumberFormat = FORMATS[Precision.INT8],
 ) -> None:
     """Quantize linear layers of a step or probe, in place.
 
@@ -34,10 +37,12 @@ def quantize_step(
         scales: of the input of each layer to quantize, by name; numbers that FP16 holds.
         factors: powers of 2 for the channels of a layer's input, for the layers whose factors the step stores.
         weight: gives a layer's weight ``[out, in]`` in FP32, by its factors: rounding it to FP16 first would move
-            numbers across a rounding boundary of INT8.
+            numbers across a rounding boundary of 8 bits.
+        numbers_in: the format of the products.
     """
     graph = model.graph
-    zero = _add_initializer(graph, "zero_point", np.zeros((), np.int8))
+    dtype = ONNX_TYPES[numbers_in.dtype]
+    zero = _add_initializer(graph, "zero_point", np.zeros((), dtype.numpy()))
     products = {node.name.rpartition("/")[0]: node for node in graph if node.op_type == "MatMul" and node.name}
     for name, scale in scales.items():
         product = products[name]  # a block's other products are named attn/MatMul
@@ -54,10 +59,10 @@ def quantize_step(
         elif name in factors:
             node, index = _find_one(x)
             node.replace_input_with(index, _add_initializer(graph, f"{name}.factor", factors[name]))
-        numbers, weight_scales = quantize_weight(matrix)
+        numbers, weight_scales = quantize_weight(matrix, numbers_in)
         at = _add_initializer(graph, f"{name}.scale", np.array(scale, np.float16))
-        to_int8 = _make_node("QuantizeLinear", name, "quantized", x, at, zero, ir.DataType.INT8)
-        from_int8 = _make_node("DequantizeLinear", name, "rounded", to_int8.outputs[0], at, zero, ir.DataType.FLOAT16)
+        quantized = _make_node("QuantizeLinear", name, "quantized", x, at, zero, dtype)
+        restored = _make_node("DequantizeLinear", name, "rounded", quantized.outputs[0], at, zero, ir.DataType.FLOAT16)
         rounded = ir.node(
             "DequantizeLinear",
             [
@@ -68,8 +73,8 @@ def quantize_step(
             name=f"{name}/DequantizeLinear.1",
         )
         _describe(rounded, f"{name}/weight", ir.DataType.FLOAT16, old.shape)
-        graph.insert_before(product, [to_int8, from_int8, rounded])
-        product.replace_input_with(0, from_int8.outputs[0])
+        graph.insert_before(product, [quantized, restored, rounded])
+        product.replace_input_with(0, restored.outputs[0])
         product.replace_input_with(1, rounded.outputs[0])
         if not old.uses():
             assert old.name is not None
@@ -88,11 +93,15 @@ def _find_one(x: ir.Value) -> tuple[ir.Node, int]:
     return node, index
 
 
-def quantize_weight(weight: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
-    """INT8 numbers ``[out, in]`` of a weight, and the scale ``[out]`` of each output channel."""
-    scales = np.maximum((np.abs(weight).max(axis=1) / LARGEST).astype(np.float16), LEAST_SCALE)
-    numbers = np.rint(weight / scales.astype(np.float32)[:, None])
-    return np.clip(numbers, -LARGEST, LARGEST).astype(np.int8), scales
+def quantize_weight(
+    weight: NDArray[np.float32], numbers_in: NumberFormat = FORMATS[Precision.INT8]
+) -> tuple[NDArray[np.generic], NDArray[np.float16]]:
+    """The numbers ``[out, in]`` of a weight, and the scale ``[out]`` of each output channel."""
+    end, dtype = numbers_in.largest, ONNX_TYPES[numbers_in.dtype]
+    scales = np.maximum((np.abs(weight).max(axis=1) / end).astype(np.float16), LEAST_SCALE)
+    numbers = np.clip(weight / scales.astype(np.float32)[:, None], -end, end)
+    numbers = np.rint(numbers) if dtype == ir.DataType.INT8 else numbers  # a cast to FP8 rounds to the nearest
+    return numbers.astype(dtype.numpy()), scales
 
 
 def _add_initializer(graph: ir.Graph, name: str, array: NDArray[np.generic]) -> ir.Value:

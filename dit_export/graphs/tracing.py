@@ -228,7 +228,7 @@ def _find_weights(model: ir.Model) -> list[tuple[str, Any]]:
 
 def _fingerprint(tensor: ir.TensorProtocol) -> tuple[str, tuple[int, ...], str]:
     array = np.ascontiguousarray(tensor.numpy())
-    return str(array.dtype), array.shape, hashlib.sha256(array.data.cast("B")).hexdigest()
+    return str(array.dtype), array.shape, hashlib.sha256(array.reshape(-1).view(np.uint8).data).hexdigest()
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -107,6 +107,7 @@ def calibrate(
     spec: CalibrationSpec,
     quantizes: Callable[[str], bool],
     advance: Callable[[], None],
+    end: float = LARGEST,
 ) -> Calibration:
     """Run the trajectories, and find the range and the scale of each layer's input.
 
@@ -115,6 +116,7 @@ def calibrate(
         spec: the trajectories.
         quantizes: whether a layer is quantized, so that it needs a range.
         advance: called after each step of each part of the images, ``count_calibration`` times for each size.
+        end: the number that the largest |x| becomes.
 
     Raises:
         ParityError: a number is not finite.
@@ -139,7 +141,7 @@ def calibrate(
             factors[name] = find_factors(largest, weights) if quantizes(name) else torch.ones_like(weights)
             inputs = [each * factors[name] for each in inputs]
         ranges.append(torch.stack([each.amax(dim=1) for each in inputs]))
-        scales[name] = _scale_of(float(ranges[-1].max()))
+        scales[name] = _scale_of(float(ranges[-1].max()), end)
     by_size = torch.stack(ranges, dim=1).numpy()  # (sizes, L, S)
     return Calibration(spec, np.array(timesteps, np.float32), tuple(by_size), scales, factors)
 
@@ -188,9 +190,9 @@ def count_calibration(spec: CalibrationSpec) -> int:
     return spec.steps * math.ceil(len(spec.labels) / TOGETHER)
 
 
-def _scale_of(largest: float) -> float:
-    """The scale that maps the largest |x| to 127, rounded to FP16."""
-    return max(float(np.float16(min(largest / LARGEST, FP16_MAX))), LEAST_SCALE)
+def _scale_of(largest: float, end: float) -> float:
+    """The scale that maps the largest |x| to ``end``, rounded to FP16."""
+    return max(float(np.float16(min(largest / end, FP16_MAX))), LEAST_SCALE)
 
 
 def _run_trajectory(reference: Reference, spec: CalibrationSpec) -> Iterator[tuple[float, list[Tensor]]]:

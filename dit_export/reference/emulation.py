@@ -1,12 +1,13 @@
-"""The reference's own INT8: its linear layers with rounded weights and inputs, written from the mathematics.
+"""The reference's own INT8 and FP8: its linear layers with rounded weights and inputs, written from the mathematics.
 
     y = s_x · s_w · (round(x · f / s_x) · round(w / f / s_w)) + b
 
-INT8 has no counterpart in PyTorch's modules, so this is what an INT8 engine is compared with: the unpatched model, but
-for the linear layers of its blocks. The integers are held as floating-point numbers, which are exact for them. ``s_x``
-is the calibrated scale of the layer's input, ``s_w`` the scale of each row of the weight, its largest |w / f| by 127.
-Both are numbers of FP16, as the graphs store them. ``f`` are powers of 2 for the input's channels, or 1. Nothing is
-shared with the code that writes those graphs.
+Neither has a counterpart in PyTorch's modules, so this is what an INT8 or FP8 engine is compared with: the unpatched
+model, but for the linear layers of its blocks. The integers are held as floating-point numbers, which are exact for
+them. ``s_x`` is the calibrated scale of the layer's input, ``s_w`` the scale of each row of the weight, its largest
+|w / f| by 127. Both are numbers of FP16, as the graphs store them. ``f`` are powers of 2 for the input's channels, or
+1. In FP8 PyTorch's cast to E4M3 is in place of the rounding, and 448 in place of 127. Nothing is shared with the code
+that writes those graphs.
 
 In the graphs the factors are in what makes a layer's input. So the shifts and scales of an engine's conditioning table
 are the model's own times the factors, and the reference's table has them too.
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from dit_export.reference.pipeline import Reference
 
+FP8_MAX, FP8_STEP = 448.0, 2.0**-9  # E4M3FN's largest and least numbers
 LEAST_SCALE = 2.0**-24  # FP16's least number above 0
 
 
@@ -50,7 +52,7 @@ def linear_modules(reference: Reference) -> dict[str, list[nn.Linear]]:
 
 @dataclass(frozen=True)
 class IntegerWeight:
-    """What tells a layer's integers: the scale of each output channel, and the sum of its integers."""
+    """What tells a layer's numbers: the scale of each output channel, and the sum of its numbers, by their step."""
 
     scales: Tensor
     sums: Tensor
@@ -59,14 +61,23 @@ class IntegerWeight:
 def emulate_int8(
     reference: Reference, scales: Mapping[str, float], factors: Mapping[str, Tensor]
 ) -> dict[str, IntegerWeight]:
-    """Make the reference compute these linear layers in INT8, for good.
+    """``emulate`` in INT8."""
+    return emulate(reference, "int8", scales, factors)
+
+
+def emulate(
+    reference: Reference, precision: str, scales: Mapping[str, float], factors: Mapping[str, Tensor]
+) -> dict[str, IntegerWeight]:
+    """Make the reference compute these linear layers in INT8 or FP8, for good.
 
     Args:
         reference: the modules in FP32.
+        precision: ``int8`` or ``fp8``.
         scales: of the input of each layer, by the layer's name in the graphs.
         factors: of the channels of a layer's input ``[in]``, for the layers that have some.
     """
-    modules, found = linear_modules(reference), {}
+    modules, found, end = linear_modules(reference), {}, 127 if precision == "int8" else FP8_MAX
+    step = 1 if precision == "int8" else FP8_STEP
     factors = {name: factor for name, factor in factors.items() if name in scales}
     reference.table_factors = _factors_of_table(reference, factors)
     for name, scale in scales.items():
@@ -74,11 +85,11 @@ def emulate_int8(
         factor = factors.get(name, torch.ones(()))
         for module in modules[name]:
             rows = module.weight.detach().float() / factor
-            by_row = (rows.abs().amax(dim=1) / 127).half().float().clamp(min=LEAST_SCALE)  # (out,)
-            integers = torch.round(rows / by_row[:, None]).clamp(-127, 127)
-            parts.append((by_row, integers.sum(dim=1)))  # below 2²⁴: float32 adds such integers without rounding
+            by_row = (rows.abs().amax(dim=1) / end).half().float().clamp(min=LEAST_SCALE)  # (out,)
+            integers = _round(rows / by_row[:, None], precision).clamp(-end, end)
+            parts.append((by_row, (integers.double() / step).sum(dim=1)))  # whole numbers: added without rounding
             module.weight = nn.Parameter(integers, requires_grad=False)
-            module.forward = partial(_compute_int8, module, scale, by_row, factor)  # type: ignore[method-assign]
+            module.forward = partial(_compute, module, precision, scale, by_row, factor)  # type: ignore[method-assign]
         found[name] = IntegerWeight(*(torch.cat(part) for part in zip(*parts, strict=True)))
     return found
 
@@ -100,9 +111,17 @@ def _factors_of_table(reference: Reference, factors: Mapping[str, Tensor]) -> Te
     return torch.stack([*vectors, ones, ones])
 
 
-def _compute_int8(module: nn.Linear, scale: float, by_row: Tensor, factor: Tensor, x: Tensor) -> Tensor:
+def _round(x: Tensor, precision: str) -> Tensor:
+    """The nearest numbers of the format in the dtype of ``x``; what is beyond FP8's is its largest."""
+    if precision == "int8":
+        return torch.round(x)
+    return x.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).to(x.dtype)
+
+
+def _compute(module: nn.Linear, precision: str, scale: float, by_row: Tensor, factor: Tensor, x: Tensor) -> Tensor:
     """The layer's output in the dtype of ``x``; the product is that of a GPU, whose sums are wider than FP16."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    integers = torch.round(x.to(wide) * factor.to(wide) / scale).clamp(-128, 127)
+    integers = _round(x.to(wide) * factor.to(wide) / scale, precision)
+    integers = integers.clamp(-128, 127) if precision == "int8" else integers
     product = F.linear(integers, module.weight.to(wide)) * (by_row.to(wide) * scale)
     return product.to(x.dtype) + module.bias

@@ -27,7 +27,8 @@ PRECISIONS = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
     "int8": torch.float16,
-}  # by name, the dtype that is run to measure it; the modules of an INT8 export emulate INT8 in each
+    "fp8": torch.float16,
+}  # by name, the dtype that is run to measure it; the modules of an INT8 or FP8 export emulate it in each
 RUNS = 3  # of a trajectory that draws noise, in FP16 and BF16; of a large model, whose records have one image, one
 MOVE = 2.0**-18  # of the further runs' first latents, below every error in FP16
 CHUNK = 64  # images in one evaluation
@@ -43,6 +44,7 @@ def floors_of(
     steps: int,
     precisions: Sequence[str],
     advance: Callable[[], None],
+    fp16_autoencoder: bool = False,
 ) -> dict[str, dict[str, list[float]]]:
     """Relative L2 errors by precision and record; see ``Manifest.floors``.
 
@@ -56,10 +58,11 @@ def floors_of(
         steps: the number of steps that are measured. The first free-running trajectory is measured in whole.
         precisions: the names of ``PRECISIONS`` to measure.
         advance: called after each measurement, ``count_measurements`` times.
+        fp16_autoencoder: whether the autoencoder is FP16 where the network is BF16.
     """
     floors = {}
     for name in precisions:
-        with reference.at_precision(PRECISIONS[name]):
+        with reference.at_precision(PRECISIONS[name], torch.float16 if fp16_autoencoder and name == "bf16" else None):
             found = dict(_measure_floors(reference, records, samplers, measured, steps, advance))
         floors[name] = {key: [_round(value) for value in series] for key, series in found.items() if _is_finite(series)}
     return floors

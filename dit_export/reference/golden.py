@@ -17,7 +17,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from dit_export.checkpoints.checkpoint import Checkpoint
-from dit_export.reference.emulation import emulate_int8
+from dit_export.reference.emulation import emulate
 from dit_export.reference.floors import floors_of, project_conditions
 from dit_export.reference.magnitudes import magnitudes_of
 from dit_export.reference.pipeline import Reference
@@ -46,6 +46,7 @@ def write_records(
     tiles: Sequence[int] = (),
     scales: Mapping[str, float] | None = None,
     factors: Mapping[str, Tensor] | None = None,
+    precision: str = "int8",
 ) -> Measurements:
     """Write ``NAME.npz`` for each record into ``folder``.
 
@@ -56,7 +57,8 @@ def write_records(
         encoder: whether the encoder is recorded too.
         advance: called after each piece of work, ``settings.work`` times.
         tiles: sides in latent pixels of tiles to record; a tile must be smaller than the image.
-        scales, factors: of the inputs of linear layers, which the reference then computes in INT8 (``emulation``);
+        scales, factors: of the inputs of linear layers, which the reference then computes in
+            ``precision`` (``emulation``);
             what it computes without is recorded too.
 
     Raises:
@@ -68,7 +70,7 @@ def write_records(
     if scales is not None:
         with torch.inference_mode():
             records[UNQUANTIZED] = _record_unquantized(reference, settings, names[0])
-        emulate_int8(reference, scales, factors or {})
+        emulate(reference, precision, scales, factors or {})
     with torch.inference_mode():
         records["blocks"] = _record_blocks(reference, settings)
         advance()
@@ -95,7 +97,14 @@ def write_records(
         advance()
         check_records(checkpoint.name, records)
         floors = floors_of(
-            reference, records, names, settings.measured, settings.measured_steps, settings.precisions, advance
+            reference,
+            records,
+            names,
+            settings.measured,
+            settings.measured_steps,
+            settings.precisions,
+            advance,
+            settings.fp16_autoencoder,
         )
     for name, record in records.items():
         np.savez(folder / f"{name}.npz", **record)

@@ -61,7 +61,7 @@ class Reference:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint, self.spec = checkpoint, checkpoint.model
-        self.dtype = torch.float32
+        self.dtype = self.autoencoder_dtype = torch.float32
         self.table_factors = torch.ones(())
         self.channels, self.classes = self.spec.latent_channels, self.spec.classes
         self.observations = make_observations(self.spec) if self.spec.observation else None
@@ -248,25 +248,32 @@ class Reference:
         return table * self.table_factors.to(table.dtype)
 
     @contextlib.contextmanager
-    def at_precision(self, dtype: torch.dtype) -> Iterator[None]:
-        """Run the modules in another dtype inside this block; afterwards they are FP32 again, bit by bit."""
-        autoencoder = self.checkpoint.autoencoder
-        modules = (self.transformer,) if autoencoder is None else (self.transformer, autoencoder)
-        tensors = [t for module in modules for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
+    def at_precision(self, dtype: torch.dtype, autoencoder: torch.dtype | None = None) -> Iterator[None]:
+        """Run the modules in other dtypes inside this block; afterwards they are FP32 again, bit by bit.
+
+        Args:
+            dtype: of the network.
+            autoencoder: of the autoencoder; None is the network's.
+        """
+        dtypes = (dtype, autoencoder or dtype)
+        modules = zip((self.transformer, self.checkpoint.autoencoder), dtypes, strict=True)
+        present = [(module, own) for module, own in modules if module is not None]
+        pairs = [(t, own) for module, own in present for t in (*module.parameters(), *module.buffers())]
+        pairs = [(tensor, own) for tensor, own in pairs if tensor.is_floating_point()]
         # FP64 holds every FP32 number, so the originals need not be kept.
-        originals = [None if dtype == torch.float64 else tensor.data for tensor in tensors]
+        originals = [None if own == torch.float64 else tensor.data for tensor, own in pairs]
         # Tensors made in inference mode cannot replace others.
         with torch.inference_mode(False), torch.no_grad():
-            for tensor in tensors:
-                tensor.data = tensor.data.to(dtype)
-        self.dtype = dtype
+            for tensor, own in pairs:
+                tensor.data = tensor.data.to(own)
+        self.dtype, self.autoencoder_dtype = dtypes
         try:
-            with _WideAccumulation() if dtype == torch.float16 else contextlib.nullcontext():
+            with _WideAccumulation() if torch.float16 in dtypes else contextlib.nullcontext():
                 yield
         finally:
-            self.dtype = torch.float32
+            self.dtype = self.autoencoder_dtype = torch.float32
             with torch.inference_mode(False), torch.no_grad():
-                for tensor, original in zip(tensors, originals, strict=True):
+                for (tensor, _), original in zip(pairs, originals, strict=True):
                     tensor.data = tensor.data.float() if original is None else original
 
     def decode(self, z: Tensor) -> Tensor:
@@ -279,7 +286,7 @@ class Reference:
             latents = latents * self._per_channel(config.latents_std) + self._per_channel(config.latents_mean)
         elif config.shift_factor:
             latents = latents + config.shift_factor
-        images: Tensor = autoencoder.decode(latents.to(self.dtype)).sample
+        images: Tensor = autoencoder.decode(latents.to(self.autoencoder_dtype)).sample
         return images.to(z.dtype)
 
     def _per_channel(self, values: Any) -> Tensor:
@@ -294,7 +301,7 @@ class Reference:
             scale = scale / self._per_channel(autoencoder.config.latents_std)
             shift = self._per_channel(autoencoder.config.latents_mean)
         outside = self.table_dtype
-        x = (2 * (torch.from_numpy(images).permute(0, 3, 1, 2).to(outside) / 255) - 1).to(self.dtype)
+        x = (2 * (torch.from_numpy(images).permute(0, 3, 1, 2).to(outside) / 255) - 1).to(self.autoencoder_dtype)
         if isinstance(autoencoder, AutoencoderTiny):
             return {"mean": (autoencoder.encode(x).latents.to(outside) - shift) * scale}
         posterior = autoencoder.encode(x).latent_dist

@@ -18,13 +18,14 @@ import torch
 
 from dit_export.checkpoints.sources import Checkpoint, Source, load_checkpoint
 from dit_export.reference.calibration import Calibration, calibrate, count_calibration, spec_for_checkpoint
-from dit_export.reference.emulation import IntegerWeight, emulate_int8
+from dit_export.reference.emulation import IntegerWeight, emulate
 from dit_export.reference.golden import write_records
 from dit_export.reference.pipeline import Reference
 from dit_export.reference.record_settings import CHEAP_GMAC, CalibrationRequest, Measurements, RecordSettings
 from dit_runtime.bundle.macs import count_step_gmac
 from dit_runtime.bundle.manifest import PrecisionSpec, name_for_size
-from dit_runtime.bundle.precision import Precision
+from dit_runtime.bundle.precision import QUANTIZED, Precision
+from dit_runtime.bundle.quantization import FORMATS
 from dit_runtime.bundle.reader import CALIBRATION, GOLDEN
 from dit_runtime.core.children import command_of_module, run_child
 from dit_runtime.core.errors import CheckpointError, DiTError
@@ -46,8 +47,8 @@ def records_in_process(
         source: the checkpoint.
         folder: the records go into its folder ``golden``, and into a folder of their own for each further size.
         encoder: whether the encoder is recorded too.
-        precision: the precision of the export, ``fp32``, ``fp16`` or ``int8``.
-        calibration: how an export in INT8 is calibrated; its ranges are a record too.
+        precision: the precision of the export, one of ``EXPORTED``.
+        calibration: how an export in INT8 or FP8 is calibrated; its ranges are a record too.
 
     Raises:
         CheckpointError: the checkpoint cannot be read, or the process was killed.
@@ -89,9 +90,9 @@ def make_records(
     measurements: Measurements | None = None
     ranges, scales = None, None
     integers: dict[str, IntegerWeight] = {}
-    if precision == Precision.INT8:
+    if precision in QUANTIZED:
         request = calibration or CalibrationRequest()
-        policy = PrecisionSpec(Precision.INT8, (), request.keep_fp16)
+        policy = PrecisionSpec(Precision(precision), (), request.keep_fp16)
         ranges, integers = _calibrate(models, request, policy)
         scales = {name: ranges.scales[name] for name in integers}
     with Progress("PyTorch reference", sum(each.work for each in settings)) as bar:
@@ -110,6 +111,7 @@ def make_records(
                 source.tiles,
                 scales,
                 None if ranges is None else ranges.factors,
+                precision,
             )
             measurements = found if measurements is None else measurements.add_size(found, size)
     assert measurements is not None
@@ -123,6 +125,6 @@ def _calibrate(
     spec, reference = spec_for_checkpoint(models[0], request), Reference(models[0])
     references = chain([reference], map(Reference, models[1:]))
     with Progress("calibrating", len(models) * count_calibration(spec)) as bar, torch.inference_mode():
-        found = calibrate(references, spec, policy.quantizes, bar.advance)
+        found = calibrate(references, spec, policy.quantizes, bar.advance, FORMATS[policy.name].largest)
     quantized = {name: scale for name, scale in found.scales.items() if policy.quantizes(name)}
-    return found, emulate_int8(reference, quantized, found.factors)
+    return found, emulate(reference, policy.name, quantized, found.factors)

@@ -36,6 +36,7 @@ class RecordSettings:
             own error along a free-running trajectory is measured for all of them.
         measured_steps: the number of steps that are measured. The first free-running trajectory is measured in whole.
         precisions: the precisions in which PyTorch's own errors are measured.
+        fp16_autoencoder: whether the autoencoder is FP16 where the network is BF16, as in a BF16 bundle.
         seed: the seed of all noise. With 0, timesteps and labels are spread evenly; otherwise they are drawn as well.
         guidance: the guidance scale of trajectories.
         forward_guidance: the guidance scale of the guided forward.
@@ -54,6 +55,7 @@ class RecordSettings:
     forward_guidance: float = FORWARD_GUIDANCE
     samplers: int = 2
     has_images: bool = True
+    fp16_autoencoder: bool = False
 
     @staticmethod
     def for_checkpoint(checkpoint: Checkpoint, precision: str) -> RecordSettings:
@@ -73,10 +75,10 @@ class RecordSettings:
             few = RecordSettings(
                 1, min(4, most), 2, measured=1, measured_steps=min(2, most), precisions=precisions, samplers=samplers
             )
-            return replace(few, has_images=checkpoint.autoencoder is not None)
+            return replace(few, has_images=checkpoint.autoencoder is not None, fp16_autoencoder=precision == "bf16")
         images, steps = ((4, min(50, most)) if cheap else (2, min(20, most))) if first else (2, min(10, most))
         forwards = max(images, 4) if first else images
-        if precision != "int8":  # whose engines are compared in no other precision
+        if precision in ("fp32", "fp16"):  # the engines of others are compared in no further precision
             precisions = ("fp32", "fp16", "bf16")
         return RecordSettings(
             images,
@@ -87,6 +89,7 @@ class RecordSettings:
             precisions=precisions,
             samplers=samplers,
             has_images=checkpoint.autoencoder is not None,
+            fp16_autoencoder=precision == "bf16",
         )
 
     @property
@@ -105,7 +108,7 @@ class RecordSettings:
 
 @dataclass(frozen=True)
 class CalibrationRequest:
-    """How an INT8 export is to be calibrated.
+    """How an INT8 or FP8 export is to be calibrated.
 
     Attributes:
         seed: of the images' noise.
@@ -122,7 +125,7 @@ class CalibrationRequest:
 class Measurements:
     """What is measured on the reference beside the records: see ``Manifest.floors`` and ``Manifest.magnitudes``.
 
-    ``calibration`` has the values of ``Manifest.calibration``, of an INT8 export.
+    ``calibration`` has the values of ``Manifest.calibration``, of an INT8 or FP8 export.
     """
 
     floors: dict[str, dict[str, list[float]]] = field(default_factory=dict)

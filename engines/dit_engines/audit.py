@@ -13,15 +13,15 @@ from typing import Any
 from dit_engines.kernels import Kernel, split_by_profile
 from dit_engines.recipe import can_fuse_attention
 from dit_runtime.backends.tensorrt.memory import describe_bytes
-from dit_runtime.bundle.manifest import ModelSpec, PrecisionSpec
-from dit_runtime.bundle.precision import TENSORRT_DATATYPES, Precision, is_kept
+from dit_runtime.bundle.manifest import AUTOENCODER, ModelSpec, PrecisionSpec
+from dit_runtime.bundle.precision import HALF, QUANTIZED, TENSORRT_DATATYPES, Precision, is_kept
 from dit_runtime.core.decode import decode, optional
 
 # The least share of the multiply-adds that must be in the graph's own precision, outside the units that a policy keeps
 # in FP32. Measured: 100 % in every graph of every variant.
 LEAST_SHARE = 0.99
 # The precisions that this audit knows.
-JUDGED = (Precision.FP32, Precision.FP16, Precision.INT8)
+JUDGED = (Precision.FP32, Precision.FP16, Precision.BF16, *QUANTIZED)
 QUANTIZING = ("QuantizeLinear", "DequantizeLinear")
 # For a builder that does not tell datatypes: the largest ratio of an engine's weights to the bundle's weights, which
 # would be 2 in FP32 (RTX's is within 10 % of 1); and the bytes that a plan may have besides its weights, for a builder
@@ -29,7 +29,7 @@ QUANTIZING = ("QuantizeLinear", "DequantizeLinear")
 WEIGHTS_MOST, CODE_BYTES = 1.5, 24_000_000
 # Weights of decoder and encoder are compared only where less than this share of the datatypes is known: a builder may
 # store the filters of convolutions transformed, which makes them larger.
-CODERS, TOLD_SHARE = ("decoder", "encoder"), 0.5
+TOLD_SHARE = 0.5
 LARGEST = 5  # kernels that an audit lists
 
 
@@ -55,8 +55,8 @@ class ProfileAudit:
         activation_bytes: device memory of the activations at the profile's largest shapes.
         multiplied: multiply-adds at the profile's usual shapes by datatype; the empty name is an unknown datatype.
         kept: as ``multiplied``, for the units that the precision policy keeps in FP32; ``multiplied`` is without them.
-        quantized: as ``multiplied``, for the layers that an INT8 bundle quantizes; ``multiplied`` is without them. None
-            in what another version wrote.
+        quantized: as ``multiplied``, for the layers that the bundle quantizes; ``multiplied`` is without them. None in
+            what another version wrote.
         quantizing: kernels that do nothing but quantize or dequantize.
         unread: multiply-adds of ONNX nodes that no kernel names.
         largest: the kernels with the most multiply-adds.
@@ -79,17 +79,8 @@ class ProfileAudit:
     def _counts(self) -> list[tuple[str, int]]:
         return [*self.multiplied.items(), *self.kept.items(), *(self.quantized or {}).items()]
 
-    @property
-    def fp16_share(self) -> float:
-        """The share of FP16 in all multiply-adds whose datatype is known."""
-        return self._share_of_all(Precision.FP16)
-
-    @property
-    def int8_share(self) -> float:
-        """The share of INT8 in all multiply-adds whose datatype is known."""
-        return self._share_of_all(Precision.INT8)
-
-    def _share_of_all(self, precision: Precision) -> float:
+    def share_of_all(self, precision: Precision) -> float:
+        """The share of a precision in all multiply-adds whose datatype is known."""
         total = sum(count for dtype, count in self._counts if dtype)
         wanted = TENSORRT_DATATYPES[precision]
         return sum(count for dtype, count in self._counts if dtype == wanted) / total if total else 0.0
@@ -97,10 +88,10 @@ class ProfileAudit:
     def share_in(self, precision: Precision) -> float:
         """The share of a precision in the multiply-adds that should be in it.
 
-        These are the quantized layers' for INT8, and for others all outside these and the units that the policy keeps
-        in FP32. Multiply-adds of unknown datatype are left out; the share is 1 where no datatype is known.
+        These are the quantized layers' for INT8 and FP8, and for others all outside these and the units that the policy
+        keeps in FP32. Multiply-adds of unknown datatype are left out; the share is 1 where no datatype is known.
         """
-        counts = (self.quantized or {}) if precision == Precision.INT8 else self.multiplied
+        counts = (self.quantized or {}) if precision in QUANTIZED else self.multiplied
         total = sum(count for dtype, count in counts.items() if dtype)
         return counts.get(TENSORRT_DATATYPES[precision], 0) / total if total else 1.0
 
@@ -140,7 +131,7 @@ def audit_of(
         weights_bytes: bytes of the plan's weights.
         activation_bytes: bytes of each profile's activations.
         keep_fp32: the units that the precision policy keeps in FP32.
-        quantized: the layers that should multiply INT8.
+        quantized: the layers that should multiply INT8 or FP8.
     """
     profiles = []
     for own, macs, size in zip(split_by_profile(kernels, len(work)), work, activation_bytes, strict=True):
@@ -155,8 +146,8 @@ def _audit_profile(
     keep_fp32: Sequence[str],
     quantized: Collection[str],
 ) -> ProfileAudit:
-    int8: dict[str, int] = {}
-    found = ProfileAudit(activation_bytes=size, quantized=int8 if quantized else None)
+    eight: dict[str, int] = {}
+    found = ProfileAudit(activation_bytes=size, quantized=eight if quantized else None)
     sizes: list[tuple[int, Kernel]] = []
     makers: dict[str, int] = {}
     # A product may be one kernel, and what follows it (an INT8 sum times its scale) another that names the node too.
@@ -185,7 +176,7 @@ def _audit_profile(
         for node in nodes_of(kernel):
             share = macs[node] // makers[node]  # kernels that share a node are assumed to do equal parts of it
             unit = unit_of_node(node)
-            counts = int8 if unit in quantized else found.kept if is_kept(unit, keep_fp32) else found.multiplied
+            counts = eight if unit in quantized else found.kept if is_kept(unit, keep_fp32) else found.multiplied
             counts[kernel.dtype] = counts.get(kernel.dtype, 0) + share
             own += share
         sizes.append((own, kernel))
@@ -229,36 +220,42 @@ def find_problems(
     if precision.name not in JUDGED:
         return [f"{graph}: the audit does not know the precision {precision.name}, only {' and '.join(JUDGED)}"]
     found = []
-    half, word = precision.numbers == Precision.FP16, precision.numbers.upper()
-    told = all(profile.known_share >= (TOLD_SHARE if graph in CODERS else LEAST_SHARE) for profile in audit.profiles)
+    # Other graphs than the autoencoder's may keep some of their units in FP32.
+    own = precision.precision_of(graph) if graph in AUTOENCODER else precision.numbers
+    told = all(
+        profile.known_share >= (TOLD_SHARE if graph in AUTOENCODER else LEAST_SHARE) for profile in audit.profiles
+    )
     if (
-        half
+        own in HALF
         and not told
         and bundle_bytes is not None
         and audit.weights_bytes > WEIGHTS_MOST * bundle_bytes + CODE_BYTES
     ):
         found.append(
             f"{graph}: the plan's weights take {describe_bytes(audit.weights_bytes)}, the bundle's take "
-            f"{describe_bytes(bundle_bytes)}, so they are not FP16; the builder does not tell their datatypes"
+            f"{describe_bytes(bundle_bytes)}, so they are not {own.upper()}; the builder does not tell their datatypes"
         )
     for index, profile in enumerate(audit.profiles):
         where = f"{graph}, profile {index}"
         if profile.quantized is not None:
-            found += _find_quantization_problems(profile, where)
-        share = profile.share_in(precision.numbers)
+            found += _find_quantization_problems(profile, where, precision.name)
+        share = profile.share_in(own)
         if share < LEAST_SHARE and not is_kept(graph, precision.keep_fp32):
-            found.append(f"{where}: {share:.1%} of the multiply-adds are {word}, expected at least {LEAST_SHARE:.0%}")
+            found.append(
+                f"{where}: {share:.1%} of the multiply-adds are {own.upper()}, expected at least {LEAST_SHARE:.0%}"
+            )
         expected = count_expected_attentions(model, precision)
         if graph == "step" and profile.fused_attention < expected:
             found.append(f"{where}: {profile.fused_attention} of {expected} attentions fused")
     return found
 
 
-def _find_quantization_problems(profile: ProfileAudit, where: str) -> list[str]:
+def _find_quantization_problems(profile: ProfileAudit, where: str, name: Precision) -> list[str]:
     found = []
-    if (share := profile.share_in(Precision.INT8)) < LEAST_SHARE:
+    if (share := profile.share_in(name)) < LEAST_SHARE:
         found.append(
-            f"{where}: {share:.1%} of the quantized layers' multiply-adds are INT8, expected at least {LEAST_SHARE:.0%}"
+            f"{where}: {share:.1%} of the quantized layers' multiply-adds are {name.upper()}, expected at least "
+            f"{LEAST_SHARE:.0%}"
         )
     if profile.quantizing:
         found.append(f"{where}: {profile.quantizing} kernels only quantize or dequantize, expected none")
@@ -266,8 +263,8 @@ def _find_quantization_problems(profile: ProfileAudit, where: str) -> list[str]:
 
 
 def count_expected_attentions(model: ModelSpec, precision: PrecisionSpec) -> int:
-    """Count the attentions of the step that a builder should fuse: in FP16, those that the policy does not keep."""
-    if precision.numbers != Precision.FP16 or not can_fuse_attention(model):
+    """Count the attentions of the step that a builder should fuse: of 16 bits, those that the policy does not keep."""
+    if precision.numbers not in HALF or not can_fuse_attention(model):
         return 0
     kept = [block for block in range(model.depth) if _keeps_attention(precision, block)]
     return model.attentions // model.depth * (model.depth - len(kept))

@@ -28,7 +28,9 @@ from dit_engines.engine_store import (
     write_sidecar,
 )
 from dit_engines.recipe import Recipe
+from dit_engines.targets import check_precision
 from dit_runtime.bundle.manifest import ENCODER
+from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import BuildError
 from dit_runtime.core.files import sha256_of
@@ -61,10 +63,12 @@ def engine_from_bundle(
         say: told when this process has to wait for another.
 
     Raises:
-        BuildError: the library is missing, a graph cannot be built, or the audit refuses the engine.
+        BuildError: the GPU does not have the bundle's precision, the library is missing, a graph cannot be built, or
+            the audit refuses the engine.
         BundleError: a file of the bundle is missing or altered.
         OutputError: the store cannot be written, or is full.
     """
+    check_precision(bundle.manifest.precision.name, recipe.compute_capability, str(bundle.path))
     host = host or build_host_for(recipe.target, recipe.compute_capability)
     if timing_cache is not None and not host.times_kernels:
         raise BuildError(
@@ -120,8 +124,8 @@ def as_json(engine: BuiltEngine) -> dict[str, Any]:
     for built in engine.graphs:
         item = built.as_json()
         for own, profile in zip(item["audit"]["profiles"], built.audit.profiles, strict=True):
-            own |= {"fp16_share": round(profile.fp16_share, 4), "known_share": round(profile.known_share, 4)}
-            own["int8_share"] = round(profile.int8_share, 4)
+            shares = {f"{each}_share": round(profile.share_of_all(each), 4) for each in Precision}
+            own |= {**shares, "known_share": round(profile.known_share, 4)}
         graphs.append(item)
     return {
         "folder": str(engine.folder),

@@ -159,12 +159,14 @@ def _print_targets(json: bool) -> int:
 
 
 def _print_trtexec(request: BuildRequest) -> int:
+    from dit_engines.targets import check_precision
     from dit_engines.trtexec import trtexec_commands
     from dit_runtime.bundle.reader import open_bundle
     from dit_runtime.core.text import printable
 
-    bundle = open_bundle(request.bundle).at(request.size)
-    commands = trtexec_commands(bundle, _recipe_for(request))
+    bundle, recipe = open_bundle(request.bundle).at(request.size), _recipe_for(request)
+    check_precision(bundle.manifest.precision.name, recipe.compute_capability, str(bundle.path))
+    commands = trtexec_commands(bundle, recipe)
     if request.json:
         print_json(commands)
     else:
@@ -210,11 +212,16 @@ def _prepare_build(request: BuildRequest) -> tuple[Bundle, BuildHost, Recipe]:
     from dit_engines.build import graphs_of
     from dit_engines.build_host import build_host_for
     from dit_engines.preflight import check_memory
+    from dit_engines.targets import check_precision, target_named
     from dit_runtime.bundle.reader import open_bundle
 
     bundle = open_bundle(request.bundle).at(request.size)
+    known = request.compute_capability or target_named(request.target).compute_capability
+    if known is not None:  # before it is asked for a device
+        check_precision(bundle.manifest.precision.name, known, str(bundle.path))
     host = build_host_for(request.target, request.compute_capability, command=request.command)
     recipe = _recipe_for(request, host)
+    check_precision(bundle.manifest.precision.name, recipe.compute_capability, str(bundle.path))
     check_memory(bundle, recipe, host, graphs_of(bundle))
     if not _can_be_verified(bundle, request):
         _say(

@@ -149,7 +149,7 @@ def _compile_graph(
 
 
 def _quantized_layers(bundle: Bundle) -> tuple[str, ...]:
-    """The layers that should multiply INT8."""
+    """The layers that should multiply INT8 or FP8."""
     model = bundle.manifest.model
     return tuple(filter(bundle.manifest.precision.quantizes, linears_of(model.conditioning, model.depth)))
 

@@ -30,6 +30,7 @@ _WORDS = {
     Precision.FP32: ("FP32", "f32f32", "tf32", "sgemm", "s1688gemm_f32", "s1688gemm_tf32"),
     Precision.BF16: ("BF16", "bf16bf16", "gemm_bf16", "tensorop_bf16"),
     Precision.FP16: ("FP16", "f16f16", "h16816", "h1688", "h884", "hgemm", "gemm_f16", "tensorop_f16"),
+    Precision.FP8: ("FP8", "e4m3e4m3", "gemm_e4m3", "tensorop_e4m3"),
     Precision.INT8: ("INT8", "i8i8", "gemm_s8", "i16832", "imma"),
 }
 FUSED_ATTENTION = "_gemm_mha"

@@ -17,7 +17,8 @@ def format_engine(engine: BuiltEngine, bundle: Bundle, need: Need, explain: bool
     recipe = engine.recipe
     library, _, version = engine.builder.partition(" ")
     state = "already built" if engine.reused else "built"
-    int8 = bundle.manifest.precision.name == Precision.INT8
+    name = bundle.manifest.precision.name
+    shown = (Precision.FP16, *(() if name in (Precision.FP32, Precision.FP16) else (name,)))
     lines = []
     if explain:
         why = engine.explanation or ("nothing differs",)
@@ -26,7 +27,7 @@ def format_engine(engine: BuiltEngine, bundle: Bundle, need: Need, explain: bool
         f"{engine.folder}: {state} for {describe_platform(library, version, recipe.compute_capability, None)}, batch ≤ "
         f"{recipe.batch} (the builder's own figures)",
         f"{'graph':<20} {'weights':>10} {'activations':>12} {'kernels':>8} {'reformats':>10} {'waits':>6} "
-        f"{'fused attention':>16} {'in FP16':>8}" + (f" {'in INT8':>8}" if int8 else ""),
+        f"{'fused attention':>16}" + "".join(f" {f'in {each.upper()}':>8}" for each in shown),
     ]
     model = bundle.manifest.model
     for built in engine.graphs:
@@ -35,8 +36,8 @@ def format_engine(engine: BuiltEngine, bundle: Bundle, need: Need, explain: bool
             lines.append(
                 f"{profile_name(built, index, recipe):<20} {built.audit.weights_bytes / 1e6:>7.1f} MB "
                 f"{profile.activation_bytes / 1e6:>9.1f} MB {profile.kernels:>8} {profile.reformats:>10} "
-                f"{profile.synchronizations:>6} {fused:>16} {profile.fp16_share:>8.1%}"
-                + (f" {profile.int8_share:>8.1%}" if int8 else "")
+                f"{profile.synchronizations:>6} {fused:>16}"
+                + "".join(f" {profile.share_of_all(each):>8.1%}" for each in shown)
             )
     for built in engine.graphs:
         if built.graph == "step" and (largest := built.audit.profiles[-1].largest):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from dit_runtime.bundle.precision import Precision
 from dit_runtime.core.errors import BuildError
 
 
@@ -65,6 +66,12 @@ LEAST = (10, 3)
 MISSING_KERNELS: dict[tuple[str, tuple[int, ...], str], str] = {
     ("tensorrt", (10, 13, 3), "8.7"): "this build of TensorRT is for Arm servers (SBSA) and has no kernels for Orin; "
     "install JetPack's own (10.3 with JetPack 6, 10.16 or later with JetPack 7.2)"
+}
+# The least compute capability with tensor cores for a precision (CUDA C++ programming guide, table of arithmetic), and
+# the nearest precision that older GPUs have. All GPUs here multiply FP32, FP16 and INT8.
+LEAST_CAPABILITY = {
+    Precision.BF16: ((8, 0), Precision.FP16),
+    Precision.FP8: ((8, 9), Precision.INT8),
 }
 GIB = 1 << 30
 
@@ -158,6 +165,22 @@ def check_kernels(library: str, version: tuple[int, ...], compute_capability: st
         )
     if (reason := MISSING_KERNELS.get((library, version[:3], compute_capability))) is not None:
         raise BuildError(f"TensorRT {shown} on sm_{_digits_of(compute_capability)}: {reason}")
+
+
+def check_precision(precision: Precision, compute_capability: str, bundle: str) -> None:
+    """Check before a build that the GPU multiplies what a bundle does.
+
+    A builder of TensorRT may make an engine all the same, of other kernels or of a part of the graph.
+
+    Raises:
+        BuildError: the GPU does not; the message names the nearest precision that it has.
+    """
+    least, nearest = LEAST_CAPABILITY.get(precision, ((0, 0), precision))
+    if tuple(map(int, compute_capability.split("."))) < least:
+        raise BuildError(
+            f"{bundle}: sm_{_digits_of(compute_capability)} does not multiply {precision.upper()}, which takes "
+            f"sm_{least[0]}{least[1]} or later; export the checkpoint with --{nearest}, or build for another target"
+        )
 
 
 def _digits_of(compute_capability: str) -> str:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from dit_runtime.backends.base import Engine, check_threads
 from dit_runtime.backends.profiles import BatchShape
 from dit_runtime.bundle.manifest import ENCODER, Manifest
-from dit_runtime.bundle.precision import Precision
+from dit_runtime.bundle.precision import QUANTIZED, Precision
 from dit_runtime.bundle.reader import Bundle, open_bundle
 from dit_runtime.core.errors import SamplingError
 from dit_runtime.samplers.by_name import count_default_steps, count_skipped_steps, schedule_for
@@ -283,7 +283,7 @@ class Pipeline:
             return
         cure = ""
         if self.manifest.precision.precision_of(unit) == Precision.FP16:
-            fp16 = "--fp16 " if self.manifest.precision.name == Precision.INT8 else ""
+            fp16 = "--fp16 " if self.manifest.precision.name in QUANTIZED else ""
             cure = f"; where its numbers are beyond FP16's range, export again with {fp16}--keep-fp32 {unit}"
         raise SamplingError(
             f"{what} are not finite on {self.engine.info.name}; run dit-verify on this bundle and engine{cure}"

@@ -132,7 +132,11 @@ def test_kernels_are_counted_alike(source: str) -> None:
     assert (profile.kernels, profile.synchronizations, profile.fused_attention) == (5, 1, 1)
     assert (profile.reformats, profile.casts) == (1, 1)
     assert (profile.multiplied, profile.kept, profile.unread) == ({"Half": 100_000}, {"Float": 1_000}, 0)
-    assert (profile.share_in(Precision.FP16), profile.known_share, round(profile.fp16_share, 4)) == (1.0, 1.0, 0.9901)
+    assert (profile.share_in(Precision.FP16), profile.known_share, round(profile.share_of_all(Precision.FP16), 4)) == (
+        1.0,
+        1.0,
+        0.9901,
+    )
     assert [(item.name.split(" ")[0], item.share, item.dtype) for item in profile.largest] == [
         ("blocks.0.attn.qkv/MatMul", 0.5941, "Half"),
         ("blocks.0.attn/MatMul", 0.396, "Half"),
@@ -146,11 +150,31 @@ def audited(**counts: Any) -> Audit:
     return Audit(0, [ProfileAudit(**counts)])
 
 
-def test_an_unknown_precision_fails() -> None:
+BF16 = PrecisionSpec(Precision.BF16, FP16.keep_fp32)
+
+
+def test_an_unknown_precision_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the audit cannot judge does not pass it."""
+    monkeypatch.setattr("dit_engines.audit.JUDGED", (Precision.FP32, Precision.FP16))
     perfect = audited(multiplied={"Half": 1, "BFloat16": 1, "Int8": 1}, fused_attention=2)
-    (problem,) = find_problems(perfect, "step", MODEL, PrecisionSpec(Precision.BF16, ()))
+    (problem,) = find_problems(perfect, "step", MODEL, BF16)
     assert "the audit does not know the precision bf16" in problem
+
+
+def test_bf16_work_is_found() -> None:
+    """FP16 products in a BF16 step fail, and so do BF16 ones in its decoder, which is FP16; attentions are fused."""
+    sound = audited(multiplied={"BFloat16": 99}, kept={"Float": 1}, fused_attention=2)
+    assert find_problems(sound, "step", MODEL, BF16) == []
+    half = audited(multiplied={"Half": 50, "BFloat16": 50}, fused_attention=1)
+    assert find_problems(half, "step", MODEL, BF16) == [
+        "step, profile 0: 50.0% of the multiply-adds are BF16, expected at least 99%",
+        "step, profile 0: 1 of 2 attentions fused",
+    ]
+    assert find_problems(audited(multiplied={"Half": 9}), "decoder", MODEL, BF16) == []
+    (problem,) = find_problems(audited(multiplied={"BFloat16": 9}), "decoder", MODEL, BF16)
+    assert problem.endswith("0.0% of the multiply-adds are FP16, expected at least 99%")
+    kept = PrecisionSpec(Precision.BF16, ("decoder",))
+    assert find_problems(audited(multiplied={"Float": 9}), "decoder", MODEL, kept) == []
 
 
 INT8 = PrecisionSpec(Precision.INT8, FP16.keep_fp32)
@@ -160,7 +184,7 @@ def test_int8_work_is_found() -> None:
     """A quantized layer that is not INT8 fails, and so does other work that is not FP16, as in an FP16 bundle."""
     sound = audited(multiplied={"Half": 9}, quantized={"Int8": 90}, kept={"Float": 1}, fused_attention=2)
     assert find_problems(sound, "step", MODEL, INT8) == []
-    assert (sound.profiles[0].int8_share, sound.profiles[0].fp16_share) == (0.9, 0.09)
+    assert [sound.profiles[0].share_of_all(each) for each in (Precision.INT8, Precision.FP16)] == [0.9, 0.09]
     half = audited(multiplied={"Half": 9}, quantized={"Int8": 88, "Half": 2}, fused_attention=2)
     assert find_problems(half, "step", MODEL, INT8) == [
         "step, profile 0: 97.8% of the quantized layers' multiply-adds are INT8, expected at least 99%"

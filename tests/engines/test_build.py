@@ -113,6 +113,21 @@ def test_the_command_builds_and_audits(bundle: Bundle, report: dict[str, Any]) -
 
 
 @pytest.mark.slow  # a build of RTX, and an export
+def test_bf16_is_built_as_bf16(tiny_bundle: Callable[[str], Path], tmp_path: Path) -> None:
+    """All products of conditioner and step are BF16 but those of the first and last layer; the decoder's are FP16."""
+    done = run_command(
+        *("dit-build", tiny_bundle("bf16"), "--target", "rtx-30", "--batch", "1", "--branches", "2", "--json"),
+        *("--store", tmp_path),
+    )
+    assert done.returncode == 0, done.stderr
+    for graph in json.loads(done.stdout)["graphs"]:
+        (profile,) = graph["audit"]["profiles"]
+        assert set(profile["multiplied"]) == {"Half" if graph["graph"] == "decoder" else "BFloat16"}
+        assert profile["fused_attention"] == (2 if graph["graph"] == "step" else 0)
+        assert profile["known_share"] == 1
+
+
+@pytest.mark.slow  # a build of RTX, and an export
 def test_int8_is_built_as_int8(int8_bundle: Path, tmp_path: Path) -> None:
     """The builder multiplies INT8 in every quantized layer, fuses all attentions, and rounds in no other kernel."""
     done = run_command(

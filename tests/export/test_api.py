@@ -124,7 +124,11 @@ def test_the_command_makes_the_same_request(
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"precision": "bf16"}, CheckpointError, "precision 'bf16' is not implemented; expected fp32 or fp16 or int8"),
+        (
+            {"precision": "fp4"},
+            CheckpointError,
+            "precision 'fp4' is not implemented; expected fp32 or fp16 or bf16 or int8",
+        ),
         (
             {"precision": "int8", "keep_fp32": ["decoder"]},
             CheckpointError,

@@ -26,7 +26,7 @@ from dit_runtime.bundle.manifest import (
     TensorSpec,
     name_for_size,
 )
-from dit_runtime.bundle.precision import EXPORTED, Precision
+from dit_runtime.bundle.precision import EXPORTED, QUANTIZED
 from dit_runtime.bundle.quantization import linears_of
 from dit_runtime.core.decode import show
 
@@ -111,11 +111,14 @@ def _check_model(manifest: Manifest) -> None:
 
 
 def _check_quantization(manifest: Manifest) -> None:
-    calibration, int8 = manifest.calibration, manifest.precision.name == Precision.INT8
-    if (calibration is not None) != int8:
-        raise ValueError(f"precision {manifest.precision.name} {'without' if int8 else 'with'} calibration")
-    if manifest.precision.keep_fp16 and not int8:
-        raise ValueError(f"precision {manifest.precision.name} with units to keep in FP16, which only INT8 has")
+    calibration, quantized = manifest.calibration, manifest.precision.name in QUANTIZED
+    if (calibration is not None) != quantized:
+        raise ValueError(f"precision {manifest.precision.name} {'without' if quantized else 'with'} calibration")
+    if manifest.precision.keep_fp16 and not quantized:
+        raise ValueError(
+            f"precision {manifest.precision.name} with units to keep in FP16, which only "
+            f"{' and '.join(QUANTIZED).upper()} have"
+        )
     if calibration is None:
         return
     if not calibration.labels or max(calibration.labels) >= max(manifest.model.label_rows, 1):
@@ -125,7 +128,7 @@ def _check_quantization(manifest: Manifest) -> None:
             f"calibration with {len(calibration.labels)} labels, expected {MOST_CALIBRATION_LABELS} at most"
         )
     if not any(map(manifest.precision.quantizes, linears_of(manifest.model.conditioning, manifest.model.depth))):
-        raise ValueError("precision int8, and every linear layer is kept in FP16")
+        raise ValueError(f"precision {manifest.precision.name}, and every linear layer is kept in FP16")
 
 
 def _check_sizes(manifest: Manifest) -> None:
@@ -281,9 +284,9 @@ def _check_tensors(where: str, found: tuple[TensorSpec, ...], expected: Tensors)
 
 
 def _check_weights(manifest: Manifest) -> None:
-    """Check the model's sizes against the bytes of its files: the least that their matrices take, in FP16 or INT8."""
+    """Check the model's sizes against the bytes of its files: the least that their matrices take, in 16 or 8 bits."""
     model = manifest.model
-    number = 1 if manifest.precision.name == Precision.INT8 else 2  # the least bytes of one
+    number = 1 if manifest.precision.name in QUANTIZED else 2  # the least bytes of one
     for name, numbers in {
         # The labels' embedding, or a policy's modulations.
         "conditioner": model.width * (6 * model.depth * model.observation or model.classes),

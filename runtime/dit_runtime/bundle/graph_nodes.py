@@ -7,8 +7,10 @@ from collections.abc import Iterator, Mapping
 
 from dit_runtime.bundle.onnx_reader import DTYPES, Reader, Span, StoredTensor, Values, first_of
 from dit_runtime.bundle.operators import DIVIDING, INPUTS, QUANTIZING, WHOLE_TYPES, makes_whole
+from dit_runtime.bundle.quantization import FORMATS
 from dit_runtime.core.decode import DecodeError
 
+QUANTIZED_TYPES = " or ".join(each.dtype for each in FORMATS.values())
 MOST_NODES = 10_000  # a block has 28: DiT-XL's step has 900
 MOST_LISTED = 256  # pads, strides, kernel or axes of a node: the autoencoder's kernels have 3
 
@@ -82,12 +84,12 @@ def _check_attributes(node: Values, attributes: list[Values]) -> None:
 def _check_quantization(
     reader: Reader, node: Values, attributes: list[Values], constants: Mapping[str, Span], quantized: set[str]
 ) -> None:
-    """Check a QuantizeLinear or DequantizeLinear: symmetric INT8 with stored scales, as ``dit-export`` writes it.
+    """Check a QuantizeLinear or DequantizeLinear: symmetric INT8 or FP8, stored scales, as ``dit-export`` writes it.
 
     ``quantized``: the names of what QuantizeLinear made before it; its own outputs are added.
 
     Raises:
-        DecodeError: a scale or zero point that is not stored, another type than INT8, a zero point other than 0, a
+        DecodeError: a scale or zero point that is not stored, another type than these, a zero point other than 0, a
             scale that is no number above 0, or an attribute besides the axis.
     """
     what, operator = f"node {first_of(node, 'name', '')!r:.60}", node["op_type"][0]
@@ -99,15 +101,15 @@ def _check_quantization(
     if operator == "QuantizeLinear":
         quantized.update(node["output"])
         if not zero_points:
-            raise DecodeError(f"{what} has no zero point, expected one of INT8")
+            raise DecodeError(f"{what} has no zero point, expected one of {QUANTIZED_TYPES}")
     elif numbers not in quantized:
-        dtype = reader.read_tensor(constants[numbers]).dtype if numbers in constants else "no INT8"
-        if dtype != "int8":
-            raise DecodeError(f"{what} reads {numbers!r:.60}, which is {dtype}, expected int8")
+        dtype = reader.read_tensor(constants[numbers]).dtype if numbers in constants else "not stored"
+        if dtype not in QUANTIZED_TYPES:
+            raise DecodeError(f"{what} reads {numbers!r:.60}, which is {dtype}, expected {QUANTIZED_TYPES}")
     for name in zero_points:
         found = reader.read_tensor(constants[name])
-        if (found.dtype, found.shape) != ("int8", ()) or reader.read_values(constants[name]) != [0]:
-            raise DecodeError(f"{what} has the zero point {name!r:.60}, expected a single INT8 of 0")
+        if found.dtype not in QUANTIZED_TYPES or found.shape or reader.read_values(constants[name]) != [0]:
+            raise DecodeError(f"{what} has the zero point {name!r:.60}, expected a single 0 of {QUANTIZED_TYPES}")
     scale = reader.read_tensor(constants[scales])
     if scale.dtype not in ("float16", "float32"):
         raise DecodeError(f"{what} has scales of {scale.dtype}, expected float16 or float32")

@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
-from dit_runtime.bundle.precision import Precision, is_kept
+from dit_runtime.bundle.precision import QUANTIZED, Precision, is_kept
 from dit_runtime.bundle.quantization import CalibrationSpec, is_block_linear
 from dit_runtime.core.decode import Amount, Natural, Range, decode, optional, without_defaults
 
 SCHEMA = 5
 GRAPHS = ("conditioner", "step", "probe", "decoder")
 ENCODER = "encoder"
+AUTOENCODER = ("decoder", ENCODER)
 SIZED_GRAPHS = ("step", "probe")  # each is traced for one latent size; the other graphs take any size
 CONDITIONINGS = ("adaln-zero", "adaln", "cross-attention", "in-context")
 PATHS = ("linear", "gvp", "vp")
@@ -230,7 +231,7 @@ NO_AUTOENCODER = AutoencoderSpec("none", 1.0, 0.0, 1)  # of a policy, whose late
 
 @dataclass(frozen=True)
 class PrecisionSpec:
-    """The precision of the graphs, and the named units that stay FP32, or in an INT8 bundle FP16."""
+    """The precision of the graphs, and the named units that stay FP32, or in an INT8 or FP8 bundle FP16."""
 
     name: Precision
     keep_fp32: tuple[str, ...]
@@ -238,16 +239,22 @@ class PrecisionSpec:
 
     @property
     def numbers(self) -> Precision:
-        """The precision of the numbers between the products: FP16 in an INT8 bundle, else the bundle's own."""
-        return Precision.FP16 if self.name == Precision.INT8 else self.name
+        """The precision of the numbers between the products: FP16 in an INT8 or FP8 bundle, else the bundle's own."""
+        return Precision.FP16 if self.name in QUANTIZED else self.name
 
     def precision_of(self, unit: str) -> Precision:
-        """The precision of the numbers of a named unit, such as ``blocks.17.mlp``."""
-        return Precision.FP32 if is_kept(unit, self.keep_fp32) else self.numbers
+        """The precision of the numbers of a named unit, such as ``blocks.17.mlp``.
+
+        The autoencoder of a BF16 bundle is FP16: BF16's 8 bits would be seen in its images, and ONNX's Conv has no BF16
+        at the opset of the graphs.
+        """
+        if is_kept(unit, self.keep_fp32):
+            return Precision.FP32
+        return Precision.FP16 if self.name == Precision.BF16 and unit in AUTOENCODER else self.numbers
 
     def quantizes(self, linear: str) -> bool:
-        """Whether a linear layer, such as ``blocks.17.mlp.fc1``, multiplies INT8."""
-        return is_block_linear(linear) and self.name == Precision.INT8 and not is_kept(linear, self.keep_fp16)
+        """Whether a linear layer, such as ``blocks.17.mlp.fc1``, multiplies INT8 or FP8."""
+        return is_block_linear(linear) and self.name in QUANTIZED and not is_kept(linear, self.keep_fp16)
 
 
 @dataclass(frozen=True)
@@ -290,7 +297,7 @@ class Manifest:
             further size has the suffix of that size's graphs.
         magnitudes: by unit of the precision policy, the largest |x| that enters or leaves one of its matrix products
             on the reference's own trajectory. ``blocks.N`` is the residual stream after block N.
-        calibration: how an INT8 bundle's ranges were found; None of any other bundle.
+        calibration: how an INT8 or FP8 bundle's ranges were found; None of any other bundle.
         files: size and SHA-256 of every other file of the bundle.
     """
 

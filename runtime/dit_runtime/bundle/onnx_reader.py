@@ -38,8 +38,9 @@ MOST_AXES = 16
 MOST_VALUES = 1 << 48  # of a tensor
 DTYPES = {  # TensorProto.DataType: what a tensor may hold, as numpy names it
     **{1: "float32", 2: "uint8", 3: "int8", 4: "uint16", 5: "int16", 6: "int32", 7: "int64", 9: "bool"},
-    **{10: "float16", 11: "float64", 12: "uint32", 13: "uint64", 16: "bfloat16"},
+    **{10: "float16", 11: "float64", 12: "uint32", 13: "uint64", 16: "bfloat16", 17: "float8e4m3fn"},
 }
+BITS = {"bfloat16": "uint16", "float8e4m3fn": "uint8"}  # what numpy does not have is read as bits
 EXTERNAL = 1  # TensorProto.DataLocation
 
 Span = tuple[int, int]  # where a text, some bytes or a message begins and ends in the file
@@ -66,14 +67,14 @@ class StoredTensor:
 
     @property
     def size_bytes(self) -> int:
-        return math.prod(self.shape) * (2 if self.dtype == "bfloat16" else np.dtype(self.dtype).itemsize)
+        return math.prod(self.shape) * np.dtype(BITS.get(self.dtype, self.dtype)).itemsize
 
 
 class Reader:
     """Reads the messages of one file; in all of them together at most ``MOST_FIELDS`` fields."""
 
     def __init__(self, content: bytes) -> None:
-        self._content, self._left = content, MOST_FIELDS
+        self.content, self._left = content, MOST_FIELDS
 
     def read_graph(self) -> Values:
         """The graph's fields, with the versions of the file checked."""
@@ -90,7 +91,7 @@ class Reader:
         return self._read(model["graph"][0], GRAPH, "graph")
 
     def _read_model(self) -> Values:
-        return self._read((0, len(self._content)), MODEL, "model")
+        return self._read((0, len(self.content)), MODEL, "model")
 
     def read_written_tensors(self) -> Iterator[StoredTensor]:
         """Every tensor of a graph of any operators and versions, with data of any form."""
@@ -117,19 +118,20 @@ class Reader:
     def read_values(self, span: Span) -> list[float]:
         """The numbers of a short tensor in the file; none of any other."""
         start, end = first_of(self._read(span, TENSOR, "tensor"), "raw_data", (0, 0))
-        dtype = np.dtype(self.read_tensor(span).dtype.replace("bfloat16", "uint16"))
+        told = self.read_tensor(span).dtype
+        dtype = np.dtype(BITS.get(told, told))
         if (end - start) % dtype.itemsize or end - start > 8 * 2 * MOST_AXES:
             return []
-        found: list[float] = np.frombuffer(self._content[start:end], dtype).tolist()
+        found: list[float] = np.frombuffer(self.content[start:end], dtype).tolist()
         return found
 
     def read_bytes(self, span: Span) -> bytes:
         """The bytes of a tensor that lie in the file."""
-        return self._content[slice(*first_of(self._read(span, TENSOR, "tensor"), "raw_data", (0, 0)))]
+        return self.content[slice(*first_of(self._read(span, TENSOR, "tensor"), "raw_data", (0, 0)))]
 
     def read_text(self, span: Span) -> str:
         """The text at a place, with other bytes replaced."""
-        return self._content[slice(*span)].decode(errors="replace")
+        return self.content[slice(*span)].decode(errors="replace")
 
     def read_tensor(self, span: Span, table: Table = TENSOR) -> StoredTensor:
         tensor = self._read(span, table, "tensor")
@@ -184,7 +186,7 @@ class Reader:
         """The values of a field of some length."""
         if field.kind == "text":
             try:
-                return [self._content[start:end].decode()]
+                return [self.content[start:end].decode()]
             except UnicodeDecodeError as error:
                 raise DecodeError(f"damaged: {field.name} of the {what} is not text") from error
         if field.kind == "floats":
@@ -206,7 +208,7 @@ class Reader:
         for shift in range(0, 70, 7):
             if position >= end:
                 raise DecodeError("damaged or cut short: it ends within a number")
-            byte = self._content[position]
+            byte = self.content[position]
             position += 1
             value |= (byte & 0x7F) << shift
             if byte < 0x80:

@@ -11,20 +11,26 @@ from dit_runtime.core.errors import DiTError
 class Precision(str, Enum):
     """The format in which numbers are stored and multiplied.
 
-    In an ``INT8`` bundle the linear layers of the blocks multiply INT8, and all else is as in FP16.
+    In an ``INT8`` bundle the linear layers of the blocks multiply INT8, in an ``FP8`` bundle FP8 of 4 bits of exponent
+    (E4M3), and all else is as in FP16. In a ``BF16`` bundle decoder and encoder are FP16.
     """
 
     FP32 = "fp32"
     FP16 = "fp16"
     BF16 = "bf16"
     INT8 = "int8"
+    FP8 = "fp8"
 
     def __str__(self) -> str:
         return self.value
 
 
 # What graphs can be written in.
-EXPORTED = (Precision.FP32, Precision.FP16, Precision.INT8)
+EXPORTED = (Precision.FP32, Precision.FP16, Precision.BF16, Precision.INT8, Precision.FP8)
+# Precisions of 16 bits, in which a strongly typed graph computes.
+HALF = (Precision.FP16, Precision.BF16)
+# Precisions of the blocks' linear layers alone, whose numbers have scales that calibration finds.
+QUANTIZED = (Precision.INT8, Precision.FP8)
 # Further names that commands take.
 ALIASES = {"f32": Precision.FP32}
 # TensorRT's names of the datatypes, in its log, its inspector's JSON and the audits.
@@ -33,6 +39,7 @@ TENSORRT_DATATYPES = {
     Precision.FP16: "Half",
     Precision.BF16: "BFloat16",
     Precision.INT8: "Int8",
+    Precision.FP8: "FP8",
 }
 
 

@@ -1,4 +1,4 @@
-"""Quantization to INT8: which linear layers an INT8 bundle quantizes, and how their calibration was made.
+"""Quantization to 8 bits: which linear layers an INT8 or FP8 bundle quantizes, and how their calibration was made.
 
 Symmetric, with zero points of 0. A weight has a scale for each output channel; a layer's input has one scale, which
 calibration found: x ≈ scale · clamp(round(x / scale), -128, 127), where ties are rounded to even. The channels of an
@@ -15,9 +15,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
+from dit_runtime.bundle.precision import Precision
 from dit_runtime.core.arrays import Array
 from dit_runtime.core.decode import Natural, Range
 
+
+@dataclass(frozen=True)
+class NumberFormat:
+    """A format of 8 bits.
+
+    Attributes:
+        dtype: its name in ONNX.
+        largest: what the largest |x| of a range becomes.
+        step: all numbers of the format are multiples of it.
+    """
+
+    dtype: str
+    largest: float
+    step: float
+
+
+FORMATS = {
+    Precision.INT8: NumberFormat("int8", 127, 1),
+    Precision.FP8: NumberFormat("float8e4m3fn", 448, 2.0**-9),  # E4M3FN: 4 bits of exponent, 3 of fraction
+}
 LARGEST = 127  # what the largest |x| of a range becomes
 SMOOTHED = ("attn.qkv", "cross_attn.q", "mlp.fc1", "mlp.fc2")  # the layers that have factors
 MULTIPLIED = "mlp.fc2"  # the layer of a block whose input the step multiplies by its factors
@@ -29,7 +50,7 @@ CROSS_ATTENTION_LINEARS = ("attn.qkv", "attn.proj", "cross_attn.q", "cross_attn.
 
 @dataclass(frozen=True)
 class CalibrationSpec:
-    """How the ranges of an INT8 bundle were found.
+    """How the ranges of a quantized bundle were found.
 
     Attributes:
         seed: of the images' noise; the first image has this seed, each further one the next.

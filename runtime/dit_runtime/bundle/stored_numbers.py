@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dit_runtime.bundle.onnx_reader import Reader
+from dit_runtime.bundle.onnx_reader import BITS, Reader
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.arrays import Array
 from dit_runtime.core.errors import BundleError
@@ -12,7 +12,7 @@ from dit_runtime.core.reading import GRAPH_BYTES, FileError, open_file, read_fil
 
 
 def numbers_of_graph(bundle: Bundle, name: str) -> dict[str, Array]:
-    """The initializers of a graph by name; those of its weights file are mapped, and read when they are used.
+    """The initializers of a graph by name, FP8 as its bits; those of its weights file are mapped, and read when used.
 
     Raises:
         BundleError: a file of the graph is missing, altered or damaged.
@@ -37,5 +37,5 @@ def numbers_of_graph(bundle: Bundle, name: str) -> dict[str, Array]:
             flat = mapped[start : start + tensor.size_bytes]
         else:
             flat = np.frombuffer(reader.read_bytes(span), np.uint8)
-        found[tensor.name] = flat.view(tensor.dtype).reshape(tensor.shape)
+        found[tensor.name] = flat.view(BITS.get(tensor.dtype, tensor.dtype)).reshape(tensor.shape)
     return found

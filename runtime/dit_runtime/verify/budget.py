@@ -17,10 +17,10 @@ import numpy as np
 
 from dit_runtime.backends.base import Array, EngineInfo
 from dit_runtime.bundle.manifest import name_for_size
-from dit_runtime.bundle.precision import Precision
+from dit_runtime.bundle.precision import QUANTIZED, Precision
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import BundleError
-from dit_runtime.verify.limits import LARGER_IS_BETTER, THRESHOLDS, TOLERANCES
+from dit_runtime.verify.limits import LARGER_IS_BETTER, THRESHOLDS, TOLERANCES, limits_for_bundle
 from dit_runtime.verify.metrics import measures, relative_error, relative_l2
 from dit_runtime.verify.rung import Rung
 
@@ -140,11 +140,13 @@ def budget_for(bundle: Bundle, precision: Precision) -> Budget:
     if not bundle.default_size:
         suffix = name_for_size("", manifest.model.latent_size)
         floors = {name[: -len(suffix)]: values for name, values in floors.items() if name.endswith(suffix)}
-    # An engine that runs the rest of an INT8 bundle in BF16 has the errors of both.
+    # An engine that runs the rest of an INT8 or FP8 bundle in BF16 has the errors of both.
     names = tuple(dict.fromkeys((precision, manifest.precision.name)))
-    names = names if Precision.INT8 in names else (precision,)
-    tolerances = _cap(_laxest(manifest.tolerances, names), _laxest(TOLERANCES, names))
-    own = _laxest(THRESHOLDS, names)
+    names = names if manifest.precision.name in QUANTIZED else (precision,)
+    tolerances, own = (
+        _laxest(limits_for_bundle(each, manifest.precision.name), names) for each in (TOLERANCES, THRESHOLDS)
+    )
+    tolerances = _cap(_laxest(manifest.tolerances, names), tolerances)
     thresholds = _cap({**own, **_laxest(manifest.thresholds, names)}, own)
     peak = PEAK_OF_CLIP if manifest.model.clips else 1.0
     return Budget(precision, tolerances, thresholds, floors, peak)

@@ -5,12 +5,14 @@ The exporter copies them into the manifest. A bundle may have stricter limits; i
 ``TOLERANCES`` are absolute limits, the net below the error budget: max |Δ| over the largest reference magnitude, if the
 name does not say otherwise. Beside each limit stands the largest value measured with ONNX Runtime on a CPU: on the
 committed Fashion-MNIST model (``make demo`` prints it) and, for FP16, on DiT-XL/2 with random weights (``dit-verify``).
-The values for BF16 were measured with OpenVINO on the Fashion-MNIST model. Where PyTorch's own error is so large that
-the error budget allows more than a limit here, the budget's is the limit: see ``Budget.limits_of``.
+The values for BF16 were measured with OpenVINO on the Fashion-MNIST model, in an FP16 bundle. Where PyTorch's own error
+is so large that the error budget allows more than a limit here, the budget's is the limit: see ``Budget.limits_of``.
 
 ``THRESHOLDS`` are the limits of the error budget: how many times PyTorch's own error in the same precision an engine's
 error may be. Each is twice the largest ratio over ten draws of seeds, timesteps, labels and guidance scales, on two
 models and three engines. ``benchmarks/budget.py`` prints the distribution; ``benchmarks/budget.json`` is its output.
+
+Those of BF16 cover ``benchmarks/budget-bf16.json`` too, of BF16 bundles and three draws.
 
 Those of INT8 are twice the largest ratio of ``benchmarks/budget-int8.json``, of three draws, or of the Fashion-MNIST
 model's and the tests' own records. PyTorch's own error is there that of its emulation of INT8 in FP16 against the same
@@ -18,8 +20,18 @@ in FP32. They are above FP16's because a number near a boundary of two levels of
 errors of PyTorch and of an engine are two draws of about the same size.
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from dit_runtime.bundle.precision import QUANTIZED, Precision
+
+Limits = Mapping[str, Mapping[str, float]]
+
+# The kinds that a BF16 bundle has FP16's limits of: decoder and encoder are FP16, the first layer and the sampler FP32.
+FP16_IN_BF16 = ("fp16_range", "embedding", "update", "decoder", "encoder")
 # Kinds whose limit is a least value.
-LARGER_IS_BETTER = ("fp16_range", "int8_cost", "image_psnr", "image_ssim", "image_one_level")
+LARGER_IS_BETTER = ("fp16_range", "int8_cost", "fp8_cost", "image_psnr", "image_ssim", "image_one_level")
 
 TOLERANCES: dict[str, dict[str, float]] = {
     "fp32": {
@@ -94,6 +106,26 @@ TOLERANCES: dict[str, dict[str, float]] = {
         "image_one_level": 0.8,  # 0.931
         "image_bias": 0.05,  # levels: 9.8e-3
     },
+    "fp8": {
+        "fp16_range": 2.0,  # times: 899
+        "fp8_ranges": 1e-3,  # 4.9e-4: a scale is rounded to FP16
+        "fp8_cost": 20.0,  # dB: 44; against FP32, where all others are against PyTorch's own INT8
+        "noise": 1e-6,  # 1.2e-7
+        "conditioner": 3e-3,  # 4.5e-4
+        "embedding": 2e-3,  # 1.6e-7: FP32
+        "blocks": 3e-2,  # 8.2e-3
+        "forward": 1e-1,  # 5.2e-2, at guidance 4
+        "variance": 5e-2,  # 8.2e-3
+        "update": 1e-5,  # 1.6e-7: FP32
+        "teacher_forced": 2e-2,  # 5.6e-3
+        "free_running": 2e-1,  # 1.1e-2; 8.3e-2 at guidance 8
+        "decoder": 3e-3,  # 5.4e-4
+        "encoder": 3e-3,  # 9.7e-4, as FP16's
+        "image_psnr": 25.0,  # 48 dB; 35 dB at guidance 8
+        "image_ssim": 0.98,  # 0.99956
+        "image_one_level": 0.8,  # 0.931
+        "image_bias": 0.05,  # levels: 9.8e-3
+    },
 }
 
 THRESHOLDS: dict[str, dict[str, float]] = {
@@ -145,4 +177,24 @@ THRESHOLDS: dict[str, dict[str, float]] = {
         "image": 2.9,
         "encoder": 1.3,
     },
+    "fp8": {
+        "conditioner": 1.9,
+        "embedding": 1.0,
+        "blocks": 2.2,
+        "forward": 2.7,
+        "variance": 2.7,
+        "teacher_forced": 2.9,
+        "free_running": 1.8,
+        "decoder": 1.2,
+        "image": 2.9,
+        "encoder": 1.3,
+    },
 }
+
+
+def limits_for_bundle(limits: Limits, bundle: Precision) -> Limits:
+    """``TOLERANCES`` or ``THRESHOLDS`` for a bundle of a precision, by the precisions that its engines compute in."""
+    if bundle == Precision.BF16:
+        fp16 = {kind: limit for kind, limit in limits["fp16"].items() if kind in FP16_IN_BF16}
+        return {"bf16": {**limits["bf16"], **fp16}}
+    return {name: own for name, own in limits.items() if name == bundle or name not in QUANTIZED}

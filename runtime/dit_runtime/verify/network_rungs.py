@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from dit_runtime.backends.base import Array
-from dit_runtime.bundle.precision import Precision
+from dit_runtime.bundle.precision import QUANTIZED, Precision
 from dit_runtime.samplers.schedule import (
     A_Z,
     B_E,
@@ -47,7 +47,7 @@ def fp16_range(replay: Replay) -> Rung:
     cure = ""
     if beyond:
         kept = f"--keep-fp32 {' '.join(beyond)}" if len(beyond) <= NAMED_UNITS else "--keep-fp32"
-        kept = kept if policy.name == Precision.FP16 else f"--fp16 {kept}"
+        kept = f"--fp16 {kept}" if policy.name in QUANTIZED else kept
         cure = f"; export again with {kept}, or with the list that dit-export --bisect finds"
     return Rung(
         "FP16 range",

@@ -1,7 +1,7 @@
-"""The rungs of an INT8 bundle: whether its scales are those of its calibration, and what INT8 costs.
+"""The rungs of an INT8 or FP8 bundle: whether its scales are those of its calibration, and what quantization costs.
 
-All other rungs compare an engine with PyTorch's own INT8, which has the same scales: they cannot see that a scale is
-wrong, only that an engine computes something else. These compare with what does not depend on the engine.
+All other rungs compare an engine with PyTorch's own INT8 or FP8, which has the same scales: they cannot see that a
+scale is wrong, only that an engine computes something else. These compare with what does not depend on the engine.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import math
 import numpy as np
 
 from dit_runtime.backends.base import Array
-from dit_runtime.bundle.quantization import LARGEST, factors_by_layer, linears_of, stores_factors
+from dit_runtime.bundle.precision import Precision
+from dit_runtime.bundle.quantization import FORMATS, factors_by_layer, linears_of, stores_factors
 from dit_runtime.bundle.reader import CALIBRATION, UNQUANTIZED
 from dit_runtime.bundle.stored_numbers import numbers_of_graph
 from dit_runtime.core.errors import BundleError
@@ -22,7 +23,7 @@ from dit_runtime.verify.rung import Rung
 
 
 def ranges(replay: Replay) -> Rung:
-    """Each layer's scale, which must map the largest |x| of calibration, at all sizes and timesteps, to 127.
+    """Each layer's scale, which must map the largest |x| of calibration, at all sizes and timesteps, to 127 or 448.
 
     A smaller scale clips numbers that the model has, a larger one wastes levels. Nothing may be beyond it at the size
     in use. A layer whose range is the same at all timesteps was calibrated on one of them: a network's numbers differ.
@@ -37,7 +38,8 @@ def ranges(replay: Replay) -> Rung:
         )
     names = linears_of(manifest.model.conditioning, manifest.model.depth)
     kept = [index for index, name in enumerate(names) if manifest.precision.quantizes(name)]
-    found, ends = record["ranges"][kept], LARGEST * record["scales"][kept].astype(np.float64)
+    numbers = manifest.precision.name
+    found, ends = record["ranges"][kept], FORMATS[numbers].largest * record["scales"][kept].astype(np.float64)
     every, here = record["largest"][kept] / ends, found.max(axis=1) / ends
     single = (found == found[:, :1]).all(axis=1) & (found.shape[1] > 1)
     off = np.where(single, math.inf, np.maximum(np.abs(every - 1), here - 1))
@@ -47,9 +49,9 @@ def ranges(replay: Replay) -> Rung:
     if single[worst]:
         reached = f"{name} has one range for all timesteps: calibrated on one of them; export the bundle again"
     return Rung(
-        "INT8 ranges",
+        f"{numbers.upper()} ranges",
         float(off[worst]),
-        replay.budget.tolerance_of("int8_ranges"),
+        replay.budget.tolerance_of(f"{numbers}_ranges"),
         "relative",
         f"{reached}; {len(kept)} layers at {calibration.steps} timesteps of "
         f"{calibration.sampler}, {len(set(calibration.labels))} classes",
@@ -62,7 +64,7 @@ def weights(replay: Replay) -> Rung:
     """The quantization that the step stores, against the reference's own, which is computed apart: they are equal.
 
     Each layer's scale and factors, the scale of each output channel of its weight, and the sum of that channel's
-    integers. The other rungs would not see a fault that is smaller than what the roundings of INT8 move by chance.
+    numbers. The other rungs would not see a fault that is smaller than what the roundings move by chance.
     """
     manifest, record = replay.bundle.manifest, replay.bundle.records(CALIBRATION)
     found, model = numbers_of_graph(replay.bundle, "step"), manifest.model
@@ -84,18 +86,39 @@ def weights(replay: Replay) -> Rung:
             else 0.0,
             _largest_difference(at, scale),
             _largest_difference(scales, record["weight_scales"][rows]),
-            _largest_difference(integers.sum(axis=0, dtype=np.int64), sums),
+            _largest_difference(_steps_of(integers).sum(axis=0, dtype=np.int64), sums),
         )
-    worst = max(off, key=lambda name: off[name])
+    worst, numbers = max(off, key=lambda name: off[name]), manifest.precision.name
     return Rung(
-        "INT8 weights",
+        f"{numbers.upper()} weights",
         off[worst],
         0.0,
         "relative",
-        f"{'equal' if not off[worst] else f'worst: {worst}'}; scales and integers of {len(off)} layers",
+        f"{'equal' if not off[worst] else f'worst: {worst}'}; scales and "
+        f"{'integers' if numbers == Precision.INT8 else 'numbers'} of {len(off)} layers",
         axis="layer",
         series={"error": list(off.values())},
     )
+
+
+def _steps_of(numbers: Array) -> Array:
+    """The numbers of a weight, INT8 or the bits of FP8, in their format's least step."""
+    return numbers if numbers.dtype == np.int8 else E4M3[numbers]
+
+
+def _e4m3_in_steps() -> Array:
+    """Of each of the 256 bytes, the E4M3FN number that it is, by 2⁻⁹; of the two that are no numbers, 2⁴⁰.
+
+    A byte has a sign, 4 bits e of exponent and 3 bits m of fraction: m·2⁻⁹ where e is 0, else (8 + m)·2^(e−10).
+    """
+    byte = np.arange(128, dtype=np.int64)
+    exponent, fraction = byte >> 3, byte & 7
+    positive = np.where(exponent == 0, fraction, (8 + fraction) << np.maximum(exponent - 1, 0))
+    positive[127] = 1 << 40
+    return np.concatenate([positive, -positive])
+
+
+E4M3 = _e4m3_in_steps()
 
 
 def _largest_difference(found: Array, expected: Array) -> float:
@@ -107,7 +130,8 @@ def _largest_difference(found: Array, expected: Array) -> float:
 
 
 def cost(replay: Replay, found: Array) -> Rung:
-    """The engine's own images ``[N, H, W, 3]`` against those of the FP32 model: what INT8 costs."""
+    """The engine's own images ``[N, H, W, 3]`` against those of the FP32 model: what quantization costs."""
+    name = replay.bundle.manifest.precision.name
     record, own = replay.bundle.records(UNQUANTIZED), replay.bundle.records("images")
     forward = replay.bundle.records("forward_2")
     level, worst = worst_psnr(found, record["images"])
@@ -117,9 +141,9 @@ def cost(replay: Replay, found: Array) -> Rung:
     return Rung(
         "image PSNR against FP32",
         level,
-        replay.budget.tolerance_of("int8_cost"),
+        replay.budget.tolerance_of(f"{name}_cost"),
         "dB",
-        f"what INT8 costs; in PyTorch's own INT8 {reference:.1f} dB, latents {latents:.2%}, forward {forwards:.2%} at "
-        f"guidance {float(forward['guidance']):g}; worst: image {worst + 1}",
+        f"what {name.upper()} costs; in PyTorch's own {name.upper()} {reference:.1f} dB, latents {latents:.2%}, "
+        f"forward {forwards:.2%} at guidance {float(forward['guidance']):g}; worst: image {worst + 1}",
         metrics={"psnr": level if math.isfinite(level) else 0.0},
     )

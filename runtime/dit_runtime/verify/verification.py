@@ -3,7 +3,7 @@
 The first rung that fails says where the fault is:
 
     FP16 range                              the reference's own numbers fit into FP16
-    INT8 ranges, INT8 weights               an INT8 bundle's scales and integers are those of its calibration
+    INT8 ranges, INT8 weights               an INT8 or FP8 bundle's scales and numbers are those of its calibration
     conditioner, embedding, blocks          a block's inputs, and its output
     forward                                 the network with and without guidance, at every batch size of the engine
     sampler update                          every coefficient that a schedule's row can hold
@@ -23,7 +23,7 @@ from dataclasses import replace
 
 from dit_runtime.backends.base import Array, Engine
 from dit_runtime.bundle.manifest import ENCODER, DiffusionSpec
-from dit_runtime.bundle.precision import Precision
+from dit_runtime.bundle.precision import QUANTIZED, Precision
 from dit_runtime.bundle.reader import CONDITIONS, STRONG, UNGUIDED, Bundle
 from dit_runtime.core.errors import BundleError
 from dit_runtime.core.progress import Progress
@@ -193,7 +193,10 @@ def _has_strong(replay: Replay) -> bool:
 
 
 def _has_range(replay: Replay) -> bool:
-    return replay.budget.precision in (Precision.FP16, Precision.INT8) and bool(replay.bundle.manifest.magnitudes)
+    manifest = replay.bundle.manifest
+    # The decoder of a BF16 bundle is FP16.
+    bf16 = manifest.precision.name == Precision.BF16 and "decoder" in manifest.graphs
+    return bool(manifest.magnitudes) and (bf16 or replay.budget.precision in (Precision.FP16, *QUANTIZED))
 
 
 def _has_cost(replay: Replay) -> bool:

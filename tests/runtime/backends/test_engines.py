@@ -40,6 +40,7 @@ from dit_runtime.backends.open import BACKENDS, find_candidates, open_engine
 from dit_runtime.backends.openvino import engine as openvino_engine
 from dit_runtime.backends.openvino import open as openvino_open
 from dit_runtime.backends.openvino.engine import OpenVinoEngine
+from dit_runtime.backends.openvino.passes import rearrange
 from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle, open_bundle
 from dit_runtime.core import machine as cpu
@@ -123,6 +124,25 @@ def test_openvino_in_bf16_follows_the_bundles_policy(fp16: Bundle, fp32: Bundle)
     print(f"BF16 by the bundle's policy {ours:.2e}, by OpenVINO's switch {switch:.2e}")
     assert 1e-4 < ours < 5e-3  # it is BF16; measured: 1.7e-3
     assert ours < 0.9 * switch  # measured: 0.70 of it
+
+
+@pytest.mark.usefixtures("bf16")
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.BF16])
+def test_openvino_runs_a_bf16_bundle(
+    tiny_bundle: Callable[[str], Path], precision: Precision, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its tensors say, from the store too, with its products cut as in wide models; the decoder is FP32."""
+    bundle = open_bundle(tiny_bundle("bf16"))
+    assert open_engine(bundle, "openvino").info.precision == Precision.BF16
+    monkeypatch.setattr("dit_runtime.backends.openvino.engine.rearrange", lambda model: rearrange(model, 64))
+    engine, exact = OpenVinoEngine(bundle, precision=precision, store=tmp_path), OnnxRuntimeEngine(bundle, threads=1)
+    inputs = step_inputs(bundle)
+    error = relative_error(stepped(engine, inputs), stepped(exact, inputs))
+    assert (error < 1e-5) == (precision == Precision.FP32)  # measured 8e-7
+    assert error < 2e-2  # measured 3.0e-3
+    latents = {"latents": np.random.default_rng(0).standard_normal((1, 4, 8, 8)).astype(np.float32)}
+    decoded, expected = (each.session("decoder").run(latents, ["decoded"])[0] for each in (engine, exact))
+    assert relative_error(decoded, expected) < 5e-4  # measured 8.8e-5; in BF16 about 4e-3
 
 
 @pytest.mark.usefixtures("bf16")
@@ -232,6 +252,7 @@ def test_signals_after_two_engines_ended_in_the_order_of_their_making(fp32: Bund
     code = f"""
 import gc, os, signal
 from dit_runtime.backends.openvino.engine import OpenVinoEngine
+from dit_runtime.backends.openvino.passes import rearrange
 from dit_runtime.bundle.reader import open_bundle
 from dit_runtime.verify.speed import make_step_inputs
 

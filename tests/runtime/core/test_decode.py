@@ -368,7 +368,16 @@ def opened(folder: Path, raw: Any) -> Bundle | BundleError:
 
 # Fields that a manifest leaves out where they have these values.
 LEFT_OUT: dict[str, dict[str, Any]] = {
-    "model": {"qk_norm": "none", "norm": "layer", "mlp": "gelu", "rotary": False, "times": 1},
+    "model": {
+        "qk_norm": "none",
+        "norm": "layer",
+        "mlp": "gelu",
+        "rotary": False,
+        "times": 1,
+        "clips": False,
+        "observation": 0,
+        "time_width": 0,
+    },
     "diffusion": {"time": "noise-at-0", "time_shift": 1.0, "second_time": None, "guidance_inside": False},
     "autoencoder": {"latents_mean": [], "latents_std": []},
     "precision": {"keep_fp16": []},

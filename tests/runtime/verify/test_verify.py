@@ -36,7 +36,7 @@ from dit_runtime.verify.budget import (
     compare_series,
     worst_gain_of,
 )
-from dit_runtime.verify.limits import LARGER_IS_BETTER, THRESHOLDS, TOLERANCES
+from dit_runtime.verify.limits import LARGER_IS_BETTER, THRESHOLDS, TOLERANCES, limits_for_bundle
 from dit_runtime.verify.metrics import (
     cosine,
     psnr,
@@ -333,6 +333,9 @@ def test_thresholds_are_the_measured_ones() -> None:
     assert run["thresholds"] == {name: limits for name, limits in THRESHOLDS.items() if name != "int8"}
     least = json.loads((benchmarks / "budget-int8.json").read_text())["thresholds"]["int8"]
     assert {kind for kind, limit in THRESHOLDS["int8"].items() if limit >= least[kind]} == set(least)
+    least = json.loads((benchmarks / "budget-bf16.json").read_text())["thresholds"]["bf16"]
+    own = limits_for_bundle(THRESHOLDS, Precision.BF16)["bf16"]
+    assert {kind for kind, limit in own.items() if limit >= least[kind]} == set(least)
 
 
 def profiles_of(graph: GraphSpec) -> Profiles:

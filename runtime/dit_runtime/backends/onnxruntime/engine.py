@@ -23,6 +23,7 @@ from dit_runtime.backends.onnxruntime.gpu import (
 )
 from dit_runtime.backends.onnxruntime.loop import ResidentLoop
 from dit_runtime.backends.onnxruntime.steps import MOST_GRAPHS, UNCAPTURED, FixedSteps, run_options
+from dit_runtime.backends.onnxruntime.widening import widen_graph
 from dit_runtime.backends.outputs import check_outputs
 from dit_runtime.backends.prepared import facts_of, load_prepared
 from dit_runtime.bundle.manifest import SIZED_GRAPHS, GraphSpec
@@ -177,6 +178,9 @@ class OnnxRuntimeEngine:
         return options
 
     def _open(self, path: Path, options: Any) -> Any:
+        if self._bundle.manifest.precision.name == Precision.BF16 and path.name != MODEL:  # a prepared graph is FP32
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+            return self._runtime.InferenceSession(widen_graph(read_file(path, GRAPH_BYTES)), options, providers=[CPU])
         return self._runtime.InferenceSession(os.fspath(path), options, providers=[CPU])
 
 

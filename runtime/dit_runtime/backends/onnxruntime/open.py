@@ -11,6 +11,7 @@ from dit_runtime.core.errors import EngineError
 from dit_runtime.core.machine import has_nvidia_driver
 
 CPU = "onnxruntime"
+UNTYPED = (Precision.BF16, Precision.FP8)  # what onnxruntime-tensorrt cannot be told to compute in
 
 
 def open_onnxruntime(bundle: Bundle, name: str, options: EngineOptions) -> OnnxRuntimeEngine:
@@ -20,6 +21,11 @@ def open_onnxruntime(bundle: Bundle, name: str, options: EngineOptions) -> OnnxR
         raise EngineError(
             f"precision {options.precision} with {name}: ONNX Runtime computes in FP32 on a CPU, and in the bundle's "
             "precision on a GPU; leave --precision out, or use --engine openvino"
+        )
+    if provider == "tensorrt" and (own := bundle.manifest.precision.name) in UNTYPED:
+        raise EngineError(
+            f"{name} with a bundle in {own.upper()}: ONNX Runtime's TensorRT provider has no switch for it; use "
+            "--engine tensorrt after dit-build"
         )
     return OnnxRuntimeEngine(bundle, options.threads, provider, options.store)
 

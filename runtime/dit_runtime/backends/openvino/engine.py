@@ -2,9 +2,10 @@
 
 The graphs of an FP16 bundle say which tensors are FP16, and OpenVINO has no FP16 on CPUs. With the precision ``bf16``
 these tensors become BF16 and the others stay FP32, so that the residual stream is not rounded; OpenVINO's own switch
-would run everything in BF16. The graph is also rearranged for speed (``passes``). With the precision ``fp32`` the FP16
-tensors become FP32. In both cases the graph is written to the engine store once (``prepare_graph``), and its weights
-are mapped from there. OpenVINO packs them, and the packed copy is the only one in anonymous memory.
+would run everything in BF16. Those of a BF16 bundle are BF16 already. The graph is also rearranged for speed
+(``passes``). With the precision ``fp32`` these tensors become FP32. In both cases the graph is written to the engine
+store once (``prepare_graph``), and its weights are mapped from there. OpenVINO packs them, and the packed copy is the
+only one in anonymous memory.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from dit_runtime.backends.host_loop import HostLoop
 from dit_runtime.backends.openvino.passes import ARRANGEMENT, rearrange
 from dit_runtime.backends.outputs import check_outputs
 from dit_runtime.backends.prepared import CheckedGraph, Facts, facts_of, find_prepared, load_prepared
-from dit_runtime.bundle.manifest import ENCODER, GraphSpec
-from dit_runtime.bundle.precision import Precision
+from dit_runtime.bundle.manifest import AUTOENCODER, GraphSpec
+from dit_runtime.bundle.precision import HALF, Precision
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import DiTError, EngineError
 from dit_runtime.core.libraries import without_module
@@ -41,7 +42,6 @@ MODEL = "model.xml"  # file of a prepared graph
 ANY_BATCH = "openvino-any"  # name of the engine whose graphs are compiled for batches of any size
 BATCH = "batch"  # an axis of any length for that engine alone
 ROWS = "rows"  # an axis of any length: the step only looks rows of the conditioning table up, so length costs nothing
-AUTOENCODER = ("decoder", ENCODER)
 
 Key = tuple[tuple[int, ...], ...]
 Source = Path | CheckedGraph | None
@@ -53,7 +53,7 @@ class OpenVinoEngine:
     Args:
         bundle: at the size in use.
         threads: threads of the CPU, in all streams together; 0 lets OpenVINO choose.
-        precision: FP32 or BF16; None is BF16 for an FP16 bundle on a CPU that has BF16, else FP32.
+        precision: FP32 or BF16; None is BF16 for an FP16 or BF16 bundle on a CPU that has BF16, else FP32.
         streams: how many calls of one session run side by side, each from its own thread, for throughput.
         shapes: for how many sets of input shapes a graph stays compiled. Each compiled model holds packed weights. The
             least recently used model is dropped for a further set of shapes.
@@ -119,7 +119,7 @@ class OpenVinoEngine:
                 f"precision bf16: this CPU ({read_processor().model}) has no BF16 instructions (avx512_bf16 or "
                 "amx_bf16); use --precision fp32"
             )
-        lowered = able and self.bundle.manifest.precision.numbers == Precision.FP16
+        lowered = able and self.bundle.manifest.precision.numbers in HALF
         return asked or (Precision.BF16 if lowered else Precision.FP32)
 
     def session(self, graph: str) -> _OpenVinoSession:
@@ -153,16 +153,17 @@ class OpenVinoEngine:
             EngineError: too little memory, or OpenVINO cannot read or compile the graph.
         """
         spec = self.bundle.manifest.graphs[graph]
-        fp16 = self.bundle.manifest.precision.numbers == Precision.FP16
-        values = self.bundle.manifest.files[spec.weights].bytes // (2 if fp16 else 4)
+        policy = self.bundle.manifest.precision
+        typed = policy.numbers in HALF
+        values = self.bundle.manifest.files[spec.weights].bytes // (2 if typed else 4)
         check_memory(values * (2 if self._bf16 else 4), f"the {graph} on {self.info.name}")
         # The graphs of an FP16 bundle say which tensors are BF16; only the autoencoder is in BF16 throughout, because
         # it gains nothing from its FP32 parts. OpenVINO's own switch makes all of a graph BF16, and the conditioner's
-        # timesteps must not be.
-        lowered = self._bf16 and (graph in AUTOENCODER or (not fp16 and graph != "conditioner"))
+        # timesteps must not be. A BF16 bundle has an FP16 autoencoder, so that BF16 does not show in images.
+        lowered = self._lowers(graph) and (graph in AUTOENCODER or (not typed and graph != "conditioner"))
         properties = {
             **self._properties,
-            "INFERENCE_PRECISION_HINT": "bf16" if lowered else "dynamic" if fp16 else "f32",
+            "INFERENCE_PRECISION_HINT": "bf16" if lowered else "dynamic" if typed else "f32",
             "EXECUTION_MODE_HINT": "PERFORMANCE" if lowered else "ACCURACY",
         }
         with self._explain_errors(f"{self.bundle.path}: {self.info.name} cannot load the {graph}"):
@@ -170,13 +171,17 @@ class OpenVinoEngine:
         self.bundle.check_in_place()
         return loaded
 
+    def _lowers(self, graph: str) -> bool:
+        """Whether the tensors of 16 bits of a graph are BF16 here; else they are FP32."""
+        return self._bf16 and not (graph in AUTOENCODER and self.bundle.manifest.precision.name == Precision.BF16)
+
     def _compile_model(self, model: Any, shapes: Mapping[str, Sequence[int]], properties: dict[str, Any]) -> Any:
         model.reshape({name: list(shape) for name, shape in shapes.items()})
         return self._core.compile_model(model, "CPU", properties)
 
     def _find_source(self, graph: str) -> Source:
         """Find and check what to read a graph from: a prepared graph, or an FP32 bundle's own file; else None."""
-        if self.bundle.manifest.precision.numbers != Precision.FP16:
+        if self.bundle.manifest.precision.numbers not in HALF:
             return self.bundle.graph(graph)  # OpenVINO maps its weights
         return None if self._folder is None else find_prepared(self._folder, self._facts_for(graph))
 
@@ -212,7 +217,9 @@ class OpenVinoEngine:
             if node.get_type_name() == "Multiply":
                 for factor, other in ((0, 1), (1, 0)):
                     source = node.input_value(factor).get_node()
-                    if source.get_type_name() == "Constant" and np.array_equal(source.get_data(), np.float32(1)):
+                    if source.get_type_name() == "Constant" and np.array_equal(
+                        source.get_data(dtype=np.float32), np.float32(1)
+                    ):
                         node.output(0).replace(node.input_value(other))
                         break
         if self._bf16:  # FP32 would gain 1 to 2 %, but its weights would be copied and not mapped
@@ -228,23 +235,24 @@ class OpenVinoEngine:
             raise OSError(f"{folder}: the weights were not written in full")
 
     def _retype(self, graph: str) -> Any:
-        """Read the bundle's graph, and change every FP16 tensor to this engine's precision.
+        """Read the bundle's graph, and change every tensor of 16 bits to this engine's precision.
 
         Inputs and outputs that are FP16, such as the conditioning table of cross-attention, stay so.
         """
         openvino = self._openvino
         from openvino import opset13
 
-        own = openvino.Type.bf16 if self._bf16 else openvino.Type.f32
+        own = openvino.Type.bf16 if self._lowers(graph) else openvino.Type.f32
+        others = {openvino.Type.f16, openvino.Type.bf16} - {own}
         model = self._read(self.bundle.graph(graph))
         results = [node for node in model.get_results() if node.get_output_element_type(0) == openvino.Type.f16]
         for node in model.get_ordered_ops():
-            if node.get_output_size() == 0 or node.get_output_element_type(0) != openvino.Type.f16:
+            if node.get_output_size() == 0 or node.get_output_element_type(0) not in others:
                 continue
             readers = list(node.output(0).get_target_inputs())
             if node.get_type_name() == "Constant":
-                values = np.asarray(node.get_data(), np.float32)
-                if self._bf16:
+                values = np.asarray(node.get_data(dtype=np.float32))
+                if own == openvino.Type.bf16:
                     tensor = openvino.Tensor(_bfloat16_from_float32(values), openvino.Shape(list(values.shape)), own)
                 else:
                     tensor = openvino.Tensor(values)

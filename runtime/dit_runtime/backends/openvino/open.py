@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dit_runtime.backends.base import Backend, Candidate, EngineOptions
 from dit_runtime.backends.openvino.engine import ANY_BATCH, OpenVinoEngine, load_core
-from dit_runtime.bundle.precision import Precision
+from dit_runtime.bundle.precision import HALF, Precision
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import EngineError
 
@@ -15,7 +15,7 @@ def open_openvino(bundle: Bundle, name: str, options: EngineOptions) -> OpenVino
 
 
 def _find_candidate(bundle: Bundle, name: str) -> Candidate | None:
-    """BF16 for an FP16 bundle on a CPU that has BF16; else FP32.
+    """BF16 for a bundle of 16 bits on a CPU that has BF16; else FP32.
 
     ``auto`` tries one precision only. FP32 for an FP16 bundle is slower than BF16 and takes twice the disk for its
     prepared graphs, and BF16 is not what an FP32 bundle was exported for. Choose either with ``--precision``.
@@ -26,7 +26,7 @@ def _find_candidate(bundle: Bundle, name: str) -> Candidate | None:
         capabilities = load_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     except EngineError:
         return None
-    bf16 = bundle.manifest.precision.numbers == Precision.FP16 and "BF16" in capabilities
+    bf16 = bundle.manifest.precision.numbers in HALF and "BF16" in capabilities
     return Candidate(name, Precision.BF16 if bf16 else Precision.FP32)
 
 

@@ -107,8 +107,21 @@ def _join_softmax(softmax: Any) -> None:
 def _make_linear(x: Any, weight: Array, bias: Array | None) -> Any:
     from openvino import opset13
 
-    product = opset13.matmul(x, opset13.constant(np.ascontiguousarray(weight)), False, False)
-    return product if bias is None else opset13.add(product, opset13.constant(np.ascontiguousarray(bias)))
+    product = opset13.matmul(x, _make_constant(weight, x.get_element_type()), False, False)
+    return product if bias is None else opset13.add(product, _make_constant(bias, x.get_element_type()))
+
+
+def _make_constant(values: Array, dtype: Any) -> Any:
+    """A constant of an array that is part of another constant of this type.
+
+    numpy has no BF16, so OpenVINO gives the bits of BF16 as those of FP16.
+    """
+    from openvino import Shape, Tensor, Type, op, opset13
+
+    array = np.ascontiguousarray(values)
+    if dtype != Type.bf16:
+        return opset13.constant(array)
+    return op.Constant(Tensor(array.view(np.uint16), Shape(list(array.shape)), dtype), shared_memory=False)
 
 
 def _find_linear_before(value: Any) -> tuple[Any, Array, Array, Any] | None:
