@@ -168,7 +168,7 @@ def write_graphs(
 def _quantization_of(
     checkpoint: Checkpoint, precision: PrecisionSpec, folder: Path
 ) -> tuple[SmoothedWeights, Callable[[ir.Model], None]]:
-    """The weights of an INT8 or FP8 bundle, and what writes its products into a traced step, by calibration's record."""
+    """The weights of an INT8 or FP8 bundle, and what writes its products into a traced step, by its calibration."""
     model = checkpoint.model
     with np.load(folder / GOLDEN / f"{CALIBRATION}.npz", allow_pickle=False) as record:
         found, recorded = [float(scale) for scale in record["scales"]], record["factors"]
