@@ -22,7 +22,7 @@ from support.oracle import random_weights
 
 from dit_runtime.bundle.quantization import CalibrationSpec, factors_by_layer, linears_of, stores_factors
 from dit_runtime.bundle.reader import CALIBRATION, GOLDEN
-from dit_runtime.verify.limits import TOLERANCES
+from dit_runtime.verify.limits import THRESHOLDS, TOLERANCES
 from dit_runtime.verify.metrics import relative_l2
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -115,13 +115,16 @@ def test_an_engine_is_the_emulation(made: Made) -> None:
     with torch.no_grad():
         wanted, _ = made.reference.predict(torch.from_numpy(z), t, y, 1.0)
         rows = made.reference.compute_table(t, y).numpy()
+        with made.reference.at_precision(torch.float16):
+            half, _ = made.reference.predict(torch.from_numpy(z), t, y, 1.0)
         plain = rows / made.reference.table_factors.numpy()
     table = made.run("conditioner", {"timesteps": t.numpy(), "labels": np.int32(y)}, table_name)
     inputs = {**step_inputs(z, 1), "rows": np.array([[0, 1]], np.int32)}
     found = made.run("step", {**inputs, table_name: table}, "denoised")
     assert relative_l2(table, rows) <= TABLE_LIMIT  # measured: 4.1e-4, the largest of all models
-    assert relative_l2(found, wanted.numpy()) <= FORWARD_LIMIT  # measured: XXX, chance of INT8's roundings
-    print(relative_l2(found, wanted.numpy()))
+    error, own = relative_l2(found, wanted.numpy()), relative_l2(half.float().numpy(), wanted.numpy())
+    assert error <= FORWARD_LIMIT  # measured: 7.6e-2, LightningDiT's; of the others 1.6e-2
+    assert error / own <= THRESHOLDS["int8"]["forward"]  # measured: 1.22
     if not np.array_equal(plain, rows):  # the step has what the model's own table does not
         one_sided = made.run("step", {**inputs, table_name: plain.astype(table.dtype)}, "denoised")
         assert relative_l2(one_sided, wanted.numpy()) > 2 * FORWARD_LIMIT  # measured: 0.26 at least
