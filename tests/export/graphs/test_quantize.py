@@ -10,6 +10,7 @@ import pytest
 from dit_export.checkpoints.sources import Source, load_checkpoint
 from dit_export.graphs.quantize import quantize_weight
 from onnx.numpy_helper import to_array
+from support.exports import export
 
 from dit_runtime.bundle.quantization import linears_of
 from dit_runtime.bundle.reader import Bundle, open_bundle
@@ -76,3 +77,18 @@ def test_a_channel_of_zeros() -> None:
     assert numbers.tolist() == [[0, 0], [70, -127], [0, 0], [127, 0]]
     assert (scales > 0).all()
     assert np.isfinite(scales).all()
+
+
+@pytest.mark.slow  # an export at two sizes
+def test_sizes_share_their_scales(checkpoint: Path, tmp_path: Path) -> None:
+    """The steps of all sizes have the scales of the largest ranges; each size's record has its own ranges."""
+    path = export(checkpoint, tmp_path / "sized.bundle", "--int8", "--no-verify", "--size", "32x32", "48x48")
+    bundle = open_bundle(path)
+    records = [bundle.at(size).records("calibration") for size in ((32, 32), (48, 48))]
+    ranges = np.stack([record["ranges"].max(axis=1) for record in records])
+    assert not np.array_equal(*ranges)
+    for record, name in zip(records, ("step", "step-12x12"), strict=True):
+        assert np.array_equal(record["largest"], ranges.max(axis=0))
+        stored = {tensor.name: to_array(tensor) for tensor in onnx.load(bundle.graph(name)).graph.initializer}
+        scales = [stored[f"{layer}.scale"] for layer in linears_of("adaln-zero", 2)]
+        assert np.array_equal(scales, np.float16(record["largest"] / 127))
