@@ -63,7 +63,7 @@ def take(operator: str, place: int, name: str) -> Change:
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 ALTERED: dict[str, tuple[Change, str]] = {
-    "a zero point": (put(QUANTIZE, 2, np.array(3, np.int8)), "zero point 'other', expected a single INT8 of 0"),
+    "a zero point": (put(QUANTIZE, 2, np.array(3, np.int8)), "zero point 'other', expected a single 0 of int8"),
     "a zero point of the result": (put(DEQUANTIZE, 2, np.array(-1, np.int8)), "zero point 'other'"),
     "a zero point of UINT8": (put(QUANTIZE, 2, np.array(0, np.uint8)), "zero point 'other'"),
     "zero points": (put(QUANTIZE, 2, np.zeros(64, np.int8)), "zero point 'other'"),
@@ -85,13 +85,13 @@ ALTERED: dict[str, tuple[Change, str]] = {
     "blocks": (lambda m: add(m, "block_size", 16), "the attribute 'block_size'"),
     "no saturation": (lambda m: add(m, "saturate", 0), "the attribute 'saturate'"),
     "weights of UINT8": (lambda m: setattr(weight(m), "data_type", 2), "which is uint8, expected int8"),
-    "numbers that are not quantized": (take(DEQUANTIZE, 0, "_to_copy"), "which is no INT8, expected int8"),
+    "numbers that are not quantized": (take(DEQUANTIZE, 0, "_to_copy"), "which is not stored, expected int8"),
     "shapes that are dequantized": (
         lambda m: (
             m.graph.node.insert(0, onnx.helper.make_node("Shape", ["state"], ["sizes"])),
             take(DEQUANTIZE, 0, "sizes")(m),
         ),
-        "reads 'sizes', which is no INT8",
+        "reads 'sizes', which is not stored",
     ),
     "four inputs": (lambda m: node(m, QUANTIZE).input.append("state"), "has 4 inputs, expected 2 to 3"),
 }
