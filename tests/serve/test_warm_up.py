@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from dit_runtime import Pipeline
 from dit_runtime.backends.tensorrt.engine import TensorRtEngine
 from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import open_bundle
+from dit_runtime.core.errors import SamplingError
 from dit_runtime.verify import auto
 from dit_runtime.verify.speed import Speed
 from dit_serve.batcher import Batcher
@@ -88,3 +90,18 @@ def test_images_are_the_same_after_it(bundles: dict[str, Path]) -> None:
     before = pipe([1, 2], 3, steps=2)
     assert warm_up(pipe, 4) == [(4, 2), (4, 1)]
     assert np.array_equal(pipe([1, 2], 3, steps=2), before)
+
+
+@pytest.mark.parametrize("change", ["guidance in its weights", "no null class"])
+def test_a_model_that_cannot_be_guided(change: str, bundles: dict[str, Path]) -> None:
+    """It is served too: no guided step is run ahead, which its pipeline would refuse."""
+    bundle = open_bundle(bundles["fp32"])
+    manifest = bundle.manifest
+    if change == "no null class":  # the label table's last row is a class then
+        changed = replace(manifest, model=replace(manifest.model, has_null=False, classes=manifest.model.classes + 1))
+    else:
+        changed = replace(manifest, diffusion=replace(manifest.diffusion, guidance_inside=True))
+    pipe = Pipeline(replace(bundle, manifest=changed), "onnxruntime", threads=1)
+    assert warm_up(pipe, 2) == [(2, 1)]
+    with pytest.raises(SamplingError, match=r"guidance 2: .* use guidance 1"):
+        pipe.prepare([1], 0, steps=2, guidance=2.0)
