@@ -40,7 +40,7 @@ Act = Callable[[Float32, int], Float32]  # observations [B, 8] and the number of
 RADIUS, MARGIN, SPEED, NEAR = 0.15, 0.06, 0.05, 0.05
 HORIZON, EXECUTED, LENGTH = 8, 4, 60  # actions of a plan, how many are executed, and the most of an episode
 OBSERVATION = 8  # position, goal, disc, last action
-STEPS, BASE = 10, 10000.0
+STEPS, BASE, BATCH = 10, 10000.0, 128
 SPEC = ModelSpec(
     conditioning="adaln-zero",
     latent_channels=2,
@@ -127,8 +127,8 @@ def train(steps: int, seed: int) -> PolicyDiT:
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     average = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
     for step in range(steps):
-        index = torch.randint(len(actions), (256,))
-        clean, noise, t = actions[index], torch.randn(256, HORIZON, 2), torch.randint(100, (256,))
+        index = torch.randint(len(actions), (BATCH,))
+        clean, noise, t = actions[index], torch.randn(BATCH, HORIZON, 2), torch.randint(100, (BATCH,))
         loss = (network(scheduler.add_noise(clean, noise, t), t, observations[index]) - noise).square().mean()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -217,11 +217,12 @@ def interval_of(values: Float64, seed: int = 0) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--steps", type=int, default=6000, help="of training")
+    parser.add_argument("--steps", type=int, default=3000, help="of training")
     parser.add_argument("--episodes", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("reach.json"))
     args = parser.parse_args()
+    torch.set_num_threads(1)  # a model this small would spend more time on waiting for threads than on computing
     start = time.perf_counter()
     network = train(args.steps, args.seed)
     trained = time.perf_counter() - start
