@@ -223,6 +223,19 @@ def int8_kernel(name: str, kind: str, dtype: str, *nodes: str) -> Kernel:
     return Kernel(name=name, kind=kind, nodes=nodes, weights=0, dtype=dtype, subgraph=0, profile=None)
 
 
+def test_fp8_work_is_found() -> None:
+    """As INT8's: what should be FP8 and is INT8 or FP16 fails, and a kernel that only quantizes does."""
+    fp8 = PrecisionSpec(Precision.FP8, FP16.keep_fp32)
+    sound = audited(multiplied={"Half": 9}, quantized={"FP8": 90}, kept={"Float": 1}, fused_attention=2)
+    assert find_problems(sound, "step", MODEL, fp8) == []
+    assert sound.profiles[0].share_of_all(Precision.FP8) == 0.9
+    other = audited(multiplied={"Half": 9}, quantized={"FP8": 80, "Int8": 10}, fused_attention=2, quantizing=1)
+    assert find_problems(other, "step", MODEL, fp8) == [
+        "step, profile 0: 88.9% of the quantized layers' multiply-adds are FP8, expected at least 99%",
+        "step, profile 0: 1 kernels only quantize or dequantize, expected none",
+    ]
+
+
 def test_an_int8_product_and_its_epilogue() -> None:
     """The work of a product is that of its own kernel, not of the next one, which scales the sums and names it too."""
     qkv, quantize = "blocks.0.attn.qkv/MatMul", "blocks.0.attn.qkv/QuantizeLinear"
@@ -428,7 +441,13 @@ def test_work_is_the_models(bundles: dict[str, Path]) -> None:
 
 def test_bf16_is_not_fp32() -> None:
     """A datatype's name inside another's is not that datatype: BF16 products do not pass for FP32."""
-    for told, expected in (("BFloat16", "BFloat16"), ("Half", "Half"), ("Int8", "Int8"), ("Float", "Float")):
+    for told, expected in (
+        ("BFloat16", "BFloat16"),
+        ("Half", "Half"),
+        ("Int8", "Int8"),
+        ("Float", "Float"),
+        ("FP8", "FP8"),
+    ):
         inputs = [{"Name": "x", "Dimensions": [-1, 64], "Datatype": told}]
         kernel = kernel_from_layer({"Name": "qkv", "LayerType": "gemm", "Inputs": inputs, "Metadata": ""})
         assert kernel.dtype == expected

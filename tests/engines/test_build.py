@@ -128,6 +128,26 @@ def test_bf16_is_built_as_bf16(tiny_bundle: Callable[[str], Path], tmp_path: Pat
 
 
 @pytest.mark.slow  # a build of RTX, and an export
+def test_fp8_is_built_as_fp8(tiny_bundle: Callable[[str], Path], tmp_path: Path) -> None:
+    """As INT8; for a GPU without FP8 the bundle is refused before a device is asked for."""
+    bundle = tiny_bundle("fp8")
+    refused = run_command("dit-build", bundle, "--target", "orin-nano", "--store", tmp_path)
+    assert refused.returncode == 1
+    assert (
+        "sm_87 does not multiply FP8, which takes sm_89 or later; export the checkpoint with --int8" in refused.stderr
+    )
+    done = run_command(
+        "dit-build", bundle, "--target", "rtx-40", "--batch", "1", "--branches", "2", "--store", tmp_path, "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    (step,) = (graph for graph in json.loads(done.stdout)["graphs"] if graph["graph"] == "step")
+    (profile,) = step["audit"]["profiles"]
+    assert set(profile["quantized"]) == {"FP8"}
+    assert (profile["fused_attention"], profile["quantizing"]) == (2, 0)
+    assert profile["fp8_share"] > 0.9  # measured on the demo model: 0.980
+
+
+@pytest.mark.slow  # a build of RTX, and an export
 def test_int8_is_built_as_int8(int8_bundle: Path, tmp_path: Path) -> None:
     """The builder multiplies INT8 in every quantized layer, fuses all attentions, and rounds in no other kernel."""
     done = run_command(

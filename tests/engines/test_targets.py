@@ -9,9 +9,10 @@ import pytest
 from support.commands import run_command
 
 from dit_engines.build_host import BuildHost, build_host_for
-from dit_engines.targets import DEVICES, GIB, TARGETS, check_kernels, format_targets, target_named
+from dit_engines.targets import DEVICES, GIB, TARGETS, check_kernels, check_precision, format_targets, target_named
 from dit_runtime.backends.tensorrt.api import TensorRT
 from dit_runtime.backends.tensorrt.cuda import DeviceFacts, read_device
+from dit_runtime.bundle.precision import Precision
 from dit_runtime.core.errors import BuildError, EngineError
 
 
@@ -142,6 +143,28 @@ def test_a_library_without_the_gpus_kernels() -> None:
         host_for("b200", gpu("NVIDIA B200", "10.0", 192_000_000_000), "10.7.0")
     with pytest.raises(BuildError, match="is too old"):
         check_kernels("tensorrt", (10, 2, 0), "8.9", (10, 3))
+
+
+@pytest.mark.parametrize(
+    ("precision", "capability", "words"),
+    [
+        (Precision.FP8, "8.7", "b: sm_87 does not multiply FP8, which takes sm_89 or later; .* with --int8, or"),
+        (Precision.FP8, "8.6", "sm_86"),
+        (Precision.FP8, "7.5", "sm_75"),
+        (Precision.BF16, "7.5", "b: sm_75 does not multiply BF16, which takes sm_80 or later; .* with --fp16, or"),
+    ],
+)
+def test_a_precision_that_the_gpu_lacks(precision: Precision, capability: str, words: str) -> None:
+    """Refused before a build, with the reason and the nearest precision: a builder may make part of an engine."""
+    with pytest.raises(BuildError, match=words):
+        check_precision(precision, capability, "b")
+
+
+@pytest.mark.parametrize(
+    ("precision", "capability"), [("fp8", "8.9"), ("fp8", "9.0"), ("fp8", "12.0"), ("bf16", "8.0"), ("int8", "7.5")]
+)
+def test_a_precision_that_the_gpu_has(precision: str, capability: str) -> None:
+    check_precision(Precision(precision), capability, "b")
 
 
 def test_an_unknown_target() -> None:

@@ -127,7 +127,7 @@ def test_the_command_makes_the_same_request(
         (
             {"precision": "fp4"},
             CheckpointError,
-            "precision 'fp4' is not implemented; expected fp32 or fp16 or bf16 or int8",
+            "precision 'fp4' is not implemented; expected fp32 or fp16 or bf16 or int8 or fp8",
         ),
         (
             {"precision": "int8", "keep_fp32": ["decoder"]},

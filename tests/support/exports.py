@@ -22,8 +22,9 @@ TINY = {
     "fp16": ("--fp16",),
     "sized": ("--encoder", "--no-verify", "--size", "32x32", "32x48", "48x48"),
     "fp16-encoder": ("--fp16", "--encoder", "--no-verify"),
-    "bf16": ("--bf16",),
+    "bf16": ("--bf16", "--no-verify"),
     "int8": ("--int8", "--no-verify"),
+    "fp8": ("--fp8", "--no-verify"),
 }
 GIVEN = ("fp32", "fp16", "sized", "int8")  # what the runtime's tests need
 

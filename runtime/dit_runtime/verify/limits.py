@@ -17,7 +17,8 @@ Those of BF16 cover ``benchmarks/budget-bf16.json`` too, of BF16 bundles and thr
 Those of INT8 are twice the largest ratio of ``benchmarks/budget-int8.json``, of three draws, or of the Fashion-MNIST
 model's and the tests' own records. PyTorch's own error is there that of its emulation of INT8 in FP16 against the same
 in FP32. They are above FP16's because a number near a boundary of two levels of INT8 goes to either by chance: the
-errors of PyTorch and of an engine are two draws of about the same size.
+errors of PyTorch and of an engine are two draws of about the same size. Those of FP8 are at least twice the largest
+ratio of the Fashion-MNIST model's own records on ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -107,24 +108,24 @@ TOLERANCES: dict[str, dict[str, float]] = {
         "image_bias": 0.05,  # levels: 9.8e-3
     },
     "fp8": {
-        "fp16_range": 2.0,  # times: 899
-        "fp8_ranges": 1e-3,  # 4.9e-4: a scale is rounded to FP16
-        "fp8_cost": 20.0,  # dB: 44; against FP32, where all others are against PyTorch's own INT8
-        "noise": 1e-6,  # 1.2e-7
-        "conditioner": 3e-3,  # 4.5e-4
+        "fp16_range": 2.0,  # times: 918
+        "fp8_ranges": 1e-3,  # 4.0e-4: a scale is rounded to FP16
+        "fp8_cost": 20.0,  # dB: 38.8; against FP32, where all others are against PyTorch's own FP8
+        "noise": 1e-6,  # 1.1e-7
+        "conditioner": 3e-3,  # 3.0e-4
         "embedding": 2e-3,  # 1.6e-7: FP32
-        "blocks": 3e-2,  # 8.2e-3
-        "forward": 1e-1,  # 5.2e-2, at guidance 4
-        "variance": 5e-2,  # 8.2e-3
-        "update": 1e-5,  # 1.6e-7: FP32
-        "teacher_forced": 2e-2,  # 5.6e-3
-        "free_running": 2e-1,  # 1.1e-2; 8.3e-2 at guidance 8
-        "decoder": 3e-3,  # 5.4e-4
-        "encoder": 3e-3,  # 9.7e-4, as FP16's
-        "image_psnr": 25.0,  # 48 dB; 35 dB at guidance 8
-        "image_ssim": 0.98,  # 0.99956
-        "image_one_level": 0.8,  # 0.931
-        "image_bias": 0.05,  # levels: 9.8e-3
+        "blocks": 1e-1,  # 5.0e-2
+        "forward": 1e-1,  # 4.1e-2, at guidance 4
+        "variance": 5e-2,  # 1.1e-2
+        "update": 1e-5,  # 1.2e-7: FP32
+        "teacher_forced": 5e-2,  # 1.8e-2
+        "free_running": 2e-1,  # 1.9e-2; 8.4e-2 at guidance 8
+        "decoder": 3e-3,  # 1.8e-4
+        "encoder": 3e-3,  # 3.6e-5; FP16's limit
+        "image_psnr": 25.0,  # 50 dB; 33 dB at guidance 8
+        "image_ssim": 0.98,  # 0.99963
+        "image_one_level": 0.8,  # 0.953
+        "image_bias": 0.05,  # levels: 1.2e-3
     },
 }
 
