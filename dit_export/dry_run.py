@@ -33,7 +33,7 @@ from dit_export.reference.calibration import spec_for_checkpoint
 from dit_export.request import ExportRequest
 from dit_runtime.bundle.macs import count_conditioner_gmac, count_gmac, count_step_gmac
 from dit_runtime.bundle.manifest import ENCODER, ModelSpec, PrecisionSpec
-from dit_runtime.bundle.precision import Precision
+from dit_runtime.bundle.precision import QUANTIZED
 from dit_runtime.bundle.quantization import MULTIPLIED, CalibrationSpec, stores_factors
 
 STEPS = (10, 50, 250, 1000)
@@ -427,7 +427,7 @@ def _estimate_graph(
             sizes[policy] += found
         own = name == "step" and fp16.quantizes(path)
         quantized += _quantized_bytes(path, part, conditioning) if own else found
-    stored = quantized if fp16.name == Precision.INT8 else None
+    stored = quantized if fp16.name in QUANTIZED else None
     return GraphEstimate(name, parameters, sizes[FP32], sizes[fp16], work, stored)
 
 

@@ -6,7 +6,6 @@ its weight becomes an input of the graph. The graph computes in FP32, so that on
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,8 +18,8 @@ from dit_runtime.backends.base import EngineInfo, Session
 from dit_runtime.backends.onnxruntime.engine import import_onnxruntime
 from dit_runtime.bundle.manifest import ENCODER
 from dit_runtime.bundle.precision import Precision
-from dit_runtime.bundle.quantization import linears_of
-from dit_runtime.bundle.reader import UNQUANTIZED, Bundle
+from dit_runtime.bundle.quantization import factors_by_layer, linears_of
+from dit_runtime.bundle.reader import CALIBRATION, UNQUANTIZED, Bundle
 from dit_runtime.core.errors import CheckpointError
 from dit_runtime.samplers.schedule import B_E, COEFFICIENTS
 from dit_runtime.verify.image_rungs import free_running, worst_psnr
@@ -28,7 +27,6 @@ from dit_runtime.verify.metrics import relative_l2
 from dit_runtime.verify.replay import RecordedInputs, Replay
 from dit_runtime.verify.verification import recorded_trajectory, trajectories_of
 
-LEVELS = 1.5  # at least, of a number that tells its power of 2
 HALF_LEVEL = 0.51  # as far as a weight may be from its integer, in levels; FP16's rounding of the scale is in it
 
 
@@ -83,7 +81,13 @@ class QuantizationTrials:
         manifest = bundle.manifest
         model = ir.load(bundle.graph("step"))
         names = linears_of(manifest.model.conditioning, manifest.model.depth)
-        self.layers = {name: _take_layer(model, name, weights) for name in names if manifest.precision.quantizes(name)}
+        spec, record = manifest.model, bundle.records(CALIBRATION)
+        factors = factors_by_layer(record["factors"], spec.conditioning, spec.width, spec.mlp_width)
+        self.layers = {
+            name: _take_layer(model, name, weights, factors.get(name, np.ones(1, np.float32)))
+            for name in names
+            if manifest.precision.quantizes(name)
+        }
         move_to_fp32(model, lambda _: True, _in_fp32, [value.name or "" for value in model.graph.inputs])
         for name in self.layers:
             _add_switch(model, name)
@@ -174,8 +178,11 @@ def _find_node(model: ir.Model, name: str) -> ir.Node:
     return next(node for node in model.graph if node.name == name)
 
 
-def _take_layer(model: ir.Model, name: str, weights: Mapping[str, Array] | None) -> QuantizedLayer:
-    """A layer's numbers as a graph stores them, and the weight that they stand for."""
+def _take_layer(model: ir.Model, name: str, weights: Mapping[str, Array] | None, factors: Array) -> QuantizedLayer:
+    """A layer's numbers as a graph stores them, and the weight that they stand for.
+
+    ``factors``: of the layer's input ``[in]``, which the weight is divided by.
+    """
 
     def read(value: str) -> Array:
         tensor = model.graph.initializers[f"{name}.{value}"].const_value
@@ -185,30 +192,12 @@ def _take_layer(model: ir.Model, name: str, weights: Mapping[str, Array] | None)
     layer = QuantizedLayer(name, read("weight").copy(), read("weight_scale").astype(np.float32), None)
     if weights is None:
         return layer
-    exact = apply_factors(weights[f"{name}.weight"].T, layer.rounded, layer.scales)
+    exact = weights[f"{name}.weight"].T / factors[:, None]
     if not (np.abs(exact - layer.rounded) <= HALF_LEVEL * layer.scales).all():
         raise CheckpointError(
             f"{name}: the checkpoint's weight does not round to the bundle's INT8 numbers; export the bundle again"
         )
     return replace(layer, exact=exact.astype(np.float16))
-
-
-def apply_factors(weight: Array, rounded: Array, scales: Array) -> Array:
-    """A weight ``[in, out]`` by the powers of 2 of its channels that are in ``rounded``, what INT8 made of it.
-
-    Channels of an input have factors, which are in the weight, and in the weight of the layer that makes the input.
-    They are powers of 2, so numbers of two levels and more tell them. An input without such numbers stays as rounded.
-    """
-    with np.errstate(divide="ignore", invalid="ignore"):
-        powers = np.round(np.log2(np.abs(rounded / weight)))
-    powers[(np.abs(rounded) < LEVELS * scales) | ~np.isfinite(powers)] = np.nan
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a channel of small numbers alone, which tell nothing
-        of_input = np.nan_to_num(np.nanmedian(powers, axis=1, keepdims=True))
-        of_output = np.nan_to_num(np.nanmedian(powers - of_input, axis=0, keepdims=True))
-        of_input = np.nan_to_num(np.nanmedian(powers - of_output, axis=1, keepdims=True))
-    exact = weight * np.exp2(of_input + of_output)
-    return np.where(np.isnan(powers).all(axis=1, keepdims=True), rounded, exact).astype(np.float32)
 
 
 def _add_switch(model: ir.Model, name: str) -> None:

@@ -12,7 +12,11 @@ PRESETS = {
     "DiT-L": (24, 1024, 16),
     "DiT-XL": (28, 1152, 16),
 }
-_NAME = re.compile(r"(?:([DS]iT)-(S|B|L|XL)/([248])|(LightningDiT)-(B|L|XL)/([12]))-(256|512)")
+_NAME = re.compile(r"(?:([DS]iT)-(S|B|L|XL)/([248])|(LightningDiT)-(?!L/1)(B|L|XL)/([12]))-(256|512)")
+PRESET_NAMES = (
+    "DiT- or SiT- with S, B, L or XL and patch size 2, 4 or 8, or LightningDiT-B/1, B/2, L/2, XL/1 or XL/2, each "
+    "with image size 256 or 512, such as DiT-XL/2-256"
+)
 # The families that a preset of a kind may be of; the first is the usual one.
 FAMILIES_OF_KIND = {
     "DiT": ("diffusers", "official"),

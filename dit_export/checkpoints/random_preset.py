@@ -27,7 +27,7 @@ from dit_export.checkpoints.formats import CheckpointFormat, Location
 from dit_export.checkpoints.layouts import official_shapes
 from dit_export.checkpoints.official_file import official_checkpoint
 from dit_export.checkpoints.positions import ROTARY, official_table, rotary_table
-from dit_export.checkpoints.presets import PRESETS, Preset, preset_from_name
+from dit_export.checkpoints.presets import PRESET_NAMES, Preset, preset_from_name
 from dit_export.checkpoints.random_weights import SkippedInitialization, random_tensors
 from dit_export.checkpoints.source import Source, refuse_options
 from dit_export.checkpoints.weights import StoredTensor, Weights
@@ -44,10 +44,7 @@ def _has_no_path(location: Location) -> bool:
 def _load(source: Source, location: Location) -> Checkpoint:
     preset = preset_from_name(source.name)
     if preset is None:
-        raise CheckpointError(
-            f"{source.name}: not a preset; with --random-weights expected one of {', '.join(PRESETS)}, "
-            "with patch size and image size, such as DiT-XL/2-256"
-        )
+        raise CheckpointError(f"{source.name}: not a preset; with --random-weights expected {PRESET_NAMES}")
     assert source.random_seed is not None
     check_seed(source.random_seed)
     if source.autoencoder is None:

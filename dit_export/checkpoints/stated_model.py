@@ -5,6 +5,7 @@ from __future__ import annotations
 from dit_export.checkpoints.presets import PRESETS
 from dit_export.checkpoints.source import Source
 from dit_export.checkpoints.statements import ALONE, Statements
+from dit_runtime.bundle.macs import MODULATIONS
 from dit_runtime.bundle.manifest import ModelSpec
 from dit_runtime.core.errors import CheckpointError
 
@@ -127,6 +128,11 @@ def check_parts(source: str, family: str, spec: ModelSpec) -> None:
     if family != "meanflow" and spec.times > 1:
         raise CheckpointError(
             f"{source}: has a second timestep embedder, which {family} has not; say --family meanflow for a MeanFlow"
+        )
+    if spec.times > 1 and spec.conditioning not in MODULATIONS:
+        raise CheckpointError(
+            f"{source}: has a second timestep embedder with {spec.conditioning} conditioning; expected a MeanFlow with "
+            f"{' or '.join(MODULATIONS)}, as all published ones have"
         )
 
 

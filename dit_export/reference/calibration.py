@@ -30,12 +30,14 @@ from dit_export.reference.record_settings import CHEAP_GMAC, GUIDANCE, Calibrati
 from dit_runtime.bundle.macs import count_step_gmac
 from dit_runtime.bundle.quantization import FACTORS, LARGEST, SMOOTHED, CalibrationSpec
 from dit_runtime.core.errors import CheckpointError, ParityError
+from dit_runtime.samplers.guidance import is_guidable
 from dit_runtime.verify.budget import FP16_MAX
 from dit_runtime.verify.verification import trajectories_of
 
 IMAGES = 32  # at most, of a model whose evaluations are cheap
 FEW_IMAGES = 4  # of any other
 STEPS, FEW_STEPS = 50, 20
+WHOLE_STEPS = (1, 2, 4)  # of the trajectories of a model that predicts a whole step
 TOGETHER = 8  # images in one evaluation
 
 
@@ -58,10 +60,11 @@ class Calibration:
     scales: dict[str, float]
     factors: dict[str, Tensor]
 
-    def write(self, path: Path, size: int, weights: Mapping[str, IntegerWeight]) -> None:
+    def write(self, path: Path, size: int, weights: Mapping[str, IntegerWeight], norms: Tensor) -> None:
         """Write the record of the ranges, and of what tells the quantized layers' integers, in the layers' order.
 
-        ``size``: whose ranges they are, by its place; the record has the largest of all sizes too.
+        ``size``: whose ranges they are, by its place; the record has the largest of all sizes too. ``norms``: of
+        ``norms_with_factors``.
         """
         scales = np.array(list(self.scales.values()), np.float32)
         blocks = len({name.split(".")[1] for name in self.factors})
@@ -72,6 +75,7 @@ class Calibration:
             largest=np.max([each.max(axis=1) for each in self.ranges], axis=0),
             scales=scales,
             factors=torch.cat(list(self.factors.values())).reshape(blocks, -1).numpy(),
+            norms=norms.numpy(),
             weight_scales=torch.cat([each.scales for each in weights.values()]).numpy(),
             weight_sums=torch.cat([each.sums for each in weights.values()]).numpy().astype(np.int64),
         )
@@ -92,13 +96,14 @@ def spec_for_checkpoint(checkpoint: Checkpoint, request: CalibrationRequest) -> 
             f"calibration on {count} image, which is one of {model.classes} classes: expected images of 2 classes at "
             "least; leave --calibration-images out for the usual number"
         )
-    guidance = checkpoint.defaults.guidance
+    guidance = checkpoint.defaults.guidance if checkpoint.defaults.guidance > 1 else GUIDANCE
+    average = model.times > 1
     return CalibrationSpec(
         seed=request.seed,
         labels=tuple(labels),
         sampler=trajectories_of(checkpoint.diffusion)[0],
-        steps=min(STEPS if cheap else FEW_STEPS, most),
-        guidance=guidance if guidance > 1 else GUIDANCE,
+        steps=sum(WHOLE_STEPS) if average else min(STEPS if cheap else FEW_STEPS, most),
+        guidance=guidance if is_guidable(model, checkpoint.diffusion) else 1.0,
     )
 
 
@@ -196,15 +201,20 @@ def _scale_of(largest: float, end: float) -> float:
 
 
 def _run_trajectory(reference: Reference, spec: CalibrationSpec) -> Iterator[tuple[float, list[Tensor]]]:
-    """Each timestep of a guided trajectory, and the largest |x| of each layer's input there (``_largest_inputs``)."""
+    """Each timestep of a trajectory, and the largest |x| of each layer's input there (``_largest_inputs``).
+
+    Of a model of two times there are trajectories of a few steps: what it gets depends on the length of a step.
+    """
     generators = [torch.Generator().manual_seed(spec.seed + index) for index in range(len(spec.labels))]
     z = randn_tensor((len(generators), reference.channels, *reference.spec.latent_size), generator=generators)
     labels = torch.tensor(spec.labels)
-    for step in reference.loop(spec.sampler, spec.steps, generators):
-        with _largest_inputs(reference) as largest:
-            e, v = reference.predict(z, step.times_of(len(z)), labels, spec.guidance)
-        z, _ = step.advance(e, v, z)
-        yield step.time, list(largest.values())
+    for steps in WHOLE_STEPS if reference.spec.times > 1 else (spec.steps,):
+        x = z
+        for step in reference.loop(spec.sampler, steps, generators):
+            with _largest_inputs(reference) as largest:
+                e, v = reference.predict(x, step.times_of(len(x)), labels, spec.guidance)
+            x, _ = step.advance(e, v, x)
+            yield step.time, list(largest.values())
 
 
 @contextlib.contextmanager

@@ -94,6 +94,19 @@ def emulate(
     return found
 
 
+def norms_with_factors(reference: Reference, factors: Mapping[str, Tensor]) -> Tensor:
+    """Weight and bias of the LayerNorms by the factors of what reads them ``[depth, K, 2, D]``; K is 0 with adaLN."""
+    spec = reference.spec
+    readers = {"in-context": ["attn.qkv", "mlp.fc1"], "cross-attention": ["attn.qkv", "cross_attn.q", "mlp.fc1"]}
+    found = []
+    for index, block in enumerate(reference.blocks):
+        for place, reader in enumerate(readers.get(spec.conditioning, []), 1):
+            norm = getattr(block, f"norm{place}")
+            both = torch.stack([norm.weight.detach().float(), norm.bias.detach().float()])  # (2, D)
+            found.append(both * factors[f"blocks.{index}.{reader}"])
+    return torch.stack(found).unflatten(0, (spec.depth, -1)) if found else torch.zeros(spec.depth, 0, 2, spec.width)
+
+
 def _factors_of_table(reference: Reference, factors: Mapping[str, Tensor]) -> Tensor:
     """The factors of a row of the conditioning table."""
     spec = reference.spec

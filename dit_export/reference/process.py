@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dit_export.checkpoints.sources import Checkpoint, Source, load_checkpoint
 from dit_export.reference.calibration import Calibration, calibrate, count_calibration, spec_for_checkpoint
-from dit_export.reference.emulation import IntegerWeight, emulate
+from dit_export.reference.emulation import IntegerWeight, emulate, norms_with_factors
 from dit_export.reference.golden import write_records
 from dit_export.reference.pipeline import Reference
 from dit_export.reference.record_settings import CHEAP_GMAC, CalibrationRequest, Measurements, RecordSettings
@@ -90,10 +91,11 @@ def make_records(
     measurements: Measurements | None = None
     ranges, scales = None, None
     integers: dict[str, IntegerWeight] = {}
+    norms = torch.zeros(0)
     if precision in QUANTIZED:
         request = calibration or CalibrationRequest()
         policy = PrecisionSpec(Precision(precision), (), request.keep_fp16)
-        ranges, integers = _calibrate(models, request, policy)
+        ranges, integers, norms = _calibrate(models, request, policy)
         scales = {name: ranges.scales[name] for name in integers}
     with Progress("PyTorch reference", sum(each.work for each in settings)) as bar:
         for index, (model, each) in enumerate(zip(models, settings, strict=True)):
@@ -101,7 +103,7 @@ def make_records(
             target = folder / (GOLDEN if measurements is None else name_for_size(GOLDEN, size))
             target.mkdir()
             if ranges is not None:
-                ranges.write(target / f"{CALIBRATION}.npz", index, integers)
+                ranges.write(target / f"{CALIBRATION}.npz", index, integers, norms)
             found = write_records(
                 model,
                 each,
@@ -120,11 +122,15 @@ def make_records(
 
 def _calibrate(
     models: Sequence[Checkpoint], request: CalibrationRequest, policy: PrecisionSpec
-) -> tuple[Calibration, dict[str, IntegerWeight]]:
-    """The ranges and scales of the linear layers at all sizes, and what tells the quantized layers' integers."""
+) -> tuple[Calibration, dict[str, IntegerWeight], Tensor]:
+    """The ranges and scales of the linear layers at all sizes, what tells the quantized layers' integers, and norms.
+
+    The last are ``norms_with_factors``.
+    """
     spec, reference = spec_for_checkpoint(models[0], request), Reference(models[0])
     references = chain([reference], map(Reference, models[1:]))
     with Progress("calibrating", len(models) * count_calibration(spec)) as bar, torch.inference_mode():
         found = calibrate(references, spec, policy.quantizes, bar.advance, FORMATS[policy.name].largest)
     quantized = {name: scale for name, scale in found.scales.items() if policy.quantizes(name)}
-    return found, emulate(reference, policy.name, quantized, found.factors)
+    norms = norms_with_factors(reference, found.factors)
+    return found, emulate(reference, policy.name, quantized, found.factors), norms

@@ -179,7 +179,8 @@ def compare_with_gemm(bundle: Bundle, engine: Engine, parts: dict[int, dict[str,
         return {}
     linears = linears_of(model.conditioning, model.depth)
     quantized = sum(count_linear_gmac(model, name) for name in linears if manifest.precision.quantizes(name))
-    own = measure_gemm_rates(shapes, Precision.INT8, threads) if quantized else []
+    is_int8 = manifest.precision.name == Precision.INT8 and quantized
+    own = measure_gemm_rates(shapes, Precision.INT8, threads) if is_int8 else []
     best, work = max(rates, key=lambda rate: rate.gflops), count_step_gmac(model)
     found: dict[str, Any] = {"best": asdict(best), "rates": [asdict(rate) for rate in (*rates, *own)]}
     limit = best.gflops

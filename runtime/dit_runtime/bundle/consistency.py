@@ -117,7 +117,7 @@ def _check_quantization(manifest: Manifest) -> None:
     if manifest.precision.keep_fp16 and not quantized:
         raise ValueError(
             f"precision {manifest.precision.name} with units to keep in FP16, which only "
-            f"{' and '.join(QUANTIZED).upper()} have"
+            f"{' and '.join(name.upper() for name in QUANTIZED)} have"
         )
     if calibration is None:
         return

@@ -10,7 +10,8 @@ from dit_runtime.bundle.operators import DIVIDING, INPUTS, QUANTIZING, WHOLE_TYP
 from dit_runtime.bundle.quantization import FORMATS
 from dit_runtime.core.decode import DecodeError
 
-QUANTIZED_TYPES = " or ".join(each.dtype for each in FORMATS.values())
+QUANTIZED_TYPES = tuple(each.dtype for each in FORMATS.values())
+_TYPES = " or ".join(QUANTIZED_TYPES)
 MOST_NODES = 10_000  # a block has 28: DiT-XL's step has 900
 MOST_LISTED = 256  # pads, strides, kernel or axes of a node: the autoencoder's kernels have 3
 
@@ -101,15 +102,15 @@ def _check_quantization(
     if operator == "QuantizeLinear":
         quantized.update(node["output"])
         if not zero_points:
-            raise DecodeError(f"{what} has no zero point, expected one of {QUANTIZED_TYPES}")
+            raise DecodeError(f"{what} has no zero point, expected one of {_TYPES}")
     elif numbers not in quantized:
         dtype = reader.read_tensor(constants[numbers]).dtype if numbers in constants else "not stored"
         if dtype not in QUANTIZED_TYPES:
-            raise DecodeError(f"{what} reads {numbers!r:.60}, which is {dtype}, expected {QUANTIZED_TYPES}")
+            raise DecodeError(f"{what} reads {numbers!r:.60}, which is {dtype}, expected {_TYPES}")
     for name in zero_points:
         found = reader.read_tensor(constants[name])
         if found.dtype not in QUANTIZED_TYPES or found.shape or reader.read_values(constants[name]) != [0]:
-            raise DecodeError(f"{what} has the zero point {name!r:.60}, expected a single 0 of {QUANTIZED_TYPES}")
+            raise DecodeError(f"{what} has the zero point {name!r:.60}, expected a single 0 of {_TYPES}")
     scale = reader.read_tensor(constants[scales])
     if scale.dtype not in ("float16", "float32"):
         raise DecodeError(f"{what} has scales of {scale.dtype}, expected float16 or float32")

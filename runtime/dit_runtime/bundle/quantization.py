@@ -95,6 +95,11 @@ def factors_by_layer(factors: Array, conditioning: str, width: int, hidden: int)
     return found
 
 
+def normed_layers(conditioning: str) -> tuple[str, ...]:
+    """The layers of a block whose factors a LayerNorm holds, in the order of the LayerNorms; none with adaLN."""
+    return {"in-context": MODULATED, "cross-attention": ("attn.qkv", "cross_attn.q", "mlp.fc1")}.get(conditioning, ())
+
+
 def stores_factors(conditioning: str, name: str) -> bool:
     """Whether the step stores the factors of a layer's input, as ``NAME.factor``."""
     return name.endswith(MULTIPLIED) or (conditioning in ("adaln", "adaln-zero") and name.endswith(MODULATED))

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from dit_runtime.bundle.manifest import ENCODER, Manifest
-from dit_runtime.bundle.quantization import FACTORS, linears_of, smoothed_channels
+from dit_runtime.bundle.quantization import FACTORS, linears_of, normed_layers, smoothed_channels
 from dit_runtime.core.arrays import Array, ArraySpec
 from dit_runtime.core.decode import DecodeError
 
@@ -99,6 +99,7 @@ def specs_of_record(name: str, manifest: Manifest) -> dict[str, ArraySpec]:
             **dict.fromkeys(("largest", "scales"), float32(linears)),
             **{"weight_scales": float32("R"), "weight_sums": int64("R")},
             "factors": float32(model.depth, channels),
+            "norms": float32(model.depth, len(normed_layers(model.conditioning)), 2, model.width),
         }
     if name == UNQUANTIZED:
         return {

@@ -48,7 +48,9 @@ def fp16_range(replay: Replay) -> Rung:
     if beyond:
         kept = f"--keep-fp32 {' '.join(beyond)}" if len(beyond) <= NAMED_UNITS else "--keep-fp32"
         kept = f"--fp16 {kept}" if policy.name in QUANTIZED else kept
-        cure = f"; export again with {kept}, or with the list that dit-export --bisect finds"
+        cure = f"; export again with {kept}"
+        if policy.name == Precision.FP16:
+            cure += ", or with the list that dit-export --bisect finds"
     return Rung(
         "FP16 range",
         FP16_MAX / largest if largest else float("inf"),

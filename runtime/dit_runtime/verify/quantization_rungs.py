@@ -12,21 +12,26 @@ import numpy as np
 
 from dit_runtime.backends.base import Array
 from dit_runtime.bundle.precision import Precision
-from dit_runtime.bundle.quantization import FORMATS, factors_by_layer, linears_of, stores_factors
+from dit_runtime.bundle.quantization import FORMATS, factors_by_layer, linears_of, normed_layers, stores_factors
 from dit_runtime.bundle.reader import CALIBRATION, UNQUANTIZED
 from dit_runtime.bundle.stored_numbers import numbers_of_graph
 from dit_runtime.core.errors import BundleError
+from dit_runtime.verify.budget import FP16_MAX
 from dit_runtime.verify.image_rungs import worst_psnr
 from dit_runtime.verify.metrics import relative_l2
 from dit_runtime.verify.replay import Replay
 from dit_runtime.verify.rung import Rung
+
+LEAST_SCALE = 2.0**-24  # FP16's least number above 0
+FIRST = "blocks.0.attn.qkv"
 
 
 def ranges(replay: Replay) -> Rung:
     """Each layer's scale, which must map the largest |x| of calibration, at all sizes and timesteps, to 127 or 448.
 
     A smaller scale clips numbers that the model has, a larger one wastes levels. Nothing may be beyond it at the size
-    in use. A layer whose range is the same at all timesteps was calibrated on one of them: a network's numbers differ.
+    in use. A layer whose range is the same at all timesteps was calibrated on one of them: a network's numbers differ,
+    but for the first layer of an in-context model, which also reads the label's token.
     """
     manifest = replay.bundle.manifest
     calibration, record = manifest.calibration, replay.bundle.records(CALIBRATION)
@@ -39,13 +44,16 @@ def ranges(replay: Replay) -> Rung:
     names = linears_of(manifest.model.conditioning, manifest.model.depth)
     kept = [index for index, name in enumerate(names) if manifest.precision.quantizes(name)]
     numbers = manifest.precision.name
-    found, ends = record["ranges"][kept], FORMATS[numbers].largest * record["scales"][kept].astype(np.float64)
-    every, here = record["largest"][kept] / ends, found.max(axis=1) / ends
+    found, largest, scales = record["ranges"][kept], record["largest"][kept], record["scales"][kept].astype(np.float64)
+    exact = np.maximum(largest.astype(np.float64) / FORMATS[numbers].largest, LEAST_SCALE)
+    beyond = found.max(axis=1) / np.maximum(largest, LEAST_SCALE) - 1
     single = (found == found[:, :1]).all(axis=1) & (found.shape[1] > 1)
-    off = np.where(single, math.inf, np.maximum(np.abs(every - 1), here - 1))
+    single &= np.array([manifest.model.conditioning != "in-context" or names[index] != FIRST for index in kept])
+    rounded = np.minimum(exact, FP16_MAX).astype(np.float16)
+    off = np.where(single, math.inf, np.maximum(np.abs(scales / rounded - 1), beyond))
     worst = int(np.argmax(off))
     name = names[kept[worst]]
-    reached = f"{name} reaches {max(every[worst], here[worst]):.3g} of its scale's end"
+    reached = f"{name} reaches {max(exact[worst], (1 + beyond[worst]) * exact[worst]) / scales[worst]:.3g} of its end"
     if single[worst]:
         reached = f"{name} has one range for all timesteps: calibrated on one of them; export the bundle again"
     return Rung(
@@ -63,13 +71,16 @@ def ranges(replay: Replay) -> Rung:
 def weights(replay: Replay) -> Rung:
     """The quantization that the step stores, against the reference's own, which is computed apart: they are equal.
 
-    Each layer's scale and factors, the scale of each output channel of its weight, and the sum of that channel's
-    numbers. The other rungs would not see a fault that is smaller than what the roundings move by chance.
+    Each layer's scale and factors, the weights of the LayerNorm that holds them where no adaLN does, the scale of each
+    output channel of its weight, and the sum of that channel's numbers. The other rungs would not see a fault that is
+    smaller than what the roundings move by chance.
     """
     manifest, record = replay.bundle.manifest, replay.bundle.records(CALIBRATION)
     found, model = numbers_of_graph(replay.bundle, "step"), manifest.model
     factors = factors_by_layer(record["factors"], model.conditioning, model.width, model.mlp_width)
     first, off, one = 0, dict[str, float](), np.ones(())
+    folded = [name for name in factors if _norm_of(model.conditioning, name) is not None]
+    norms = dict(zip(folded, record["norms"].reshape(-1, 2, model.width), strict=True))
     for name, scale in zip(linears_of(model.conditioning, model.depth), record["scales"], strict=True):
         if not manifest.precision.quantizes(name):
             continue
@@ -80,7 +91,10 @@ def weights(replay: Replay) -> Rung:
         at, scales, integers = (np.asarray(each) for each in stored)
         rows = slice(first, first := first + len(scales))
         sums = record["weight_sums"][rows]
+        norm = [found.get(f"{_norm_of(model.conditioning, name)}.{part}") for part in ("weight", "bias")]
         off[name] = max(
+            # A graph stores equal weights of two LayerNorms once, under the name of one.
+            *(_largest_difference(own, norms[name][i]) for i, own in enumerate(norm) if own is not None),
             _largest_difference(found.get(f"{name}.factor", one), factors[name])
             if stores_factors(model.conditioning, name)
             else 0.0,
@@ -99,6 +113,13 @@ def weights(replay: Replay) -> Rung:
         axis="layer",
         series={"error": list(off.values())},
     )
+
+
+def _norm_of(conditioning: str, layer: str) -> str | None:
+    """The name of the LayerNorm that makes a layer's input and holds its factors; None if adaLN does, or nothing."""
+    block, index, name = layer.split(".", 2)
+    number = normed_layers(conditioning).index(name) + 1 if name in normed_layers(conditioning) else None
+    return None if number is None else f"{block}.{index}.norm{number}"
 
 
 def _steps_of(numbers: Array) -> Array:

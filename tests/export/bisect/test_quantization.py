@@ -21,7 +21,7 @@ from dit_export.bisect.quantization_bisection import (
     choose_within,
     quantization_bisection_of,
 )
-from dit_export.bisect.quantization_trials import QuantizationTrials, apply_factors
+from dit_export.bisect.quantization_trials import QuantizationTrials
 from dit_export.bisect.report import format_quantization_bisection
 from dit_export.checkpoints.sources import Source, load_checkpoint
 from dit_export.graphs.precision import read_keep_list
@@ -34,6 +34,7 @@ from support.optional import onnx
 from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
 from dit_runtime.bundle.manifest import PrecisionSpec
 from dit_runtime.bundle.precision import Precision
+from dit_runtime.bundle.quantization import factors_by_layer
 from dit_runtime.bundle.reader import Bundle, open_bundle
 from dit_runtime.core.errors import CheckpointError, ParityError
 from dit_runtime.samplers.schedule import B_E, COEFFICIENTS
@@ -75,28 +76,19 @@ def test_trials_are_the_two_bundles(trials: QuantizationTrials, int8_bundle: Pat
 
 def test_weights_of_another_checkpoint(int8_bundle: Path, trials: QuantizationTrials) -> None:
     """Weights that do not round to the bundle's integers are refused, and the layer is named."""
-    weights = {f"{name}.weight": layer.rounded.T.copy() for name, layer in trials.layers.items()}
     bundle = open_bundle(int8_bundle)
+    model, one = bundle.manifest.model, np.ones(1, np.float32)
+    factors = factors_by_layer(
+        bundle.records("calibration")["factors"], model.conditioning, model.width, model.mlp_width
+    )
+    weights = {
+        f"{name}.weight": (layer.rounded * factors.get(name, one)[:, None]).T.copy()
+        for name, layer in trials.layers.items()
+    }
     QuantizationTrials(bundle, weights, threads=1)
     weights[f"{WORST}.weight"][3, 5] += 0.01
     with pytest.raises(CheckpointError, match=f"{WORST}: the checkpoint's weight does not round"):
         QuantizationTrials(bundle, weights, threads=1)
-
-
-def test_factors_are_read_from_the_numbers() -> None:
-    """Powers of 2 of inputs and of some outputs are found; an input below two levels stays as rounded."""
-    random = np.random.default_rng(0)
-    weight = random.standard_normal((64, 96)).astype(np.float32)
-    of_input, of_output = (
-        random.integers(-2, 3, 64)[:, None],
-        np.where(np.arange(96) < 64, 0, random.integers(-6, 7, 96)),
-    )
-    weight[7], weight[8], of_input[8] = 0, weight[8] * 1e-6, 0
-    wanted = weight * np.exp2(of_input + of_output)
-    scales = np.abs(wanted).max(axis=0) / 127
-    rounded = np.round(wanted / scales) * scales
-    wanted[8] = 0
-    assert np.array_equal(apply_factors(weight, rounded, scales), wanted.astype(np.float32))
 
 
 def spoiled(path: Path) -> Bundle:

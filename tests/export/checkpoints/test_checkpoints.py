@@ -232,8 +232,8 @@ def test_presets(vae: str) -> None:
         load_checkpoint(Source("DiT-S/2-256", 4, autoencoder=vae, conditioning="adaln", family="diffusers"))
     with pytest.raises(CheckpointError, match="LightningDiT has none such; leave --conditioning out"):
         load_checkpoint(Source("LightningDiT-B/1-256", 4, conditioning="adaln"))
-    with pytest.raises(CheckpointError, match="LightningDiT-B/4-256: not a preset"):
-        load_checkpoint(Source("LightningDiT-B/4-256", 4))
+    with pytest.raises(CheckpointError, match=r"LightningDiT-L/1-256: not a preset; .* or LightningDiT-B/1"):
+        load_checkpoint(Source("LightningDiT-L/1-256", 4))
     with pytest.raises(
         CheckpointError,
         match=r"SiT-S/2-256 with --family official: expected .* --family sit or repa or meanflow",

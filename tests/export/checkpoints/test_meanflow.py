@@ -93,6 +93,10 @@ def test_a_stripped_file_is_never_assumed(tmp_path: Path, vae: str) -> None:
         loaded(file, vae, **SAID, time="noise-at-0")
     with pytest.raises(CheckpointError, match="second time 'late' is unknown; expected one of t-r, r"):
         loaded(file, vae, **{**SAID, "second_time": "late"})
+    with pytest.raises(
+        CheckpointError, match="second timestep embedder with in-context conditioning; expected a MeanF"
+    ):
+        loaded(saved(tmp_path, mean_flow_weights(conditioning="in-context")), vae, **SAID)
 
 
 def test_other_files_are_no_mean_flows(tmp_path: Path, vae: str) -> None:

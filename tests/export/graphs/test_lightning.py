@@ -16,8 +16,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from dit_export.bundle import bundle_from_checkpoint
+from dit_export.checkpoints.positions import ROTARY, is_rotary_table
 from dit_export.checkpoints.random_weights import randomize
 from dit_export.checkpoints.sources import Checkpoint, Source, load_checkpoint
+from dit_export.checkpoints.weights import Weights as Stored
+from dit_export.checkpoints.weights import stored_from_tensor
 from dit_export.graphs.precision import FP16, FP32
 from dit_export.reference.record_settings import Measurements
 from onnx import numpy_helper
@@ -105,6 +108,23 @@ def test_its_parameters_prove_it(tmp_path: Path, vae: str) -> None:
     weights["feat_rope.freqs_cos"] = weights["feat_rope.freqs_cos"].flip(0)
     with pytest.raises(CheckpointError, match="its rotary tables are not those of LightningDiT's code at 4x4 patches"):
         loaded(saved(tmp_path, weights), vae, image_sizes=((16, 16),))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_tables_of_every_dtype_are_known(dtype: torch.dtype) -> None:
+    """The published code rounds tables of angles in float32, here at 512 pixels in heads of 72."""
+    frequencies = 1.0 / 10000 ** (torch.arange(0, 36, 2).float() / 36)
+    side = (torch.arange(32)[:, None] * frequencies).repeat_interleave(2, dim=1)  # (32, 36)
+    angles = torch.cat([side[:, None].expand(32, 32, 36), side[None].expand(32, 32, 36)], dim=2).flatten(0, 1)
+    tables = dict(zip(ROTARY, (angles.cos().to(dtype), angles.sin().to(dtype)), strict=True))
+
+    def are_known() -> bool:
+        stored = {key: stored_from_tensor(value) for key, value in tables.items()}
+        return is_rotary_table(Stored("f", stored), (32, 32))
+
+    assert are_known()
+    tables[ROTARY[1]] = -tables[ROTARY[1]]
+    assert not are_known()
 
 
 def test_its_kin_are_not_assumed(tmp_path: Path, vae: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -14,14 +15,21 @@ from dit_export.checkpoints.sources import Source, load_checkpoint
 from dit_export.graphs.model import table_axes
 from dit_export.graphs.precision import make_int8_policy
 from dit_export.reference.calibration import calibrate
-from dit_export.reference.emulation import emulate_int8
+from dit_export.reference.emulation import emulate_int8, norms_with_factors
 from dit_export.reference.pipeline import Reference
 from onnx.numpy_helper import to_array
 from support.bundles import step_inputs
 from support.oracle import random_weights
 
-from dit_runtime.bundle.quantization import CalibrationSpec, factors_by_layer, linears_of, stores_factors
+from dit_runtime.bundle.quantization import (
+    CalibrationSpec,
+    factors_by_layer,
+    linears_of,
+    normed_layers,
+    stores_factors,
+)
 from dit_runtime.bundle.reader import CALIBRATION, GOLDEN
+from dit_runtime.verify import quantization_rungs
 from dit_runtime.verify.limits import THRESHOLDS, TOLERANCES
 from dit_runtime.verify.metrics import relative_l2
 
@@ -73,9 +81,10 @@ class Made:
         spec = CalibrationSpec(seed=0, labels=(2, 7), sampler=sampler, steps=3, guidance=1.5)
         with torch.no_grad():
             found = calibrate([self.reference], spec, lambda _: True, lambda: None)
+            norms = norms_with_factors(self.reference, found.factors)
             integers = emulate_int8(self.reference, found.scales, found.factors)
         (folder / GOLDEN).mkdir()
-        found.write(folder / GOLDEN / f"{CALIBRATION}.npz", 0, integers)
+        found.write(folder / GOLDEN / f"{CALIBRATION}.npz", 0, integers, norms)
         self.record = dict(np.load(folder / GOLDEN / f"{CALIBRATION}.npz"))
         graphs = write_graphs(checkpoint, make_int8_policy(()), folder, encoder=False)
         self.files = {name: folder / spec.file for name, spec in islice(graphs, 2)}
@@ -128,3 +137,20 @@ def test_an_engine_is_the_emulation(made: Made) -> None:
     if not np.array_equal(plain, rows):  # the step has what the model's own table does not
         one_sided = made.run("step", {**inputs, table_name: plain.astype(table.dtype)}, "denoised")
         assert relative_l2(one_sided, wanted.numpy()) > 2 * FORWARD_LIMIT  # measured: 0.26 at least
+
+
+@pytest.mark.parametrize("made", CASES, indirect=True)
+def test_every_place_of_a_factor_is_compared(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A factor that one channel lacks in a LayerNorm, or in adaLN's place, fails ``INT8 weights``, and it is named."""
+    stored = {tensor.name: to_array(tensor).copy() for tensor in onnx.load(made.files["step"]).graph.initializer}
+    monkeypatch.setattr(quantization_rungs, "numbers_of_graph", lambda *_: stored)
+    manifest = SimpleNamespace(model=made.model, precision=make_int8_policy(()))
+    bundle = SimpleNamespace(manifest=manifest, records=lambda _: made.record)
+    assert quantization_rungs.weights(SimpleNamespace(bundle=bundle)).passed
+    layer = "blocks.0.mlp.fc1"
+    norms = normed_layers(made.model.conditioning)
+    place = f"blocks.0.norm{norms.index('mlp.fc1') + 1}.weight" if norms else f"{layer}.factor"
+    stored[place].reshape(-1)[3] *= 2
+    rung = quantization_rungs.weights(SimpleNamespace(bundle=bundle))
+    assert not rung.passed
+    assert f"worst: {layer};" in rung.detail

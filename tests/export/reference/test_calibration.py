@@ -13,7 +13,7 @@ from dit_export.checkpoints.checkpoint import checkpoint_at_sizes
 from dit_export.checkpoints.sources import Checkpoint, Source, load_checkpoint
 from dit_export.reference import calibration
 from dit_export.reference.calibration import calibrate, count_calibration, find_factors, spec_for_checkpoint
-from dit_export.reference.emulation import emulate_int8, linear_modules
+from dit_export.reference.emulation import emulate_int8, linear_modules, norms_with_factors
 from dit_export.reference.pipeline import Reference
 from dit_export.reference.record_settings import CalibrationRequest
 
@@ -72,7 +72,7 @@ def test_every_size_is_calibrated(tiny: Checkpoint, tmp_path: Path) -> None:
     found = calibrate(references, spec, lambda _: True, lambda: None)
     assert len(found.ranges) == 2
     integers = emulate_int8(references[0], found.scales, found.factors)
-    found.write(tmp_path / "record.npz", 1, integers)
+    found.write(tmp_path / "record.npz", 1, integers, norms_with_factors(references[0], found.factors))
     with np.load(tmp_path / "record.npz") as record:
         largest = record["largest"]
         assert np.array_equal(record["ranges"], found.ranges[1])

@@ -169,14 +169,14 @@ CALIBRATED = {"seed": 0, "labels": [0, 9], "sampler": "ddim", "steps": 50, "guid
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            lambda m: m["precision"].update(name="bf16"),
-            "precision bf16: not implemented, expected fp32 or fp16 or",
-        ),
         (lambda m: m["precision"].update(name="int8"), "precision int8 without calibration"),
-        (lambda m: m["precision"].update(keep_fp16=["blocks.0"]), "units to keep in FP16, which only INT8 has"),
+        (
+            lambda m: m["precision"].update(keep_fp16=["blocks.0"]),
+            "units to keep in FP16, which only INT8 and FP8 have",
+        ),
         (lambda m: m.update(calibration=CALIBRATED), "with calibration"),
-        (lambda m: m["precision"].update(name="fp8"), "precision.name"),
+        (lambda m: m["precision"].update(name="fp8"), "precision fp8 without calibration"),
+        (lambda m: m["precision"].update(name="fp4"), "precision.name"),
         (lambda m: m.update(schema=99), "schema 99, this version reads 5"),
         (
             lambda m: m.pop("model"),
