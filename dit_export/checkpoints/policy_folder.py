@@ -12,10 +12,11 @@ become neighbors.
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ MOST_ACTIONS = 4096  # of a chunk
 OBSERVATIONS = 16  # recorded ones, which verification takes in place of classes
 NETWORK, _ENCODER = "noise_predictor.", "observation_encoder."
 _SCHEDULERS = {"DDPM": DDPM, "DDIM": DDIM}
+_PREDICTIONS = ("epsilon", "sample")  # lerobot raises for others
 _NORMALIZERS = ("policy_preprocessor.json", "policy_postprocessor.json")
 
 
@@ -218,6 +220,10 @@ def _spec_of(config: _Config, file: str, shapes: Mapping[str, tuple[int, ...]]) 
         observation=inputs - time,
         time_width=time,
     )
+    try:
+        decode(ModelSpec, json.loads(json.dumps(asdict(spec))))  # as the manifest's reader checks it
+    except DecodeError as error:
+        raise CheckpointError(f"{file}: {error}; a bundle holds no such model") from error
     check_shapes(file, shapes, own_shapes(spec, "pos_embedding" in shapes))
     return spec
 
@@ -327,6 +333,10 @@ def _process_of(config: _Config, actions: int) -> tuple[DDIMScheduler | None, Di
         raise CheckpointError(f"{config.path}: noise_scheduler_type {name!r:.60}; expected DDPM or DDIM")
     options = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
     values = {key: config.get(key, Any) for key in (*options, "clip_sample", "clip_sample_range")}
+    if values["prediction_type"] not in _PREDICTIONS:
+        raise CheckpointError(
+            f"{config.path}: prediction_type {values['prediction_type']!r:.60}; expected {' or '.join(_PREDICTIONS)}"
+        )
     check_config(config.path, kind, values)
     check_betas(config.path, values)
     check_clip(config.path, values)
@@ -335,12 +345,12 @@ def _process_of(config: _Config, actions: int) -> tuple[DDIMScheduler | None, Di
         if kind == DDPM:
             scheduler.register_to_config(variance_type="fixed_small")  # the default of diffusers' DDPMScheduler
         diffusion = diffusion_from_config(scheduler.config, actions)
-    steps = config.get("num_inference_steps", int | None)
-    return (
-        scheduler,
-        diffusion,
-        _defaults(config, name.lower(), values["num_train_timesteps"] if steps is None else steps),
-    )
+    steps, most = config.get("num_inference_steps", int | None), values["num_train_timesteps"]
+    if steps is not None and steps > most:
+        raise CheckpointError(
+            f"{config.path}: num_inference_steps {steps}; expected num_train_timesteps {most} at most"
+        )
+    return scheduler, diffusion, _defaults(config, name.lower(), most if steps is None else steps)
 
 
 def _defaults(config: _Config, sampler: str, steps: int) -> DefaultsSpec:

@@ -114,6 +114,8 @@ def test_objectives_are_read(tmp_path: Path) -> None:
         ({**FLOW, "sigma_min": 0.1}, "with sigma_min 0.1; expected euler"),
         ({**FLOW, "integration_method": "dopri5"}, "integration_method 'dopri5'"),
         ({"num_inference_steps": 0}, "0 steps"),
+        ({"num_inference_steps": 101}, "num_inference_steps 101; expected num_train_timesteps 100 at most"),
+        ({"prediction_type": "v_prediction"}, "prediction_type 'v_prediction'; expected epsilon or sample"),
     ],
 )
 def test_a_configuration_that_does_not_fit_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -146,6 +148,17 @@ def test_what_is_no_whole_policy_is_refused(tmp_path: Path) -> None:
         load_checkpoint(Source(str(folder / "model.safetensors"), autoencoder="x"))
     with pytest.raises(CheckpointError, match=r"no config.json of lerobot's multi_task_dit beside it"):
         load_checkpoint(Source(str(folder / "model.safetensors"), family="multi-task-dit"))
+
+
+def test_a_model_that_no_bundle_holds_is_refused(tmp_path: Path) -> None:
+    """By the manifest's own ranges, before the export: here an action of more numbers than they allow."""
+    weights = policy_weights()
+    weights["noise_predictor.input_proj.weight"] = torch.ones(64, 4097)
+    weights["noise_predictor.output_proj.weight"] = torch.ones(4097, 64)
+    weights["noise_predictor.output_proj.bias"] = torch.ones(4097)
+    config = policy_config(output_features={})
+    with pytest.raises(CheckpointError, match=r"latent_channels: got 4097, expected .* a bundle holds no such model"):
+        load_checkpoint(Source(str(save_policy(tmp_path, weights, config))))
 
 
 def run_modules(checkpoint: Checkpoint, z: np.ndarray, t: np.ndarray, weights: Any = None) -> np.ndarray:
