@@ -79,11 +79,8 @@ class Pipeline:
     ) -> None:
         self.once = once
         self.bundle = (bundle if isinstance(bundle, Bundle) else open_bundle(bundle)).at(size)
-        if self.manifest.model.observation and not self.of_policies:
-            raise SamplingError(
-                f"{self.bundle.path}: is a policy's bundle, which takes observations and gives actions; use "
-                "dit_runtime.Policy(bundle)(observation)"
-            )
+        if not self.of_policies:
+            check_makes_images(self.bundle)
         check_choice(engine if isinstance(engine, str) else "", precision)
         check_threads(threads)
         self._threads = threads
@@ -439,6 +436,14 @@ class Pipeline:
                 f"a batch of {batch}: {self.engine.info.name} takes at most {self.engine.info.max_batch}; "
                 f"use smaller batches (--batch-size {self.engine.info.max_batch}) or build an engine for more"
             )
+
+
+def check_makes_images(bundle: Bundle, instead: str = "use dit_runtime.Policy(bundle)(observation)") -> None:
+    """Raises SamplingError for a policy's bundle, with what to do ``instead``."""
+    if bundle.manifest.model.observation:
+        raise SamplingError(
+            f"{bundle.path}: is a policy's bundle, which takes observations and gives actions, not images; {instead}"
+        )
 
 
 def list_seeds(seeds: Sequence[int] | int, count: int, what: str) -> list[int]:

@@ -22,7 +22,7 @@ from dit_runtime.bundle.reader import Bundle, open_bundle
 from dit_runtime.core.errors import BundleError, EngineError
 from dit_runtime.core.machine import count_cpus
 from dit_runtime.core.text import one_line
-from dit_runtime.pipeline import Pipeline
+from dit_runtime.pipeline import Pipeline, check_makes_images
 from dit_runtime.samplers.schedule import Schedule
 from dit_runtime.sampling.requests import ImageRequest
 from dit_serve.batcher import Batcher
@@ -51,7 +51,8 @@ def app(arguments: Mapping[str, Any]) -> Any:
         arguments: ``RayArguments`` by name, as text or numbers.
 
     Raises:
-        SamplingError: an argument is unknown or not what it should be, or a table does not fit the bundle.
+        SamplingError: an argument is unknown or not what it should be, a table does not fit the bundle, or the bundle
+            is a policy's.
         BundleError: the bundle is missing or damaged.
         EngineError: the packages for serving are not installed.
     """
@@ -63,7 +64,8 @@ def app(arguments: Mapping[str, Any]) -> Any:
     except ImportError as error:
         raise EngineError(f"{error.name} is not installed; pip install 'dit-export[ray]'") from error
     asked = read_arguments(arguments)
-    digest = open_bundle(asked.bundle, asked.store).digest
+    bundle = open_bundle(asked.bundle, asked.store)
+    check_makes_images(bundle)
     read_tables(asked.tables)
     options: dict[str, Any] = {"num_replicas": asked.replicas}
     if asked.max_replicas is not None:
@@ -83,7 +85,7 @@ def app(arguments: Mapping[str, Any]) -> Any:
         health_check_timeout_s=2 * HEALTH_SECONDS,
         logging_config={"enable_access_log": False},
         **options,
-    ).bind(asked, digest)
+    ).bind(asked, bundle.digest)
     ingress = serve.deployment(
         serve.ingress()(Ingress),
         name="ingress",
@@ -93,7 +95,7 @@ def app(arguments: Mapping[str, Any]) -> Any:
         graceful_shutdown_timeout_s=DRAIN_SECONDS,
         logging_config={"enable_access_log": False},
     )
-    return ingress.bind(asked, digest, engines)
+    return ingress.bind(asked, bundle.digest, engines)
 
 
 class EngineReplica:

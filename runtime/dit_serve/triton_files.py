@@ -21,6 +21,7 @@ from dit_runtime.backends.tensorrt.store import read_engines
 from dit_runtime.bundle.reader import ENGINES, MANIFEST, PLAIN, Bundle, open_bundle
 from dit_runtime.core.errors import EngineError, OutputError
 from dit_runtime.core.replace import check_writable, replace_folder
+from dit_runtime.pipeline import check_makes_images
 
 VERSION = "1"  # of the model, in Triton's sense
 CONFIG, MODEL, BUNDLE = "config.pbtxt", "model.py", "bundle"
@@ -97,10 +98,13 @@ def write_model(request: TritonRequest) -> WrittenModel:
 
     Raises:
         BundleError: the bundle is missing, incomplete or altered.
+        SamplingError: the bundle is a policy's.
         EngineError: there is no engine of that name.
         OutputError: the repository cannot be written, or has a model of that name already.
     """
-    bundle = open_bundle(request.bundle, request.store).at(request.size)
+    bundle = open_bundle(request.bundle, request.store)
+    check_makes_images(bundle)
+    bundle = bundle.at(request.size)
     if request.engine != "auto" and request.engine not in BACKENDS:
         raise EngineError(f"engine {request.engine!r} is unknown; choose auto or one of {', '.join(BACKENDS)}")
     name = request.name or request.bundle.resolve().name.removesuffix(".bundle")

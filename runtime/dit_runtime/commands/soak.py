@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dit_runtime.commands.common import print_json
-from dit_runtime.core.errors import SamplingError
 
 if TYPE_CHECKING:  # imported when the arguments are parsed, so that --help is quick
     from dit_runtime.bundle.reader import Bundle
@@ -48,15 +47,13 @@ def duration(text: str) -> float:
 def run_soak(request: SoakRequest) -> int:
     """Soak, or run a case again, and print what was found."""
     from dit_runtime.bundle.reader import open_bundle
+    from dit_runtime.pipeline import check_makes_images
     from dit_runtime.verify.auto import open_to_verify
     from dit_runtime.verify.soak import soak
 
     open_at = open_to_verify(request.engine, request.precision)
     bundle = open_bundle(request.bundle, request.store)
-    if bundle.manifest.model.observation:
-        raise SamplingError(
-            f"{bundle.path}: is a policy's bundle, and a soak makes images; run dit-verify without --soak"
-        )
+    check_makes_images(bundle, "run dit-verify without --soak")
     bundle.check()
     if request.case is not None:
         return _run_cases(bundle, request, request.case)

@@ -32,6 +32,7 @@ from dit_runtime.output.ray_worker import Failure, ShardWorker
 from dit_runtime.output.request import LabelledImages, SampleRequest
 from dit_runtime.output.shards import ShardCount, ShardPlan, check_shard_output, plan_shards
 from dit_runtime.output.writer import Written
+from dit_runtime.pipeline import check_makes_images
 
 ATTEMPTS = 3  # deaths of workers at one shard, or while they open, with no success between
 POLL_SECONDS = 0.5
@@ -48,6 +49,7 @@ def write_shards_on_ray(request: SampleRequest) -> Written:
     """Make all shards of a request that are missing, on its cluster. Every machine sees the same paths.
 
     Raises:
+        SamplingError: the bundle is a policy's.
         EngineError: Ray is not installed, there is no cluster at the address, it has no room for the workers, or a
             worker died three times at one shard.
         DiTError: as ``ShardMaker``, on whichever machine, and as ``write_shards``.
@@ -58,6 +60,7 @@ def write_shards_on_ray(request: SampleRequest) -> Written:
     check_shard_output(request.output)
     request = _with_absolute_paths(request)
     bundle = open_bundle(request.bundle, request.store)
+    check_makes_images(bundle)
     plan = plan_shards(bundle.manifest, images, request.output)
     try:
         with _joined(cluster.address) as ray:

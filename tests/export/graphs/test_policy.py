@@ -10,8 +10,10 @@ import json
 import logging
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -46,9 +48,14 @@ from support.policies import (
 from dit_runtime import Pipeline, Policy
 from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
 from dit_runtime.bundle.reader import Bundle, open_bundle
+from dit_runtime.commands.soak import SoakRequest, run_soak
 from dit_runtime.core.errors import CheckpointError, SamplingError
+from dit_runtime.output.ray_shards import write_shards_on_ray
+from dit_runtime.output.request import ClusterRequest, LabelledImages, OutputRequest, SampleRequest, ShardSettings
 from dit_runtime.verify.metrics import relative_error
 from dit_runtime.verify.verification import verify
+from dit_serve.ray_serve import app
+from dit_serve.triton_files import TritonRequest, write_model
 
 FORWARD_LIMIT = 2e-6  # measured: 3.9e-7
 TRAJECTORY_LIMIT = 2e-5
@@ -285,6 +292,31 @@ def test_images_and_actions_are_not_confused(exports: Callable[[str], Bundle]) -
     bundle = exports("ddim")
     with pytest.raises(SamplingError, match=r"is a policy's bundle.* use dit_runtime.Policy\(bundle\)\(observation\)"):
         Pipeline(bundle, OnnxRuntimeEngine(bundle, threads=1))
+
+
+def test_what_makes_images_elsewhere_refuses_a_policy_at_once(
+    exports: Callable[[str], Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a model is written for Triton, workers start on Ray, or a soak."""
+    pytest.importorskip("prometheus_client")
+    pytest.importorskip("starlette")
+    monkeypatch.setitem(sys.modules, "ray.serve", ModuleType("ray.serve"))
+    bundle = exports("ddim").path
+    sample = SampleRequest(
+        bundle,
+        LabelledImages(("0",)),
+        OutputRequest(tmp_path / "o", shards=ShardSettings(1)),
+        cluster=ClusterRequest("x:1"),
+    )
+    for refuse in (
+        lambda: write_model(TritonRequest(bundle, tmp_path)),
+        lambda: app({"bundle": str(bundle)}),
+        lambda: write_shards_on_ray(sample),
+        lambda: run_soak(SoakRequest(bundle, None, "onnxruntime", None, 1.0, 0, None, False)),
+    ):
+        with pytest.raises(SamplingError, match=r"is a policy's bundle, which takes observations"):
+            refuse()
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_pages_example_runs(
