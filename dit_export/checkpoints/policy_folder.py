@@ -89,7 +89,9 @@ def _recognizes(location: Location) -> bool:
     try:
         return read_json_object(config).get("type") == KIND
     except CheckpointError:
-        return False
+        if path.is_dir():
+            raise  # no other format's folder has such a file
+        return False  # a file of another format may lie beside anything; `error_without_config` reads it again
 
 
 def _load(source: Source, location: Location) -> Checkpoint:
@@ -140,10 +142,17 @@ def _load(source: Source, location: Location) -> Checkpoint:
 
 
 def error_without_config(file: Path) -> CheckpointError:
-    """The error for a policy's weights alone."""
-    return CheckpointError(
-        f"{file}: no {CONFIG} of lerobot's {KIND} beside it, which tells what no shape does; give the policy's folder"
-    )
+    """The error for a policy's weights without a configuration that fits: none, of another type, or unreadable."""
+    config, wanted = file.parent / CONFIG, f"that of lerobot's {KIND}, which tells what no shape does"
+    if not config.exists():
+        return CheckpointError(f"{file}: no {CONFIG} beside it; expected {wanted}; give the policy's folder")
+    try:
+        kind = read_json_object(config).get("type")
+    except CheckpointError as error:
+        return error
+    if kind == KIND:
+        return CheckpointError(f"{file}: expected a policy's weights in a {SAFE} file, as lerobot saves them")
+    return CheckpointError(f"{config}: says type {kind!r:.60}; expected {wanted}; give the policy's own folder")
 
 
 def _take_network(file: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:

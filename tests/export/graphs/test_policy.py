@@ -150,11 +150,25 @@ def test_what_is_no_whole_policy_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(CheckpointError, match=message):
             load_checkpoint(Source(str(folder), **options))  # type: ignore[arg-type]
+    file = folder / "model.safetensors"
+    torch.save({"weight": torch.ones(1)}, folder / "model.pt")
+    with pytest.raises(CheckpointError, match=r"expected a policy's weights in a .safetensors file"):
+        load_checkpoint(Source(str(folder / "model.pt"), family="multi-task-dit"))
     (folder / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"no config.json of lerobot's multi_task_dit beside it"):
-        load_checkpoint(Source(str(folder / "model.safetensors"), autoencoder="x"))
-    with pytest.raises(CheckpointError, match=r"no config.json of lerobot's multi_task_dit beside it"):
-        load_checkpoint(Source(str(folder / "model.safetensors"), family="multi-task-dit"))
+    for options in ({"autoencoder": "x"}, {"family": "multi-task-dit"}):
+        with pytest.raises(CheckpointError, match=r"no config.json beside it; expected that of lerobot's multi_task_d"):
+            load_checkpoint(Source(str(file), **options))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", [".", "model.safetensors"])
+def test_a_damaged_configuration_is_named(name: str, tmp_path: Path) -> None:
+    """As a folder and as a file: cut off, and no object; and one of another policy."""
+    path, whole = save_policy(tmp_path, policy_weights(), policy_config()) / name, json.dumps(policy_config())
+    other = "model_index.json: missing" if path.is_dir() else "config.json: says type 'act'; expected that of lerobot's"
+    for content, message in ((whole[:200], "not JSON"), ("[1]", "not a JSON object"), ('{"type": "act"}', other)):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(CheckpointError, match=message):
+            load_checkpoint(Source(str(path)))
 
 
 def test_a_model_that_no_bundle_holds_is_refused(tmp_path: Path) -> None:
