@@ -107,7 +107,7 @@ def export(
     classes: int | None = None,
     fixed_variance: bool = False,
     sizes: Sequence[tuple[int, int]] = (),
-    decode_tiles: Sequence[int] = (32,),
+    decode_tiles: Sequence[int] | None = None,
     encoder: bool = False,
     verify: bool = True,
     keep_fp16: Sequence[str | os.PathLike[str]] = (),
@@ -157,7 +157,8 @@ def export(
         classes: the number of classes, without the null class; None means as the checkpoint says, or 1000 for presets.
         fixed_variance: whether a preset has no learned variance.
         sizes: heights and widths of images in pixels; an empty sequence means the trained size.
-        decode_tiles: sides in latent pixels of decoder tiles to record, for engines that are built for tiles.
+        decode_tiles: sides in latent pixels of decoder tiles to record, for engines that are built for tiles; None
+            means 32 where there is a decoder.
         encoder: whether the autoencoder's encoder is exported too, for image-to-image.
         verify: whether the bundle is compared with PyTorch on ONNX Runtime at the end. A bundle that fails the
             comparison is kept; see ``ExportResult.passed``.
@@ -195,7 +196,7 @@ def export(
         classes=classes,
         fixed_variance=fixed_variance,
         sizes=tuple((height, width) for height, width in sizes),
-        decode_tiles=tuple(decode_tiles),
+        decode_tiles=None if decode_tiles is None else tuple(decode_tiles),
         encoder=encoder,
         verify=verify,
         keep_fp16=tuple(os.fspath(item) for item in keep_fp16),

@@ -202,7 +202,6 @@ def _add_graph_options(parser: Parser) -> None:
         "--decode-tile",
         type=positive,
         nargs="+",
-        default=[32],
         metavar="N",
         help="record how tiles of NxN latents are decoded, so that dit-verify can judge engines that dit-build "
         "--decode-tile makes; only for images larger than a tile (default: 32)",
@@ -279,7 +278,7 @@ def _request_from_arguments(args: argparse.Namespace) -> ExportRequest:
         classes=args.classes,
         fixed_variance=args.fixed_variance,
         sizes=tuple(args.size),
-        decode_tiles=tuple(args.decode_tile),
+        decode_tiles=None if args.decode_tile is None else tuple(args.decode_tile),
         encoder=args.encoder,
         verify=not args.no_verify,
         keep_fp16=tuple(args.keep_fp16),

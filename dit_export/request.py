@@ -60,7 +60,8 @@ class ExportRequest:
         classes: the number of classes, without the null class; None means as the checkpoint says, or 1000 for presets.
         fixed_variance: whether a preset has no learned variance.
         sizes: heights and widths of images in pixels; an empty tuple means the trained size.
-        decode_tiles: sides in latent pixels of decoder tiles to record, for engines that are built for tiles.
+        decode_tiles: sides in latent pixels of decoder tiles to record, for engines that are built for tiles; None
+            means 32 where there is a decoder.
         encoder: whether the autoencoder's encoder is exported too, for image-to-image.
         verify: whether the bundle is compared with PyTorch on ONNX Runtime at the end.
         keep_fp16: with ``int8`` or ``fp8``, units whose linear layers stay FP16, such as ``blocks.17.mlp.fc2`` or
@@ -95,7 +96,7 @@ class ExportRequest:
     classes: int | None = None
     fixed_variance: bool = False
     sizes: tuple[tuple[int, int], ...] = ()
-    decode_tiles: tuple[int, ...] = (32,)
+    decode_tiles: tuple[int, ...] | None = None
     encoder: bool = False
     verify: bool = True
     keep_fp16: tuple[str, ...] = ()
@@ -121,7 +122,7 @@ class ExportRequest:
         if scaling is not None and not (len(scaling) in (1, 2) and all(map(math.isfinite, scaling)) and scaling[0] > 0):
             shown = " ".join(f"{value:g}" for value in scaling)
             raise CheckpointError(f"VAE scaling {shown}: expected a factor above 0, such as 0.18215, and maybe a shift")
-        for tile in self.decode_tiles:
+        for tile in self.decode_tiles or ():
             check_tile(tile)
 
     def _check_quantized(self) -> None:

@@ -23,6 +23,7 @@ OPTION_PURPOSES = {
     "autoencoder_scaling": "describe a VAE that is a file",
     "latent_stats": "say how a file's model had its latents normalized",
 }
+USUAL_TILES = (32,)
 OPTION_NAMES = {
     "learned_variance": "fixed-variance",
     "autoencoder_scaling": "vae-scaling",
@@ -60,7 +61,7 @@ class Source:
         classes: the number of classes; None means as the file says, or 1000 for presets.
         learned_variance: whether a preset learns its variance; None means that it does.
         tiles: sides of decoder tiles in latent pixels. The export records how each tile is decoded, so that engines
-            built for tiles can be verified.
+            built for tiles can be verified. None means ``USUAL_TILES``, and nothing without a decoder.
     """
 
     name: str
@@ -81,7 +82,7 @@ class Source:
     conditioning: str | None = None
     classes: int | None = None
     learned_variance: bool | None = None
-    tiles: tuple[int, ...] = (32,)
+    tiles: tuple[int, ...] | None = None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -91,7 +92,11 @@ class Source:
         values = json.loads(text)
         sizes = tuple((int(h), int(w)) for h, w in values["image_sizes"])
         scaling = values["autoencoder_scaling"]
-        tuples = {"autoencoder_scaling": None if scaling is None else tuple(scaling), "tiles": tuple(values["tiles"])}
+        tiles = values["tiles"]
+        tuples = {
+            "autoencoder_scaling": None if scaling is None else tuple(scaling),
+            "tiles": None if tiles is None else tuple(tiles),
+        }
         return Source(**{**values, "image_sizes": sizes, **tuples})
 
 

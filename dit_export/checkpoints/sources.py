@@ -76,6 +76,8 @@ def load_checkpoint(source: Source) -> Checkpoint:
             f"{source.name}: {channels} latent channels, the autoencoder has "
             f"{checkpoint.autoencoder.config.latent_channels}; name the one it was trained with (--vae)"
         )
+    if checkpoint.model.observation and source.tiles:
+        raise CheckpointError(f"{source.name}: is a policy, without a decoder; leave --decode-tile out")
     if source.guidance_channels is not None:
         guided = source.guidance_channels or channels
         check_guidance_channels(guided, channels)

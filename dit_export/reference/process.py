@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit_export.checkpoints.source import USUAL_TILES
 from dit_export.checkpoints.sources import Checkpoint, Source, load_checkpoint
 from dit_export.reference.calibration import Calibration, calibrate, count_calibration, spec_for_checkpoint
 from dit_export.reference.emulation import IntegerWeight, emulate, norms_with_factors
@@ -110,7 +111,7 @@ def make_records(
                 target,
                 encoder,
                 bar.advance,
-                source.tiles,
+                USUAL_TILES if source.tiles is None else source.tiles,
                 scales,
                 None if ranges is None else ranges.factors,
                 precision,

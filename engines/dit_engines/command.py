@@ -17,6 +17,7 @@ from dit_runtime.commands.common import (
     run,
     say,
 )
+from dit_runtime.core.errors import BuildError
 
 if TYPE_CHECKING:  # imported after the arguments are parsed
     from dit_engines.build_host import BuildHost
@@ -161,10 +162,9 @@ def _print_targets(json: bool) -> int:
 def _print_trtexec(request: BuildRequest) -> int:
     from dit_engines.targets import check_precision
     from dit_engines.trtexec import trtexec_commands
-    from dit_runtime.bundle.reader import open_bundle
     from dit_runtime.core.text import printable
 
-    bundle, recipe = open_bundle(request.bundle).at(request.size), _recipe_for(request)
+    bundle, recipe = _open_for_build(request), _recipe_for(request)
     check_precision(bundle.manifest.precision.name, recipe.compute_capability, str(bundle.path))
     commands = trtexec_commands(bundle, recipe)
     if request.json:
@@ -213,9 +213,8 @@ def _prepare_build(request: BuildRequest) -> tuple[Bundle, BuildHost, Recipe]:
     from dit_engines.build_host import build_host_for
     from dit_engines.preflight import check_memory
     from dit_engines.targets import check_precision, target_named
-    from dit_runtime.bundle.reader import open_bundle
 
-    bundle = open_bundle(request.bundle).at(request.size)
+    bundle = _open_for_build(request)
     known = request.compute_capability or target_named(request.target).compute_capability
     if known is not None:  # before it is asked for a device
         check_precision(bundle.manifest.precision.name, known, str(bundle.path))
@@ -229,6 +228,16 @@ def _prepare_build(request: BuildRequest) -> tuple[Bundle, BuildHost, Recipe]:
             f"dit-export --decode-tile {request.decode_tile} makes one"
         )
     return bundle, host, recipe
+
+
+def _open_for_build(request: BuildRequest) -> Bundle:
+    """The bundle at the size that was asked for. Raises BuildError for tiles of a decoder that it does not have."""
+    from dit_runtime.bundle.reader import open_bundle
+
+    bundle = open_bundle(request.bundle).at(request.size)
+    if request.decode_tile is not None and "decoder" not in bundle.manifest.graphs:
+        raise BuildError(f"{bundle.path}: is a policy's bundle, without a decoder; leave --decode-tile out")
+    return bundle
 
 
 def _recipe_for(request: BuildRequest, host: BuildHost | None = None) -> Recipe:

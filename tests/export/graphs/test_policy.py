@@ -45,6 +45,7 @@ from support.policies import (
     save_policy,
 )
 
+from dit_engines.command import main as build
 from dit_runtime import Pipeline, Policy
 from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
 from dit_runtime.bundle.reader import Bundle, open_bundle
@@ -147,6 +148,7 @@ def test_what_is_no_whole_policy_is_refused(tmp_path: Path) -> None:
         ({"family": "sit"}, "is a policy of lerobot's multi-task DiT, --family says sit"),
         ({"autoencoder": "x"}, "leave --vae and"),
         ({"image_sizes": ((8, 8),)}, "leave --size out"),
+        ({"tiles": (8,)}, "without a decoder; leave --decode-tile out"),
     ):
         with pytest.raises(CheckpointError, match=message):
             load_checkpoint(Source(str(folder), **options))  # type: ignore[arg-type]
@@ -331,6 +333,14 @@ def test_what_makes_images_elsewhere_refuses_a_policy_at_once(
         with pytest.raises(SamplingError, match=r"is a policy's bundle, which takes observations"):
             refuse()
     assert not list(tmp_path.iterdir())
+
+
+def test_tiles_of_no_decoder_are_refused(exports: Callable[[str], Bundle], capsys: pytest.CaptureFixture[str]) -> None:
+    """By dit-build, as a plan and as commands, before anything is built; the export is above."""
+    for more in ([], ["--print-trtexec"]):
+        with pytest.raises(SystemExit):
+            build([str(exports("ddim").path), "--decode-tile", "8", *more])
+        assert "without a decoder; leave --decode-tile out" in capsys.readouterr().err
 
 
 def test_the_pages_example_runs(
