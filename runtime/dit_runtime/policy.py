@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from dit_runtime.bundle.manifest import Manifest
 from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.reader import Bundle
 from dit_runtime.core.errors import SamplingError
+from dit_runtime.core.text import one_line
 from dit_runtime.pipeline import Pipeline, list_seeds
 from dit_runtime.samplers.guidance import Branches, Guidance
 from dit_runtime.samplers.noise import Float32
@@ -150,7 +152,7 @@ class Policy:
 
     def _check_observation(self, observation: Float32) -> Float32:
         """The observation as ``[B, O]``. Raises SamplingError for another shape or dtype, or numbers that cannot be."""
-        found = np.asarray(observation)
+        found = _array_of("observation", observation)
         if found.dtype != np.float32 or found.ndim not in (1, 2) or found.shape[-1] != self.observation:
             raise SamplingError(
                 f"observation: {found.dtype} {list(found.shape)}; expected float32 [B, {self.observation}], the vector "
@@ -177,7 +179,19 @@ class Policy:
         """Noise ``[B, horizon, A]`` as latents ``[B, A, 1, horizon]``."""
         if noise is None:
             return None
-        found, shape = np.asarray(noise), (count, self.horizon, self.actions)
+        found, shape = _array_of("noise", noise), (count, self.horizon, self.actions)
         if found.dtype != np.float32 or found.shape != shape or not np.isfinite(found).all():
             raise SamplingError(f"noise: {found.dtype} {list(found.shape)}; expected finite float32 {list(shape)}")
         return np.ascontiguousarray(found.transpose(0, 2, 1)[:, :, None])
+
+
+def _array_of(name: str, given: object) -> NDArray[Any]:
+    """An argument as an array, of whatever shape and dtype. Raises SamplingError for what makes none."""
+    try:
+        return np.asarray(given)
+    except (
+        ValueError,
+        TypeError,
+        RuntimeError,
+    ) as error:  # rows of several lengths; a tensor on a GPU or with a gradient
+        raise SamplingError(f"{name}: makes no array ({one_line(error)}); expected float32 numbers in rows") from error

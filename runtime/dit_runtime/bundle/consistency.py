@@ -104,6 +104,10 @@ def _check_model(manifest: Manifest) -> None:
         raise ValueError("a policy with another conditioning than adaln-zero, a null class or a learned variance")
     if model.observation and manifest.autoencoder != NO_AUTOENCODER:
         raise ValueError(f"a policy with the autoencoder {show(manifest.autoencoder.name)}; expected none")
+    if model.observation and (model.latent_size[0], model.patch_size) != (1, 1):
+        raise ValueError(
+            f"a policy of latents {model.latent_size[0]} high with patch size {model.patch_size}; expected 1 and 1"
+        )
     if math.prod(table_shape(model)) > MOST_ROW:
         raise ValueError(f"a conditioning table with {math.prod(table_shape(model))} numbers in a row")
     if len(manifest.class_names) not in (0, model.classes):

@@ -50,7 +50,7 @@ from dit_runtime import Pipeline, Policy
 from dit_runtime.backends.onnxruntime.engine import OnnxRuntimeEngine
 from dit_runtime.bundle.reader import Bundle, open_bundle
 from dit_runtime.commands.soak import SoakRequest, run_soak
-from dit_runtime.core.errors import CheckpointError, SamplingError
+from dit_runtime.core.errors import BundleError, CheckpointError, SamplingError
 from dit_runtime.output.ray_shards import write_shards_on_ray
 from dit_runtime.output.request import ClusterRequest, LabelledImages, OutputRequest, SampleRequest, ShardSettings
 from dit_runtime.verify.metrics import relative_error
@@ -284,6 +284,9 @@ def test_actions_depend_on_their_own_observation_and_seed(exports: Callable[[str
         (OBSERVATIONS[:, :10], {}, r"float32 \[3, 10\]; expected float32 \[B, 11\], the vector"),
         (OBSERVATIONS.astype(np.float64), {}, r"float64 \[3, 11\]; expected float32"),
         (OBSERVATIONS.tolist(), {}, "float64"),
+        ([[1, 2], [3]], {}, "observation: makes no array"),
+        (torch.ones(OBSERVATION, requires_grad=True), {}, "observation: makes no array"),
+        (OBSERVATIONS, {"noise": [[1, 2], [3]]}, "noise: makes no array"),
         (OBSERVATIONS[None], {}, r"float32 \[1, 3, 11\]"),
         (OBSERVATIONS[:0], {}, "a batch of none"),
         (np.where(np.arange(11) == 4, np.float32(np.nan), OBSERVATIONS), {}, "number 5 of observation 1 is nan"),
@@ -308,6 +311,16 @@ def test_images_and_actions_are_not_confused(exports: Callable[[str], Bundle]) -
     bundle = exports("ddim")
     with pytest.raises(SamplingError, match=r"is a policy's bundle.* use dit_runtime.Policy\(bundle\)\(observation\)"):
         Pipeline(bundle, OnnxRuntimeEngine(bundle, threads=1))
+
+
+@pytest.mark.parametrize("change", [{"latent_size": [2, 4]}, {"patch_size": 2}])
+def test_actions_are_one_row(change: dict[str, Any], exports: Callable[[str], Bundle], tmp_path: Path) -> None:
+    """Of a manifest, before its graphs are looked at."""
+    manifest = json.loads((exports("ddim").path / "manifest.json").read_text())
+    manifest["model"] |= change
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=r"a policy of latents [12] high with patch size [12]; expected 1 and 1"):
+        open_bundle(tmp_path)
 
 
 def test_what_makes_images_elsewhere_refuses_a_policy_at_once(
