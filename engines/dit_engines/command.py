@@ -235,7 +235,7 @@ def _open_for_build(request: BuildRequest) -> Bundle:
     from dit_runtime.bundle.reader import open_bundle
 
     bundle = open_bundle(request.bundle).at(request.size)
-    if request.decode_tile is not None and "decoder" not in bundle.manifest.graphs:
+    if request.decode_tile is not None and not bundle.manifest.has_decoder:
         raise BuildError(f"{bundle.path}: is a policy's bundle, without a decoder; leave --decode-tile out")
     return bundle
 

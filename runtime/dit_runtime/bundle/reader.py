@@ -151,6 +151,8 @@ class Bundle:
                 f"again for {image_size[0]}x{image_size[1]}"
             )
         if image_size not in manifest.image_sizes:
+            if manifest.model.observation:
+                raise BundleError(f"{self.path}: is a policy's bundle, whose actions have one size; leave --size out")
             known = ", ".join(f"{height}x{width}" for height, width in manifest.image_sizes)
             raise BundleError(
                 f"{self.path}: has no graphs for images of {image_size[0]}x{image_size[1]}, only for {known}; export "

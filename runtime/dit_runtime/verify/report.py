@@ -61,9 +61,11 @@ def page(results: Results) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     template = environment.from_string(files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8"))
+    sizes = [f"{height}×{width}" for height, width in results.image_sizes]
     return template.render(
         found=found,
-        sizes=[f"{height}×{width}" for height, width in results.image_sizes],
+        sizes=sizes,
+        made=f"{results.image_sizes[0][1]} actions at once" if found.actions else f"images of {', '.join(sizes)}",
         failed=[rung.name for rung in found.rungs if not rung.passed],
         coverage=format_coverage(found.coverage),
         ladder_title=LADDER,

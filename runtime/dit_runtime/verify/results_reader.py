@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dit_runtime.core.decode import DecodeError, Positive, decode, read_json
+from dit_runtime.core.decode import DecodeError, Positive, decode, optional, read_json
 from dit_runtime.core.errors import ResultsError
 from dit_runtime.core.images import image_from_bytes
 from dit_runtime.core.reading import RESULTS_BYTES
@@ -60,6 +60,7 @@ class ResultsRecord:
     environment: dict[str, Any]
     files: dict[str, str]
     images: tuple[ImageRecord, ...]
+    actions: bool = optional(False)
 
 
 def read_results(path: Path) -> Results:
@@ -96,6 +97,7 @@ def results_from_record(record: ResultsRecord) -> Results:
         images=_images_from_records(record.images),
         magnitudes=record.magnitudes,
         guidance=record.guidance,
+        actions=record.actions,
         coverage=Coverage(record.coverage.shapes, record.coverage.counts, record.coverage.left),
     )
     return Results(verification, record.image_sizes, record.machine, record.environment, record.files)

@@ -105,6 +105,7 @@ class Verification:
         magnitudes: max |x| of each of the reference's units on its trajectory, as in the manifest.
         coverage: what was visited of all that the engine takes.
         guidance: the largest guidance scale whose trajectory was compared with the reference's.
+        actions: whether it is a policy's, which makes actions and no images.
     """
 
     bundle: str
@@ -119,6 +120,7 @@ class Verification:
     magnitudes: Mapping[str, float] = field(default_factory=dict)
     coverage: Coverage = field(default_factory=Coverage)
     guidance: float = 1.0
+    actions: bool = False
 
     @property
     def passed(self) -> bool:
@@ -137,6 +139,7 @@ class Verification:
             "passed": self.passed,
             "magnitudes": dict(self.magnitudes),
             "guidance": self.guidance,
+            "actions": self.actions,
             "coverage": self.coverage.as_json(),
             "rungs": [rung.as_json() for rung in self.rungs],
         }

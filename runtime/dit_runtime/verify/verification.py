@@ -84,6 +84,7 @@ def verification_of(bundle: Bundle, engine: Engine, quick: bool = False) -> Veri
         images=images[0] if images else None,
         magnitudes=manifest.magnitudes,
         guidance=_strongest_guidance(replay, [rung.name for rung in rungs]),
+        actions=not manifest.has_decoder,
         coverage=coverage_of(replay.visits, engine.info, manifest, bundle.has_records(CONDITIONS)),
     )
 

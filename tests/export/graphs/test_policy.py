@@ -313,6 +313,11 @@ def test_images_and_actions_are_not_confused(exports: Callable[[str], Bundle]) -
         Pipeline(bundle, OnnxRuntimeEngine(bundle, threads=1))
 
 
+def test_another_size_has_another_next_step(exports: Callable[[str], Bundle]) -> None:
+    with pytest.raises(BundleError, match="is a policy's bundle, whose actions have one size; leave --size out"):
+        exports("ddim").at((64, 64))
+
+
 @pytest.mark.parametrize("change", [{"latent_size": [2, 4]}, {"patch_size": 2}])
 def test_actions_are_one_row(change: dict[str, Any], exports: Callable[[str], Bundle], tmp_path: Path) -> None:
     """Of a manifest, before its graphs are looked at."""

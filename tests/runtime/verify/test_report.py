@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -447,6 +448,19 @@ def test_without_images_the_verdict_claims_none() -> None:
     text = page(replace(results, verification=replace(results.verification, rungs=passing, images=None)))
     assert "computes what the reference does, unguided, here" in text
     assert "makes the reference's images" not in text
+
+
+@pytest.mark.parametrize(("guidance", "words"), [(1.0, "unguided"), (1.5, "up to guidance 1.5")])
+def test_a_policys_page_is_of_actions(guidance: float, words: str) -> None:
+    """The verdict says what was compared, as the command's line does."""
+    results = example_results()
+    rungs = tuple(rung for rung in results.verification.rungs if rung.passed)
+    verification = replace(results.verification, images=None, rungs=rungs, guidance=guidance, actions=True)
+    document = replace(results, verification=verification, image_sizes=((1, 8),)).as_json()
+    text = page(results_from_json(json.loads(json.dumps(document))))
+    assert f"This engine computes the reference's actions, {words}, here" in unescape(text)
+    assert "rungs pass, 8 actions at once." in text
+    assert "images of" not in text
 
 
 def test_plots_survive_any_numbers() -> None:
