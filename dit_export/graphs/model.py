@@ -288,10 +288,10 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class Step(nn.Module):
     """One sampling step for B images and G guidance branches (shapes as in the bundle format).
 
-    ``state [B, 3, C, H, W]``, ``noise [B, C, H, W]``, ``coefficients [B, 17]``, ``guidance [G, B, C]``,
-    ``rows [G, B]`` i32, the conditioning table ``[R, …]`` → ``next_state``, ``denoised [B, C, H, W]`` and, for the
-    probe, each block's output ``[G·B, T, D]``. All inputs and outputs are FP32, except a conditioning table of keys and
-    values.
+    ``state [B, 3, C, H, W]``, ``noise [B, C, H, W]``, ``coefficients [B, 17]`` (``[B, 19]`` with a clip),
+    ``guidance [G, B, C]``, ``rows [G, B]`` i32, the conditioning table ``[R, …]`` → ``next_state``,
+    ``denoised [B, C, H, W]`` and, for the probe, each block's output ``[G·B, T, D]``. All inputs and outputs are FP32,
+    except a conditioning table of keys and values.
     """
 
     def __init__(self, spec: ModelSpec, numerics: Numerics) -> None:
@@ -366,14 +366,16 @@ def unpatchify(x: Tensor, spec: ModelSpec) -> Tensor:
 def sampler_update(
     state: Tensor, noise: Tensor, coefficients: Tensor, e: Tensor, v: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Next state and denoised latents, from one row of 17 numbers per image (``dit_runtime.samplers.schedule``).
+    """Next state and denoised latents, from one row of numbers per image (``dit_runtime.samplers.schedule``).
+
+    A row has 17 numbers, or 19 with a clip.
 
     The update is written as multiply-adds because a matrix product could run in TF32.
 
     denoised = a·s₀ + b·e;  s'ᵢ = Σⱼ Aᵢⱼ·sⱼ + Bᵢ·e;  s'₀ += exp(g + h·v)·k·noise. With two numbers more, denoised is
     clipped to ±r, and s'₀ += w·denoised.
     """
-    c = coefficients[:, :, None, None, None]  # (B, 17, 1, 1, 1)
+    c = coefficients[:, :, None, None, None]  # (B, 17 or 19, 1, 1, 1)
     denoised = c[:, A_Z] * state[:, 0] + c[:, B_E] * e
     slots = (c[:, MATRIX:INPUT].unflatten(1, (3, 3)) * state[:, None]).sum(2)  # (B, 3, C, H, W)
     slots = slots + c[:, INPUT:LOG_SIGMA] * e[:, None]

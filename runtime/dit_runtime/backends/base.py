@@ -133,7 +133,7 @@ class RunInputs(NamedTuple):
     They are made once before the run, because work between two calls of the engine runs with cold caches.
 
     Attributes:
-        coefficients: ``[T, B, 17]`` float32, the sampler's numbers.
+        coefficients: ``[T, B, 17]`` float32, the sampler's numbers; ``[T, B, 19]`` with a clip.
         guidance: ``[T, G, B, C]`` float32, the weight of each branch.
         rows: ``[T, G, B]`` int32, rows of the conditioning table.
         needed: for each row of the schedule, the number of branches.
@@ -202,7 +202,7 @@ class Loop(Protocol):
         """Do one step of images that are at different rows or in different schedules.
 
         Args:
-            coefficients: ``[B, 17]``, the sampler's numbers.
+            coefficients: ``[B, 17]``, the sampler's numbers; ``[B, 19]`` with a clip.
             guidance: ``[G, B, C]``, the weight of each branch.
             rows: ``[G, B]``, rows of the conditioning table.
             noise: ``[N, C, H, W]`` for the positions in ``drawing``; None where no image draws noise.

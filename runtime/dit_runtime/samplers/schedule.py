@@ -283,8 +283,8 @@ def read_table(path: Path) -> Schedule:
                 f"{path}: cannot read this sampler table ({error.__cause__.strerror}); expected a JSON file"
             ) from error
         raise SamplingError(
-            f"{path}: not a sampler table ({error}); expected JSON with timesteps [U] and coefficients [T, 17], as "
-            "dit-sample --write-table writes it"
+            f"{path}: not a sampler table ({error}); expected JSON with timesteps [U] and coefficients [T, 17], or "
+            "[T, 19] with a clip, as dit-sample --write-table writes it"
         ) from error
     return schedule
 
@@ -345,7 +345,10 @@ def _schedule_from_record(record: _TableRecord, name: str) -> Schedule:
     coefficients = np.asarray(record.coefficients, np.float32)
     count = len(coefficients)
     if coefficients.shape[1:] not in ((COEFFICIENTS,), (CLIPPED,)):
-        raise ValueError(f"coefficients has shape {list(coefficients.shape)}, expected [{count}, {COEFFICIENTS}]")
+        raise ValueError(
+            f"coefficients has shape {list(coefficients.shape)}, expected [{count}, {COEFFICIENTS}], or "
+            f"[{count}, {CLIPPED}] with a clip"
+        )
     draws = coefficients[:, NOISE] != 0 if record.draws_noise is None else record.draws_noise
     completes = [True] * count if record.completes_step is None else record.completes_step
     return Schedule(
@@ -397,7 +400,7 @@ def _check(schedule: Schedule) -> None:
 
 
 def _find_unwritten_read(rows: NDArray[np.float32]) -> tuple[int, int] | None:
-    """The first row of ``[T, 17]`` that reads a slot before a row wrote it, and the slot; None where there is none."""
+    """The first row of ``[T, 17 or 19]`` that reads a slot before a row wrote it, and the slot; None if none does."""
     written = {0}
     for index, coefficients in enumerate(rows):
         matrix = coefficients[MATRIX:INPUT].reshape(3, 3)

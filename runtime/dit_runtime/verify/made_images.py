@@ -122,7 +122,7 @@ class MadeImages:
             images: the image in each place of the batch.
             conditions: ``[G, B]``, the condition of each branch of each place.
             weights: ``[G, B, C]``, the weight of each branch.
-            coefficients: ``[B, 17]``.
+            coefficients: ``[B, 17]``, or ``[B, 19]`` with a clip.
             noise: ``[B, C, H, W]``; None is zeros.
             rows: ``[G, B]``, where the conditions are in ``table``; None makes a table of the conditions alone.
             table: the conditioning table.

@@ -133,7 +133,7 @@ class Replay:
 
         Args:
             images: latents, timesteps, labels and guidance.
-            coefficients: ``[B, 17]``, the sampler's numbers of each image.
+            coefficients: ``[B, 17]``, or ``[B, 19]`` with a clip: the sampler's numbers of each image.
             noise: ``[B, C, H, W]``; None is zeros.
             branches: the least number of branches.
         """
