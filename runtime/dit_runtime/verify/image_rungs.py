@@ -9,7 +9,6 @@ from dataclasses import replace
 import numpy as np
 
 from dit_runtime.backends.base import Array
-from dit_runtime.backends.conditioning import Observation
 from dit_runtime.bundle.manifest import ENCODER
 from dit_runtime.bundle.reader import STRONG, UNGUIDED
 from dit_runtime.samplers.guidance import Guidance, branches_from_labels
@@ -86,8 +85,7 @@ def free_running(replay: Replay, sampler: str, record: Record, schedule: Schedul
 def _run_loop(replay: Replay, record: Record, schedule: Schedule) -> list[Array]:
     """The latents after each row of the engine's own loop, with the noise of the recorded seeds."""
     manifest, guidance = replay.bundle.manifest, Guidance(float(record["guidance"]))
-    images, given = [], replay.observations
-    observations = None if given is None else [Observation(each) for each in given]
+    images, observations = [], replay.list_observations()
     for label, seed in zip(record["labels"], record["seeds"], strict=True):
         weights = {int(label): 1.0}
         null = manifest.model.null_class  # without a null class, the class that the records are guided away from

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 
 from dit_runtime.backends.base import Array
-from dit_runtime.backends.conditioning import Observation
 from dit_runtime.backends.profiles import BatchShape
 from dit_runtime.backends.step import state_from_latents
 from dit_runtime.samplers.guidance import Guidance, branches_from_labels
@@ -167,8 +166,7 @@ def make_requests(
         elif image == 1 and branches and classes > 1:
             labels = {label: 0.75, (label + 1) % classes: 0.25}
         own = branches_from_labels(labels, guidance, schedule, manifest.model, manifest.diffusion)
-        given = replay.observations
-        observations = None if given is None else [Observation(each) for each in given]
+        observations = replay.list_observations()
         request = ImageRequest(labels, SEED + image, schedule, guidance, None, own, observations=observations)
         requests.append(request)
     return requests

@@ -9,22 +9,12 @@ import numpy as np
 
 from dit_runtime.backends.base import Array
 from dit_runtime.bundle.precision import QUANTIZED, Precision
-from dit_runtime.samplers.schedule import (
-    A_Z,
-    B_E,
-    BOUND,
-    CLEAN,
-    COEFFICIENTS,
-    INPUT,
-    LOG_SIGMA,
-    LOG_SIGMA_V,
-    MATRIX,
-    NOISE,
-)
+from dit_runtime.samplers.schedule import B_E, COEFFICIENTS, LOG_SIGMA_V, NOISE
 from dit_runtime.verify.budget import FP16_MAX, Series, compare_series
 from dit_runtime.verify.metrics import relative_error, relative_l2
 from dit_runtime.verify.replay import RecordedInputs, Replay, choose_shapes, cover_with_batches, show_time
 from dit_runtime.verify.rung import Rung
+from dit_runtime.verify.updates import PARTS, expect_update
 
 # The vectors that adaLN has in the conditioning table for each block, in their order.
 VECTORS = {
@@ -160,7 +150,7 @@ def update(replay: Replay) -> Rung:
     shape = choose_shapes(replay.engine.info, "step", len(every.latents), (1, 2))[0]
     images = every.select(cover_with_batches(len(every.latents), shape[0])[0])
     evaluated = _evaluate(replay, images, record, [shape])
-    e, v = (np.stack([outputs[part] for _, _, outputs in evaluated]).astype(np.float64) for part in ("e", "v"))
+    e, v = (np.stack([outputs[part] for _, _, outputs in evaluated]) for part in ("e", "v"))
     random = np.random.default_rng(0)
     row = random.uniform(0.5, 1.5, COEFFICIENTS) * np.where(np.arange(COEFFICIENTS) % 2, 1, -1)
     row[LOG_SIGMA_V] = 0.5 / max(float(np.abs(v).max(initial=0)), 1e-3)
@@ -170,21 +160,13 @@ def update(replay: Replay) -> Rung:
     inputs = replay.make_inputs(images, coefficients, noise, shape[1])
     inputs["state"][:, 1:] = random.standard_normal(inputs["state"][:, 1:].shape)
     found = replay.engine.session("step").run(inputs, ["next_state", "denoised"])
-    state, exact = inputs["state"].astype(np.float64), coefficients[0].astype(np.float64)
-    mixed = np.einsum("ij,bjchw->bichw", exact[MATRIX:INPUT].reshape(3, 3), state)
-    following = mixed + exact[INPUT:LOG_SIGMA, None, None, None] * e[:, None]
-    following[:, 0] += np.exp(exact[LOG_SIGMA] + exact[LOG_SIGMA_V] * v) * exact[NOISE] * noise
-    denoised = exact[A_Z] * state[:, 0] + exact[B_E] * e
-    if replay.model.clips:
-        denoised = np.clip(denoised, -exact[BOUND], exact[BOUND])
-        following[:, 0] += exact[CLEAN] * denoised
-    errors = {
-        **{f"slot {slot}": relative_error(found[0][:, slot], following[:, slot]) for slot in range(3)},
-        "denoised": relative_error(found[1], denoised),
-    }
+    images_alone = zip(inputs["state"], e, v, coefficients, noise, strict=True)
+    expected = zip(*(expect_update(*image) for image in images_alone), strict=True)
+    parts = zip(PARTS, [*found[0].swapaxes(0, 1), found[1]], expected, strict=True)
+    errors = {part: relative_error(one, np.stack([each.value for each in wanted])) for part, one, wanted in parts}
     worst = max(errors, key=lambda part: errors[part] if np.isfinite(errors[part]) else np.inf)
     limit = replay.budget.tolerance_of("update")
-    return Rung("sampler update", errors[worst], limit, "relative", f"worst: {worst}; all {len(exact)} coefficients")
+    return Rung("sampler update", errors[worst], limit, "relative", f"worst: {worst}; all {len(row)} coefficients")
 
 
 def _evaluate(

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dit_runtime.backends.base import Array, Engine, EngineInfo
+from dit_runtime.backends.conditioning import Observation
 from dit_runtime.backends.profiles import BatchShape
 from dit_runtime.backends.step import compute_table, state_from_latents, step_inputs
 from dit_runtime.bundle.reader import OBSERVATIONS, TILE, Bundle
@@ -106,6 +107,10 @@ class Replay:
                     f"such a tile; export the bundle with dit-export --decode-tile {side}, or use the engine without a "
                     "verdict with --engine"
                 )
+
+    def list_observations(self) -> list[Observation] | None:
+        """The observations as a request has them; None of a model of classes."""
+        return None if self.observations is None else [Observation(each) for each in self.observations]
 
     def read_decoder_record(self) -> dict[str, Array]:
         """Read the decoder's golden record (``latents``, ``decoded``, ``images``), of whole images or of tiles."""
