@@ -573,6 +573,7 @@ def test_the_builder_sees_the_cancellation(bundle: Bundle, tmp_path: Path) -> No
         "log": os.fspath(tmp_path / "step.log"),
         "layers": os.fspath(tmp_path / "step.layers.json"),
         "keep_fp32": [],
+        "quantized": [],
     }
     done = subprocess.run(
         command_of_module("dit_engines.worker"),
