@@ -243,7 +243,7 @@ LIGHTNING: dict[str, Any] = {"qk_norm": "rms", "norm": "rms", "mlp": "swiglu", "
     ("conditioning", "parts"),
     grid(
         [*((name, {}) for name in CONDITIONINGS), ("adaln-zero", LIGHTNING)],
-        fast=lambda name, parts: name == "cross-attention" or parts,
+        fast=lambda name, _: name == "cross-attention",
     ),
 )
 def test_bytes_of_every_conditioning(conditioning: str, parts: dict[str, Any], tmp_path: Path) -> None:

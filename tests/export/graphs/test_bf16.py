@@ -68,6 +68,7 @@ def test_weights_are_the_checkpoints_rounded_once(checkpoint: Path, bundle: Bund
             assert torch.equal(found, weights[f"{layer}.weight"].bfloat16().float()), layer
 
 
+@pytest.mark.slow  # another export
 def test_units_stay_fp32(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``--keep-fp32`` with BF16; a table of keys and values is FP32, since numpy has no BF16; close to FP32's step."""
     options = {"width": 64, "depth": 2, "patch": 2, "channels": 4, "grid": (4, 4), "classes": 10, "out_channels": 8}
