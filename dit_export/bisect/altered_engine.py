@@ -15,6 +15,7 @@ from dit_runtime.backends.conditioning import TableLimits
 from dit_runtime.backends.host_loop import HostLoop
 from dit_runtime.backends.onnxruntime.engine import import_onnxruntime
 from dit_runtime.bundle.manifest import Manifest
+from dit_runtime.bundle.precision import Precision
 from dit_runtime.core.errors import EngineError
 
 
@@ -42,6 +43,31 @@ class AlteredEngine:
 
     def close(self) -> None:
         """As ``Engine.close``: the sessions are gone with the engine."""
+
+
+def open_altered_engine(
+    name: str, manifest: Manifest, load: Callable[[str], Session], threads: int, without: str | None = None
+) -> AlteredEngine:
+    """An engine on altered graphs, in ONNX Runtime in FP32.
+
+    Args:
+        name: its name and identity.
+        manifest: of the bundle.
+        load: loads an altered graph by its name.
+        threads: CPU threads; 0 lets ONNX Runtime choose.
+        without: a graph of the bundle that it does not have.
+    """
+    info = EngineInfo(
+        name=name,
+        identity=name,
+        library="onnxruntime",
+        version=import_onnxruntime().__version__,
+        device="CPU",
+        precision=Precision.FP32,
+        graphs=tuple(graph for graph in manifest.graphs if graph != without),
+        threads=threads,
+    )
+    return AlteredEngine(info, manifest, load)
 
 
 class AlteredSession:

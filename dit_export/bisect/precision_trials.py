@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 import onnx_ir as ir
 
-from dit_export.bisect.altered_engine import AlteredEngine, AlteredSession
+from dit_export.bisect.altered_engine import AlteredEngine, AlteredSession, open_altered_engine
 from dit_export.bisect.fp16_operations import (
     Operation,
     describe_operation,
@@ -28,7 +28,6 @@ from dit_export.bisect.graph_edits import (
     find_block_inputs,
     move_to_fp32,
 )
-from dit_runtime.backends.base import EngineInfo
 from dit_runtime.backends.onnxruntime.engine import import_onnxruntime
 from dit_runtime.bundle.manifest import ENCODER
 from dit_runtime.bundle.precision import Precision, is_kept
@@ -117,18 +116,9 @@ class PrecisionTrials:
         return replace(self.bundle, manifest=replace(manifest, precision=policy))
 
     def _make_engine(self, in_fp32: Callable[[str], bool]) -> AlteredEngine:
-        name, manifest = self.engine_name, self.bundle.manifest
-        info = EngineInfo(
-            name=name,
-            identity=name,
-            library="onnxruntime",
-            version=import_onnxruntime().__version__,
-            device="CPU",
-            precision=Precision.FP32,
-            graphs=tuple(manifest.graphs),
-            threads=self.threads,
+        return open_altered_engine(
+            self.engine_name, self.bundle.manifest, lambda graph: self._open_session(graph, in_fp32), self.threads
         )
-        return AlteredEngine(info, manifest, lambda graph: self._open_session(graph, in_fp32))
 
     def emulate_graph(
         self, graph: str, in_fp32: Callable[[str], bool], of: Callable[[ir.Node], bool] | None = None

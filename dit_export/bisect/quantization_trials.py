@@ -12,12 +12,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from dit_export.bisect.altered_engine import AlteredEngine, AlteredSession
+from dit_export.bisect.altered_engine import AlteredEngine, AlteredSession, open_altered_engine
 from dit_export.bisect.graph_edits import Array, move_to_fp32
-from dit_runtime.backends.base import EngineInfo, Session
+from dit_runtime.backends.base import Session
 from dit_runtime.backends.onnxruntime.engine import import_onnxruntime
 from dit_runtime.bundle.manifest import ENCODER
-from dit_runtime.bundle.precision import Precision
 from dit_runtime.bundle.quantization import factors_by_layer, linears_of
 from dit_runtime.bundle.reader import CALIBRATION, UNQUANTIZED, Bundle
 from dit_runtime.core.errors import CheckpointError
@@ -129,18 +128,9 @@ class QuantizationTrials:
         return feeds
 
     def _make_engine(self) -> AlteredEngine:
-        name, manifest = self.engine_name, self.bundle.manifest
-        info = EngineInfo(
-            name=name,
-            identity=name,
-            library="onnxruntime",
-            version=import_onnxruntime().__version__,
-            device="CPU",
-            precision=Precision.FP32,
-            graphs=tuple(graph for graph in manifest.graphs if graph != ENCODER),
-            threads=self.threads,
+        return open_altered_engine(
+            self.engine_name, self.bundle.manifest, self._open_session, self.threads, without=ENCODER
         )
-        return AlteredEngine(info, manifest, self._open_session)
 
     def _open_session(self, graph: str) -> Session:
         if graph == "probe":
