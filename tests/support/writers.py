@@ -347,7 +347,7 @@ def export(bundles: Path, folder: Path) -> Writer:
             with (target / name).open("wb") as file:
                 file.write((new.path / name).read_bytes())
 
-    exporting.load_checkpoint = lambda _: SimpleNamespace(model=None, sizes=new.manifest.sizes)
+    exporting.load_checkpoint = lambda _: SimpleNamespace(model=None, autoencoder="tiny", sizes=new.manifest.sizes)
     exporting.check_units = lambda *_: None
     exporting.records_in_process, exporting.write_graphs = records, graphs
     exporting._make_manifest = lambda *_: replace(new.manifest, files={}, graphs={})

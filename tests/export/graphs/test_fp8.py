@@ -97,7 +97,7 @@ def test_it_is_pytorchs_fp8(bundle: Bundle, tmp_path: Path) -> None:
     """ONNX Runtime's results are within the limits of PyTorch's own FP8, the weights equal."""
     done = run_command("dit-verify", bundle.path, "--engine", "onnxruntime", "--quick", "--json", "--store", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    rungs = {rung["name"]: rung for rung in json.loads(done.stdout)["results"][0]["rungs"]}
+    rungs = {rung["name"]: rung for rung in json.loads(done.stdout)["rungs"]}
     assert rungs["FP8 weights"]["value"] == 0
 
 
