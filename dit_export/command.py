@@ -84,8 +84,8 @@ def _add_checkpoint_options(parser: Parser) -> None:
     group = parser.add_argument_group("what the checkpoint is, if it does not tell this itself")
     group.add_argument(
         "--family",
-        help="diffusers, official, sit, repa, lightningdit or meanflow (default: as a file's parameters or training "
-        "arguments say, else official for files; as the name says for presets; else diffusers)",
+        help="diffusers, official, sit, repa, lightningdit, meanflow or multi-task-dit (default: as a file's "
+        "parameters or training arguments say, else official for files; as the name says for presets; else diffusers)",
     )
     group.add_argument("--heads", type=positive, help="number of attention heads, for shapes that the paper lacks")
     group.add_argument(

@@ -35,9 +35,9 @@ class ExportRequest:
             whose blocks' linear layers multiply INT8 or FP8.
         keep_fp32: with ``fp16`` or ``bf16``, units that stay FP32, such as ``blocks.17.attn``, and files that list such
             units, as ``dit-export --bisect`` writes them.
-        family: ``diffusers``, ``official``, ``sit``, ``repa``, ``lightningdit`` or ``meanflow``; None means as a file's
-            parameters, its training arguments or ``time`` say, else official for files, as the name says for presets,
-            and diffusers otherwise.
+        family: ``diffusers``, ``official``, ``sit``, ``repa``, ``lightningdit``, ``meanflow`` or ``multi-task-dit``;
+            None means as a file's parameters, its training arguments or ``time`` say, else official for files, as the
+            name says for presets, and diffusers otherwise.
         heads: the number of attention heads of a file whose shapes are not the paper's.
         vae: the autoencoder's folder, file or hub id; None means the pipeline's own, or for files and SiT the official
             one.

@@ -209,6 +209,8 @@ def test_an_int8_export_is_what_was_said(int8_bundle: Path, checkpoint: Path) ->
     text = format_dry_run(dry_run)
     print(text)
     assert f"{step.quantized_bytes / 1e3:.1f} kB" in text
+    _, eight = dry_run_of_request(ExportRequest(str(checkpoint), precision="fp8"))
+    assert eight.graph("step").quantized_bytes == step.quantized_bytes
     kept = ExportRequest(str(checkpoint), precision="int8", keep_fp16=("blocks.0", "blocks.1.mlp"))
     _, fewer = dry_run_of_request(kept)
     # A second byte for each weight of block 0 and of block 1's MLP; scales and factors are in the graph's own file.

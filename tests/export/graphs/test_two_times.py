@@ -274,7 +274,11 @@ def test_rtx_fuses_every_attention(file: Path, vae: str, tmp_path: Path) -> None
 
 @pytest.mark.slow  # an export with calibration
 def test_int8_is_calibrated_on_its_own_trajectory(file: Path, vae: str, tmp_path: Path) -> None:
-    """INT8 acts on the blocks alone, which are a SiT's."""
+    """INT8 acts on the blocks alone, which are a SiT's; ranges are of steps of every length, without guidance."""
     done = run_command("dit-export", file, *SAID, "--vae", vae, "--int8", "-o", tmp_path / "m.bundle")
     assert done.returncode == 0, done.stderr + done.stdout
     assert "INT8 weights" in done.stdout
+    bundle = open_bundle(tmp_path / "m.bundle")
+    assert bundle.manifest.calibration is not None
+    assert (bundle.manifest.calibration.steps, bundle.manifest.calibration.guidance) == (7, 1.0)
+    assert bundle.records("calibration")["timesteps"].tolist() == [1, 1, 0.5, 1, 0.75, 0.5, 0.25]

@@ -153,6 +153,9 @@ def test_the_mixed_limit_of_int8(int8_bundle: Path, monkeypatch: pytest.MonkeyPa
     assert f"x int8, 1x2x3: 400 GFLOP/s and x fp32, 1x2x3: 100 GFLOP/s; with {quantized / whole:.1%}" in str(
         tables_of({"parts": {}, "gemm": found})
     )
+    manifest = replace(bundle.manifest, precision=replace(bundle.manifest.precision, name=Precision.FP8))
+    eight = parts.compare_with_gemm(replace(bundle, manifest=manifest), engine, timings)
+    assert "int8" not in eight  # no rate of FP8 is measured, and INT8's is not its own
     monkeypatch.setattr(
         parts,
         "measure_gemm_rates",
